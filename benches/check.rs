@@ -1,0 +1,111 @@
+//! What a check costs beside the least that could be done: a blocking socket with httparse, and rustls over it.
+//!
+//! `cargo bench --bench check [rounds]`. Prints CPU time of the checking thread alone, per check, and the ratio of the
+//! two, measured in turns in one process. It makes thousands of connections: run it in a network namespace of its own
+//! (`unshare -n sh -c 'ip link set lo up; …'`), or they fill the machine's connection tables. Linux only.
+
+mod site;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use host_metrics::config::CheckConfig;
+use host_metrics::produce::check::{Checker, Checks};
+use host_metrics::produce::outcome::Outcome;
+use host_metrics::produce::target::{Method, Target};
+use site::Raw;
+
+const CHECKS_PER_TURN: u32 = 300;
+
+fn main() {
+    let rounds = std::env::args()
+        .skip(1)
+        .find_map(|word| word.parse().ok())
+        .unwrap_or(20);
+    let ca_file = tempfile::NamedTempFile::new().expect("a file");
+    let page = site::page();
+    let answer = move |mut stream: Box<dyn site::Stream>| site::answer(&mut *stream, &page);
+    let plain = site::serve(None, answer.clone());
+    let tls = site::serve(Some(site::tls_settings(ca_file.path())), answer);
+
+    let config = CheckConfig {
+        timeout: Duration::from_secs(10),
+        max_threads: 16,
+        max_body_bytes: 1 << 20,
+        user_agent: "host-metrics/bench".into(),
+        ca_file: Some(ca_file.path().to_owned()),
+        agent_name: "bench".into(),
+    };
+    let mut checker = Checks::new(&config).expect("the settings are good").checker();
+    let http = target(&format!("http://{plain}/"));
+    let https = target(&format!("https://{tls}/"));
+    let raw_http = Raw::http(plain);
+    let raw_https = Raw::https(tls, ca_file.path());
+
+    compare(
+        "http",
+        rounds,
+        || raw_http.exchange(),
+        || check(&mut checker, &http),
+    );
+    compare(
+        "https",
+        rounds,
+        || raw_https.exchange(),
+        || check(&mut checker, &https),
+    );
+}
+
+#[expect(clippy::print_stdout, reason = "its result")]
+fn compare(what: &str, rounds: usize, mut raw: impl FnMut(), mut checked: impl FnMut()) {
+    let turn = |work: &mut dyn FnMut()| {
+        let before = cpu_nanoseconds();
+        for _ in 0..CHECKS_PER_TURN {
+            work();
+        }
+        (cpu_nanoseconds() - before) as f64 / f64::from(CHECKS_PER_TURN) / 1e3
+    };
+    turn(&mut raw);
+    turn(&mut checked);
+    let (raw, checked): (Vec<_>, Vec<_>) = (0..rounds).map(|_| (turn(&mut raw), turn(&mut checked))).unzip();
+    let (raw, checked) = (median(raw), median(checked));
+    println!(
+        "{what}: raw {raw:.1} µs, check {checked:.1} µs CPU each: {:.2}x",
+        checked / raw
+    );
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn cpu_nanoseconds() -> u64 {
+    site::cpu_nanoseconds(Path::new("/proc/thread-self")).expect("Linux has it")
+}
+
+fn check(checker: &mut Checker, target: &Target) {
+    let seen = checker.check(target, now() + Duration::from_secs(10));
+    assert_eq!(seen.outcome, Outcome::Ok, "{seen:?}");
+}
+
+fn target(url: &str) -> Target {
+    Target {
+        address: url.into(),
+        url: url.parse().expect("a URL"),
+        interval: Duration::from_secs(60),
+        timeout: None,
+        status: None,
+        method: Method::Get,
+        follow: 10,
+        topic: None,
+        ip_family: None,
+        tls_insecure: false,
+        regex: None,
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "checks have deadlines")]
+fn now() -> Instant {
+    Instant::now()
+}

@@ -1,0 +1,174 @@
+//! Values as a table for a person shows them: sparklines, shares, times, what is too long. Pure.
+//!
+//! Shared by the demo's live table and `status`, so that the same thing looks the same in both.
+
+/// How many of a host's newest checks a sparkline shows.
+pub const SPARKLINE_CHECKS: usize = 20;
+
+const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+
+/// A check that has no latency: no response came.
+const NO_RESPONSE: char = '×';
+
+const NOISE_SECONDS: f64 = 0.02;
+
+/// Where there is no value.
+pub const NONE: &str = "-";
+
+/// A bar for each check, between the lowest and the highest of the host's own, so that a fast host's changes show as well
+/// as a slow one's.
+pub fn sparkline(latencies: &[Option<f64>]) -> String {
+    let known = || latencies.iter().flatten().copied();
+    let lowest = known().fold(f64::INFINITY, f64::min);
+    let highest = known().fold(0.0, f64::max);
+    // What differs by less than that or by a half of the lowest is noise: it stays near the bottom.
+    let range = (highest - lowest).max(lowest / 2.0).max(NOISE_SECONDS);
+    latencies
+        .iter()
+        .map(|latency| match latency {
+            None => NO_RESPONSE,
+            Some(latency) => {
+                let height = (latency - lowest) / range * (BARS.len() - 1) as f64;
+                BARS[(height.round() as usize).min(BARS.len() - 1)]
+            }
+        })
+        .collect()
+}
+
+/// `text` in `width` characters at most, with an ellipsis in place of what does not fit.
+pub fn cut(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    let mut short: String = text.chars().take(width.saturating_sub(1)).collect();
+    if width > 0 {
+        short.push('…');
+    }
+    short
+}
+
+/// `text` on one line, and nothing in it that a terminal would obey: it may come from anywhere.
+pub fn plain(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
+/// How much of `all` is `part`; `-` of nothing.
+pub fn percent(part: i64, all: i64) -> String {
+    if all == 0 {
+        return NONE.to_owned();
+    }
+    let percent = part as f64 / all as f64 * 100.0;
+    // Rounded up to 100 it would say that nothing ever failed.
+    let percent = if part < all { percent.min(99.9) } else { percent };
+    format!("{percent:.1} %")
+}
+
+/// The time that something took, in the unit that a person reads.
+pub fn seconds(seconds: f64) -> String {
+    match seconds * 1000.0 {
+        millis if millis < 10.0 => format!("{millis:.1} ms"),
+        millis if millis < 1000.0 => format!("{millis:.0} ms"),
+        _ => format!("{seconds:.2} s"),
+    }
+}
+
+/// How long ago, or for how long, roughly: the largest unit of which there is at least one.
+pub fn roughly(seconds: i64) -> String {
+    match seconds {
+        ..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+/// Columns side by side, two blanks apart, each as wide as its widest cell; the first row is the headline. A column whose
+/// headline begins with a blank is flushed right; nothing follows the last cell of a line.
+pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
+    let width = |text: &str| text.chars().count();
+    let count = rows.iter().map(Vec::len).max().unwrap_or_default();
+    let widths: Vec<usize> = (0..count)
+        .map(|column| {
+            rows.iter()
+                .filter_map(|row| row.get(column))
+                .map(|cell| width(cell.trim_start()))
+                .max()
+        })
+        .map(Option::unwrap_or_default)
+        .collect();
+    let is_right = |column: usize| {
+        let headline = rows.first().and_then(|row| row.get(column));
+        headline.is_some_and(|headline| headline.starts_with(' '))
+    };
+    let line = |row: &Vec<String>| {
+        let mut line = String::new();
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let cell = cell.trim_start();
+            let parting = if column == 0 { "" } else { "  " };
+            line += &match is_right(column) {
+                true => format!("{parting}{cell:>width$}"),
+                false => format!("{parting}{cell:width$}"),
+            };
+        }
+        line.trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sparkline_shows_a_hosts_own_range_and_its_failures() {
+        let cases: [(&[Option<f64>], &str); 7] = [
+            (&[Some(0.0003), Some(0.0019)], "▁▂"),
+            (&[], ""),
+            (&[None, None], "××"),
+            (&[Some(0.0), Some(0.0)], "▁▁"),
+            (&[Some(0.1), Some(0.101)], "▁▁"),
+            (&[Some(0.1), None, Some(0.8), Some(0.46)], "▁×█▅"),
+            (&[Some(100.0), Some(0.001)], "█▁"),
+        ];
+        for (latencies, expected) in cases {
+            assert_eq!(sparkline(latencies), expected, "{latencies:?}");
+        }
+    }
+
+    #[test]
+    fn an_uptime_of_less_than_all_is_never_shown_as_all() {
+        assert_eq!(percent(99_999, 100_000), "99.9 %");
+        assert_eq!(percent(10, 10), "100.0 %");
+        assert_eq!(percent(0, 3), "0.0 %");
+        assert_eq!(percent(0, 0), "-");
+    }
+
+    #[test]
+    fn durations_have_the_unit_that_a_person_reads() {
+        let shown = [0.0004, 0.0123, 0.9, 1.5, 12.0].map(seconds);
+        assert_eq!(shown, ["0.4 ms", "12 ms", "900 ms", "1.50 s", "12.00 s"]);
+    }
+
+    #[test]
+    fn ages_are_rough_and_never_empty() {
+        let shown = [-3, 0, 119, 120, 7_199, 7_200, 172_799, 172_800, 9_000_000].map(roughly);
+        assert_eq!(
+            shown,
+            [
+                "-3 s", "0 s", "119 s", "2 min", "119 min", "2 h", "47 h", "2 d", "104 d"
+            ]
+        );
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
+        let lines = columns(&[
+            row(["HOST", " UP", "LAST"]),
+            row(["a", "12 %", ""]),
+            row(["äöüäöü", "1 %", "x"]),
+        ]);
+        assert_eq!(lines, ["HOST      UP  LAST", "a       12 %", "äöüäöü   1 %  x"]);
+        assert!(columns(&[]).is_empty());
+    }
+}

@@ -1,0 +1,281 @@
+//! The command line: clap's derive and nothing else.
+//!
+//! Owns the commands, their flags and their help text; what a command does with them is the command's own module's.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use crate::duration;
+
+/// Checks web sites on time and stores every result exactly once: HTTP checker -> Kafka -> Postgres.
+#[derive(Debug, Parser)]
+#[command(
+    name = "host-metrics",
+    version = VERSION.as_str(),
+    propagate_version = true,
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = EXAMPLES,
+    after_long_help = LONG_HELP.as_str(),
+    max_term_width = 110
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check the hosts of a file for ever and send a record of every check to Kafka
+    Produce(Produce),
+    /// Read records from Kafka and write them to Postgres for ever
+    Consume(Consume),
+    /// Check one address once, without Kafka and database
+    Check(Check),
+    /// Show how a host file is understood, and what its checks will cost
+    Validate(Validate),
+    /// Create the topics and tables; what exists is left as it is
+    Init(Init),
+    /// Remove the tables and views that `init` made
+    Drop(Drop),
+    /// Show how the hosts do, how far the table is behind Kafka, and whether that is stale
+    Status(Status),
+    /// Ask the agent that listens at METRICS_ADDR on this machine whether it is ready
+    Health(Health),
+    /// Show the whole pipeline in one process, on a Kafka, a Postgres and sites of its own
+    Demo(Demo),
+}
+
+/// What every command takes, before its name or after it.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// Set a variable; wins over the environment (repeatable)
+    #[arg(short = 'e', value_name = "NAME=VALUE")]
+    variables: Vec<String>,
+
+    /// Read variables from FILE instead of .env; the environment wins over it
+    #[arg(long, value_name = "FILE")]
+    env_file: Option<PathBuf>,
+
+    /// Print version
+    #[arg(short = 'v', long, action = ArgAction::Version)]
+    version: Option<bool>,
+}
+
+#[derive(Debug, Args)]
+pub struct Produce {
+    /// The hosts to check; `-` is standard input
+    #[arg(short = 'c', value_name = "FILE")]
+    pub host_file: PathBuf,
+
+    /// Check each host once, at once, and end when Kafka has acknowledged every record
+    #[arg(long)]
+    pub once: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Consume {
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Check {
+    /// A URL, or a bare domain or IP address for https
+    pub address: String,
+
+    /// What the body must contain
+    pub regex: Option<String>,
+
+    /// An option as in the host file: status=404, method=HEAD, … (repeatable)
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
+    pub options: Vec<String>,
+
+    /// Print the exact record instead
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Validate {
+    /// The host file; `-` is standard input
+    #[arg(short = 'c', value_name = "FILE")]
+    pub host_file: PathBuf,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Partitions of a new topic [default: 12]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=100_000))]
+    pub partitions: Option<i32>,
+
+    /// Copies of each partition of a new topic [default: the broker's]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=i64::from(i16::MAX)))]
+    pub replication: Option<i32>,
+
+    /// How long a new topic keeps records, e.g. 7d [default: the broker's]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub retention: Option<Duration>,
+
+    /// Print the SQL and touch nothing
+    #[arg(long)]
+    pub print_sql: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Drop {
+    /// Remove the topics of KAFKA_TOPIC too
+    #[arg(long)]
+    pub topic: bool,
+
+    /// Yes, remove them: without this nothing is removed
+    #[arg(long)]
+    pub yes: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Print JSON instead
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Health {
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// End by itself after this time, e.g. 30s
+    #[arg(long = "for", value_name = "TIME", value_parser = parse_duration)]
+    pub how_long: Option<Duration>,
+
+    /// Check the hosts of FILE instead of the sample site
+    #[arg(short = 'c', value_name = "FILE")]
+    pub host_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Cli {
+    /// Every `-e`, in order: those behind the command's name win.
+    pub fn variables(&self) -> Vec<String> {
+        [&self.common, self.command.common()]
+            .iter()
+            .flat_map(|common| common.variables.iter().cloned())
+            .collect()
+    }
+
+    pub fn env_file(&self) -> Option<&Path> {
+        let inner = self.command.common().env_file.as_deref();
+        inner.or(self.common.env_file.as_deref())
+    }
+}
+
+// Not clap's global flags: of those, a `-e` behind the command's name silently drops the ones before it.
+impl Command {
+    fn common(&self) -> &Common {
+        match self {
+            Self::Produce(Produce { common, .. })
+            | Self::Consume(Consume { common })
+            | Self::Check(Check { common, .. })
+            | Self::Validate(Validate { common, .. })
+            | Self::Init(Init { common, .. })
+            | Self::Drop(Drop { common, .. })
+            | Self::Status(Status { common, .. })
+            | Self::Health(Health { common })
+            | Self::Demo(Demo { common, .. }) => common,
+        }
+    }
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    match duration::parse(text) {
+        Some(Duration::ZERO | Duration::MAX) | None => Err(format!(
+            "expected a whole number above 0 with {}, e.g. 30s",
+            duration::UNITS
+        )),
+        Some(duration) => Ok(duration),
+    }
+}
+
+/// With the git revision where the build was told one.
+static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let version = env!("CARGO_PKG_VERSION");
+    match option_env!("HOST_METRICS_REVISION") {
+        None | Some("") => version.to_owned(),
+        Some(revision) => format!("{version} ({revision})"),
+    }
+});
+
+static LONG_HELP: LazyLock<String> = LazyLock::new(|| format!("{VARIABLES}\n\n{EXAMPLES}"));
+
+const EXAMPLES: &str = "\
+Examples:
+  host-metrics demo --for 30s                      everything in one process, nothing to set up
+  host-metrics check https://example.com/ 'Example'
+  host-metrics validate -c producer_config
+  host-metrics produce -c producer_config -e KAFKA_BOOTSTRAP_SERVERS=localhost:9092
+  host-metrics consume --env-file env
+  host-metrics status --env-file env
+
+Exit status: 0 done; 1 it could not go on (check: not valid; status: stale; health: not ready);
+2 the command line, a variable or the host file is wrong.";
+
+const VARIABLES: &str = "\
+Variables (by -e, in the environment or in .env; an empty one takes its default):
+  KAFKA_BOOTSTRAP_SERVERS   host:port,host:port
+  KAFKA_TOPIC               [host-metrics]; `consume` and `init` take several, with commas between
+  KAFKA_SECURITY_PROTOCOL   PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL
+                            [SSL if a KAFKA_SSL_* file is set, else PLAINTEXT]
+  KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE, KAFKA_SSL_KEY_FILE    PEM files
+  KAFKA_SASL_MECHANISM      PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512
+  KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD
+  KAFKA_GROUP_ID            consumer group [host-metrics]
+  KAFKA_GROUP_INSTANCE_ID   static membership: a quick restart moves no partitions
+  DB_HOST, DB_PORT, DB_NAME, DB_USER, DB_PASSWORD               [port 5432]
+  DB_TABLE                  table or schema.table [host_metrics]
+  DB_SSLMODE                disable, prefer, require, verify-ca or verify-full [prefer]
+  DB_SSLROOTCERT            PEM file of the database's certificate authority
+  DB_BATCH_SIZE             records per transaction at most [100]
+  DB_BATCH_SECONDS          a smaller batch is written after so long [1]
+  DB_RETENTION              e.g. 90d: older days are dropped [none]
+  CHECK_TIMEOUT             one check in all [10s]
+  MAX_THREADS               checks under way at once [1024]
+  MAX_BODY_BYTES            how much of a body the regex sees [1048576]
+  USER_AGENT                one line [host-metrics/VERSION]
+  CHECK_CA_FILE             PEM file of a further authority for the checked sites
+  AGENT_NAME                says in each record who checked [the machine's host name]
+  METRICS_ADDR              e.g. 0.0.0.0:9464: serves /metrics, /healthz, /readyz [none]
+  LOG_LEVEL                 OFF, ERROR, WARN, INFO, DEBUG or TRACE [INFO]
+Secrets are better not on the command line, where every user of the machine sees them:
+DB_PASSWORD_FILE, KAFKA_SASL_USERNAME_FILE and KAFKA_SASL_PASSWORD_FILE name files that hold them.";

@@ -1,0 +1,279 @@
+//! A batch: records of one transaction, from Kafka's bytes to the rows and rejected records they become.
+//!
+//! Owns the bytes of its records (a record that Postgres refuses is kept as it came) and the words for positions. Pure.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::sample::Timestamp;
+
+/// A partition of one of the configured topics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Partition {
+    /// Index into the configured list of topics (KAFKA_TOPIC).
+    pub topic: u16,
+    pub number: i32,
+}
+
+/// A record's place in its partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Offset(pub i64);
+
+/// The next record to read: what the offsets table and Kafka's commits hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NextOffset(pub i64);
+
+impl Offset {
+    /// The one place where an offset becomes the next one to read.
+    pub fn next(self) -> NextOffset {
+        NextOffset(self.0.saturating_add(1))
+    }
+}
+
+impl NextOffset {
+    /// Whether a record at `offset` was already read when this is the next one to read.
+    pub fn is_past(self, offset: Offset) -> bool {
+        offset.0 < self.0
+    }
+}
+
+/// A partition's way through a flush: the transaction moves its position from `base` to `next`, or does nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The position the machine holds, not the first record's offset: offsets have gaps.
+    pub base: NextOffset,
+    pub next: NextOffset,
+}
+
+/// A record as Kafka delivers it.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a> {
+    pub partition: Partition,
+    pub offset: Offset,
+    /// Kafka's timestamp of the record, if it has a usable one.
+    pub timestamp: Option<Timestamp>,
+    pub key: Option<&'a [u8]>,
+    pub value: Option<&'a [u8]>,
+}
+
+/// What becomes of a record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A row in COPY's binary format, a range of [`Batch::copy_bytes`].
+    Row(Range<usize>),
+    /// It goes to the rejected table, with the reason.
+    Rejected(String),
+}
+
+/// One record of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub partition: Partition,
+    pub offset: Offset,
+    /// Kafka's timestamp of the record, if it has a usable one.
+    pub timestamp: Option<Timestamp>,
+    /// Ranges of [`Batch::record_bytes`]; `None` is Kafka's null.
+    pub key: Option<Range<usize>>,
+    pub value: Option<Range<usize>>,
+    pub form: Form,
+}
+
+/// Records of one transaction, in the order of reading.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    pub entries: Vec<Entry>,
+    pub spans: BTreeMap<Partition, Span>,
+    /// Keys and values as Kafka delivered them.
+    pub record_bytes: Vec<u8>,
+    /// Rows in COPY's binary format, without header and trailer. Rows of a forgotten partition leave holes.
+    pub copy_bytes: Vec<u8>,
+}
+
+impl Batch {
+    /// Records, rejected ones included.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The memory that its records take.
+    pub fn bytes(&self) -> usize {
+        self.record_bytes.len() + self.copy_bytes.len()
+    }
+
+    /// Appends a record. `base` is the partition's position in front of this batch: used if it is the partition's first
+    /// record here. `encode` appends the row; its error is the reason why the record goes to the rejected table instead.
+    pub fn push(
+        &mut self,
+        base: NextOffset,
+        record: Record<'_>,
+        encode: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
+    ) {
+        let span = self
+            .spans
+            .entry(record.partition)
+            .or_insert(Span { base, next: base });
+        debug_assert!(
+            span.next == base || !span.next.is_past(record.offset),
+            "offsets must strictly increase: {record:?} after {span:?}"
+        );
+        span.next = record.offset.next();
+
+        let row_start = self.copy_bytes.len();
+        let form = match encode(&mut self.copy_bytes) {
+            Ok(()) => Form::Row(row_start..self.copy_bytes.len()),
+            Err(reason) => {
+                self.copy_bytes.truncate(row_start);
+                Form::Rejected(reason)
+            }
+        };
+        let key = record.key.map(|bytes| self.keep(bytes));
+        let value = record.value.map(|bytes| self.keep(bytes));
+        self.entries.push(Entry {
+            partition: record.partition,
+            offset: record.offset,
+            timestamp: record.timestamp,
+            key,
+            value,
+            form,
+        });
+    }
+
+    /// Sends a row that the table refused to the rejected table. False: there is no such row in this batch.
+    pub fn reject(&mut self, index: usize, reason: String) -> bool {
+        match self.entries.get_mut(index) {
+            Some(entry) if matches!(entry.form, Form::Row(_)) => {
+                entry.form = Form::Rejected(reason);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Removes a partition's records and its span; says how many records those were. Their bytes stay until the batch is
+    /// cleared.
+    pub fn forget(&mut self, partition: Partition) -> usize {
+        if self.spans.remove(&partition).is_none() {
+            return 0;
+        }
+        let before = self.entries.len();
+        self.entries.retain(|entry| entry.partition != partition);
+        let forgotten = before - self.entries.len();
+        if self.entries.is_empty() {
+            self.clear();
+        }
+        forgotten
+    }
+
+    /// Empties the batch and keeps its memory for the next one, unless that is far more than this one needed.
+    pub fn clear(&mut self) {
+        let keep_bytes = |bytes: &mut Vec<u8>| {
+            let used = bytes.len();
+            bytes.clear();
+            bytes.shrink_to(used.saturating_mul(2).max(KEPT_BYTES));
+        };
+        keep_bytes(&mut self.record_bytes);
+        keep_bytes(&mut self.copy_bytes);
+        self.entries.clear();
+        self.spans.clear();
+    }
+
+    fn keep(&mut self, bytes: &[u8]) -> Range<usize> {
+        let start = self.record_bytes.len();
+        self.record_bytes.extend_from_slice(bytes);
+        start..self.record_bytes.len()
+    }
+}
+
+/// Capacity that an empty batch may keep whatever it last held: a few thousand records of the usual size, so that small
+/// batches do not allocate, while the memory of a burst of huge records is given back.
+const KEPT_BYTES: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const P: Partition = Partition { topic: 0, number: 0 };
+    const Q: Partition = Partition { topic: 0, number: 1 };
+
+    fn push(batch: &mut Batch, partition: Partition, base: i64, offset: i64, row: Result<&[u8], &str>) {
+        let record = Record {
+            partition,
+            offset: Offset(offset),
+            timestamp: None,
+            key: Some(b"key"),
+            value: Some(b"value"),
+        };
+        batch.push(NextOffset(base), record, |into| {
+            into.extend_from_slice(row.unwrap_or(b"half a row"));
+            row.map(|_| ()).map_err(String::from)
+        });
+    }
+
+    #[test]
+    fn a_span_goes_from_the_position_held_to_behind_the_last_record() {
+        let mut batch = Batch::default();
+        push(&mut batch, P, 3, 7, Ok(b"a"));
+        push(&mut batch, P, 3, 9, Ok(b"b"));
+        let expected = Span {
+            base: NextOffset(3),
+            next: NextOffset(10),
+        };
+        assert_eq!(batch.spans, BTreeMap::from([(P, expected)]));
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_encoded_is_rejected_and_leaves_no_bytes_of_a_row() {
+        let mut batch = Batch::default();
+        push(&mut batch, P, 0, 0, Ok(b"a"));
+        push(&mut batch, P, 0, 1, Err("no row"));
+        push(&mut batch, P, 0, 2, Ok(b"c"));
+        let forms: Vec<&Form> = batch.entries.iter().map(|entry| &entry.form).collect();
+        assert_eq!(
+            forms,
+            [
+                &Form::Row(0..1),
+                &Form::Rejected("no row".into()),
+                &Form::Row(1..2)
+            ]
+        );
+        assert_eq!(batch.copy_bytes, b"ac");
+        let value = batch.entries[1].value.clone().unwrap();
+        assert_eq!(&batch.record_bytes[value], b"value");
+    }
+
+    #[test]
+    fn forgetting_a_partition_leaves_the_others_rows_where_they_are() {
+        let mut batch = Batch::default();
+        push(&mut batch, P, 0, 0, Ok(b"p"));
+        push(&mut batch, Q, 0, 0, Ok(b"q"));
+        push(&mut batch, P, 0, 1, Ok(b"p"));
+        assert_eq!(batch.forget(P), 2);
+        assert_eq!(batch.forget(P), 0);
+        assert_eq!(batch.spans.keys().collect::<Vec<_>>(), [&Q]);
+        assert_eq!(batch.entries[0].form, Form::Row(1..2));
+        assert_eq!(batch.forget(Q), 1);
+        assert_eq!(batch.bytes(), 0);
+    }
+
+    #[test]
+    fn only_a_row_can_be_rejected_and_only_once() {
+        let mut batch = Batch::default();
+        push(&mut batch, P, 0, 0, Ok(b"p"));
+        assert!(batch.reject(0, "refused".into()));
+        assert!(!batch.reject(0, "again".into()));
+        assert!(!batch.reject(1, "not there".into()));
+        assert_eq!(batch.entries[0].form, Form::Rejected("refused".into()));
+    }
+
+    #[test]
+    fn the_memory_of_a_burst_is_given_back_when_batches_are_small_again() {
+        let mut batch = Batch::default();
+        batch.record_bytes.reserve(64 << 20);
+        batch.clear();
+        assert!(batch.record_bytes.capacity() < 4 << 20);
+    }
+}

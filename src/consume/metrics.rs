@@ -1,0 +1,115 @@
+//! What `consume` shows of itself at METRICS_ADDR. Owns the names, and nothing that is counted.
+
+use std::sync::atomic::Ordering;
+
+use prometheus::{Histogram, HistogramOpts};
+
+use crate::consume::Counters;
+use crate::metrics::Watched;
+use crate::metrics::page::{FLUSH_BUCKETS, Labels, Page};
+
+/// How long flushes took.
+#[derive(Debug)]
+pub struct FlushSeconds(pub Histogram);
+
+impl Default for FlushSeconds {
+    fn default() -> Self {
+        let options = HistogramOpts::new(
+            "host_metrics_flush_seconds",
+            "Transactions that were committed: from BEGIN to COMMIT.",
+        );
+        Self(
+            Histogram::with_opts(options.buckets(FLUSH_BUCKETS.to_vec()))
+                .expect("the name is legal and the buckets ascend"),
+        )
+    }
+}
+
+impl Watched for Counters {
+    fn page(&self) -> Page {
+        let counts = &*self.0;
+        let mut page = Page::default();
+        page.of_the_process();
+        page.gauge(
+            "host_metrics_ready",
+            "1 while Kafka and Postgres are both there, else 0.",
+            f64::from(u8::from(self.is_ready().is_ok())),
+        );
+        page.counter("host_metrics_rows_total", "Rows that are durable.", self.rows());
+        page.counter(
+            "host_metrics_rejected_total",
+            "Records that could not be stored, and are kept in the table of rejected ones.",
+            self.rejected(),
+        );
+        page.counter(
+            "host_metrics_batches_total",
+            "Transactions that were committed.",
+            self.flushes(),
+        );
+        page.collect(&counts.flush_seconds.0);
+        page.counter(
+            "host_metrics_store_failures_total",
+            "Requests that Postgres did not answer, or answered with a fault that passes; tried again.",
+            self.failures(),
+        );
+        page.counter(
+            "host_metrics_fences_total",
+            "Batches refused because another consumer had moved a position; read again.",
+            self.fences(),
+        );
+        page.gauge(
+            "host_metrics_last_flush_timestamp_seconds",
+            "When the last transaction was committed, 0 before the first.",
+            counts.flushed_at_millis.load(Ordering::Relaxed) as f64 / 1e3,
+        );
+        page.gauge(
+            "host_metrics_flush_delay_seconds",
+            "Age of the oldest record of the last transaction when that was committed, by Kafka's timestamp.",
+            self.delay().as_secs_f64(),
+        );
+        page.gauge(
+            "host_metrics_assigned_partitions",
+            "Partitions that are ours.",
+            counts.assigned.load(Ordering::Relaxed) as f64,
+        );
+        page.counter(
+            "host_metrics_revoked_partitions_total",
+            "Partitions that the group took away, for another consumer to read.",
+            self.revoked(),
+        );
+        page.gauge(
+            "host_metrics_unwritten_records",
+            "Records that were read and are not durable yet.",
+            counts.unwritten.load(Ordering::Relaxed) as f64,
+        );
+        self.lag(&mut page);
+        page
+    }
+
+    fn is_alive(&self) -> Result<(), String> {
+        self.0.heartbeat.check("the consumer's loop")
+    }
+
+    fn is_ready(&self) -> Result<(), String> {
+        self.0.readiness.check()
+    }
+}
+
+impl Counters {
+    fn lag(&self, page: &mut Page) {
+        let lags: Vec<_> = self
+            .lags()
+            .into_iter()
+            .map(|((topic, number), lag)| (topic, number.to_string(), lag as f64))
+            .collect();
+        let labels: Vec<_> = lags
+            .iter()
+            .map(|(topic, number, lag)| ([("topic", topic.as_str()), ("partition", number.as_str())], *lag))
+            .collect();
+        page.gauges(
+            "host_metrics_lag_records",
+            "Records in front of a partition's end that are not durable, of each partition that is ours.",
+            labels.iter().map(|(labels, lag)| (labels as Labels, *lag)),
+        );
+    }
+}

@@ -1,0 +1,570 @@
+//! A Postgres cluster that lives as long as a value of this program and leaves nothing behind.
+//!
+//! Owns finding the programs, making the data directory, the server's start, stop and removal, and the guard that does
+//! the last two when this process dies without a chance to. Speaks no SQL.
+//!
+//! The guard is a small shell that reads a pipe whose only other end is ours: whatever ends us, kill -9 included, ends
+//! the pipe, and the guard stops the server and removes its directory. (A parent-death signal would need unsafe code,
+//! and exists on Linux only.)
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use anyhow::{Context, bail, ensure};
+
+const SUPERUSER: &str = "postgres";
+const DATABASE: &str = "postgres";
+
+/// How long a server may take to start or to stop: recovery after an immediate stop on a slow disk included.
+const PATIENCE_SECONDS: &str = "60";
+
+/// Ports are drawn below the range from which systems take the ports of outgoing connections (32768 up on Linux, 49152
+/// up elsewhere), so that none of those takes ours between a stop and the start after it.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+/// Somebody else may take the port that we just found free; that this happens many times in a row is no accident.
+const MAX_START_TRIES: usize = 5;
+
+/// Where packages put the programs when not on the PATH; the highest version found wins.
+const PLACES: [(&str, &str, &str); 6] = [
+    ("/usr/lib/postgresql", "", "bin"),                       // Debian, Ubuntu
+    ("/usr", "pgsql-", "bin"),                                // PGDG on Fedora, RHEL
+    ("/opt/homebrew/opt", "postgresql@", "bin"),              // Homebrew on Apple silicon
+    ("/usr/local/opt", "postgresql@", "bin"),                 // Homebrew on Intel
+    ("/home/linuxbrew/.linuxbrew/opt", "postgresql@", "bin"), // Homebrew on Linux
+    ("/Applications/Postgres.app/Contents/Versions", "", "bin"),
+];
+
+/// Stops the server and removes the directory once standard input ends. `$1`: pg_ctl, `$2`: the directory.
+const GUARD: &str = r#"
+while read -r _; do :; done
+"$1" -D "$2/data" -m immediate -t 10 stop >/dev/null 2>&1 ||
+    { read -r pid <"$2/data/postmaster.pid" && kill -KILL "$pid"; } 2>/dev/null
+rm -rf -- "$2"
+"#;
+
+/// What a throw-away server may be given; the default is right for trying things out.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// The directory of `initdb`, `pg_ctl` and `postgres`; `None`: found.
+    pub programs: Option<PathBuf>,
+    /// What the superuser is asked for; `None`: everybody on this machine is trusted, as a superuser, who can run programs
+    /// as the server's user. Fine for tests on a machine of one's own.
+    pub password: Option<String>,
+    /// Whether a COMMIT waits for the disk. A crash of the server alone loses nothing without it.
+    pub fsync: bool,
+    /// Further lines of `postgresql.conf`, as `("ssl", "on")`.
+    pub configuration: Vec<(String, String)>,
+}
+
+/// A running server on 127.0.0.1; dropped, it is stopped and its directory removed.
+#[derive(Debug)]
+pub struct ThrowAwayPostgres {
+    programs: Programs,
+    directory: PathBuf,
+    account: Option<Account>,
+    port: u16,
+    password: Option<String>,
+    guard: Child,
+}
+
+impl ThrowAwayPostgres {
+    /// A new cluster with the default settings, ready for connections.
+    ///
+    /// # Errors
+    /// As for [`Self::start_with`].
+    pub fn start() -> anyhow::Result<Self> {
+        Self::start_with(&Settings::default())
+    }
+
+    /// A new cluster, ready for connections.
+    ///
+    /// # Errors
+    /// Postgres is not installed (says where it was looked for and how to get it), or it did not start (with the end of
+    /// its log).
+    pub fn start_with(settings: &Settings) -> anyhow::Result<Self> {
+        let programs = Programs::find(settings.programs.as_deref())?;
+        let (directory, account) = make_directory()?;
+        let guard = match start_guard(&programs, &directory, account) {
+            Ok(guard) => guard,
+            Err(error) => {
+                // Nothing runs yet that could: the directory is empty.
+                fs::remove_dir(&directory).ok();
+                return Err(error);
+            }
+        };
+        // From here on the drop of `server` cleans up, whatever fails.
+        let mut server = Self {
+            programs,
+            directory,
+            account,
+            port: 0,
+            password: settings.password.clone(),
+            guard,
+        };
+        server.make_cluster(settings)?;
+        for tries_left in (0..MAX_START_TRIES).rev() {
+            server.port = free_port()?;
+            server.configure(&[("port".into(), server.port.to_string())])?;
+            match server.start_again() {
+                Err(_) if tries_left > 0 && port_is_taken(server.port) => {}
+                result => {
+                    result?;
+                    break;
+                }
+            }
+        }
+        Ok(server)
+    }
+
+    pub fn host(&self) -> &'static str {
+        "127.0.0.1"
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The superuser's name.
+    pub fn superuser(&self) -> &'static str {
+        SUPERUSER
+    }
+
+    /// The database that every cluster has.
+    pub fn database(&self) -> &'static str {
+        DATABASE
+    }
+
+    /// Removed with the cluster, also if we are killed; the server's user owns it.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub fn data_dir(&self) -> PathBuf {
+        self.directory.join("data")
+    }
+
+    /// The server's own log so far.
+    pub fn log(&self) -> String {
+        fs::read(self.log_file()).map_or_else(
+            |error| format!("(no log: {error})"),
+            |bytes| String::from_utf8_lossy(&bytes).into_owned(),
+        )
+    }
+
+    /// The user and group that own the data directory and run the server, where that is not us: files that the server
+    /// is to read (a TLS key) must be theirs.
+    pub fn account(&self) -> Option<(u32, u32)> {
+        self.account.map(|account| (account.uid, account.gid))
+    }
+
+    /// A program of the same installation, e.g. `psql`.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.path(name)
+    }
+
+    /// What a person types to look into the database.
+    pub fn psql_command(&self) -> String {
+        let on_path = Command::new("psql")
+            .arg("--version")
+            .output()
+            .is_ok_and(|output| output.status.success());
+        let psql = if on_path {
+            PathBuf::from("psql")
+        } else {
+            self.program("psql")
+        };
+        let (host, port) = (self.host(), self.port);
+        let password = self
+            .password
+            .as_ref()
+            .map(|password| format!(":{password}"))
+            .unwrap_or_default();
+        format!(
+            "{} postgresql://{SUPERUSER}{password}@{host}:{port}/{DATABASE}",
+            psql.display()
+        )
+    }
+
+    /// Appends to `postgresql.conf`; takes effect at the next start.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn configure(&self, lines: &[(String, String)]) -> anyhow::Result<()> {
+        let path = self.data_dir().join("postgresql.conf");
+        let text: String = lines
+            .iter()
+            .map(|(name, value)| format!("{name} = '{}'\n", value.replace('\'', "''")))
+            .collect();
+        let mut file = fs::OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        io::Write::write_all(&mut file, text.as_bytes())
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Starts the stopped server on the same port and data, and returns when it accepts connections.
+    ///
+    /// # Errors
+    /// It did not start, with the end of its log.
+    pub fn start_again(&self) -> anyhow::Result<()> {
+        let mut command = self.pg_ctl();
+        command.arg("-l").arg(self.log_file()).arg("-w").arg("start");
+        // The server inherits its standard output: a pipe of ours would never end.
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let status = command
+            .status()
+            .with_context(|| format!("cannot run {command:?}"))?;
+        ensure!(
+            status.success(),
+            "Postgres did not start in {}; the end of its log:\n{}",
+            self.directory.display(),
+            last_lines(&self.log(), 20)
+        );
+        Ok(())
+    }
+
+    /// Stops the server in order: sessions are ended, everything is written.
+    ///
+    /// # Errors
+    /// It did not stop.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        self.stop_with("fast")
+    }
+
+    /// Stops the server as a crash would: no goodbye to sessions, recovery at the next start.
+    ///
+    /// # Errors
+    /// It did not stop.
+    pub fn stop_immediately(&self) -> anyhow::Result<()> {
+        self.stop_with("immediate")
+    }
+
+    /// A crash and the start after it.
+    ///
+    /// # Errors
+    /// It did not stop or not start.
+    pub fn restart_immediately(&self) -> anyhow::Result<()> {
+        self.stop_immediately()?;
+        self.start_again()
+    }
+
+    fn stop_with(&self, mode: &str) -> anyhow::Result<()> {
+        let mut command = self.pg_ctl();
+        command.args(["-m", mode, "-w", "stop"]);
+        run(&mut command).context("Postgres did not stop").map(drop)
+    }
+
+    fn make_cluster(&self, settings: &Settings) -> anyhow::Result<()> {
+        let mut initdb = self.command("initdb");
+        initdb.arg("-D").arg(self.data_dir());
+        initdb.args(["-U", SUPERUSER, "--no-locale", "-E", "UTF8", "--no-sync"]);
+        match &self.password {
+            None => initdb.args(["-A", "trust"]),
+            Some(password) => {
+                let file = self.directory.join("password");
+                // In a directory that nobody else may enter.
+                fs::write(&file, password).with_context(|| format!("cannot write {}", file.display()))?;
+                initdb.args(["-A", "scram-sha-256", "--pwfile"]).arg(file)
+            }
+        };
+        run(&mut initdb).context("cannot make a Postgres cluster")?;
+        let own = [
+            ("listen_addresses", "127.0.0.1"),
+            ("unix_socket_directories", ""),
+            ("fsync", if settings.fsync { "on" } else { "off" }),
+            // Its memory is shared with whatever else runs here, and the data are small.
+            ("shared_buffers", "32MB"),
+        ];
+        self.configure(&own.map(|(name, value)| (name.into(), value.into())))?;
+        self.configure(&settings.configuration)
+    }
+
+    fn pg_ctl(&self) -> Command {
+        let mut command = self.command("pg_ctl");
+        command
+            .arg("-D")
+            .arg(self.data_dir())
+            .args(["-t", PATIENCE_SECONDS]);
+        command
+    }
+
+    fn command(&self, program: &str) -> Command {
+        command_as(self.account, &self.directory, &self.programs.path(program))
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+}
+
+impl Drop for ThrowAwayPostgres {
+    fn drop(&mut self) {
+        // The guard does the work, the same as if we had died; its own waits are bounded.
+        drop(self.guard.stdin.take());
+        self.guard.wait().ok();
+    }
+}
+
+/// A port of 127.0.0.1 that is free at this moment.
+///
+/// # Errors
+/// None was found.
+pub fn free_port() -> anyhow::Result<u16> {
+    (0..100)
+        .map(|_| fastrand::u16(PORTS))
+        .find(|port| !port_is_taken(*port))
+        .context("no free port on 127.0.0.1 among 100 tried")
+}
+
+fn port_is_taken(port: u16) -> bool {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err()
+}
+
+/// Where the programs are; `None`: on the PATH.
+#[derive(Clone, Debug)]
+struct Programs(Option<PathBuf>);
+
+impl Programs {
+    fn find(given: Option<&Path>) -> anyhow::Result<Self> {
+        if let Some(directory) = given {
+            let programs = Self(Some(directory.to_owned()));
+            ensure!(
+                programs.work(),
+                "no working initdb and pg_ctl in {}",
+                directory.display()
+            );
+            return Ok(programs);
+        }
+        let candidates = std::iter::once(Self(None)).chain(
+            PLACES
+                .iter()
+                .flat_map(|(parent, prefix, bin)| newest_first(Path::new(parent), prefix, bin))
+                .map(|directory| Self(Some(directory))),
+        );
+        for programs in candidates {
+            if programs.work() {
+                return Ok(programs);
+            }
+        }
+        let places: Vec<String> = PLACES
+            .iter()
+            .map(|(parent, prefix, bin)| format!("{parent}/{prefix}VERSION/{bin}"))
+            .collect();
+        bail!(
+            "Postgres is not installed: no initdb and pg_ctl on the PATH or in {}. `make setup` installs it; by hand: \
+             `apt-get install postgresql`, `dnf install postgresql-server` or `brew install postgresql@17`",
+            places.join(", ")
+        )
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0
+            .as_ref()
+            .map_or_else(|| PathBuf::from(name), |directory| directory.join(name))
+    }
+
+    fn work(&self) -> bool {
+        ["initdb", "pg_ctl", "postgres"].iter().all(|name| {
+            Command::new(self.path(name))
+                .arg("--version")
+                .stdin(Stdio::null())
+                .output()
+                .is_ok_and(|output| output.status.success())
+        })
+    }
+}
+
+/// The `bin` directories below `parent`, of entries that begin with `prefix` and end in a version, highest first.
+fn newest_first(parent: &Path, prefix: &str, bin: &str) -> Vec<PathBuf> {
+    let mut found: Vec<(u32, PathBuf)> = fs::read_dir(parent)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let version = entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()?;
+            Some((version, entry.path().join(bin)))
+        })
+        .collect();
+    found.sort_unstable_by(|a, b| b.cmp(a));
+    found.into_iter().map(|(_, directory)| directory).collect()
+}
+
+/// The account that the server runs under where we are root, which Postgres refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Account {
+    uid: u32,
+    gid: u32,
+}
+
+impl Account {
+    /// `nobody`, which every system has, from the text of `/etc/passwd`.
+    fn nobody(passwd: &str) -> Option<Self> {
+        let line = passwd.lines().find(|line| line.starts_with("nobody:"))?;
+        let mut fields = line.split(':').skip(2);
+        // macOS writes -2 for 4294967294.
+        let mut number = || fields.next()?.parse::<i64>().ok().map(|id| id as u32);
+        Some(Self {
+            uid: number()?,
+            gid: number()?,
+        })
+    }
+}
+
+/// A directory that the server's account owns, and that account where it is not ours.
+fn make_directory() -> anyhow::Result<(PathBuf, Option<Account>)> {
+    let make_in = |parent: &Path| {
+        tempfile::Builder::new()
+            .prefix("host-metrics-postgres-")
+            .tempdir_in(parent)
+            .with_context(|| format!("cannot make a directory in {}", parent.display()))
+    };
+    let temporary = std::env::temp_dir();
+    let mut directory = make_in(&temporary)?;
+    let is_root = directory
+        .path()
+        .metadata()
+        .context("cannot read what was just made")?
+        .uid()
+        == 0;
+    if !is_root {
+        return Ok((directory.keep(), None));
+    }
+    if !others_may_enter(&temporary) {
+        let mut open_to_others = ["/tmp", "/var/tmp"]
+            .map(Path::new)
+            .into_iter()
+            .filter(|path| others_may_enter(path));
+        let parent = open_to_others.next().with_context(|| {
+            let place = temporary.display();
+            format!("Postgres refuses to run as root, and no other user may enter {place}, /tmp or /var/tmp")
+        })?;
+        directory = make_in(parent)?;
+    }
+    let passwd = fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")?;
+    let account = Account::nobody(&passwd)
+        .context("Postgres refuses to run as root, and /etc/passwd knows no user \"nobody\"")?;
+    chown(directory.path(), Some(account.uid), Some(account.gid))
+        .with_context(|| format!("cannot give {} to nobody", directory.path().display()))?;
+    Ok((directory.keep(), Some(account)))
+}
+
+/// Whether a user without any rights of his own can reach what lies in `directory`.
+fn others_may_enter(directory: &Path) -> bool {
+    directory.canonicalize().is_ok_and(|path| {
+        path.ancestors().all(|part| {
+            part.metadata()
+                .is_ok_and(|of| of.permissions().mode() & 0o001 != 0)
+        })
+    })
+}
+
+fn start_guard(programs: &Programs, directory: &Path, account: Option<Account>) -> anyhow::Result<Child> {
+    command_as(
+        account,
+        directory.parent().unwrap_or(directory),
+        Path::new("/bin/sh"),
+    )
+    .args(["-c", GUARD, "host-metrics-postgres-guard"])
+    .arg(programs.path("pg_ctl"))
+    .arg(directory)
+    .process_group(0)
+    .stdin(Stdio::piped())
+    .stdout(Stdio::null())
+    .stderr(Stdio::null())
+    .spawn()
+    .context("cannot start /bin/sh")
+}
+
+fn command_as(account: Option<Account>, working_directory: &Path, program: &Path) -> Command {
+    let mut command = Command::new(program);
+    // Ours may be one that the account cannot enter.
+    command.current_dir(working_directory).stdin(Stdio::null());
+    // Ctrl-C in a terminal is for us, who stop them in order.
+    command.process_group(0);
+    if let Some(Account { uid, gid }) = account {
+        // As root this leaves the supplementary groups behind, too.
+        command.uid(uid).gid(gid);
+    }
+    command
+}
+
+fn run(command: &mut Command) -> anyhow::Result<Output> {
+    let output = command
+        .output()
+        .with_context(|| format!("cannot run {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?}: {}: {}",
+        output.status,
+        last_lines(&String::from_utf8_lossy(&output.stderr), 20)
+    );
+    Ok(output)
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_read_from_passwd_also_with_negative_numbers() {
+        let debian =
+            "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65533:nobody:/nonexistent:/usr/sbin/nologin\n";
+        assert_eq!(
+            Account::nobody(debian),
+            Some(Account {
+                uid: 65534,
+                gid: 65533
+            })
+        );
+        let mac = "nobody:*:-2:-2:Unprivileged User:/var/empty:/usr/bin/false\n";
+        assert_eq!(
+            Account::nobody(mac),
+            Some(Account {
+                uid: 4294967294,
+                gid: 4294967294
+            })
+        );
+        assert_eq!(Account::nobody("root:x:0:0::/root:/bin/sh\n"), None);
+        assert_eq!(Account::nobody("nobody:x:none\n"), None);
+    }
+
+    #[test]
+    fn the_newest_installation_comes_first_by_number_not_by_letter() {
+        let parent = tempfile::tempdir().unwrap();
+        for name in [
+            "postgresql@9",
+            "postgresql@17",
+            "postgresql@16",
+            "postgresql@old",
+            "redis@20",
+        ] {
+            fs::create_dir(parent.path().join(name)).unwrap();
+        }
+        let found = newest_first(parent.path(), "postgresql@", "bin");
+        let names = ["postgresql@17/bin", "postgresql@16/bin", "postgresql@9/bin"];
+        assert_eq!(found, names.map(|name| parent.path().join(name)));
+        assert!(newest_first(Path::new("/no/such/place"), "", "bin").is_empty());
+    }
+
+    #[test]
+    fn a_directory_without_the_programs_is_an_error_that_names_it() {
+        let settings = Settings {
+            programs: Some("/no/such/place".into()),
+            ..Settings::default()
+        };
+        let error = ThrowAwayPostgres::start_with(&settings).unwrap_err();
+        assert!(error.to_string().contains("/no/such/place"), "{error}");
+    }
+}

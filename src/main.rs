@@ -1,0 +1,240 @@
+//! argv → configuration → logging → signals → run. Prints errors, once; everything else is the library's.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+
+use host_metrics::cli::{self, Cli, Command};
+use host_metrics::config::{self, Servers, Variables, WrongInput};
+use host_metrics::health::{self, Answer};
+use host_metrics::produce::host_file::{self, HostFileError};
+use host_metrics::produce::target::Target;
+use host_metrics::produce::{self, Rounds};
+use host_metrics::shutdown::Shutdown;
+use host_metrics::{check, consume, demo, init, logging, status, validate};
+
+const COULD_NOT_GO_ON: u8 = 1;
+const WRONG_INPUT: u8 = 2;
+
+/// A million hosts of 60 bytes; what is longer is no host file.
+const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(usage) => {
+            // Nobody is left to hear that standard output or error is closed.
+            let _ = usage.print();
+            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(WRONG_INPUT));
+        }
+    };
+    match run(&cli) {
+        Ok(status) => status,
+        Err(error) => {
+            let is_wrong_input = error.chain().any(|cause| cause.is::<WrongInput>());
+            // What is wrong with the input says so itself, and where: FILE:LINE:COLUMN begins its line.
+            let (prefix, status) = match is_wrong_input {
+                true => ("", WRONG_INPUT),
+                false => ("error: ", COULD_NOT_GO_ON),
+            };
+            let _ = writeln!(io::stderr(), "{prefix}{error:#}");
+            ExitCode::from(status)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let variables = Variables::gather(&cli.variables(), cli.env_file());
+    match &cli.command {
+        Command::Produce(args) => run_produce(args, &variables),
+        Command::Consume(_) => run_consume(&variables),
+        Command::Check(args) => run_check(args, &variables),
+        Command::Validate(args) => run_validate(args, &variables),
+        Command::Init(args) => run_init(args, &variables),
+        Command::Drop(args) => run_drop(args, &variables),
+        Command::Status(args) => run_status(args, &variables),
+        Command::Health(_) => run_health(&variables),
+        Command::Demo(args) => run_demo(args, &variables),
+    }
+}
+
+fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let (config, targets) = both(config::produce(variables), read_targets(&args.host_file))?;
+    logging::start(config::log_level(variables)?)?;
+    let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
+    let host_file = Some(args.host_file.as_path()).filter(|path| !is_stdin(path));
+    produce::run(&config, targets, host_file, rounds, &listen_to_signals()?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_consume(variables: &Variables) -> anyhow::Result<ExitCode> {
+    let config = config::consume(variables)?;
+    logging::start(config::log_level(variables)?)?;
+    consume::run(&config, &listen_to_signals()?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let target = host_file::target(&args.address, &args.options, args.regex.as_deref());
+    let (config, target) = both(config::check(variables), target.map_err(wrong_host))?;
+    logging::start(config::log_level(variables)?)?;
+    let sample = check::run(&config, &target)?;
+    print(&if args.json {
+        check::json(&sample)
+    } else {
+        check::report(&sample)
+    })?;
+    Ok(if sample.is_valid {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(COULD_NOT_GO_ON)
+    })
+}
+
+fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let (config, targets) = both(config::validate(variables), read_targets(&args.host_file))?;
+    print(&validate::report(&config, &targets))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_init(args: &cli::Init, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let servers = Servers {
+        kafka: !args.print_sql,
+        database: !args.print_sql,
+    };
+    let config = config::init(variables, servers)?;
+    logging::start(config::log_level(variables)?)?;
+    let options = init::Options {
+        partitions: args.partitions,
+        replication: args.replication,
+        retention: args.retention,
+        print_sql: args.print_sql,
+    };
+    init::run(&config, options)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_drop(args: &cli::Drop, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let servers = Servers {
+        kafka: args.topic,
+        database: true,
+    };
+    let config = config::init(variables, servers)?;
+    logging::start(config::log_level(variables)?)?;
+    init::drop(&config, args.topic, args.yes)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let config = config::status(variables)?;
+    logging::start(config::log_level(variables)?)?;
+    let report = status::run(&config)?;
+    let width = terminal_size::terminal_size().filter(|_| io::stdout().is_terminal());
+    print(&if args.json {
+        status::json(&report)
+    } else {
+        status::text(&report, width.map(|(width, _)| width.0.into()))
+    })?;
+    Ok(if report.is_stale() {
+        ExitCode::from(COULD_NOT_GO_ON)
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn run_health(variables: &Variables) -> anyhow::Result<ExitCode> {
+    match health::ask(config::health(variables)?).map_err(anyhow::Error::msg)? {
+        Answer::Ready => {
+            print("ready\n")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Answer::NotReady(reason) => {
+            print(&format!("not ready: {reason}\n"))?;
+            Ok(ExitCode::from(COULD_NOT_GO_ON))
+        }
+    }
+}
+
+fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let path = args.host_file.as_deref();
+    let targets = path.map(read_targets).transpose();
+    let (check, targets) = both(config::demo(variables), targets)?;
+    let options = demo::Options {
+        check,
+        hosts: targets.map(|targets| (targets, path.filter(|path| !is_stdin(path)))),
+        how_long: args.how_long,
+        log_level: config::log_level(variables)?,
+    };
+    let is_balanced = demo::run(options, &listen_to_signals()?)?;
+    Ok(if is_balanced {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(COULD_NOT_GO_ON)
+    })
+}
+
+fn listen_to_signals() -> anyhow::Result<Shutdown> {
+    let shutdown = Shutdown::new();
+    shutdown.listen_to_signals().context("cannot listen to signals")?;
+    Ok(shutdown)
+}
+
+/// Both, or everything that is wrong with either.
+fn both<A, B>(one: Result<A, WrongInput>, other: Result<B, WrongInput>) -> Result<(A, B), WrongInput> {
+    match (one, other) {
+        (Ok(one), Ok(other)) => Ok((one, other)),
+        (Err(WrongInput(one)), Err(WrongInput(other))) => Err(WrongInput(format!("{one}\n{other}"))),
+        (Err(wrong), Ok(_)) | (Ok(_), Err(wrong)) => Err(wrong),
+    }
+}
+
+fn read_targets(path: &Path) -> Result<Vec<Target>, WrongInput> {
+    let (name, contents) = if is_stdin(path) {
+        ("<stdin>".into(), read_bounded(io::stdin().lock()))
+    } else {
+        (
+            path.display().to_string(),
+            File::open(path).and_then(read_bounded),
+        )
+    };
+    let contents = contents.map_err(|error| {
+        WrongInput(format!(
+            "cannot read the host file {name:?}: {error}; -c takes a file, or - for standard input"
+        ))
+    })?;
+    host_file::parse(&name, &contents).map_err(wrong_host)
+}
+
+fn is_stdin(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
+    let mut contents = Vec::new();
+    from.take(MAX_HOST_FILE_BYTES + 1).read_to_end(&mut contents)?;
+    if contents.len() as u64 > MAX_HOST_FILE_BYTES {
+        return Err(io::Error::other(format!(
+            "it is longer than {MAX_HOST_FILE_BYTES} bytes"
+        )));
+    }
+    Ok(contents)
+}
+
+fn wrong_host(HostFileError(text): HostFileError) -> WrongInput {
+    WrongInput(text)
+}
+
+/// Results go to standard output; a reader that has seen enough is no error.
+fn print(results: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(results.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,206 @@
+//! The figures of an agent as Prometheus's metric families, and their text.
+//!
+//! Owns the format. The agents count in atomics of their own; what they counted becomes families when somebody asks, so
+//! that counting costs nothing that the asking could save.
+
+use prometheus::core::Collector;
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::{Encoder, TextEncoder};
+
+/// What the text format is called in HTTP.
+pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+
+/// Upper ends in seconds for whatever a check spends its time on: from a local page to the longest usual CHECK_TIMEOUT.
+pub const CHECK_BUCKETS: [f64; 14] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+];
+
+/// Upper ends in seconds for a flush: from a batch of one row on a local disk to the bound on a step.
+pub const FLUSH_BUCKETS: [f64; 13] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0,
+];
+
+/// Families in the order of their making.
+#[derive(Default)]
+pub struct Page(Vec<MetricFamily>);
+
+/// Names and values of one metric's labels.
+pub type Labels<'a> = &'a [(&'a str, &'a str)];
+
+impl Page {
+    pub fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.counters(name, help, [(&[] as Labels, value)]);
+    }
+
+    pub fn counters<'a>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels<'a>, u64)>,
+    ) {
+        let metric = |(labels, value)| {
+            let mut counter = Counter::default();
+            counter.set_value(value as f64);
+            let mut metric = metric(labels);
+            metric.set_counter(counter);
+            metric
+        };
+        let metrics = values.into_iter().map(metric).collect();
+        self.family(name, help, MetricType::COUNTER, metrics);
+    }
+
+    pub fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        self.gauges(name, help, [(&[] as Labels, value)]);
+    }
+
+    pub fn gauges<'a>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels<'a>, f64)>,
+    ) {
+        let metric = |(labels, value)| {
+            let mut gauge = Gauge::default();
+            gauge.set_value(value);
+            let mut metric = metric(labels);
+            metric.set_gauge(gauge);
+            metric
+        };
+        let metrics = values.into_iter().map(metric).collect();
+        self.family(name, help, MetricType::GAUGE, metrics);
+    }
+
+    /// A histogram that was counted elsewhere: for each bucket its upper end and how many lie in it and in no lower one;
+    /// `count` and `sum` of all, those above the last bucket too.
+    pub fn histogram(
+        &mut self,
+        name: &str,
+        help: &str,
+        buckets: impl IntoIterator<Item = (f64, u64)>,
+        count: u64,
+        sum: f64,
+    ) {
+        let mut cumulative = 0;
+        let bucket = |(upper_bound, count)| {
+            cumulative += count;
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(upper_bound);
+            bucket.set_cumulative_count(cumulative);
+            bucket
+        };
+        let mut histogram = Histogram::default();
+        histogram.set_bucket(buckets.into_iter().map(bucket).collect());
+        histogram.set_sample_count(count);
+        histogram.set_sample_sum(sum);
+        let mut metric = metric(&[]);
+        metric.set_histogram(histogram);
+        self.family(name, help, MetricType::HISTOGRAM, vec![metric]);
+    }
+
+    pub fn collect(&mut self, collector: &impl Collector) {
+        self.0.extend(collector.collect());
+    }
+
+    /// What every agent has: what it is, and on Linux what its process takes.
+    pub fn of_the_process(&mut self) {
+        let version = env!("CARGO_PKG_VERSION");
+        let revision = option_env!("HOST_METRICS_REVISION").unwrap_or_default();
+        self.gauges(
+            "host_metrics_build_info",
+            "Always 1; the labels say what runs.",
+            [(&[("version", version), ("revision", revision)] as Labels, 1.0)],
+        );
+        #[cfg(target_os = "linux")]
+        {
+            use std::sync::{LazyLock, Mutex, PoisonError};
+
+            use prometheus::process_collector::ProcessCollector;
+
+            // One for all: it counts what the CPU time grew since the last call, of one caller at a time.
+            static PROCESS: LazyLock<Mutex<ProcessCollector>> =
+                LazyLock::new(|| Mutex::new(ProcessCollector::for_self()));
+            self.collect(&*PROCESS.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// The text format, version 0.0.4. A family without metrics (no partition is ours) is left out.
+    pub fn text(&self) -> String {
+        let mut text = Vec::new();
+        for family in self.0.iter().filter(|family| !family.get_metric().is_empty()) {
+            if let Err(error) = TextEncoder::new().encode(std::slice::from_ref(family), &mut text) {
+                // Of our own making, so a bug, but none that should cost the other figures.
+                log::debug!("{} cannot be encoded: {error}", family.name());
+            }
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    fn family(&mut self, name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) {
+        let mut family = MetricFamily::default();
+        family.set_name(name.to_owned());
+        family.set_help(help.to_owned());
+        family.set_field_type(kind);
+        family.set_metric(metrics);
+        self.0.push(family);
+    }
+}
+
+fn metric(labels: Labels) -> Metric {
+    let pair = |(name, value): &(&str, &str)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).to_owned());
+        pair.set_value((*value).to_owned());
+        pair
+    };
+    Metric::from_label(labels.iter().map(pair).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_become_text_and_empty_ones_nothing() {
+        let mut page = Page::default();
+        page.counter("a_total", "How many.", 3);
+        page.gauges("nobody", "None.", []);
+        page.gauges(
+            "lag",
+            "Quotes: \" \\ \n.",
+            [
+                (&[("topic", "a\"b"), ("partition", "0")] as Labels, 1.5),
+                (&[("topic", "c"), ("partition", "1")], 0.0),
+            ],
+        );
+        page.histogram("late_seconds", "Late.", [(0.1, 2), (1.0, 1)], 4, 9.5);
+        let expected = r#"# HELP a_total How many.
+# TYPE a_total counter
+a_total 3
+# HELP lag Quotes: " \\ \n.
+# TYPE lag gauge
+lag{topic="a\"b",partition="0"} 1.5
+lag{topic="c",partition="1"} 0
+# HELP late_seconds Late.
+# TYPE late_seconds histogram
+late_seconds_bucket{le="0.1"} 2
+late_seconds_bucket{le="1"} 3
+late_seconds_bucket{le="+Inf"} 4
+late_seconds_sum 9.5
+late_seconds_count 4
+"#;
+        assert_eq!(page.text(), expected);
+    }
+
+    #[test]
+    fn the_process_says_what_it_is() {
+        let mut page = Page::default();
+        page.of_the_process();
+        let text = page.text();
+        assert!(
+            text.contains(concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"")),
+            "{text}"
+        );
+        #[cfg(target_os = "linux")]
+        assert!(text.contains("\nprocess_resident_memory_bytes "), "{text}");
+    }
+}

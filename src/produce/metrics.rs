@@ -1,0 +1,155 @@
+//! What `produce` shows of itself at METRICS_ADDR. Owns the names, and nothing that is counted.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::metrics::Watched;
+use crate::metrics::page::{Labels, Page};
+use crate::produce::counters::Counters;
+use crate::produce::outcome::Outcome;
+use crate::produce::schedule::Why;
+
+/// The counters of a run, and what bounds it.
+pub struct Figures {
+    pub counters: Arc<Counters>,
+    /// Checks under way at most.
+    pub max_threads: usize,
+    /// Records kept for Kafka at most.
+    pub max_records: usize,
+}
+
+impl Watched for Figures {
+    fn page(&self) -> Page {
+        let mut page = Page::default();
+        page.of_the_process();
+        let counters = &*self.counters;
+        let ready = f64::from(u8::from(self.is_ready().is_ok()));
+        page.gauge(
+            "host_metrics_ready",
+            "1 while Kafka takes what is produced, else 0.",
+            ready,
+        );
+        self.ticks_and_checks(&mut page);
+        page.collect(&counters.spent.durations);
+        page.collect(&counters.spent.phases);
+        self.lateness(&mut page);
+        self.records(&mut page);
+        page
+    }
+
+    fn is_alive(&self) -> Result<(), String> {
+        self.counters.heartbeat.check("the timer loop")?;
+        self.counters.deliveries.heartbeat.check("the publisher's loop")
+    }
+
+    fn is_ready(&self) -> Result<(), String> {
+        self.counters.deliveries.readiness.check()
+    }
+}
+
+impl Figures {
+    fn ticks_and_checks(&self, page: &mut Page) {
+        let counters = &*self.counters;
+        let gauge = |value: usize| value as f64;
+        page.gauge(
+            "host_metrics_hosts",
+            "Hosts that are checked.",
+            gauge(counters.hosts.load(Ordering::Relaxed)),
+        );
+        page.counter(
+            "host_metrics_ticks_due_total",
+            "Ticks that were due: each is checked or missed.",
+            counters.ticks_due.load(Ordering::Relaxed),
+        );
+        let missed = Why::ALL.map(|why| ([("reason", why.as_word())], counters.missed(why)));
+        page.counters(
+            "host_metrics_ticks_missed_total",
+            "Ticks that were not checked, and are recorded as missed.",
+            missed.iter().map(|(labels, count)| (labels as Labels, *count)),
+        );
+        let checked = Outcome::ALL
+            .into_iter()
+            .filter(|outcome| *outcome != Outcome::Missed);
+        let checks: Vec<_> = checked
+            .map(|outcome| ([("outcome", outcome.as_str())], counters.results(outcome)))
+            .collect();
+        page.counters(
+            "host_metrics_checks_total",
+            "Checks that ended, by outcome.",
+            checks.iter().map(|(labels, count)| (labels as Labels, *count)),
+        );
+        page.gauge(
+            "host_metrics_checks_under_way",
+            "Checks under way.",
+            gauge(counters.under_way.load(Ordering::Relaxed)),
+        );
+        page.gauge(
+            "host_metrics_check_threads",
+            "Threads that check, busy or idle.",
+            gauge(counters.threads.load(Ordering::Relaxed)),
+        );
+        page.gauge(
+            "host_metrics_check_threads_limit",
+            "MAX_THREADS: checks under way at most.",
+            gauge(self.max_threads),
+        );
+    }
+
+    fn lateness(&self, page: &mut Page) {
+        /// Every other class is fine enough, from the first that a quiet machine reaches.
+        const FIRST: usize = 7;
+        let late_by = &self.counters.late_by;
+        let classes = late_by.classes();
+        let mut buckets = Vec::new();
+        let mut count = 0;
+        for (class, counted) in classes.iter().enumerate() {
+            count += counted;
+            // The last class has no upper end.
+            if class >= FIRST && (class - FIRST).is_multiple_of(2) && class < classes.len() - 1 {
+                buckets.push((f64::from(1_u32 << class) / 1e6, count));
+                count = 0;
+            }
+        }
+        page.histogram(
+            "host_metrics_check_late_seconds",
+            "How long after their tick checks begin.",
+            buckets,
+            classes.iter().sum(),
+            late_by.sum_seconds(),
+        );
+    }
+
+    fn records(&self, page: &mut Page) {
+        let deliveries = &self.counters.deliveries;
+        page.gauge(
+            "host_metrics_buffer_records",
+            "Records that Kafka has not acknowledged yet.",
+            deliveries.records_on_the_way.load(Ordering::Relaxed) as f64,
+        );
+        page.gauge(
+            "host_metrics_buffer_bytes",
+            "Keys and values of those records.",
+            deliveries.bytes_on_the_way.load(Ordering::Relaxed) as f64,
+        );
+        page.gauge(
+            "host_metrics_buffer_records_limit",
+            "Records kept for Kafka at most: beyond that, hosts are not checked.",
+            self.max_records as f64,
+        );
+        page.counter(
+            "host_metrics_records_delivered_total",
+            "Records that Kafka acknowledged.",
+            deliveries.delivered.load(Ordering::Relaxed),
+        );
+        page.counter(
+            "host_metrics_deliveries_failed_total",
+            "Records that Kafka gave back, and that are sent again.",
+            deliveries.failed.load(Ordering::Relaxed),
+        );
+        page.counter(
+            "host_metrics_records_refused_total",
+            "Records that Kafka refused for good: lost.",
+            deliveries.refused.load(Ordering::Relaxed),
+        );
+    }
+}

@@ -1,0 +1,461 @@
+//! The thread pool: as many threads as checks are under way, and no more.
+//!
+//! Owns the threads. It grows with every check that finds no idle thread and shrinks when threads stay idle; how many
+//! checks may be under way is the schedule's to say. The thread that fell idle last is used first, so that the others can
+//! end and the busy ones stay warm. What a check is and where its result goes are arguments.
+
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::produce::clock::{Clock, instant_now};
+use crate::produce::outcome::{Observation, Outcome};
+use crate::produce::schedule::Tick;
+use crate::produce::target::Target;
+
+/// A thread idle for so long ends: longer than most pauses between ticks, shorter than an operator's patience.
+const IDLE: Duration = Duration::from_secs(15);
+
+/// Reserved, not used: the deepest call found, a TLS handshake in a debug build, needs 192 KiB.
+const STACK_BYTES: usize = 512 * 1024;
+
+/// A check that came to its end.
+#[derive(Debug)]
+pub struct Done {
+    pub tick: Tick,
+    pub started_at_micros: i64,
+    pub observation: Observation,
+}
+
+/// A check that could not begin, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot start a thread: {reason}")]
+pub struct NoThread {
+    pub tick: Tick,
+    #[source]
+    pub reason: io::Error,
+}
+
+/// Dropping it ends the idle threads at once and the others after their check; it does not wait for them.
+pub struct Pool(Arc<Shared>);
+
+type Check = Box<dyn FnMut(&Target, Instant) -> Observation>;
+
+struct Shared {
+    clock: Clock,
+    check_timeout: Duration,
+    idle_time: Duration,
+    make_check: Box<dyn Fn() -> Check + Send + Sync>,
+    report: Box<dyn Fn(Done) + Send + Sync>,
+    idle: Mutex<Idle>,
+    threads: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Idle {
+    /// The last one fell idle last.
+    threads: Vec<Arc<Desk>>,
+    is_closed: bool,
+}
+
+/// Where a thread finds what it should do next.
+#[derive(Default)]
+struct Desk {
+    order: Mutex<Option<Order>>,
+    changed: Condvar,
+}
+
+enum Order {
+    Check(Tick),
+    End,
+}
+
+impl Pool {
+    /// `make_check` makes the check of one thread, on that thread; `check_timeout` is for hosts without their own;
+    /// `report` is called on the check's thread.
+    pub fn new<C>(
+        clock: Clock,
+        check_timeout: Duration,
+        make_check: impl Fn() -> C + Send + Sync + 'static,
+        report: impl Fn(Done) + Send + Sync + 'static,
+    ) -> Self
+    where
+        C: FnMut(&Target, Instant) -> Observation + 'static,
+    {
+        Self(Arc::new(Shared {
+            clock,
+            check_timeout,
+            idle_time: IDLE,
+            make_check: Box::new(move || Box::new(make_check())),
+            report: Box::new(report),
+            idle: Mutex::default(),
+            threads: AtomicUsize::new(0),
+        }))
+    }
+
+    /// Begins a check at once, on an idle thread or a new one.
+    ///
+    /// # Errors
+    /// No thread is idle and the operating system gives no further one.
+    pub fn start(&self, tick: Tick) -> Result<(), Box<NoThread>> {
+        let idle = self.0.idle().threads.pop();
+        if let Some(desk) = idle {
+            desk.put(Order::Check(tick));
+            return Ok(());
+        }
+        let desk = Arc::new(Desk::default());
+        desk.put(Order::Check(tick.clone()));
+        let shared = Arc::clone(&self.0);
+        self.0.threads.fetch_add(1, Ordering::Relaxed);
+        let spawned = std::thread::Builder::new()
+            .name("check".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || shared.work(&desk));
+        match spawned {
+            Ok(_) => Ok(()),
+            Err(reason) => {
+                self.0.threads.fetch_sub(1, Ordering::Relaxed);
+                Err(Box::new(NoThread { tick, reason }))
+            }
+        }
+    }
+
+    /// Threads that live, busy or idle.
+    pub fn threads(&self) -> usize {
+        self.0.threads.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let mut idle = self.0.idle();
+        idle.is_closed = true;
+        for desk in idle.threads.drain(..) {
+            desk.put(Order::End);
+        }
+    }
+}
+
+impl Shared {
+    fn work(self: &Arc<Self>, desk: &Arc<Desk>) {
+        let mut check = None;
+        while let Some(Order::Check(tick)) = self.next_order(desk) {
+            let done = self.check(&mut check, tick);
+            // Idle before its result is known, or who hears of the result would start another thread for the next check.
+            let is_open = self.fall_idle(desk);
+            (self.report)(done);
+            if !is_open {
+                break;
+            }
+        }
+        self.threads.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn check(&self, check: &mut Option<Check>, tick: Tick) -> Done {
+        let started_at_micros = self.clock.now_micros();
+        let deadline = instant_now() + tick.target.timeout(self.check_timeout);
+        let observation = catch_unwind(AssertUnwindSafe(|| {
+            let check = check.get_or_insert_with(&self.make_check);
+            check(&tick.target, deadline)
+        }));
+        let observation = observation.unwrap_or_else(|panic| {
+            // Whatever state the panic left it in, the next check gets a new one.
+            *check = None;
+            let bug = format!(
+                "a bug in host-metrics: the check panicked: {}",
+                panic_message(&*panic)
+            );
+            log::error!("address={:?} {bug}", tick.target.address);
+            Observation::failed(Outcome::AgentError, bug)
+        });
+        Done {
+            tick,
+            started_at_micros,
+            observation,
+        }
+    }
+
+    fn fall_idle(&self, desk: &Arc<Desk>) -> bool {
+        let mut idle = self.idle();
+        if !idle.is_closed {
+            idle.threads.push(Arc::clone(desk));
+        }
+        !idle.is_closed
+    }
+
+    /// Waits for something to do; `None` after idling for long enough.
+    fn next_order(&self, desk: &Arc<Desk>) -> Option<Order> {
+        if let Some(order) = desk.take_within(self.idle_time) {
+            return Some(order);
+        }
+        let mut idle = self.idle();
+        if let Some(at) = idle.threads.iter().position(|other| Arc::ptr_eq(other, desk)) {
+            idle.threads.remove(at);
+            return None;
+        }
+        drop(idle);
+        // Taken from the idle ones in this moment: the order is on its way.
+        Some(desk.take())
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Desk {
+    fn put(&self, order: Order) {
+        *self.order() = Some(order);
+        self.changed.notify_one();
+    }
+
+    fn take_within(&self, time: Duration) -> Option<Order> {
+        let nothing = |order: &mut Option<Order>| order.is_none();
+        let waited = self
+            .changed
+            .wait_timeout_while(self.order(), time, nothing)
+            .unwrap_or_else(PoisonError::into_inner);
+        let (mut order, _) = waited;
+        order.take()
+    }
+
+    fn take(&self) -> Order {
+        let mut order = self.order();
+        loop {
+            if let Some(order) = order.take() {
+                return order;
+            }
+            order = self.changed.wait(order).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn order(&self) -> MutexGuard<'_, Option<Order>> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("without a message")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::thread::ThreadId;
+
+    use super::*;
+    use crate::produce::schedule::{Limits, Next, Schedule};
+
+    /// Longer than anything here takes on a busy machine.
+    const BOUND: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn it_grows_with_what_is_under_way_and_reuses_the_thread_that_fell_idle_last() {
+        let gate = Gate::default();
+        let (pool, done) = pool(IDLE, &gate);
+        for tick in ticks(20) {
+            pool.start(tick).unwrap();
+        }
+        gate.wait_for(20);
+        assert_eq!(pool.threads(), 20);
+        gate.open();
+        let busy: HashSet<_> = (0..20).map(|_| done.recv_timeout(BOUND).unwrap().1).collect();
+        assert_eq!(busy.len(), 20);
+
+        let mut last = None;
+        for tick in ticks(50) {
+            pool.start(tick).unwrap();
+            let (_, thread) = done.recv_timeout(BOUND).unwrap();
+            assert!(last.is_none_or(|last| last == thread));
+            last = Some(thread);
+        }
+        assert_eq!(pool.threads(), 20);
+    }
+
+    #[test]
+    fn it_shrinks_when_threads_stay_idle_and_grows_again() {
+        let gate = Gate::default();
+        gate.open();
+        let (pool, done) = pool(Duration::from_millis(5), &gate);
+        for _ in 0..2 {
+            for tick in ticks(5) {
+                pool.start(tick).unwrap();
+            }
+            for _ in 0..5 {
+                done.recv_timeout(BOUND).unwrap();
+            }
+            wait_until(|| pool.threads() == 0);
+        }
+    }
+
+    #[test]
+    fn a_job_given_to_a_thread_that_is_about_to_end_is_done() {
+        let gate = Gate::default();
+        gate.open();
+        let (pool, done) = pool(Duration::from_micros(50), &gate);
+        for tick in ticks(1).into_iter().cycle().take(3_000) {
+            pool.start(tick).unwrap();
+            done.recv_timeout(BOUND).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_check_that_panics_is_an_agent_error_and_its_thread_goes_on_with_a_new_check() {
+        let (report, done) = channel();
+        let clock = Clock::start().unwrap();
+        let made = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&made);
+        let make = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            |target: &Target, _deadline: Instant| match target.address.as_str() {
+                "h0.example" => panic!("index {} out of range", 7),
+                _ => ok(),
+            }
+        };
+        let pool = Pool::new(clock, BOUND, make, move |done| report.send(done).unwrap());
+        for (tick, outcome) in ticks(2).into_iter().zip([Outcome::AgentError, Outcome::Ok]) {
+            pool.start(tick).unwrap();
+            let done = done.recv_timeout(BOUND).unwrap();
+            assert_eq!(done.observation.outcome, outcome);
+            let names_it = |error: String| error.contains("index 7 out of range");
+            assert_eq!(
+                done.observation.error.is_some_and(names_it),
+                outcome == Outcome::AgentError
+            );
+        }
+        assert_eq!((pool.threads(), made.load(Ordering::Relaxed)), (1, 2));
+    }
+
+    #[test]
+    fn the_deadline_is_the_hosts_own_timeout_within_its_interval() {
+        let (report, done) = channel();
+        let clock = Clock::start().unwrap();
+        let make = move || {
+            let report = report.clone();
+            move |_: &Target, deadline: Instant| {
+                report.send(deadline - instant_now()).unwrap();
+                ok()
+            }
+        };
+        let pool = Pool::new(clock, Duration::from_secs(10), make, |_| {});
+        let mut tick = ticks(1).remove(0);
+        pool.start(tick.clone()).unwrap();
+        let capped = done.recv_timeout(BOUND).unwrap();
+        assert!(capped <= Duration::from_millis(950), "{capped:?}");
+        Arc::make_mut(&mut tick.target).timeout = Some(Duration::from_millis(200));
+        pool.start(tick).unwrap();
+        let own = done.recv_timeout(BOUND).unwrap();
+        assert!(own <= Duration::from_millis(200), "{own:?}");
+    }
+
+    #[test]
+    fn dropping_it_ends_idle_threads_at_once_and_busy_ones_after_their_check() {
+        let gate = Gate::default();
+        let (pool, done) = pool(IDLE, &gate);
+        for tick in ticks(3) {
+            pool.start(tick).unwrap();
+        }
+        gate.wait_for(3);
+        let shared = Arc::clone(&pool.0);
+        drop(pool);
+        assert_eq!(shared.threads.load(Ordering::Relaxed), 3);
+        gate.open();
+        for _ in 0..3 {
+            done.recv_timeout(BOUND).unwrap();
+        }
+        wait_until(|| shared.threads.load(Ordering::Relaxed) == 0);
+    }
+
+    /// Holds checks up until it is opened.
+    #[derive(Clone, Default)]
+    struct Gate(Arc<(Mutex<(usize, bool)>, Condvar)>);
+
+    impl Gate {
+        fn pass(&self) {
+            let (state, changed) = &*self.0;
+            let mut state = state.lock().unwrap();
+            state.0 += 1;
+            changed.notify_all();
+            drop(changed.wait_while(state, |(_, open)| !*open).unwrap());
+        }
+
+        fn wait_for(&self, count: usize) {
+            let (state, changed) = &*self.0;
+            let fewer = |(waiting, _): &mut (usize, bool)| *waiting < count;
+            let waited = changed.wait_timeout_while(state.lock().unwrap(), BOUND, fewer);
+            assert!(!waited.unwrap().1.timed_out());
+        }
+
+        fn open(&self) {
+            let (state, changed) = &*self.0;
+            state.lock().unwrap().1 = true;
+            changed.notify_all();
+        }
+    }
+
+    fn pool(idle_time: Duration, gate: &Gate) -> (Pool, Receiver<(Done, ThreadId)>) {
+        let (report, done) = channel();
+        let gate = gate.clone();
+        let make = move || {
+            let gate = gate.clone();
+            move |_: &Target, _: Instant| {
+                gate.pass();
+                ok()
+            }
+        };
+        // Who hears no more of it does not mind.
+        let report = move |done| drop(report.send((done, std::thread::current().id())));
+        let mut pool = Pool::new(Clock::start().unwrap(), BOUND, make, report);
+        Arc::get_mut(&mut pool.0).unwrap().idle_time = idle_time;
+        (pool, done)
+    }
+
+    fn ok() -> Observation {
+        Observation {
+            error: None,
+            ..Observation::failed(Outcome::Ok, "")
+        }
+    }
+
+    fn ticks(count: usize) -> Vec<Tick> {
+        let target = |i| Target {
+            address: format!("h{i}.example"),
+            url: url::Url::parse("http://example.com/").unwrap(),
+            interval: Duration::from_secs(1),
+            timeout: None,
+            status: None,
+            method: crate::produce::target::Method::Get,
+            follow: 10,
+            topic: None,
+            ip_family: None,
+            tls_insecure: false,
+            regex: None,
+        };
+        let limits = Limits {
+            max_under_way: count,
+            check_timeout: BOUND,
+        };
+        let mut schedule = Schedule::<()>::once((0..count).map(target).collect(), limits, 0);
+        std::iter::from_fn(|| match schedule.next(0, |_| true) {
+            Next::Start(tick) => Some(tick),
+            Next::Wait(_) => None,
+        })
+        .collect()
+    }
+
+    fn wait_until(condition: impl Fn() -> bool) {
+        let deadline = instant_now() + BOUND;
+        while !condition() {
+            assert!(instant_now() < deadline, "it did not come true");
+            std::thread::yield_now();
+        }
+    }
+}

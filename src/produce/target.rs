@@ -1,0 +1,192 @@
+//! A target: one line of the host file, understood and checked.
+//!
+//! Owns what a line means (defaults, bounds, which status is good); its syntax is `host_file`'s.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use regex::Regex;
+use url::Url;
+
+use crate::duration;
+
+/// The longest part of its interval that a check may take, so that a hanging check ends before its next tick.
+pub const MAX_TIMEOUT_SHARE: f64 = 0.95;
+
+/// How many redirects are followed where `follow=` does not say.
+pub const DEFAULT_FOLLOW: u32 = 10;
+
+/// What is a good status where `status=` does not say.
+pub const DEFAULT_STATUS: RangeInclusive<u16> = 200..=399;
+
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// As written in the host file: the record's key and `address`.
+    pub address: String,
+    /// What is requested: absolute, http or https, host in ASCII (IDNA), without credentials and fragment.
+    pub url: Url,
+    pub interval: Duration,
+    /// `timeout=`; `None`: CHECK_TIMEOUT.
+    pub timeout: Option<Duration>,
+    /// `status=`; `None`: 200 to 399 is good.
+    pub status: Option<StatusSet>,
+    pub method: Method,
+    /// How many redirects are followed; 0: the redirect itself is the answer.
+    pub follow: u32,
+    /// `topic=`; `None`: KAFKA_TOPIC.
+    pub topic: Option<String>,
+    pub ip_family: Option<IpFamily>,
+    /// `tls=insecure`: certificates are read but not verified.
+    pub tls_insecure: bool,
+    /// Shared by all targets with the same one.
+    pub regex: Option<Arc<Regex>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    Get,
+    Head,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IpFamily {
+    V4,
+    V6,
+}
+
+/// Codes and ranges as written in `status=`, e.g. `200-299,301`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatusSet(pub Vec<RangeInclusive<u16>>);
+
+impl StatusSet {
+    pub fn contains(&self, code: u16) -> bool {
+        self.0.iter().any(|range| range.contains(&code))
+    }
+}
+
+impl fmt::Display for StatusSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, range) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            match (range.start(), range.end()) {
+                (start, end) if start == end => write!(f, "{comma}{start}")?,
+                (start, end) => write!(f, "{comma}{start}-{end}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Target {
+    /// A target without options.
+    pub fn new(address: String, url: Url, interval: Duration) -> Self {
+        Self {
+            address,
+            url,
+            interval,
+            timeout: None,
+            status: None,
+            method: Method::Get,
+            follow: DEFAULT_FOLLOW,
+            topic: None,
+            ip_family: None,
+            tls_insecure: false,
+            regex: None,
+        }
+    }
+
+    /// The time for one check: `timeout=` or `default`, and never more than 95 % of the interval.
+    pub fn timeout(&self, default: Duration) -> Duration {
+        self.timeout
+            .unwrap_or(default)
+            .min(self.interval.mul_f64(MAX_TIMEOUT_SHARE))
+    }
+
+    pub fn is_good_status(&self, code: u16) -> bool {
+        match &self.status {
+            Some(set) => set.contains(code),
+            None => DEFAULT_STATUS.contains(&code),
+        }
+    }
+}
+
+/// A line of the host file that means this target.
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.address, duration::text(self.interval))?;
+        if let Some(timeout) = self.timeout {
+            write!(f, " timeout={}", duration::text(timeout))?;
+        }
+        if let Some(status) = &self.status {
+            write!(f, " status={status}")?;
+        }
+        if self.method == Method::Head {
+            f.write_str(" method=HEAD")?;
+        }
+        if self.follow != DEFAULT_FOLLOW {
+            write!(f, " follow={}", self.follow)?;
+        }
+        if let Some(topic) = &self.topic {
+            write!(f, " topic={topic}")?;
+        }
+        match self.ip_family {
+            Some(IpFamily::V4) => f.write_str(" ip=4")?,
+            Some(IpFamily::V6) => f.write_str(" ip=6")?,
+            None => {}
+        }
+        if self.tls_insecure {
+            f.write_str(" tls=insecure")?;
+        }
+        match &self.regex {
+            Some(regex) => write!(f, " {regex}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn every(interval: Duration) -> Target {
+        let url = Url::parse("https://example.com/").unwrap();
+        Target::new("example.com".into(), url, interval)
+    }
+
+    #[test]
+    fn a_check_ends_before_its_next_tick() {
+        let second = Duration::from_secs(1);
+        let cases = [
+            (60, None, 10_000),
+            (10, None, 9_500),
+            (1, None, 950),
+            (10, Some(3), 3_000),
+            (10, Some(30), 9_500),
+        ];
+        for (interval, timeout, expected_millis) in cases {
+            let mut target = every(second * interval);
+            target.timeout = timeout.map(|seconds| second * seconds);
+            let expected = Duration::from_millis(expected_millis);
+            assert_eq!(target.timeout(second * 10), expected, "{interval} {timeout:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_status_option_everything_but_errors_is_good() {
+        let mut target = every(Duration::from_secs(60));
+        let good: Vec<_> = [199, 200, 301, 399, 400, 500]
+            .into_iter()
+            .filter(|code| target.is_good_status(*code))
+            .collect();
+        assert_eq!(good, [200, 301, 399]);
+
+        target.status = Some(StatusSet(vec![404..=404, 500..=599]));
+        let good: Vec<_> = [200, 404, 405, 503]
+            .into_iter()
+            .filter(|code| target.is_good_status(*code))
+            .collect();
+        assert_eq!(good, [404, 503]);
+    }
+}

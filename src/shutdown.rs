@@ -1,0 +1,247 @@
+//! One handle through which the whole program learns that it should stop or read its host file again.
+//!
+//! Owns the signal thread and the stop and reload flags. A request wakes every wait made through the handle, so no part
+//! of the program polls a flag or sleeps; what waits elsewhere (on a channel, in librdkafka) registers a waker.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// From the stop signal to the end of the process, everything in hand flushed: below the ten seconds after which
+/// container runtimes and service managers kill.
+pub const STOP_WITHIN: Duration = Duration::from_secs(9);
+
+/// Why a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The instant was reached.
+    Due,
+    /// A stop was requested; every later wait ends at once.
+    Stop,
+    /// The host file should be read again; said once.
+    Reload,
+}
+
+type Waker = Box<dyn Fn() + Send>;
+
+#[derive(Default)]
+struct State {
+    requested_at: Option<Instant>,
+    reload: bool,
+    wakers: Vec<Waker>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// A clonable handle; all clones mean the same program.
+#[derive(Clone, Default)]
+pub struct Shutdown(Arc<Shared>);
+
+impl Shutdown {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Requests a clean stop, as the first SIGTERM does. Later requests change nothing.
+    pub fn request(&self) {
+        self.change(|state| {
+            state.requested_at.get_or_insert_with(now);
+        });
+    }
+
+    /// Asks for the host file to be read again, as SIGHUP does.
+    pub fn request_reload(&self) {
+        self.change(|state| state.reload = true);
+    }
+
+    pub fn requested(&self) -> bool {
+        self.requested_at().is_some()
+    }
+
+    /// When the stop was requested: everything must be over [`STOP_WITHIN`] after it.
+    pub fn requested_at(&self) -> Option<Instant> {
+        self.lock().requested_at
+    }
+
+    /// Whether a reload was asked for since the last call.
+    pub fn take_reload(&self) -> bool {
+        std::mem::take(&mut self.lock().reload)
+    }
+
+    /// Blocks until the instant, a stop or a reload, whichever is first.
+    pub fn wait_until(&self, instant: Instant) -> Wake {
+        let mut state = self.lock();
+        loop {
+            if state.requested_at.is_some() {
+                return Wake::Stop;
+            }
+            if std::mem::take(&mut state.reload) {
+                return Wake::Reload;
+            }
+            let left = instant.saturating_duration_since(now());
+            if left.is_zero() {
+                return Wake::Due;
+            }
+            state = self
+                .0
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Calls `wake` at every request from now on, on the requesting thread: for waits that this handle cannot end
+    /// itself. It must not block and must not use this handle. Called at once if a stop was already requested.
+    pub fn on_request(&self, wake: impl Fn() + Send + 'static) {
+        let mut state = self.lock();
+        if state.requested_at.is_some() {
+            wake();
+        }
+        state.wakers.push(Box::new(wake));
+    }
+
+    /// From now on SIGTERM and SIGINT request a stop and SIGHUP a reload; a second SIGTERM or SIGINT ends the process at
+    /// once with 128 + its number.
+    ///
+    /// # Errors
+    /// The operating system refused the handlers or the thread.
+    pub fn listen_to_signals(&self) -> io::Result<()> {
+        let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+        let shutdown = self.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for signal in signals.forever() {
+                    match signal {
+                        SIGHUP => shutdown.request_reload(),
+                        _ if shutdown.requested() => end_at_once(128 + signal),
+                        _ => shutdown.request(),
+                    }
+                }
+            })?;
+        Ok(())
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.lock();
+        change(&mut state);
+        self.0.changed.notify_all();
+        state.wakers.iter().for_each(|wake| wake());
+    }
+
+    // A panic in a waker must not take the ability to stop with it.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "an edge: waits need the clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the user asked twice: no destructor may hold the process up"
+)]
+fn end_at_once(status: i32) -> ! {
+    std::process::exit(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3_600);
+    /// Far more than a thread needs to wake up, far less than an hour.
+    const BOUND: Duration = Duration::from_secs(30);
+
+    /// What a wait of an hour, begun on another thread, ends with.
+    fn waiting(shutdown: &Shutdown) -> mpsc::Receiver<Wake> {
+        let (sender, receiver) = mpsc::channel();
+        let shutdown = shutdown.clone();
+        std::thread::spawn(move || sender.send(shutdown.wait_until(now() + HOUR)));
+        receiver
+    }
+
+    #[test]
+    fn a_wait_ends_when_it_is_due() {
+        let shutdown = Shutdown::new();
+        assert_eq!(shutdown.wait_until(now()), Wake::Due);
+        let due = now() + Duration::from_millis(5);
+        assert_eq!(shutdown.wait_until(due), Wake::Due);
+        assert!(now() >= due);
+    }
+
+    #[test]
+    fn a_request_ends_every_wait_and_all_later_ones() {
+        let shutdown = Shutdown::new();
+        let waits = [waiting(&shutdown), waiting(&shutdown)];
+        assert!(!shutdown.requested());
+        shutdown.request();
+        for wait in waits {
+            assert_eq!(wait.recv_timeout(BOUND), Ok(Wake::Stop));
+        }
+        assert!(shutdown.requested());
+        assert_eq!(shutdown.wait_until(now() + HOUR), Wake::Stop);
+        assert_eq!(shutdown.wait_until(now()), Wake::Stop);
+    }
+
+    #[test]
+    fn the_first_request_is_the_one_that_counts() {
+        let shutdown = Shutdown::new();
+        shutdown.request();
+        let first = shutdown.requested_at();
+        assert!(first.is_some());
+        shutdown.clone().request();
+        assert_eq!(shutdown.requested_at(), first);
+    }
+
+    #[test]
+    fn a_reload_is_said_once_and_a_stop_comes_before_it() {
+        let shutdown = Shutdown::new();
+        let wait = waiting(&shutdown);
+        shutdown.request_reload();
+        assert_eq!(wait.recv_timeout(BOUND), Ok(Wake::Reload));
+        assert!(!shutdown.take_reload());
+        assert_eq!(shutdown.wait_until(now()), Wake::Due);
+
+        shutdown.request_reload();
+        assert!(shutdown.take_reload());
+        shutdown.request_reload();
+        shutdown.request();
+        assert_eq!(shutdown.wait_until(now() + HOUR), Wake::Stop);
+    }
+
+    #[test]
+    fn wakers_are_called_at_every_request_and_at_once_after_a_stop() {
+        let shutdown = Shutdown::new();
+        let calls = Arc::new(AtomicUsize::new(0));
+        let count = |calls: &Arc<AtomicUsize>| {
+            let calls = Arc::clone(calls);
+            move || {
+                calls.fetch_add(1, Ordering::SeqCst);
+            }
+        };
+        shutdown.on_request(count(&calls));
+        assert_eq!(calls.load(Ordering::SeqCst), 0);
+        shutdown.request_reload();
+        shutdown.request();
+        assert_eq!(calls.load(Ordering::SeqCst), 2);
+
+        let late = Arc::new(AtomicUsize::new(0));
+        shutdown.on_request(count(&late));
+        assert_eq!(late.load(Ordering::SeqCst), 1);
+    }
+}

@@ -1,0 +1,140 @@
+//! Our program as a child process, as a service manager runs it: its environment, its logs, its signals, its end.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use host_metrics::demo::postgres::ThrowAwayPostgres;
+
+use crate::scratch::{self, Process, now, wait_for};
+
+/// The contract's bound on a clean stop.
+pub const STOP_WITHIN: Duration = Duration::from_secs(9);
+
+/// Variables for one program, collected one by one.
+#[derive(Clone, Debug, Default)]
+pub struct Variables(Vec<(String, String)>);
+
+impl Variables {
+    pub fn new() -> Self {
+        Self::default().with("LOG_LEVEL", "DEBUG")
+    }
+
+    pub fn with(mut self, name: &str, value: impl ToString) -> Self {
+        self.0.retain(|(known, _)| known != name);
+        self.0.push((name.into(), value.to_string()));
+        self
+    }
+
+    pub fn kafka(self, bootstrap_servers: &str, topic: &str) -> Self {
+        self.with("KAFKA_BOOTSTRAP_SERVERS", bootstrap_servers)
+            .with("KAFKA_TOPIC", topic)
+    }
+
+    pub fn database(self, server: &ThrowAwayPostgres) -> Self {
+        self.with("DB_HOST", server.host())
+            .with("DB_PORT", server.port())
+            .with("DB_USER", server.superuser())
+            .with("DB_NAME", server.database())
+    }
+}
+
+pub struct Agent {
+    process: Process,
+    name: String,
+    directory: PathBuf,
+}
+
+impl Agent {
+    pub fn start(arguments: &[&str], variables: &Variables) -> Self {
+        let directory = scratch::directory(arguments[0]);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_host-metrics"));
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .envs(variables.0.iter().map(|(name, value)| (name, value)))
+            .current_dir(&directory)
+            .stdin(Stdio::null())
+            .stdout(File::create(directory.join("stdout")).unwrap())
+            .stderr(File::create(directory.join("stderr")).unwrap());
+        Self {
+            process: Process::start(&mut command),
+            name: arguments[0].into(),
+            directory,
+        }
+    }
+
+    pub fn stderr(&self) -> String {
+        scratch::text(&self.directory.join("stderr"))
+    }
+
+    pub fn stdout(&self) -> String {
+        scratch::text(&self.directory.join("stdout"))
+    }
+
+    pub fn wait_for_stderr(&self, needle: &str, within: Duration) {
+        let what = format!("{} says {needle:?}", self.name);
+        wait_for(
+            within,
+            &what,
+            || self.stderr().contains(needle).then_some(()),
+            || tail(&self.stderr()),
+        );
+    }
+
+    pub fn signal(&self, name: &str) {
+        self.process.signal(name);
+    }
+
+    /// The memory that it has at this moment.
+    pub fn resident_bytes(&self) -> u64 {
+        self.process.resident_bytes()
+    }
+
+    /// How often a line of the log says that.
+    pub fn said(&self, needle: &str) -> usize {
+        self.stderr().lines().filter(|line| line.contains(needle)).count()
+    }
+
+    /// kill -9, and the end of it seen.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    pub fn wait(&mut self, within: Duration) -> ExitStatus {
+        let what = format!("{} ends", self.name);
+        let log = self.directory.join("stderr");
+        wait_for(within, &what, || self.process.exited(), || scratch::text(&log))
+    }
+
+    /// SIGTERM, and a clean end within the contract's time.
+    pub fn stop(mut self) {
+        let begun = now();
+        self.signal("TERM");
+        let status = self.wait(STOP_WITHIN);
+        assert_eq!(
+            status.code(),
+            Some(0),
+            "{} after {:?}: {}",
+            self.name,
+            begun.elapsed(),
+            self.stderr()
+        );
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- {} said:\n{}", self.name, tail(&self.stderr()));
+        }
+    }
+}
+
+/// As much of the end of a log as a person reads.
+pub fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}

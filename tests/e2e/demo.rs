@@ -1,0 +1,108 @@
+//! The demo as a newcomer runs it.
+
+use std::net::TcpStream;
+use std::time::Duration;
+
+use crate::agent::{Agent, Variables};
+use crate::scratch::wait_for;
+
+const SOON: Duration = Duration::from_secs(60);
+
+#[test]
+fn the_demo_ends_by_itself_and_its_ledger_balances() {
+    let mut demo = Agent::start(&["demo", "--for", "8s"], &Variables::default());
+    let status = demo.wait(SOON);
+    let text = demo.stdout();
+    assert_eq!(status.code(), Some(0), "{text}\n{}", demo.stderr());
+    assert!(text.contains("It balances"), "{text}");
+    assert!(!text.contains('\x1b'), "no terminal, no escapes: {text}");
+    assert!(text.contains("psql "), "{text}");
+    // What each page of the sample site is there to show.
+    for (page, outcome) in [
+        ("/up ", " ok"),
+        ("/failing ", " bad_status"),
+        ("/wrong-body ", " regex_mismatch"),
+        ("/hanging ", " response_timeout"),
+        ("/cut ", " connection_closed"),
+        ("/expired ", " tls_cert_expired"),
+        ("/refused ", " connect_refused"),
+    ] {
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("http") && line.contains(page));
+        assert!(
+            line.is_some_and(|line| line.contains(outcome)),
+            "{page}{outcome}: {text}"
+        );
+    }
+    // The ledger's figures are not those of nothing.
+    let due = text
+        .lines()
+        .find(|line| line.contains("ticks were due"))
+        .expect("the ledger");
+    let due: u64 = due.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(due > 40, "{text}");
+}
+
+#[test]
+fn a_stopped_demo_ends_cleanly_with_its_ledger() {
+    let mut demo = Agent::start(&["demo"], &Variables::default());
+    port_of_postgres(&demo);
+    demo.signal("INT");
+    let status = demo.wait(SOON);
+    assert_eq!(status.code(), Some(0), "{}\n{}", demo.stdout(), demo.stderr());
+    assert!(demo.stdout().contains("It balances"), "{}", demo.stdout());
+}
+
+#[test]
+fn a_killed_demo_leaves_no_server_and_no_files_behind() {
+    let mut demo = Agent::start(&["demo"], &Variables::default());
+    let port = port_of_postgres(&demo);
+    let host_file = demo.stdout().lines().find_map(|line| {
+        line.trim()
+            .strip_prefix("hosts ")
+            .map(|path| path.trim().to_owned())
+    });
+    let host_file = std::path::PathBuf::from(host_file.expect("says where the host file is"));
+    assert!(host_file.exists());
+    demo.kill();
+    wait_for(
+        SOON,
+        "Postgres and its directory are gone",
+        || (!host_file.exists() && TcpStream::connect(("127.0.0.1", port)).is_err()).then_some(()),
+        String::new,
+    );
+    assert!(!host_file.parent().unwrap().exists());
+}
+
+#[test]
+fn the_demo_checks_the_users_own_hosts_too() {
+    let directory = crate::scratch::directory("hosts");
+    let path = directory.join("mine");
+    let site = crate::site::Site::start();
+    std::fs::write(&path, site.host_file("1s")).unwrap();
+    let mut demo = Agent::start(
+        &["demo", "--for", "6s", "-c", path.to_str().unwrap()],
+        &Variables::default(),
+    );
+    let status = demo.wait(SOON);
+    let text = demo.stdout();
+    assert_eq!(status.code(), Some(0), "{text}\n{}", demo.stderr());
+    assert!(text.contains("12 hosts: 6 up, 6 down"), "{text}");
+    assert!(text.contains("It balances"), "{text}");
+}
+
+/// Waits until the demo says how to reach its database.
+fn port_of_postgres(demo: &Agent) -> u16 {
+    wait_for(
+        SOON,
+        "the psql command",
+        || {
+            let text = demo.stdout();
+            let (_, after) = text.split_once("psql postgresql://")?;
+            let (_, after) = after.split_once("@127.0.0.1:")?;
+            after.split_once('/')?.0.parse().ok()
+        },
+        || demo.stderr(),
+    )
+}

@@ -1,0 +1,153 @@
+//! Tables that were there before: `consume` as a whole writes to them what they can hold, and says at its start what not.
+
+use crate::agent::Agent;
+use crate::case::{Case, SOON, wait_for_count};
+
+/// DB_TABLE, the SQL that makes it, a row of it as text, and which fields of a record are said not to be stored (the
+/// beginning of the list).
+const TABLES: [(&str, &str, &str, &str); 8] = [
+    (
+        "original",
+        "CREATE TABLE original (address varchar, latency numeric, status_code integer, is_valid boolean)",
+        "(http://h/0,0.5,200,t)",
+        "not stored, for \"public\".\"original\" has no such column: outcome, error",
+    ),
+    (
+        "single",
+        "CREATE TABLE single (address text, latency real, status_code smallint, is_valid boolean)",
+        "(http://h/0,0.5,200,t)",
+        "not stored, for \"public\".\"single\" has no such column: outcome, error",
+    ),
+    (
+        "double",
+        "CREATE TABLE double (address text, latency double precision, status_code bigint, is_valid boolean)",
+        "(http://h/0,0.5,200,t)",
+        "not stored, for \"public\".\"double\" has no such column: outcome, error",
+    ),
+    (
+        "extended",
+        "CREATE TABLE extended (team text NOT NULL DEFAULT 'web', address text NOT NULL, \
+         latency numeric(8,3), status_code integer, is_valid boolean NOT NULL, \
+         is_slow boolean GENERATED ALWAYS AS (latency > 0.4) STORED, outcome text)",
+        "(web,http://h/0,0.500,200,t,t,)",
+        "not stored, for \"public\".\"extended\" has no such column: error",
+    ),
+    (
+        "facade",
+        "CREATE TABLE hosts (name text, seen bigint); \
+         CREATE VIEW facade AS SELECT name AS address, false AS is_valid FROM hosts; \
+         CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+         INSERT INTO hosts VALUES (NEW.address, 1); RETURN NEW; END $$; \
+         CREATE TRIGGER see INSTEAD OF INSERT ON facade FOR EACH ROW EXECUTE FUNCTION see()",
+        "(http://h/0,f)",
+        "not stored, for \"public\".\"facade\" has no such column: latency",
+    ),
+    (
+        "\"Our Checks\".\"Host.Metrics\"",
+        "CREATE SCHEMA \"Our Checks\"; CREATE TABLE \"Our Checks\".\"Host.Metrics\" (\"address\" text, \
+         is_valid boolean, \"Latency\" real)",
+        "(http://h/0,t,)",
+        "not stored, for \"Our Checks\".\"Host.Metrics\" has no such column: latency",
+    ),
+    (
+        "Mixed.HostMetrics",
+        "CREATE SCHEMA \"Mixed\"; CREATE TABLE \"Mixed\".\"HostMetrics\" (address text, \"Is_Valid\" boolean)",
+        "(http://h/0,)",
+        "not stored, for \"Mixed\".\"HostMetrics\" has no such column: latency, status_code, is_valid",
+    ),
+    (
+        "parts",
+        "CREATE TABLE parts (address text, status_code integer) PARTITION BY LIST (status_code); \
+         CREATE TABLE parts_good PARTITION OF parts FOR VALUES IN (200)",
+        "(http://h/0,200)",
+        "not stored, for \"public\".\"parts\" has no such column: latency, is_valid",
+    ),
+];
+
+/// DB_TABLE's value as SQL.
+fn quoted(table: &str) -> String {
+    if table.starts_with('"') {
+        return table.to_owned();
+    }
+    let parts: Vec<String> = table.split('.').map(|part| format!("\"{part}\"")).collect();
+    parts.join(".")
+}
+
+#[test]
+fn every_existing_table_gets_what_it_can_hold_and_what_not_is_said_at_start() {
+    const RECORDS: i64 = 30;
+    let mut case = Case::new("existing", 2);
+    let agents: Vec<Agent> = TABLES
+        .iter()
+        .map(|(table, sql, ..)| {
+            case.db.execute(sql);
+            let variables = case
+                .variables()
+                .with("LOG_LEVEL", "INFO")
+                .with("DB_TABLE", table)
+                .with("KAFKA_GROUP_ID", format!("existing {table}"));
+            Agent::start(&["consume"], &variables)
+        })
+        .collect();
+    case.write(0, 0..RECORDS / 2);
+    case.write(1, RECORDS / 2..RECORDS);
+    for ((table, _, row, not_stored), agent) in TABLES.iter().zip(agents) {
+        let name = quoted(table);
+        wait_for_count(&mut case.db, &name, RECORDS, &[&agent]);
+        let rows = case.db.many(&format!("SELECT t::text FROM {name} t"));
+        assert!(rows.iter().any(|found| found == row), "{table}: {rows:?}");
+        assert_eq!(agent.said(not_stored), 1, "{table}: {}", agent.stderr());
+        agent.stop();
+    }
+}
+
+#[test]
+fn a_user_with_the_contracts_rights_alone_stores_and_outlives_a_lost_connection() {
+    let mut case = Case::new("poor", 1);
+    let user = format!("writer_{}", case.db.name);
+    case.db.execute(&format!(
+        "CREATE ROLE {user} LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC; \
+         CREATE TABLE host_metrics (address text, latency numeric, status_code integer, is_valid boolean); \
+         GRANT INSERT ON host_metrics TO {user}"
+    ));
+    // What init would make beside it, made by hand as the README says.
+    let mut init = Agent::start(&["init"], &case.variables());
+    assert_eq!(init.wait(SOON).code(), Some(0), "{}", init.stderr());
+    case.db.execute(&format!(
+        "GRANT SELECT, INSERT, UPDATE ON host_metrics_offsets TO {user}; GRANT INSERT ON host_metrics_rejected TO {user}"
+    ));
+    let consumer = Agent::start(&["consume"], &case.variables().with("DB_USER", &user));
+    case.write(0, 0..10);
+    case.wait_for_rows(10, &[&consumer]);
+    case.end_backends();
+    case.write(0, 10..20);
+    case.kafka
+        .write(case.name, [(0, None, Some(b"no record".to_vec()))]);
+    case.wait_for_rows(20, &[&consumer]);
+    wait_for_count(&mut case.db, "host_metrics_rejected", 1, &[&consumer]);
+    consumer.stop();
+}
+
+#[test]
+fn a_column_added_while_running_is_written_after_the_next_connection() {
+    let mut case = Case::new("grown", 1);
+    case.db
+        .execute("CREATE TABLE host_metrics (address text, is_valid boolean)");
+    let consumer = Agent::start(&["consume"], &case.variables().with("DB_BATCH_SIZE", 7));
+    case.write(0, 0..20);
+    case.wait_for_rows(20, &[&consumer]);
+    case.db
+        .execute("ALTER TABLE host_metrics ADD latency real, ADD kafka_offset bigint");
+    case.end_backends();
+    case.write(0, 20..40);
+    case.wait_for_rows(40, &[&consumer]);
+    // Read before the connection was found broken, and yet none was written as the old columns had it.
+    assert_eq!(
+        case.db
+            .count("host_metrics WHERE latency = 0.5 AND kafka_offset >= 20"),
+        20
+    );
+    let doubled = "(SELECT FROM host_metrics GROUP BY address HAVING count(*) > 1) t";
+    assert_eq!(case.db.count(doubled), 0);
+    consumer.stop();
+}

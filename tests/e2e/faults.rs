@@ -1,0 +1,73 @@
+//! What stands between two programs and can be told to hurt: a proxy that swallows bytes, a process that is frozen.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown as Close, TcpListener, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+pub fn signal(pid: &str, name: &str) {
+    let status = Command::new("kill")
+        .args([&format!("-{name}"), pid])
+        .status()
+        .unwrap();
+    assert!(status.success(), "kill -{name} {pid}");
+}
+
+/// A stopped process, continued at the end however the test ends.
+pub struct Thaw(pub String);
+
+impl Drop for Thaw {
+    fn drop(&mut self) {
+        // It may be gone already.
+        Command::new("kill").args(["-CONT", &self.0]).output().ok();
+    }
+}
+
+/// Passes bytes between clients and a server until told to swallow them; the connections stay open all the same.
+pub struct Proxy {
+    pub port: u16,
+    /// What the server says does not arrive.
+    pub is_deaf: Arc<AtomicBool>,
+    /// What we say does not arrive.
+    pub is_mute: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    pub fn start(to: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (is_deaf, is_mute) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (deaf, mute) = (Arc::clone(&is_deaf), Arc::clone(&is_mute));
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let client = client.unwrap();
+                let server = TcpStream::connect(("127.0.0.1", to)).unwrap();
+                pass(
+                    client.try_clone().unwrap(),
+                    server.try_clone().unwrap(),
+                    Arc::clone(&mute),
+                );
+                pass(server, client, Arc::clone(&deaf));
+            }
+        });
+        Self {
+            port,
+            is_deaf,
+            is_mute,
+        }
+    }
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, swallow: Arc<AtomicBool>) {
+    thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = from.read(&mut bytes) {
+            if !swallow.load(Ordering::SeqCst) && to.write_all(&bytes[..count]).is_err() {
+                break;
+            }
+        }
+        to.shutdown(Close::Both).ok();
+    });
+}

@@ -1,0 +1,192 @@
+//! `init` and `drop` as an operator runs them: against a real Kafka and a real Postgres, twice, at once, too early.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use host_metrics::demo::postgres::{ThrowAwayPostgres, free_port};
+
+use crate::agent::{Agent, Variables};
+use crate::kafka::Kafka;
+use crate::table::{connect, count};
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// Runs a command to its end; its exit status and what it said.
+fn run(arguments: &[&str], variables: &Variables) -> (Option<i32>, String) {
+    let mut agent = Agent::start(arguments, variables);
+    let status = agent.wait(SOON);
+    (status.code(), agent.stderr())
+}
+
+#[test]
+fn init_makes_topics_and_tables_once_and_says_what_differs() {
+    let kafka = Kafka::shared();
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "init-a,init-b")
+        .database(&server)
+        .with("LOG_LEVEL", "INFO");
+
+    // Two at the same moment, as two replicas of a deployment do.
+    let mut both = [(); 2].map(|()| Agent::start(&["init", "--retention", "1d"], &variables));
+    for agent in &mut both {
+        assert_eq!(agent.wait(SOON).code(), Some(0), "{}", agent.stderr());
+    }
+    for topic in ["init-a", "init-b"] {
+        let said: String = both.iter().map(Agent::stderr).collect();
+        assert_eq!(said.matches(&format!("topic {topic} made")).count(), 1, "{said}");
+    }
+    let mut client = connect(&server);
+    assert_eq!(count(&mut client, "SELECT count(*) FROM host_metrics_offsets"), 0);
+
+    let (status, said) = run(&["init"], &variables);
+    assert_eq!(status, Some(0), "{said}");
+    assert!(
+        said.contains("topic init-a exists: 12 partitions, left as it is"),
+        "{said}"
+    );
+    assert!(said.contains("\"host_metrics_certificates\" exists"), "{said}");
+
+    let asked = [
+        "init",
+        "--partitions",
+        "3",
+        "--replication",
+        "2",
+        "--retention",
+        "7d",
+    ];
+    let (status, said) = run(&asked, &variables);
+    assert_eq!(status, Some(0), "{said}");
+    for difference in [
+        "it has 12 partitions, not 3",
+        "its partitions have 1 replicas, not 2",
+        "its retention.ms is 86400000, not 604800000",
+    ] {
+        assert!(said.contains(difference), "{said}");
+    }
+}
+
+#[test]
+fn a_topic_that_cannot_be_made_ends_init_with_the_reason() {
+    let kafka = Kafka::shared();
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "init-never")
+        .database(&server);
+    let (status, said) = run(&["init", "--replication", "5"], &variables);
+    assert_eq!(status, Some(1), "{said}");
+    assert!(
+        said.contains("init-never not made") && said.contains("--replication"),
+        "{said}"
+    );
+}
+
+#[test]
+fn init_waits_for_servers_that_are_not_there_yet_and_says_so() {
+    let kafka = Kafka::shared();
+    let nobody = free_port().unwrap();
+    let server = ThrowAwayPostgres::start().unwrap();
+    let without_kafka = Variables::new()
+        .kafka(&format!("127.0.0.1:{nobody}"), "init-early")
+        .database(&server);
+    let mut early = Agent::start(&["init"], &without_kafka);
+    early.wait_for_stderr(&format!("waiting for Kafka at 127.0.0.1:{nobody}"), SOON);
+    early.wait_for_stderr("Connection refused", SOON);
+
+    server.stop().unwrap();
+    let without_postgres = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "init-early")
+        .database(&server);
+    let mut patient = Agent::start(&["init"], &without_postgres);
+    patient.wait_for_stderr(
+        &format!("waiting for Postgres at 127.0.0.1:{}", server.port()),
+        SOON,
+    );
+    server.start_again().unwrap();
+    assert_eq!(patient.wait(SOON).code(), Some(0), "{}", patient.stderr());
+    assert_eq!(
+        count(&mut connect(&server), "SELECT count(*) FROM host_metrics"),
+        0
+    );
+
+    // SIGTERM ends the one that still waits.
+    early.signal("TERM");
+    early.wait(SOON);
+}
+
+#[test]
+fn a_refused_login_ends_init_at_once() {
+    let kafka = Kafka::shared();
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "init-login")
+        .database(&server)
+        .with("DB_USER", "nobody-of-this-name");
+    let (status, said) = run(&["init"], &variables);
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("DB_USER"), "{said}");
+}
+
+#[test]
+fn the_printed_sql_needs_no_server_and_psql_takes_it() {
+    let variables = Variables::default().with("DB_TABLE", "s.checks");
+    let mut agent = Agent::start(&["init", "--print-sql"], &variables);
+    assert_eq!(agent.wait(SOON).code(), Some(0), "{}", agent.stderr());
+    let server = ThrowAwayPostgres::start().unwrap();
+    let mut client = connect(&server);
+    client.batch_execute("CREATE SCHEMA s").unwrap();
+    for _ in 0..2 {
+        let mut psql = Command::new(server.program("psql"))
+            .args([
+                "-qX",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-h",
+                server.host(),
+                "-U",
+                server.superuser(),
+            ])
+            .args(["-p", &server.port().to_string(), server.database()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        psql.stdin
+            .take()
+            .unwrap()
+            .write_all(agent.stdout().as_bytes())
+            .unwrap();
+        assert!(psql.wait().unwrap().success());
+    }
+    assert_eq!(count(&mut client, "SELECT count(*) FROM s.checks_latest"), 0);
+}
+
+#[test]
+fn drop_asks_for_yes_and_leaves_the_topic_unless_told() {
+    let kafka = Kafka::shared();
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "init-drop")
+        .database(&server)
+        .with("LOG_LEVEL", "INFO");
+    assert_eq!(run(&["init"], &variables).0, Some(0));
+
+    let (status, said) = run(&["drop"], &variables);
+    assert_eq!(status, Some(2), "{said}");
+    assert!(said.contains("--yes"), "{said}");
+    let (status, said) = run(&["drop", "--yes"], &variables);
+    assert_eq!(status, Some(0), "{said}");
+    assert!(said.contains("\"host_metrics\" dropped"), "{said}");
+    let (_, said) = run(&["init"], &variables);
+    assert!(said.contains("topic init-drop exists"), "{said}");
+    assert!(said.contains("\"host_metrics\" made"), "{said}");
+
+    let (status, said) = run(&["drop", "--yes", "--topic"], &variables);
+    assert_eq!(status, Some(0), "{said}");
+    assert!(said.contains("topic init-drop dropped"), "{said}");
+    let (status, said) = run(&["drop", "--yes", "--topic"], &variables);
+    assert_eq!(status, Some(0), "{said}");
+    assert!(said.contains("no table") && said.contains("init-drop"), "{said}");
+}

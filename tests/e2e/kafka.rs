@@ -1,0 +1,400 @@
+//! A real Apache Kafka: one node in KRaft mode on 127.0.0.1, from the jars that `make setup` fetched.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use host_metrics::demo::postgres::free_port;
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+
+use crate::scratch::{self, Process, wait_for};
+
+/// The JVM's start on a busy machine included.
+const START_WITHIN: Duration = Duration::from_secs(90);
+const REQUEST_WITHIN: Duration = Duration::from_secs(10);
+
+const CLUSTER_ID: &str = "aG9zdC1tZXRyaWNzLWUyZQ";
+
+const LOGGING: &str = "\
+rootLogger.level = warn
+rootLogger.appenderRef.console.ref = console
+appender.console.type = Console
+appender.console.name = console
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = [%d] %p %m (%c)%n
+";
+
+pub struct Kafka {
+    directory: PathBuf,
+    port: u16,
+    broker: Option<Process>,
+}
+
+/// A record as it lies in a topic.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Record {
+    pub partition: i32,
+    pub offset: i64,
+    pub key: Option<Vec<u8>>,
+    pub value: Option<Vec<u8>>,
+    pub timestamp_ms: i64,
+}
+
+impl Kafka {
+    /// The broker that tests share which do not hurt it: every test takes a topic and a group of its own.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Kafka> = OnceLock::new();
+        SHARED.get_or_init(Self::start)
+    }
+
+    pub fn start() -> Self {
+        let directory = scratch::directory("kafka");
+        let (port, controller_port) = (free_port().unwrap(), free_port().unwrap());
+        let settings = format!(
+            "process.roles=broker,controller\n\
+             node.id=1\n\
+             controller.quorum.voters=1@127.0.0.1:{controller_port}\n\
+             listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}\n\
+             advertised.listeners=PLAINTEXT://127.0.0.1:{port}\n\
+             listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT\n\
+             controller.listener.names=CONTROLLER\n\
+             log.dirs={directory}/log\n\
+             auto.create.topics.enable=false\n\
+             offsets.topic.replication.factor=1\n\
+             offsets.topic.num.partitions=4\n\
+             transaction.state.log.replication.factor=1\n\
+             transaction.state.log.min.isr=1\n\
+             group.initial.rebalance.delay.ms=0\n\
+             # Back within seconds after a kill.\n\
+             broker.session.timeout.ms=2000\n\
+             broker.heartbeat.interval.ms=500\n",
+            directory = directory.display()
+        );
+        fs::write(directory.join("server.properties"), settings).unwrap();
+        fs::write(directory.join("log4j2.properties"), LOGGING).unwrap();
+        let mut kafka = Self {
+            directory,
+            port,
+            broker: None,
+        };
+        let mut format = kafka.java("kafka.tools.StorageTool");
+        format
+            .args(["format", "--cluster-id", CLUSTER_ID, "--config"])
+            .arg(kafka.settings());
+        let output = format
+            .output()
+            .unwrap_or_else(|error| panic!("cannot run java ({error}): `make setup`"));
+        assert!(
+            output.status.success(),
+            "{format:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        kafka.start_again();
+        kafka
+    }
+
+    pub fn bootstrap_servers(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        self.broker.take().expect("it runs").kill();
+    }
+
+    /// Sends the broker a signal by its name without SIG, e.g. `STOP`.
+    pub fn signal(&self, name: &str) {
+        self.broker.as_ref().expect("it runs").signal(name);
+    }
+
+    pub fn restart(&mut self) {
+        self.kill();
+        self.start_again();
+    }
+
+    /// Starts the killed broker on the same port and log, and returns when it answers.
+    pub fn start_again(&mut self) {
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.directory.join("broker.log"))
+            .unwrap();
+        let mut command = self.java("kafka.Kafka");
+        command
+            .arg(self.settings())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        let mut broker = Process::start(&mut command);
+        let client: BaseProducer = self.client().create().unwrap();
+        wait_for(
+            START_WITHIN,
+            "Kafka answers",
+            || {
+                let ended = broker.exited();
+                assert_eq!(ended, None, "Kafka ended: {}", self.log());
+                let metadata = client
+                    .client()
+                    .fetch_metadata(None, Duration::from_secs(1))
+                    .ok()?;
+                (!metadata.brokers().is_empty()).then_some(())
+            },
+            || self.log(),
+        );
+        self.broker = Some(broker);
+    }
+
+    /// A client's settings; its own log is silent, because a broker that is away is a part of the tests.
+    pub fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", self.bootstrap_servers());
+        config.set("log_level", "0");
+        config
+    }
+
+    pub fn create_topic(&self, name: &str, partitions: i32) {
+        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let results = self.administer(async |admin, options| admin.create_topics([&topic], options).await);
+        for result in results {
+            assert!(
+                matches!(result, Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists))),
+                "{result:?}"
+            );
+        }
+        self.wait_for_partitions(name, partitions);
+    }
+
+    pub fn delete_topic(&self, name: &str) {
+        for result in self.administer(async |admin, options| admin.delete_topics(&[name], options).await) {
+            result.unwrap();
+        }
+        self.wait_for_partitions(name, 0);
+    }
+
+    /// Makes the topic have `partitions` of them.
+    pub fn add_partitions(&self, name: &str, partitions: i32) {
+        let new = NewPartitions::new(name, partitions as usize);
+        for result in self.administer(async |admin, options| admin.create_partitions([&new], options).await) {
+            result.unwrap();
+        }
+        self.wait_for_partitions(name, partitions);
+    }
+
+    /// Deletes the records of a partition in front of an offset, as retention does.
+    pub fn delete_records(&self, topic: &str, partition: i32, before: i64) {
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(topic, partition, Offset::Offset(before))
+            .unwrap();
+        let deleted = self.administer(async |admin, options| admin.delete_records(&list, options).await);
+        for element in deleted.elements() {
+            element.error().unwrap();
+        }
+    }
+
+    /// The members of a group, by the numbers that Kafka gave them when they joined.
+    pub fn members(&self, group: &str) -> BTreeSet<String> {
+        let client: BaseConsumer = self.client().create().unwrap();
+        let list = client.fetch_group_list(Some(group), REQUEST_WITHIN).unwrap();
+        let members = list.groups().iter().flat_map(|group| group.members());
+        members.map(|member| member.id().to_owned()).collect()
+    }
+
+    /// Whether no rebalance of the group is under way.
+    pub fn group_is_stable(&self, group: &str) -> bool {
+        let client: BaseConsumer = self.client().create().unwrap();
+        let list = client.fetch_group_list(Some(group), REQUEST_WITHIN).unwrap();
+        list.groups().iter().all(|group| group.state() == "Stable")
+    }
+
+    fn administer<T>(
+        &self,
+        request: impl AsyncFnOnce(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<T>,
+    ) -> T {
+        let admin = self.client().create().unwrap();
+        let options = AdminOptions::new().operation_timeout(Some(REQUEST_WITHIN));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(request(&admin, &options)).unwrap()
+    }
+
+    /// Created, or deleted, is not yet known to every part of the broker.
+    fn wait_for_partitions(&self, topic: &str, partitions: i32) {
+        let client: BaseProducer = self.client().create().unwrap();
+        wait_for(
+            REQUEST_WITHIN,
+            "the topic has so many partitions, with leaders",
+            || {
+                let metadata = client.client().fetch_metadata(Some(topic), REQUEST_WITHIN).ok()?;
+                let found = metadata.topics().first()?.partitions();
+                let led = found.iter().filter(|partition| partition.leader() >= 0).count();
+                (led == partitions as usize).then_some(())
+            },
+            || self.log(),
+        );
+    }
+
+    /// Writes records (partition, key, value) and returns when all are acknowledged.
+    pub fn write(
+        &self,
+        topic: &str,
+        records: impl IntoIterator<Item = (i32, Option<Vec<u8>>, Option<Vec<u8>>)>,
+    ) {
+        let producer: BaseProducer = self
+            .client()
+            .set("enable.idempotence", "true")
+            .set("linger.ms", "5")
+            .create()
+            .unwrap();
+        for (partition, key, value) in records {
+            let mut record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic).partition(partition);
+            record.key = key.as_deref();
+            record.payload = value.as_deref();
+            while let Err((error, again)) = producer.send(record) {
+                assert_eq!(
+                    error.rdkafka_error_code(),
+                    Some(RDKafkaErrorCode::QueueFull),
+                    "{error}"
+                );
+                producer.poll(Duration::from_millis(50));
+                record = again;
+            }
+        }
+        producer.flush(Duration::from_secs(60)).unwrap();
+        assert_eq!(producer.in_flight_count(), 0);
+    }
+
+    /// Every record of the topic, by partition and offset.
+    pub fn records(&self, topic: &str) -> Vec<Record> {
+        let consumer: BaseConsumer = self
+            .client()
+            .set("group.id", "e2e-reader")
+            .set("enable.auto.commit", "false")
+            .set("isolation.level", "read_committed")
+            .create()
+            .unwrap();
+        let mut assignment = TopicPartitionList::new();
+        let mut missing = 0;
+        for partition in self.partitions(&consumer, topic) {
+            let (low, high) = consumer
+                .fetch_watermarks(topic, partition, REQUEST_WITHIN)
+                .unwrap();
+            missing += high - low;
+            assignment
+                .add_partition_offset(topic, partition, Offset::Beginning)
+                .unwrap();
+        }
+        consumer.assign(&assignment).unwrap();
+        let mut records = Vec::new();
+        while missing > 0 {
+            let record = consumer.poll(REQUEST_WITHIN).expect("a record in time").unwrap();
+            records.push(Record::from(&record));
+            missing -= 1;
+        }
+        records.sort();
+        records
+    }
+
+    /// The group's committed offset of each partition, in order.
+    pub fn committed(&self, group: &str, topic: &str) -> Vec<Option<i64>> {
+        let consumer: BaseConsumer = self.client().set("group.id", group).create().unwrap();
+        let mut list = TopicPartitionList::new();
+        for partition in self.partitions(&consumer, topic) {
+            list.add_partition(topic, partition);
+        }
+        let committed = consumer.committed_offsets(list, REQUEST_WITHIN).unwrap();
+        committed
+            .elements()
+            .iter()
+            .map(|element| match element.offset() {
+                Offset::Offset(offset) => Some(offset),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn partitions(&self, consumer: &BaseConsumer, topic: &str) -> Vec<i32> {
+        let metadata = consumer.fetch_metadata(Some(topic), REQUEST_WITHIN).unwrap();
+        let mut numbers: Vec<i32> = metadata.topics()[0]
+            .partitions()
+            .iter()
+            .map(|partition| partition.id())
+            .collect();
+        numbers.sort_unstable();
+        numbers
+    }
+
+    fn java(&self, main_class: &str) -> Command {
+        let mut command = Command::new("java");
+        command
+            .args([
+                "-Xms256m",
+                "-Xmx256m",
+                "-XX:+UseSerialGC",
+                "-XX:TieredStopAtLevel=1",
+                "-Xshare:auto",
+            ])
+            .arg(format!(
+                "-Dlog4j2.configurationFile={}/log4j2.properties",
+                self.directory.display()
+            ))
+            .arg("-cp")
+            .arg(jars().join("*"))
+            .arg(main_class)
+            .current_dir(&self.directory)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn settings(&self) -> PathBuf {
+        self.directory.join("server.properties")
+    }
+
+    fn log(&self) -> String {
+        scratch::text(&self.directory.join("broker.log"))
+    }
+}
+
+impl From<&BorrowedMessage<'_>> for Record {
+    fn from(message: &BorrowedMessage<'_>) -> Self {
+        Self {
+            partition: message.partition(),
+            offset: message.offset(),
+            key: message.key().map(<[u8]>::to_vec),
+            value: message.payload().map(<[u8]>::to_vec),
+            timestamp_ms: message
+                .timestamp()
+                .to_millis()
+                .expect("Kafka stamps every record"),
+        }
+    }
+}
+
+/// Where the jars are: HOST_METRICS_KAFKA_LIBS, else where `make setup` puts them.
+fn jars() -> PathBuf {
+    let directory = std::env::var_os("HOST_METRICS_KAFKA_LIBS").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/kafka/libs"),
+        PathBuf::from,
+    );
+    let found = fs::read_dir(&directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .any(|entry| entry.file_name().to_string_lossy().starts_with("kafka_"));
+    assert!(
+        found,
+        "no Kafka in {}: `make setup` fetches it (HOST_METRICS_KAFKA_LIBS names another place)",
+        directory.display()
+    );
+    directory
+}

@@ -1,0 +1,225 @@
+//! Exactly once in effect, through kill -9 and freezing of consumers, crashes of Postgres and kills of the broker, under a stream of
+//! records: seeded, short in `make test`, as long as SOAK_SECONDS says in `make soak`.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use host_metrics::demo::postgres::ThrowAwayPostgres;
+use host_metrics::shutdown::Shutdown;
+use rdkafka::ClientContext;
+use rdkafka::message::{DeliveryResult, Message};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
+
+use crate::agent::{Agent, Variables};
+use crate::kafka::Kafka;
+use crate::scratch::{now, wait_for};
+use crate::table::{connect, try_connect};
+
+const TOPIC: &str = "kills";
+const PARTITIONS: i32 = 8;
+const CONSUMERS: usize = 3;
+
+/// Longer than a session (15 s): the group gives a frozen member's partitions to others, and then it wakes.
+const FROZEN_FOR: Duration = Duration::from_secs(18);
+
+/// Faults come for that long unless SOAK_SECONDS says otherwise.
+const FAULTS_FOR: Duration = Duration::from_secs(30);
+
+/// A member that was killed holds its partitions until its session ends (15 s), and a rebalance or two may follow.
+const CATCH_UP_WITHIN: Duration = Duration::from_secs(90);
+
+/// What one of our records is, by its place: its number, and whether a reader must reject it.
+type Acknowledged = BTreeMap<(i32, i64), (u64, bool)>;
+
+#[derive(Clone, Default)]
+struct Reports(Arc<Mutex<Acknowledged>>);
+
+impl ClientContext for Reports {
+    // The broker is killed by design: librdkafka need not tell.
+    fn log(&self, _: rdkafka::config::RDKafkaLogLevel, _: &str, _: &str) {}
+    fn error(&self, _: rdkafka::error::KafkaError, _: &str) {}
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = Box<(u64, bool)>;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, record: Self::DeliveryOpaque) {
+        let message = result.as_ref().expect("idempotent, and no time limit");
+        let twice = self
+            .0
+            .lock()
+            .unwrap()
+            .insert((message.partition(), message.offset()), *record);
+        assert_eq!(twice, None);
+    }
+}
+
+/// Writes numbered records until told to end; every fiftieth is no record. Returns what Kafka acknowledged: all of them.
+fn stream(kafka: &Kafka, end: Arc<AtomicBool>) -> thread::JoinHandle<Acknowledged> {
+    let reports = Reports::default();
+    let producer: BaseProducer<Reports> = kafka
+        .client()
+        .set("enable.idempotence", "true")
+        .set("message.timeout.ms", "0")
+        .create_with_context(reports.clone())
+        .unwrap();
+    thread::spawn(move || {
+        for number in 0.. {
+            if end.load(Ordering::Relaxed) {
+                break;
+            }
+            let is_bad = number % 50 == 49;
+            let value = if is_bad {
+                format!("{number}")
+            } else {
+                format!(
+                    r#"{{"address":"http://h/{number}","latency":0.5,"status_code":200,"is_valid":true}}"#
+                )
+            };
+            let record: BaseRecord<'_, str, [u8], _> =
+                BaseRecord::with_opaque_to(TOPIC, Box::new((number, is_bad)))
+                    .partition((number % PARTITIONS as u64) as i32)
+                    .payload(value.as_bytes());
+            producer.send(record).map_err(|(error, _)| error).unwrap();
+            // About five hundred a second.
+            producer.poll(Duration::from_millis(2));
+        }
+        producer.flush(Duration::from_secs(60)).unwrap();
+        std::mem::take(&mut *reports.0.lock().unwrap())
+    })
+}
+
+fn start_consumer(variables: &Variables, index: usize) -> Agent {
+    // The first is a dynamic member: its death is noticed by its silence. The others come back as who they were.
+    let variables = match index {
+        0 => variables.clone(),
+        _ => variables
+            .clone()
+            .with("KAFKA_GROUP_INSTANCE_ID", format!("member-{index}")),
+    };
+    Agent::start(&["consume"], &variables)
+}
+
+#[test]
+fn what_kafka_acknowledged_is_stored_exactly_once_through_kills_of_everything() {
+    let seed = number("SOAK_SEED").unwrap_or_else(|| fastrand::u64(..));
+    let faults_for = number("SOAK_SECONDS").map_or(FAULTS_FOR, Duration::from_secs);
+    eprintln!("SOAK_SEED={seed}");
+    let mut rng = Rng::with_seed(seed);
+
+    let mut kafka = Kafka::start();
+    kafka.create_topic(TOPIC, PARTITIONS);
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), TOPIC)
+        .database(&server)
+        .with("LOG_LEVEL", "INFO")
+        .with("DB_BATCH_SECONDS", "0.1");
+    let end_of_stream = Arc::new(AtomicBool::new(false));
+    let stream = stream(&kafka, Arc::clone(&end_of_stream));
+    let mut consumers: Vec<Agent> = (0..CONSUMERS)
+        .map(|index| start_consumer(&variables, index))
+        .collect();
+    wait_for(
+        CATCH_UP_WITHIN,
+        "the first rows",
+        || (crate::table::stored(&mut try_connect(&server).ok()?) > 0).then_some(()),
+        || consumers.iter().map(Agent::stderr).collect(),
+    );
+
+    let pause = Shutdown::new();
+    let until = now() + faults_for;
+    let mut faults = Vec::new();
+    // Every kind comes at the beginning, then as the dice fall.
+    let mut kinds: Vec<u8> = vec![0, 1, 2, 3];
+    rng.shuffle(&mut kinds);
+    kinds.push(4);
+    let mut frozen: Option<(usize, Instant)> = None;
+    while now() < until {
+        pause.wait_until(now() + Duration::from_millis(rng.u64(500..3_000)));
+        if let Some((index, _)) = frozen.take_if(|(_, wakes_at)| now() >= *wakes_at) {
+            faults.push(format!("consumer {index} woke"));
+            consumers[index].signal("CONT");
+        }
+        match kinds.pop().unwrap_or_else(|| rng.u8(..7)) {
+            2 => {
+                faults.push("Postgres crashed".to_owned());
+                server.restart_immediately().unwrap();
+            }
+            3 => {
+                faults.push("broker killed".to_owned());
+                kafka.restart();
+            }
+            4 if frozen.is_none() => {
+                let index = rng.usize(..CONSUMERS);
+                faults.push(format!("consumer {index} froze"));
+                consumers[index].signal("STOP");
+                frozen = Some((index, now() + FROZEN_FOR));
+            }
+            // Most often consumers; by 1 all of them at once.
+            kind => {
+                for (index, consumer) in consumers.iter_mut().enumerate() {
+                    let is_frozen = frozen.is_some_and(|(other, _)| other == index);
+                    if !is_frozen && (kind == 1 || rng.usize(..CONSUMERS) == index) {
+                        faults.push(format!("consumer {index} killed"));
+                        consumer.kill();
+                        *consumer = start_consumer(&variables, index);
+                    }
+                }
+            }
+        }
+    }
+    if let Some((index, _)) = frozen {
+        consumers[index].signal("CONT");
+    }
+    end_of_stream.store(true, Ordering::Relaxed);
+    let acknowledged = stream.join().unwrap();
+    let context = format!("SOAK_SEED={seed}, {} records, {faults:?}", acknowledged.len());
+    eprintln!("{context}");
+
+    let mut client = connect(&server);
+    wait_for(
+        CATCH_UP_WITHIN,
+        "everything acknowledged is stored",
+        || (crate::table::stored(&mut client) >= acknowledged.len() as i64).then_some(()),
+        || {
+            format!(
+                "{context}\n{}",
+                consumers.iter().map(Agent::stderr).collect::<String>()
+            )
+        },
+    );
+    consumers.into_iter().for_each(Agent::stop);
+    let rows = client
+        .query(
+            "SELECT kafka_partition, kafka_offset, address, false FROM host_metrics
+             UNION ALL
+             SELECT kafka_partition, kafka_offset, convert_from(value, 'UTF8'), true FROM host_metrics_rejected",
+            &[],
+        )
+        .unwrap();
+    let mut stored = Acknowledged::new();
+    for row in &rows {
+        let text: String = row.get(2);
+        let number = text.trim_start_matches("http://h/").parse().unwrap();
+        let twice = stored.insert((row.get(0), row.get(1)), (number, row.get(3)));
+        assert_eq!(twice, None, "stored twice: {text}; {context}");
+    }
+    let lost: Vec<_> = acknowledged
+        .iter()
+        .filter(|(place, _)| !stored.contains_key(place))
+        .take(10)
+        .collect();
+    assert!(lost.is_empty(), "lost: {lost:?}; {context}");
+    assert!(stored == acknowledged, "a row that is not its record; {context}");
+}
+
+fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var_os(variable)?;
+    let number = text.to_str().and_then(|text| text.parse().ok());
+    Some(number.unwrap_or_else(|| panic!("{variable}: a whole number")))
+}

@@ -1,0 +1,369 @@
+//! Postgres and Kafka away, frozen, deaf, full, read-only: waited out, said in one line, and everything is stored once.
+
+use std::fs;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use host_metrics::demo::postgres::ThrowAwayPostgres;
+use host_metrics::shutdown::Shutdown;
+use postgres::Client;
+
+use crate::agent::{Agent, STOP_WITHIN, Variables};
+use crate::case::{Case, InProcess, SOON, wait_for_count, write};
+use crate::database::{Database, config, server};
+use crate::faults::{Proxy, Thaw, signal};
+use crate::kafka::Kafka;
+use crate::scratch::{now, wait_for};
+use crate::table;
+
+/// How long a step of Postgres may take before it is given up, with some time to notice.
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(25);
+
+/// What Postgres names and what passes.
+const PASSING: [&str; 6] = ["53100", "53200", "40001", "40P01", "58030", "XX000"];
+
+#[test]
+fn what_passes_is_waited_out_named_in_one_line_and_everything_is_stored_once() {
+    let mut case = Case::new("passing", 2);
+    let user = format!("limited_{}", case.db.name);
+    case.db.execute(&format!(
+        "CREATE ROLE {user} LOGIN; GRANT ALL ON SCHEMA public TO {user}"
+    ));
+    let consumer = Agent::start(&["consume"], &case.variables().with("DB_USER", &user));
+    case.write(0, 0..10);
+    let mut rows = 10;
+    case.wait_for_rows(rows, &[&consumer]);
+    case.db.execute(&format!(
+        "CREATE TABLE fault (code text); GRANT SELECT ON fault TO {user};
+         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+         DECLARE fault text := (SELECT code FROM fault);
+         BEGIN
+             IF fault IS NOT NULL THEN RAISE EXCEPTION 'injected' USING ERRCODE = fault; END IF;
+             RETURN NULL;
+         END $$;
+         CREATE TRIGGER fail AFTER INSERT ON host_metrics FOR EACH STATEMENT EXECUTE FUNCTION fail()"
+    ));
+    let database = case.db.name.clone();
+    let mut faults: Vec<(&str, String, String)> = PASSING
+        .iter()
+        .map(|&code| {
+            (
+                code,
+                format!("INSERT INTO fault VALUES ('{code}')"),
+                "DELETE FROM fault".to_owned(),
+            )
+        })
+        .collect();
+    faults.push((
+        "25006",
+        format!("ALTER DATABASE {database} SET default_transaction_read_only = on"),
+        format!(
+            "SET default_transaction_read_only = off; \
+             ALTER DATABASE {database} RESET default_transaction_read_only"
+        ),
+    ));
+    faults.push((
+        "53300",
+        format!("ALTER ROLE {user} CONNECTION LIMIT 0"),
+        format!("ALTER ROLE {user} CONNECTION LIMIT -1"),
+    ));
+    for (code, begin, end) in &faults {
+        case.db.execute(begin);
+        if !PASSING.contains(code) {
+            // Both count for new connections; so this is 57P01 at the same time.
+            case.end_backends();
+        }
+        case.write(0, rows..rows + 5);
+        case.write(1, rows + 5..rows + 10);
+        consumer.wait_for_stderr(&format!("(SQLSTATE {code})"), SOON);
+        case.db.execute(end);
+        rows += 10;
+        case.wait_for_rows(rows, &[&consumer]);
+    }
+    assert!(consumer.said("(SQLSTATE 57P01)") > 0, "{}", consumer.stderr());
+    // None lasted. One that lasts is said for a person, once, and its end too.
+    let waiting = "[WARN] waiting for Postgres: ";
+    let before = consumer.said(waiting);
+    case.db.execute("INSERT INTO fault VALUES ('53100')");
+    case.write(0, rows..rows + 10);
+    wait_for(
+        SOON,
+        "the wait is said",
+        || (consumer.said(waiting) > before).then_some(()),
+        || consumer.stderr(),
+    );
+    case.db.execute("DELETE FROM fault");
+    rows += 10;
+    case.wait_for_rows(rows, &[&consumer]);
+    consumer.wait_for_stderr("Postgres is back after", SOON);
+    assert_eq!(consumer.said(waiting), before + 1, "{}", consumer.stderr());
+    assert_eq!(
+        consumer.said("injected (SQLSTATE 53100) (for "),
+        1,
+        "{}",
+        consumer.stderr()
+    );
+    consumer.stop();
+    case.assert_exactly_once(&["passing"]);
+    assert_eq!(case.db.count("host_metrics_rejected"), 0, "no row was at fault");
+}
+
+#[test]
+fn a_group_does_not_evict_a_consumer_whose_database_is_away_for_longer_than_a_poll_may_take() {
+    const MAX_POLL_INTERVAL: Duration = Duration::from_secs(6);
+    let kafka = Kafka::shared();
+    kafka.create_topic("evicted", 2);
+    let server = ThrowAwayPostgres::start().unwrap();
+    let mut settings = config(&server, server.database(), "host_metrics");
+    settings.kafka.bootstrap_servers = kafka.bootstrap_servers();
+    settings.topics = vec!["evicted".into()];
+    settings.group_id = "evicted".into();
+    settings.batch_size = 10;
+    settings.batch_wait = Duration::from_millis(100);
+    let milliseconds = MAX_POLL_INTERVAL.as_millis().to_string();
+    let consumer = InProcess::start(
+        settings,
+        &[
+            ("max.poll.interval.ms", &milliseconds),
+            ("session.timeout.ms", "6000"),
+        ],
+    );
+    let counters = &consumer.counters;
+    let wait_for_rows = |rows: u64| {
+        wait_for(
+            SOON,
+            "rows are stored",
+            || (counters.rows() >= rows).then_some(()),
+            || format!("{counters:?}"),
+        );
+    };
+    write(kafka, "evicted", 0, 0..20);
+    wait_for_rows(20);
+    let members = kafka.members("evicted");
+    assert_eq!(members.len(), 1);
+    server.stop().unwrap();
+    // Far more than the two batches hold.
+    write(kafka, "evicted", 1, 20..1_000);
+    let outage_ends = now() + 2 * MAX_POLL_INTERVAL;
+    let pause = Shutdown::new();
+    while now() < outage_ends {
+        assert_eq!(kafka.members("evicted"), members, "evicted");
+        pause.wait_until(now() + Duration::from_millis(500));
+    }
+    assert!(counters.failures() > 0);
+    server.start_again().unwrap();
+    wait_for_rows(1_000);
+    assert_eq!(kafka.members("evicted"), members);
+    assert_eq!(
+        (counters.rows(), counters.rejected(), counters.fences()),
+        (1_000, 0, 0)
+    );
+    consumer.stop();
+    let mut client = table::connect(&server);
+    let records = kafka.records("evicted");
+    assert_eq!(table::stored(&mut client), 1_000);
+    table::assert_positions(&mut client, kafka, "evicted", "evicted", &records);
+}
+
+#[test]
+fn memory_stays_where_it_is_while_postgres_is_away_and_a_stop_says_what_was_in_hand() {
+    const BACKLOG: i64 = 120_000;
+    const ALLOWANCE_BYTES: u64 = 24 << 20;
+    let kafka = Kafka::shared();
+    let case = Case::new("memory", 2);
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = case.variables().database(&server).with("LOG_LEVEL", "INFO");
+    let consumer = Agent::start(&["consume"], &variables);
+    case.write(0, 0..10);
+    let mut client = table::connect(&server);
+    table::wait_for_stored(&mut client, 10, SOON, &consumer);
+    server.stop().unwrap();
+    let before = consumer.resident_bytes();
+    // 30 MB and more, of which 8 MB may be prefetched by the settings, and 200 records be in hand.
+    let padding = "x".repeat(200);
+    for partition in [0, 1] {
+        let record = |number: i64| {
+            let value = format!(r#"{{"address":"http://h/{number}","is_valid":true,"padding":"{padding}"}}"#);
+            (partition, None, Some(value.into_bytes()))
+        };
+        kafka.write(case.name, (0..BACKLOG / 2).map(record));
+    }
+    consumer.wait_for_stderr("200 records in hand", SOON);
+    let pause = Shutdown::new();
+    let watched_until = now() + Duration::from_secs(5);
+    while now() < watched_until {
+        let resident = consumer.resident_bytes();
+        assert!(
+            resident < before + ALLOWANCE_BYTES,
+            "{resident} bytes, {before} before the outage"
+        );
+        pause.wait_until(now() + Duration::from_millis(100));
+    }
+    consumer.signal("TERM");
+    let mut consumer = consumer;
+    let status = consumer.wait(STOP_WITHIN);
+    assert_eq!(status.code(), Some(0), "{}", consumer.stderr());
+    assert_eq!(
+        consumer.said("200 records were read but not written"),
+        1,
+        "{}",
+        consumer.stderr()
+    );
+    server.start_again().unwrap();
+    let again = Agent::start(&["consume"], &variables.with("DB_BATCH_SIZE", 10_000));
+    let mut client = table::connect(&server);
+    table::wait_for_stored(&mut client, 10 + BACKLOG as usize, SOON, &again);
+    again.stop();
+}
+
+/// Our backends and the process that makes new ones, frozen until dropped.
+fn freeze(server: &ThrowAwayPostgres, client: &mut Client) -> Vec<Thaw> {
+    let postmaster = fs::read_to_string(server.data_dir().join("postmaster.pid")).unwrap();
+    let mut pids = vec![postmaster.lines().next().unwrap().trim().to_owned()];
+    let ours = "SELECT pid::text FROM pg_stat_activity WHERE application_name = 'host-metrics'";
+    pids.extend(
+        client
+            .query(ours, &[])
+            .unwrap()
+            .iter()
+            .map(|row| row.get::<_, String>(0)),
+    );
+    let freeze = |pid: String| {
+        signal(&pid, "STOP");
+        Thaw(pid)
+    };
+    pids.into_iter().map(freeze).collect()
+}
+
+#[test]
+fn a_frozen_postgres_is_given_up_and_neither_holds_up_a_stop_nor_doubles_a_row() {
+    let case = Case::new("frozen", 2);
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = case.variables().database(&server);
+    let second = variables
+        .clone()
+        .with("KAFKA_GROUP_ID", "frozen-2")
+        .with("DB_TABLE", "second");
+    let consumer = Agent::start(&["consume"], &variables);
+    let mut leaving = Agent::start(&["consume"], &second);
+    case.write(0, 0..10);
+    let mut client = table::connect(&server);
+    for name in ["host_metrics", "second"] {
+        wait_for(
+            SOON,
+            "the first rows",
+            || {
+                let there = format!("SELECT count(*) FROM pg_class WHERE relname = '{name}'");
+                (table::count(&mut client, &there) == 1).then_some(())?;
+                (table::count(&mut client, &format!("SELECT count(*) FROM {name}")) == 10).then_some(())
+            },
+            || consumer.stderr() + &leaving.stderr(),
+        );
+    }
+    let frozen = freeze(&server, &mut client);
+    case.write(1, 10..20);
+    for agent in [&consumer, &leaving] {
+        agent.wait_for_stderr("no answer within 15", GIVEN_UP_WITHIN);
+    }
+    // By now it tries to connect, in vain too.
+    leaving.signal("TERM");
+    let status = leaving.wait(STOP_WITHIN);
+    assert_eq!(status.code(), Some(0), "{}", leaving.stderr());
+    assert_eq!(
+        leaving.said("10 records were read but not written"),
+        1,
+        "{}",
+        leaving.stderr()
+    );
+    consumer.wait_for_stderr("[WARN] waiting for Postgres: ", SOON);
+    drop(frozen);
+    let again = Agent::start(&["consume"], &second);
+    for (name, agent) in [("host_metrics", &consumer), ("second", &again)] {
+        let rows = format!("SELECT count(*) FROM {name}");
+        wait_for(
+            SOON,
+            "all rows",
+            || (table::count(&mut client, &rows) >= 20).then_some(()),
+            || agent.stderr(),
+        );
+        assert_eq!(table::count(&mut client, &rows), 20, "{name}");
+    }
+    consumer.stop();
+    again.stop();
+}
+
+#[test]
+fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
+    let mut case = Case::new("unanswered", 1);
+    let proxy = Proxy::start(server().port());
+    let consumer = Agent::start(&["consume"], &case.variables().with("DB_PORT", proxy.port));
+    case.write(0, 0..10);
+    case.wait_for_rows(10, &[&consumer]);
+    // Everything but the last answer arrives: what begins the flush is answered, and waits there for a lock.
+    case.db.execute(
+        "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS \
+         'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'; \
+         CREATE TRIGGER hold AFTER INSERT ON host_metrics FOR EACH STATEMENT EXECUTE FUNCTION hold(); \
+         SELECT pg_advisory_lock(42)",
+    );
+    case.write(0, 10..20);
+    let db = &mut case.db;
+    wait_for(
+        SOON,
+        "the flush waits",
+        || (db.count("pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1).then_some(()),
+        || consumer.stderr(),
+    );
+    proxy.is_deaf.store(true, Ordering::SeqCst);
+    case.db.execute("SELECT pg_advisory_unlock(42)");
+    case.wait_for_rows(20, &[&consumer]);
+    consumer.wait_for_stderr("no answer within 15", GIVEN_UP_WITHIN);
+    proxy.is_deaf.store(false, Ordering::SeqCst);
+    case.write(0, 20..30);
+    case.wait_for_rows(30, &[&consumer]);
+    consumer.stop();
+    case.assert_exactly_once(&["unanswered"]);
+}
+
+#[test]
+fn kafka_frozen_and_killed_is_waited_out_and_a_stop_meanwhile_is_clean() {
+    let mut kafka = Kafka::start();
+    kafka.create_topic("broker", 2);
+    let mut db = Database::new();
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "broker")
+        .with("KAFKA_GROUP_ID", "broker")
+        .database(server())
+        .with("DB_NAME", &db.name)
+        .with("DB_BATCH_SECONDS", "0.1");
+    let consumer = Agent::start(&["consume"], &variables);
+    write(&kafka, "broker", 0, 0..10);
+    wait_for_count(&mut db, "host_metrics", 10, &[&consumer]);
+
+    kafka.signal("STOP");
+    let silent = format!(
+        "[WARN] waiting for Kafka: {} does not answer",
+        kafka.bootstrap_servers()
+    );
+    // 15 s for the session, 20 s for a request, 10 s for a new connection.
+    consumer.wait_for_stderr(&silent, Duration::from_secs(60));
+    consumer.stop();
+    kafka.kill();
+    let consumer = Agent::start(&["consume"], &variables);
+    consumer.wait_for_stderr("[WARN] waiting for Kafka: ", SOON);
+    kafka.start_again();
+    write(&kafka, "broker", 1, 10..20);
+    wait_for_count(&mut db, "host_metrics", 20, &[&consumer]);
+    consumer.wait_for_stderr("Kafka is back after", SOON);
+    assert!(consumer.said("[WARN]") < 4, "a flood:\n{}", consumer.stderr());
+    consumer.stop();
+    let stored = db.many(
+        "SELECT concat(kafka_partition, '/', kafka_offset) FROM host_metrics ORDER BY kafka_partition, kafka_offset",
+    );
+    let sent: Vec<String> = kafka
+        .records("broker")
+        .iter()
+        .map(|record| format!("{}/{}", record.partition, record.offset))
+        .collect();
+    assert_eq!(stored, sent);
+}

@@ -1,0 +1,314 @@
+//! Where reading starts, and what happens where Kafka no longer, or not yet, holds what the table's position says.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use host_metrics::shutdown::Shutdown;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use rdkafka::{Offset, TopicPartitionList};
+
+use crate::agent::Agent;
+use crate::case::{Case, SOON, Stream, value};
+use crate::scratch::{now, wait_for};
+
+const REQUEST_WITHIN: Duration = Duration::from_secs(10);
+
+/// Addresses of the table's rows, in order of their records.
+fn stored(case: &mut Case) -> Vec<String> {
+    case.db
+        .many("SELECT address FROM host_metrics ORDER BY kafka_partition, kafka_offset, scheduled_at")
+}
+
+fn addresses(numbers: impl Iterator<Item = i64>) -> Vec<String> {
+    numbers.map(|number| format!("http://h/{number}")).collect()
+}
+
+#[test]
+fn the_tables_position_counts_then_the_groups_commit_then_the_earliest_record() {
+    let mut case = Case::new("starts", 3);
+    for partition in 0..3 {
+        case.write(
+            partition,
+            i64::from(partition) * 10..i64::from(partition + 1) * 10,
+        );
+    }
+    // Kafka says 4 for the first two, the table says 7 for the first.
+    let group: BaseConsumer = case.kafka.client().set("group.id", case.name).create().unwrap();
+    let mut commits = TopicPartitionList::new();
+    for partition in [0, 1] {
+        commits
+            .add_partition_offset(case.name, partition, Offset::Offset(4))
+            .unwrap();
+    }
+    group.commit(&commits, CommitMode::Sync).unwrap();
+    drop(group);
+    let mut init = Agent::start(&["init"], &case.variables());
+    assert_eq!(init.wait(SOON).code(), Some(0), "{}", init.stderr());
+    case.db
+        .execute("INSERT INTO host_metrics_offsets VALUES ('starts', 'starts', 0, 7)");
+    let consumer = case.consume();
+    case.wait_for_rows(3 + 6 + 10, &[&consumer]);
+    consumer.stop();
+    assert_eq!(stored(&mut case), addresses((7..10).chain(14..20).chain(20..30)));
+    assert_eq!(case.kafka.committed("starts", "starts"), [Some(10); 3]);
+}
+
+#[test]
+fn a_position_that_is_deleted_under_a_running_consumer_is_said_and_the_groups_commit_counts() {
+    let mut case = Case::new("deleted", 1);
+    let consumer = case.consume();
+    case.write(0, 0..10);
+    case.wait_for_rows(10, &[&consumer]);
+    wait_for(
+        SOON,
+        "the commit",
+        || (case.kafka.committed("deleted", "deleted") == [Some(10)]).then_some(()),
+        || consumer.stderr(),
+    );
+    case.db.execute("DELETE FROM host_metrics_offsets");
+    case.write(0, 10..20);
+    case.wait_for_rows(20, &[&consumer]);
+    consumer.wait_for_stderr(
+        "the position of deleted/0, 10, is gone from the offsets table",
+        SOON,
+    );
+    consumer.stop();
+    case.assert_exactly_once(&["deleted"]);
+}
+
+#[test]
+fn a_stop_writes_and_commits_what_is_in_hand_however_long_the_batch_would_have_waited() {
+    let mut case = Case::new("patient", 2);
+    let variables = case.variables();
+    let patient = variables
+        .clone()
+        .with("DB_BATCH_SECONDS", 3_600)
+        .with("DB_BATCH_SIZE", 100_000);
+    let consumer = Agent::start(&["consume"], &patient);
+    case.write(0, 0..10);
+    case.write(1, 10..20);
+    let db = &mut case.db;
+    let positions = "(SELECT FROM host_metrics_offsets WHERE next_offset = 0) p";
+    wait_for(
+        SOON,
+        "it knows where to start",
+        || {
+            let is_there = db.one("SELECT (to_regclass('host_metrics_offsets') IS NOT NULL)::text") == "true";
+            (is_there && db.count(positions) == 2).then_some(())
+        },
+        || consumer.stderr(),
+    );
+    // What it has read by now is its own business: it must be written, all else must not be committed.
+    Shutdown::new().wait_until(now() + Duration::from_secs(1));
+    consumer.stop();
+    let written = case.db.count("host_metrics");
+    assert!(written > 0, "a second was not enough to read twenty records");
+    let committed: i64 = case.kafka.committed("patient", "patient").iter().flatten().sum();
+    assert_eq!(committed, written);
+    let consumer = Agent::start(&["consume"], &variables);
+    case.wait_for_rows(20, &[&consumer]);
+    consumer.stop();
+    case.assert_exactly_once(&["patient"]);
+}
+
+#[test]
+fn records_that_kafka_deleted_unread_are_said_and_reading_goes_on_with_the_first_that_is_there() {
+    let mut case = Case::new("retention", 2);
+    let consumer = case.consume();
+    case.write(0, 0..20);
+    case.write(1, 100..110);
+    case.wait_for_rows(30, &[&consumer]);
+    consumer.stop();
+    case.write(0, 20..60);
+    case.kafka.delete_records(case.name, 0, 40);
+    // Of the other one everything is gone: nothing to read until something comes.
+    case.write(1, 110..120);
+    case.kafka.delete_records(case.name, 1, 20);
+    let consumer = case.consume();
+    case.wait_for_rows(50, &[&consumer]);
+    for words in [
+        "the records of retention/0 from 20 to 40 are gone from Kafka, unread (retention): reading goes on at 40",
+        "the records of retention/1 from 10 to 20 are gone from Kafka, unread (retention): reading goes on at 20",
+    ] {
+        consumer.wait_for_stderr(words, SOON);
+        assert_eq!(consumer.said(words), 1, "{}", consumer.stderr());
+    }
+    case.write(1, 120..130);
+    case.wait_for_rows(60, &[&consumer]);
+    consumer.stop();
+    assert_eq!(
+        stored(&mut case),
+        addresses((0..20).chain(40..60).chain(100..110).chain(120..130))
+    );
+    assert_eq!(
+        case.kafka.committed("retention", "retention"),
+        [Some(60), Some(30)]
+    );
+}
+
+#[test]
+fn a_topic_that_was_made_anew_is_said_and_read_from_its_beginning() {
+    let mut case = Case::new("anew", 1);
+    let consumer = case.consume();
+    case.write(0, 0..50);
+    case.wait_for_rows(50, &[&consumer]);
+    consumer.stop();
+    case.kafka.delete_topic(case.name);
+    case.kafka.create_topic(case.name, 1);
+    case.write(0, 100..110);
+    let consumer = case.consume();
+    consumer.wait_for_stderr(
+        "position 50 of anew/0 is beyond the end, 10: the topic was made anew; reading starts at its beginning, 0",
+        SOON,
+    );
+    case.wait_for_rows(60, &[&consumer]);
+    case.write(0, 110..120);
+    case.wait_for_rows(70, &[&consumer]);
+    consumer.stop();
+    assert_eq!(
+        case.db
+            .many("SELECT address FROM host_metrics ORDER BY substr(address, 10)::int"),
+        addresses((0..50).chain(100..120))
+    );
+    assert_eq!(
+        case.db.one("SELECT next_offset::text FROM host_metrics_offsets"),
+        "20"
+    );
+    assert_eq!(case.kafka.committed("anew", "anew"), [Some(20)]);
+}
+
+#[test]
+fn a_topic_that_is_made_anew_under_a_running_consumer_is_read_from_its_beginning() {
+    let mut case = Case::new("anew-live", 1);
+    let consumer = case.consume();
+    case.write(0, 0..50);
+    case.wait_for_rows(50, &[&consumer]);
+    case.kafka.delete_topic(case.name);
+    case.kafka.create_topic(case.name, 1);
+    case.write(0, 100..110);
+    consumer.wait_for_stderr(
+        "position 50 of anew-live/0 is beyond the end, 10",
+        Duration::from_secs(60),
+    );
+    case.wait_for_rows(60, &[&consumer]);
+    case.write(0, 110..120);
+    case.wait_for_rows(70, &[&consumer]);
+    consumer.stop();
+    assert_eq!(case.kafka.committed("anew-live", "anew-live"), [Some(20)]);
+}
+
+#[test]
+fn kafkas_committed_offset_is_never_above_the_tables_position() {
+    const PARTITIONS: i32 = 2;
+    let mut case = Case::new("mirror", PARTITIONS);
+    let stream = Stream::start(case.kafka, case.name, PARTITIONS);
+    let consumer = Agent::start(&["consume"], &case.variables().with("DB_BATCH_SIZE", 10));
+    wait_for(
+        SOON,
+        "rows come",
+        || {
+            (case
+                .db
+                .one("SELECT (to_regclass('host_metrics') IS NOT NULL)::text")
+                == "true")
+                .then_some(())
+        },
+        || consumer.stderr(),
+    );
+    // One flush in three fails, some of them in COMMIT.
+    case.db.execute(
+        "CREATE SEQUENCE s; CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS \
+         'BEGIN IF nextval(''s'') % 3 = 0 THEN RAISE EXCEPTION ''injected'' USING ERRCODE = ''40001''; END IF; \
+         RETURN NULL; END'; \
+         CREATE CONSTRAINT TRIGGER fail AFTER INSERT ON host_metrics DEFERRABLE INITIALLY DEFERRED \
+         FOR EACH ROW WHEN (NEW.kafka_offset % 7 = 0) EXECUTE FUNCTION fail()",
+    );
+    let until = now() + Duration::from_secs(6);
+    let mut commits = 0;
+    while now() < until {
+        let committed = case.kafka.committed(case.name, case.name);
+        // Asked later, so it may be higher.
+        let rows = case
+            .db
+            .client
+            .query("SELECT partition, next_offset FROM host_metrics_offsets", &[])
+            .unwrap();
+        let positions: BTreeMap<i32, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        for (partition, committed) in (0..).zip(committed) {
+            let Some(committed) = committed else { continue };
+            commits += 1;
+            assert!(
+                committed <= positions[&partition],
+                "{partition}: {committed} of {positions:?}"
+            );
+        }
+    }
+    assert!(commits > 10, "{commits}");
+    let sent = stream.end();
+    case.db.execute("DROP TRIGGER fail ON host_metrics");
+    case.wait_for_rows(sent, &[&consumer]);
+    consumer.stop();
+    assert!(
+        case.db
+            .one("SELECT last_value::text FROM s")
+            .parse::<i64>()
+            .unwrap()
+            > 10
+    );
+    case.assert_exactly_once(&["mirror"]);
+}
+
+#[test]
+fn every_compression_is_read_and_so_are_transactions_that_were_committed_and_no_others() {
+    let mut case = Case::new("written", 1);
+    let mut next = 0;
+    for compression in ["none", "gzip", "snappy", "lz4", "zstd"] {
+        let producer: BaseProducer = case
+            .kafka
+            .client()
+            .set("compression.type", compression)
+            .create()
+            .unwrap();
+        send(&producer, case.name, next..next + 20);
+        producer.flush(REQUEST_WITHIN).unwrap();
+        next += 20;
+    }
+    let producer: BaseProducer = case
+        .kafka
+        .client()
+        .set("transactional.id", "written")
+        .create()
+        .unwrap();
+    producer.init_transactions(REQUEST_WITHIN).unwrap();
+    for commits in [true, false, true, false] {
+        producer.begin_transaction().unwrap();
+        send(&producer, case.name, next..next + 20);
+        producer.flush(REQUEST_WITHIN).unwrap();
+        match commits {
+            true => producer.commit_transaction(REQUEST_WITHIN).unwrap(),
+            false => producer.abort_transaction(REQUEST_WITHIN).unwrap(),
+        }
+        next += 20;
+    }
+    let variables = case.variables().with("DB_BATCH_SIZE", 7);
+    let consumer = Agent::start(&["consume"], &variables);
+    case.wait_for_rows(140, &[&consumer]);
+    consumer.stop();
+    // A restart in front of nothing but markers and aborted records is quiet, and what comes behind them is read.
+    let consumer = Agent::start(&["consume"], &variables);
+    case.write(0, next..next + 1);
+    case.wait_for_rows(141, &[&consumer]);
+    assert_eq!(consumer.said("[WARN]"), 0, "{}", consumer.stderr());
+    consumer.stop();
+    let expected = (0..100).chain(100..120).chain(140..160).chain([next]);
+    assert_eq!(stored(&mut case), addresses(expected));
+}
+
+fn send(producer: &BaseProducer, topic: &str, numbers: std::ops::Range<i64>) {
+    for number in numbers {
+        let value = value(number);
+        let record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic).partition(0).payload(&value);
+        producer.send(record).map_err(|(error, _)| error).unwrap();
+    }
+}

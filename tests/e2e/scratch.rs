@@ -1,0 +1,178 @@
+//! What the tests leave on the machine while they run: one directory, and child processes; none outlives the run.
+//!
+//! A guard shell reads a pipe whose only other end is this process's. However this process ends, the pipe does, and the
+//! guard kills the children that are registered by then (a file per process id) and removes the directory.
+
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+const GUARD: &str = r#"
+while read -r _; do :; done
+for file in "$1"/processes/*; do kill -KILL "${file##*/}"; done 2>/dev/null
+rm -rf -- "$1" || { sleep 1; rm -rf -- "$1"; }
+"#;
+
+struct Scratch {
+    directory: PathBuf,
+    // With its standard input: the pipe.
+    _guard: Child,
+}
+
+fn scratch() -> &'static Scratch {
+    static SCRATCH: OnceLock<Scratch> = OnceLock::new();
+    SCRATCH.get_or_init(|| {
+        let directory = tempfile::Builder::new()
+            .prefix("host-metrics-e2e-")
+            .tempdir()
+            .unwrap()
+            .keep();
+        fs::create_dir(directory.join("processes")).unwrap();
+        let guard = Command::new("/bin/sh")
+            .args(["-c", GUARD, "host-metrics-e2e-guard"])
+            .arg(&directory)
+            // Ctrl-C in a terminal is for the tests, not for the one who cleans up after them.
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Scratch {
+            directory,
+            _guard: guard,
+        }
+    })
+}
+
+/// A new, empty directory.
+pub fn directory(name: &str) -> PathBuf {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let path = scratch()
+        .directory
+        .join(format!("{name}-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
+    fs::create_dir(&path).unwrap();
+    path
+}
+
+/// A child process, killed when dropped or when this process ends in whatever way.
+pub struct Process {
+    child: Child,
+    registered: PathBuf,
+}
+
+impl Process {
+    pub fn start(command: &mut Command) -> Self {
+        let processes = scratch().directory.join("processes");
+        let child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+        let registered = processes.join(child.id().to_string());
+        fs::write(&registered, "").unwrap();
+        Self { child, registered }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by its name without SIG, e.g. `TERM`.
+    pub fn signal(&self, name: &str) {
+        // Not waited for yet, so its number is still its own.
+        let status = Command::new("kill")
+            .arg(format!("-{name}"))
+            .arg(self.id().to_string())
+            .status()
+            .unwrap();
+        assert!(status.success(), "kill -{name} of {}", self.id());
+    }
+
+    /// The memory that it has at this moment.
+    pub fn resident_bytes(&self) -> u64 {
+        let id = self.child.id();
+        let kib = match fs::read_to_string(format!("/proc/{id}/status")) {
+            Ok(status) => status
+                .lines()
+                .find_map(|line| {
+                    Some(
+                        line.strip_prefix("VmRSS:")?
+                            .trim_end_matches("kB")
+                            .trim()
+                            .to_owned(),
+                    )
+                })
+                .expect("a running process has memory"),
+            // Only Linux has that file.
+            Err(_) => {
+                let output = Command::new("ps")
+                    .args(["-o", "rss=", "-p", &id.to_string()])
+                    .output()
+                    .unwrap();
+                String::from_utf8_lossy(&output.stdout).trim().to_owned()
+            }
+        };
+        kib.parse::<u64>().unwrap() * 1024
+    }
+
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
+    /// kill -9, and the end of it seen.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+        fs::remove_file(&self.registered).ok();
+    }
+}
+
+/// The file's text, empty where there is none yet.
+pub fn text(path: &std::path::Path) -> String {
+    match fs::read(path) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) => panic!("cannot read {}: {error}", path.display()),
+    }
+}
+
+/// Waits until `look` finds something, and returns that; fails after `within`, with what `explain` says.
+pub fn wait_for<T>(
+    within: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Option<T>,
+    explain: impl FnOnce() -> String,
+) -> T {
+    let deadline = now() + within;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        if now() > deadline {
+            panic!("not within {within:?}: {what}\n{}", explain());
+        }
+        pause(Duration::from_millis(20));
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests of real processes live in real time"
+)]
+pub fn now() -> Instant {
+    Instant::now()
+}
+
+#[expect(clippy::disallowed_methods, reason = "between two looks at a condition")]
+fn pause(duration: Duration) {
+    std::thread::sleep(duration);
+}

@@ -1,0 +1,662 @@
+//! The real binary, with an environment of its own: exit statuses, and the exact words on standard output and error.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use host_metrics::config::NAMES;
+use host_metrics::sample;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_host-metrics");
+
+/// A working directory, and what runs in it without any variable that a test did not set.
+struct Place(tempfile::TempDir);
+
+struct Ran {
+    status: i32,
+    stdout: String,
+    stderr: String,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn write(&self, name: &str, contents: impl AsRef<[u8]>) {
+        fs::write(self.path().join(name), contents).unwrap();
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command
+            .args(args)
+            .env_clear()
+            .current_dir(self.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        ran(self.command(args).output().unwrap())
+    }
+}
+
+fn ran(output: Output) -> Ran {
+    Ran {
+        status: output.status.code().unwrap_or_else(|| panic!("{output:?}")),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+impl Ran {
+    /// Refused: exit status 2, nothing on standard output, this on standard error.
+    #[track_caller]
+    fn is_wrong(&self, stderr: &str) {
+        assert_eq!(
+            (self.stderr.as_str(), self.stdout.as_str(), self.status),
+            (stderr, "", 2)
+        );
+    }
+}
+
+#[test]
+fn help_and_version_are_results() {
+    let place = Place::new();
+    for flag in ["-h", "--help"] {
+        let help = place.run(&[flag]);
+        assert_eq!((help.status, help.stderr.as_str()), (0, ""));
+        for word in [
+            "produce",
+            "consume",
+            "check",
+            "validate",
+            "init",
+            "drop",
+            "status",
+            "health",
+            "demo",
+            "Examples:",
+            "Exit status:",
+        ] {
+            assert!(help.stdout.contains(word), "{flag} lacks {word}");
+        }
+        let widest = help.stdout.lines().map(str::len).max();
+        assert!(widest <= Some(100), "{widest:?}");
+    }
+    let help = place.run(&["--help"]).stdout;
+    for name in NAMES {
+        assert!(help.contains(name), "--help lacks {name}");
+    }
+    for command in ["produce", "consume", "check", "validate", "init", "drop", "demo"] {
+        assert_eq!(place.run(&[command, "-h"]).status, 0);
+    }
+    for flag in ["-v", "--version"] {
+        let version = place.run(&[flag]);
+        let expected = format!("host-metrics {}", env!("CARGO_PKG_VERSION"));
+        assert!(version.stdout.starts_with(&expected), "{}", version.stdout);
+        assert_eq!((version.status, version.stderr.as_str()), (0, ""));
+    }
+}
+
+#[test]
+fn a_command_line_that_is_none_is_status_2() {
+    let place = Place::new();
+    let cases: [&[&str]; 10] = [
+        &[],
+        &["frob"],
+        &["produce"],
+        &["produce", "-c"],
+        &["consume", "--frob"],
+        &["check"],
+        &["check", "a", "b", "c"],
+        &["init", "--partitions", "0"],
+        &["demo", "--for", "30"],
+        &["demo", "--for", "0s"],
+    ];
+    for args in cases {
+        let ran = place.run(args);
+        assert_eq!((ran.status, ran.stdout.as_str()), (2, ""), "{args:?}");
+        assert!(!ran.stderr.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn all_wrong_variables_are_told_in_one_run() {
+    let remedy = |name| format!("set it in the environment, in .env or by -e {name}=VALUE");
+    Place::new().run(&["consume", "-e", "DB_BATCH_SIZE=0", "-e", "DB_SSLMODE=allow"]).is_wrong(&format!(
+        "KAFKA_BOOTSTRAP_SERVERS is not set: expected host:port, or several with commas between; {}\n\
+         DB_HOST is not set: expected a host's name, its address, or the directory of its socket; {}\n\
+         DB_NAME is not set: expected the database's name; {}\n\
+         DB_USER is not set: expected the name of the database's user; {}\n\
+         DB_SSLMODE=\"allow\": expected disable, prefer, require, verify-ca or verify-full; correct it, or leave it \
+         unset for prefer\n\
+         DB_BATCH_SIZE=\"0\": expected a whole number from 1 to 100000; correct it, or leave it unset for 100\n",
+        remedy("KAFKA_BOOTSTRAP_SERVERS"),
+        remedy("DB_HOST"),
+        remedy("DB_NAME"),
+        remedy("DB_USER"),
+    ));
+}
+
+#[test]
+fn a_wrong_variable_and_a_wrong_host_file_are_told_together() {
+    let place = Place::new();
+    place.write("hosts", "example.com 5x\n");
+    place.run(&["produce", "-c", "hosts", "-e", "KAFKA_BOOTSTRAP_SERVERS=k:1", "-e", "MAX_THREADS=0"]).is_wrong(
+        "MAX_THREADS=\"0\": expected a whole number from 1 to 30000; correct it, or leave it unset for 1024\n\
+         hosts:1:13: `5x` is no FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+         e.g. `5` or `30s`\n    \
+         example.com 5x\n    \
+         \x20           ^\n",
+    );
+}
+
+#[test]
+fn an_unknown_variable_behind_e_is_an_error_and_its_value_is_not_repeated() {
+    let place = Place::new();
+    place.write("hosts", "example.com 5\n");
+    let args = [
+        "validate",
+        "-c",
+        "hosts",
+        "-e",
+        "DB_PASSWD=secret",
+        "-e",
+        "DB_PASSWORD",
+        "-e",
+        "secret",
+        "-e",
+        "=secret",
+    ];
+    place.run(&args).is_wrong(
+        "-e \"DB_PASSWD\": no such variable; `host-metrics --help` lists them\n\
+         -e DB_PASSWORD: expected NAME=VALUE; write -e DB_PASSWORD=VALUE\n\
+         -e: expected NAME=VALUE, got a word without a `=`\n\
+         -e \"\": no such variable; `host-metrics --help` lists them\n",
+    );
+}
+
+#[test]
+fn secrets_are_never_printed() {
+    let place = Place::new();
+    place.write("secret", "hunter2\n");
+    place.write(
+        ".env",
+        "DB_PASSWORD=hunter2 and more\nKAFKA_SASL_PASSWORD='hunter2\n",
+    );
+    place.write("hosts", "https://me:hunter2@example.com/ 5\n");
+    let secrets = [
+        ("DB_PASSWORD", "hunter2"),
+        ("KAFKA_SASL_USERNAME", "hunter2"),
+        ("KAFKA_SASL_PASSWORD", "hunter2"),
+    ];
+    for (name, value) in secrets {
+        let flag = format!("{name}={value}");
+        let file = format!("{name}_FILE=secret");
+        for (command, level) in [
+            ("consume", "x"),
+            ("produce", "TRACE"),
+            ("init", "x"),
+            ("drop", "x"),
+        ] {
+            for protocol in ["PLAINTEXT", "SASL_SSL", "x"] {
+                let (level, protocol) = (
+                    format!("LOG_LEVEL={level}"),
+                    format!("KAFKA_SECURITY_PROTOCOL={protocol}"),
+                );
+                let mut args = vec![command, "-e", &flag, "-e", &file, "-e", &level, "-e", &protocol];
+                if command == "produce" {
+                    args.extend(["-c", "hosts"]);
+                }
+                let ran = place.run(&args);
+                assert_eq!(ran.status, 2, "{args:?}");
+                assert!(
+                    !format!("{}{}", ran.stdout, ran.stderr).contains("hunter2"),
+                    "{}",
+                    ran.stderr
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_flag_wins_over_the_environment_and_that_over_the_file() {
+    let place = Place::new();
+    place.write("hosts", "example.com 1h\n");
+    let timeout = |args: &[&str], environment: Option<&str>| {
+        let mut command = place.command(&[args, &["validate", "-c", "hosts"]].concat());
+        if let Some(value) = environment {
+            command.env("CHECK_TIMEOUT", value);
+        }
+        let ran = ran(command.output().unwrap());
+        assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+        let row = ran.stdout.lines().nth(1).unwrap().to_owned();
+        row.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    assert_eq!(timeout(&[], None), "10s");
+    place.write(
+        ".env",
+        "\u{feff}# mine\nOTHER=$x\nexport CHECK_TIMEOUT='4s' # seconds\n",
+    );
+    assert_eq!(timeout(&[], None), "4s");
+    assert_eq!(timeout(&[], Some("5s")), "5s");
+    assert_eq!(timeout(&["-e", "CHECK_TIMEOUT=6s"], Some("5s")), "6s");
+    // Empty is a value too: the default.
+    assert_eq!(timeout(&[], Some("")), "10s");
+    assert_eq!(timeout(&["-e", "CHECK_TIMEOUT="], Some("5s")), "10s");
+    assert_eq!(
+        timeout(&["-e", "CHECK_TIMEOUT=6s", "-e", "CHECK_TIMEOUT=7s"], None),
+        "7s"
+    );
+    place.write("other", "CHECK_TIMEOUT=8s\n");
+    assert_eq!(timeout(&["--env-file", "other"], None), "8s");
+}
+
+#[test]
+fn common_flags_stand_before_the_command_or_behind_it() {
+    let place = Place::new();
+    place.write("hosts", "example.com 1h\n");
+    let ran = place.run(&[
+        "-e",
+        "MAX_THREADS=0",
+        "-e",
+        "CHECK_TIMEOUT=x",
+        "validate",
+        "-c",
+        "hosts",
+        "-e",
+        "MAX_THREADS=1",
+    ]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.stderr.starts_with("CHECK_TIMEOUT=\"x\": "), "{}", ran.stderr);
+    assert_eq!(ran.stderr.lines().count(), 1);
+}
+
+#[test]
+fn a_file_of_variables_that_cannot_be_read_is_named_with_its_line() {
+    let place = Place::new();
+    place.write("hosts", "example.com 1h\n");
+    let validate = ["validate", "-c", "hosts"];
+    place.write(".env", "# one\nDB_PORT=5432\nDB_PASSWORD=two words\nnonsense\n");
+    let expected = "expected NAME=VALUE; a value with blanks, quotes or `$` stands in single quotes";
+    place
+        .run(&validate)
+        .is_wrong(&format!(".env:3: {expected}\n.env:4: {expected}\n"));
+
+    fs::remove_file(place.path().join(".env")).unwrap();
+    place
+        .run(&["--env-file", "none", "validate", "-c", "hosts"])
+        .is_wrong("cannot read the variables' file \"none\": No such file or directory (os error 2)\n");
+    fs::create_dir(place.path().join(".env")).unwrap();
+    place
+        .run(&validate)
+        .is_wrong("cannot read the variables' file \".env\": Is a directory (os error 21)\n");
+}
+
+#[test]
+fn a_variable_that_is_not_utf_8_is_told_and_others_of_the_environment_do_not_matter() {
+    let place = Place::new();
+    place.write("hosts", "example.com 1h\n");
+    let mut command = place.command(&["validate", "-c", "hosts"]);
+    let output = command
+        .env("SOMEBODY_ELSES", OsStr::from_bytes(b"\xff"))
+        .output()
+        .unwrap();
+    assert_eq!(ran(output).status, 0);
+    let output = command
+        .env("CHECK_TIMEOUT", OsStr::from_bytes(b"\xff"))
+        .output()
+        .unwrap();
+    ran(output).is_wrong("CHECK_TIMEOUT: its value in the environment is not UTF-8; correct it\n");
+}
+
+#[test]
+fn validate_prints_the_hosts_and_the_forecast() {
+    let place = Place::new();
+    place.write(
+        "hosts",
+        "# mine\n\
+         https://google.com 5\n\
+         https://shop.example/ 10s timeout=30s status=200-299,301 Add to basket\n",
+    );
+    let ran = place.run(&["validate", "-c", "hosts"]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+    assert_eq!(
+        ran.stdout,
+        "EVERY   TIMEOUT HOST\n\
+         5m      10s     https://google.com\n\
+         10s     9500ms  https://shop.example/, good status 200-299,301, body matches Add to basket\n\
+         \n\
+         hosts        2\n\
+         checks/s     0.10\n\
+         threads      2 at worst, where every host hangs\n\
+         records/day  8928\n\
+         table/month  80 MB, at 300 bytes a row with its index\n\
+         \n\
+         warning: https://shop.example/: timeout=30s is cut to 9500ms, 95 % of the interval of 10s: \
+         a check ends before the next one is due\n"
+    );
+}
+
+#[test]
+fn a_host_file_that_cannot_be_read_is_named() {
+    let place = Place::new();
+    let remedy = "-c takes a file, or - for standard input";
+    place.run(&["validate", "-c", "."]).is_wrong(&format!(
+        "cannot read the host file \".\": Is a directory (os error 21); {remedy}\n"
+    ));
+    place.run(&["validate", "-c", "none"]).is_wrong(&format!(
+        "cannot read the host file \"none\": No such file or directory (os error 2); {remedy}\n"
+    ));
+    let set = ["-e", "KAFKA_BOOTSTRAP_SERVERS=k:1"];
+    place
+        .run(&[&set, ["produce", "-c"].as_slice(), &["none"]].concat())
+        .is_wrong(&format!(
+            "cannot read the host file \"none\": No such file or directory (os error 2); {remedy}\n"
+        ));
+}
+
+#[test]
+fn a_dash_is_standard_input() {
+    let place = Place::new();
+    let with_stdin = |bytes: &[u8]| {
+        let mut command = place.command(&["validate", "-c", "-"]);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(bytes).unwrap();
+        ran(child.wait_with_output().unwrap())
+    };
+    assert!(
+        with_stdin(b"example.com 5\n")
+            .stdout
+            .contains("example.com -> https://example.com/")
+    );
+    with_stdin(b"x y\n").is_wrong(
+        "<stdin>:1:3: `y` is no FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+         e.g. `5` or `30s`\n    \
+         x y\n    \
+         \x20 ^\n",
+    );
+
+    let no_host = "<stdin>:1:1: no host in the file; write one a line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
+                   e.g. https://example.com 5\n    \n    ^\n";
+    with_stdin(b"").is_wrong(no_host);
+    let closed = Command::new("/bin/sh")
+        .args(["-c", &format!("exec '{BINARY}' validate -c - <&-")])
+        .env_clear()
+        .current_dir(place.path())
+        .output()
+        .unwrap();
+    ran(closed).is_wrong(no_host);
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error_and_a_full_disk_is_one() {
+    let place = Place::new();
+    place.write(
+        "hosts",
+        (0..5_000)
+            .map(|n| format!("host-{n}.example 5\n"))
+            .collect::<String>(),
+    );
+    let mut command = place.command(&["validate", "-c", "hosts"]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let gone = ran(child.wait_with_output().unwrap());
+    assert_eq!((gone.status, gone.stderr.as_str()), (0, ""));
+
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let full = ran(command.stdout(full).output().unwrap());
+    assert_eq!(full.status, 1);
+    assert_eq!(
+        full.stderr,
+        "error: cannot write to standard output: No space left on device (os error 28)\n"
+    );
+    // Nobody left to tell, and still no panic.
+    let all_full = || File::options().write(true).open("/dev/full").unwrap();
+    let status = place
+        .command(&["--help"])
+        .stdout(all_full())
+        .stderr(all_full())
+        .status();
+    assert_eq!(status.unwrap().code(), Some(0));
+    let status = place.command(&["consume"]).stderr(all_full()).status();
+    assert_eq!(status.unwrap().code(), Some(2));
+}
+
+/// One answer to one request, and the address for it.
+fn site(answer: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}/", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = Vec::new();
+        let mut byte = [0];
+        while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() == 1 {
+            request.push(byte[0]);
+        }
+        stream.write_all(answer.as_bytes()).unwrap();
+    });
+    address
+}
+
+#[test]
+fn check_says_what_it_found_and_its_status_whether_that_is_valid() {
+    let place = Place::new();
+    let hello = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
+    let address = site(hello);
+    let ran = place.run(&["check", &address, "h.llo"]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+    for line in [
+        "valid        yes",
+        "outcome      ok",
+        "status       200",
+        "regex        found",
+        "ip           127.0.0.1",
+    ] {
+        assert!(
+            ran.stdout.lines().any(|printed| printed == line),
+            "{}",
+            ran.stdout
+        );
+    }
+
+    let ran = place.run(&["check", &site(hello), "bye"]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (1, ""));
+    assert!(
+        ran.stdout.contains("outcome      regex_mismatch"),
+        "{}",
+        ran.stdout
+    );
+
+    let address = site("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
+    let ran = place.run(&[
+        "check",
+        &address,
+        "-o",
+        "status=404",
+        "--json",
+        "-e",
+        "AGENT_NAME=me",
+    ]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+    let record = ran.stdout.strip_suffix('\n').unwrap();
+    let sample = sample::decode(record.as_bytes()).unwrap();
+    assert_eq!(
+        (&*sample.address, sample.status_code, sample.is_valid),
+        (&*address, Some(404), true)
+    );
+    assert_eq!(
+        (sample.agent.as_deref(), sample.interval_seconds),
+        (Some("me"), None)
+    );
+}
+
+#[test]
+fn check_refuses_wrong_input() {
+    let place = Place::new();
+    place
+        .run(&[
+            "check",
+            "https://me:secret@example.com/",
+            "a(",
+            "-e",
+            "CHECK_TIMEOUT=0s",
+        ])
+        .is_wrong(
+            "CHECK_TIMEOUT=\"0s\": expected a whole number with ms, s, m, h or d, from 1ms to 1d, e.g. 10s\n\
+             ADDRESS:9: credentials in the address (`https://***@example.com/`) would stand in every record; \
+             remove them\n    \
+             https://***@example.com/\n    \
+             \x20       ^\n\
+             REGEX:2: the REGEX is none: unclosed group\n    \
+             a(\n    \
+             \x20^\n",
+        );
+}
+
+#[test]
+fn a_log_line_has_its_time_in_utc_and_its_level_and_goes_to_standard_error() {
+    let place = Place::new();
+    place.write("no-authorities", "");
+    let check = |level: &str| {
+        let mut command = place.command(&["check", &site("HTTP/1.1 204 No Content\r\n\r\n")]);
+        // The system's authorities are looked for here and not found: worth a warning.
+        command
+            .env("SSL_CERT_FILE", "no-authorities")
+            .env("SSL_CERT_DIR", ".");
+        ran(command.env("LOG_LEVEL", level).output().unwrap())
+    };
+    for level in ["", "warn", "TRACE"] {
+        let ran = check(level);
+        assert_eq!(ran.status, 0);
+        let (time, message) = ran.stderr.split_once(" [WARN] ").unwrap();
+        let shape: String = time
+            .chars()
+            .map(|c| if c.is_ascii_digit() { '0' } else { c })
+            .collect();
+        assert_eq!(shape, "0000-00-00T00:00:00.000Z");
+        assert!(
+            message.starts_with("this machine has no trusted CA certificates"),
+            "{message}"
+        );
+        assert_eq!(message.find('\n'), Some(message.len() - 1), "{message}");
+    }
+    for level in ["ERROR", "off"] {
+        assert_eq!(check(level).stderr, "");
+    }
+}
+
+#[test]
+fn health_asks_the_agent_at_metrics_addr() {
+    let place = Place::new();
+    place.run(&["health"]).is_wrong(
+        "METRICS_ADDR is not set: `health` asks the agent that listens there, so set it for the agent and for \
+         `health` alike, e.g. METRICS_ADDR=127.0.0.1:9464\n",
+    );
+    place.run(&["health", "-e", "METRICS_ADDR=localhost"]).is_wrong(
+        "METRICS_ADDR=\"localhost\": expected an IP address and a port, e.g. 0.0.0.0:9464 or [::]:9464\n",
+    );
+    let nobody = place.run(&["health", "-e", "METRICS_ADDR=0.0.0.0:1"]);
+    assert_eq!((nobody.status, nobody.stdout.as_str()), (1, ""));
+    assert!(
+        nobody
+            .stderr
+            .starts_with("error: no agent answers at 127.0.0.1:1: "),
+        "{}",
+        nobody.stderr
+    );
+    for (answer, status, stdout) in [
+        ("HTTP/1.1 200 OK\r\n\r\nready\n", 0, "ready\n"),
+        (
+            "HTTP/1.1 503 Service Unavailable\r\n\r\nwaiting for Kafka\n",
+            1,
+            "not ready: waiting for Kafka\n",
+        ),
+    ] {
+        let address = site(answer)
+            .trim_start_matches("http://")
+            .trim_end_matches('/')
+            .to_owned();
+        let ran = place.run(&["health", "-e", &format!("METRICS_ADDR={address}")]);
+        assert_eq!(
+            (ran.status, ran.stdout.as_str(), ran.stderr.as_str()),
+            (status, stdout, "")
+        );
+    }
+}
+
+#[test]
+fn an_agent_whose_metrics_addr_is_taken_does_not_start_but_once_does() {
+    let place = Place::new();
+    place.write("hosts", "http://127.0.0.1:1/ 1m\n");
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let metrics = format!("METRICS_ADDR={address}");
+    let expected =
+        format!("error: METRICS_ADDR: cannot listen on {address}; free it, or set another address: ");
+    let kafka = rdkafka::mocking::MockCluster::new(1).unwrap();
+    kafka.create_topic("host-metrics", 1, 1).unwrap();
+    let servers = format!("KAFKA_BOOTSTRAP_SERVERS={}", kafka.bootstrap_servers());
+    let database = ["-e", "DB_HOST=127.0.0.1", "-e", "DB_NAME=n", "-e", "DB_USER=u"];
+    let produce = ["produce", "-c", "hosts", "-e", &metrics, "-e", &servers];
+    let consume = [&["consume", "-e", &metrics, "-e", &servers][..], &database].concat();
+    for args in [&produce[..], &consume] {
+        let ran = place.run(args);
+        assert_eq!(ran.status, 1, "{}", ran.stderr);
+        assert!(ran.stderr.starts_with(&expected), "{}", ran.stderr);
+    }
+    // It runs beside an agent that has the address.
+    let once = place.run(&[&produce[..], &["--once"]].concat());
+    assert_eq!(once.status, 0, "{}", once.stderr);
+}
+
+#[test]
+fn status_says_which_variables_and_which_server_it_lacks() {
+    let place = Place::new();
+    let ran = place.run(&["status"]);
+    assert_eq!((ran.status, ran.stdout.as_str()), (2, ""));
+    for name in ["DB_HOST", "DB_NAME", "DB_USER"] {
+        assert!(
+            ran.stderr.contains(&format!("{name} is not set")),
+            "{}",
+            ran.stderr
+        );
+    }
+    assert!(!ran.stderr.contains("KAFKA"), "it can do without: {}", ran.stderr);
+    let flags = [
+        "-e",
+        "DB_HOST=127.0.0.1",
+        "-e",
+        "DB_PORT=1",
+        "-e",
+        "DB_NAME=n",
+        "-e",
+        "DB_USER=u",
+    ];
+    let ran = place.run(&[&["status", "--json"][..], &flags].concat());
+    assert_eq!((ran.status, ran.stdout.as_str()), (1, ""));
+    assert!(
+        ran.stderr.starts_with("error: Postgres at 127.0.0.1:1: "),
+        "{}",
+        ran.stderr
+    );
+}

@@ -1,0 +1,13 @@
+//! Integration tests on one machine without servers: real sockets, real certificates, librdkafka's in-process broker.
+
+mod check;
+mod command_line;
+mod consume;
+mod demo;
+mod host_file;
+mod metrics;
+mod produce;
+mod sample;
+mod simulator;
+mod site;
+mod status;
