@@ -111,6 +111,13 @@ impl Agent {
 
     /// SIGTERM, and a clean end within the contract's time.
     pub fn stop(mut self) {
+        // A signal that comes before it listens ends any process. Its first words come after that.
+        wait_for(
+            STOP_WITHIN,
+            "it has begun to work",
+            || (!self.stderr().is_empty()).then_some(()),
+            || format!("{} says nothing", self.name),
+        );
         let begun = now();
         self.signal("TERM");
         let status = self.wait(STOP_WITHIN);
