@@ -1,7 +1,6 @@
 //! argv → configuration → logging → signals → run. Prints errors, once; everything else is the library's.
 
-use std::fs::File;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -19,9 +18,6 @@ use host_metrics::{check, consume, demo, init, logging, status, validate};
 
 const COULD_NOT_GO_ON: u8 = 1;
 const WRONG_INPUT: u8 = 2;
-
-/// A million hosts of 60 bytes; what is longer is no host file.
-const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -66,7 +62,7 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<Exi
     let (config, targets) = both(config::produce(variables), read_targets(&args.host_file))?;
     logging::start(config::log_level(variables)?)?;
     let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
-    let host_file = Some(args.host_file.as_path()).filter(|path| !is_stdin(path));
+    let host_file = Some(args.host_file.as_path()).filter(|path| !host_file::is_stdin(path));
     produce::run(&config, targets, host_file, rounds, &listen_to_signals()?)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -165,7 +161,7 @@ fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<ExitCode>
     let (check, targets) = both(config::demo(variables), targets)?;
     let options = demo::Options {
         check,
-        hosts: targets.map(|targets| (targets, path.filter(|path| !is_stdin(path)))),
+        hosts: targets.map(|targets| (targets, path.filter(|path| !host_file::is_stdin(path)))),
         how_long: args.how_long,
         log_level: config::log_level(variables)?,
     };
@@ -193,35 +189,7 @@ fn both<A, B>(one: Result<A, WrongInput>, other: Result<B, WrongInput>) -> Resul
 }
 
 fn read_targets(path: &Path) -> Result<Vec<Target>, WrongInput> {
-    let (name, contents) = if is_stdin(path) {
-        ("<stdin>".into(), read_bounded(io::stdin().lock()))
-    } else {
-        (
-            path.display().to_string(),
-            File::open(path).and_then(read_bounded),
-        )
-    };
-    let contents = contents.map_err(|error| {
-        WrongInput(format!(
-            "cannot read the host file {name:?}: {error}; -c takes a file, or - for standard input"
-        ))
-    })?;
-    host_file::parse(&name, &contents).map_err(wrong_host)
-}
-
-fn is_stdin(path: &Path) -> bool {
-    path == Path::new("-")
-}
-
-fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
-    let mut contents = Vec::new();
-    from.take(MAX_HOST_FILE_BYTES + 1).read_to_end(&mut contents)?;
-    if contents.len() as u64 > MAX_HOST_FILE_BYTES {
-        return Err(io::Error::other(format!(
-            "it is longer than {MAX_HOST_FILE_BYTES} bytes"
-        )));
-    }
-    Ok(contents)
+    host_file::read(path).map_err(wrong_host)
 }
 
 fn wrong_host(HostFileError(text): HostFileError) -> WrongInput {

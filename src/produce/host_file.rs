@@ -1,7 +1,9 @@
 //! The host file's grammar: lines in, targets out, or every error with its line, column and caret.
 //!
-//! Owns syntax (nom) and the checks that need the whole file, such as an address given twice. Pure: the caller reads.
+//! Owns syntax (nom) and the checks that need the whole file, such as an address given twice. Pure, but for `read`, which gets
+//! the bytes.
 
+mod read;
 mod report;
 
 use std::collections::HashMap;
@@ -25,6 +27,7 @@ use crate::config::{TOPIC_NAME_RULE, is_topic_name};
 use crate::duration;
 use crate::produce::target::{IpFamily, Method, StatusSet, Target};
 use crate::sample::MAX_ADDRESS_BYTES;
+pub use read::{is_stdin, read};
 use report::{Fault, MAX_QUOTED_CHARS, Report, quoted, userinfo};
 
 const INTERVALS: RangeInclusive<Duration> = Duration::from_secs(1)..=DAY.saturating_mul(366);

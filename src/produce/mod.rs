@@ -14,14 +14,12 @@ pub mod publisher;
 pub mod schedule;
 pub mod target;
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::bail;
 
 use crate::config::ProduceConfig;
 use crate::health;
@@ -29,6 +27,7 @@ use crate::metrics::Endpoint;
 use crate::produce::check::Checks;
 use crate::produce::clock::{Clock, instant_now, timestamp};
 use crate::produce::counters::{Counters, Snapshot, Timing};
+use crate::produce::host_file::HostFileError;
 use crate::produce::metrics::Figures;
 use crate::produce::outcome::{Observation, Outcome, Stamp, stamp};
 use crate::produce::pool::{Done, Pool};
@@ -133,9 +132,6 @@ const LOOK_FOR_ROOM_EVERY: Duration = Duration::from_millis(10);
 /// Results wait for the timer loop's next turn if that is no further off: from 50 checks a second on nothing but the
 /// ticks wakes it. Their records then wait four times as long for others, in `publisher`.
 const RESULTS_WAIT: Duration = Duration::from_millis(20);
-
-/// A million hosts of 60 bytes; what is longer is no host file.
-const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
 
 /// A wait does not count the time for which the machine was suspended; the ticks after that must not be late for it.
 const LOOK_AT_CLOCK_EVERY: Duration = Duration::from_millis(250);
@@ -344,21 +340,21 @@ impl Run<'_> {
         let (path, mailbox) = (path.to_owned(), Arc::clone(&self.mailbox));
         let reading = std::thread::Builder::new()
             .name("reload".into())
-            .spawn(move || mailbox.put_reloaded(read_host_file(&path)));
+            .spawn(move || mailbox.put_reloaded(host_file::read(&path)));
         match reading {
             Ok(_) => self.reload = Reload::Reading,
             Err(error) => log::error!("reload: cannot start a thread to read it: {error}; the hosts stay"),
         }
     }
 
-    fn end_reload(&mut self, reloaded: anyhow::Result<Vec<Target>>) {
+    fn end_reload(&mut self, reloaded: Result<Vec<Target>, HostFileError>) {
         match reloaded {
             Ok(targets) => {
                 log::info!("reload hosts={}", targets.len());
                 self.agent.counters.hosts.store(targets.len(), Ordering::Relaxed);
                 self.schedule.reload(targets, self.clock.now_micros());
             }
-            Err(error) => log::error!("reload: the hosts stay as they were: {error:#}"),
+            Err(error) => log::error!("reload: the hosts stay as they were: {error}"),
         }
         let again = self.reload == Reload::ReadAgain;
         self.reload = Reload::Idle;
@@ -577,7 +573,7 @@ struct Mailbox {
 #[derive(Default)]
 struct Mail {
     results: Vec<CheckResult>,
-    reloaded: Option<anyhow::Result<Vec<Target>>>,
+    reloaded: Option<Result<Vec<Target>, HostFileError>>,
     is_urgent: bool,
     /// Ticks wait for a thread that a result sets free.
     results_are_urgent: bool,
@@ -602,7 +598,7 @@ impl Mailbox {
         }
     }
 
-    fn put_reloaded(&self, reloaded: anyhow::Result<Vec<Target>>) {
+    fn put_reloaded(&self, reloaded: Result<Vec<Target>, HostFileError>) {
         self.mail().reloaded = Some(reloaded);
         self.wake();
     }
@@ -633,7 +629,7 @@ impl Mailbox {
         mail.is_urgent || !results_wait
     }
 
-    fn take(&self) -> (Vec<CheckResult>, Option<anyhow::Result<Vec<Target>>>) {
+    fn take(&self) -> (Vec<CheckResult>, Option<Result<Vec<Target>, HostFileError>>) {
         let mut mail = self.mail();
         mail.is_urgent = false;
         (std::mem::take(&mut mail.results), mail.reloaded.take())
@@ -642,20 +638,6 @@ impl Mailbox {
     fn mail(&self) -> MutexGuard<'_, Mail> {
         self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn read_host_file(path: &Path) -> anyhow::Result<Vec<Target>> {
-    let name = path.display().to_string();
-    let file = File::open(path).with_context(|| format!("cannot open {name}"))?;
-    let mut contents = Vec::new();
-    file.take(MAX_HOST_FILE_BYTES + 1)
-        .read_to_end(&mut contents)
-        .with_context(|| format!("cannot read {name}"))?;
-    ensure!(
-        contents.len() as u64 <= MAX_HOST_FILE_BYTES,
-        "{name} is longer than {MAX_HOST_FILE_BYTES} bytes"
-    );
-    Ok(host_file::parse(&name, &contents)?)
 }
 
 fn micros(duration: Duration) -> i64 {

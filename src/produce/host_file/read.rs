@@ -1,0 +1,45 @@
+//! Gets the bytes of a host file, from disk or standard input, and no more of them than a host file can have.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use super::{HostFileError, parse};
+use crate::produce::target::Target;
+
+/// A million hosts of 60 bytes; what is longer is no host file.
+const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
+
+/// Reads and parses the host file at `path`; `-` is standard input.
+///
+/// # Errors
+/// It cannot be read, is too long, or [`parse`] found it wrong.
+pub fn read(path: &Path) -> Result<Vec<Target>, HostFileError> {
+    let (name, contents) = if is_stdin(path) {
+        ("<stdin>".into(), read_bounded(io::stdin().lock()))
+    } else {
+        let name = path.display().to_string();
+        (name, File::open(path).and_then(read_bounded))
+    };
+    let contents = contents.map_err(|error| {
+        HostFileError(format!(
+            "cannot read the host file {name:?}: {error}; -c takes a file, or - for standard input"
+        ))
+    })?;
+    parse(&name, &contents)
+}
+
+pub fn is_stdin(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
+    let mut contents = Vec::new();
+    from.take(MAX_HOST_FILE_BYTES + 1).read_to_end(&mut contents)?;
+    if contents.len() as u64 > MAX_HOST_FILE_BYTES {
+        return Err(io::Error::other(format!(
+            "it is longer than {MAX_HOST_FILE_BYTES} bytes"
+        )));
+    }
+    Ok(contents)
+}
