@@ -56,6 +56,8 @@ pub enum Command {
 
 /// What every command takes, before its name or after it.
 #[derive(Debug, Args)]
+// Else a command's version would be `host-metrics-produce`'s.
+#[command(display_name = "host-metrics")]
 pub struct Common {
     /// Set a variable; wins over the environment (repeatable)
     #[arg(short = 'e', value_name = "NAME=VALUE")]

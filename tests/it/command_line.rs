@@ -100,10 +100,19 @@ fn help_and_version_are_results() {
     for command in ["produce", "consume", "check", "validate", "init", "drop", "demo"] {
         assert_eq!(place.run(&[command, "-h"]).status, 0);
     }
-    for flag in ["-v", "--version"] {
-        let version = place.run(&[flag]);
+    for args in [
+        &["-v"][..],
+        &["--version"],
+        &["produce", "-v"],
+        &["demo", "--version"],
+    ] {
+        let version = place.run(args);
         let expected = format!("host-metrics {}", env!("CARGO_PKG_VERSION"));
-        assert!(version.stdout.starts_with(&expected), "{}", version.stdout);
+        assert!(
+            version.stdout.starts_with(&expected),
+            "{args:?}: {}",
+            version.stdout
+        );
         assert_eq!((version.status, version.stderr.as_str()), (0, ""));
     }
 }
