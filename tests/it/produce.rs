@@ -411,6 +411,57 @@ fn with_fewer_threads_than_hosts_every_tick_has_its_record() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn without_threads_the_fault_is_ours_and_every_tick_has_its_record() {
+    use crate::child;
+    const SELF: &str = "produce::without_threads_the_fault_is_ours_and_every_tick_has_its_record";
+    if !child::is_it(SELF) {
+        return child::run(SELF, &mut child::limitable());
+    }
+    let kafka = Kafka::start();
+    let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hanging = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let hangs = Arc::clone(&hanging);
+    let run = Running::start(&kafka, hosts, Bounds::default(), move |_| {
+        let deadline = now() + BOUND;
+        while hangs.load(Ordering::Relaxed) && now() < deadline {
+            block_until(now() + Duration::from_millis(2));
+        }
+        ok()
+    });
+    run.wait_for("a start", |counters| counters.delivered() >= 20);
+    let no_threads = child::NoThreads::begin();
+    // Those threads that there are get something to do.
+    hanging.store(true, Ordering::Relaxed);
+    run.wait_for("checks without a thread", |counters| {
+        counters.results(Outcome::AgentError) >= 20
+    });
+    drop(no_threads);
+    hanging.store(false, Ordering::Relaxed);
+    let well = run.counters.results(Outcome::Ok);
+    run.wait_for("checks again", |counters| {
+        counters.results(Outcome::Ok) >= well + 40
+    });
+    let counters = run.stop().expect("a clean stop");
+    let records = kafka.records(TOPIC);
+    assert_balanced(&counters, &records);
+    assert_ticks_follow_each_other(&records, 1_000_000);
+    let mut ours = 0;
+    for record in &records {
+        match record.outcome().as_str() {
+            "agent_error" => {
+                ours += 1;
+                let error = record.sample().error.unwrap().into_owned();
+                assert!(error.starts_with("cannot start a thread: "), "{error}");
+                assert_eq!(record.started_at(), None, "it did not begin");
+            }
+            outcome => assert!(["ok", "missed"].contains(&outcome), "{outcome}"),
+        }
+    }
+    assert_eq!(ours, counters.results(Outcome::AgentError));
+}
+
+#[test]
 fn once_writes_one_record_a_host_whatever_the_outcome_and_ends() {
     let kafka = Kafka::start();
     let hosts = (0..30).map(|i| host(&format!("h{i}.example"), 86_400)).collect();
