@@ -17,6 +17,7 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
+use crate::faults::Proxy;
 use crate::scratch::{self, Process, wait_for};
 
 /// The JVM's start on a busy machine included.
@@ -58,14 +59,26 @@ impl Kafka {
     }
 
     pub fn start() -> Self {
+        let port = free_port().unwrap();
+        Self::start_as(port, port)
+    }
+
+    /// One that clients reach only through the proxy.
+    pub fn start_behind_a_proxy() -> (Self, Proxy) {
+        let port = free_port().unwrap();
+        let proxy = Proxy::start(port);
+        (Self::start_as(port, proxy.port), proxy)
+    }
+
+    fn start_as(port: u16, advertised_port: u16) -> Self {
         let directory = scratch::directory("kafka");
-        let (port, controller_port) = (free_port().unwrap(), free_port().unwrap());
+        let controller_port = free_port().unwrap();
         let settings = format!(
             "process.roles=broker,controller\n\
              node.id=1\n\
              controller.quorum.voters=1@127.0.0.1:{controller_port}\n\
              listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}\n\
-             advertised.listeners=PLAINTEXT://127.0.0.1:{port}\n\
+             advertised.listeners=PLAINTEXT://127.0.0.1:{advertised_port}\n\
              listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT\n\
              controller.listener.names=CONTROLLER\n\
              log.dirs={directory}/log\n\

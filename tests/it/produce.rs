@@ -163,29 +163,6 @@ fn a_broker_that_goes_and_comes_back_loses_and_doubles_nothing() {
 }
 
 #[test]
-fn acknowledgements_that_get_lost_double_nothing() {
-    let kafka = Kafka::start();
-    let hosts = (0..50).map(|i| host(&format!("h{i}.example"), 1)).collect();
-    let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
-    run.wait_for("a start", |counters| counters.delivered() > 20);
-    let faults = [
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT,
-    ];
-    kafka
-        .cluster
-        .request_errors(RDKafkaApiKey::Produce, &faults.repeat(5));
-    let ticks = run.ticks_due();
-    run.wait_for("all the same", |counters| counters.delivered() > ticks + 100);
-    let counters = run.stop().expect("a clean stop");
-    let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
-}
-
-#[test]
 fn a_full_buffer_stops_the_checks_and_every_tick_still_gets_its_record() {
     let kafka = Kafka::start();
     let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
