@@ -17,7 +17,6 @@ use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-use crate::faults::Proxy;
 use crate::scratch::{self, Process, wait_for};
 
 /// The JVM's start on a busy machine included.
@@ -63,14 +62,8 @@ impl Kafka {
         Self::start_as(port, port)
     }
 
-    /// One that clients reach only through the proxy.
-    pub fn start_behind_a_proxy() -> (Self, Proxy) {
-        let port = free_port().unwrap();
-        let proxy = Proxy::start(port);
-        (Self::start_as(port, proxy.port), proxy)
-    }
-
-    fn start_as(port: u16, advertised_port: u16) -> Self {
+    /// One that tells its clients to come to another port, a proxy's.
+    pub fn start_as(port: u16, advertised_port: u16) -> Self {
         let directory = scratch::directory("kafka");
         let controller_port = free_port().unwrap();
         let settings = format!(

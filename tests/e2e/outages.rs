@@ -5,7 +5,7 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use host_metrics::demo::postgres::ThrowAwayPostgres;
+use host_metrics::demo::postgres::{ThrowAwayPostgres, free_port};
 use host_metrics::sample::{self, Timestamp};
 use host_metrics::shutdown::Shutdown;
 use postgres::Client;
@@ -332,7 +332,9 @@ fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
 fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_lost() {
     /// Long enough for as many requests as may be without an answer.
     const DEAF_FOR: Duration = Duration::from_secs(2);
-    let (kafka, proxy) = Kafka::start_behind_a_proxy();
+    let port = free_port().unwrap();
+    let proxy = Proxy::start(port);
+    let kafka = Kafka::start_as(port, proxy.port);
     kafka.create_topic("ticks", 3);
     let host_file = scratch::directory("hosts").join("producer_config");
     // Nobody is there, which is known at once.
