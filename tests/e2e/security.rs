@@ -2,6 +2,7 @@
 //! and which variable to look at.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -48,7 +49,9 @@ impl Secured {
             let key = KeyPair::generate().unwrap();
             let certificate = params.signed_by(&key, by).unwrap().pem();
             fs::write(directory.join(format!("{name}.cert")), &certificate).unwrap();
-            fs::write(directory.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+            let key_file = directory.join(format!("{name}.key"));
+            fs::write(&key_file, key.serialize_pem()).unwrap();
+            fs::set_permissions(&key_file, fs::Permissions::from_mode(0o600)).unwrap();
             let both = directory.join(format!("{name}.pem"));
             fs::write(&both, key.serialize_pem() + &certificate).unwrap();
             both.display().to_string()
@@ -165,10 +168,26 @@ impl Secured {
     }
 }
 
-fn produce(variables: &Variables) -> Agent {
+fn produce(more: &[&str], variables: &Variables) -> Agent {
     let path = scratch::directory("hosts").join("producer_config");
     fs::write(&path, "http://127.0.0.1:1/ 1s\n").unwrap();
-    Agent::start(&["produce", "-c", path.to_str().unwrap()], variables)
+    let arguments = [&["produce", "-c", path.to_str().unwrap()], more].concat();
+    Agent::start(&arguments, variables)
+}
+
+#[test]
+fn a_key_that_every_user_can_read_is_warned_of_once_and_used() {
+    let secured = secured();
+    let key = PathBuf::from(secured.file("shared.key"));
+    fs::copy(secured.file("client.key"), &key).unwrap();
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    let variables = secured
+        .ssl("MUTUAL", "client")
+        .with("KAFKA_SSL_KEY_FILE", key.display());
+    let mut producer = produce(&["--once"], &variables);
+    assert_eq!(producer.wait(SOON).code(), Some(0), "{}", producer.stderr());
+    let warning = format!("[WARN] KAFKA_SSL_KEY_FILE={key:?}: every user of this machine can read");
+    assert_eq!(producer.said(&warning), 1, "{}", producer.stderr());
 }
 
 #[test]
@@ -189,7 +208,10 @@ fn each_way_in_that_the_broker_offers_lets_records_through() {
             .database(server())
             .with("DB_NAME", &db.name)
             .with("DB_BATCH_SECONDS", "0.1");
-        (db, [produce(&variables), Agent::start(&["consume"], &variables)])
+        (
+            db,
+            [produce(&[], &variables), Agent::start(&["consume"], &variables)],
+        )
     });
     for (mut db, [producer, consumer]) in started {
         let says = || format!("{}\n{}", tail(&producer.stderr()), tail(&consumer.stderr()));
@@ -327,7 +349,7 @@ fn each_bar_is_said_in_one_line_with_the_variable_to_look_at() {
         .into_iter()
         .flat_map(|(variables, words)| {
             let variables = variables.database(server()).with("DB_NAME", &db.name);
-            let producer = produce(&variables);
+            let producer = produce(&[], &variables);
             let consumer = Agent::start(&["consume"], &variables);
             [
                 (producer, words),

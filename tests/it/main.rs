@@ -7,6 +7,7 @@ mod demo;
 mod host_file;
 mod metrics;
 mod produce;
+mod revision;
 mod sample;
 mod simulator;
 mod site;
