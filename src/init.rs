@@ -21,7 +21,7 @@ use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::consume::catalogue;
 use crate::consume::tables::{self, Object};
 use crate::database::{self, Bounds, Fault, Kind, Link};
-use crate::kafka::Explainer;
+use crate::kafka::{Explainer, names_a_cause};
 
 /// Of a topic that `init` makes: room for as many consumers, and a number that divides well.
 const PARTITIONS: i32 = 12;
@@ -394,23 +394,27 @@ fn pause(runtime: &Runtime) {
     runtime.block_on(async { tokio::time::sleep(RETRY_AFTER).await });
 }
 
-/// Says what is waited for: after a few seconds, then rarely.
+/// Says what is waited for: after a few seconds, then rarely; what was said without a cause, once more with it.
 struct Waiting {
     say_at: Instant,
+    said_without_cause: bool,
 }
 
 impl Waiting {
     fn new() -> Self {
         Self {
             say_at: clock() + SAY_AFTER,
+            said_without_cause: false,
         }
     }
 
     fn say(&mut self, what: &str) {
         let now = clock();
-        if now >= self.say_at {
+        let has_cause = names_a_cause(what);
+        if now >= self.say_at || (self.said_without_cause && has_cause) {
             log::warn!("waiting for {what}");
             self.say_at = now + SAY_EVERY;
+            self.said_without_cause = !has_cause;
         }
     }
 }

@@ -16,22 +16,30 @@ use std::time::{Duration, Instant};
 use openssl::asn1::Asn1Time;
 use openssl::error::ErrorStack;
 use openssl::nid::Nid;
-use openssl::ssl::{Ssl, SslContext, SslFiletype, SslMethod, SslVerifyMode};
+use openssl::ssl::{HandshakeError, Ssl, SslContext, SslFiletype, SslMethod, SslVerifyMode};
 use openssl::x509::{X509, X509NameRef, X509Ref, X509StoreContextRef};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::config::{KafkaConfig, KafkaTls};
 
 /// How long a broker may take to connect, and to answer each time.
-const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// And after the handshake, to say that our certificate does not do; one that is content says nothing.
 const OBJECT_WITHIN: Duration = Duration::from_millis(300);
 
-/// A broker is looked at again after this time, if it still does not let us in.
+/// A broker that still does not let us in is looked at again after this time, and sooner if nothing was found.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
+const LOOK_AGAIN_AFTER_NOTHING: Duration = Duration::from_secs(5);
 
 const MAX_CHARS: usize = 400;
+
+/// Said of a certificate until a look has found out more.
+const NOT_ACCEPTED: &str =
+    "the broker's certificate is not accepted, for its authority, its dates or its name";
+
+const NO_TLS: &str = "it ends our TLS at its beginning, as one does that does not speak TLS: look at \
+                      KAFKA_SECURITY_PROTOCOL and the port";
 
 /// Adds to the reasons of one client of Kafka's. Cheap to clone: all clones know the same.
 #[derive(Clone)]
@@ -40,9 +48,11 @@ pub struct Explainer {
     looks: Arc<Mutex<BTreeMap<String, Look>>>,
 }
 
-/// A look at a broker.
+/// A look at a broker: the last one.
+#[derive(Default)]
 struct Look {
-    begun: Instant,
+    begun: Option<Instant>,
+    is_under_way: bool,
     found: Option<String>,
 }
 
@@ -73,9 +83,8 @@ impl Explainer {
         let said = plain(reason);
         let server = server_of(reason).unwrap_or_else(|| self.first_server());
         if is_certificate(reason) {
-            let unknown = "the broker's certificate is not accepted, for its authority, its dates or its name: look at \
-                           KAFKA_SSL_CA_FILE";
-            let found = self.found(server).unwrap_or_else(|| unknown.to_owned());
+            let found = self.found(server);
+            let found = found.unwrap_or_else(|| format!("{NOT_ACCEPTED}: look at KAFKA_SSL_CA_FILE"));
             return format!("{server}: {found}");
         }
         if is_about_our_certificate(reason) {
@@ -88,7 +97,7 @@ impl Explainer {
             return format!("{said}: look at KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD");
         }
         if reason.contains("PLAINTEXT broker listener") {
-            return format!("{server}: it does not speak TLS: look at KAFKA_SECURITY_PROTOCOL and the port");
+            return format!("{server}: {NO_TLS}");
         }
         if !names_a_cause(reason)
             && let Some(found) = self.found(server)
@@ -108,25 +117,29 @@ impl Explainer {
     }
 
     fn look_at(&self, server: String) {
-        let begun = now();
-        let is_early = |look: &Look| begun.duration_since(look.begun) < LOOK_AGAIN_AFTER;
+        let now = now();
         let mut looks = self.looks();
-        if looks.get(&server).is_some_and(is_early) {
+        let look = looks.entry(server.clone()).or_default();
+        let pause = match look.found {
+            Some(_) => LOOK_AGAIN_AFTER,
+            None => LOOK_AGAIN_AFTER_NOTHING,
+        };
+        if look.is_under_way || look.begun.is_some_and(|begun| now.duration_since(begun) < pause) {
             return;
         }
         // What was found before holds until this look has found something else.
-        let found = looks.remove(&server).and_then(|look| look.found);
-        looks.insert(server.clone(), Look { begun, found });
-        drop(looks);
+        look.begun = Some(now);
         let this = self.clone();
-        let look = move || {
-            let found = look(&server, &this.kafka);
+        let work = move || {
+            let found = examine(&server, &this.kafka);
             if let Some(look) = this.looks().get_mut(&server) {
+                look.is_under_way = false;
                 look.found = found;
             }
         };
-        if let Err(error) = thread::Builder::new().name("kafka-look".into()).spawn(look) {
-            log::debug!("no thread to look at Kafka: {error}");
+        match thread::Builder::new().name("kafka-look".into()).spawn(work) {
+            Ok(_) => look.is_under_way = true,
+            Err(error) => log::debug!("no thread to look at Kafka: {error}"),
         }
     }
 
@@ -165,7 +178,7 @@ fn is_about_our_certificate(reason: &str) -> bool {
     ["42", "43", "44", "45", "46", "48", "116"].contains(&&number[..end])
 }
 
-/// Whether a reason, explained or not, says more than that Kafka does not answer.
+/// Whether a reason, explained or not, says more than that Kafka does not answer or cannot be trusted.
 pub fn names_a_cause(reason: &str) -> bool {
     let silence = [
         "brokers are down",
@@ -173,6 +186,7 @@ pub fn names_a_cause(reason: &str) -> bool {
         "Connection reset",
         "Broker transport failure",
         "Timed out",
+        NOT_ACCEPTED,
     ];
     !silence.iter().any(|words| reason.contains(words))
 }
@@ -214,7 +228,7 @@ fn name(name: &X509NameRef) -> String {
 }
 
 /// What is wrong between us and this broker, as far as a handshake shows it.
-fn look(server: &str, kafka: &KafkaConfig) -> Option<String> {
+fn examine(server: &str, kafka: &KafkaConfig) -> Option<String> {
     let stream = connect(server)?;
     let shown = match shake_hands(server, stream, kafka.security.tls.as_ref()) {
         Ok(shown) => shown,
@@ -307,9 +321,14 @@ fn shake_hands(server: &str, stream: TcpStream, tls: Option<&KafkaTls>) -> Resul
         }
     };
     ssl.set_verify_callback(SslVerifyMode::PEER, callback);
+    let mut ends_it = false;
     // Of TLS 1.3 our part is done before the broker has seen our certificate.
     let objection = match ssl.connect(stream) {
-        Err(error) => error.to_string(),
+        Err(error) => {
+            // The other kind is that the time is over.
+            ends_it = matches!(error, HandshakeError::Failure(_));
+            error.to_string()
+        }
         Ok(mut stream) => {
             let patience = stream.get_ref().set_read_timeout(Some(OBJECT_WITHIN));
             let said = patience.and_then(|()| stream.read(&mut [0]));
@@ -317,6 +336,9 @@ fn shake_hands(server: &str, stream: TcpStream, tls: Option<&KafkaTls>) -> Resul
         }
     };
     let mut shown = std::mem::take(&mut *shown.lock().unwrap_or_else(PoisonError::into_inner));
+    if ends_it && !shown.speaks_tls && tls.is_some() {
+        shown.fault = Some(NO_TLS.to_owned());
+    }
     if shown.fault.is_none() && is_about_our_certificate(&objection) {
         shown.fault = Some(our_certificate(tls));
     }
@@ -436,7 +458,8 @@ mod tests {
             ),
             (
                 "ssl://two.example:9093/2: SSL handshake failed: connecting to a PLAINTEXT broker listener?",
-                "two.example:9093: it does not speak TLS: look at KAFKA_SECURITY_PROTOCOL",
+                "two.example:9093: it ends our TLS at its beginning, as one does that does not speak TLS: look at \
+                 KAFKA_SECURITY_PROTOCOL",
             ),
             (
                 "two.example:9093/2: Connect to ipv4#10.0.0.2:9093 failed: Connection refused",
