@@ -32,6 +32,7 @@ const OBJECT_WITHIN: Duration = Duration::from_millis(300);
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 const LOOK_AGAIN_AFTER_NOTHING: Duration = Duration::from_secs(5);
 
+/// Of what is said.
 const MAX_CHARS: usize = 400;
 
 /// Said of a certificate until a look has found out more.
@@ -112,8 +113,12 @@ impl Explainer {
         servers.split(',').next().unwrap_or(servers)
     }
 
+    /// What was found lately: of an outage of yesterday it says nothing.
     fn found(&self, server: &str) -> Option<String> {
-        self.looks().get(server)?.found.clone()
+        let looks = self.looks();
+        let look = looks.get(server)?;
+        let is_fresh = now().duration_since(look.begun?) < 2 * LOOK_AGAIN_AFTER;
+        look.found.clone().filter(|_| is_fresh)
     }
 
     fn look_at(&self, server: String) {

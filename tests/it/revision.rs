@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-#[expect(dead_code, reason = "its main is cargo's")]
+#[expect(dead_code, clippy::print_stdout, reason = "its main is cargo's")]
 #[path = "../../build.rs"]
 mod build;
 
