@@ -230,11 +230,11 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// With the git revision where the build was told one.
+/// With the git revision where the build script found one.
 static VERSION: LazyLock<String> = LazyLock::new(|| {
     let version = env!("CARGO_PKG_VERSION");
     match option_env!("HOST_METRICS_REVISION") {
-        None | Some("") => version.to_owned(),
+        None => version.to_owned(),
         Some(revision) => format!("{version} ({revision})"),
     }
 });

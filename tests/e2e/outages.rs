@@ -14,7 +14,7 @@ use crate::agent::{Agent, STOP_WITHIN, Variables};
 use crate::case::{Case, InProcess, SOON, wait_for_count, write};
 use crate::database::{Database, config, server};
 use crate::faults::{Proxy, Thaw, signal};
-use crate::kafka::Kafka;
+use crate::kafka::{Kafka, Listener};
 use crate::scratch::{self, now, wait_for};
 use crate::table;
 
@@ -334,7 +334,14 @@ fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_
     const DEAF_FOR: Duration = Duration::from_secs(2);
     let port = free_port().unwrap();
     let proxy = Proxy::start(port);
-    let kafka = Kafka::start_as(port, proxy.port);
+    let proxied = Listener {
+        name: "PROXIED",
+        protocol: "PLAINTEXT",
+        port,
+        advertised_port: proxy.port,
+        settings: Vec::new(),
+    };
+    let kafka = Kafka::start_with(&[proxied], &[]);
     kafka.create_topic("ticks", 3);
     let host_file = scratch::directory("hosts").join("producer_config");
     // Nobody is there, which is known at once.
@@ -343,7 +350,7 @@ fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_
         .collect();
     fs::write(&host_file, hosts).unwrap();
     let variables = Variables::new()
-        .kafka(&kafka.bootstrap_servers(), "ticks")
+        .kafka(&format!("127.0.0.1:{}", proxy.port), "ticks")
         .with("LOG_LEVEL", "INFO");
     let producer = Agent::start(&["produce", "-c", host_file.to_str().unwrap()], &variables);
     let wait_for_records = |kafka: &Kafka, count: usize| {

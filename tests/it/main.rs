@@ -10,6 +10,7 @@ mod metrics;
 #[cfg(target_os = "linux")]
 mod network;
 mod produce;
+mod revision;
 mod sample;
 mod simulator;
 mod site;
