@@ -79,7 +79,7 @@ fn steady_micros() -> i64 {
     clippy::disallowed_methods,
     reason = "an edge: Unix time is read at the start and compared with later"
 )]
-fn wall_micros() -> i64 {
+pub fn wall_micros() -> i64 {
     match SystemTime::now().duration_since(UNIX_EPOCH) {
         Ok(since) => i64::try_from(since.as_micros()).unwrap_or(i64::MAX),
         Err(before) => i64::try_from(before.duration().as_micros()).map_or(i64::MIN, |ago| -ago),

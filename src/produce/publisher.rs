@@ -5,6 +5,8 @@
 //! the order of its host. What is kept is bounded; [`Publisher::has_room`] says so before a check begins, so nothing that
 //! was measured is ever thrown away. Only what Kafka itself refuses for good is given up, counted and said.
 
+mod search;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -21,8 +23,9 @@ use rdkafka::{ClientContext, Message};
 use crate::config::KafkaConfig;
 use crate::health::{Heartbeat, Readiness};
 use crate::kafka::{Explainer, names_a_cause};
-use crate::produce::clock::instant_now;
+use crate::produce::clock::{instant_now, wall_micros};
 use crate::produce::target::Target;
+use search::{Search, is_forbidden};
 
 /// How much is kept for Kafka, give or take a record for each check under way: about 50 seconds of 2,000 checks a second, or an hour of 8,000 hosts at five minutes.
 /// A record is about 650 bytes; librdkafka adds some 200 of its own.
@@ -101,6 +104,12 @@ const SAY_AGAIN_AFTER: Duration = Duration::from_secs(60);
 /// The part of the bounds that the records of a topic that is not there may take: a slip in one `topic=` must not stop
 /// the others.
 const SHARE_OF_A_MISSING_TOPIC: usize = 4;
+
+/// How long a look for records that Kafka may have goes on before the thread sees to everything else again, how long after
+/// one that failed the next one comes, and after how long it is given up.
+const SEARCH_STEP: Duration = Duration::from_millis(100);
+const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(1);
+const SEARCH_WITHIN: Duration = Duration::from_secs(60);
 
 /// How long the end waits for librdkafka to hand back what it holds.
 const HAND_BACK_WITHIN: Duration = Duration::from_millis(200);
@@ -313,6 +322,7 @@ fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig {
 /// The thread's state.
 struct Worker {
     shared: Arc<Shared>,
+    kafka: KafkaConfig,
     config: ClientConfig,
     explainer: Explainer,
     servers: String,
@@ -324,6 +334,9 @@ struct Worker {
     in_flight: usize,
     /// Why the producer cannot be relied on any more: nothing is sent until it is replaced.
     spoiled: Option<String>,
+    /// Before it is: the look at the first topic with records in doubt.
+    search: Option<Search>,
+    search_failed_at: Option<Instant>,
     stop_by: Option<Instant>,
     looked_for_topics_at: Option<Instant>,
     /// Why the servers could not be asked for topics; `None`: they could, or were not asked.
@@ -344,6 +357,8 @@ struct Topic {
     why_not: Option<String>,
     was_refused: bool,
     waiting: BTreeMap<u64, Record>,
+    /// When the oldest one of those was sent that Kafka may have all the same: Unix time in milliseconds.
+    in_doubt_since: Option<i64>,
     in_flight: usize,
     missing: Trouble,
 }
@@ -361,6 +376,7 @@ impl Worker {
         let explainer = Explainer::new(kafka);
         let mut worker = Self {
             producer: new_producer(&config, &explainer)?,
+            kafka: kafka.clone(),
             config,
             explainer,
             servers: kafka.bootstrap_servers.clone(),
@@ -369,6 +385,8 @@ impl Worker {
             next_sequence: 0,
             in_flight: 0,
             spoiled: None,
+            search: None,
+            search_failed_at: None,
             stop_by: None,
             looked_for_topics_at: None,
             unreachable: None,
@@ -457,6 +475,7 @@ impl Worker {
             why_not: None,
             was_refused: false,
             waiting: BTreeMap::new(),
+            in_doubt_since: None,
             in_flight: 0,
             missing: Trouble::default(),
         });
@@ -473,6 +492,7 @@ impl Worker {
             sequence,
             target: Arc::clone(&record.target),
             bytes: record.bytes(),
+            at_millis: wall_micros() / 1_000,
         });
         let message = BaseRecord::with_opaque_to(&topic.name, sent)
             .key(record.target.address.as_str())
@@ -509,6 +529,10 @@ impl Worker {
                 if self.topics[index].waiting.contains_key(&sequence) {
                     break;
                 }
+            }
+            let topic = &mut self.topics[index];
+            if topic.waiting.is_empty() {
+                topic.in_doubt_since = None;
             }
         }
     }
@@ -592,6 +616,7 @@ impl Worker {
                 sequence,
                 target,
                 bytes,
+                at_millis,
             } = *report.sent;
             self.in_flight -= 1;
             let topic = &mut self.topics[index];
@@ -616,8 +641,13 @@ impl Worker {
                 Fault::HandedBack => {}
             }
             self.shared.deliveries.failed.fetch_add(1, Ordering::Relaxed);
-            let record = Record { target, value };
-            self.topics[index].waiting.insert(sequence, record);
+            let topic = &mut self.topics[index];
+            topic.waiting.insert(sequence, Record { target, value });
+            topic.in_doubt_since = Some(
+                topic
+                    .in_doubt_since
+                    .map_or(at_millis, |since| since.min(at_millis)),
+            );
         }
         if let Some((code, reason)) = self.producer.client().fatal_error() {
             self.spoil(format!("{code}: {reason}"));
@@ -640,11 +670,10 @@ impl Worker {
         }
     }
 
-    /// Once the reports of all that was on its way are in, all that came back goes out by a new producer, in order. A
-    /// record that Kafka stored without saying so may then be there twice; that is better than not at all, and both have
-    /// the same `scheduled_at`.
+    /// Once the reports of all that was on its way are in, and it is known what Kafka has of that, all the rest goes out by a
+    /// new producer, in order.
     fn replace_spoiled_producer(&mut self) {
-        if self.in_flight > 0 {
+        if self.in_flight > 0 || self.spoiled.is_none() || !self.has_looked_for_stored() {
             return;
         }
         let Some(why) = &self.spoiled else {
@@ -659,6 +688,75 @@ impl Worker {
             }
             Err(error) => log::error!("kafka={} {error:#}; it is tried again", self.servers),
         }
+    }
+
+    /// Takes out of what waits what Kafka has stored without saying so; false: that is not over yet. Where Kafka does not
+    /// let us look, or not within a bound, those records go out again: twice is better than not at all, and both have the
+    /// same `scheduled_at`.
+    fn has_looked_for_stored(&mut self) -> bool {
+        let now = instant_now();
+        let is_early = |at: Instant| now.duration_since(at) < SEARCH_AGAIN_AFTER;
+        if self.search_failed_at.is_some_and(is_early) {
+            return false;
+        }
+        while let Some(index) = self
+            .topics
+            .iter()
+            .position(|topic| topic.in_doubt_since.is_some())
+        {
+            match self.look_for_stored(index) {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(error) if is_forbidden(&error) => self.give_up_looking(index, &error.to_string()),
+                Err(error) => {
+                    log::debug!("cannot look for what is stored: {error}");
+                    self.search = None;
+                    self.search_failed_at = Some(now);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn look_for_stored(&mut self, index: usize) -> Result<bool, KafkaError> {
+        let topic = &mut self.topics[index];
+        let Some(since) = topic.in_doubt_since else {
+            return Ok(true);
+        };
+        let search = match &mut self.search {
+            Some(search) => search,
+            none => none.insert(Search::start(&self.kafka, &topic.name, since, &topic.waiting)?),
+        };
+        let mut found = Vec::new();
+        let is_over = search.go_on(instant_now() + SEARCH_STEP, &topic.waiting, |sequence| {
+            found.push(sequence);
+        })?;
+        let took = instant_now().duration_since(search.begun());
+        for sequence in found {
+            if let Some(record) = topic.waiting.remove(&sequence) {
+                self.shared.deliveries.delivered.fetch_add(1, Ordering::Relaxed);
+                self.shared.release(record.bytes());
+            }
+        }
+        if is_over {
+            self.search = None;
+            topic.in_doubt_since = None;
+        } else if took > SEARCH_WITHIN {
+            self.give_up_looking(index, "Kafka did not let us read it to its end in time");
+            return Ok(true);
+        }
+        Ok(is_over)
+    }
+
+    fn give_up_looking(&mut self, index: usize, why: &str) {
+        let topic = &mut self.topics[index];
+        log::warn!(
+            "topic={} records that Kafka stored without saying so may be there twice, for we cannot look: {why}",
+            topic.name
+        );
+        topic.in_doubt_since = None;
+        self.search = None;
     }
 
     fn on_hand(&self) -> usize {
@@ -896,6 +994,8 @@ struct Sent {
     sequence: u64,
     target: Arc<Target>,
     bytes: usize,
+    /// Unix time: librdkafka does not tell the timestamp of a record that failed.
+    at_millis: i64,
 }
 
 struct Report {

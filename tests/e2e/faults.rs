@@ -46,7 +46,10 @@ impl Proxy {
         thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.unwrap();
-                let server = TcpStream::connect(("127.0.0.1", to)).unwrap();
+                // Where nobody listens the client is turned away.
+                let Ok(server) = TcpStream::connect(("127.0.0.1", to)) else {
+                    continue;
+                };
                 accepted.lock().unwrap().push(client.try_clone().unwrap());
                 pass(
                     client.try_clone().unwrap(),

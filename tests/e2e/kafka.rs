@@ -156,6 +156,14 @@ impl Kafka {
         self.start_again();
     }
 
+    /// As an administrator does it: it writes down what it has to remember.
+    pub fn restart_cleanly(&mut self) {
+        self.signal("TERM");
+        let mut broker = self.broker.take().expect("it runs");
+        wait_for(START_WITHIN, "Kafka ends", || broker.exited(), || self.log());
+        self.start_again();
+    }
+
     /// Starts the killed broker on the same port and log, and returns when it answers.
     pub fn start_again(&mut self) {
         let log = fs::File::options()

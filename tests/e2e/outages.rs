@@ -330,65 +330,113 @@ fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
 /// Not with librdkafka's in-process broker: that looks at no sequence numbers, so there a retry doubles.
 #[test]
 fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_lost() {
+    let mut deaf = DeafProducer::start();
+    for _ in 0..3 {
+        deaf.lose_acknowledgements(|_| ());
+    }
+    deaf.assert_each_tick_is_there_once();
+}
+
+/// A broker that was restarted remembers the last request of a producer at most, and refuses the ones before it.
+#[test]
+fn what_kafka_stored_and_forgot_is_looked_for_before_it_is_sent_again() {
+    /// There is not always a partition with more than one request without an answer.
+    const MAX_ROUNDS: usize = 10;
+    let mut deaf = DeafProducer::start();
+    let is_refused = (0..MAX_ROUNDS).any(|_| {
+        deaf.lose_acknowledgements(Kafka::restart_cleanly);
+        deaf.producer.said("a new producer takes over") > 0
+    });
+    assert!(is_refused, "{}", deaf.producer.stderr());
+    deaf.assert_each_tick_is_there_once();
+}
+
+/// `produce` with a Kafka that it hears through a proxy only.
+struct DeafProducer {
+    kafka: Kafka,
+    proxy: Proxy,
+    producer: Agent,
+}
+
+impl DeafProducer {
+    const TOPIC: &str = "ticks";
+    const HOSTS: usize = 200;
     /// Long enough for as many requests as may be without an answer.
     const DEAF_FOR: Duration = Duration::from_secs(2);
-    let port = free_port().unwrap();
-    let proxy = Proxy::start(port);
-    let proxied = Listener {
-        name: "PROXIED",
-        protocol: "PLAINTEXT",
-        port,
-        advertised_port: proxy.port,
-        settings: Vec::new(),
-    };
-    let kafka = Kafka::start_with(&[proxied], &[]);
-    kafka.create_topic("ticks", 3);
-    let host_file = scratch::directory("hosts").join("producer_config");
-    // Nobody is there, which is known at once.
-    let hosts: String = (0..200)
-        .map(|host| format!("http://127.0.0.1:1/{host} 1s\n"))
-        .collect();
-    fs::write(&host_file, hosts).unwrap();
-    let variables = Variables::new()
-        .kafka(&format!("127.0.0.1:{}", proxy.port), "ticks")
-        .with("LOG_LEVEL", "INFO");
-    let producer = Agent::start(&["produce", "-c", host_file.to_str().unwrap()], &variables);
-    let wait_for_records = |kafka: &Kafka, count: usize| {
-        wait_for(
-            SOON,
-            &format!("{count} records"),
-            || (kafka.records("ticks").len() >= count).then_some(()),
-            || producer.stderr(),
-        );
-    };
-    wait_for_records(&kafka, 400);
-    for _ in 0..3 {
-        proxy.is_deaf.store(true, Ordering::SeqCst);
+
+    fn start() -> Self {
+        let port = free_port().unwrap();
+        let proxy = Proxy::start(port);
+        let proxied = Listener {
+            name: "PROXIED",
+            protocol: "PLAINTEXT",
+            port,
+            advertised_port: proxy.port,
+            settings: Vec::new(),
+        };
+        let kafka = Kafka::start_with(&[proxied], &[]);
+        kafka.create_topic(Self::TOPIC, 3);
+        let host_file = scratch::directory("hosts").join("producer_config");
+        // Nobody is there, which is known at once.
+        let hosts: String = (0..Self::HOSTS)
+            .map(|host| format!("http://127.0.0.1:1/{host} 1s\n"))
+            .collect();
+        fs::write(&host_file, hosts).unwrap();
+        let variables = Variables::new()
+            .kafka(&format!("127.0.0.1:{}", proxy.port), Self::TOPIC)
+            .with("LOG_LEVEL", "INFO");
+        let producer = Agent::start(&["produce", "-c", host_file.to_str().unwrap()], &variables);
+        let mut deaf = Self {
+            kafka,
+            proxy,
+            producer,
+        };
+        deaf.wait_for_more_records();
+        deaf
+    }
+
+    /// Kafka stores what it is sent, and no answer arrives; then all connections end, and that happens to it.
+    fn lose_acknowledgements(&mut self, happens: impl FnOnce(&mut Kafka)) {
+        self.proxy.is_deaf.store(true, Ordering::SeqCst);
         let since = now();
         wait_for(
             SOON,
             "Kafka stores what it cannot acknowledge",
-            || (since.elapsed() >= DEAF_FOR).then_some(()),
+            || (since.elapsed() >= Self::DEAF_FOR).then_some(()),
+            || self.producer.stderr(),
+        );
+        self.proxy.cut();
+        happens(&mut self.kafka);
+        self.proxy.is_deaf.store(false, Ordering::SeqCst);
+        self.wait_for_more_records();
+    }
+
+    fn wait_for_more_records(&mut self) {
+        let (kafka, producer) = (&self.kafka, &self.producer);
+        let enough = kafka.records(Self::TOPIC).len() + 2 * Self::HOSTS;
+        wait_for(
+            SOON,
+            &format!("{enough} records"),
+            || (kafka.records(Self::TOPIC).len() >= enough).then_some(()),
             || producer.stderr(),
         );
-        proxy.cut();
-        proxy.is_deaf.store(false, Ordering::SeqCst);
-        let before = kafka.records("ticks").len();
-        wait_for_records(&kafka, before + 400);
     }
-    producer.stop();
 
-    let mut last: BTreeMap<String, Timestamp> = BTreeMap::new();
-    for record in kafka.records("ticks") {
-        let value = record.value.unwrap();
-        let sample = sample::decode(&value).unwrap();
-        let tick = sample.scheduled_at.unwrap();
-        if let Some(before) = last.insert(sample.address.clone().into_owned(), tick) {
-            let step = tick.unix_micros() - before.unix_micros();
-            assert_eq!(step, 1_000_000, "{} after {before}", sample.address);
+    fn assert_each_tick_is_there_once(self) {
+        let said = self.producer.stderr();
+        self.producer.stop();
+        let mut last: BTreeMap<String, Timestamp> = BTreeMap::new();
+        for record in self.kafka.records(Self::TOPIC) {
+            let value = record.value.unwrap();
+            let sample = sample::decode(&value).unwrap();
+            let tick = sample.scheduled_at.unwrap();
+            if let Some(before) = last.insert(sample.address.clone().into_owned(), tick) {
+                let step = tick.unix_micros() - before.unix_micros();
+                assert_eq!(step, 1_000_000, "{} after {before}\n{said}", sample.address);
+            }
         }
+        assert_eq!(last.len(), Self::HOSTS);
     }
-    assert_eq!(last.len(), 200);
 }
 
 #[test]
