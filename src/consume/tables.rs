@@ -345,8 +345,8 @@ pub fn literal(text: &str) -> String {
 /// `(address)` alone would have to read all rows of a host's day to find its newest one, for every host.
 pub const HOUR: &str = "date_bin('1 hour', scheduled_at, timestamptz '2000-01-01 00:00:00+00')";
 
-/// A check that failed. Missed ticks say nothing about the host.
-const FAILED: &str = "NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
+/// A check that failed, in the words of its index. Missed ticks say nothing about the host.
+pub const FAILED: &str = "NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
 
 const FAILED_KEY: &str = "(address, scheduled_at) WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
 
@@ -410,55 +410,64 @@ fn latest_query(main: &str) -> String {
     )
 }
 
-/// A branch for each stretch of time between the windows' beginnings, so that a row is compared with two moments and
-/// counted three times, not with four and nine times. Each branch reads its days in parallel, which a single question
-/// over all of them with sub-selects for the moments would too, but then the planner sorts where it should hash: it
-/// knows how many rows follow `now() - interval`, not how many follow a sub-select. Hours, not days: a day of an
-/// interval is reckoned in the session's time zone, for every row.
+/// Hours, not days: a day of an interval is reckoned in the session's time zone, for every row. Not sub-selects: of
+/// `now() - interval` the planner knows how many rows follow it, and that hashing them is cheaper than sorting.
 fn uptime_query(main: &str) -> String {
-    const WINDOWS: [(&str, &str); 3] = [("1h", "1 hour"), ("24h", "24 hours"), ("7d", "168 hours")];
-    let branches = (0..WINDOWS.len()).map(|nth| {
-        let counts = WINDOWS
-            .iter()
-            .enumerate()
-            .map(|(window, (name, _))| match nth <= window {
-                true => format!(
-                    "count(*) AS due_{name}, count(*) FILTER (WHERE is_valid) AS valid_{name}, \
-                 count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed') AS missed_{name}"
-                ),
-                false => {
-                    format!("0::bigint AS due_{name}, 0::bigint AS valid_{name}, 0::bigint AS missed_{name}")
-                }
-            });
-        let counts: Vec<String> = counts.collect();
-        let until = match nth {
-            0 => "now()".to_owned(),
-            _ => format!("now() - interval '{}'", WINDOWS[nth - 1].1),
-        };
+    let since = [
+        "now() - interval '1 hour'",
+        "now() - interval '24 hours'",
+        "now() - interval '168 hours'",
+    ];
+    let columns = WINDOWS.map(|name| {
         format!(
-            "    SELECT address,\n        {}\n    FROM {main}\n    \
-             WHERE scheduled_at > now() - interval '{}' AND scheduled_at <= {until}\n    GROUP BY address\n",
-            counts.join(",\n        "),
-            WINDOWS[nth].1
-        )
-    });
-    let branches: Vec<String> = branches.collect();
-    let (mut sums, mut columns) = (Vec::new(), Vec::new());
-    for (name, _) in WINDOWS {
-        for count in ["due", "valid", "missed"] {
-            sums.push(format!("sum({count}_{name})::bigint AS {count}_{name}"));
-        }
-        columns.push(format!(
             "due_{name}, valid_{name}, missed_{name}, valid_{name}::double precision / nullif(due_{name}, 0) AS \
              uptime_{name}"
-        ));
-    }
+        )
+    });
     format!(
-        "SELECT address,\n    {}\nFROM (\n    SELECT address,\n        {}\n    FROM (\n{}    ) stretches\n    \
-         GROUP BY address\n) counts;\n",
+        "SELECT address,\n    {}\nFROM (\n{}) counts;\n",
         columns.join(",\n    "),
+        counts_query(main, "now()", since)
+    )
+}
+
+const WINDOWS: [&str; 3] = ["1h", "24h", "7d"];
+
+/// For every address the rows due, valid and missed until `now` since each of three moments, the latest first.
+///
+/// A branch for each stretch of time between the moments, so that a row is compared with two of them and counted three
+/// times, not with four and nine times: half of the work. Each branch reads its days in parallel.
+pub fn counts_query(main: &str, now: &str, since: [&str; 3]) -> String {
+    let until = [now, since[0], since[1]];
+    let branches = [0, 1, 2].map(|nth| {
+        let counts = [0, 1, 2].map(|window| {
+            let name = WINDOWS[window];
+            if nth <= window {
+                format!(
+                    "count(*) AS due_{name}, count(*) FILTER (WHERE is_valid) AS valid_{name}, \
+                     count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed') AS missed_{name}"
+                )
+            } else {
+                format!("0::bigint AS due_{name}, 0::bigint AS valid_{name}, 0::bigint AS missed_{name}")
+            }
+        });
+        format!(
+            "        SELECT address,\n            {}\n        FROM {main}\n        \
+             WHERE scheduled_at > {} AND scheduled_at <= {}\n        GROUP BY address\n",
+            counts.join(",\n            "),
+            since[nth],
+            until[nth]
+        )
+    });
+    let sums = WINDOWS.map(|name| {
+        ["due", "valid", "missed"]
+            .map(|count| format!("sum({count}_{name})::bigint AS {count}_{name}"))
+            .join(", ")
+    });
+    format!(
+        "    SELECT address,\n        {}\n    FROM (\n{}    ) stretches\n    GROUP BY address\n",
         sums.join(",\n        "),
-        branches.join("    UNION ALL\n")
+        branches.join("        UNION ALL\n")
     )
 }
 
