@@ -243,6 +243,7 @@ async fn bring_up(client: &Client, bounds: &Bounds, found: &Found) -> Result<(),
         );
         return Ok(());
     }
+    log::info!("bringing {main} and what belongs to it from schema {oldest} to {SCHEMA_VERSION}");
     let result = async {
         if let Some(old) = outdated.iter().find(|found| found.object == Object::Main) {
             index_partitions(client, bounds, &found.table, old.oid).await?;
@@ -284,14 +285,25 @@ async fn index_partitions(
             name: row.try_get(1)?,
         };
         // Another maker is waited for, and then finds it made; writers are not made to wait behind us.
+        let create = tables::create_failed_index(&partition);
         let sql = format!(
-            "BEGIN; {}; SET LOCAL lock_timeout = '{}ms'; SET LOCAL statement_timeout = '{}ms'; {} COMMIT",
+            "BEGIN; {}; SET LOCAL lock_timeout = '{}ms'; SET LOCAL statement_timeout = '{}ms'; {create} COMMIT",
             lock(table),
             DDL_LOCK.as_millis(),
             READ_PARTITION.as_millis(),
-            tables::create_failed_index(&partition)
         );
-        execute(client, bounds, &sql).await?;
+        execute(client, bounds, &sql)
+            .await
+            .map_err(|fault| match fault.code {
+                Some(SqlState::QUERY_CANCELED) => Fault {
+                    text: format!(
+                        "{fault}: its rows are too many to keep their writers out; by hand, without that: {}",
+                        create.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY")
+                    ),
+                    ..fault
+                },
+                _ => fault,
+            })?;
     }
     Ok(())
 }
