@@ -1,6 +1,6 @@
 //! What the tables say of the hosts and of the pipeline. Owns the questions.
 //!
-//! Three ways to ask, one answer. A table of ours is asked along its indexes: one pass over the last seven days for the
+//! Three ways to ask, one answer. A table of ours is asked along its index: one pass over the last seven days for the
 //! counts, and a few rows of each host. A table that somebody else made may have no index, so its seven days are sorted
 //! once. One without `scheduled_at`, as the original had it, can only be counted.
 
@@ -11,7 +11,7 @@ use tokio_postgres::{Client, Row};
 
 use crate::cells::SPARKLINE_CHECKS;
 use crate::consume::catalogue::{self, Found};
-use crate::consume::tables::{FAILED, HOUR, Object, counts_query};
+use crate::consume::tables::{HOUR, Object};
 use crate::database::{Bounds, Fault, bounded};
 use crate::sample::Timestamp;
 
@@ -265,8 +265,7 @@ fn last(over: &str) -> String {
 const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NOT NULL \
                          THEN least(last_valid, last_invalid) END AS turned_at";
 
-/// `OFFSET 0` keeps the planner from reading a day in the order of the index, a page for every row; `MATERIALIZED` from
-/// looking a host's rows up again wherever they are spoken of.
+/// `OFFSET 0` keeps the planner from reading a day in the order of the index, a page for every row.
 fn of_our_table(found: &Found, times: &Times) -> String {
     let main = found.table.quoted("");
     let latest = found.table.quoted(Object::Latest.suffix());
@@ -277,20 +276,9 @@ fn of_our_table(found: &Found, times: &Times) -> String {
         format!("make_interval(secs => {SPARKLINE_CHECKS} * coalesce(latest.interval_seconds, 3600))");
     format!(
         "WITH counted AS (
-             {counts}
-         ), failed AS (
-             SELECT address, max(scheduled_at) AS last_invalid FROM {main} WHERE {FAILED} AND {in_week} GROUP BY address
-         ), told AS MATERIALIZED (
-             SELECT counted.*, failed.last_invalid,
-                 (SELECT scheduled_at FROM {main} t
-                  WHERE t.address = counted.address AND {hour} >= {hour_of_week} AND {in_week} AND is_valid
-                  ORDER BY {hour} DESC, scheduled_at DESC LIMIT 1) AS last_valid,
-                 (SELECT scheduled_at FROM {main} t
-                  WHERE t.address = counted.address AND {hour} >= {hour_of_week} AND {in_week} AND {CHECKED}
-                  ORDER BY {hour}, scheduled_at LIMIT 1) AS first_check
-             FROM counted LEFT JOIN failed USING (address)
+             SELECT address, {counts}, {last} FROM {main} WHERE {in_week} GROUP BY address
          ), week AS (
-             SELECT *, {TURNED_AT} FROM told
+             SELECT *, {TURNED_AT} FROM counted
          ), day AS (
              SELECT address, {LATENCIES} AS latency
              FROM (SELECT address, latency FROM {main} WHERE {in_day} AND latency IS NOT NULL OFFSET 0) read_once
@@ -337,8 +325,8 @@ fn of_our_table(found: &Found, times: &Times) -> String {
              ) newest
          ) recent ON true
          ORDER BY latest.address",
-        counts = counts_query(&main, &times.now, [&times.hour_ago, &times.day_ago, &times.week_ago]),
-        hour_of_week = hour_of(&times.week_ago),
+        counts = counts(times),
+        last = last(""),
         in_week = times.since(&times.week_ago),
         in_day = times.since(&times.day_ago),
         week_ago = times.week_ago,
