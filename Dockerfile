@@ -20,6 +20,8 @@ RUN awk '/^\[/ { skip = /^\[\[(test|bench|example)\]\]/ } !skip' Cargo.toml > ag
  && { [ ! -f build-ca.crt ] || export CARGO_HTTP_CAINFO=/build/build-ca.crt; } \
  && cargo build --release --locked
 
+# Not before: it tells the program its commit, and that changes more often than the dependencies.
+COPY build.rs ./
 COPY src src/
 COPY schema schema/
 ARG REVISION=

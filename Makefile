@@ -3,7 +3,7 @@
 SHELL_SCRIPTS = .ci/run scripts/* tests/docker/run tests/docker/stand-ins tests/docker/kafka-run tests/docker/postgres-run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-docker bench-consume bench-produce soak-produce setup lint config image start stop restart status logs reload validate clean
+.PHONY: help demo test soak test-docker bench-consume bench-produce soak-produce setup lint deny config image start stop restart status logs reload validate clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,11 @@ lint: ## formatting, clippy, shellcheck and promtool, warnings are errors
 	shellcheck $(SHELL_SCRIPTS)
 	$(PROMTOOL) check config deploy/prometheus/prometheus.yml
 	$(PROMTOOL) test rules deploy/prometheus/rules_test.yml
+
+# Not a part of `make test`: cargo-deny takes minutes to build, and its database of advisories has to be reachable.
+deny: ## licences, sources, duplicates and advisories of the dependencies; ARGS="licenses bans sources" where GitHub is out of reach
+	@command -v cargo-deny >/dev/null || { echo "there is no cargo-deny here: cargo install cargo-deny --locked" >&2; exit 1; }
+	cargo deny --locked check $(ARGS)
 
 ## Deploy
 

@@ -3,7 +3,8 @@
 //! `make bench-produce`, `make soak-produce`. Three processes: the agent, whose processor time, threads and memory are
 //! read from /proc; a fast site (this program once more); and this one, with librdkafka's in-process broker and the
 //! reader that holds the topic to the ledger: every tick of every host has exactly one record. Lateness comes from the
-//! records, the price of a check without any program around it from a raw client in the same run. Linux only, and in a
+//! records, the price of a check without any program around it from a raw client in the same run: once in a loop (`raw`),
+//! once at the agent's pace, asleep in between (`paced`); the ratio is the agent's to the latter. Linux only, and in a
 //! network namespace of its own, for it makes thousands of connections a second, which would fill the machine's
 //! connection tables.
 //!

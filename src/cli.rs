@@ -56,6 +56,8 @@ pub enum Command {
 
 /// What every command takes, before its name or after it.
 #[derive(Debug, Args)]
+// Else a command's version would be `host-metrics-produce`'s.
+#[command(display_name = "host-metrics")]
 pub struct Common {
     /// Set a variable; wins over the environment (repeatable)
     #[arg(short = 'e', value_name = "NAME=VALUE")]
@@ -228,11 +230,11 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// With the git revision where the build was told one.
+/// With the git revision where the build script found one.
 static VERSION: LazyLock<String> = LazyLock::new(|| {
     let version = env!("CARGO_PKG_VERSION");
     match option_env!("HOST_METRICS_REVISION") {
-        None | Some("") => version.to_owned(),
+        None => version.to_owned(),
         Some(revision) => format!("{version} ({revision})"),
     }
 });

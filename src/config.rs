@@ -9,6 +9,7 @@ mod variables;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -230,6 +231,34 @@ pub fn log_level(variables: &Variables) -> Result<LevelFilter, WrongInput> {
     let Variables { raw, mut problems } = variables.clone();
     let level = check_log_level(&raw, &mut problems);
     problems.finish(level)
+}
+
+/// A line for each file with a secret, among those that reach these servers, that every user of the machine can read.
+///
+/// To be warned of and no more: containers mount secrets so. A group's right to read is not spoken of, for it is how a key
+/// is shared on purpose.
+pub fn exposed_secrets(variables: &Variables, servers: Servers) -> Vec<String> {
+    let raw = &variables.raw;
+    let kafka = [
+        Variable::new("KAFKA_SSL_KEY_FILE", &raw.kafka_ssl_key_file),
+        Variable::new("KAFKA_SASL_USERNAME_FILE", &raw.kafka_sasl_username_file),
+        Variable::new("KAFKA_SASL_PASSWORD_FILE", &raw.kafka_sasl_password_file),
+    ];
+    let database = [Variable::new("DB_PASSWORD_FILE", &raw.db_password_file)];
+    let kafka = kafka.iter().filter(|_| servers.kafka);
+    let files = kafka.chain(database.iter().filter(|_| servers.database));
+    files.filter_map(exposed).collect()
+}
+
+fn exposed(file: &Variable<'_>) -> Option<String> {
+    let path = file.value?;
+    let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o7777;
+    (mode & 0o004 != 0).then(|| {
+        format!(
+            "{}={path:?}: every user of this machine can read the file (mode {mode:04o}); `chmod o-r` ends that",
+            file.name
+        )
+    })
 }
 
 /// A value that no log line, error or `Debug` output shows.

@@ -21,6 +21,7 @@ use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::consume::catalogue;
 use crate::consume::tables::{self, Object};
 use crate::database::{self, Bounds, Fault, Kind, Link};
+use crate::kafka::{Explainer, names_a_cause};
 
 /// Of a topic that `init` makes: room for as many consumers, and a number that divides well.
 const PARTITIONS: i32 = 12;
@@ -179,7 +180,7 @@ fn drop_topics(config: &InitConfig) -> anyhow::Result<()> {
 fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Metadata> {
     // A producer, for an admin client does not tell its errors, and the request's own says only that no broker answered.
     let client: BaseProducer<Quiet> = client_config(config)
-        .create_with_context(Quiet::default())
+        .create_with_context(Quiet::new(config))
         .context("KAFKA_* variables")?;
     let kafka = format!("Kafka at {}", config.kafka.bootstrap_servers);
     loop {
@@ -203,11 +204,12 @@ fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Meta
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         let (code, cause) = last.unwrap_or_else(|| (error.rdkafka_error_code(), error.to_string()));
+        let cause = client.context().explainer.explain(&cause);
         if matches!(
             code,
             Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed)
         ) {
-            bail!("{kafka}: {cause}: check KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD");
+            bail!("{kafka}: {cause}");
         }
         waiting.say(&format!("{kafka}: {cause}"));
     }
@@ -400,32 +402,45 @@ fn pause(runtime: &Runtime) {
     runtime.block_on(async { tokio::time::sleep(RETRY_AFTER).await });
 }
 
-/// Says what is waited for: after a few seconds, then rarely.
+/// Says what is waited for: after a few seconds, then rarely; what was said without a cause, once more with it.
 struct Waiting {
     say_at: Instant,
+    said_without_cause: bool,
 }
 
 impl Waiting {
     fn new() -> Self {
         Self {
             say_at: clock() + SAY_AFTER,
+            said_without_cause: false,
         }
     }
 
     fn say(&mut self, what: &str) {
         let now = clock();
-        if now >= self.say_at {
+        let has_cause = names_a_cause(what);
+        if now >= self.say_at || (self.said_without_cause && has_cause) {
             log::warn!("waiting for {what}");
             self.say_at = now + SAY_EVERY;
+            self.said_without_cause = !has_cause;
         }
     }
 }
 
 /// Keeps librdkafka's own lines, many a second while no broker answers, for debugging, and the last error that names a
 /// cause for us.
-#[derive(Default)]
 struct Quiet {
+    explainer: Explainer,
     last: Mutex<Option<(Option<RDKafkaErrorCode>, String)>>,
+}
+
+impl Quiet {
+    fn new(config: &InitConfig) -> Self {
+        Self {
+            explainer: Explainer::new(&config.kafka),
+            last: Mutex::default(),
+        }
+    }
 }
 
 impl ClientContext for Quiet {
@@ -435,6 +450,7 @@ impl ClientContext for Quiet {
 
     fn error(&self, error: KafkaError, reason: &str) {
         log::debug!("librdkafka {error}: {reason}");
+        self.explainer.hear(&error, reason);
         let code = error.rdkafka_error_code();
         // That all brokers are down repeats without a cause what the error before it said with one.
         if code != Some(RDKafkaErrorCode::AllBrokersDown) {
@@ -460,7 +476,7 @@ fn client_config(config: &InitConfig) -> ClientConfig {
 
 fn admin(config: &InitConfig) -> anyhow::Result<AdminClient<Quiet>> {
     client_config(config)
-        .create_with_context(Quiet::default())
+        .create_with_context(Quiet::new(config))
         .context("KAFKA_* variables")
 }
 

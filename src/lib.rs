@@ -20,6 +20,7 @@ pub mod demo;
 pub mod duration;
 pub mod health;
 pub mod init;
+pub mod kafka;
 pub mod logging;
 pub mod metrics;
 pub mod produce;

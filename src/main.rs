@@ -60,7 +60,13 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
 
 fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<ExitCode> {
     let (config, targets) = both(config::produce(variables), read_targets(&args.host_file))?;
-    logging::start(config::log_level(variables)?)?;
+    start_logging(
+        variables,
+        Servers {
+            kafka: true,
+            database: false,
+        },
+    )?;
     let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
     let host_file = Some(args.host_file.as_path()).filter(|path| !host_file::is_stdin(path));
     produce::run(&config, targets, host_file, rounds, &listen_to_signals()?)?;
@@ -69,7 +75,13 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<Exi
 
 fn run_consume(variables: &Variables) -> anyhow::Result<ExitCode> {
     let config = config::consume(variables)?;
-    logging::start(config::log_level(variables)?)?;
+    start_logging(
+        variables,
+        Servers {
+            kafka: true,
+            database: true,
+        },
+    )?;
     consume::run(&config, &listen_to_signals()?)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -103,7 +115,7 @@ fn run_init(args: &cli::Init, variables: &Variables) -> anyhow::Result<ExitCode>
         database: !args.print_sql,
     };
     let config = config::init(variables, servers)?;
-    logging::start(config::log_level(variables)?)?;
+    start_logging(variables, servers)?;
     let options = init::Options {
         partitions: args.partitions,
         replication: args.replication,
@@ -120,14 +132,20 @@ fn run_drop(args: &cli::Drop, variables: &Variables) -> anyhow::Result<ExitCode>
         database: true,
     };
     let config = config::init(variables, servers)?;
-    logging::start(config::log_level(variables)?)?;
+    start_logging(variables, servers)?;
     init::drop(&config, args.topic, args.yes)?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<ExitCode> {
     let config = config::status(variables)?;
-    logging::start(config::log_level(variables)?)?;
+    start_logging(
+        variables,
+        Servers {
+            kafka: true,
+            database: true,
+        },
+    )?;
     let report = status::run(&config)?;
     let width = terminal_size::terminal_size().filter(|_| io::stdout().is_terminal());
     print(&if args.json {
@@ -171,6 +189,15 @@ fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<ExitCode>
     } else {
         ExitCode::from(COULD_NOT_GO_ON)
     })
+}
+
+/// And says what is no error, but not as it should be.
+fn start_logging(variables: &Variables, servers: Servers) -> anyhow::Result<()> {
+    logging::start(config::log_level(variables)?)?;
+    for line in config::exposed_secrets(variables, servers) {
+        log::warn!("{line}");
+    }
+    Ok(())
 }
 
 fn listen_to_signals() -> anyhow::Result<Shutdown> {

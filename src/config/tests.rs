@@ -515,6 +515,61 @@ fn a_secret_may_stand_in_a_file_of_its_own() {
 }
 
 #[test]
+fn a_secret_that_every_user_can_read_is_warned_of_by_its_variable() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("secret");
+    fs::write(&path, "never shown").unwrap();
+    let name = path.to_str().unwrap();
+    let kafka = [
+        "KAFKA_SSL_KEY_FILE",
+        "KAFKA_SASL_USERNAME_FILE",
+        "KAFKA_SASL_PASSWORD_FILE",
+    ];
+    let all = Variables::from_pairs(
+        [&kafka[..], &["DB_PASSWORD_FILE"]]
+            .concat()
+            .into_iter()
+            .map(|variable| (variable, name)),
+    );
+    for (mode, is_exposed) in [
+        (0o600, false),
+        (0o440, false),
+        (0o666, true),
+        (0o444, true),
+        (0o604, true),
+    ] {
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        for (servers, variables) in [
+            ((true, false), &kafka[..]),
+            ((false, true), &["DB_PASSWORD_FILE"]),
+        ] {
+            let (kafka, database) = servers;
+            let lines = exposed_secrets(&all, Servers { kafka, database });
+            let expected: Vec<String> = variables
+                .iter()
+                .filter(|_| is_exposed)
+                .map(|variable| {
+                    format!(
+                        "{variable}={path:?}: every user of this machine can read the file (mode {mode:04o}); `chmod \
+                         o-r` ends that"
+                    )
+                })
+                .collect();
+            assert_eq!(lines, expected, "{mode:o}");
+        }
+    }
+    let none = [("KAFKA_SSL_KEY_FILE", "/nowhere/key.pem")];
+    let both = Servers {
+        kafka: true,
+        database: true,
+    };
+    assert_eq!(exposed_secrets(&Variables::from_pairs(none), both), [""; 0]);
+    assert_eq!(exposed_secrets(&Variables::from_pairs([]), both), [""; 0]);
+}
+
+#[test]
 fn a_table_is_named_as_written_and_quoted_as_an_identifier() {
     let forty = "x".repeat(40);
     let cases = [

@@ -32,6 +32,7 @@ use crate::consume::batch::{NextOffset, Offset, Partition, Record};
 use crate::consume::group::{Named, Watch};
 use crate::consume::ingest::{Event, Extent};
 use crate::consume::trouble::Trouble;
+use crate::kafka::{Explainer, names_a_cause};
 use crate::sample::Timestamp;
 
 /// How long a question to Kafka (committed offsets, watermarks) may hold up polling: what is not answered by then is asked
@@ -51,6 +52,7 @@ const LOOK_AT_GROUP_EVERY: Duration = Duration::from_secs(15);
 /// The consumer, and what it has to say.
 pub struct Source {
     client: ClientConfig,
+    explainer: Explainer,
     consumer: Arc<BaseConsumer<Context>>,
     /// One place: while Kafka does not answer a commit, further ones fail at once.
     commits: SyncSender<Vec<(Partition, NextOffset)>>,
@@ -115,7 +117,7 @@ impl Source {
         for (property, value) in overrides {
             client.set(*property, *value);
         }
-        Self::subscribe(client, config.topics.clone())
+        Self::subscribe(client, Explainer::new(&config.kafka), config.topics.clone())
     }
 
     /// A new consumer of the same configuration, in the place of one that Kafka has ended.
@@ -123,12 +125,13 @@ impl Source {
     /// # Errors
     /// As [`Source::join`].
     pub fn rejoin(&self) -> anyhow::Result<Self> {
-        Self::subscribe(self.client.clone(), self.topics.clone())
+        Self::subscribe(self.client.clone(), self.explainer.clone(), self.topics.clone())
     }
 
-    fn subscribe(client: ClientConfig, topics: Vec<String>) -> anyhow::Result<Self> {
+    fn subscribe(client: ClientConfig, explainer: Explainer, topics: Vec<String>) -> anyhow::Result<Self> {
         let context = Context {
             bootstrap_servers: client.get("bootstrap.servers").unwrap_or_default().to_owned(),
+            explainer: explainer.clone(),
             topics: topics.clone(),
             state: Mutex::default(),
         };
@@ -159,6 +162,7 @@ impl Source {
         };
         Ok(Self {
             client,
+            explainer,
             consumer,
             commits,
             committer,
@@ -301,7 +305,9 @@ impl Source {
             ("waiting for the topic", &mut state.missing),
         ];
         for (what, trouble) in waiting {
-            if let Some((reason, lasted)) = trouble.due(now) {
+            let reason = self.explainer.explain(trouble.reason().unwrap_or_default());
+            trouble.cause_is_known(names_a_cause(&reason));
+            if let Some((_, lasted)) = trouble.due(now) {
                 log::warn!("{what}: {reason} (for {} s)", lasted.as_secs());
             }
         }
@@ -320,7 +326,7 @@ impl Source {
         ];
         for (what, trouble) in waiting {
             if let Some(reason) = trouble.reason() {
-                return Err(format!("{what}: {reason}"));
+                return Err(format!("{what}: {}", self.explainer.explain(reason)));
             }
         }
         match state.is_member {
@@ -445,7 +451,8 @@ impl Source {
 
     fn last_reason(&self, code: RDKafkaErrorCode) -> String {
         let reason = self.state().last_reason.clone();
-        reason.unwrap_or_else(|| code.to_string())
+        self.explainer
+            .explain(&reason.unwrap_or_else(|| code.to_string()))
     }
 
     fn list(&self, partitions: &[Partition]) -> TopicPartitionList {
@@ -503,6 +510,7 @@ const SETTINGS: &[(&str, &str)] = &[
 
 struct Context {
     bootstrap_servers: String,
+    explainer: Explainer,
     topics: Vec<String>,
     state: Mutex<State>,
 }
@@ -605,7 +613,8 @@ impl ClientContext for Context {
     /// Hears of every error, also of those that polling returns, and alone hears the reason in words.
     fn error(&self, error: KafkaError, reason: &str) {
         log::debug!("librdkafka {error}: {reason}");
-        let reason = one_line(reason);
+        self.explainer.hear(&error, reason);
+        let reason = reason.to_owned();
         let mut state = self.state();
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange) => {
@@ -735,13 +744,6 @@ fn partition(topics: &[String], topic: &str, number: i32) -> Option<Partition> {
     let topic = topics.iter().position(|known| known == topic)?;
     let topic = u16::try_from(topic).ok()?;
     Some(Partition { topic, number })
-}
-
-/// Reasons come from other machines.
-fn one_line(reason: &str) -> String {
-    const MAX_CHARS: usize = 400;
-    let clean = |c: char| if c.is_control() { ' ' } else { c };
-    reason.chars().map(clean).take(MAX_CHARS).collect()
 }
 
 #[expect(

@@ -21,6 +21,7 @@ pub struct Trouble {
 struct Current {
     since: Instant,
     said: Option<Instant>,
+    is_without_cause: bool,
     reason: String,
 }
 
@@ -33,6 +34,7 @@ impl Trouble {
                 self.current = Some(Current {
                     since: now,
                     said: None,
+                    is_without_cause: false,
                     reason,
                 });
             }
@@ -47,6 +49,18 @@ impl Trouble {
 
     pub fn reason(&self) -> Option<&str> {
         self.current.as_ref().map(|current| current.reason.as_str())
+    }
+
+    /// Whether its cause is known: what was said without one is said again, once, as soon as it is.
+    pub fn cause_is_known(&mut self, is_known: bool) {
+        if let Some(current) = &mut self.current {
+            if is_known && current.is_without_cause {
+                current.said = None;
+            }
+            if current.said.is_none() {
+                current.is_without_cause = !is_known;
+            }
+        }
     }
 
     /// The reason and how long it has lasted, if that is to be said now.
@@ -94,6 +108,19 @@ mod tests {
         assert_eq!(trouble.due(at(63)), Some(("timed out", Duration::from_secs(63))));
         assert_eq!(trouble.is_over(at(70)), Some(Duration::from_secs(70)));
         assert_eq!(trouble.is_over(at(71)), None);
+    }
+
+    #[test]
+    fn a_trouble_of_unknown_cause_is_said_once_more_when_the_cause_is_known() {
+        let mut trouble = Trouble::default();
+        trouble.is_there(at(0), "silent".into());
+        let mut said = Vec::new();
+        for second in 0..70 {
+            // It comes and goes.
+            trouble.cause_is_known([5, 7, 8].contains(&second));
+            said.extend(trouble.due(at(second)).map(|_| second));
+        }
+        assert_eq!(said, [3, 5, 65]);
     }
 
     #[test]

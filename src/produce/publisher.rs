@@ -20,6 +20,7 @@ use rdkafka::{ClientContext, Message};
 
 use crate::config::KafkaConfig;
 use crate::health::{Heartbeat, Readiness};
+use crate::kafka::{Explainer, names_a_cause};
 use crate::produce::clock::instant_now;
 use crate::produce::target::Target;
 
@@ -138,7 +139,7 @@ impl Publisher {
     ) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared::new(default_topic, bounds, deliveries));
         let config = client_config(kafka, bounds);
-        let worker = Worker::new(Arc::clone(&shared), config, &kafka.bootstrap_servers)?;
+        let worker = Worker::new(Arc::clone(&shared), config, kafka)?;
         let (end, ended) = sync_channel(1);
         std::thread::Builder::new()
             .name("publisher".into())
@@ -313,6 +314,7 @@ fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig {
 struct Worker {
     shared: Arc<Shared>,
     config: ClientConfig,
+    explainer: Explainer,
     servers: String,
     producer: BaseProducer<Context>,
     topics: Vec<Topic>,
@@ -351,14 +353,17 @@ struct Topic {
 struct Trouble {
     since: Option<Instant>,
     said_at: Option<Instant>,
+    is_without_cause: bool,
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>, config: ClientConfig, servers: &str) -> anyhow::Result<Self> {
+    fn new(shared: Arc<Shared>, config: ClientConfig, kafka: &KafkaConfig) -> anyhow::Result<Self> {
+        let explainer = Explainer::new(kafka);
         let mut worker = Self {
-            producer: new_producer(&config)?,
+            producer: new_producer(&config, &explainer)?,
             config,
-            servers: servers.to_owned(),
+            explainer,
+            servers: kafka.bootstrap_servers.clone(),
             topics: Vec::new(),
             topic_indices: HashMap::new(),
             next_sequence: 0,
@@ -538,7 +543,8 @@ impl Worker {
                 // What cannot be reached for one topic cannot for the next.
                 Err(error) => {
                     let last = self.producer.context().last_error();
-                    self.unreachable = Some(last.unwrap_or_else(|| error.to_string()));
+                    let unknown = || self.explainer.explain(&error.to_string());
+                    self.unreachable = Some(last.unwrap_or_else(unknown));
                     break;
                 }
             }
@@ -644,7 +650,7 @@ impl Worker {
         let Some(why) = &self.spoiled else {
             return;
         };
-        match new_producer(&self.config) {
+        match new_producer(&self.config, &self.explainer) {
             Ok(producer) => {
                 let (servers, kept) = (&self.servers, self.on_hand());
                 log::error!("kafka={servers} a new producer takes over, {kept} records go out again: {why}");
@@ -705,12 +711,14 @@ impl Worker {
         };
         let (servers, room) = (&self.servers, self.shared.bounds.records);
         let kept = self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed);
+        let last = self.producer.context().last_error();
+        let reason = self.unreachable.clone().or(last);
+        self.silence
+            .cause_is_known(reason.as_deref().is_some_and(names_a_cause));
         match self.silence.update(since, now) {
             Say::Nothing => {}
             Say::It(seconds) => {
-                let last = self.producer.context().last_error();
-                let silent = || "it acknowledges nothing".to_owned();
-                let reason = self.unreachable.clone().or(last).unwrap_or_else(silent);
+                let reason = reason.unwrap_or_else(|| "it acknowledges nothing".to_owned());
                 log::warn!(
                     "kafka={servers} waiting for it for {seconds} s: {reason}; {kept} records are kept, {room} can be"
                 );
@@ -790,9 +798,9 @@ impl Worker {
     }
 }
 
-fn new_producer(config: &ClientConfig) -> anyhow::Result<BaseProducer<Context>> {
+fn new_producer(config: &ClientConfig, explainer: &Explainer) -> anyhow::Result<BaseProducer<Context>> {
     config
-        .create_with_context(Context::default())
+        .create_with_context(Context::new(explainer.clone()))
         .context("cannot create the Kafka producer")
 }
 
@@ -847,6 +855,16 @@ enum Say {
 }
 
 impl Trouble {
+    /// Whether its cause is known: what was said without one is said again, once, as soon as it is.
+    fn cause_is_known(&mut self, is_known: bool) {
+        if is_known && self.is_without_cause {
+            self.said_at = None;
+        }
+        if self.said_at.is_none() {
+            self.is_without_cause = !is_known;
+        }
+    }
+
     fn update(&mut self, since: Option<Instant>, now: Instant) -> Say {
         match (since, self.since) {
             (Some(since), _) => {
@@ -887,8 +905,8 @@ struct Report {
 }
 
 /// Collects what librdkafka calls back with, all on the publisher's thread, from within `poll`.
-#[derive(Default)]
 struct Context {
+    explainer: Explainer,
     /// Callbacks so far.
     events: AtomicUsize,
     reports: Mutex<Vec<Report>>,
@@ -896,12 +914,23 @@ struct Context {
 }
 
 impl Context {
+    fn new(explainer: Explainer) -> Self {
+        Self {
+            explainer,
+            events: AtomicUsize::default(),
+            reports: Mutex::default(),
+            last_error: Mutex::default(),
+        }
+    }
+
     fn take_reports(&self) -> Vec<Report> {
         std::mem::take(&mut lock(&self.reports))
     }
 
+    /// With what it means for the operator.
     fn last_error(&self) -> Option<String> {
-        lock(&self.last_error).clone()
+        let last = lock(&self.last_error).clone();
+        last.map(|reason| self.explainer.explain(&reason))
     }
 
     fn forget_error(&self) {
@@ -918,11 +947,10 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         self.events.fetch_add(1, Ordering::Relaxed);
         log::debug!("librdkafka {error}: {reason}");
+        self.explainer.hear(&error, reason);
         // "all brokers are down" says nothing that the reasons before it do not say better.
         if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
-            // How long the attempt took and how often it was repeated helps nobody.
-            let cause = reason.split(" (after ").next().unwrap_or(reason);
-            *lock(&self.last_error) = Some(cause.to_owned());
+            *lock(&self.last_error) = Some(reason.to_owned());
         }
     }
 }
@@ -954,7 +982,7 @@ mod tests {
     use crate::produce::host_file;
 
     #[test]
-    fn a_trouble_is_told_once_it_has_lasted_then_rarely_and_its_end_only_if_it_was_told() {
+    fn a_trouble_is_told_once_it_has_lasted_then_its_cause_then_rarely_and_its_end_only_if_it_was_told() {
         let start = instant_now();
         let mut trouble = Trouble::default();
         let mut told = Vec::new();
@@ -962,6 +990,8 @@ mod tests {
         for second in 0..210 {
             let now = start + Duration::from_secs(second);
             let is_bad = (1..3).contains(&second) || (5..205).contains(&second);
+            // It comes and goes, and is unknown at first.
+            trouble.cause_is_known([1, 20, 21, 30].contains(&second));
             match trouble.update(is_bad.then_some(now), now) {
                 Say::Nothing => {}
                 Say::It(seconds) => told.push((second, "it", seconds)),
@@ -970,9 +1000,10 @@ mod tests {
         }
         let expected = [
             (8, "it", 3),
-            (68, "it", 63),
-            (128, "it", 123),
-            (188, "it", 183),
+            (20, "it", 15),
+            (80, "it", 75),
+            (140, "it", 135),
+            (200, "it", 195),
             (205, "over", 200),
         ];
         assert_eq!(told, expected);
@@ -1023,9 +1054,8 @@ mod tests {
         const BOUND: Duration = Duration::from_secs(60);
         let cluster = MockCluster::new(1).unwrap();
         cluster.create_topic("t", PARTITIONS, 1).unwrap();
-        let servers = cluster.bootstrap_servers();
         let kafka = KafkaConfig {
-            bootstrap_servers: servers.clone(),
+            bootstrap_servers: cluster.bootstrap_servers(),
             security: KafkaSecurity {
                 tls: None,
                 sasl: None,
@@ -1033,7 +1063,7 @@ mod tests {
         };
         let shared = Arc::new(Shared::new("t", Bounds::default(), Arc::default()));
         let config = client_config(&kafka, Bounds::default());
-        let mut worker = Worker::new(shared, config, &servers).unwrap();
+        let mut worker = Worker::new(shared, config, &kafka).unwrap();
         let deadline = instant_now() + BOUND;
         while !worker.is_idle() {
             assert!(instant_now() < deadline, "the topic is there");

@@ -10,6 +10,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 
 use crate::config::KafkaConfig;
+use crate::kafka::Explainer;
 
 /// All questions to Kafka together: a person waits, and what the tables say is told either way.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
@@ -47,7 +48,10 @@ pub fn lag(
     // The end is where `consume` would stop reading. Without a group there is nothing to join or to leave.
     config.set("isolation.level", "read_committed");
     let client: BaseConsumer<Quiet> = config
-        .create_with_context(Quiet::default())
+        .create_with_context(Quiet {
+            explainer: Explainer::new(kafka),
+            last: Mutex::default(),
+        })
         .map_err(|error| error.to_string())?;
     let asked = ask(&client, topics, positions, deadline);
     asked.map_err(|error| match error {
@@ -157,19 +161,21 @@ fn reason(client: &BaseConsumer<Quiet>, error: &KafkaError) -> String {
         // Serves the errors that wait to be told, one a call.
         client.poll(REASON_WITHIN / 10);
         if let Some(reason) = client.context().last().take() {
-            return reason;
+            return client.context().explainer.explain(&reason);
         }
     }
-    error.to_string()
+    client.context().explainer.explain(&error.to_string())
 }
 
 /// Keeps the last error that names a cause.
-#[derive(Default)]
-struct Quiet(Mutex<Option<String>>);
+struct Quiet {
+    explainer: Explainer,
+    last: Mutex<Option<String>>,
+}
 
 impl Quiet {
     fn last(&self) -> MutexGuard<'_, Option<String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -180,6 +186,7 @@ impl ClientContext for Quiet {
 
     fn error(&self, error: KafkaError, reason: &str) {
         log::debug!("librdkafka {error}: {reason}");
+        self.explainer.hear(&error, reason);
         // It repeats without a cause what the error before it said with one.
         if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
             *self.last() = Some(reason.to_owned());

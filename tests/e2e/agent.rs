@@ -66,6 +66,11 @@ impl Agent {
         }
     }
 
+    /// The command's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn stderr(&self) -> String {
         scratch::text(&self.directory.join("stderr"))
     }

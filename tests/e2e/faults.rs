@@ -3,8 +3,8 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown as Close, TcpListener, TcpStream};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 pub fn signal(pid: &str, name: &str) {
@@ -32,6 +32,7 @@ pub struct Proxy {
     pub is_deaf: Arc<AtomicBool>,
     /// What we say does not arrive.
     pub is_mute: Arc<AtomicBool>,
+    clients: Arc<Mutex<Vec<TcpStream>>>,
 }
 
 impl Proxy {
@@ -40,10 +41,13 @@ impl Proxy {
         let port = listener.local_addr().unwrap().port();
         let (is_deaf, is_mute) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let (deaf, mute) = (Arc::clone(&is_deaf), Arc::clone(&is_mute));
+        let clients = Arc::new(Mutex::new(Vec::new()));
+        let accepted = Arc::clone(&clients);
         thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.unwrap();
                 let server = TcpStream::connect(("127.0.0.1", to)).unwrap();
+                accepted.lock().unwrap().push(client.try_clone().unwrap());
                 pass(
                     client.try_clone().unwrap(),
                     server.try_clone().unwrap(),
@@ -56,6 +60,15 @@ impl Proxy {
             port,
             is_deaf,
             is_mute,
+            clients,
+        }
+    }
+
+    /// Ends every connection that there is.
+    pub fn cut(&self) {
+        for client in self.clients.lock().unwrap().drain(..) {
+            // It may be gone already.
+            client.shutdown(Close::Both).ok();
         }
     }
 }

@@ -40,6 +40,18 @@ pub struct Kafka {
     broker: Option<Process>,
 }
 
+/// A listener beside the plain one, and whom it lets in.
+pub struct Listener {
+    pub name: &'static str,
+    /// PLAINTEXT, SSL or SASL_SSL.
+    pub protocol: &'static str,
+    pub port: u16,
+    /// Where it tells its clients to come to: the same, or a proxy's.
+    pub advertised_port: u16,
+    /// Kafka's settings for it, without what makes them its own: `ssl.client.auth`, say.
+    pub settings: Vec<(&'static str, String)>,
+}
+
 /// A record as it lies in a topic.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Record {
@@ -58,15 +70,33 @@ impl Kafka {
     }
 
     pub fn start() -> Self {
+        Self::start_with(&[], &[])
+    }
+
+    /// With further listeners, and with SCRAM's users as Kafka's own tool takes them.
+    pub fn start_with(listeners: &[Listener], scram: &[&str]) -> Self {
         let directory = scratch::directory("kafka");
         let (port, controller_port) = (free_port().unwrap(), free_port().unwrap());
+        let (mut addresses, mut advertised) = (String::new(), String::new());
+        let (mut protocols, mut more) = (String::new(), String::new());
+        for listener in listeners {
+            let Listener {
+                name, protocol, port, ..
+            } = listener;
+            addresses += &format!(",{name}://127.0.0.1:{port}");
+            advertised += &format!(",{name}://127.0.0.1:{}", listener.advertised_port);
+            protocols += &format!(",{name}:{protocol}");
+            for (setting, value) in &listener.settings {
+                more += &format!("listener.name.{}.{setting}={value}\n", name.to_lowercase());
+            }
+        }
         let settings = format!(
             "process.roles=broker,controller\n\
              node.id=1\n\
              controller.quorum.voters=1@127.0.0.1:{controller_port}\n\
-             listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}\n\
-             advertised.listeners=PLAINTEXT://127.0.0.1:{port}\n\
-             listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT\n\
+             listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}{addresses}\n\
+             advertised.listeners=PLAINTEXT://127.0.0.1:{port}{advertised}\n\
+             listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT{protocols}\n\
              controller.listener.names=CONTROLLER\n\
              log.dirs={directory}/log\n\
              auto.create.topics.enable=false\n\
@@ -77,7 +107,8 @@ impl Kafka {
              group.initial.rebalance.delay.ms=0\n\
              # Back within seconds after a kill.\n\
              broker.session.timeout.ms=2000\n\
-             broker.heartbeat.interval.ms=500\n",
+             broker.heartbeat.interval.ms=500\n\
+             {more}",
             directory = directory.display()
         );
         fs::write(directory.join("server.properties"), settings).unwrap();
@@ -91,6 +122,9 @@ impl Kafka {
         format
             .args(["format", "--cluster-id", CLUSTER_ID, "--config"])
             .arg(kafka.settings());
+        for user in scram {
+            format.args(["--add-scram", user]);
+        }
         let output = format
             .output()
             .unwrap_or_else(|error| panic!("cannot run java ({error}): `make setup`"));

@@ -21,6 +21,7 @@ mod poison;
 mod positions;
 mod rebalance;
 mod scratch;
+mod security;
 mod site;
 mod store;
 mod table;

@@ -1,10 +1,12 @@
 //! Postgres and Kafka away, frozen, deaf, full, read-only: waited out, said in one line, and everything is stored once.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use host_metrics::demo::postgres::ThrowAwayPostgres;
+use host_metrics::demo::postgres::{ThrowAwayPostgres, free_port};
+use host_metrics::sample::{self, Timestamp};
 use host_metrics::shutdown::Shutdown;
 use postgres::Client;
 
@@ -12,8 +14,8 @@ use crate::agent::{Agent, STOP_WITHIN, Variables};
 use crate::case::{Case, InProcess, SOON, wait_for_count, write};
 use crate::database::{Database, config, server};
 use crate::faults::{Proxy, Thaw, signal};
-use crate::kafka::Kafka;
-use crate::scratch::{now, wait_for};
+use crate::kafka::{Kafka, Listener};
+use crate::scratch::{self, now, wait_for};
 use crate::table;
 
 /// How long a step of Postgres may take before it is given up, with some time to notice.
@@ -323,6 +325,70 @@ fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
     case.wait_for_rows(30, &[&consumer]);
     consumer.stop();
     case.assert_exactly_once(&["unanswered"]);
+}
+
+/// Not with librdkafka's in-process broker: that looks at no sequence numbers, so there a retry doubles.
+#[test]
+fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_lost() {
+    /// Long enough for as many requests as may be without an answer.
+    const DEAF_FOR: Duration = Duration::from_secs(2);
+    let port = free_port().unwrap();
+    let proxy = Proxy::start(port);
+    let proxied = Listener {
+        name: "PROXIED",
+        protocol: "PLAINTEXT",
+        port,
+        advertised_port: proxy.port,
+        settings: Vec::new(),
+    };
+    let kafka = Kafka::start_with(&[proxied], &[]);
+    kafka.create_topic("ticks", 3);
+    let host_file = scratch::directory("hosts").join("producer_config");
+    // Nobody is there, which is known at once.
+    let hosts: String = (0..200)
+        .map(|host| format!("http://127.0.0.1:1/{host} 1s\n"))
+        .collect();
+    fs::write(&host_file, hosts).unwrap();
+    let variables = Variables::new()
+        .kafka(&format!("127.0.0.1:{}", proxy.port), "ticks")
+        .with("LOG_LEVEL", "INFO");
+    let producer = Agent::start(&["produce", "-c", host_file.to_str().unwrap()], &variables);
+    let wait_for_records = |kafka: &Kafka, count: usize| {
+        wait_for(
+            SOON,
+            &format!("{count} records"),
+            || (kafka.records("ticks").len() >= count).then_some(()),
+            || producer.stderr(),
+        );
+    };
+    wait_for_records(&kafka, 400);
+    for _ in 0..3 {
+        proxy.is_deaf.store(true, Ordering::SeqCst);
+        let since = now();
+        wait_for(
+            SOON,
+            "Kafka stores what it cannot acknowledge",
+            || (since.elapsed() >= DEAF_FOR).then_some(()),
+            || producer.stderr(),
+        );
+        proxy.cut();
+        proxy.is_deaf.store(false, Ordering::SeqCst);
+        let before = kafka.records("ticks").len();
+        wait_for_records(&kafka, before + 400);
+    }
+    producer.stop();
+
+    let mut last: BTreeMap<String, Timestamp> = BTreeMap::new();
+    for record in kafka.records("ticks") {
+        let value = record.value.unwrap();
+        let sample = sample::decode(&value).unwrap();
+        let tick = sample.scheduled_at.unwrap();
+        if let Some(before) = last.insert(sample.address.clone().into_owned(), tick) {
+            let step = tick.unix_micros() - before.unix_micros();
+            assert_eq!(step, 1_000_000, "{} after {before}", sample.address);
+        }
+    }
+    assert_eq!(last.len(), 200);
 }
 
 #[test]

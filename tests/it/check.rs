@@ -20,6 +20,7 @@ use regex::Regex;
 use rustls::server::WebPkiClientVerifier;
 use url::Url;
 
+use crate::child;
 use crate::site::{self, Authority, Closed, Deaf, Site};
 
 /// More than any check here needs on a busy machine.
@@ -1586,37 +1587,11 @@ fn lookups_that_hang_hold_up_their_own_names_only_and_give_up_their_places() {
     );
 }
 
-/// Runs this test binary again with only the named test, and `role` to tell it that it is the child.
-fn run_as_child(test: &str, limits: &str, environment: &[(&str, &str)]) {
-    let output = std::process::Command::new("sh")
-        .args(["-c", &format!("{limits} exec \"$0\" \"$@\"")])
-        .arg(std::env::current_exe().unwrap())
-        .args([test, "--exact", "--nocapture", "--test-threads=1"])
-        .env("CHECK_TEST_CHILD", test)
-        .envs(environment.iter().copied())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success() && said.contains("1 passed"),
-        "{said}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "tells a test that runs in a process of its own that it does"
-)]
-fn is_child_of(test: &str) -> bool {
-    std::env::var("CHECK_TEST_CHILD").is_ok_and(|parent| parent == test)
-}
-
 #[test]
 fn without_file_handles_the_fault_is_ours_and_not_the_hosts() {
     const SELF: &str = "check::without_file_handles_the_fault_is_ours_and_not_the_hosts";
-    if !is_child_of(SELF) {
-        return run_as_child(SELF, "ulimit -n 64;", &[]);
+    if !child::is_it(SELF) {
+        return child::run(SELF, &mut child::shell("ulimit -n 64"));
     }
     let site = Site::answering(site::ok("hello"));
     let mut by_name = checker();
@@ -1643,10 +1618,35 @@ fn without_file_handles_the_fault_is_ours_and_not_the_hosts() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn without_a_thread_for_the_lookup_the_fault_is_ours_and_the_next_one_is_not_harmed() {
+    const SELF: &str =
+        "check::without_a_thread_for_the_lookup_the_fault_is_ours_and_the_next_one_is_not_harmed";
+    if !child::is_it(SELF) {
+        return child::run(SELF, &mut child::limitable());
+    }
+    let mut checker = checker();
+    let site = Site::answering(site::ok("hello"));
+    let target = target(&format!("http://localhost:{}/", site.address.port()));
+    let no_threads = child::NoThreads::begin();
+    let seen = checker.check(&target, now() + LONG);
+    assert_eq!(seen.outcome, Outcome::AgentError, "{seen:?}");
+    assert_consistent(&seen);
+    assert!(
+        seen.error
+            .as_ref()
+            .is_some_and(|text| text.contains("no thread for the name lookup")),
+        "{seen:?}"
+    );
+    drop(no_threads);
+    assert_eq!(checker.check(&target, now() + LONG).outcome, Outcome::Ok);
+}
+
+#[test]
 fn a_proxy_in_the_environment_is_not_used() {
     const SELF: &str = "check::a_proxy_in_the_environment_is_not_used";
     let closed = Closed::new();
-    if !is_child_of(SELF) {
+    if !child::is_it(SELF) {
         let proxy = format!("http://{}", closed.address);
         let variables = [
             "http_proxy",
@@ -1656,8 +1656,8 @@ fn a_proxy_in_the_environment_is_not_used() {
             "https_proxy",
             "HTTPS_PROXY",
         ];
-        let environment: Vec<_> = variables.iter().map(|name| (*name, proxy.as_str())).collect();
-        return run_as_child(SELF, "", &environment);
+        let environment = variables.map(|name| (name, proxy.as_str()));
+        return child::run(SELF, child::shell("").envs(environment));
     }
     let site = Site::answering(site::ok("hello"));
     assert_eq!(

@@ -1,12 +1,16 @@
 //! Integration tests on one machine without servers: real sockets, real certificates, librdkafka's in-process broker.
 
 mod check;
+mod child;
 mod command_line;
 mod consume;
 mod demo;
 mod host_file;
 mod metrics;
+#[cfg(target_os = "linux")]
+mod network;
 mod produce;
+mod revision;
 mod sample;
 mod simulator;
 mod site;

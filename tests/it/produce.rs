@@ -163,29 +163,6 @@ fn a_broker_that_goes_and_comes_back_loses_and_doubles_nothing() {
 }
 
 #[test]
-fn acknowledgements_that_get_lost_double_nothing() {
-    let kafka = Kafka::start();
-    let hosts = (0..50).map(|i| host(&format!("h{i}.example"), 1)).collect();
-    let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
-    run.wait_for("a start", |counters| counters.delivered() > 20);
-    let faults = [
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
-        RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT,
-    ];
-    kafka
-        .cluster
-        .request_errors(RDKafkaApiKey::Produce, &faults.repeat(5));
-    let ticks = run.ticks_due();
-    run.wait_for("all the same", |counters| counters.delivered() > ticks + 100);
-    let counters = run.stop().expect("a clean stop");
-    let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
-}
-
-#[test]
 fn a_full_buffer_stops_the_checks_and_every_tick_still_gets_its_record() {
     let kafka = Kafka::start();
     let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
@@ -408,6 +385,57 @@ fn with_fewer_threads_than_hosts_every_tick_has_its_record() {
     let records = kafka.records(TOPIC);
     assert_balanced(&counters, &records);
     assert_ticks_follow_each_other(&records, 1_000_000);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn without_threads_the_fault_is_ours_and_every_tick_has_its_record() {
+    use crate::child;
+    const SELF: &str = "produce::without_threads_the_fault_is_ours_and_every_tick_has_its_record";
+    if !child::is_it(SELF) {
+        return child::run(SELF, &mut child::limitable());
+    }
+    let kafka = Kafka::start();
+    let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hanging = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let hangs = Arc::clone(&hanging);
+    let run = Running::start(&kafka, hosts, Bounds::default(), move |_| {
+        let deadline = now() + BOUND;
+        while hangs.load(Ordering::Relaxed) && now() < deadline {
+            block_until(now() + Duration::from_millis(2));
+        }
+        ok()
+    });
+    run.wait_for("a start", |counters| counters.delivered() >= 20);
+    let no_threads = child::NoThreads::begin();
+    // Those threads that there are get something to do.
+    hanging.store(true, Ordering::Relaxed);
+    run.wait_for("checks without a thread", |counters| {
+        counters.results(Outcome::AgentError) >= 20
+    });
+    drop(no_threads);
+    hanging.store(false, Ordering::Relaxed);
+    let well = run.counters.results(Outcome::Ok);
+    run.wait_for("checks again", |counters| {
+        counters.results(Outcome::Ok) >= well + 40
+    });
+    let counters = run.stop().expect("a clean stop");
+    let records = kafka.records(TOPIC);
+    assert_balanced(&counters, &records);
+    assert_ticks_follow_each_other(&records, 1_000_000);
+    let mut ours = 0;
+    for record in &records {
+        match record.outcome().as_str() {
+            "agent_error" => {
+                ours += 1;
+                let error = record.sample().error.unwrap().into_owned();
+                assert!(error.starts_with("cannot start a thread: "), "{error}");
+                assert_eq!(record.started_at(), None, "it did not begin");
+            }
+            outcome => assert!(["ok", "missed"].contains(&outcome), "{outcome}"),
+        }
+    }
+    assert_eq!(ours, counters.results(Outcome::AgentError));
 }
 
 #[test]

@@ -28,7 +28,15 @@ impl<T: Read + Write> Wire for T {}
 impl Site {
     /// Hands every connection, on a thread of its own, to `handle`, with a place to note the request.
     pub fn start(handle: impl Fn(TcpStream, &Mutex<Vec<Vec<u8>>>) + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        Self::start_at((Ipv4Addr::LOCALHOST, 0).into(), handle)
+    }
+
+    /// The same at another of this machine's addresses.
+    pub fn start_at(
+        address: SocketAddr,
+        handle: impl Fn(TcpStream, &Mutex<Vec<Vec<u8>>>) + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind(address).unwrap();
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
         let ended = Arc::new(AtomicBool::new(false));
@@ -210,7 +218,8 @@ pub struct Deaf {
 
 impl Deaf {
     pub fn at(address: SocketAddr) -> Self {
-        let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let domain = socket2::Domain::for_address(address);
+        let listener = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
         listener.bind(&address.into()).unwrap();
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap().as_socket().unwrap();

@@ -165,11 +165,17 @@ pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String
 }
 
 /// No way there: said by this machine's routing table or by a router's ICMP.
-fn is_unreachable(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkDown
-    )
+pub(super) fn is_unreachable(error: &io::Error) -> bool {
+    /// The way is forbidden, the same number on every Unix. std's kind for it is that of EPERM too, which is what a
+    /// filter on this machine says.
+    const EACCES: i32 = 13;
+    /// A machine without IPv6 at all.
+    const EAFNOSUPPORT: i32 = if cfg!(target_os = "linux") { 97 } else { 47 };
+    matches!(error.raw_os_error(), Some(EACCES | EAFNOSUPPORT))
+        || matches!(
+            error.kind(),
+            io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkDown
+        )
 }
 
 fn certificate(cause: &CertificateError) -> (Outcome, String) {

@@ -24,12 +24,13 @@ pub enum NameError {
     /// There is no such name, or it has no address of the asked family.
     #[error("{0}")]
     NotFound(String),
-    /// The name servers failed, refused or did not answer.
+    /// The name servers failed, refused or were not there.
     #[error("{0}")]
     Failed(String),
     /// This machine could not even ask.
     #[error("{0}")]
     Agent(String),
+    /// The check's time was over, or that of the system's resolver.
     #[error("no answer from the name servers in time")]
     TimedOut,
 }
@@ -315,8 +316,9 @@ fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, Name
         },
         ..AddrInfoHints::default()
     };
-    let found =
-        dns_lookup::getaddrinfo(Some(name), None, Some(hints)).map_err(|error| name_error(name, &error))?;
+    let asked_at = now();
+    let found = dns_lookup::getaddrinfo(Some(name), None, Some(hints))
+        .map_err(|error| name_error(name, &error, now() - asked_at))?;
     let mut addresses = Vec::new();
     for info in found.flatten() {
         let ip = info.sockaddr.ip();
@@ -327,26 +329,30 @@ fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, Name
     Ok(addresses)
 }
 
-fn name_error(name: &str, error: &LookupError) -> NameError {
+fn name_error(name: &str, error: &LookupError, took: Duration) -> NameError {
     // getaddrinfo without a file handle says "temporary failure" or even "no such name": ask the machine first.
     if let Err(handle) = std::net::UdpSocket::bind(("127.0.0.1", 0))
         && super::fault::is_agents_own(&handle)
     {
         return NameError::Agent(format!("cannot look up {name}: {handle}"));
     }
-    sort_name_error(name, error)
+    sort_name_error(name, error, took)
 }
 
 /// Sorts getaddrinfo's codes (RFC 3493, section 6.1; glibc's two more in netdb.h).
-fn sort_name_error(name: &str, error: &LookupError) -> NameError {
+fn sort_name_error(name: &str, error: &LookupError, took: Duration) -> NameError {
     /// glibc: the name exists, but has no address of the asked family.
     const EAI_ADDRFAMILY: i32 = -9;
+    /// The shortest time that resolv.conf can give a name server. The code is the same for one that is silent and one
+    /// that says that it failed, which takes no time, or as long as it waited for others itself.
+    const SHORTEST_WAIT: Duration = Duration::from_secs(1);
     match error.kind() {
         LookupErrorKind::NoName | LookupErrorKind::NoData => no_such_name(name),
         _ if cfg!(target_os = "linux") && error.error_num() == EAI_ADDRFAMILY => no_such_name(name),
         LookupErrorKind::Memory => NameError::Agent(format!("cannot look up {name}: no memory")),
+        LookupErrorKind::Again if took >= SHORTEST_WAIT => NameError::TimedOut,
         LookupErrorKind::Again => NameError::Failed(format!(
-            "cannot look up {name}: the name servers failed or do not answer"
+            "cannot look up {name}: the name servers fail, refuse or are not there"
         )),
         LookupErrorKind::Fail => {
             NameError::Failed(format!("cannot look up {name}: the name servers refuse or fail"))
@@ -372,7 +378,9 @@ mod tests {
             (-9, NameError::NotFound("there is no address for a.test".into())),
             (
                 -3,
-                NameError::Failed("cannot look up a.test: the name servers failed or do not answer".into()),
+                NameError::Failed(
+                    "cannot look up a.test: the name servers fail, refuse or are not there".into(),
+                ),
             ),
             (
                 -4,
@@ -382,13 +390,15 @@ mod tests {
         ];
         for (code, expected) in table {
             assert_eq!(
-                sort_name_error("a.test", &LookupError::new(code)),
+                sort_name_error("a.test", &LookupError::new(code), Duration::ZERO),
                 expected,
                 "{code}"
             );
         }
-        let odd = sort_name_error("a.test", &LookupError::new(-105));
+        let odd = sort_name_error("a.test", &LookupError::new(-105), Duration::ZERO);
         assert!(matches!(odd, NameError::Failed(_)), "{odd:?}");
+        let silence = sort_name_error("a.test", &LookupError::new(-3), Duration::from_secs(1));
+        assert_eq!(silence, NameError::TimedOut);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use socket2::SockRef;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
-use super::fault::{Fault, is_agents_own};
+use super::fault::{Fault, is_agents_own, is_unreachable};
 use super::head::{self, Head};
 use super::progress::{Phase, SharedProgress, add, now};
 use super::resolver::bare;
@@ -111,7 +111,9 @@ impl CheckConnector {
                     break;
                 }
                 // "No route" (often: no IPv6 here) tells less than what an address itself answered.
-                Err(error) if failure.is_none() || !is_no_route(&error) => failure = Some((*address, error)),
+                Err(error) if failure.is_none() || !is_unreachable(&error) => {
+                    failure = Some((*address, error))
+                }
                 Err(_) => {}
             }
         }
@@ -172,13 +174,6 @@ fn has_route(address: SocketAddr) -> bool {
     UdpSocket::bind(any)
         .and_then(|socket| socket.connect(address))
         .is_ok()
-}
-
-fn is_no_route(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable
-    )
 }
 
 /// A TCP connection whose reads and writes end at the deadline with `TimedOut`.

@@ -1,0 +1,75 @@
+//! Tells the program which commit it is built from: HOST_METRICS_REVISION, from whoever builds it or else from git.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What the program is made of. A change elsewhere does not make it another.
+const SOURCES: [&str; 5] = ["Cargo.toml", "Cargo.lock", "build.rs", "schema", "src"];
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "that is for the program: cargo tells a build script by variables"
+)]
+fn main() {
+    println!("cargo::rerun-if-env-changed=HOST_METRICS_REVISION");
+    let given = env::var("HOST_METRICS_REVISION").unwrap_or_default();
+    let directory = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
+    for path in watched(&directory) {
+        println!("cargo::rerun-if-changed={}", path.display());
+    }
+    if let Some(revision) = Some(given)
+        .filter(|given| !given.is_empty())
+        .or_else(|| revision(&directory))
+    {
+        println!("cargo::rustc-env=HOST_METRICS_REVISION={revision}");
+    }
+}
+
+/// The commit, `-dirty` where the sources are no longer those of it. `None` without git, and where the directory is no
+/// repository of its own: a release unpacked inside of somebody else's is not of that one's commit.
+pub fn revision(directory: &Path) -> Option<String> {
+    let top = PathBuf::from(git(directory, &["rev-parse", "--show-toplevel"])?);
+    if top.canonicalize().ok()? != directory.canonicalize().ok()? {
+        return None;
+    }
+    let commit = git(directory, &["rev-parse", "--short=12", "HEAD"])?;
+    let status = [&["status", "--porcelain", "--"], &SOURCES[..]].concat();
+    let is_dirty = !git(directory, &status)?.is_empty();
+    Some(if is_dirty {
+        format!("{commit}-dirty")
+    } else {
+        commit
+    })
+}
+
+/// Everything that decides the revision and is there: cargo would run this every time for a path that is not.
+pub fn watched(directory: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = SOURCES.iter().map(|source| directory.join(source)).collect();
+    let git_path = |name: &str| Some(directory.join(git(directory, &["rev-parse", "--git-path", name])?));
+    paths.extend(git_path("HEAD"));
+    // A branch is a file, or a line of packed-refs until its next commit makes that file in a directory that may not
+    // be there yet.
+    if let Some(branch) = git(directory, &["symbolic-ref", "--quiet", "HEAD"]) {
+        let file = git_path(&branch);
+        let nearest = file
+            .as_deref()
+            .and_then(|file| file.ancestors().find(|path| path.exists()));
+        paths.extend(nearest.map(Path::to_path_buf));
+        paths.extend(git_path("packed-refs"));
+    }
+    paths.retain(|path| path.exists());
+    paths
+}
+
+fn git(directory: &Path, arguments: &[&str]) -> Option<String> {
+    let mut command = Command::new("git");
+    // It must not write into the index while somebody works.
+    command
+        .arg("--no-optional-locks")
+        .arg("-C")
+        .arg(directory)
+        .args(arguments);
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())
+}
