@@ -336,6 +336,12 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
                 ))
             })?;
         let found = catalogue::find(client, bounds, &config.table).await?;
+        if let Some(version) = found.newer_version() {
+            log::warn!(
+                "{} was made by a newer version of host-metrics (schema {version}), and is left as it is",
+                found.table.quoted("")
+            );
+        }
         for object in Object::ALL {
             let name = found.table.quoted(object.suffix());
             if made.contains(&object) {
@@ -344,6 +350,8 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
                 log::info!("{name} exists");
             } else if found.has(object) {
                 log::warn!("{name} exists, was not made by host-metrics, and is left as it is");
+            } else if found.newer_version().is_some() {
+                log::warn!("{name} not made: that is for the version that made the table");
             } else {
                 log::warn!("{name} not made: it needs the columns of a table that host-metrics made");
             }

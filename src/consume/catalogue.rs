@@ -1,7 +1,8 @@
 //! What the database really has: the tables found, the missing ones made, their columns and rights read, the days kept.
 //!
 //! Owns the questions to the catalogue and the running of the text of `tables`; `store` and `init` share it. An existing
-//! table is respected: nothing here alters one, but for the partitions of a table that carries our comment.
+//! table is respected: nothing here alters one that does not carry our comment, or that of a newer version. What an older
+//! version of us made gets what it lacks.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,6 +23,18 @@ const MOVE_ROWS: i64 = 100_000;
 
 /// Partitions dropped in one go: the writer waits meanwhile. The rest goes the next time.
 const DROP_PARTITIONS: usize = 50;
+
+/// Rows that are too old and removed from the default partition in one statement, and how many such statements in one
+/// go. The rest goes the next time.
+const DELETE_ROWS: i64 = 10_000;
+const DELETE_TIMES: usize = 20;
+
+/// A statement that reads all of a partition gets this long, less than the [`Bounds`] of a step: what takes longer ends
+/// with the server's word, and not with a connection that is given up.
+const READ_PARTITION: Duration = Duration::from_secs(10);
+
+/// The tables are indexed by `date_bin`, which Postgres has since this version, as `server_version_num` has it.
+const POSTGRES_NEEDED: i32 = 140_000;
 
 /// The day in UTC.
 #[expect(
@@ -50,6 +63,8 @@ struct FoundObject {
     kind: char,
     /// The version in our comment; `None`: somebody else's.
     version: Option<u32>,
+    /// Whether this user owns it, and so may alter it.
+    is_owned: bool,
 }
 
 impl Found {
@@ -66,12 +81,35 @@ impl Found {
         self.objects.iter().find(|found| found.object == object)
     }
 
-    /// What [`make`] would make. Views are only made for a table that has all their columns: our own.
+    /// The version of the table, where it is ours and newer than this program knows.
+    pub fn newer_version(&self) -> Option<u32> {
+        let version = self.get(Object::Main)?.version?;
+        (version > SCHEMA_VERSION).then_some(version)
+    }
+
+    /// What [`make`] would make. Views are only made for a table that has all their columns: our own. What belongs to a
+    /// newer version's table is that version's to make.
     fn missing(&self) -> Vec<Object> {
         let may_have_views = !self.has(Object::Main) || self.is_ours(Object::Main);
         Object::ALL
             .into_iter()
             .filter(|&object| !self.has(object) && (may_have_views || !object.is_view()))
+            .filter(|_| self.newer_version().is_none())
+            .collect()
+    }
+
+    /// What an older version of us made.
+    fn outdated(&self) -> Vec<&FoundObject> {
+        let is_old = |found: &&FoundObject| found.version.is_some_and(|version| version < SCHEMA_VERSION);
+        // Not the rest of a table that is newer, or not ours: it fits that one.
+        let main_is_old_or_ours = self
+            .get(Object::Main)
+            .is_some_and(|main| main.version.is_some_and(|version| version <= SCHEMA_VERSION));
+        Object::ALL
+            .into_iter()
+            .filter_map(|object| self.get(object))
+            .filter(is_old)
+            .filter(|_| main_is_old_or_ours)
             .collect()
     }
 }
@@ -102,7 +140,8 @@ pub async fn find(client: &Client, bounds: &Bounds, table: &TableName) -> Result
         let names = Object::ALL.map(|object| format!("{}{}", table.name, object.suffix()));
         let rows = client
             .query(
-                "SELECT c.relname::text, c.oid, c.relkind::text, pg_catalog.obj_description(c.oid, 'pg_class') \
+                "SELECT c.relname::text, c.oid, c.relkind::text, pg_catalog.obj_description(c.oid, 'pg_class'), \
+                        pg_catalog.pg_has_role(c.relowner, 'USAGE') \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  WHERE n.nspname = $1::text AND c.relname = ANY ($2::text[])",
                 &[&schema, &names.as_slice()],
@@ -120,6 +159,7 @@ pub async fn find(client: &Client, bounds: &Bounds, table: &TableName) -> Result
                     oid: row.try_get(1)?,
                     kind: kind.chars().next().unwrap_or_default(),
                     version: comment.as_deref().and_then(version_in),
+                    is_owned: row.try_get(4)?,
                 });
             }
         }
@@ -139,13 +179,12 @@ pub async fn make(
     if found.missing().is_empty() {
         return Ok(Vec::new());
     }
+    if !found.has(Object::Main) {
+        check_server(client, bounds).await?;
+    }
     let result = async {
         execute(client, bounds, "BEGIN").await?;
-        let lock = format!(
-            "SELECT pg_catalog.pg_advisory_xact_lock({})",
-            tables::lock_key(&found.table)
-        );
-        execute(client, bounds, &lock).await?;
+        execute(client, bounds, &lock(&found.table)).await?;
         // Somebody may have been quicker while we waited for the lock.
         let missing = find(client, bounds, &found.table).await?.missing();
         for &object in &missing {
@@ -160,6 +199,113 @@ pub async fn make(
         rollback(client, bounds).await?;
     }
     result
+}
+
+async fn check_server(client: &Client, bounds: &Bounds) -> Result<(), Fault> {
+    let sql = "SELECT current_setting('server_version_num')::integer, current_setting('server_version')";
+    let row = bounded(
+        "asking the server's version",
+        bounds.step,
+        client.query_one(sql, &[]),
+    )
+    .await?;
+    match too_old(row.try_get(0)?, row.try_get(1)?) {
+        Some(text) => Err(Fault::operator(text)),
+        None => Ok(()),
+    }
+}
+
+fn too_old(version_number: i32, version: &str) -> Option<String> {
+    (version_number < POSTGRES_NEEDED).then(|| {
+        format!(
+            "this server is Postgres {version}, and the tables of host-metrics need {} or newer: upgrade it, or make a \
+             table of your own (four columns are enough: address, latency, status_code, is_valid)",
+            POSTGRES_NEEDED / 10_000
+        )
+    })
+}
+
+/// Brings what an older version of us made up to this version, with its rows, as far as this user may. What does not work
+/// out is said and left for the next time: the older tables take rows just as well.
+///
+/// # Errors
+/// Passing only: the connection is of no further use.
+async fn bring_up(client: &Client, bounds: &Bounds, found: &Found) -> Result<(), Fault> {
+    let outdated = found.outdated();
+    let Some(oldest) = outdated.iter().filter_map(|object| object.version).min() else {
+        return Ok(());
+    };
+    let main = found.table.quoted("");
+    if !outdated.iter().all(|object| object.is_owned) {
+        log::warn!(
+            "{main} was made by an older version of host-metrics (schema {oldest}, this one makes {SCHEMA_VERSION}); rows \
+             are stored all the same, but its views stay slow: run `host-metrics init` as its owner"
+        );
+        return Ok(());
+    }
+    log::info!("bringing {main} and what belongs to it from schema {oldest} to {SCHEMA_VERSION}");
+    let result = async {
+        if let Some(old) = outdated.iter().find(|found| found.object == Object::Main) {
+            index_partitions(client, bounds, &found.table, old.oid).await?;
+        }
+        execute(client, bounds, "BEGIN").await?;
+        execute(client, bounds, &lock(&found.table)).await?;
+        let wait = format!("SET LOCAL lock_timeout = '{}ms'", DDL_LOCK.as_millis());
+        execute(client, bounds, &wait).await?;
+        // Somebody may have been quicker while we waited for the lock.
+        let found = find(client, bounds, &found.table).await?;
+        for object in found.outdated() {
+            let sql = tables::create(object.object, &found.table, std::iter::empty());
+            execute(client, bounds, &sql).await?;
+        }
+        execute(client, bounds, "COMMIT").await?;
+        log::info!("{main} and what belongs to it brought from schema {oldest} to {SCHEMA_VERSION}");
+        Ok(())
+    }
+    .await;
+    let what = format!("{main} not brought from schema {oldest} to {SCHEMA_VERSION}");
+    say(client, bounds, result, &what).await
+}
+
+/// Indexes the failed checks of each partition by itself: writers of one day at a time wait, for about a second in ten
+/// million rows.
+async fn index_partitions(
+    client: &Client,
+    bounds: &Bounds,
+    table: &TableName,
+    oid: u32,
+) -> Result<(), Fault> {
+    const SQL: &str = "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_inherits i \
+        JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid \
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE i.inhparent = $1 ORDER BY 2";
+    let rows = bounded("reading the partitions", bounds.step, client.query(SQL, &[&oid])).await?;
+    for row in rows {
+        let partition = TableName {
+            schema: Some(row.try_get(0)?),
+            name: row.try_get(1)?,
+        };
+        // Another maker is waited for, and then finds it made; writers are not made to wait behind us.
+        let create = tables::create_failed_index(&partition);
+        let sql = format!(
+            "BEGIN; {}; SET LOCAL lock_timeout = '{}ms'; SET LOCAL statement_timeout = '{}ms'; {create} COMMIT",
+            lock(table),
+            DDL_LOCK.as_millis(),
+            READ_PARTITION.as_millis(),
+        );
+        execute(client, bounds, &sql)
+            .await
+            .map_err(|fault| match fault.code {
+                Some(SqlState::QUERY_CANCELED) => Fault {
+                    text: format!(
+                        "{fault}: its rows are too many to keep their writers out; by hand, without that: {}",
+                        create.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY")
+                    ),
+                    ..fault
+                },
+                _ => fault,
+            })?;
+    }
+    Ok(())
 }
 
 /// The table that `consume` writes to.
@@ -186,10 +332,10 @@ pub async fn destination(
             "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
         )));
     };
-    if let Some(version) = object.version.filter(|&version| version > SCHEMA_VERSION) {
+    if let Some(version) = found.newer_version() {
         log::warn!(
             "table {main} was made by a newer version of host-metrics (schema {version}, this one knows \
-             {SCHEMA_VERSION}): columns that this one does not know stay empty"
+             {SCHEMA_VERSION}) and is left as it is: columns that this one does not know stay empty"
         );
     }
     let mut problems = Vec::new();
@@ -290,7 +436,8 @@ pub async fn may_read(
     }
 }
 
-/// Makes the days ahead and drops the days that are older than `retention`, without making writers wait.
+/// Brings the tables of an older version up to this one, makes the days ahead and drops what is older than `retention`,
+/// without making writers wait.
 ///
 /// What does not work out is said and left for the next time: rows of a day without a partition go to the default one.
 ///
@@ -315,6 +462,7 @@ pub async fn keep_days(
         }
         return Ok(());
     };
+    bring_up(client, bounds, found).await?;
     let partitions = partitions(client, bounds, main.oid).await?;
     let missing: Vec<Day> = Day::ahead(today, false)
         .filter(|&day| !partitions.days.iter().any(|p| p.from <= day && day < p.to))
@@ -355,6 +503,16 @@ pub async fn keep_days(
         )
         .await?;
     }
+    if let (Some(days), Some(default)) = (retention_days, &partitions.default) {
+        let deleted = delete_before(client, bounds, default, today.plus(-days)).await;
+        say(
+            client,
+            bounds,
+            deleted,
+            &format!("old rows of {default} not removed"),
+        )
+        .await?;
+    }
     for partition in too_old.into_iter().take(DROP_PARTITIONS) {
         let sql = format!(
             "BEGIN; SET LOCAL lock_timeout = '{}ms'; DROP TABLE {}; COMMIT",
@@ -386,11 +544,7 @@ pub async fn drop_ours(
     let (mut dropped, mut left) = (Vec::new(), Vec::new());
     let result = async {
         execute(client, bounds, "BEGIN").await?;
-        let lock = format!(
-            "SELECT pg_catalog.pg_advisory_xact_lock({})",
-            tables::lock_key(&found.table)
-        );
-        execute(client, bounds, &lock).await?;
+        execute(client, bounds, &lock(&found.table)).await?;
         let found = find(client, bounds, &found.table).await?;
         for object in Object::ALL.into_iter().rev().filter(|&object| found.has(object)) {
             let name = found.table.quoted(object.suffix());
@@ -587,6 +741,30 @@ async fn make_day(
     Ok(())
 }
 
+/// Removes what is older than `day` from the default partition, where no whole day can be dropped, in short transactions
+/// that lock nothing but those rows.
+async fn delete_before(client: &Client, bounds: &Bounds, default: &str, day: Day) -> Result<(), Fault> {
+    let sql = tables::delete_before(default, day, DELETE_ROWS);
+    let mut removed = 0;
+    let begin = format!(
+        "BEGIN; SET LOCAL statement_timeout = '{}ms'",
+        READ_PARTITION.as_millis()
+    );
+    for _ in 0..DELETE_TIMES {
+        execute(client, bounds, &begin).await?;
+        let rows = bounded("removing old rows", bounds.step, client.execute(&sql, &[])).await?;
+        execute(client, bounds, "COMMIT").await?;
+        removed += rows;
+        if rows < DELETE_ROWS as u64 {
+            break;
+        }
+    }
+    if removed > 0 {
+        log::info!("removed {removed} rows from {default} (DB_RETENTION)");
+    }
+    Ok(())
+}
+
 /// After a piece of upkeep: its failure is said, the connection is made usable again.
 async fn say(client: &Client, bounds: &Bounds, result: Result<(), Fault>, what: &str) -> Result<(), Fault> {
     let Err(fault) = result else { return Ok(()) };
@@ -603,6 +781,12 @@ async fn say(client: &Client, bounds: &Bounds, result: Result<(), Fault>, what: 
     Ok(())
 }
 
+/// One maker or remover of the objects of `table` at a time.
+fn lock(table: &TableName) -> String {
+    let key = tables::lock_key(table);
+    format!("SELECT pg_catalog.pg_advisory_xact_lock({key})")
+}
+
 async fn execute(client: &Client, bounds: &Bounds, sql: &str) -> Result<(), Fault> {
     bounded("changing the tables", bounds.step, client.batch_execute(sql)).await
 }
@@ -614,4 +798,20 @@ async fn rollback(client: &Client, bounds: &Bounds) -> Result<(), Fault> {
 fn version_in(comment: &str) -> Option<u32> {
     let rest = comment.strip_prefix(MARK)?;
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_without_date_bin_is_named_with_what_to_do() {
+        assert_eq!(too_old(140_000, "14.0"), None);
+        assert_eq!(too_old(180_001, "18.1"), None);
+        let text = too_old(130_014, "13.14 (Debian 13.14-1)").expect("13 is too old");
+        assert!(
+            text.contains("Postgres 13.14") && text.contains("14 or newer"),
+            "{text}"
+        );
+    }
 }

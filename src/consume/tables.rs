@@ -9,8 +9,11 @@ use std::ops::Range;
 use crate::config::TableName;
 use crate::sample::Timestamp;
 
-/// Recorded in the comment of everything that [`create`] makes. A later version adds what is missing.
-pub const SCHEMA_VERSION: u32 = 1;
+/// Recorded in the comment of everything that [`create`] makes. What an older version made is brought up to it, with its
+/// rows; what a newer one made is left alone.
+///
+/// 1: the first. 2: the index of failed checks, and views that use it.
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// How the comment of everything of ours begins; `drop` removes nothing else.
 pub const MARK: &str = "host-metrics schema ";
@@ -283,6 +286,30 @@ pub fn attach_day(table: &TableName, day: Day) -> String {
     )
 }
 
+/// The index of [`FAILED`] checks on one partition (its name unquoted), made ahead of the one on the whole table: that
+/// then takes over what is there, instead of keeping every writer out until it has read all rows.
+pub fn create_failed_index(partition: &TableName) -> String {
+    let name = TableName {
+        schema: None,
+        name: partition.name.clone(),
+    };
+    format!(
+        "CREATE INDEX IF NOT EXISTS {} ON {} {FAILED_KEY};",
+        name.quoted(FAILED_SUFFIX),
+        partition.quoted("")
+    )
+}
+
+/// Removes at most `limit` rows from before `day` from the default partition (its name quoted). Without a word to rows
+/// that somebody else has locked, for example another consumer that does the same.
+pub fn delete_before(default: &str, day: Day, limit: i64) -> String {
+    let start = day.bounds().start;
+    format!(
+        "DELETE FROM {default} WHERE ctid = ANY (ARRAY( \
+         SELECT ctid FROM {default} WHERE scheduled_at < {start} LIMIT {limit} FOR UPDATE SKIP LOCKED))"
+    )
+}
+
 /// The partition for every day that has none of its own, and for rows without `scheduled_at`.
 pub const DEFAULT_SUFFIX: &str = "_default";
 
@@ -318,6 +345,13 @@ pub fn literal(text: &str) -> String {
 /// `(address)` alone would have to read all rows of a host's day to find its newest one, for every host.
 pub const HOUR: &str = "date_bin('1 hour', scheduled_at, timestamptz '2000-01-01 00:00:00+00')";
 
+/// A check that failed, in the words of its index. Missed ticks say nothing about the host.
+const FAILED: &str = "NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
+
+const FAILED_KEY: &str = "(address, scheduled_at) WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
+
+const FAILED_SUFFIX: &str = "_failed";
+
 fn create_main(table: &TableName, days: impl Iterator<Item = Day>) -> String {
     let main = table.quoted("");
     let columns: Vec<String> = COLUMNS
@@ -328,14 +362,19 @@ fn create_main(table: &TableName, days: impl Iterator<Item = Day>) -> String {
         "CREATE TABLE IF NOT EXISTS {main} (\n{}\n) PARTITION BY RANGE (scheduled_at);\n",
         columns.join(",\n")
     );
-    let index = TableName {
-        schema: None,
-        name: table.name.clone(),
-    }
-    .quoted("_history");
+    let index = |suffix: &str| {
+        let name = table.name.clone();
+        TableName { schema: None, name }.quoted(suffix)
+    };
     let _ = writeln!(
         sql,
-        "CREATE INDEX IF NOT EXISTS {index} ON {main} (address, {HOUR});"
+        "CREATE INDEX IF NOT EXISTS {} ON {main} (address, {HOUR});",
+        index("_history")
+    );
+    let _ = writeln!(
+        sql,
+        "CREATE INDEX IF NOT EXISTS {} ON {main} {FAILED_KEY};",
+        index(FAILED_SUFFIX)
     );
     let _ = writeln!(
         sql,
@@ -371,17 +410,27 @@ fn latest_query(main: &str) -> String {
     )
 }
 
+/// One pass, in parallel. What is asked of every row is cheap: moments are reckoned once, in sub-selects, but for those
+/// that choose the rows; of `now() - interval` the planner knows how many rows follow it, and that hashing them is cheaper
+/// than sorting. Hours, not days: a day of an interval is reckoned in the session's time zone.
+///
+/// Ten million rows of a week take 3.3 s of CPU time, 1.9 s on two cores (1.7 without JIT); counting them by address alone
+/// takes 2.4 of it. A pass for each stretch between the windows takes 3.1, but the planner expects three times the work
+/// and compiles for longer (JIT) than that saves.
 fn uptime_query(main: &str) -> String {
     let mut counts = Vec::new();
     let mut columns = Vec::new();
-    for (name, interval) in [("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days")] {
-        let within = format!("scheduled_at > now() - interval '{interval}'");
+    for (name, within) in [
+        ("1h", "scheduled_at > (SELECT now() - interval '1 hour')"),
+        ("24h", "scheduled_at > (SELECT now() - interval '24 hours')"),
+        ("7d", "true"),
+    ] {
         counts.push(format!("count(*) FILTER (WHERE {within}) AS due_{name}"));
         counts.push(format!(
             "count(*) FILTER (WHERE is_valid AND {within}) AS valid_{name}"
         ));
         counts.push(format!(
-            "count(*) FILTER (WHERE outcome = 'missed' AND {within}) AS missed_{name}"
+            "count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed' AND {within}) AS missed_{name}"
         ));
         columns.push(format!(
             "due_{name}, valid_{name}, missed_{name}, valid_{name}::double precision / nullif(due_{name}, 0) AS \
@@ -390,30 +439,79 @@ fn uptime_query(main: &str) -> String {
     }
     format!(
         "SELECT address,\n    {}\nFROM (\n    SELECT address,\n        {}\n    FROM {main}\n    \
-         WHERE scheduled_at > now() - interval '7 days' AND scheduled_at <= now()\n    GROUP BY address\n) counts;\n",
+         WHERE scheduled_at > now() - interval '168 hours' AND scheduled_at <= now()\n    GROUP BY address\n) counts;\n",
         columns.join(",\n    "),
         counts.join(",\n        ")
     )
 }
 
-/// Invalid checks belong to one outage if the same valid check is the first after them. Reads and sorts every row that
-/// the caller does not exclude by address: 14 s for those ten million.
+/// Failed checks belong to one outage if the same valid check is the first after them. Looks only at rows near failed
+/// ones: the index of failed checks tells the hours with some, and of an unbroken run of such hours all rows are read.
+/// An outage ends at the first valid row after it of those, or, where none is, at the next row after them if that is
+/// valid; if it is not, it begins the host's next run of hours, and the outage ends where that one's first does. Of ten
+/// million rows, 100,000 of them failed, it reads 300,000: 1.5 s, where sorting them all took 14.
+///
+/// That the hour of the last failed check is the last hour is always so. It is asked for the planner's sake: it takes an
+/// equation for rare and so expects little work, where it would compile the query for seconds (JIT) otherwise.
 fn incidents_query(main: &str) -> String {
+    let hour_of_last = HOUR.replace("scheduled_at", "max(last_failed)");
     format!(
-        "SELECT address, min(scheduled_at) AS started_at, ended_at,\n    \
-             coalesce(ended_at, now()) - min(scheduled_at) AS duration,\n    \
-             count(*) AS checks,\n    \
-             (array_agg(outcome ORDER BY scheduled_at))[1] AS first_outcome,\n    \
-             mode() WITHIN GROUP (ORDER BY outcome) AS most_frequent_outcome\n\
-         FROM (\n    \
-             SELECT address, scheduled_at, is_valid, coalesce(outcome, 'unknown') AS outcome,\n        \
-                 min(scheduled_at) FILTER (WHERE is_valid)\n            \
-                     OVER (PARTITION BY address ORDER BY scheduled_at DESC) AS ended_at\n    \
-             FROM {main}\n    \
-             WHERE outcome IS DISTINCT FROM 'missed' AND scheduled_at IS NOT NULL\n\
-         ) checks\n\
-         WHERE NOT is_valid\n\
-         GROUP BY address, ended_at;\n"
+        "SELECT address, min(scheduled_at) AS started_at, ended_at,
+    coalesce(ended_at, now()) - min(scheduled_at) AS duration,
+    count(*) AS checks,
+    (array_agg(outcome ORDER BY scheduled_at, outcome))[1] AS first_outcome,
+    mode() WITHIN GROUP (ORDER BY outcome) AS most_frequent_outcome
+FROM (
+    SELECT run.address, near.scheduled_at, coalesce(near.outcome, 'unknown') AS outcome,
+        min(near.ended_at) OVER (PARTITION BY run.address ORDER BY near.scheduled_at DESC) AS ended_at
+    FROM (
+        SELECT address, min(hour) AS first_hour, max(hour) AS last_hour, max(last_failed) AS last_failed
+        FROM (
+            SELECT address, hour, last_failed,
+                hour - row_number() OVER (PARTITION BY address ORDER BY hour) * interval '1 hour' AS run
+            FROM (
+                SELECT address, {HOUR} AS hour,
+                    max(scheduled_at) AS last_failed
+                FROM {main}
+                WHERE {FAILED} AND scheduled_at IS NOT NULL
+                GROUP BY address, {HOUR}
+            ) failed
+        ) hours
+        GROUP BY address, run
+        HAVING {hour_of_last} = max(hour)
+    ) run CROSS JOIN LATERAL (
+        SELECT scheduled_at, is_valid, outcome,
+            min(scheduled_at) FILTER (WHERE is_valid) OVER (ORDER BY scheduled_at DESC) AS ended_at
+        FROM (
+            SELECT scheduled_at, is_valid, outcome
+            FROM {main}
+            WHERE address = run.address
+                AND {HOUR} BETWEEN first_hour AND last_hour
+                AND scheduled_at >= first_hour AND scheduled_at < last_hour + interval '1 hour'
+                AND (is_valid OR {FAILED})
+            UNION ALL
+            SELECT * FROM (
+                SELECT scheduled_at, is_valid, outcome
+                FROM {main}
+                WHERE address = run.address
+                    AND {HOUR} > last_hour
+                    AND scheduled_at >= last_hour + interval '1 hour'
+                    AND (is_valid OR {FAILED})
+                ORDER BY {HOUR}, scheduled_at
+                LIMIT 1
+            ) next
+            WHERE is_valid AND NOT EXISTS (
+                SELECT FROM {main}
+                WHERE address = run.address
+                    AND {HOUR} = last_hour
+                    AND scheduled_at >= last_failed AND scheduled_at < last_hour + interval '1 hour' AND is_valid
+            )
+        ) checks
+    ) near
+    WHERE NOT near.is_valid
+) failed
+GROUP BY address, ended_at;
+"
     )
 }
 
@@ -512,10 +610,11 @@ mod tests {
     fn every_name_made_of_the_longest_table_name_fits_postgres() {
         let longest = "x".repeat(40);
         let suffixes = Object::ALL.map(Object::suffix);
-        for suffix in suffixes
-            .into_iter()
-            .chain([DEFAULT_SUFFIX, "_history", &Day(0).suffix()])
-        {
+        for suffix in suffixes.into_iter().chain([
+            DEFAULT_SUFFIX,
+            "_history",
+            &format!("{}{FAILED_SUFFIX}", Day(0).suffix()),
+        ]) {
             assert!(longest.len() + suffix.len() <= 63, "{suffix}");
         }
     }
@@ -525,7 +624,8 @@ mod tests {
         let sql = script(&table(Some("My\"Schema"), "Host Metrics"), Day(20_000));
         let unquoted = sql
             .replace("\"My\"\"Schema\".\"Host Metrics", "")
-            .replace("\"Host Metrics_history", "");
+            .replace("\"Host Metrics_history", "")
+            .replace("\"Host Metrics_failed", "");
         assert!(
             !unquoted.contains("Host Metrics") || unquoted.matches("Host Metrics").count() == 1,
             "{unquoted}"

@@ -164,6 +164,36 @@ fn the_printed_sql_needs_no_server_and_psql_takes_it() {
 }
 
 #[test]
+fn init_says_what_it_brings_up_and_what_is_too_new_for_it() {
+    let kafka = Kafka::shared();
+    let server = ThrowAwayPostgres::start().unwrap();
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "init-versions")
+        .database(&server)
+        .with("LOG_LEVEL", "INFO");
+    let mut client = connect(&server);
+    client
+        .batch_execute(include_str!("fixtures/schema_1.sql"))
+        .unwrap();
+    let (status, said) = run(&["init"], &variables);
+    assert_eq!(status, Some(0), "{said}");
+    assert!(said.contains("brought from schema 1 to 2"), "{said}");
+    let (_, said) = run(&["init"], &variables);
+    assert!(!said.contains("schema"), "{said}");
+
+    client
+        .batch_execute("COMMENT ON TABLE host_metrics IS 'host-metrics schema 3: rows'; DROP VIEW host_metrics_latest CASCADE")
+        .unwrap();
+    let (status, said) = run(&["init"], &variables);
+    assert_eq!(status, Some(0), "{said}");
+    assert!(
+        said.contains("newer version of host-metrics (schema 3)"),
+        "{said}"
+    );
+    assert!(said.contains("\"host_metrics_latest\" not made"), "{said}");
+}
+
+#[test]
 fn drop_asks_for_yes_and_leaves_the_topic_unless_told() {
     let kafka = Kafka::shared();
     let server = ThrowAwayPostgres::start().unwrap();

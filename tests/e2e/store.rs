@@ -968,6 +968,135 @@ fn the_printed_sql_makes_the_same_tables_and_can_be_repeated() {
 }
 
 #[test]
+fn what_an_older_version_made_is_brought_up_by_many_at_once_and_keeps_its_rows() {
+    let mut fresh = Database::new();
+    fresh.store().open().unwrap();
+    let mut db = Database::new();
+    db.execute(SCHEMA_1);
+    db.execute(
+        "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome) \
+         SELECT 'https://a.example/', now() - n * interval '1 minute', n % 10 <> 0, \
+                CASE WHEN n % 10 = 0 THEN 'dns_error' ELSE 'ok' END FROM generate_series(1, 20000) n; \
+         INSERT INTO host_metrics_offsets VALUES ('g', 't', 0, 42)",
+    );
+    let (rows, incidents) = (db.count("host_metrics"), db.count("host_metrics_incidents"));
+    assert_eq!(db.one(VERSIONS), "1");
+    assert!(
+        db.count("host_metrics_default") > 0,
+        "also rows of days without a partition"
+    );
+
+    // Two runs of `init` and two consumers at the same moment.
+    let ready = std::sync::Arc::new(std::sync::Barrier::new(4));
+    let makers: Vec<_> = (0..4)
+        .map(|nth| {
+            let (config, ready) = (db.config(), std::sync::Arc::clone(&ready));
+            thread::spawn(move || {
+                ready.wait();
+                match nth % 2 {
+                    0 => init::make_tables(&config.database).unwrap(),
+                    _ => drop(Store::new(&config).unwrap().open().unwrap()),
+                }
+            })
+        })
+        .collect();
+    makers.into_iter().for_each(|maker| maker.join().unwrap());
+
+    assert_eq!(db.one(VERSIONS), tables::SCHEMA_VERSION.to_string());
+    // The same as made anew: comments, views, and the indexes of the whole table, each valid.
+    let describe = "SELECT concat_ws(' ', c.relname, c.relkind, a.attname, a.atttypid::regtype, a.attnotnull, i.indisvalid, \
+                    obj_description(c.oid), CASE c.relkind WHEN 'v' THEN pg_get_viewdef(c.oid) \
+                    WHEN 'I' THEN pg_get_indexdef(c.oid) END) \
+                    FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 \
+                    LEFT JOIN pg_index i ON i.indexrelid = c.oid \
+                    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p', 'v', 'I') ORDER BY 1";
+    let made = db.many(describe);
+    assert!(made.len() > 100, "{made:?}");
+    assert_eq!(made, fresh.many(describe));
+    // One of each on every partition: those made one by one were taken over.
+    assert_eq!(
+        db.many(
+            "SELECT DISTINCT count(*)::text FROM pg_index JOIN pg_inherits ON inhrelid = indrelid GROUP BY indrelid"
+        ),
+        ["2"]
+    );
+    assert_eq!(
+        (db.count("host_metrics"), db.count("host_metrics_incidents")),
+        (rows, incidents)
+    );
+    assert_eq!(db.one("SELECT next_offset::text FROM host_metrics_offsets"), "42");
+
+    // And again changes nothing.
+    let catalogue = "SELECT string_agg(concat_ws(' ', oid, xmin, relname), ',' ORDER BY oid) FROM pg_class \
+                     WHERE relnamespace = 'public'::regnamespace";
+    let before = db.one(catalogue);
+    init::make_tables(&db.config().database).unwrap();
+    db.store().open().unwrap();
+    assert_eq!(db.one(catalogue), before);
+}
+
+#[test]
+fn a_busy_day_delays_what_a_version_adds_and_not_its_writers_or_the_consumer() {
+    let mut db = Database::new();
+    db.execute(SCHEMA_1);
+    db.execute("BEGIN; INSERT INTO host_metrics (address, is_valid, scheduled_at) VALUES ('x', true, now())");
+    let mut store = db.store();
+    let began = scratch::now();
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert_eq!(db.one(VERSIONS), "1");
+    db.execute("COMMIT");
+    store.maintain(at_day(catalogue::today(), 0)).unwrap();
+    assert_eq!(db.one(VERSIONS), tables::SCHEMA_VERSION.to_string());
+    assert_eq!(db.count("host_metrics"), 2);
+}
+
+#[test]
+fn a_user_who_may_not_bring_an_older_version_up_writes_to_it_all_the_same() {
+    let mut db = Database::new();
+    db.execute(SCHEMA_1);
+    let mut store = db.store_without_create("host_metrics");
+    db.execute(&format!(
+        "GRANT INSERT ON host_metrics, host_metrics_rejected TO poor_{0}; \
+         GRANT SELECT, INSERT, UPDATE ON host_metrics_offsets TO poor_{0}",
+        db.name
+    ));
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!((db.one(VERSIONS).as_str(), db.count("host_metrics")), ("1", 1));
+}
+
+#[test]
+fn what_a_newer_version_made_is_left_alone() {
+    let mut db = Database::new();
+    db.execute(SCHEMA_1);
+    db.execute(
+        "COMMENT ON TABLE host_metrics IS 'host-metrics schema 3: rows'; DROP VIEW host_metrics_incidents; \
+         ALTER TABLE host_metrics ADD COLUMN of_the_future text",
+    );
+    let catalogue = "SELECT string_agg(concat_ws(' ', oid, xmin, relname), ',' ORDER BY oid) FROM pg_class \
+                     WHERE relnamespace = 'public'::regnamespace";
+    let before = db.one(catalogue);
+    init::make_tables(&db.config().database).unwrap();
+    let mut store = db.store();
+    let layout = store.open().unwrap();
+    assert_eq!(db.one(catalogue), before);
+    // And it takes rows.
+    start_at(&mut store, &[(P0, 0)]);
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(db.count("host_metrics"), 1);
+}
+
+#[test]
 fn drop_removes_what_is_ours_and_nothing_else() {
     let mut db = Database::new();
     db.store().open().unwrap();
@@ -1025,7 +1154,7 @@ fn rows_of_any_day_are_stored_and_move_when_their_day_is_made() {
     // The new days are indexed as the old ones are.
     assert_eq!(
         db.count(&format!("pg_indexes WHERE tablename = '{}'", partition(8))),
-        1
+        2
     );
 
     // The day cannot be made while somebody uses the default partition: said, not waited for, and rows go there.
@@ -1078,6 +1207,46 @@ fn retention_drops_whole_days_without_making_writers_wait() {
     store.maintain(at_day(today, 1)).unwrap();
     assert_eq!((exists(&mut db, -3), exists(&mut db, -2)), (0, 1));
     assert_eq!(db.count("host_metrics"), 2);
+}
+
+#[test]
+fn retention_removes_old_rows_of_days_without_partition_too() {
+    let mut db = Database::new();
+    let mut config = db.config();
+    config.retention = Some(Duration::from_secs(30 * 86_400));
+    let mut store = Store::new(&config).unwrap();
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    // More than one statement removes, of days that have no partition; and one row without a time.
+    db.execute(
+        "INSERT INTO host_metrics (address, is_valid, scheduled_at) \
+         SELECT 'https://a.example/', true, date_trunc('day', now(), 'UTC') - interval '1 second' - n * interval '1 day' \
+         FROM generate_series(20, 60) n, generate_series(1, 600); \
+         INSERT INTO host_metrics (address, is_valid) VALUES ('https://a.example/', true)",
+    );
+    assert_eq!(db.count("host_metrics_default"), 41 * 600 + 1);
+
+    // Somebody has one of the old rows, and somebody writes: neither is waited for, nor made to wait.
+    db.execute(
+        "BEGIN; INSERT INTO host_metrics_default (address, is_valid) VALUES ('https://b.example/', true); \
+         UPDATE host_metrics SET outcome = 'ok' WHERE ctid = (SELECT min(ctid) FROM host_metrics_default \
+         WHERE scheduled_at < now() - interval '50 days') AND tableoid = 'host_metrics_default'::regclass",
+    );
+    let began = scratch::now();
+    store.maintain(at_day(catalogue::today(), 0)).unwrap();
+    let mut batch = Batch::default();
+    let mut sample = ok("https://a.example/");
+    sample.scheduled_at = Some(at_day(catalogue::today(), -25));
+    row(&mut batch, &layout, P0, 0, 0, &sample);
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    db.execute("COMMIT");
+    // Whole days: those from the thirtieth day before today on stay.
+    let older = "host_metrics WHERE scheduled_at < date_trunc('day', now(), 'UTC') - interval '30 days'";
+    assert_eq!(db.count(older), 1);
+    store.maintain(at_day(catalogue::today(), 0)).unwrap();
+    assert_eq!(db.count(older), 0);
+    assert_eq!(db.count("host_metrics_default"), 10 * 600 + 3);
 }
 
 #[test]
@@ -1141,7 +1310,85 @@ fn the_views_say_what_the_rows_say() {
     );
 }
 
+/// Each view against its definition in the plainest SQL, which looks every row up for every other one.
+#[test]
+fn the_views_are_their_plain_definitions_on_random_rows() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    for seed in 1..=3 {
+        // Hosts of intervals from 20 seconds to two days, up to three agents with ticks of their own or the same, runs of
+        // failures, missed ticks, gaps of hours and days, days without partition, rows of the future and without time.
+        db.execute(&format!(
+            "TRUNCATE host_metrics; SELECT setseed(0.{seed}); \
+             WITH hosts AS ( \
+                 SELECT 'host ' || h AS address, (ARRAY[20, 60, 300, 3600, 5400, 86400, 172800])[1 + h % 7] AS seconds, \
+                        1 + h % 3 AS agents, (ARRAY[0.02, 0.3, 0.9, 1])[1 + (h / 7) % 4] AS badness \
+                 FROM generate_series(0, 27) h \
+             ), ticks AS MATERIALIZED ( \
+                 SELECT address, 'agent ' || a AS agent, badness, n, random() AS luck, random() AS kind, \
+                        sin(n / (3.0 + a)) + sin(n / 61.0) AS mood, \
+                        now() + interval '2 hours' - (n + (a / 2) * 0.5) * make_interval(secs => seconds) AS at \
+                 FROM hosts, generate_series(1, agents) a, \
+                      generate_series(0, least(250, 20 * 86400 / seconds)) n \
+             ) \
+             INSERT INTO host_metrics (address, agent, scheduled_at, is_valid, outcome) \
+             SELECT address, agent, CASE WHEN luck < 0.995 THEN at END, kind >= bad AND kind < 0.93, \
+                    CASE WHEN kind >= 0.93 THEN 'missed' WHEN kind >= bad THEN 'ok' WHEN kind < bad / 2 THEN 'dns_error' \
+                         WHEN luck > 0.1 THEN 'bad_status' END \
+             FROM ticks CROSS JOIN LATERAL (SELECT least(badness * greatest(mood, 0.1), 0.93) AS bad) b \
+             WHERE NOT n % 100 BETWEEN 50 AND 50 + 30 * badness"
+        ));
+        // Asked in one statement: one now().
+        let window = |name: &str, hours: u32| {
+            let within = format!(
+                "FROM host_metrics t WHERE t.address = hosts.address AND t.scheduled_at > now() - interval '{hours} hours' \
+                 AND t.scheduled_at <= now()"
+            );
+            format!(
+                "(SELECT count(*) {within}) AS due_{name}, (SELECT count(*) {within} AND is_valid) AS valid_{name}, \
+                 (SELECT count(*) {within} AND outcome = 'missed') AS missed_{name}, \
+                 (SELECT avg(is_valid::integer)::double precision {within}) AS uptime_{name}"
+            )
+        };
+        let plain_uptime = format!(
+            "SELECT address, {}, {}, {} FROM (SELECT DISTINCT address FROM host_metrics WHERE scheduled_at <= now() \
+             AND scheduled_at > now() - interval '168 hours') hosts",
+            window("1h", 1),
+            window("24h", 24),
+            window("7d", 168)
+        );
+        let plain_incidents = "SELECT address, min(scheduled_at) AS started_at, ended_at, \
+                coalesce(ended_at, now()) - min(scheduled_at) AS duration, count(*) AS checks, \
+                (array_agg(outcome ORDER BY scheduled_at, outcome))[1] AS first_outcome, \
+                mode() WITHIN GROUP (ORDER BY outcome) AS most_frequent_outcome \
+             FROM (SELECT address, scheduled_at, coalesce(outcome, 'unknown') AS outcome, \
+                       (SELECT min(later.scheduled_at) FROM host_metrics later WHERE later.address = failed.address \
+                        AND later.is_valid AND later.scheduled_at >= failed.scheduled_at) AS ended_at \
+                   FROM host_metrics failed \
+                   WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed' AND scheduled_at IS NOT NULL) f \
+             GROUP BY address, ended_at";
+        for (view, plain) in [
+            ("host_metrics_uptime", plain_uptime.as_str()),
+            ("host_metrics_incidents", plain_incidents),
+        ] {
+            assert!(db.count(view) > 20, "{view} of seed {seed}");
+            let different = format!(
+                "WITH said AS (SELECT v::text FROM {view} v), plain AS (SELECT p::text FROM ({plain}) p) \
+                 SELECT 'too much: ' || v FROM (TABLE said EXCEPT ALL TABLE plain) x (v) \
+                 UNION ALL SELECT 'lacking: ' || v FROM (TABLE plain EXCEPT ALL TABLE said) x (v) ORDER BY 1 LIMIT 10"
+            );
+            assert_eq!(db.many(&different), Vec::<String>::new(), "{view} of seed {seed}");
+        }
+    }
+}
+
 // ------------------------------------------------------------------------------------------------ what the tests use
+
+const SCHEMA_1: &str = include_str!("fixtures/schema_1.sql");
+
+/// The versions in the comments of all objects.
+const VERSIONS: &str = "SELECT string_agg(DISTINCT substring(obj_description(oid, 'pg_class') FROM 'schema (\\d+):'), ',') \
+                        FROM pg_class WHERE relnamespace = 'public'::regnamespace";
 
 const P0: Partition = Partition { topic: 0, number: 0 };
 const P1: Partition = Partition { topic: 0, number: 1 };
