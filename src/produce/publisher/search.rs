@@ -130,16 +130,9 @@ impl Search {
     }
 }
 
-/// Whether waiting does not help.
+/// Whether waiting does not help. A right to the group is not needed, though librdkafka asks for it.
 pub fn is_forbidden(error: &KafkaError) -> bool {
-    matches!(
-        error.rdkafka_error_code(),
-        Some(
-            RDKafkaErrorCode::TopicAuthorizationFailed
-                | RDKafkaErrorCode::GroupAuthorizationFailed
-                | RDKafkaErrorCode::ClusterAuthorizationFailed
-        )
-    )
+    error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed)
 }
 
 /// The producer's context says what is wrong with Kafka.
