@@ -336,6 +336,8 @@ struct Worker {
     spoiled: Option<String>,
     /// Before it is: the look at the first topic with records in doubt.
     search: Option<Search>,
+    /// What it has found so far.
+    found_stored: usize,
     search_failed_at: Option<Instant>,
     stop_by: Option<Instant>,
     looked_for_topics_at: Option<Instant>,
@@ -386,6 +388,7 @@ impl Worker {
             in_flight: 0,
             spoiled: None,
             search: None,
+            found_stored: 0,
             search_failed_at: None,
             stop_by: None,
             looked_for_topics_at: None,
@@ -681,8 +684,11 @@ impl Worker {
         };
         match new_producer(&self.config, &self.explainer) {
             Ok(producer) => {
-                let (servers, kept) = (&self.servers, self.on_hand());
-                log::error!("kafka={servers} a new producer takes over, {kept} records go out again: {why}");
+                let (servers, kept, found) = (&self.servers, self.on_hand(), self.found_stored);
+                log::error!(
+                    "kafka={servers} a new producer takes over, {kept} records go out again, {found} were stored already: {why}"
+                );
+                self.found_stored = 0;
                 self.producer = producer;
                 self.spoiled = None;
             }
@@ -735,6 +741,7 @@ impl Worker {
         let took = instant_now().duration_since(search.begun());
         for sequence in found {
             if let Some(record) = topic.waiting.remove(&sequence) {
+                self.found_stored += 1;
                 self.shared.deliveries.delivered.fetch_add(1, Ordering::Relaxed);
                 self.shared.release(record.bytes());
             }

@@ -348,6 +348,7 @@ fn what_kafka_stored_and_forgot_is_looked_for_before_it_is_sent_again() {
         deaf.producer.said("a new producer takes over") > 0
     });
     assert!(is_refused, "{}", deaf.producer.stderr());
+    assert_eq!(deaf.producer.said(" 0 were stored already"), 0);
     deaf.assert_each_tick_is_there_once();
 }
 
