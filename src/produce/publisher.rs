@@ -25,7 +25,7 @@ use crate::health::{Heartbeat, Readiness};
 use crate::kafka::{Explainer, names_a_cause};
 use crate::produce::clock::{instant_now, wall_micros};
 use crate::produce::target::Target;
-use search::{Search, is_forbidden};
+use search::{QUESTIONS_WITHIN, Search, is_forbidden};
 
 /// How much is kept for Kafka, give or take a record for each check under way: about 50 seconds of 2,000 checks a second, or an hour of 8,000 hosts at five minutes.
 /// A record is about 650 bytes; librdkafka adds some 200 of its own.
@@ -702,7 +702,8 @@ impl Worker {
     fn has_looked_for_stored(&mut self) -> bool {
         let now = instant_now();
         let is_early = |at: Instant| now.duration_since(at) < SEARCH_AGAIN_AFTER;
-        if self.search_failed_at.is_some_and(is_early) {
+        let is_late = |stop_by: Instant| now + QUESTIONS_WITHIN > stop_by;
+        if self.search_failed_at.is_some_and(is_early) || self.stop_by.is_some_and(is_late) {
             return false;
         }
         while let Some(index) = self
@@ -715,8 +716,8 @@ impl Worker {
                 Ok(false) => return false,
                 Err(error) if is_forbidden(&error) => self.give_up_looking(index, &error.to_string()),
                 Err(error) => {
+                    // Asked again by the same client, which connects meanwhile.
                     log::debug!("cannot look for what is stored: {error}");
-                    self.search = None;
                     self.search_failed_at = Some(now);
                     return false;
                 }
@@ -732,7 +733,7 @@ impl Worker {
         };
         let search = match &mut self.search {
             Some(search) => search,
-            none => none.insert(Search::start(&self.kafka, &topic.name, since, &topic.waiting)?),
+            none => none.insert(Search::new(&self.kafka, &topic.name, since, &topic.waiting)?),
         };
         let mut found = Vec::new();
         let is_over = search.go_on(instant_now() + SEARCH_STEP, &topic.waiting, |sequence| {

@@ -17,8 +17,9 @@ use super::Record;
 use crate::config::KafkaConfig;
 use crate::produce::clock::instant_now;
 
-/// How long one question to Kafka may take: the publisher's thread does nothing else meanwhile.
+/// How long one question to Kafka may take: the publisher's thread does nothing else meanwhile. There are two of them.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+pub const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
 
 /// Where a topic has the broker's times instead of ours, its clock may differ from ours by as much.
 const CLOCKS_DIFFER_MILLIS: i64 = 60_000;
@@ -26,20 +27,23 @@ const CLOCKS_DIFFER_MILLIS: i64 = 60_000;
 /// One look at one topic.
 pub struct Search {
     consumer: BaseConsumer<Quiet>,
-    /// Partitions that were not read to their end yet.
-    open: HashSet<i32>,
+    topic: String,
+    since_millis: i64,
+    /// Partitions that were not read to their end yet; `None` before Kafka has said which there are.
+    open: Option<HashSet<i32>>,
     /// The values that are looked for, by hash: a value names its host and its tick, so no two are alike.
     wanted: HashMap<u64, u64>,
     hasher: RandomState,
+    /// When reading began.
     begun: Instant,
 }
 
 impl Search {
-    /// Reads from the first record at that time (Unix time in milliseconds) on; `wanted` are the records by their sequence.
+    /// Will read from the first record at that time (Unix time in milliseconds) on; `wanted` are the records by their sequence.
     ///
     /// # Errors
-    /// Kafka does not answer, or does not allow it.
-    pub fn start(
+    /// librdkafka refuses the settings.
+    pub fn new(
         kafka: &KafkaConfig,
         topic: &str,
         since_millis: i64,
@@ -49,7 +53,7 @@ impl Search {
         for (name, value) in kafka.client_properties() {
             config.set(name, value);
         }
-        let consumer: BaseConsumer<Quiet> = config
+        let consumer = config
             // librdkafka reads nothing without one. It is not joined, and nothing is committed.
             .set("group.id", "host-metrics-produce")
             .set("enable.auto.commit", "false")
@@ -63,28 +67,12 @@ impl Search {
             .set("queued.max.messages.kbytes", "2048")
             .set_log_level(RDKafkaLogLevel::Warning)
             .create_with_context(Quiet)?;
-        let metadata = consumer.fetch_metadata(Some(topic), ANSWER_WITHIN)?;
-        let found = metadata.topics().iter().find(|found| found.name() == topic);
-        match found.and_then(|found| found.error()).map(RDKafkaErrorCode::from) {
-            // It was deleted, and nothing is stored.
-            None | Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {}
-            Some(error) => return Err(KafkaError::MetadataFetch(error)),
-        }
-        let mut starts = TopicPartitionList::new();
-        for partition in found.iter().flat_map(|found| found.partitions()) {
-            let since = Offset::Offset(since_millis - CLOCKS_DIFFER_MILLIS);
-            starts.add_partition_offset(topic, partition.id(), since)?;
-        }
-        let open = starts.elements().iter().map(|start| start.partition()).collect();
-        let starts = consumer.offsets_for_times(starts, ANSWER_WITHIN)?;
-        for start in starts.elements() {
-            start.error()?;
-        }
-        consumer.assign(&starts)?;
         let hasher = RandomState::new();
         Ok(Self {
             consumer,
-            open,
+            topic: topic.to_owned(),
+            since_millis,
+            open: None,
             wanted: wanted
                 .iter()
                 .map(|(sequence, record)| (hasher.hash_one(&record.value), *sequence))
@@ -94,17 +82,26 @@ impl Search {
         })
     }
 
-    /// Goes on until then at the latest. Found sequences are told to `found`; true: there are no more.
+    /// Goes on until then at the latest, but for the first questions. Found sequences are told to `found`; true: there are
+    /// no more.
     ///
     /// # Errors
-    /// Kafka does not allow it. Everything else is waited out.
+    /// Kafka does not allow it, or has not answered the first questions yet. Everything else is waited out.
     pub fn go_on(
         &mut self,
         until: Instant,
         wanted: &BTreeMap<u64, Record>,
         mut found: impl FnMut(u64),
     ) -> KafkaResult<bool> {
-        while !self.open.is_empty() && instant_now() < until {
+        let open = match &mut self.open {
+            Some(open) => open,
+            none => {
+                let partitions = begin(&self.consumer, &self.topic, self.since_millis)?;
+                self.begun = instant_now();
+                none.insert(partitions)
+            }
+        };
+        while !open.is_empty() && instant_now() < until {
             match self.consumer.poll(Duration::from_millis(10)) {
                 Some(Ok(message)) => {
                     let value = message.payload().unwrap_or_default();
@@ -115,19 +112,44 @@ impl Search {
                     }
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    self.open.remove(&partition);
+                    open.remove(&partition);
                 }
                 Some(Err(error)) if is_forbidden(&error) => return Err(error),
                 Some(Err(error)) => log::debug!("looking for what is stored: {error}"),
                 None => {}
             }
         }
-        Ok(self.open.is_empty())
+        Ok(open.is_empty())
     }
 
     pub fn begun(&self) -> Instant {
         self.begun
     }
+}
+
+/// Begins to read all partitions from that time on; says which.
+fn begin(consumer: &BaseConsumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<HashSet<i32>> {
+    let metadata = consumer.fetch_metadata(Some(topic), ANSWER_WITHIN)?;
+    let found = metadata.topics().iter().find(|found| found.name() == topic);
+    match found.and_then(|found| found.error()).map(RDKafkaErrorCode::from) {
+        // It was deleted, and nothing is stored.
+        None | Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {}
+        Some(error) => return Err(KafkaError::MetadataFetch(error)),
+    }
+    let mut times = TopicPartitionList::new();
+    for partition in found.iter().flat_map(|found| found.partitions()) {
+        let since = Offset::Offset(since_millis - CLOCKS_DIFFER_MILLIS);
+        times.add_partition_offset(topic, partition.id(), since)?;
+    }
+    if times.count() == 0 {
+        return Ok(HashSet::new());
+    }
+    let starts = consumer.offsets_for_times(times, ANSWER_WITHIN)?;
+    for start in starts.elements() {
+        start.error()?;
+    }
+    consumer.assign(&starts)?;
+    Ok(starts.elements().iter().map(|start| start.partition()).collect())
 }
 
 /// Whether waiting does not help. A right to the group is not needed, though librdkafka asks for it.
