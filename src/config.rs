@@ -112,6 +112,13 @@ pub struct Servers {
     pub database: bool,
 }
 
+impl Servers {
+    pub const BOTH: Self = Self {
+        kafka: true,
+        database: true,
+    };
+}
+
 /// For `init` and `drop`. How to reach a server that is not among `servers` is not looked at and left empty.
 ///
 /// # Errors

@@ -75,13 +75,7 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<Exi
 
 fn run_consume(variables: &Variables) -> anyhow::Result<ExitCode> {
     let config = config::consume(variables)?;
-    start_logging(
-        variables,
-        Servers {
-            kafka: true,
-            database: true,
-        },
-    )?;
+    start_logging(variables, Servers::BOTH)?;
     consume::run(&config, &listen_to_signals()?)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -139,13 +133,7 @@ fn run_drop(args: &cli::Drop, variables: &Variables) -> anyhow::Result<ExitCode>
 
 fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<ExitCode> {
     let config = config::status(variables)?;
-    start_logging(
-        variables,
-        Servers {
-            kafka: true,
-            database: true,
-        },
-    )?;
+    start_logging(variables, Servers::BOTH)?;
     let report = status::run(&config)?;
     let width = terminal_size::terminal_size().filter(|_| io::stdout().is_terminal());
     print(&if args.json {

@@ -561,12 +561,14 @@ fn a_secret_that_every_user_can_read_is_warned_of_by_its_variable() {
         }
     }
     let none = [("KAFKA_SSL_KEY_FILE", "/nowhere/key.pem")];
-    let both = Servers {
-        kafka: true,
-        database: true,
-    };
-    assert_eq!(exposed_secrets(&Variables::from_pairs(none), both), [""; 0]);
-    assert_eq!(exposed_secrets(&Variables::from_pairs([]), both), [""; 0]);
+    assert_eq!(
+        exposed_secrets(&Variables::from_pairs(none), Servers::BOTH),
+        [""; 0]
+    );
+    assert_eq!(
+        exposed_secrets(&Variables::from_pairs([]), Servers::BOTH),
+        [""; 0]
+    );
 }
 
 #[test]
