@@ -12,10 +12,11 @@ use tokio_postgres::error::SqlState;
 use crate::config::TableName;
 use crate::consume::copy::{Column, Layout};
 use crate::consume::tables::{self, DAYS_AHEAD, Day, MARK, Object, SCHEMA_VERSION};
+use crate::consume::views::TRIGGER;
 use crate::database::{Bounds, Fault, Kind, bounded};
 
 /// A waiting DDL statement makes every writer behind it wait: this long at most, then it is given up until the next time.
-const DDL_LOCK: Duration = Duration::from_millis(200);
+pub(super) const DDL_LOCK: Duration = Duration::from_millis(200);
 
 /// Rows of one day that are moved out of the default partition at once, in about a second during which rows for the
 /// default partition wait. More are left there, and said.
@@ -37,14 +38,20 @@ const READ_PARTITION: Duration = Duration::from_secs(10);
 const POSTGRES_NEEDED: i32 = 140_000;
 
 /// The day in UTC.
+pub fn today() -> Day {
+    day_at(Duration::ZERO)
+}
+
+/// The day in UTC that long ago.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the edge: partitions are made for the days ahead of now"
+    reason = "the edge: partitions are made for the days ahead of now, and summed up behind it"
 )]
-pub fn today() -> Day {
+pub fn day_at(ago: Duration) -> Day {
     const DAY_SECONDS: u64 = 86_400;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Day::from_unix(i64::try_from(since_epoch.as_secs() / DAY_SECONDS).unwrap_or_default())
+    let seconds = since_epoch.saturating_sub(ago).as_secs();
+    Day::from_unix(i64::try_from(seconds / DAY_SECONDS).unwrap_or_default())
 }
 
 /// DB_TABLE with its schema, and which of its objects exist.
@@ -77,6 +84,19 @@ impl Found {
         self.get(object).is_some_and(|found| found.version.is_some())
     }
 
+    /// Whether the object is ours, of this version or a newer one: that has all that this one knows.
+    pub fn is_current(&self, object: Object) -> bool {
+        self.get(object)
+            .is_some_and(|found| found.version >= Some(SCHEMA_VERSION))
+    }
+
+    /// The oid of the main table, where it is ours and partitioned by day.
+    pub(super) fn partitioned_main(&self) -> Option<u32> {
+        self.get(Object::Main)
+            .filter(|main| main.kind == 'p' && main.version.is_some())
+            .map(|main| main.oid)
+    }
+
     fn get(&self, object: Object) -> Option<&FoundObject> {
         self.objects.iter().find(|found| found.object == object)
     }
@@ -87,13 +107,13 @@ impl Found {
         (version > SCHEMA_VERSION).then_some(version)
     }
 
-    /// What [`make`] would make. Views are only made for a table that has all their columns: our own. What belongs to a
-    /// newer version's table is that version's to make.
+    /// What [`make`] would make. Views and sums are only made for a table that has all their columns: our own. What belongs
+    /// to a newer version's table is that version's to make.
     fn missing(&self) -> Vec<Object> {
-        let may_have_views = !self.has(Object::Main) || self.is_ours(Object::Main);
+        let is_ours_or_new = !self.has(Object::Main) || self.is_ours(Object::Main);
         Object::ALL
             .into_iter()
-            .filter(|&object| !self.has(object) && (may_have_views || !object.is_view()))
+            .filter(|&object| !self.has(object) && (is_ours_or_new || !object.needs_our_table()))
             .filter(|_| self.newer_version().is_none())
             .collect()
     }
@@ -245,7 +265,8 @@ async fn bring_up(client: &Client, bounds: &Bounds, found: &Found) -> Result<(),
     }
     log::info!("bringing {main} and what belongs to it from schema {oldest} to {SCHEMA_VERSION}");
     let result = async {
-        if let Some(old) = outdated.iter().find(|found| found.object == Object::Main) {
+        let old_main = outdated.iter().find(|found| found.object == Object::Main);
+        if let Some(old) = old_main.filter(|main| main.version < Some(tables::FAILED_INDEX_SINCE)) {
             index_partitions(client, bounds, &found.table, old.oid).await?;
         }
         execute(client, bounds, "BEGIN").await?;
@@ -450,10 +471,7 @@ pub async fn keep_days(
     today: Day,
     retention_days: Option<i64>,
 ) -> Result<(), Fault> {
-    let Some(main) = found
-        .get(Object::Main)
-        .filter(|main| main.kind == 'p' && main.version.is_some())
-    else {
+    let Some(main) = found.partitioned_main() else {
         if retention_days.is_some() {
             log::warn!(
                 "DB_RETENTION has no effect: table {} was not made by host-metrics",
@@ -463,7 +481,7 @@ pub async fn keep_days(
         return Ok(());
     };
     bring_up(client, bounds, found).await?;
-    let partitions = partitions(client, bounds, main.oid).await?;
+    let partitions = partitions(client, bounds, main).await?;
     let missing: Vec<Day> = Day::ahead(today, false)
         .filter(|&day| !partitions.days.iter().any(|p| p.from <= day && day < p.to))
         .collect();
@@ -642,34 +660,47 @@ async fn lacking(
     Ok(lacking)
 }
 
-struct Partitions {
-    days: Vec<Partition>,
+pub(super) struct Partitions {
+    /// In the order of time.
+    pub(super) days: Vec<Partition>,
     /// The default partition's name, quoted.
     default: Option<String>,
     /// Whether this user owns the table and may make new ones beside it.
-    may_change: bool,
+    pub(super) may_change: bool,
 }
 
-struct Partition {
+pub(super) struct Partition {
+    pub(super) oid: u32,
     /// Quoted.
-    name: String,
+    pub(super) name: String,
     /// Whole days: from the first moment of the one, rounded up, to that of the other, rounded down.
-    from: Day,
-    to: Day,
+    pub(super) from: Day,
+    pub(super) to: Day,
+    /// Nothing was rounded.
+    pub(super) is_whole_days: bool,
+    /// There never was a row in it.
+    pub(super) is_empty: bool,
+    /// It has the trigger of a finished day.
+    pub(super) has_trigger: bool,
 }
 
-async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partitions, Fault> {
+pub(super) async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partitions, Fault> {
     // The bounds are text in the catalogue, written by pg_get_expr in the session's time zone and read by the cast in
     // the same one. An unbounded side (MINVALUE, MAXVALUE) has no quotes, does not match, and is left alone.
-    const SQL: &str = "WITH bounds AS ( \
+    let sql = format!(
+        "WITH bounds AS ( \
             SELECT c.oid, pg_catalog.regexp_match(pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
                    '^FOR VALUES FROM \\(''([^'']+)''\\) TO \\(''([^'']+)''\\)$') AS b \
             FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid WHERE i.inhparent = $1) \
         SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), \
                ceil(extract(epoch FROM b[1]::timestamptz) / 86400)::bigint, \
-               floor(extract(epoch FROM b[2]::timestamptz) / 86400)::bigint \
+               floor(extract(epoch FROM b[2]::timestamptz) / 86400)::bigint, \
+               extract(epoch FROM b[1]::timestamptz) % 86400 = 0 AND extract(epoch FROM b[2]::timestamptz) % 86400 = 0, \
+               c.oid, pg_catalog.pg_relation_size(c.oid) = 0, \
+               EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = c.oid AND tgname = '{TRIGGER}') \
         FROM bounds JOIN pg_catalog.pg_class c USING (oid) \
-        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE b IS NOT NULL ORDER BY 2";
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE b IS NOT NULL ORDER BY 2"
+    );
     const RIGHTS: &str = "SELECT pg_catalog.pg_has_role(c.relowner, 'USAGE') \
                AND pg_catalog.has_schema_privilege(c.relnamespace, 'CREATE'), \
                (SELECT pg_catalog.format('%I.%I', n.nspname, d.relname) \
@@ -678,11 +709,16 @@ async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partit
         FROM pg_catalog.pg_class c WHERE c.oid = $1";
     bounded("reading the partitions", bounds.step, async {
         let mut days = Vec::new();
-        for row in client.query(SQL, &[&oid]).await? {
+        for row in client.query(&sql, &[&oid]).await? {
             days.push(Partition {
                 name: row.try_get(0)?,
                 from: Day::from_unix(row.try_get(1)?),
                 to: Day::from_unix(row.try_get(2)?),
+                is_whole_days: row.try_get(3)?,
+                oid: row.try_get(4)?,
+                // Of one that was dropped at this moment: nothing, which is no reason to count it.
+                is_empty: row.try_get::<_, Option<bool>>(5)?.unwrap_or(true),
+                has_trigger: row.try_get(6)?,
             });
         }
         let row = client.query_one(RIGHTS, &[&oid]).await?;
@@ -766,7 +802,12 @@ async fn delete_before(client: &Client, bounds: &Bounds, default: &str, day: Day
 }
 
 /// After a piece of upkeep: its failure is said, the connection is made usable again.
-async fn say(client: &Client, bounds: &Bounds, result: Result<(), Fault>, what: &str) -> Result<(), Fault> {
+pub(super) async fn say(
+    client: &Client,
+    bounds: &Bounds,
+    result: Result<(), Fault>,
+    what: &str,
+) -> Result<(), Fault> {
     let Err(fault) = result else { return Ok(()) };
     // Without an SQLSTATE a passing fault is a hang or a broken connection: no answer can be told from another now.
     if fault.kind == Kind::Passing && fault.code.is_none() {
@@ -787,11 +828,11 @@ fn lock(table: &TableName) -> String {
     format!("SELECT pg_catalog.pg_advisory_xact_lock({key})")
 }
 
-async fn execute(client: &Client, bounds: &Bounds, sql: &str) -> Result<(), Fault> {
+pub(super) async fn execute(client: &Client, bounds: &Bounds, sql: &str) -> Result<(), Fault> {
     bounded("changing the tables", bounds.step, client.batch_execute(sql)).await
 }
 
-async fn rollback(client: &Client, bounds: &Bounds) -> Result<(), Fault> {
+pub(super) async fn rollback(client: &Client, bounds: &Bounds) -> Result<(), Fault> {
     bounded("rolling back", bounds.step, client.batch_execute("ROLLBACK")).await
 }
 

@@ -2,7 +2,8 @@
 //!
 //! `ingest` (the state machine), `batch` and `copy` are pure; `source` (Kafka) and `store` (Postgres) are the edges. This
 //! file owns the two threads: the one that polls Kafka, decodes and drives the machine, and the `writer` that owns the
-//! database connection. Between them goes one request at a time, and its answer.
+//! database connection. Between them goes one request at a time, and its answer. A third, `sums`, counts finished days now
+//! and then, on a connection of its own.
 
 pub mod batch;
 pub mod catalogue;
@@ -12,8 +13,10 @@ pub mod ingest;
 mod metrics;
 pub mod source;
 pub mod store;
+pub mod sums;
 pub mod tables;
 mod trouble;
+pub mod views;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -30,6 +33,7 @@ use crate::consume::ingest::{Action, Event, Ingest, Limits, Notice};
 use crate::consume::metrics::FlushSeconds;
 use crate::consume::source::{Ended, Source};
 use crate::consume::store::{Flushed, Store, StoreError};
+use crate::consume::sums::Sums;
 use crate::consume::trouble::Trouble;
 use crate::consume::writer::{Answer, Request, Writer};
 use crate::health::{Heartbeat, Readiness};
@@ -99,6 +103,7 @@ pub fn run_with(
         config.group_id,
         config.database.table.quoted("")
     );
+    let _sums = Sums::start(config.database.clone()).context("no thread for the sums of finished days")?;
     let mut agent = Agent::new(config, source, writer, shutdown, counters);
     let stopped = agent.run();
     let Agent { source, writer, .. } = agent;

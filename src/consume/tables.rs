@@ -1,19 +1,24 @@
 //! The SQL of the tables and views of the contract: what `init` makes, what `consume` makes where it may.
 //!
 //! Pure text: no connection and no clock. One source for `init`, `--print-sql`, `drop` and `consume`; what the database
-//! really has, and the running of this text, is `catalogue`'s.
+//! really has, and the running of this text, is `catalogue`'s. What the views ask is `views`'.
 
 use std::fmt::Write as _;
 use std::ops::Range;
 
 use crate::config::TableName;
+use crate::consume::views::{self, HOUR};
 use crate::sample::Timestamp;
 
 /// Recorded in the comment of everything that [`create`] makes. What an older version made is brought up to it, with its
 /// rows; what a newer one made is left alone.
 ///
-/// 1: the first. 2: the index of failed checks, and views that use it.
-pub const SCHEMA_VERSION: u32 = 2;
+/// 1: the first. 2: the index of failed checks, and views that use it. 3: the sums of finished days, and views that read
+/// them.
+pub const SCHEMA_VERSION: u32 = 3;
+
+/// The version from which on all partitions have the index of failed checks.
+pub const FAILED_INDEX_SINCE: u32 = 2;
 
 /// How the comment of everything of ours begins; `drop` removes nothing else.
 pub const MARK: &str = "host-metrics schema ";
@@ -58,9 +63,13 @@ pub const COLUMNS: [(&str, &str); 23] = [
 /// Everything that belongs to one DB_TABLE, in the order of making; `drop` goes the other way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Object {
+    /// Of the sums; before the main table, whose triggers call its function.
+    Days,
     Main,
     Offsets,
     Rejected,
+    Hours,
+    Failures,
     Latest,
     Uptime,
     Incidents,
@@ -68,10 +77,13 @@ pub enum Object {
 }
 
 impl Object {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 10] = [
+        Self::Days,
         Self::Main,
         Self::Offsets,
         Self::Rejected,
+        Self::Hours,
+        Self::Failures,
         Self::Latest,
         Self::Uptime,
         Self::Incidents,
@@ -84,6 +96,9 @@ impl Object {
             Self::Main => "",
             Self::Offsets => "_offsets",
             Self::Rejected => "_rejected",
+            Self::Days => "_days",
+            Self::Hours => "_hours",
+            Self::Failures => "_failures",
             Self::Latest => "_latest",
             Self::Uptime => "_uptime",
             Self::Incidents => "_incidents",
@@ -91,11 +106,16 @@ impl Object {
         }
     }
 
-    pub fn is_view(self) -> bool {
+    fn is_view(self) -> bool {
         matches!(
             self,
             Self::Latest | Self::Uptime | Self::Incidents | Self::Certificates
         )
+    }
+
+    /// Whether it needs all columns of a main table that we made: the views, and the sums that they read.
+    pub fn needs_our_table(self) -> bool {
+        self.is_view() || matches!(self, Self::Days | Self::Hours | Self::Failures)
     }
 
     fn keyword(self) -> &'static str {
@@ -107,10 +127,15 @@ impl Object {
             Self::Main => "one row for every tick of every host",
             Self::Offsets => "the next Kafka offset of every partition, moved in the transaction of the rows",
             Self::Rejected => "every record that could not be stored, as it came, and why",
+            Self::Days => "which finished days are summed up in _hours and _failures",
+            Self::Hours => "sums of finished days: the ticks of every host and hour",
+            Self::Failures => {
+                "sums of finished days: failed checks by host, outcome and the first valid check of the day after them"
+            }
             Self::Latest => "the newest row of every host",
             Self::Uptime => {
                 "per host and window: ticks due, ticks that were valid, ticks that were missed (not checked), and \
-                 uptime = valid / due"
+                 uptime = valid / due; of the seven days also the first check, the last valid and the last failed one"
             }
             Self::Incidents => {
                 "a row per outage: from the first invalid check to the next valid one (ended_at is null while it \
@@ -154,11 +179,13 @@ impl Day {
 
     /// The partition's bounds as literals; the upper one is the next day's lower one.
     pub fn bounds(self) -> Range<String> {
-        let literal = |day: Self| {
-            let (year, month, day) = day.civil();
-            format!("'{year:04}-{month:02}-{day:02} 00:00:00+00'")
-        };
-        literal(self)..literal(Self(self.0 + 1))
+        self.begin()..self.plus(1).begin()
+    }
+
+    /// Its first moment, as a literal.
+    pub fn begin(self) -> String {
+        let (year, month, day) = self.civil();
+        format!("'{year:04}-{month:02}-{day:02} 00:00:00+00'")
     }
 
     /// Year, month and day of the Gregorian calendar (Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms",
@@ -185,7 +212,6 @@ impl Day {
 /// Makes one object that is not there yet, and says in its comment that it is ours.
 pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>) -> String {
     let name = table.quoted(object.suffix());
-    let main = table.quoted("");
     let mut sql = match object {
         Object::Main => create_main(table, days),
         // Every flush updates its rows: with free space on the page the new version stays there, off the index.
@@ -199,21 +225,34 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
              kafka_partition integer NOT NULL,\n    kafka_offset bigint NOT NULL,\n    key bytea,\n    value bytea,\n    \
              reason text NOT NULL,\n    rejected_at timestamptz NOT NULL DEFAULT now()\n);\n"
         ),
-        Object::Latest => {
-            format!("CREATE OR REPLACE VIEW {name} AS\n{}", latest_query(&main))
-        }
-        Object::Uptime => {
-            format!("CREATE OR REPLACE VIEW {name} AS\n{}", uptime_query(&main))
-        }
-        Object::Incidents => {
-            format!("CREATE OR REPLACE VIEW {name} AS\n{}", incidents_query(&main))
-        }
-        Object::Certificates => {
-            let latest = table.quoted(Object::Latest.suffix());
-            format!(
-                "CREATE OR REPLACE VIEW {name} AS\n{}",
-                certificates_query(&main, &latest)
-            )
+        Object::Days => format!(
+            "CREATE TABLE IF NOT EXISTS {name} (\n    \"partition\" regclass PRIMARY KEY,\n    \
+             starts_at timestamptz NOT NULL,\n    ends_at timestamptz NOT NULL,\n    state text NOT NULL\n);\n{}",
+            views::create_function(table)
+        ),
+        Object::Hours => format!(
+            "CREATE TABLE IF NOT EXISTS {name} (\n    address text COLLATE \"C\" NOT NULL,\n    \
+             hour timestamptz NOT NULL,\n    due integer NOT NULL,\n    valid integer NOT NULL,\n    \
+             missed integer NOT NULL,\n    first_check_at timestamptz,\n    last_valid_at timestamptz,\n    \
+             last_failed_at timestamptz\n);\n\
+             CREATE INDEX IF NOT EXISTS {} ON {name} (hour);\n",
+            index(table, "_hours_hour")
+        ),
+        Object::Failures => format!(
+            "CREATE TABLE IF NOT EXISTS {name} (\n    address text COLLATE \"C\" NOT NULL,\n    \
+             outcome text NOT NULL,\n    first_at timestamptz NOT NULL,\n    checks bigint NOT NULL,\n    \
+             ended_at timestamptz,\n    last_at timestamptz\n);\n\
+             CREATE INDEX IF NOT EXISTS {} ON {name} (address, first_at);\n",
+            index(table, "_failures_history")
+        ),
+        Object::Latest | Object::Uptime | Object::Incidents | Object::Certificates => {
+            let query = match object {
+                Object::Latest => views::latest(table),
+                Object::Uptime => views::uptime(table),
+                Object::Incidents => views::incidents(table),
+                _ => views::certificates(table),
+            };
+            format!("CREATE OR REPLACE VIEW {name} AS\n{query}")
         }
     };
     let (keyword, comment) = (object.keyword(), object.comment());
@@ -238,11 +277,15 @@ pub fn script(table: &TableName, today: Day) -> String {
 
 /// Removes one object. Not `CASCADE`: what a user built upon it is the user's.
 pub fn drop(object: Object, table: &TableName) -> String {
-    format!(
+    let mut sql = format!(
         "DROP {} IF EXISTS {};",
         object.keyword(),
         table.quoted(object.suffix())
-    )
+    );
+    if object == Object::Days {
+        sql.push_str(&views::drop_function(table));
+    }
+    sql
 }
 
 /// A new day's table, to be filled with what the default partition holds of that day and then attached.
@@ -289,13 +332,9 @@ pub fn attach_day(table: &TableName, day: Day) -> String {
 /// The index of [`FAILED`] checks on one partition (its name unquoted), made ahead of the one on the whole table: that
 /// then takes over what is there, instead of keeping every writer out until it has read all rows.
 pub fn create_failed_index(partition: &TableName) -> String {
-    let name = TableName {
-        schema: None,
-        name: partition.name.clone(),
-    };
     format!(
         "CREATE INDEX IF NOT EXISTS {} ON {} {FAILED_KEY};",
-        name.quoted(FAILED_SUFFIX),
+        index(partition, FAILED_SUFFIX),
         partition.quoted("")
     )
 }
@@ -329,28 +368,15 @@ pub fn literal(text: &str) -> String {
     }
 }
 
-/// What the index rounds `scheduled_at` to; the views ask for the same expression.
-///
-/// Rounded, the index of one host's history deduplicates: an hour of a host is one key with a list of rows. COPY of
-/// 1,000,000 rows of 1,000 hosts into a day (Postgres 15, text, CPU seconds of the backend; bytes of index a row):
-///
-/// | index | CPU | size |
-/// |---|---|---|
-/// | none | 2.84 | |
-/// | (address) | 4.02 | 8 |
-/// | (address, hour) | 4.31 | 10 |
-/// | (address) and (scheduled_at) | 4.69 | 31 |
-/// | (address, scheduled_at) | 5.14 | 134 |
-///
-/// `(address)` alone would have to read all rows of a host's day to find its newest one, for every host.
-pub const HOUR: &str = "date_bin('1 hour', scheduled_at, timestamptz '2000-01-01 00:00:00+00')";
-
-/// A check that failed, in the words of its index. Missed ticks say nothing about the host.
-const FAILED: &str = "NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
-
 const FAILED_KEY: &str = "(address, scheduled_at) WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
 
 const FAILED_SUFFIX: &str = "_failed";
+
+/// The name of an index of `table`; it goes where the table is.
+fn index(table: &TableName, suffix: &str) -> String {
+    let name = table.name.clone();
+    TableName { schema: None, name }.quoted(suffix)
+}
 
 fn create_main(table: &TableName, days: impl Iterator<Item = Day>) -> String {
     let main = table.quoted("");
@@ -362,19 +388,15 @@ fn create_main(table: &TableName, days: impl Iterator<Item = Day>) -> String {
         "CREATE TABLE IF NOT EXISTS {main} (\n{}\n) PARTITION BY RANGE (scheduled_at);\n",
         columns.join(",\n")
     );
-    let index = |suffix: &str| {
-        let name = table.name.clone();
-        TableName { schema: None, name }.quoted(suffix)
-    };
     let _ = writeln!(
         sql,
         "CREATE INDEX IF NOT EXISTS {} ON {main} (address, {HOUR});",
-        index("_history")
+        index(table, "_history")
     );
     let _ = writeln!(
         sql,
         "CREATE INDEX IF NOT EXISTS {} ON {main} {FAILED_KEY};",
-        index(FAILED_SUFFIX)
+        index(table, FAILED_SUFFIX)
     );
     let _ = writeln!(
         sql,
@@ -390,151 +412,6 @@ fn create_main(table: &TableName, days: impl Iterator<Item = Day>) -> String {
         );
     }
     sql
-}
-
-/// The distinct addresses by jumping through the index from one to the next, then the newest row of each: the work
-/// grows with the hosts and the partitions, not with the rows (10,000,000 rows of 1,000 hosts in a week: 0.12 s).
-fn latest_query(main: &str) -> String {
-    format!(
-        "WITH RECURSIVE hosts (address) AS (\n    \
-             (SELECT address FROM {main} ORDER BY address LIMIT 1)\n    \
-             UNION ALL\n    \
-             SELECT (SELECT t.address FROM {main} t WHERE t.address > hosts.address ORDER BY t.address LIMIT 1)\n    \
-             FROM hosts WHERE hosts.address IS NOT NULL\n\
-         )\n\
-         SELECT newest.*\n\
-         FROM hosts CROSS JOIN LATERAL (\n    \
-             SELECT * FROM {main} WHERE address = hosts.address AND scheduled_at IS NOT NULL\n    \
-             ORDER BY {HOUR} DESC, scheduled_at DESC LIMIT 1\n\
-         ) newest;\n"
-    )
-}
-
-/// One pass, in parallel. What is asked of every row is cheap: moments are reckoned once, in sub-selects, but for those
-/// that choose the rows; of `now() - interval` the planner knows how many rows follow it, and that hashing them is cheaper
-/// than sorting. Hours, not days: a day of an interval is reckoned in the session's time zone.
-///
-/// Ten million rows of a week take 3.3 s of CPU time, 1.9 s on two cores (1.7 without JIT); counting them by address alone
-/// takes 2.4 of it. A pass for each stretch between the windows takes 3.1, but the planner expects three times the work
-/// and compiles for longer (JIT) than that saves.
-fn uptime_query(main: &str) -> String {
-    let mut counts = Vec::new();
-    let mut columns = Vec::new();
-    for (name, within) in [
-        ("1h", "scheduled_at > (SELECT now() - interval '1 hour')"),
-        ("24h", "scheduled_at > (SELECT now() - interval '24 hours')"),
-        ("7d", "true"),
-    ] {
-        counts.push(format!("count(*) FILTER (WHERE {within}) AS due_{name}"));
-        counts.push(format!(
-            "count(*) FILTER (WHERE is_valid AND {within}) AS valid_{name}"
-        ));
-        counts.push(format!(
-            "count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed' AND {within}) AS missed_{name}"
-        ));
-        columns.push(format!(
-            "due_{name}, valid_{name}, missed_{name}, valid_{name}::double precision / nullif(due_{name}, 0) AS \
-             uptime_{name}"
-        ));
-    }
-    format!(
-        "SELECT address,\n    {}\nFROM (\n    SELECT address,\n        {}\n    FROM {main}\n    \
-         WHERE scheduled_at > now() - interval '168 hours' AND scheduled_at <= now()\n    GROUP BY address\n) counts;\n",
-        columns.join(",\n    "),
-        counts.join(",\n        ")
-    )
-}
-
-/// Failed checks belong to one outage if the same valid check is the first after them. Looks only at rows near failed
-/// ones: the index of failed checks tells the hours with some, and of an unbroken run of such hours all rows are read.
-/// An outage ends at the first valid row after it of those, or, where none is, at the next row after them if that is
-/// valid; if it is not, it begins the host's next run of hours, and the outage ends where that one's first does. Of ten
-/// million rows, 100,000 of them failed, it reads 300,000: 1.5 s, where sorting them all took 14.
-///
-/// That the hour of the last failed check is the last hour is always so. It is asked for the planner's sake: it takes an
-/// equation for rare and so expects little work, where it would compile the query for seconds (JIT) otherwise.
-fn incidents_query(main: &str) -> String {
-    let hour_of_last = HOUR.replace("scheduled_at", "max(last_failed)");
-    format!(
-        "SELECT address, min(scheduled_at) AS started_at, ended_at,
-    coalesce(ended_at, now()) - min(scheduled_at) AS duration,
-    count(*) AS checks,
-    (array_agg(outcome ORDER BY scheduled_at, outcome))[1] AS first_outcome,
-    mode() WITHIN GROUP (ORDER BY outcome) AS most_frequent_outcome
-FROM (
-    SELECT run.address, near.scheduled_at, coalesce(near.outcome, 'unknown') AS outcome,
-        min(near.ended_at) OVER (PARTITION BY run.address ORDER BY near.scheduled_at DESC) AS ended_at
-    FROM (
-        SELECT address, min(hour) AS first_hour, max(hour) AS last_hour, max(last_failed) AS last_failed
-        FROM (
-            SELECT address, hour, last_failed,
-                hour - row_number() OVER (PARTITION BY address ORDER BY hour) * interval '1 hour' AS run
-            FROM (
-                SELECT address, {HOUR} AS hour,
-                    max(scheduled_at) AS last_failed
-                FROM {main}
-                WHERE {FAILED} AND scheduled_at IS NOT NULL
-                GROUP BY address, {HOUR}
-            ) failed
-        ) hours
-        GROUP BY address, run
-        HAVING {hour_of_last} = max(hour)
-    ) run CROSS JOIN LATERAL (
-        SELECT scheduled_at, is_valid, outcome,
-            min(scheduled_at) FILTER (WHERE is_valid) OVER (ORDER BY scheduled_at DESC) AS ended_at
-        FROM (
-            SELECT scheduled_at, is_valid, outcome
-            FROM {main}
-            WHERE address = run.address
-                AND {HOUR} BETWEEN first_hour AND last_hour
-                AND scheduled_at >= first_hour AND scheduled_at < last_hour + interval '1 hour'
-                AND (is_valid OR {FAILED})
-            UNION ALL
-            SELECT * FROM (
-                SELECT scheduled_at, is_valid, outcome
-                FROM {main}
-                WHERE address = run.address
-                    AND {HOUR} > last_hour
-                    AND scheduled_at >= last_hour + interval '1 hour'
-                    AND (is_valid OR {FAILED})
-                ORDER BY {HOUR}, scheduled_at
-                LIMIT 1
-            ) next
-            WHERE is_valid AND NOT EXISTS (
-                SELECT FROM {main}
-                WHERE address = run.address
-                    AND {HOUR} = last_hour
-                    AND scheduled_at >= last_failed AND scheduled_at < last_hour + interval '1 hour' AND is_valid
-            )
-        ) checks
-    ) near
-    WHERE NOT near.is_valid
-) failed
-GROUP BY address, ended_at;
-"
-    )
-}
-
-/// The newest row's certificate; while a host fails before its certificate is seen, the one seen within the day before.
-/// Ordered as the index is, for the planner's sake: by `scheduled_at` alone it expects so much work that it compiles the
-/// query for seconds (JIT) before it runs for a tenth of one.
-fn certificates_query(main: &str, latest: &str) -> String {
-    format!(
-        "SELECT latest.address, seen.cert_expires_at,\n    \
-             seen.cert_expires_at - now() AS expires_in,\n    \
-             floor(extract(epoch FROM seen.cert_expires_at - now()) / 86400)::integer AS days_left,\n    \
-             seen.scheduled_at AS seen_at\n\
-         FROM {latest} latest CROSS JOIN LATERAL (\n    \
-             SELECT latest.cert_expires_at, latest.scheduled_at WHERE latest.cert_expires_at IS NOT NULL\n    \
-             UNION ALL\n    \
-             (SELECT cert_expires_at, scheduled_at FROM {main}\n     \
-              WHERE latest.cert_expires_at IS NULL AND NOT latest.is_valid AND address = latest.address\n         \
-                  AND cert_expires_at IS NOT NULL\n         \
-                  AND scheduled_at >= latest.scheduled_at - interval '1 day'\n             \
-                      - make_interval(secs => coalesce(latest.interval_seconds, 0))\n     \
-              ORDER BY {HOUR} DESC, scheduled_at DESC LIMIT 1)\n\
-         ) seen;\n"
-    )
 }
 
 #[cfg(test)]
@@ -613,6 +490,9 @@ mod tests {
         for suffix in suffixes.into_iter().chain([
             DEFAULT_SUFFIX,
             "_history",
+            "_hours_hour",
+            "_failures_history",
+            "_changed",
             &format!("{}{FAILED_SUFFIX}", Day(0).suffix()),
         ]) {
             assert!(longest.len() + suffix.len() <= 63, "{suffix}");
@@ -625,7 +505,9 @@ mod tests {
         let unquoted = sql
             .replace("\"My\"\"Schema\".\"Host Metrics", "")
             .replace("\"Host Metrics_history", "")
-            .replace("\"Host Metrics_failed", "");
+            .replace("\"Host Metrics_failed", "")
+            .replace("\"Host Metrics_hours_hour", "")
+            .replace("\"Host Metrics_failures_history", "");
         assert!(
             !unquoted.contains("Host Metrics") || unquoted.matches("Host Metrics").count() == 1,
             "{unquoted}"

@@ -1,7 +1,7 @@
 //! What the tables say of the hosts and of the pipeline. Owns the questions.
 //!
-//! Three ways to ask, one answer. A table of ours is asked along its index: one pass over the last seven days for the
-//! counts, and a few rows of each host. A table that somebody else made may have no index, so its seven days are sorted
+//! Three ways to ask, one answer. A table of ours is asked by its views, which know the sums of finished days, and along its
+//! index for a few rows of each host. A table that somebody else made, or an older version of us, may have no index, so its seven days are sorted
 //! once. One without `scheduled_at`, as the original had it, can only be counted.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,8 @@ use tokio_postgres::{Client, Row};
 
 use crate::cells::SPARKLINE_CHECKS;
 use crate::consume::catalogue::{self, Found};
-use crate::consume::tables::{HOUR, Object};
+use crate::consume::tables::Object;
+use crate::consume::views::{CHECKED, HOUR};
 use crate::database::{Bounds, Fault, bounded};
 use crate::sample::Timestamp;
 
@@ -19,8 +20,9 @@ use crate::sample::Timestamp;
 const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
 /// Compiling a question over every partition takes seconds, more than it saves. An answer that nobody waits for any more
-/// is not worked for.
-const SETTINGS: &str = "SET jit = off; SET statement_timeout = '60s'";
+/// is not worked for. All that is asked is of one moment, for the server's `now()` too.
+const SETTINGS: &str =
+    "SET jit = off; SET statement_timeout = '60s'; BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 
 /// Rejected records are counted up to here: beyond it the figure tells nothing new, and counting takes time.
 pub const MAX_COUNTED: i64 = 100_000;
@@ -121,10 +123,10 @@ pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &st
     let now_micros = now_micros.try_get(0)?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
-    let is_ours = [Object::Main, Object::Latest, Object::Certificates]
+    let has_views = [Object::Main, Object::Latest, Object::Uptime, Object::Certificates]
         .into_iter()
-        .all(|object| found.is_ours(object));
-    let sql = match (is_ours, has_time) {
+        .all(|object| found.is_current(object));
+    let sql = match (has_views, has_time) {
         (true, _) => of_our_table(found, &times),
         (false, true) => of_a_foreign_table(&source(&main, &columns), &times),
         (false, false) => of_a_table_without_time(&source(&main, &columns)),
@@ -229,9 +231,6 @@ impl Times {
     }
 }
 
-/// Missed ticks say nothing about the host. No valid row is one, and of those the text need not be compared.
-const CHECKED: &str = "(is_valid OR outcome IS DISTINCT FROM 'missed')";
-
 const LATENCIES: &str = "percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY latency)";
 
 /// Of the rows of seven days.
@@ -269,6 +268,7 @@ const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NO
 fn of_our_table(found: &Found, times: &Times) -> String {
     let main = found.table.quoted("");
     let latest = found.table.quoted(Object::Latest.suffix());
+    let uptime = found.table.quoted(Object::Uptime.suffix());
     let certificates = found.table.quoted(Object::Certificates.suffix());
     let hour_of = |time: &str| HOUR.replace("scheduled_at", time);
     // In which the rows for a sparkline lie; records of the original say no interval.
@@ -276,7 +276,8 @@ fn of_our_table(found: &Found, times: &Times) -> String {
         format!("make_interval(secs => {SPARKLINE_CHECKS} * coalesce(latest.interval_seconds, 3600))");
     format!(
         "WITH counted AS (
-             SELECT address, {counts}, {last} FROM {main} WHERE {in_week} GROUP BY address
+             SELECT *, first_check_at AS first_check, last_valid_at AS last_valid, last_failed_at AS last_invalid
+             FROM {uptime}
          ), week AS (
              SELECT *, {TURNED_AT} FROM counted
          ), day AS (
@@ -325,9 +326,6 @@ fn of_our_table(found: &Found, times: &Times) -> String {
              ) newest
          ) recent ON true
          ORDER BY latest.address",
-        counts = counts(times),
-        last = last(""),
-        in_week = times.since(&times.week_ago),
         in_day = times.since(&times.day_ago),
         week_ago = times.week_ago,
         newest_at = micros("latest.scheduled_at"),
