@@ -340,6 +340,8 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
                 ))
             })?;
         let found = catalogue::find(client, bounds, &config.table).await?;
+        catalogue::keep_days(client, bounds, &found, today, None).await?;
+        let found = catalogue::find(client, bounds, &config.table).await?;
         if let Some(version) = found.newer_version() {
             log::warn!(
                 "{} was made by a newer version of host-metrics (schema {version}), and is left as it is",
@@ -370,8 +372,6 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
                 );
             }
         }
-        catalogue::keep_days(client, bounds, &found, today, None).await?;
-        let found = catalogue::find(client, bounds, &config.table).await?;
         let pass =
             sums::count_finished(client, bounds, &found, sums::finished_before(), COUNT_WITHIN).await?;
         if pass.left > 0 {

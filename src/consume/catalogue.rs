@@ -108,12 +108,12 @@ impl Found {
     }
 
     /// What [`make`] would make. Views and sums are only made for a table that has all their columns: our own. What belongs
-    /// to a newer version's table is that version's to make.
+    /// to a newer version's table is that version's to make, and an older one is brought up as a whole.
     fn missing(&self) -> Vec<Object> {
-        let is_ours_or_new = !self.has(Object::Main) || self.is_ours(Object::Main);
+        let is_current_or_new = !self.has(Object::Main) || self.is_current(Object::Main);
         Object::ALL
             .into_iter()
-            .filter(|&object| !self.has(object) && (is_ours_or_new || !object.needs_our_table()))
+            .filter(|&object| !self.has(object) && (is_current_or_new || !object.needs_our_table()))
             .filter(|_| self.newer_version().is_none())
             .collect()
     }
@@ -275,9 +275,12 @@ async fn bring_up(client: &Client, bounds: &Bounds, found: &Found) -> Result<(),
         execute(client, bounds, &wait).await?;
         // Somebody may have been quicker while we waited for the lock.
         let found = find(client, bounds, &found.table).await?;
-        for object in found.outdated() {
-            let sql = tables::create(object.object, &found.table, std::iter::empty());
-            execute(client, bounds, &sql).await?;
+        let outdated: Vec<Object> = found.outdated().iter().map(|found| found.object).collect();
+        for object in Object::ALL {
+            if outdated.contains(&object) || (!outdated.is_empty() && !found.has(object)) {
+                let sql = tables::create(object, &found.table, std::iter::empty());
+                execute(client, bounds, &sql).await?;
+            }
         }
         execute(client, bounds, "COMMIT").await?;
         log::info!("{main} and what belongs to it brought from schema {oldest} to {SCHEMA_VERSION}");

@@ -30,6 +30,14 @@ impl Database {
         Self { name, client }
     }
 
+    /// Another connection to one that is there.
+    pub fn again(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            client: superuser(name),
+        }
+    }
+
     pub fn execute(&mut self, sql: &str) {
         self.client
             .batch_execute(sql)

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use host_metrics::consume::tables::SCHEMA_VERSION;
 use host_metrics::demo::postgres::{ThrowAwayPostgres, free_port};
 
 use crate::agent::{Agent, Variables};
@@ -177,17 +178,22 @@ fn init_says_what_it_brings_up_and_what_is_too_new_for_it() {
         .unwrap();
     let (status, said) = run(&["init"], &variables);
     assert_eq!(status, Some(0), "{said}");
-    assert!(said.contains("brought from schema 1 to 2"), "{said}");
+    let brought_up = format!("brought from schema 1 to {SCHEMA_VERSION}");
+    assert!(said.contains(&brought_up), "{said}");
     let (_, said) = run(&["init"], &variables);
     assert!(!said.contains("schema"), "{said}");
 
+    let newer = SCHEMA_VERSION + 1;
     client
-        .batch_execute("COMMENT ON TABLE host_metrics IS 'host-metrics schema 3: rows'; DROP VIEW host_metrics_latest CASCADE")
+        .batch_execute(&format!(
+            "COMMENT ON TABLE host_metrics IS 'host-metrics schema {newer}: rows'; \
+             DROP VIEW host_metrics_latest CASCADE"
+        ))
         .unwrap();
     let (status, said) = run(&["init"], &variables);
     assert_eq!(status, Some(0), "{said}");
     assert!(
-        said.contains("newer version of host-metrics (schema 3)"),
+        said.contains(&format!("newer version of host-metrics (schema {newer})")),
         "{said}"
     );
     assert!(said.contains("\"host_metrics_latest\" not made"), "{said}");

@@ -25,4 +25,5 @@ mod security;
 mod site;
 mod store;
 mod table;
+mod views;
 mod watching;

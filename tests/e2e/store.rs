@@ -971,8 +971,14 @@ fn the_printed_sql_makes_the_same_tables_and_can_be_repeated() {
 fn what_an_older_version_made_is_brought_up_by_many_at_once_and_keeps_its_rows() {
     let mut fresh = Database::new();
     fresh.store().open().unwrap();
+    for (version, schema) in [("1", SCHEMA_1), ("2", SCHEMA_2)] {
+        bring_up(&mut fresh, version, schema);
+    }
+}
+
+fn bring_up(fresh: &mut Database, version: &str, schema: &str) {
     let mut db = Database::new();
-    db.execute(SCHEMA_1);
+    db.execute(schema);
     db.execute(
         "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome) \
          SELECT 'https://a.example/', now() - n * interval '1 minute', n % 10 <> 0, \
@@ -980,7 +986,7 @@ fn what_an_older_version_made_is_brought_up_by_many_at_once_and_keeps_its_rows()
          INSERT INTO host_metrics_offsets VALUES ('g', 't', 0, 42)",
     );
     let (rows, incidents) = (db.count("host_metrics"), db.count("host_metrics_incidents"));
-    assert_eq!(db.one(VERSIONS), "1");
+    assert_eq!(db.one(VERSIONS), version);
     assert!(
         db.count("host_metrics_default") > 0,
         "also rows of days without a partition"
@@ -1077,10 +1083,11 @@ fn a_user_who_may_not_bring_an_older_version_up_writes_to_it_all_the_same() {
 fn what_a_newer_version_made_is_left_alone() {
     let mut db = Database::new();
     db.execute(SCHEMA_1);
-    db.execute(
-        "COMMENT ON TABLE host_metrics IS 'host-metrics schema 3: rows'; DROP VIEW host_metrics_incidents; \
+    db.execute(&format!(
+        "COMMENT ON TABLE host_metrics IS 'host-metrics schema {}: rows'; DROP VIEW host_metrics_incidents; \
          ALTER TABLE host_metrics ADD COLUMN of_the_future text",
-    );
+        tables::SCHEMA_VERSION + 1
+    ));
     let catalogue = "SELECT string_agg(concat_ws(' ', oid, xmin, relname), ',' ORDER BY oid) FROM pg_class \
                      WHERE relnamespace = 'public'::regnamespace";
     let before = db.one(catalogue);
@@ -1249,153 +1256,21 @@ fn retention_removes_old_rows_of_days_without_partition_too() {
     assert_eq!(db.count("host_metrics_default"), 10 * 600 + 3);
 }
 
-#[test]
-fn the_views_say_what_the_rows_say() {
-    let mut db = Database::new();
-    db.store().open().unwrap();
-    // Two hosts, a tick a minute, the newest a minute ago: a is down for ticks 6..=8 and misses tick 7; it was down at
-    // tick 29 and 30, the oldest. b is plain http and always up.
-    db.execute(
-        "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, interval_seconds, cert_expires_at) \
-         SELECT 'https://a.example/', now() - n * interval '1 minute', n NOT IN (6, 7, 8, 29, 30), \
-                CASE WHEN n = 7 THEN 'missed' WHEN n IN (6, 30) THEN 'tls_timeout' WHEN n IN (8, 29) THEN 'dns_error' \
-                     ELSE 'ok' END, 60, \
-                CASE WHEN n NOT IN (6, 7, 8) THEN now() + interval '10 days 1 hour' END \
-         FROM generate_series(1, 30) n; \
-         INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, interval_seconds) \
-         SELECT 'http://b.example/', now() - n * interval '1 minute', true, 'ok', 60 FROM generate_series(1, 90) n",
-    );
-    assert_eq!(
-        db.many(
-            "SELECT concat_ws('|', address, is_valid, round(extract(epoch FROM now() - scheduled_at) / 60)) \
-             FROM host_metrics_latest ORDER BY address"
-        ),
-        ["http://b.example/|t|1", "https://a.example/|t|1"]
-    );
-    assert_eq!(
-        db.many(
-            "SELECT concat_ws('|', address, due_1h, valid_1h, missed_1h, round(uptime_1h::numeric, 4), due_24h, \
-             round(uptime_7d::numeric, 4)) FROM host_metrics_uptime ORDER BY address"
-        ),
-        ["http://b.example/|59|59|0|1.0000|90|1.0000", "https://a.example/|30|25|1|0.8333|30|0.8333"]
-    );
-    assert_eq!(
-        db.many(
-            "SELECT concat_ws('|', address, round(extract(epoch FROM now() - started_at) / 60), \
-             round(extract(epoch FROM now() - ended_at) / 60), round(extract(epoch FROM duration) / 60), checks, \
-             first_outcome, most_frequent_outcome) FROM host_metrics_incidents ORDER BY started_at"
-        ),
-        [
-            "https://a.example/|30|28|2|2|tls_timeout|dns_error",
-            "https://a.example/|8|5|3|2|dns_error|dns_error"
-        ]
-    );
-    assert_eq!(
-        db.many("SELECT concat_ws('|', address, days_left) FROM host_metrics_certificates"),
-        ["https://a.example/|10"]
-    );
-    // Down now: the outage has no end, and the certificate is the one last seen.
-    db.execute(
-        "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, interval_seconds) \
-         VALUES ('https://a.example/', now(), false, 'connect_refused', 60)",
-    );
-    assert_eq!(
-        db.one("SELECT concat_ws('|', first_outcome, coalesce(ended_at::text, 'open')) FROM host_metrics_incidents \
-                ORDER BY started_at DESC LIMIT 1"),
-        "connect_refused|open"
-    );
-    assert_eq!(
-        db.many("SELECT concat_ws('|', address, days_left) FROM host_metrics_certificates"),
-        ["https://a.example/|10"]
-    );
-}
-
-/// Each view against its definition in the plainest SQL, which looks every row up for every other one.
-#[test]
-fn the_views_are_their_plain_definitions_on_random_rows() {
-    let mut db = Database::new();
-    db.store().open().unwrap();
-    for seed in 1..=3 {
-        // Hosts of intervals from 20 seconds to two days, up to three agents with ticks of their own or the same, runs of
-        // failures, missed ticks, gaps of hours and days, days without partition, rows of the future and without time.
-        db.execute(&format!(
-            "TRUNCATE host_metrics; SELECT setseed(0.{seed}); \
-             WITH hosts AS ( \
-                 SELECT 'host ' || h AS address, (ARRAY[20, 60, 300, 3600, 5400, 86400, 172800])[1 + h % 7] AS seconds, \
-                        1 + h % 3 AS agents, (ARRAY[0.02, 0.3, 0.9, 1])[1 + (h / 7) % 4] AS badness \
-                 FROM generate_series(0, 27) h \
-             ), ticks AS MATERIALIZED ( \
-                 SELECT address, 'agent ' || a AS agent, badness, n, random() AS luck, random() AS kind, \
-                        sin(n / (3.0 + a)) + sin(n / 61.0) AS mood, \
-                        now() + interval '2 hours' - (n + (a / 2) * 0.5) * make_interval(secs => seconds) AS at \
-                 FROM hosts, generate_series(1, agents) a, \
-                      generate_series(0, least(250, 20 * 86400 / seconds)) n \
-             ) \
-             INSERT INTO host_metrics (address, agent, scheduled_at, is_valid, outcome) \
-             SELECT address, agent, CASE WHEN luck < 0.995 THEN at END, kind >= bad AND kind < 0.93, \
-                    CASE WHEN kind >= 0.93 THEN 'missed' WHEN kind >= bad THEN 'ok' WHEN kind < bad / 2 THEN 'dns_error' \
-                         WHEN luck > 0.1 THEN 'bad_status' END \
-             FROM ticks CROSS JOIN LATERAL (SELECT least(badness * greatest(mood, 0.1), 0.93) AS bad) b \
-             WHERE NOT n % 100 BETWEEN 50 AND 50 + 30 * badness"
-        ));
-        // Asked in one statement: one now().
-        let window = |name: &str, hours: u32| {
-            let within = format!(
-                "FROM host_metrics t WHERE t.address = hosts.address AND t.scheduled_at > now() - interval '{hours} hours' \
-                 AND t.scheduled_at <= now()"
-            );
-            format!(
-                "(SELECT count(*) {within}) AS due_{name}, (SELECT count(*) {within} AND is_valid) AS valid_{name}, \
-                 (SELECT count(*) {within} AND outcome = 'missed') AS missed_{name}, \
-                 (SELECT avg(is_valid::integer)::double precision {within}) AS uptime_{name}"
-            )
-        };
-        let plain_uptime = format!(
-            "SELECT address, {}, {}, {} FROM (SELECT DISTINCT address FROM host_metrics WHERE scheduled_at <= now() \
-             AND scheduled_at > now() - interval '168 hours') hosts",
-            window("1h", 1),
-            window("24h", 24),
-            window("7d", 168)
-        );
-        let plain_incidents = "SELECT address, min(scheduled_at) AS started_at, ended_at, \
-                coalesce(ended_at, now()) - min(scheduled_at) AS duration, count(*) AS checks, \
-                (array_agg(outcome ORDER BY scheduled_at, outcome))[1] AS first_outcome, \
-                mode() WITHIN GROUP (ORDER BY outcome) AS most_frequent_outcome \
-             FROM (SELECT address, scheduled_at, coalesce(outcome, 'unknown') AS outcome, \
-                       (SELECT min(later.scheduled_at) FROM host_metrics later WHERE later.address = failed.address \
-                        AND later.is_valid AND later.scheduled_at >= failed.scheduled_at) AS ended_at \
-                   FROM host_metrics failed \
-                   WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed' AND scheduled_at IS NOT NULL) f \
-             GROUP BY address, ended_at";
-        for (view, plain) in [
-            ("host_metrics_uptime", plain_uptime.as_str()),
-            ("host_metrics_incidents", plain_incidents),
-        ] {
-            assert!(db.count(view) > 20, "{view} of seed {seed}");
-            let different = format!(
-                "WITH said AS (SELECT v::text FROM {view} v), plain AS (SELECT p::text FROM ({plain}) p) \
-                 SELECT 'too much: ' || v FROM (TABLE said EXCEPT ALL TABLE plain) x (v) \
-                 UNION ALL SELECT 'lacking: ' || v FROM (TABLE plain EXCEPT ALL TABLE said) x (v) ORDER BY 1 LIMIT 10"
-            );
-            assert_eq!(db.many(&different), Vec::<String>::new(), "{view} of seed {seed}");
-        }
-    }
-}
-
 // ------------------------------------------------------------------------------------------------ what the tests use
 
 const SCHEMA_1: &str = include_str!("fixtures/schema_1.sql");
+const SCHEMA_2: &str = include_str!("fixtures/schema_2.sql");
 
 /// The versions in the comments of all objects.
 const VERSIONS: &str = "SELECT string_agg(DISTINCT substring(obj_description(oid, 'pg_class') FROM 'schema (\\d+):'), ',') \
                         FROM pg_class WHERE relnamespace = 'public'::regnamespace";
 
-const P0: Partition = Partition { topic: 0, number: 0 };
+pub const P0: Partition = Partition { topic: 0, number: 0 };
 const P1: Partition = Partition { topic: 0, number: 1 };
 const P2: Partition = Partition { topic: 0, number: 2 };
 
 impl Database {
-    fn config(&self) -> ConsumeConfig {
+    pub fn config(&self) -> ConsumeConfig {
         self.config_of("host_metrics")
     }
 
@@ -1403,7 +1278,7 @@ impl Database {
         config(server(), &self.name, table)
     }
 
-    fn init_config(&self) -> InitConfig {
+    pub fn init_config(&self) -> InitConfig {
         let ConsumeConfig {
             kafka,
             topics,
@@ -1417,7 +1292,7 @@ impl Database {
         }
     }
 
-    fn store(&self) -> Store {
+    pub fn store(&self) -> Store {
         self.store_of("host_metrics")
     }
 
@@ -1426,7 +1301,7 @@ impl Database {
     }
 
     /// As a user who may log in and nothing else.
-    fn store_without_create(&mut self, table: &str) -> Store {
+    pub fn store_without_create(&mut self, table: &str) -> Store {
         let user = format!("poor_{}", self.name);
         // Before Postgres 15 everybody may create in the schema public.
         self.execute(&format!(
@@ -1438,7 +1313,7 @@ impl Database {
     }
 }
 
-fn start_at(store: &mut Store, at: &[(Partition, i64)]) {
+pub fn start_at(store: &mut Store, at: &[(Partition, i64)]) {
     let partitions: Vec<Partition> = at.iter().map(|(partition, _)| *partition).collect();
     let missing = at
         .iter()
@@ -1455,7 +1330,7 @@ fn positions(store: &mut Store, partitions: &[Partition]) -> Vec<(Partition, i64
         .collect()
 }
 
-fn row(
+pub fn row(
     batch: &mut Batch,
     layout: &Layout,
     partition: Partition,
@@ -1501,7 +1376,7 @@ fn reject(
     batch.push(NextOffset(base), record, |_| Err(reason.to_owned()));
 }
 
-fn ok(address: &str) -> Sample<'static> {
+pub fn ok(address: &str) -> Sample<'static> {
     Sample {
         address: address.to_owned().into(),
         is_valid: true,
@@ -1540,7 +1415,7 @@ fn full_sample() -> Sample<'static> {
 }
 
 /// The first moment of a day.
-fn at_day(today: Day, days: i64) -> Timestamp {
+pub fn at_day(today: Day, days: i64) -> Timestamp {
     let bounds = today.plus(days).bounds();
     let text = bounds.start.trim_matches('\'').to_owned();
     let (year, rest) = text.split_at(4);

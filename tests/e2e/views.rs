@@ -1,0 +1,443 @@
+//! The views against what the rows say, with and without sums of finished days; and that those sums are right whoever writes.
+
+use std::thread;
+use std::time::Duration;
+
+use host_metrics::consume::batch::Batch;
+use host_metrics::consume::catalogue;
+use host_metrics::consume::store::Flushed;
+use host_metrics::consume::sums::{self, Pass};
+use host_metrics::consume::tables::Day;
+use host_metrics::init;
+
+use crate::database::Database;
+use crate::scratch;
+use crate::store::{P0, at_day, ok, row, start_at};
+
+#[test]
+fn the_views_say_what_the_rows_say() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    // Two hosts, a tick a minute, the newest a minute ago: a is down for ticks 6..=8 and misses tick 7; it was down at
+    // tick 29 and 30, the oldest. b is plain http and always up.
+    db.execute(
+        "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, interval_seconds, cert_expires_at) \
+         SELECT 'https://a.example/', now() - n * interval '1 minute', n NOT IN (6, 7, 8, 29, 30), \
+                CASE WHEN n = 7 THEN 'missed' WHEN n IN (6, 30) THEN 'tls_timeout' WHEN n IN (8, 29) THEN 'dns_error' \
+                     ELSE 'ok' END, 60, \
+                CASE WHEN n NOT IN (6, 7, 8) THEN now() + interval '10 days 1 hour' END \
+         FROM generate_series(1, 30) n; \
+         INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, interval_seconds) \
+         SELECT 'http://b.example/', now() - n * interval '1 minute', true, 'ok', 60 FROM generate_series(1, 90) n",
+    );
+    assert_eq!(
+        db.many(
+            "SELECT concat_ws('|', address, is_valid, round(extract(epoch FROM now() - scheduled_at) / 60)) \
+             FROM host_metrics_latest ORDER BY address"
+        ),
+        ["http://b.example/|t|1", "https://a.example/|t|1"]
+    );
+    assert_eq!(
+        db.many(
+            "SELECT concat_ws('|', address, due_1h, valid_1h, missed_1h, round(uptime_1h::numeric, 4), due_24h, \
+             round(uptime_7d::numeric, 4)) FROM host_metrics_uptime ORDER BY address"
+        ),
+        ["http://b.example/|59|59|0|1.0000|90|1.0000", "https://a.example/|30|25|1|0.8333|30|0.8333"]
+    );
+    assert_eq!(
+        db.many(
+            "SELECT concat_ws('|', address, round(extract(epoch FROM now() - started_at) / 60), \
+             round(extract(epoch FROM now() - ended_at) / 60), round(extract(epoch FROM duration) / 60), checks, \
+             first_outcome, most_frequent_outcome) FROM host_metrics_incidents ORDER BY started_at"
+        ),
+        [
+            "https://a.example/|30|28|2|2|tls_timeout|dns_error",
+            "https://a.example/|8|5|3|2|dns_error|dns_error"
+        ]
+    );
+    assert_eq!(
+        db.many("SELECT concat_ws('|', address, days_left) FROM host_metrics_certificates"),
+        ["https://a.example/|10"]
+    );
+    // Down now: the outage has no end, and the certificate is the one last seen.
+    db.execute(
+        "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, interval_seconds) \
+         VALUES ('https://a.example/', now(), false, 'connect_refused', 60)",
+    );
+    assert_eq!(
+        db.one("SELECT concat_ws('|', first_outcome, coalesce(ended_at::text, 'open')) FROM host_metrics_incidents \
+                ORDER BY started_at DESC LIMIT 1"),
+        "connect_refused|open"
+    );
+    assert_eq!(
+        db.many("SELECT concat_ws('|', address, days_left) FROM host_metrics_certificates"),
+        ["https://a.example/|10"]
+    );
+}
+
+/// Each view against its definition in the plainest SQL, which looks every row up for every other one: with all days raw, with
+/// all finished ones summed up, with rows that came, went and changed after that, and with the live day summed up too.
+#[test]
+fn the_views_are_their_plain_definitions_on_random_rows() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let today = catalogue::today();
+    for seed in 1..=3 {
+        db.execute(&random_rows(seed));
+        db.check_views(&format!("seed {seed}, no sums"));
+
+        let pass = db.sum_up(today);
+        assert!(pass.counted >= 7 && pass.left == 0, "{pass:?}");
+        db.check_views(&format!("seed {seed}, summed up"));
+
+        // Three of the finished days change, one of them by rows that go.
+        db.execute(
+            "INSERT INTO host_metrics (address, agent, scheduled_at, is_valid, outcome) \
+             SELECT address, 'late', scheduled_at + interval '7 seconds', n % 3 = 0, \
+                    CASE WHEN n % 3 = 0 THEN 'ok' WHEN n % 3 = 1 THEN 'missed' ELSE 'dns_timeout' END \
+             FROM (SELECT *, row_number() OVER () AS n FROM host_metrics \
+                   WHERE scheduled_at::date = (now() - interval '2 days')::date ORDER BY scheduled_at, address LIMIT 200) t; \
+             DELETE FROM host_metrics WHERE scheduled_at::date = (now() - interval '4 days')::date AND is_valid \
+                 AND hashtext(address) % 2 = 0; \
+             UPDATE host_metrics SET is_valid = NOT is_valid WHERE scheduled_at::date = (now() - interval '5 days')::date \
+                 AND outcome IS DISTINCT FROM 'missed'",
+        );
+        let states = "host_metrics_days WHERE state = 'changed'";
+        assert!(db.count(states) >= 2, "seed {seed}");
+        db.check_views(&format!("seed {seed}, changed"));
+
+        // The consumer's clock is ahead of the database's: sums of a day that is not over there.
+        db.sum_up(today.plus(2));
+        assert_eq!(db.count(states), 0);
+        db.check_views(&format!("seed {seed}, summed up with the live day"));
+
+        // A hole in the middle, and one at the end.
+        db.execute("UPDATE host_metrics_days SET state = 'changed' WHERE starts_at::date = (now() - interval '3 days')::date");
+        db.check_views(&format!("seed {seed}, a hole"));
+        db.execute("UPDATE host_metrics_days SET state = 'changed' WHERE ends_at > now() - interval '1 day'");
+        db.check_views(&format!("seed {seed}, old days only"));
+    }
+}
+
+#[test]
+fn a_row_of_a_finished_day_makes_its_sums_void_in_the_same_transaction_whoever_writes_it() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let today = catalogue::today();
+    let day = |n: i64| format!("host_metrics{}", today.plus(-n).suffix());
+    let at = |n: i64| format!("(timestamptz {} + interval '1 hour')", today.plus(-n).begin());
+    for n in 1..=7 {
+        db.execute(&format!(
+            "INSERT INTO host_metrics (address, scheduled_at, is_valid) VALUES ('https://a.example/', {}, true)",
+            at(n)
+        ));
+    }
+    assert_eq!(
+        db.sum_up(today),
+        Pass {
+            counted: 7,
+            left: 0,
+            may_count: true
+        }
+    );
+    assert_eq!(
+        db.sum_up(today),
+        Pass {
+            counted: 0,
+            left: 0,
+            may_count: true
+        }
+    );
+    let states =
+        |db: &mut Database| db.many("SELECT left(state, 8) FROM host_metrics_days ORDER BY starts_at DESC");
+    assert_eq!(states(&mut db), ["counted"; 7]);
+
+    // A consumer with no rights but the contract's.
+    let mut store = db.store_without_create("host_metrics");
+    let user = format!("poor_{}", db.name);
+    db.execute(&format!(
+        "GRANT INSERT ON host_metrics, host_metrics_rejected TO {user}; \
+         GRANT SELECT, INSERT, UPDATE ON host_metrics_offsets TO {user}"
+    ));
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let mut late = ok("https://a.example/");
+    late.scheduled_at = Some(at_day(today, -1));
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &late);
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+    // It may not count either, and says so.
+    let mut poor = db.config().database;
+    poor.user = user;
+    let pass = sums::count(&poor, today, Duration::MAX).unwrap();
+    assert_eq!(
+        pass,
+        Pass {
+            counted: 0,
+            left: 7,
+            may_count: false
+        }
+    );
+
+    // Somebody's delete; a replication; a truncation; a rollback, which changes nothing.
+    db.execute(&format!(
+        "DELETE FROM host_metrics WHERE scheduled_at = {}",
+        at(2)
+    ));
+    db.execute(&format!(
+        "SET session_replication_role = replica; INSERT INTO {} (address, scheduled_at, is_valid) \
+         VALUES ('https://a.example/', {}, true); RESET session_replication_role",
+        day(3),
+        at(3)
+    ));
+    db.execute(&format!("TRUNCATE {}", day(4)));
+    db.execute(&format!(
+        "BEGIN; DELETE FROM host_metrics WHERE scheduled_at = {}; ROLLBACK",
+        at(5)
+    ));
+    assert_eq!(
+        states(&mut db),
+        [
+            "changed", "changed", "changed", "changed", "counted", "counted", "counted"
+        ]
+    );
+    // A transaction that cannot see what was counted after its beginning may not write there.
+    let refused = db.client.batch_execute(&format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ; INSERT INTO host_metrics (address, scheduled_at, is_valid) \
+         VALUES ('https://a.example/', {}, true)",
+        at(5)
+    ));
+    assert!(
+        format!("{refused:?}").contains("READ COMMITTED only"),
+        "{refused:?}"
+    );
+    db.execute("ROLLBACK");
+
+    // Gone days are in no view, and then forgotten.
+    db.execute(&format!(
+        "DROP TABLE {}; ALTER TABLE host_metrics DETACH PARTITION {}",
+        day(6),
+        day(7)
+    ));
+    let due = "SELECT due_7d::text FROM host_metrics_uptime";
+    let rows = |db: &mut Database| {
+        db.one("SELECT count(*)::text FROM host_metrics WHERE scheduled_at > now() - interval '168 hours'")
+    };
+    assert_eq!(db.one(due), rows(&mut db));
+    let pass = db.sum_up(today);
+    assert_eq!((pass.counted, pass.left), (4, 0));
+    assert_eq!(states(&mut db), ["counted"; 5]);
+    assert_eq!(db.one(due), rows(&mut db));
+    assert_eq!(
+        db.one("SELECT sum(due)::text FROM host_metrics_hours"),
+        db.one("SELECT count(*)::text FROM host_metrics")
+    );
+}
+
+#[test]
+fn what_is_written_while_a_day_is_counted_is_not_lost_to_its_sums() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let today = catalogue::today();
+    let row = format!(
+        "INSERT INTO host_metrics (address, scheduled_at, is_valid) \
+         VALUES ('https://a.example/', timestamptz {}, true)",
+        today.plus(-1).begin()
+    );
+    db.execute(&row);
+    let state = "SELECT coalesce(min(left(state, 8)), 'none') FROM host_metrics_days";
+
+    // A writer that has not committed yet: the day is left for the next time, and nobody is kept waiting.
+    db.execute(&format!("BEGIN; {row}"));
+    let began = scratch::now();
+    let pass = db.sum_up(today);
+    assert_eq!((pass.counted, pass.left), (0, 1));
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    db.execute("COMMIT");
+    assert_eq!(db.one(state), "none");
+
+    // Held up between the beginning and the end of the counting, which cannot empty a table that is locked.
+    for (ending, is_counted, rows) in [("COMMIT", false, 3), ("ROLLBACK", true, 3)] {
+        let mut other = Database::again(&db.name);
+        other.execute("BEGIN; LOCK TABLE host_metrics_hours IN SHARE MODE");
+        let database = db.config().database;
+        let pass = thread::spawn(move || sums::count(&database, today, Duration::MAX).unwrap());
+        let within = Duration::from_secs(10);
+        scratch::wait_for(
+            within,
+            "the day is being counted",
+            || (db.one(state) == "counting").then_some(()),
+            String::new,
+        );
+        // Written and not committed when the counting goes on, and ends: that waits for it.
+        db.execute(&format!("BEGIN; {row}"));
+        other.execute("COMMIT");
+        let waiting = "pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        scratch::wait_for(
+            within,
+            "the counting waits for the writer",
+            || (other.count(waiting) > 0).then_some(()),
+            String::new,
+        );
+        db.execute(ending);
+        let pass = pass.join().unwrap();
+        assert_eq!(
+            (pass.counted, pass.left),
+            (usize::from(is_counted), usize::from(!is_counted)),
+            "{ending}"
+        );
+        assert_eq!(db.count("host_metrics"), rows);
+        assert_eq!(
+            db.one("SELECT due_7d::text FROM host_metrics_uptime"),
+            rows.to_string(),
+            "{ending}"
+        );
+    }
+}
+
+#[test]
+fn many_who_sum_up_at_once_count_every_row_once() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let today = catalogue::today();
+    db.execute(&random_rows(4));
+    let passes: Vec<_> = (0..4)
+        .map(|_| {
+            let database = db.config().database;
+            thread::spawn(move || sums::count(&database, today, Duration::MAX).unwrap())
+        })
+        .collect();
+    for pass in passes {
+        pass.join().unwrap();
+    }
+    db.check_views("after four at once");
+    // Who lost a day to another left it to the next pass.
+    assert_eq!(db.sum_up(today).left, 0);
+    db.check_views("after one more");
+    assert_eq!(
+        db.one("SELECT sum(due)::text FROM host_metrics_hours"),
+        db.one(&format!(
+            "SELECT count(*)::text FROM host_metrics WHERE scheduled_at >= {} AND scheduled_at < {}",
+            today.plus(-7).begin(),
+            today.begin()
+        ))
+    );
+}
+
+#[test]
+fn init_sums_up_what_is_finished_and_drop_leaves_nothing_of_it() {
+    let mut db = Database::new();
+    let database = db.config().database;
+    init::make_tables(&database).unwrap();
+    assert_eq!(
+        db.count("host_metrics_days"),
+        0,
+        "of a new table nothing: its backlog is still to come"
+    );
+    db.execute(&random_rows(5));
+    init::make_tables(&database).unwrap();
+    assert!(db.count("host_metrics_days") >= 7);
+    db.check_views("after init");
+
+    init::drop(&db.init_config(), false, true).unwrap();
+    assert_eq!(
+        db.many("SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace"),
+        Vec::<String>::new()
+    );
+    assert_eq!(db.count("pg_proc WHERE pronamespace = 'public'::regnamespace"), 0);
+}
+
+// ------------------------------------------------------------------------------------------------ what the tests use
+
+/// Hosts of intervals from 20 seconds to two days, up to three agents with ticks of their own or the same, runs of failures,
+/// missed ticks, gaps of hours and days, days without partition, rows of the future and without time.
+fn random_rows(seed: u32) -> String {
+    format!(
+        "TRUNCATE host_metrics; SELECT setseed(0.{seed}); \
+             WITH hosts AS ( \
+                 SELECT 'host ' || h AS address, (ARRAY[20, 60, 300, 3600, 5400, 86400, 172800])[1 + h % 7] AS seconds, \
+                        1 + h % 3 AS agents, (ARRAY[0.02, 0.3, 0.9, 1])[1 + (h / 7) % 4] AS badness \
+                 FROM generate_series(0, 27) h \
+             ), ticks AS MATERIALIZED ( \
+                 SELECT address, 'agent ' || a AS agent, badness, n, random() AS luck, random() AS kind, \
+                        sin(n / (3.0 + a)) + sin(n / 61.0) AS mood, \
+                        now() + interval '2 hours' - (n + (a / 2) * 0.5) * make_interval(secs => seconds) AS at \
+                 FROM hosts, generate_series(1, agents) a, \
+                      generate_series(0, least(250, 20 * 86400 / seconds)) n \
+             ) \
+             INSERT INTO host_metrics (address, agent, scheduled_at, is_valid, outcome) \
+             SELECT address, agent, CASE WHEN luck < 0.995 THEN at END, kind >= bad AND kind < 0.93, \
+                    CASE WHEN kind >= 0.93 THEN 'missed' WHEN kind >= bad THEN 'ok' WHEN kind < bad / 2 THEN 'dns_error' \
+                         WHEN luck > 0.1 THEN 'bad_status' END \
+             FROM ticks CROSS JOIN LATERAL (SELECT least(badness * greatest(mood, 0.1), 0.93) AS bad) b \
+             WHERE NOT n % 100 BETWEEN 50 AND 50 + 30 * badness"
+    )
+}
+
+impl Database {
+    fn sum_up(&self, finished_before: Day) -> Pass {
+        let database = self.config().database;
+        sums::count(&database, finished_before, Duration::MAX).unwrap()
+    }
+
+    fn check_views(&mut self, when: &str) {
+        // Asked in one statement: one now().
+        let window = |name: &str, hours: u32| {
+            let within = format!(
+                "FROM host_metrics t WHERE t.address = hosts.address AND t.scheduled_at > now() - interval '{hours} hours' \
+                 AND t.scheduled_at <= now()"
+            );
+            format!(
+                "(SELECT count(*) {within}) AS due_{name}, (SELECT count(*) {within} AND is_valid) AS valid_{name}, \
+                 (SELECT count(*) {within} AND outcome = 'missed') AS missed_{name}, \
+                 (SELECT avg(is_valid::integer)::double precision {within}) AS uptime_{name}"
+            )
+        };
+        let extreme = |which: &str, name: &str, of: &str| {
+            format!(
+                "(SELECT {which}(scheduled_at) FROM host_metrics t WHERE t.address = hosts.address AND {of} \
+                 AND t.scheduled_at > now() - interval '168 hours' AND t.scheduled_at <= now()) AS {name}"
+            )
+        };
+        let plain_uptime = format!(
+            "SELECT address, {}, {}, {}, {}, {}, {} FROM (SELECT DISTINCT address FROM host_metrics WHERE scheduled_at <= now() \
+             AND scheduled_at > now() - interval '168 hours') hosts",
+            window("1h", 1),
+            window("24h", 24),
+            window("7d", 168),
+            extreme(
+                "min",
+                "first_check_at",
+                "(is_valid OR outcome IS DISTINCT FROM 'missed')"
+            ),
+            extreme("max", "last_valid_at", "is_valid"),
+            extreme(
+                "max",
+                "last_failed_at",
+                "NOT is_valid AND outcome IS DISTINCT FROM 'missed'"
+            ),
+        );
+        let plain_incidents = "SELECT address, min(scheduled_at) AS started_at, ended_at, \
+                coalesce(ended_at, now()) - min(scheduled_at) AS duration, count(*) AS checks, \
+                (array_agg(outcome ORDER BY scheduled_at, outcome))[1] AS first_outcome, \
+                mode() WITHIN GROUP (ORDER BY outcome) AS most_frequent_outcome \
+             FROM (SELECT address, scheduled_at, coalesce(outcome, 'unknown') AS outcome, \
+                       (SELECT min(later.scheduled_at) FROM host_metrics later WHERE later.address = failed.address \
+                        AND later.is_valid AND later.scheduled_at >= failed.scheduled_at) AS ended_at \
+                   FROM host_metrics failed \
+                   WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed' AND scheduled_at IS NOT NULL) f \
+             GROUP BY address, ended_at";
+        for (view, plain) in [
+            ("host_metrics_uptime", plain_uptime.as_str()),
+            ("host_metrics_incidents", plain_incidents),
+        ] {
+            assert!(self.count(view) > 20, "{view}: {when}");
+            let different = format!(
+                "WITH said AS (SELECT v::text FROM {view} v), plain AS (SELECT p::text FROM ({plain}) p) \
+                 SELECT 'too much: ' || v FROM (TABLE said EXCEPT ALL TABLE plain) x (v) \
+                 UNION ALL SELECT 'lacking: ' || v FROM (TABLE plain EXCEPT ALL TABLE said) x (v) ORDER BY 1 LIMIT 10"
+            );
+            assert_eq!(self.many(&different), Vec::<String>::new(), "{view}: {when}");
+        }
+    }
+}
