@@ -3,7 +3,7 @@
 SHELL_SCRIPTS = .ci/run scripts/* tests/docker/run tests/docker/stand-ins tests/docker/kafka-run tests/docker/postgres-run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-docker bench-consume bench-produce soak-produce setup lint deny config image start stop restart status logs reload validate clean
+.PHONY: help demo test soak test-docker bench-consume bench-views bench-produce soak-produce setup lint deny config image start stop restart status logs reload validate clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ test-docker: ## the deployment in containers, every part killed once (needs Dock
 bench-consume: setup ## how fast `consume` is beside psql's \copy, and what a record costs; ARGS="9 100" for nine rounds of that batch size alone
 	cargo bench --locked --bench wire
 	cargo bench --locked --bench consume -- $(ARGS)
+
+bench-views: setup ## how long the views take on ten million rows (3 GB); ARGS="3 100" for three rounds and 100 hosts instead of 1,000
+	cargo bench --locked --bench views -- $(ARGS)
 
 bench-produce: ## what a check costs and how late it is, 100 to 5,000 hosts (Linux, root); ARGS="https 1000" picks cases
 	cargo bench --locked --bench produce --no-run

@@ -5,23 +5,20 @@
 //! `consume`. Nothing that exists is changed; `drop` removes tables only if their comment says that we made them.
 
 use std::io::Write as _;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use rdkafka::ClientContext;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication, TopicResult};
-use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::metadata::Metadata;
-use rdkafka::producer::{BaseProducer, DeliveryResult, Producer as _, ProducerContext};
+use rdkafka::producer::{BaseProducer, Producer as _};
 use tokio::runtime::Runtime;
 
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::consume::tables::{self, Object};
 use crate::consume::{catalogue, sums};
 use crate::database::{self, Bounds, Fault, Kind, Link};
-use crate::kafka::{Explainer, names_a_cause};
+use crate::kafka::{Listener, client_config, names_a_cause};
 
 /// Of a topic that `init` makes: room for as many consumers, and a number that divides well.
 const PARTITIONS: i32 = 12;
@@ -183,8 +180,8 @@ fn drop_topics(config: &InitConfig) -> anyhow::Result<()> {
 /// Asks for the topics until Kafka answers.
 fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Metadata> {
     // A producer, for an admin client does not tell its errors, and the request's own says only that no broker answered.
-    let client: BaseProducer<Quiet> = client_config(config)
-        .create_with_context(Quiet::new(config))
+    let client: BaseProducer<Listener> = client_config(&config.kafka)
+        .create_with_context(Listener::new(&config.kafka))
         .context("KAFKA_* variables")?;
     let kafka = format!("Kafka at {}", config.kafka.bootstrap_servers);
     loop {
@@ -201,14 +198,10 @@ fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Meta
         {
             client.poll(left);
         }
-        let last = client
-            .context()
-            .last
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        let (code, cause) = last.unwrap_or_else(|| (error.rdkafka_error_code(), error.to_string()));
-        let cause = client.context().explainer.explain(&cause);
+        let listener = client.context();
+        let (code, cause) = listener
+            .last()
+            .unwrap_or_else(|| (error.rdkafka_error_code(), listener.explain(&error)));
         if matches!(
             code,
             Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed)
@@ -222,7 +215,7 @@ fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Meta
 /// Says, of a topic that is there already, where it is not what was asked for.
 fn say_differences(
     runtime: &Runtime,
-    admin: &AdminClient<Quiet>,
+    admin: &AdminClient<Listener>,
     metadata: &Metadata,
     topic: &str,
     options: Options,
@@ -441,56 +434,9 @@ impl Waiting {
     }
 }
 
-/// Keeps librdkafka's own lines, many a second while no broker answers, for debugging, and the last error that names a
-/// cause for us.
-struct Quiet {
-    explainer: Explainer,
-    last: Mutex<Option<(Option<RDKafkaErrorCode>, String)>>,
-}
-
-impl Quiet {
-    fn new(config: &InitConfig) -> Self {
-        Self {
-            explainer: Explainer::new(&config.kafka),
-            last: Mutex::default(),
-        }
-    }
-}
-
-impl ClientContext for Quiet {
-    fn log(&self, _level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log::debug!("librdkafka {facility} {text}");
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        log::debug!("librdkafka {error}: {reason}");
-        self.explainer.hear(&error, reason);
-        let code = error.rdkafka_error_code();
-        // That all brokers are down repeats without a cause what the error before it said with one.
-        if code != Some(RDKafkaErrorCode::AllBrokersDown) {
-            let last = (code, reason.to_owned());
-            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(last);
-        }
-    }
-}
-
-impl ProducerContext for Quiet {
-    type DeliveryOpaque = ();
-
-    fn delivery(&self, _: &DeliveryResult<'_>, (): ()) {}
-}
-
-fn client_config(config: &InitConfig) -> ClientConfig {
-    let mut client = ClientConfig::new();
-    for (property, value) in config.kafka.client_properties() {
-        client.set(property, value);
-    }
-    client
-}
-
-fn admin(config: &InitConfig) -> anyhow::Result<AdminClient<Quiet>> {
-    client_config(config)
-        .create_with_context(Quiet::new(config))
+fn admin(config: &InitConfig) -> anyhow::Result<AdminClient<Listener>> {
+    client_config(&config.kafka)
+        .create_with_context(Listener::new(&config.kafka))
         .context("KAFKA_* variables")
 }
 

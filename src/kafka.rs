@@ -4,6 +4,8 @@
 //! certificate alike that it could not be verified, and of a broker that speaks another protocol nothing but that it is
 //! down. Then a handshake of our own finds out more, on a thread of its own because it takes as long as the broker does.
 
+mod listener;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
@@ -21,6 +23,7 @@ use openssl::x509::{X509, X509NameRef, X509Ref, X509StoreContextRef};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::config::{KafkaConfig, KafkaTls};
+pub use listener::{Listener, client_config};
 
 /// How long a broker may take to connect, and to answer each time.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);

@@ -27,4 +27,5 @@ pub mod produce;
 pub mod sample;
 pub mod shutdown;
 pub mod status;
+mod trouble;
 pub mod validate;

@@ -15,7 +15,6 @@ pub mod source;
 pub mod store;
 pub mod sums;
 pub mod tables;
-mod trouble;
 pub mod views;
 mod writer;
 
@@ -34,12 +33,12 @@ use crate::consume::metrics::FlushSeconds;
 use crate::consume::source::{Ended, Source};
 use crate::consume::store::{Flushed, Store, StoreError};
 use crate::consume::sums::Sums;
-use crate::consume::trouble::Trouble;
 use crate::consume::writer::{Answer, Request, Writer};
 use crate::health::{Heartbeat, Readiness};
 use crate::metrics::Endpoint;
 use crate::sample;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
+use crate::trouble::Trouble;
 
 /// The longest poll: how late a stop is noticed.
 const POLL: Duration = Duration::from_millis(100);

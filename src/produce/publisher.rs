@@ -25,6 +25,7 @@ use crate::health::{Heartbeat, Readiness};
 use crate::kafka::{Explainer, names_a_cause};
 use crate::produce::clock::{instant_now, wall_micros};
 use crate::produce::target::Target;
+use crate::trouble::{SAY_AFTER, Trouble};
 use search::{QUESTIONS_WITHIN, Search, is_forbidden};
 
 /// How much is kept for Kafka, give or take a record for each check under way: about 50 seconds of 2,000 checks a second, or an hour of 8,000 hosts at five minutes.
@@ -96,10 +97,6 @@ const LOOK_EVERY_IDLE: Duration = Duration::from_secs(1);
 /// How often a missing topic is looked for, and the longest that one look takes.
 const LOOK_FOR_TOPIC_EVERY: Duration = Duration::from_secs(1);
 const LOOK_FOR_TOPIC_WITHIN: Duration = Duration::from_millis(500);
-
-/// A trouble that lasts is told after this time, and again each time the other has passed.
-const SAY_AFTER: Duration = Duration::from_secs(3);
-const SAY_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// The part of the bounds that the records of a topic that is not there may take: a slip in one `topic=` must not stop
 /// the others.
@@ -363,14 +360,6 @@ struct Topic {
     in_doubt_since: Option<i64>,
     in_flight: usize,
     missing: Trouble,
-}
-
-/// A state of affairs that is told once it has lasted.
-#[derive(Default)]
-struct Trouble {
-    since: Option<Instant>,
-    said_at: Option<Instant>,
-    is_without_cause: bool,
 }
 
 impl Worker {
@@ -810,43 +799,52 @@ impl Worker {
     }
 
     fn say_silence(&mut self, now: Instant) {
+        let is_silent = |since: &Instant| self.in_flight > 0 && now.duration_since(*since) >= SAY_AFTER;
         let since = match self.unreachable {
-            Some(_) => Some(self.silence.since.unwrap_or(now)),
-            None => Some(self.acknowledged_at)
-                .filter(|since| self.in_flight > 0 && now.duration_since(*since) >= SAY_AFTER),
+            Some(_) => Some(now),
+            None => Some(self.acknowledged_at).filter(is_silent),
         };
         let (servers, room) = (&self.servers, self.shared.bounds.records);
         let kept = self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed);
-        let last = self.producer.context().last_error();
-        let reason = self.unreachable.clone().or(last);
-        self.silence
-            .cause_is_known(reason.as_deref().is_some_and(names_a_cause));
-        match self.silence.update(since, now) {
-            Say::Nothing => {}
-            Say::It(seconds) => {
-                let reason = reason.unwrap_or_else(|| "it acknowledges nothing".to_owned());
-                log::warn!(
-                    "kafka={servers} waiting for it for {seconds} s: {reason}; {kept} records are kept, {room} can be"
+        let Some(since) = since else {
+            if let Some(lasted) = self.silence.is_over(now) {
+                let seconds = lasted.as_secs();
+                log::info!(
+                    "kafka={servers} answers again after {seconds} s; {kept} records are on their way"
                 );
             }
-            Say::Over(seconds) => {
-                log::info!("kafka={servers} answers again after {seconds} s; {kept} records are on their way")
-            }
+            return;
+        };
+        let reason = self.unreachable.clone();
+        let reason = reason.or_else(|| self.producer.context().last_error());
+        let has_cause = reason.as_deref().is_some_and(names_a_cause);
+        let reason = reason.unwrap_or_else(|| "it acknowledges nothing".to_owned());
+        self.silence.is_there(since, reason);
+        self.silence.cause_is_known(has_cause);
+        if let Some((reason, lasted)) = self.silence.due(now) {
+            log::warn!(
+                "kafka={servers} waiting for it for {} s: {reason}; {kept} records are kept, {room} can be",
+                lasted.as_secs()
+            );
         }
     }
 
     fn say_missing_topics(&mut self, now: Instant) {
         for topic in &mut self.topics {
-            let since = topic.missing.since.unwrap_or(now);
-            let since = topic.why_not.is_some().then_some(since);
             let (name, kept) = (&topic.name, topic.waiting.len());
-            match topic.missing.update(since, now) {
-                Say::Nothing => {}
-                Say::It(seconds) => log::warn!(
-                    "topic={name} waiting for it for {seconds} s: {}; `host-metrics init` creates topics; {kept} of its records are kept",
-                    topic.why_not.as_deref().unwrap_or_default(),
-                ),
-                Say::Over(seconds) => log::info!("topic={name} is there after {seconds} s"),
+            let Some(why_not) = &topic.why_not else {
+                if let Some(lasted) = topic.missing.is_over(now) {
+                    log::info!("topic={name} is there after {} s", lasted.as_secs());
+                }
+                continue;
+            };
+            topic.missing.is_there(now, why_not.clone());
+            if let Some((why_not, lasted)) = topic.missing.due(now) {
+                log::warn!(
+                    "topic={name} waiting for it for {} s: {why_not}; `host-metrics init` creates topics; {kept} of its \
+                     records are kept",
+                    lasted.as_secs()
+                );
             }
         }
     }
@@ -954,48 +952,6 @@ impl Topic {
     }
 }
 
-enum Say {
-    Nothing,
-    It(u64),
-    Over(u64),
-}
-
-impl Trouble {
-    /// Whether its cause is known: what was said without one is said again, once, as soon as it is.
-    fn cause_is_known(&mut self, is_known: bool) {
-        if is_known && self.is_without_cause {
-            self.said_at = None;
-        }
-        if self.said_at.is_none() {
-            self.is_without_cause = !is_known;
-        }
-    }
-
-    fn update(&mut self, since: Option<Instant>, now: Instant) -> Say {
-        match (since, self.since) {
-            (Some(since), _) => {
-                let since = *self.since.get_or_insert(since);
-                let is_new = self.said_at.is_none() && now.duration_since(since) >= SAY_AFTER;
-                let again = |at: Instant| now.duration_since(at) >= SAY_AGAIN_AFTER;
-                if !is_new && !self.said_at.is_some_and(again) {
-                    return Say::Nothing;
-                }
-                self.said_at = Some(now);
-                Say::It(now.duration_since(since).as_secs())
-            }
-            (None, Some(since)) => {
-                let was_said = self.said_at.is_some();
-                *self = Self::default();
-                match was_said {
-                    true => Say::Over(now.duration_since(since).as_secs()),
-                    false => Say::Nothing,
-                }
-            }
-            (None, None) => Say::Nothing,
-        }
-    }
-}
-
 /// What librdkafka keeps for us with every record and hands back with its report.
 struct Sent {
     topic: usize,
@@ -1088,34 +1044,6 @@ mod tests {
     use super::*;
     use crate::config::KafkaSecurity;
     use crate::produce::host_file;
-
-    #[test]
-    fn a_trouble_is_told_once_it_has_lasted_then_its_cause_then_rarely_and_its_end_only_if_it_was_told() {
-        let start = instant_now();
-        let mut trouble = Trouble::default();
-        let mut told = Vec::new();
-        // Two seconds of trouble, a pause, then two hundred seconds of it.
-        for second in 0..210 {
-            let now = start + Duration::from_secs(second);
-            let is_bad = (1..3).contains(&second) || (5..205).contains(&second);
-            // It comes and goes, and is unknown at first.
-            trouble.cause_is_known([1, 20, 21, 30].contains(&second));
-            match trouble.update(is_bad.then_some(now), now) {
-                Say::Nothing => {}
-                Say::It(seconds) => told.push((second, "it", seconds)),
-                Say::Over(seconds) => told.push((second, "over", seconds)),
-            }
-        }
-        let expected = [
-            (8, "it", 3),
-            (20, "it", 15),
-            (80, "it", 75),
-            (140, "it", 135),
-            (200, "it", 195),
-            (205, "over", 200),
-        ];
-        assert_eq!(told, expected);
-    }
 
     #[test]
     fn what_is_left_names_ten_hosts_and_counts_the_rest() {

@@ -1,16 +1,14 @@
 //! How far the tables are behind Kafka: the positions of the tables beside the ends of the partitions.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
-use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use rdkafka::{Offset, TopicPartitionList};
 
 use crate::config::KafkaConfig;
-use crate::kafka::Explainer;
+use crate::kafka::{Listener, client_config};
 
 /// All questions to Kafka together: a person waits, and what the tables say is told either way.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
@@ -41,17 +39,11 @@ pub fn lag(
     positions: &BTreeMap<(String, i32), i64>,
 ) -> Result<Vec<Lag>, String> {
     let deadline = now() + ANSWERS_WITHIN;
-    let mut config = ClientConfig::new();
-    for (name, value) in kafka.client_properties() {
-        config.set(name, value);
-    }
+    let mut config = client_config(kafka);
     // The end is where `consume` would stop reading. Without a group there is nothing to join or to leave.
     config.set("isolation.level", "read_committed");
-    let client: BaseConsumer<Quiet> = config
-        .create_with_context(Quiet {
-            explainer: Explainer::new(kafka),
-            last: Mutex::default(),
-        })
+    let client: BaseConsumer<Listener> = config
+        .create_with_context(Listener::new(kafka))
         .map_err(|error| error.to_string())?;
     let asked = ask(&client, topics, positions, deadline);
     asked.map_err(|error| match error {
@@ -77,7 +69,7 @@ impl From<KafkaError> for Ask {
 }
 
 fn ask(
-    client: &BaseConsumer<Quiet>,
+    client: &BaseConsumer<Listener>,
     topics: &[String],
     positions: &BTreeMap<(String, i32), i64>,
     deadline: Instant,
@@ -127,7 +119,7 @@ fn ask(
 
 /// The ends or beginnings of partitions, all of a broker's in one question.
 fn offsets<'a>(
-    client: &BaseConsumer<Quiet>,
+    client: &BaseConsumer<Listener>,
     partitions: impl Iterator<Item = &'a (String, i32)>,
     which: Offset,
     within: Duration,
@@ -155,46 +147,17 @@ fn offsets<'a>(
 }
 
 /// What Kafka's client said before it gave up; its answers say no more than that time is over.
-fn reason(client: &BaseConsumer<Quiet>, error: &KafkaError) -> String {
+fn reason(client: &BaseConsumer<Listener>, error: &KafkaError) -> String {
     let deadline = now() + REASON_WITHIN;
     while now() < deadline {
         // Serves the errors that wait to be told, one a call.
         client.poll(REASON_WITHIN / 10);
-        if let Some(reason) = client.context().last().take() {
-            return client.context().explainer.explain(&reason);
+        if let Some((_, reason)) = client.context().last() {
+            return reason;
         }
     }
-    client.context().explainer.explain(&error.to_string())
+    client.context().explain(error)
 }
-
-/// Keeps the last error that names a cause.
-struct Quiet {
-    explainer: Explainer,
-    last: Mutex<Option<String>>,
-}
-
-impl Quiet {
-    fn last(&self) -> MutexGuard<'_, Option<String>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl ClientContext for Quiet {
-    fn log(&self, _level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log::debug!("librdkafka {facility} {text}");
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        log::debug!("librdkafka {error}: {reason}");
-        self.explainer.hear(&error, reason);
-        // It repeats without a cause what the error before it said with one.
-        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
-            *self.last() = Some(reason.to_owned());
-        }
-    }
-}
-
-impl ConsumerContext for Quiet {}
 
 #[expect(clippy::disallowed_methods, reason = "an edge: the answers have their time")]
 fn now() -> Instant {

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 /// A trouble is said once it has lasted this long.
-const SAY_AFTER: Duration = Duration::from_secs(3);
+pub const SAY_AFTER: Duration = Duration::from_secs(3);
 
 /// And again after so much longer.
 const SAY_EVERY: Duration = Duration::from_secs(60);
@@ -26,13 +26,13 @@ struct Current {
 }
 
 impl Trouble {
-    /// The trouble is there, or still there; only the last reason is kept.
-    pub fn is_there(&mut self, now: Instant, reason: String) {
+    /// The trouble is there since then, or still there; only the last reason is kept.
+    pub fn is_there(&mut self, since: Instant, reason: String) {
         match &mut self.current {
             Some(current) => current.reason = reason,
             None => {
                 self.current = Some(Current {
-                    since: now,
+                    since,
                     said: None,
                     is_without_cause: false,
                     reason,
@@ -115,12 +115,12 @@ mod tests {
         let mut trouble = Trouble::default();
         trouble.is_there(at(0), "silent".into());
         let mut said = Vec::new();
-        for second in 0..70 {
+        for second in 0..130 {
             // It comes and goes.
-            trouble.cause_is_known([5, 7, 8].contains(&second));
+            trouble.cause_is_known([5, 7, 8, 20].contains(&second));
             said.extend(trouble.due(at(second)).map(|_| second));
         }
-        assert_eq!(said, [3, 5, 65]);
+        assert_eq!(said, [3, 5, 65, 125]);
     }
 
     #[test]
