@@ -27,7 +27,7 @@ use crate::database::{self, Bounds, Fault, Link, bounded};
 
 /// How often days are looked for. The first time that long after the start: while a backlog is read, days that are counted
 /// would only change again, and their triggers would slow it down (by half).
-const PASS_EVERY: Duration = Duration::from_secs(600);
+pub const PASS_EVERY: Duration = Duration::from_secs(600);
 
 /// A day is finished this long after its end; what is on its way then is there.
 const FINISHED_AFTER: Duration = Duration::from_secs(600);
@@ -53,13 +53,15 @@ pub struct Sums {
 }
 
 impl Sums {
+    /// Makes a pass each time after `every`.
+    ///
     /// # Errors
     /// The operating system has no thread to give.
-    pub fn start(database: DatabaseConfig) -> io::Result<Self> {
+    pub fn start(database: DatabaseConfig, every: Duration) -> io::Result<Self> {
         let (stop, stopped) = sync_channel::<()>(0);
         std::thread::Builder::new().name("sums".into()).spawn(move || {
             let mut has_said = false;
-            while stopped.recv_timeout(PASS_EVERY) == Err(RecvTimeoutError::Timeout) {
+            while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
                 match count(&database, finished_before(), Duration::MAX) {
                     Ok(pass) if !pass.may_count && pass.left > 0 && !has_said => {
                         has_said = true;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::catalogue;
 use host_metrics::consume::store::Flushed;
-use host_metrics::consume::sums::{self, Pass};
+use host_metrics::consume::sums::{self, Pass, Sums};
 use host_metrics::consume::tables::Day;
 use host_metrics::init;
 
@@ -293,6 +293,36 @@ fn what_is_written_while_a_day_is_counted_is_not_lost_to_its_sums() {
             "{ending}"
         );
     }
+}
+
+#[test]
+fn the_consumers_thread_sums_up_what_is_finished_again_and_again_and_ends_with_the_consumer() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let day = catalogue::today().plus(-3);
+    let row = format!(
+        "INSERT INTO host_metrics (address, scheduled_at, is_valid) VALUES ('https://a.example/', {}, true)",
+        day.begin()
+    );
+    let due = "SELECT sum(due)::text FROM host_metrics_hours";
+    let connections = "pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    let sums = Sums::start(db.config().database, Duration::from_millis(20)).unwrap();
+    for rows in ["1", "2"] {
+        db.execute(&row);
+        scratch::wait_for(
+            Duration::from_secs(20),
+            "the day is summed up",
+            || (db.count("host_metrics_hours") > 0 && db.one(due) == rows).then_some(()),
+            String::new,
+        );
+    }
+    drop(sums);
+    scratch::wait_for(
+        Duration::from_secs(20),
+        "the thread's connection is closed",
+        || (db.count(connections) == 0).then_some(()),
+        String::new,
+    );
 }
 
 #[test]
