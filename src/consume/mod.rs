@@ -32,7 +32,7 @@ use crate::consume::ingest::{Action, Event, Ingest, Limits, Notice};
 use crate::consume::metrics::FlushSeconds;
 use crate::consume::source::{Ended, Source};
 use crate::consume::store::{Flushed, Store, StoreError};
-use crate::consume::sums::{PASS_EVERY, Sums};
+use crate::consume::sums::{FIRST_PASS_AFTER, PASS_EVERY, Sums};
 use crate::consume::writer::{Answer, Request, Writer};
 use crate::health::{Heartbeat, Readiness};
 use crate::metrics::Endpoint;
@@ -102,7 +102,7 @@ pub fn run_with(
         config.group_id,
         config.database.table.quoted("")
     );
-    let _sums = Sums::start(config.database.clone(), PASS_EVERY)
+    let _sums = Sums::start(config.database.clone(), FIRST_PASS_AFTER, PASS_EVERY)
         .context("no thread for the sums of finished days")?;
     let mut agent = Agent::new(config, source, writer, shutdown, counters);
     let stopped = agent.run();

@@ -25,12 +25,15 @@ use crate::consume::tables::{Day, Object, literal};
 use crate::consume::views::{self, COUNTED};
 use crate::database::{self, Bounds, Fault, Link, bounded};
 
-/// How often days are looked for. The first time that long after the start: while a backlog is read, days that are counted
-/// would only change again, and their triggers would slow it down (by half).
-pub const PASS_EVERY: Duration = Duration::from_secs(600);
+/// The first pass of `consume`, so long after its start: while a backlog is read, days that are counted would only change
+/// again, and their triggers would slow it down (by half).
+pub const FIRST_PASS_AFTER: Duration = Duration::from_secs(600);
 
-/// A day is finished this long after its end; what is on its way then is there.
-const FINISHED_AFTER: Duration = Duration::from_secs(600);
+/// How often days are looked for. A day that changes all the time costs its two seconds each time.
+pub const PASS_EVERY: Duration = Duration::from_secs(120);
+
+/// A day is finished this long after its end; what is on its way then is there, in quiet times.
+const FINISHED_AFTER: Duration = Duration::from_secs(120);
 
 /// Counting one day takes two seconds per 1.5 million rows, and nobody waits for it. A day that takes longer than this
 /// is left to the views.
@@ -53,21 +56,23 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// Makes a pass each time after `every`.
+    /// Makes a pass after `first`, and then one each time after `every`.
     ///
     /// # Errors
     /// The operating system has no thread to give.
-    pub fn start(database: DatabaseConfig, every: Duration) -> io::Result<Self> {
+    pub fn start(database: DatabaseConfig, first: Duration, every: Duration) -> io::Result<Self> {
         let (stop, stopped) = sync_channel::<()>(0);
-        std::thread::Builder::new().name("sums".into()).spawn(move || {
+        let run = move || {
+            let mut wait = first;
             let mut has_said = false;
-            while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+            while stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
+                wait = every;
                 match count(&database, finished_before(), Duration::MAX) {
                     Ok(pass) if !pass.may_count && pass.left > 0 && !has_said => {
                         has_said = true;
                         log::warn!(
-                            "{} finished days are not summed up, because this user does not own the tables, so the views \
-                             count all their rows: run `host-metrics init` once a day as the owner",
+                            "{} finished days are not summed up, because this user does not own the tables, so the \
+                             views count all their rows: run `host-metrics init` once a day as the owner",
                             pass.left
                         );
                     }
@@ -76,7 +81,8 @@ impl Sums {
                     Err(fault) => log::debug!("finished days not summed up, to be tried again: {fault}"),
                 }
             }
-        })?;
+        };
+        std::thread::Builder::new().name("sums".into()).spawn(run)?;
         Ok(Self { _stop: stop })
     }
 }

@@ -306,7 +306,8 @@ fn the_consumers_thread_sums_up_what_is_finished_again_and_again_and_ends_with_t
     );
     let due = "SELECT sum(due)::text FROM host_metrics_hours";
     let connections = "pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()";
-    let sums = Sums::start(db.config().database, Duration::from_millis(20)).unwrap();
+    let every = Duration::from_millis(20);
+    let sums = Sums::start(db.config().database, every, every).unwrap();
     for rows in ["1", "2"] {
         db.execute(&row);
         scratch::wait_for(
