@@ -3,9 +3,12 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use clap::Parser;
+use signal_hook::consts::SIGHUP;
 
 use host_metrics::cli::{self, Cli, Command};
 use host_metrics::config::{self, Servers, Variables, WrongInput};
@@ -59,6 +62,9 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
 }
 
 fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<ExitCode> {
+    // Reading a large file takes a while, in which SIGHUP would end the program.
+    let changed_early = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGHUP, Arc::clone(&changed_early)).context("cannot listen to signals")?;
     let (config, targets) = both(config::produce(variables), read_targets(&args.host_file))?;
     start_logging(
         variables,
@@ -69,7 +75,11 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<Exi
     )?;
     let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
     let host_file = Some(args.host_file.as_path()).filter(|path| !host_file::is_stdin(path));
-    produce::run(&config, targets, host_file, rounds, &listen_to_signals()?)?;
+    let shutdown = listen_to_signals()?;
+    if changed_early.load(Ordering::Relaxed) {
+        shutdown.request_reload();
+    }
+    produce::run(&config, targets, host_file, rounds, &shutdown)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -670,3 +670,47 @@ fn status_says_which_variables_and_which_server_it_lacks() {
         ran.stderr
     );
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_reload_that_comes_while_the_host_file_is_first_read_is_not_the_end() {
+    use std::io::{BufRead, BufReader};
+
+    let place = Place::new();
+    let hosts = place.path().join("hosts");
+    assert!(Command::new("mkfifo").arg(&hosts).status().unwrap().success());
+    let mut produce = place
+        .command(&["produce", "-c", "hosts"])
+        .env("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
+        .env("LOG_LEVEL", "INFO")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It waits for somebody to write the file. Once it catches SIGHUP (bit 0 of the mask), it gets one.
+    let status = format!("/proc/{}/status", produce.id());
+    let catches_hangups = || {
+        let status = fs::read_to_string(&status).unwrap();
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap() & 1 == 1
+    };
+    let mut looks = 0;
+    while !catches_hangups() {
+        looks += 1;
+        assert!(looks < 1_000_000, "it never catches SIGHUP");
+        std::thread::yield_now();
+    }
+    let pid = rustix::process::Pid::from_child(&produce);
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    fs::write(&hosts, "http://127.0.0.1:1/ 60\n").unwrap();
+    let mut said = BufReader::new(produce.stderr.take().unwrap()).lines();
+    let mut says = |what: &str| said.any(|line| line.unwrap().contains(what));
+    assert!(says("hosts=1"), "it begins");
+    fs::write(&hosts, "http://127.0.0.1:1/ 60\nhttp://127.0.0.1:2/ 60\n").unwrap();
+    let reloaded = says("reload hosts=2");
+    produce.kill().unwrap();
+    produce.wait().unwrap();
+    assert!(reloaded);
+}
