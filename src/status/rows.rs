@@ -1,8 +1,9 @@
 //! What the tables say of the hosts and of the pipeline. Owns the questions.
 //!
-//! Three ways to ask, one answer. A table of ours is asked by its views, which know the sums of finished days, and along its
-//! index for a few rows of each host. A table that somebody else made, or an older version of us, may have no index, so its seven days are sorted
-//! once. One without `scheduled_at`, as the original had it, can only be counted.
+//! Three ways to ask, one answer. A table of ours is asked by its views, which know the sums of finished days (one of an
+//! older version by one pass over seven days), and along its index for a few rows of each host. A table that somebody else
+//! made may have no index, so its seven days are sorted once. One without `scheduled_at`, as the original had it, can only
+//! be counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -268,7 +269,16 @@ const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NO
 fn of_our_table(found: &Found, times: &Times) -> String {
     let main = found.table.quoted("");
     let latest = found.table.quoted(Object::Latest.suffix());
-    let uptime = found.table.quoted(Object::Uptime.suffix());
+    let counted = if found.is_current(Object::Uptime) {
+        let uptime = found.table.quoted(Object::Uptime.suffix());
+        format!(
+            "SELECT *, first_check_at AS first_check, last_valid_at AS last_valid, last_failed_at AS last_invalid
+             FROM {uptime}"
+        )
+    } else {
+        let (counts, last, in_week) = (counts(times), last(""), times.since(&times.week_ago));
+        format!("SELECT address, {counts}, {last} FROM {main} WHERE {in_week} GROUP BY address")
+    };
     let certificates = found.table.quoted(Object::Certificates.suffix());
     let hour_of = |time: &str| HOUR.replace("scheduled_at", time);
     // In which the rows for a sparkline lie; records of the original say no interval.
@@ -276,8 +286,7 @@ fn of_our_table(found: &Found, times: &Times) -> String {
         format!("make_interval(secs => {SPARKLINE_CHECKS} * coalesce(latest.interval_seconds, 3600))");
     format!(
         "WITH counted AS (
-             SELECT *, first_check_at AS first_check, last_valid_at AS last_valid, last_failed_at AS last_invalid
-             FROM {uptime}
+             {counted}
          ), week AS (
              SELECT *, {TURNED_AT} FROM counted
          ), day AS (
