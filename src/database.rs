@@ -365,6 +365,8 @@ async fn set_up(client: &Client, bounds: &Bounds) -> Result<Backend, Fault> {
         ("lock_timeout", format!("{}ms", bounds.lock.as_millis().max(1))),
         // "relation exists, skipping", and a user's own trigger may say something for every row.
         ("client_min_messages", "warning".to_owned()),
+        // The bounds of partitions are read as text: in this style with the offset of their zone.
+        ("DateStyle", "ISO".to_owned()),
     ];
     let values: Vec<String> = settings
         .iter()

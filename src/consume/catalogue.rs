@@ -12,7 +12,7 @@ use tokio_postgres::error::SqlState;
 use crate::config::TableName;
 use crate::consume::copy::{Column, Layout};
 use crate::consume::tables::{self, DAYS_AHEAD, Day, MARK, Object, SCHEMA_VERSION};
-use crate::consume::views::TRIGGER;
+use crate::consume::views::has_triggers;
 use crate::database::{Bounds, Fault, Kind, bounded};
 
 /// A waiting DDL statement makes every writer behind it wait: this long at most, then it is given up until the next time.
@@ -206,10 +206,21 @@ pub async fn make(
         execute(client, bounds, "BEGIN").await?;
         execute(client, bounds, &lock(&found.table)).await?;
         // Somebody may have been quicker while we waited for the lock.
-        let missing = find(client, bounds, &found.table).await?.missing();
+        let found = find(client, bounds, &found.table).await?;
+        let missing = found.missing();
+        if missing.iter().any(|object| object.needs_our_table()) {
+            check_names(&found)?;
+        }
         for &object in &missing {
             let sql = tables::create(object, &found.table, Day::ahead(today, true));
             execute(client, bounds, &sql).await?;
+            give_to_owner(client, bounds, &found, object).await?;
+        }
+        // What was summed up was in a table that is gone.
+        let sums = [Object::Changes, Object::Hours, Object::Failures];
+        if found.has(Object::Days) && missing.iter().any(|object| sums.contains(object)) {
+            let days = found.table.quoted(Object::Days.suffix());
+            execute(client, bounds, &format!("DELETE FROM {days}")).await?;
         }
         execute(client, bounds, "COMMIT").await?;
         Ok(missing)
@@ -219,6 +230,45 @@ pub async fn make(
         rollback(client, bounds).await?;
     }
     result
+}
+
+/// The views need tables of these names.
+fn check_names(found: &Found) -> Result<(), Fault> {
+    let is_theirs = |object: &Object| found.has(*object) && !found.is_ours(*object);
+    match Object::SUMS.into_iter().find(is_theirs) {
+        None => Ok(()),
+        Some(object) => Err(Fault::operator(format!(
+            "{} exists and was not made by host-metrics, which needs the name for the sums of finished days: rename it, or \
+             choose another DB_TABLE",
+            found.table.quoted(object.suffix())
+        ))),
+    }
+}
+
+/// The owner of an object, quoted.
+pub(super) async fn owner(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    object: Object,
+) -> Result<String, Fault> {
+    const SQL: &str = "SELECT pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(relowner)) \
+                       FROM pg_catalog.pg_class WHERE oid = $1";
+    let oid = found.get(object).map_or(0, |found| found.oid);
+    bounded("reading the catalogue", bounds.step, async {
+        client.query_one(SQL, &[&oid]).await?.try_get(0)
+    })
+    .await
+}
+
+/// What belongs to a table that was there before belongs to its owner, whoever we are: views read with their owner's rights.
+async fn give_to_owner(client: &Client, bounds: &Bounds, found: &Found, object: Object) -> Result<(), Fault> {
+    if !found.is_ours(Object::Main) || found.has(object) {
+        return Ok(());
+    }
+    let owner = owner(client, bounds, found, Object::Main).await?;
+    let name = found.table.quoted(object.suffix());
+    execute(client, bounds, &format!("ALTER TABLE {name} OWNER TO {owner}")).await
 }
 
 async fn check_server(client: &Client, bounds: &Bounds) -> Result<(), Fault> {
@@ -276,10 +326,14 @@ async fn bring_up(client: &Client, bounds: &Bounds, found: &Found) -> Result<(),
         // Somebody may have been quicker while we waited for the lock.
         let found = find(client, bounds, &found.table).await?;
         let outdated: Vec<Object> = found.outdated().iter().map(|found| found.object).collect();
+        if !outdated.is_empty() {
+            check_names(&found)?;
+        }
         for object in Object::ALL {
             if outdated.contains(&object) || (!outdated.is_empty() && !found.has(object)) {
                 let sql = tables::create(object, &found.table, std::iter::empty());
                 execute(client, bounds, &sql).await?;
+                give_to_owner(client, bounds, &found, object).await?;
             }
         }
         execute(client, bounds, "COMMIT").await?;
@@ -679,12 +733,12 @@ pub(super) struct Partition {
     /// Whole days: from the first moment of the one, rounded up, to that of the other, rounded down.
     pub(super) from: Day,
     pub(super) to: Day,
-    /// Nothing was rounded.
+    /// Nothing was rounded, and it is a table of rows itself.
     pub(super) is_whole_days: bool,
-    /// There never was a row in it.
+    /// Not a page on the disk.
     pub(super) is_empty: bool,
-    /// It has the trigger of a finished day.
-    pub(super) has_trigger: bool,
+    /// It has the triggers of a finished day.
+    pub(super) has_triggers: bool,
 }
 
 pub(super) async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partitions, Fault> {
@@ -693,16 +747,18 @@ pub(super) async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Re
     let sql = format!(
         "WITH bounds AS ( \
             SELECT c.oid, pg_catalog.regexp_match(pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
-                   '^FOR VALUES FROM \\(''([^'']+)''\\) TO \\(''([^'']+)''\\)$') AS b \
+                   '^FOR VALUES FROM [(]''([^'']+)''[)] TO [(]''([^'']+)''[)]$') AS b \
             FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid WHERE i.inhparent = $1) \
         SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), \
                ceil(extract(epoch FROM b[1]::timestamptz) / 86400)::bigint, \
                floor(extract(epoch FROM b[2]::timestamptz) / 86400)::bigint, \
-               extract(epoch FROM b[1]::timestamptz) % 86400 = 0 AND extract(epoch FROM b[2]::timestamptz) % 86400 = 0, \
-               c.oid, pg_catalog.pg_relation_size(c.oid) = 0, \
-               EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = c.oid AND tgname = '{TRIGGER}') \
+               extract(epoch FROM b[1]::timestamptz) % 86400 = 0 AND extract(epoch FROM b[2]::timestamptz) % 86400 = 0 \
+                   AND c.relkind = 'r', \
+               c.oid, pg_catalog.pg_relation_size(c.oid) = 0, {} \
         FROM bounds JOIN pg_catalog.pg_class c USING (oid) \
-        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE b IS NOT NULL ORDER BY 2"
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+        WHERE b IS NOT NULL AND isfinite(b[1]::timestamptz) AND isfinite(b[2]::timestamptz) ORDER BY 2",
+        has_triggers("c.oid")
     );
     const RIGHTS: &str = "SELECT pg_catalog.pg_has_role(c.relowner, 'USAGE') \
                AND pg_catalog.has_schema_privilege(c.relnamespace, 'CREATE'), \
@@ -721,7 +777,7 @@ pub(super) async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Re
                 oid: row.try_get(4)?,
                 // Of one that was dropped at this moment: nothing, which is no reason to count it.
                 is_empty: row.try_get::<_, Option<bool>>(5)?.unwrap_or(true),
-                has_trigger: row.try_get(6)?,
+                has_triggers: row.try_get(6)?,
             });
         }
         let row = client.query_one(RIGHTS, &[&oid]).await?;

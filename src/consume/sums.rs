@@ -3,11 +3,12 @@
 //!
 //! Owns which days are due and the order of the steps, in which a sum stays right whoever writes meanwhile:
 //!
-//! 1. The day's writers are kept out for a moment, which waits for those that have written already. The day gets its trigger
-//!    and the state `counting N`, with a number that is this pass's alone.
-//! 2. It is counted; nobody waits. Whoever writes a row of it sets the state to `changed` in the same transaction.
-//! 3. In the transaction of the sums the state becomes `counted`, if it is still what step 1 left; otherwise there was no
-//!    counting, and a later pass begins anew.
+//! 1. In one transaction, the day's writers are kept out for a moment, which waits for those that have written already; the
+//!    day gets its triggers, and the notes of earlier changes go. From here on whoever changes a row leaves a note.
+//! 2. In another one the day is marked as counted, then counted; nobody waits. A note that came in between, or comes
+//!    later, says that the sums are void, from the moment at which the change itself can be seen.
+//!
+//! Both steps begin with the row of the day, so that two passes follow each other.
 //!
 //! What is summed, and how the views read it, is `views`'.
 
@@ -35,9 +36,16 @@ pub const PASS_EVERY: Duration = Duration::from_secs(120);
 /// A day is finished this long after its end; what is on its way then is there, in quiet times.
 const FINISHED_AFTER: Duration = Duration::from_secs(120);
 
+/// States of a day that is not counted: not yet, or only when its rows change.
+const COUNTING: &str = "counting";
+const TOO_LARGE: &str = "too large";
+
 /// Counting one day takes two seconds per 1.5 million rows, and nobody waits for it. A day that takes longer than this
 /// is left to the views.
 const COUNT_WITHIN: Duration = Duration::from_secs(600);
+
+/// The next pass after one that could not do all that was due: what is wrong then is not mended by itself in minutes.
+const AFTER_A_FAULT: Duration = Duration::from_secs(3_600);
 
 /// What a pass came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,8 +54,8 @@ pub struct Pass {
     pub counted: usize,
     /// Days that are finished and not summed up: time was over, somebody wrote to them, or this user may not.
     pub left: usize,
-    /// Whether this user may do it at all.
-    pub may_count: bool,
+    /// Whether something was in the way that does not pass in minutes.
+    pub is_hindered: bool,
 }
 
 /// The thread of `consume`; ends after this handle, and after a pass that is under way.
@@ -64,22 +72,16 @@ impl Sums {
         let (stop, stopped) = sync_channel::<()>(0);
         let run = move || {
             let mut wait = first;
-            let mut has_said = false;
             while stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
-                wait = every;
-                match count(&database, finished_before(), Duration::MAX) {
-                    Ok(pass) if !pass.may_count && pass.left > 0 && !has_said => {
-                        has_said = true;
-                        log::warn!(
-                            "{} finished days are not summed up, because this user does not own the tables, so the \
-                             views count all their rows: run `host-metrics init` once a day as the owner",
-                            pass.left
-                        );
-                    }
-                    Ok(_) => {}
+                wait = match count(&database, finished_before(), Duration::MAX) {
+                    Ok(pass) if pass.is_hindered => AFTER_A_FAULT,
+                    Ok(_) => every,
                     // The writer says what is wrong with Postgres.
-                    Err(fault) => log::debug!("finished days not summed up, to be tried again: {fault}"),
-                }
+                    Err(fault) => {
+                        log::debug!("finished days not summed up, to be tried again: {fault}");
+                        every
+                    }
+                };
             }
         };
         std::thread::Builder::new().name("sums".into()).spawn(run)?;
@@ -126,20 +128,22 @@ pub async fn count_finished(
     within: Duration,
 ) -> Result<Pass, Fault> {
     let began = clock();
-    let is_current = [Object::Main, Object::Days, Object::Hours, Object::Failures]
-        .into_iter()
-        .all(|object| found.is_current(object));
-    let Some(main) = found
-        .partitioned_main()
-        .filter(|_| is_current && found.newer_version().is_none())
-    else {
-        return Ok(Pass {
-            may_count: true,
-            ..Pass::default()
-        });
+    let hindered = Pass {
+        is_hindered: true,
+        ..Pass::default()
+    };
+    let mut needed = [Object::Main].into_iter().chain(Object::SUMS);
+    let is_current = found.newer_version().is_none() && needed.all(|object| found.is_current(object));
+    let Some(main) = found.partitioned_main().filter(|_| is_current) else {
+        return Ok(hindered);
     };
     let partitions = catalogue::partitions(client, bounds, main).await?;
-    let may_count = partitions.may_change;
+    // Who may only write rows may not look; the owner counts.
+    if !catalogue::may_read(client, bounds, found, Object::Days).await?
+        || !catalogue::may_read(client, bounds, found, Object::Changes).await?
+    {
+        return Ok(hindered);
+    }
     let states = states(client, bounds, found).await?;
     let mut due: Vec<&Partition> = partitions
         .days
@@ -149,13 +153,25 @@ pub async fn count_finished(
     // The empty days before the first row: of a new table, for example, whose backlog is still to come.
     let first = due.iter().position(|partition| !partition.is_empty);
     due.drain(..first.unwrap_or(due.len()));
-    due.retain(|partition| states.get(&partition.oid).is_none_or(|state| state != COUNTED));
+    due.retain(|partition| match states.get(&partition.oid) {
+        Some(day) => {
+            day.is_changed || !partition.has_triggers || ![COUNTED, TOO_LARGE].contains(&day.state.as_str())
+        }
+        None => true,
+    });
     let mut pass = Pass {
-        counted: 0,
         left: due.len(),
-        may_count,
+        ..Pass::default()
     };
-    if !may_count {
+    if !partitions.may_change {
+        if pass.left > 0 {
+            log::warn!(
+                "{} finished days are not summed up, because this user does not own the tables, so the views count all \
+                 their rows: run `host-metrics init` once a day as the owner",
+                pass.left
+            );
+        }
+        pass.is_hindered = true;
         return Ok(pass);
     }
     let is_gone = |oid: &u32| !partitions.days.iter().any(|partition| partition.oid == *oid);
@@ -163,14 +179,14 @@ pub async fn count_finished(
         && let Err(fault) = forget_dropped(client, bounds, found).await
     {
         catalogue::say(client, bounds, Err(fault), "sums of dropped days not removed").await?;
-        return Ok(pass);
+        return Ok(hindered);
     }
     for partition in due.into_iter().rev() {
         if clock().saturating_duration_since(began) >= within {
             break;
         }
         let day_began = clock();
-        let counted = count_day(client, bounds, found, partition).await;
+        let counted = count_day(client, bounds, found, main, partition).await;
         let seconds = day_began.elapsed().as_secs_f64();
         match counted {
             Ok(true) => {
@@ -178,45 +194,74 @@ pub async fn count_finished(
                 pass.counted += 1;
                 pass.left -= 1;
             }
-            Ok(false) => log::debug!("{} was written to while it was summed up", partition.name),
-            // Somebody writes to it, or cleans it up: nothing to worry about.
+            Ok(false) => log::debug!("{} is no day of the table any more", partition.name),
+            // Somebody writes to it, sums it up, or cleans it up: nothing to worry about.
             Err(fault) if fault.code == Some(SqlState::LOCK_NOT_AVAILABLE) => {
                 log::debug!("{} not summed up, to be tried again: {fault}", partition.name);
                 catalogue::rollback(client, bounds).await?;
             }
+            Err(fault) if fault.code == Some(SqlState::QUERY_CANCELED) => {
+                log::warn!(
+                    "{} is not summed up, for that takes more than {} s: the views go on counting its rows",
+                    partition.name,
+                    COUNT_WITHIN.as_secs()
+                );
+                catalogue::rollback(client, bounds).await?;
+                set_state(client, bounds, found, partition.oid, TOO_LARGE).await?;
+            }
             Err(fault) => {
                 let what = format!("{} not summed up", partition.name);
                 catalogue::say(client, bounds, Err(fault), &what).await?;
+                pass.is_hindered = true;
             }
         }
     }
     Ok(pass)
 }
 
-/// The states of all days, by their partition's oid.
-async fn states(client: &Client, bounds: &Bounds, found: &Found) -> Result<BTreeMap<u32, String>, Fault> {
-    let days = found.table.quoted(Object::Days.suffix());
-    let sql = format!("SELECT \"partition\"::oid, state FROM {days}");
+/// What the tables of the sums say of one day.
+struct DayState {
+    state: String,
+    is_changed: bool,
+}
+
+/// By their partition's oid.
+async fn states(client: &Client, bounds: &Bounds, found: &Found) -> Result<BTreeMap<u32, DayState>, Fault> {
+    let (days, changes) = (
+        found.table.quoted(Object::Days.suffix()),
+        found.table.quoted(Object::Changes.suffix()),
+    );
+    let sql = format!(
+        "SELECT d.\"partition\"::oid, d.state, EXISTS (SELECT FROM {changes} c WHERE c.\"partition\" = d.\"partition\") \
+         FROM {days} d"
+    );
     let mut states = BTreeMap::new();
-    // Who may only write rows may not look; nor may it count.
-    if catalogue::may_read(client, bounds, found, Object::Days).await? {
-        for row in bounded("reading the summed days", bounds.step, client.query(&sql, &[])).await? {
-            states.insert(row.try_get(0)?, row.try_get(1)?);
-        }
+    for row in bounded("reading the summed days", bounds.step, client.query(&sql, &[])).await? {
+        let day = DayState {
+            state: row.try_get(1)?,
+            is_changed: row.try_get(2)?,
+        };
+        states.insert(row.try_get(0)?, day);
     }
     Ok(states)
 }
 
-/// Removes the sums of partitions that are gone; no view reads them any more. Before any day is counted: a day can have got
-/// a new partition.
+/// Removes the sums of partitions that are gone; no view reads them any more. A day that got a new partition is counted
+/// anew.
 async fn forget_dropped(client: &Client, bounds: &Bounds, found: &Found) -> Result<(), Fault> {
     let name = |object: Object| found.table.quoted(object.suffix());
-    let (days, hours, failures) = (name(Object::Days), name(Object::Hours), name(Object::Failures));
+    let (days, changes) = (name(Object::Days), name(Object::Changes));
+    let (hours, failures) = (name(Object::Hours), name(Object::Failures));
     let sql = format!(
         "WITH gone AS (
              DELETE FROM {days} WHERE NOT EXISTS (
                  SELECT FROM pg_catalog.pg_inherits WHERE inhrelid = \"partition\" AND inhparent = {}::regclass
-             ) RETURNING starts_at, ends_at
+             ) RETURNING \"partition\", starts_at, ends_at
+         ), without_changes AS (
+             DELETE FROM {changes} c USING gone WHERE c.\"partition\" = gone.\"partition\"
+         ), in_their_place AS (
+             UPDATE {days} d SET state = '{COUNTING}' FROM gone
+             WHERE d.\"partition\" <> gone.\"partition\" AND d.starts_at < gone.ends_at AND d.ends_at > gone.starts_at
          ), without_hours AS (
              DELETE FROM {hours} USING gone WHERE hour >= starts_at AND hour < gone.ends_at
          )
@@ -226,38 +271,41 @@ async fn forget_dropped(client: &Client, bounds: &Bounds, found: &Found) -> Resu
     catalogue::execute(client, bounds, &sql).await
 }
 
-/// Whether the day's sums are right now. `false`: somebody wrote to it meanwhile.
+/// `false`: the partition is none of the table's any more.
 async fn count_day(
     client: &Client,
     bounds: &Bounds,
     found: &Found,
+    main: u32,
     partition: &Partition,
 ) -> Result<bool, Fault> {
     let table = &found.table;
-    let days = table.quoted(Object::Days.suffix());
-    let hours = table.quoted(Object::Hours.suffix());
-    let failures = table.quoted(Object::Failures.suffix());
-    let name = &partition.name;
+    let quoted = |object: Object| table.quoted(object.suffix());
+    let (days, changes) = (quoted(Object::Days), quoted(Object::Changes));
+    let (hours, failures) = (quoted(Object::Hours), quoted(Object::Failures));
+    let (name, oid) = (&partition.name, partition.oid);
     let (from, to) = (partition.from.begin(), partition.to.begin());
-    let counting = format!("counting {}", fastrand::u64(..));
-    let oid = partition.oid;
 
-    let trigger = if partition.has_trigger {
+    let triggers = if partition.has_triggers {
         String::new()
     } else {
-        views::create_trigger(table, name)
+        let owner = catalogue::owner(client, bounds, found, Object::Changes).await?;
+        views::create_function(table, &owner) + &views::create_trigger(table, name)
     };
     let begin = format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{}ms'; \
-         LOCK TABLE ONLY {name} IN SHARE ROW EXCLUSIVE MODE; {trigger} \
-         INSERT INTO {days} (\"partition\", starts_at, ends_at, state) VALUES ({oid}::oid::regclass, {from}, {to}, '{counting}') \
-         ON CONFLICT (\"partition\") DO UPDATE SET starts_at = {from}, ends_at = {to}, state = '{counting}'; COMMIT",
+         INSERT INTO {days} (\"partition\", starts_at, ends_at, state) \
+             VALUES ({oid}::oid::regclass, {from}, {to}, '{COUNTING}') \
+             ON CONFLICT (\"partition\") DO UPDATE SET starts_at = {from}, ends_at = {to}, state = '{COUNTING}'; \
+         LOCK TABLE ONLY {name} IN SHARE ROW EXCLUSIVE MODE; {triggers} \
+         DELETE FROM {changes} WHERE \"partition\" = {oid}::oid::regclass; COMMIT",
         DDL_LOCK.as_millis()
     );
     catalogue::execute(client, bounds, &begin).await?;
 
     let count = format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = '{}s'; SET LOCAL jit = off; \
+         UPDATE {days} SET state = '{COUNTED}' WHERE \"partition\" = {oid}::oid::regclass; \
          DELETE FROM {hours} WHERE hour >= {from} AND hour < {to}; \
          DELETE FROM {failures} WHERE first_at >= {from} AND first_at < {to}; \
          {}; {}",
@@ -265,20 +313,33 @@ async fn count_day(
         views::sum_hours(table, name),
         views::sum_failures(table, name),
     );
-    // Four statements, each of which the server ends by itself.
-    bounded(
+    // Five statements, each of which the server ends by itself.
+    let within = 5 * COUNT_WITHIN + bounds.step;
+    bounded("counting a day", within, client.batch_execute(&count)).await?;
+    // Another partition may have taken its place, and its range; this one cannot leave any more, for it was read.
+    let is_there = "SELECT EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhrelid = $1 AND inhparent = $2 \
+                    AND NOT inhdetachpending)";
+    let is_there = bounded(
         "counting a day",
-        4 * COUNT_WITHIN + bounds.step,
-        client.batch_execute(&count),
+        bounds.step,
+        client.query_one(is_there, &[&oid, &main]),
     )
     .await?;
-    let finish = format!(
-        "UPDATE {days} SET state = '{COUNTED}' WHERE \"partition\" = $1::oid AND state = '{counting}'"
-    );
-    let is_right = bounded("counting a day", bounds.step, client.execute(&finish, &[&oid])).await? == 1;
-    let end = if is_right { "COMMIT" } else { "ROLLBACK" };
-    catalogue::execute(client, bounds, end).await?;
-    Ok(is_right)
+    let is_there = is_there.try_get(0)?;
+    catalogue::execute(client, bounds, if is_there { "COMMIT" } else { "ROLLBACK" }).await?;
+    Ok(is_there)
+}
+
+async fn set_state(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    oid: u32,
+    state: &str,
+) -> Result<(), Fault> {
+    let days = found.table.quoted(Object::Days.suffix());
+    let sql = format!("UPDATE {days} SET state = '{state}' WHERE \"partition\" = {oid}::oid::regclass");
+    catalogue::execute(client, bounds, &sql).await
 }
 
 #[expect(clippy::disallowed_methods, reason = "an edge: a bound on the time of a pass")]

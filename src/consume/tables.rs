@@ -63,11 +63,11 @@ pub const COLUMNS: [(&str, &str); 23] = [
 /// Everything that belongs to one DB_TABLE, in the order of making; `drop` goes the other way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Object {
-    /// Of the sums; before the main table, whose triggers call its function.
-    Days,
     Main,
     Offsets,
     Rejected,
+    Days,
+    Changes,
     Hours,
     Failures,
     Latest,
@@ -77,11 +77,12 @@ pub enum Object {
 }
 
 impl Object {
-    pub const ALL: [Self; 10] = [
-        Self::Days,
+    pub const ALL: [Self; 11] = [
         Self::Main,
         Self::Offsets,
         Self::Rejected,
+        Self::Days,
+        Self::Changes,
         Self::Hours,
         Self::Failures,
         Self::Latest,
@@ -90,6 +91,9 @@ impl Object {
         Self::Certificates,
     ];
 
+    /// The tables of the sums, which the views read.
+    pub const SUMS: [Self; 4] = [Self::Days, Self::Changes, Self::Hours, Self::Failures];
+
     /// What is appended to the main table's name.
     pub fn suffix(self) -> &'static str {
         match self {
@@ -97,6 +101,7 @@ impl Object {
             Self::Offsets => "_offsets",
             Self::Rejected => "_rejected",
             Self::Days => "_days",
+            Self::Changes => "_changes",
             Self::Hours => "_hours",
             Self::Failures => "_failures",
             Self::Latest => "_latest",
@@ -115,7 +120,7 @@ impl Object {
 
     /// Whether it needs all columns of a main table that we made: the views, and the sums that they read.
     pub fn needs_our_table(self) -> bool {
-        self.is_view() || matches!(self, Self::Days | Self::Hours | Self::Failures)
+        self.is_view() || Self::SUMS.contains(&self)
     }
 
     fn keyword(self) -> &'static str {
@@ -128,6 +133,9 @@ impl Object {
             Self::Offsets => "the next Kafka offset of every partition, moved in the transaction of the rows",
             Self::Rejected => "every record that could not be stored, as it came, and why",
             Self::Days => "which finished days are summed up in _hours and _failures",
+            Self::Changes => {
+                "a note for every transaction that changed rows of a finished day since that was summed up"
+            }
             Self::Hours => "sums of finished days: the ticks of every host and hour",
             Self::Failures => {
                 "sums of finished days: failed checks by host, outcome and the first valid check of the day after them"
@@ -227,22 +235,29 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
         ),
         Object::Days => format!(
             "CREATE TABLE IF NOT EXISTS {name} (\n    \"partition\" regclass PRIMARY KEY,\n    \
-             starts_at timestamptz NOT NULL,\n    ends_at timestamptz NOT NULL,\n    state text NOT NULL\n);\n{}",
-            views::create_function(table)
+             starts_at timestamptz NOT NULL,\n    ends_at timestamptz NOT NULL,\n    state text NOT NULL\n);\n"
+        ),
+        Object::Changes => format!(
+            "CREATE TABLE IF NOT EXISTS {name} (\n    \"partition\" regclass NOT NULL,\n    xact xid8 NOT NULL\n);\n\
+             CREATE INDEX IF NOT EXISTS {} ON {name} (\"partition\", xact);\n\
+             ALTER TABLE {name} REPLICA IDENTITY FULL;\n",
+            index(table, "_changes_partition")
         ),
         Object::Hours => format!(
             "CREATE TABLE IF NOT EXISTS {name} (\n    address text COLLATE \"C\" NOT NULL,\n    \
              hour timestamptz NOT NULL,\n    due integer NOT NULL,\n    valid integer NOT NULL,\n    \
              missed integer NOT NULL,\n    first_check_at timestamptz,\n    last_valid_at timestamptz,\n    \
              last_failed_at timestamptz\n);\n\
-             CREATE INDEX IF NOT EXISTS {} ON {name} (hour);\n",
+             CREATE INDEX IF NOT EXISTS {} ON {name} (hour);\n\
+             ALTER TABLE {name} REPLICA IDENTITY FULL;\n",
             index(table, "_hours_hour")
         ),
         Object::Failures => format!(
             "CREATE TABLE IF NOT EXISTS {name} (\n    address text COLLATE \"C\" NOT NULL,\n    \
              outcome text NOT NULL,\n    first_at timestamptz NOT NULL,\n    checks bigint NOT NULL,\n    \
              ended_at timestamptz,\n    last_at timestamptz\n);\n\
-             CREATE INDEX IF NOT EXISTS {} ON {name} (address, first_at);\n",
+             CREATE INDEX IF NOT EXISTS {} ON {name} (address, first_at);\n\
+             ALTER TABLE {name} REPLICA IDENTITY FULL;\n",
             index(table, "_failures_history")
         ),
         Object::Latest | Object::Uptime | Object::Incidents | Object::Certificates => {
@@ -282,7 +297,8 @@ pub fn drop(object: Object, table: &TableName) -> String {
         object.keyword(),
         table.quoted(object.suffix())
     );
-    if object == Object::Days {
+    // After it no partition is left that calls the function.
+    if object == Object::Main {
         sql.push_str(&views::drop_function(table));
     }
     sql
@@ -492,7 +508,8 @@ mod tests {
             "_history",
             "_hours_hour",
             "_failures_history",
-            "_changed",
+            "_changes_partition",
+            "_note_change",
             &format!("{}{FAILED_SUFFIX}", Day(0).suffix()),
         ]) {
             assert!(longest.len() + suffix.len() <= 63, "{suffix}");
@@ -507,7 +524,8 @@ mod tests {
             .replace("\"Host Metrics_history", "")
             .replace("\"Host Metrics_failed", "")
             .replace("\"Host Metrics_hours_hour", "")
-            .replace("\"Host Metrics_failures_history", "");
+            .replace("\"Host Metrics_failures_history", "")
+            .replace("\"Host Metrics_changes_partition", "");
         assert!(
             !unquoted.contains("Host Metrics") || unquoted.matches("Host Metrics").count() == 1,
             "{unquoted}"

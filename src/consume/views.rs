@@ -5,9 +5,9 @@
 //!
 //! Counting ten million rows takes seconds, however it is asked. So a finished day is counted once (`sums`): the ticks of
 //! each host and hour, and its unbroken failures. Which days those are says the table of days; the views read the sums of
-//! the longest stretch of days up to the newest one, and all other rows as they are. A row that comes late, or goes,
-//! sets its day back by a trigger ([`create_trigger`]) in its own transaction, so that no view ever reads a sum that is not
-//! right; the live day has no trigger and costs its writers nothing.
+//! the longest stretch of days up to the newest one, and all other rows as they are. A row that comes late, or goes, leaves
+//! a note by a trigger ([`create_trigger`]) in its own transaction, and a day with a note is not counted: so no view ever
+//! reads a sum that is not right. The live day has no trigger and costs its writers nothing.
 
 use std::fmt::Write as _;
 
@@ -36,64 +36,72 @@ pub const FAILED: &str = "NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
 /// A tick that was checked. No valid row is a missed one, and of those the text need not be compared.
 pub const CHECKED: &str = "(is_valid OR outcome IS DISTINCT FROM 'missed')";
 
-/// The state of a day, in the table of days, whose sums are right; any other means that they are not.
+/// The state of a day, in the table of days, whose sums are right unless there is a note of a change.
 pub const COUNTED: &str = "counted";
 
-/// The state of a day with rows that came after they were counted.
-pub const CHANGED: &str = "changed";
-
-/// The trigger of a finished day's rows.
-pub const TRIGGER: &str = "host_metrics_changed";
+/// The triggers of a finished day: of its rows, and of all of them at once.
+const TRIGGERS: [&str; 2] = ["host_metrics_changed", "host_metrics_truncated"];
 
 /// The hour that `at`, an expression, lies in.
 fn hour_of(at: &str) -> String {
     HOUR.replace("scheduled_at", at)
 }
 
-/// The function of [`TRIGGER`]. It belongs to the tables' owner and works with the owner's rights, for whoever may write
-/// rows need not write here. So every name and operator in it is qualified.
+/// The function of the triggers, for the table's `owner` (quoted). It works with the owner's rights, for whoever may write
+/// rows need not write notes. So every name and operator in it is qualified: `table` has to have its schema.
 ///
-/// A transaction that does not see what was committed after it began would miss a day that was counted meanwhile.
-pub fn create_function(table: &TableName) -> String {
+/// It leaves one note a transaction, and touches nobody else's: writers never wait for each other here, and one whose
+/// snapshot is old leaves its note all the same.
+pub fn create_function(table: &TableName, owner: &str) -> String {
     let function = function(table);
-    let days = table.quoted(Object::Days.suffix());
+    let changes = table.quoted(Object::Changes.suffix());
     let body = format!(
         "BEGIN
-    IF pg_catalog.current_setting('transaction_isolation') OPERATOR(pg_catalog.<>) 'read committed' THEN
-        RAISE EXCEPTION 'rows of a finished day can be changed in READ COMMITTED only, so that its sums stay right'
-            USING ERRCODE = 'feature_not_supported', HINT = 'SET TRANSACTION ISOLATION LEVEL READ COMMITTED';
+    IF NOT EXISTS (
+        SELECT FROM {changes} WHERE \"partition\" OPERATOR(pg_catalog.=) TG_RELID
+            AND xact OPERATOR(pg_catalog.=) pg_catalog.pg_current_xact_id()
+    ) THEN
+        INSERT INTO {changes} (\"partition\", xact) VALUES (TG_RELID, pg_catalog.pg_current_xact_id());
     END IF;
-    UPDATE {days} SET state = '{CHANGED}'
-    WHERE \"partition\" OPERATOR(pg_catalog.=) TG_RELID AND state OPERATOR(pg_catalog.<>) '{CHANGED}';
     RETURN NULL;
 END"
     );
     format!(
-        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS {};\n\
-         REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;\n",
+        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS {}; \
+         REVOKE ALL ON FUNCTION {function}() FROM PUBLIC; ALTER FUNCTION {function}() OWNER TO {owner};",
         tables::literal(&body)
     )
 }
 
-/// Removes the function; its triggers have to be gone before.
+/// Removes the function, and its triggers from days that were detached.
 pub fn drop_function(table: &TableName) -> String {
-    format!("DROP FUNCTION IF EXISTS {}();", function(table))
+    format!("DROP FUNCTION IF EXISTS {}() CASCADE;", function(table))
 }
 
 fn function(table: &TableName) -> String {
-    table.quoted("_changed")
+    table.quoted("_note_change")
 }
 
 /// Makes every change of a partition's rows (its name quoted) known, on the subscriber of a replication too. AFTER, for a
 /// trigger before each row would make COPY insert them one by one.
 pub fn create_trigger(table: &TableName, partition: &str) -> String {
     let function = function(table);
+    let [rows, all] = TRIGGERS;
     format!(
-        "CREATE OR REPLACE TRIGGER {TRIGGER} AFTER INSERT OR UPDATE OR DELETE ON {partition} \
+        "CREATE OR REPLACE TRIGGER {rows} AFTER INSERT OR UPDATE OR DELETE ON {partition} \
              FOR EACH ROW EXECUTE FUNCTION {function}(); \
-         CREATE OR REPLACE TRIGGER {TRIGGER}_all AFTER TRUNCATE ON {partition} \
+         CREATE OR REPLACE TRIGGER {all} AFTER TRUNCATE ON {partition} \
              FOR EACH STATEMENT EXECUTE FUNCTION {function}(); \
-         ALTER TABLE {partition} ENABLE ALWAYS TRIGGER {TRIGGER}, ENABLE ALWAYS TRIGGER {TRIGGER}_all;"
+         ALTER TABLE {partition} ENABLE ALWAYS TRIGGER {rows}, ENABLE ALWAYS TRIGGER {all};"
+    )
+}
+
+/// Whether the partition with that oid (an expression) has its triggers, switched on: a restored one may not.
+pub fn has_triggers(oid: &str) -> String {
+    let [rows, all] = TRIGGERS;
+    format!(
+        "(SELECT count(*) FROM pg_catalog.pg_trigger WHERE tgrelid = {oid} AND tgname IN ('{rows}', '{all}') \
+         AND tgenabled = 'A') = 2"
     )
 }
 
@@ -124,9 +132,11 @@ const EXTREMES: &str = "min(scheduled_at) FILTER (WHERE is_valid OR outcome IS D
      max(scheduled_at) FILTER (WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed')";
 
 /// One row: the stretch of counted days up to the newest one; `infinity` twice where no day is. A partition that was
-/// dropped or detached does not count.
+/// dropped or detached does not count, nor one with a note of a change, or one that would get none.
 fn counted(table: &TableName) -> String {
     let days = table.quoted(Object::Days.suffix());
+    let changes = table.quoted(Object::Changes.suffix());
+    let has_triggers = has_triggers("inhrelid");
     let main = tables::literal(&table.quoted(""));
     format!(
         "SELECT coalesce(min(starts_at), 'infinity') AS starts_at, coalesce(max(ends_at), 'infinity') AS ends_at
@@ -134,26 +144,31 @@ fn counted(table: &TableName) -> String {
         SELECT starts_at, ends_at, count(*) FILTER (WHERE is_cut) OVER (ORDER BY starts_at DESC) AS cuts
         FROM (
             SELECT starts_at, ends_at, ends_at <> lead(starts_at, 1, ends_at) OVER (ORDER BY starts_at) AS is_cut
-            FROM {days} JOIN pg_catalog.pg_inherits ON inhrelid = \"partition\"
+            FROM {days} counted JOIN pg_catalog.pg_inherits ON inhrelid = \"partition\"
             WHERE inhparent = {main}::regclass AND NOT inhdetachpending AND state = '{COUNTED}'
+                AND NOT EXISTS (SELECT FROM {changes} change WHERE change.\"partition\" = counted.\"partition\")
+                AND {has_triggers}
         ) day
     ) stretch
     WHERE cuts = 0"
     )
 }
 
-/// All rows of `parts`, for whose number the planner gives one.
+/// All rows of `parts`, at a cost that the planner takes for small.
 ///
 /// It cannot know that most days are counted, takes a question to all partitions for a huge one, and compiles it (JIT, on
 /// by default up to Postgres 18) for a second or two before it runs for half of one. An order by a constant makes all rows
 /// equal, so the first one brings all of them along; what the first one of several parts costs is what the planner believes
-/// that all cost: the cheap part has to come first. The join keeps it from planning the parts themselves for one row.
+/// that all cost: the cheap part has to come first. The join inside keeps it from planning the parts themselves for one row,
+/// the one outside from joining the view as if it were one row.
 fn cheaply(parts: &str) -> String {
     format!(
-        "SELECT parts.* FROM (
+        "SELECT cheap.* FROM (
+SELECT parts.* FROM (
 {parts}
 ) parts, (SELECT 1 OFFSET 0) one
-ORDER BY 1 + 0 FETCH FIRST 1 ROW WITH TIES"
+ORDER BY 1 + 0 FETCH FIRST 1 ROW WITH TIES
+) cheap, generate_series(1, (SELECT 1)) many"
     )
 }
 

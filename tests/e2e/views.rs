@@ -12,7 +12,7 @@ use host_metrics::init;
 
 use crate::database::Database;
 use crate::scratch;
-use crate::store::{P0, at_day, ok, row, start_at};
+use crate::store::{P0, at_day, ok, row as row_of, start_at};
 
 #[test]
 fn the_views_say_what_the_rows_say() {
@@ -102,19 +102,25 @@ fn the_views_are_their_plain_definitions_on_random_rows() {
              UPDATE host_metrics SET is_valid = NOT is_valid WHERE scheduled_at::date = (now() - interval '5 days')::date \
                  AND outcome IS DISTINCT FROM 'missed'",
         );
-        let states = "host_metrics_days WHERE state = 'changed'";
-        assert!(db.count(states) >= 2, "seed {seed}");
+        let changed =
+            "host_metrics_days WHERE \"partition\" IN (SELECT \"partition\" FROM host_metrics_changes)";
+        assert!(db.count(changed) >= 2, "seed {seed}");
         db.check_views(&format!("seed {seed}, changed"));
 
         // The consumer's clock is ahead of the database's: sums of a day that is not over there.
         db.sum_up(today.plus(2));
-        assert_eq!(db.count(states), 0);
+        assert_eq!(db.count(changed), 0);
         db.check_views(&format!("seed {seed}, summed up with the live day"));
 
         // A hole in the middle, and one at the end.
-        db.execute("UPDATE host_metrics_days SET state = 'changed' WHERE starts_at::date = (now() - interval '3 days')::date");
+        let hole = |which: &str| {
+            format!(
+                "INSERT INTO host_metrics_changes SELECT \"partition\", pg_current_xact_id() FROM host_metrics_days WHERE {which}"
+            )
+        };
+        db.execute(&hole("starts_at::date = (now() - interval '3 days')::date"));
         db.check_views(&format!("seed {seed}, a hole"));
-        db.execute("UPDATE host_metrics_days SET state = 'changed' WHERE ends_at > now() - interval '1 day'");
+        db.execute(&hole("ends_at > now() - interval '1 day'"));
         db.check_views(&format!("seed {seed}, old days only"));
     }
 }
@@ -126,31 +132,21 @@ fn a_row_of_a_finished_day_makes_its_sums_void_in_the_same_transaction_whoever_w
     let today = catalogue::today();
     let day = |n: i64| format!("host_metrics{}", today.plus(-n).suffix());
     let at = |n: i64| format!("(timestamptz {} + interval '1 hour')", today.plus(-n).begin());
-    for n in 1..=7 {
-        db.execute(&format!(
-            "INSERT INTO host_metrics (address, scheduled_at, is_valid) VALUES ('https://a.example/', {}, true)",
-            at(n)
-        ));
-    }
-    assert_eq!(
-        db.sum_up(today),
-        Pass {
-            counted: 7,
-            left: 0,
-            may_count: true
-        }
-    );
-    assert_eq!(
-        db.sum_up(today),
-        Pass {
-            counted: 0,
-            left: 0,
-            may_count: true
-        }
-    );
-    let states =
-        |db: &mut Database| db.many("SELECT left(state, 8) FROM host_metrics_days ORDER BY starts_at DESC");
-    assert_eq!(states(&mut db), ["counted"; 7]);
+    let row = |n: i64| {
+        let at = at(n);
+        format!(
+            "INSERT INTO public.host_metrics (address, scheduled_at, is_valid) VALUES ('https://a.example/', {at}, true)"
+        )
+    };
+    (1..=7).for_each(|n| db.execute(&row(n)));
+    let pass = |counted, left, is_hindered| Pass {
+        counted,
+        left,
+        is_hindered,
+    };
+    assert_eq!(db.sum_up(today), pass(7, 0, false));
+    assert_eq!(db.sum_up(today), pass(0, 0, false));
+    assert_eq!(db.counted_days(today), [true; 7]);
 
     // A consumer with no rights but the contract's.
     let mut store = db.store_without_create("host_metrics");
@@ -164,74 +160,93 @@ fn a_row_of_a_finished_day_makes_its_sums_void_in_the_same_transaction_whoever_w
     let mut late = ok("https://a.example/");
     late.scheduled_at = Some(at_day(today, -1));
     let mut batch = Batch::default();
-    row(&mut batch, &layout, P0, 0, 0, &late);
+    row_of(&mut batch, &layout, P0, 0, 0, &late);
     assert_eq!(store.flush(&batch), Flushed::Durable);
-    // It may not count either, and says so.
+    // It may not count, and not even look.
     let mut poor = db.config().database;
     poor.user = user;
-    let pass = sums::count(&poor, today, Duration::MAX).unwrap();
-    assert_eq!(
-        pass,
-        Pass {
-            counted: 0,
-            left: 7,
-            may_count: false
-        }
-    );
+    let looked = sums::count(&poor, today, Duration::MAX).unwrap();
+    assert_eq!(looked, pass(0, 0, true));
 
-    // Somebody's delete; a replication; a truncation; a rollback, which changes nothing.
+    // Somebody's delete; a replication; a truncation; somebody without any search path, and with a table of the same name.
     db.execute(&format!(
         "DELETE FROM host_metrics WHERE scheduled_at = {}",
         at(2)
     ));
     db.execute(&format!(
-        "SET session_replication_role = replica; INSERT INTO {} (address, scheduled_at, is_valid) \
-         VALUES ('https://a.example/', {}, true); RESET session_replication_role",
-        day(3),
-        at(3)
+        "SET session_replication_role = replica; {}; RESET session_replication_role",
+        row(3)
     ));
     db.execute(&format!("TRUNCATE {}", day(4)));
     db.execute(&format!(
-        "BEGIN; DELETE FROM host_metrics WHERE scheduled_at = {}; ROLLBACK",
-        at(5)
+        "CREATE TEMP TABLE host_metrics_changes (\"partition\" regclass, xact xid8); SET search_path = ''; {}; \
+         RESET search_path; DROP TABLE pg_temp.host_metrics_changes",
+        row(5)
     ));
+    // A rollback, of all or of a part, changes nothing.
+    db.execute(&format!("BEGIN; {}; ROLLBACK", row(6)));
+    db.execute(&format!("BEGIN; SAVEPOINT a; {}; ROLLBACK TO a; COMMIT", row(6)));
     assert_eq!(
-        states(&mut db),
-        [
-            "changed", "changed", "changed", "changed", "counted", "counted", "counted"
-        ]
+        db.counted_days(today),
+        [false, false, false, false, false, true, true]
     );
-    // A transaction that cannot see what was counted after its beginning may not write there.
-    let refused = db.client.batch_execute(&format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ; INSERT INTO host_metrics (address, scheduled_at, is_valid) \
-         VALUES ('https://a.example/', {}, true)",
-        at(5)
-    ));
-    assert!(
-        format!("{refused:?}").contains("READ COMMITTED only"),
-        "{refused:?}"
+    // One whose snapshot is older than the count.
+    let mut old = Database::again(&db.name);
+    old.execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT FROM host_metrics_offsets");
+    assert_eq!(db.sum_up(today), pass(5, 0, false));
+    assert_eq!(db.counted_days(today), [true; 7]);
+    old.execute(&format!("{}; COMMIT", row(5)));
+    assert_eq!(
+        db.counted_days(today),
+        [true, true, true, true, false, true, true]
     );
-    db.execute("ROLLBACK");
 
-    // Gone days are in no view, and then forgotten.
+    // Whoever has changed a finished day and not ended yet keeps no other writer waiting, in whatever order.
+    old.execute(&format!("BEGIN; {}; {}", row(1), row(2)));
     db.execute(&format!(
-        "DROP TABLE {}; ALTER TABLE host_metrics DETACH PARTITION {}",
-        day(6),
-        day(7)
+        "SET lock_timeout = '1s'; BEGIN; {}; {}; COMMIT",
+        row(2),
+        row(1)
     ));
+    old.execute("COMMIT");
+
+    // Triggers that are gone or switched off would leave no note.
+    db.sum_up(today);
+    db.execute(&format!(
+        "ALTER TABLE {} DISABLE TRIGGER ALL; ALTER TABLE {} ENABLE TRIGGER ALL",
+        day(1),
+        day(2)
+    ));
+    db.execute(&format!("DROP TRIGGER host_metrics_truncated ON {}", day(3)));
+    assert_eq!(
+        db.counted_days(today),
+        [false, false, false, true, true, true, true]
+    );
+    assert_eq!(db.sum_up(today), pass(3, 0, false));
+    assert_eq!(db.counted_days(today), [true; 7]);
+
+    // Gone days are in no view, and then forgotten; one in the place of another is counted.
+    db.execute(&format!(
+        "DROP TABLE {}; ALTER TABLE host_metrics DETACH PARTITION {}; \
+         CREATE TABLE in_its_place PARTITION OF host_metrics FOR VALUES FROM ({}) TO ({})",
+        day(6),
+        day(7),
+        today.plus(-7).begin(),
+        today.plus(-6).begin()
+    ));
+    (0..3).for_each(|_| db.execute(&row(7)));
     let due = "SELECT due_7d::text FROM host_metrics_uptime";
-    let rows = |db: &mut Database| {
-        db.one("SELECT count(*)::text FROM host_metrics WHERE scheduled_at > now() - interval '168 hours'")
-    };
-    assert_eq!(db.one(due), rows(&mut db));
-    let pass = db.sum_up(today);
-    assert_eq!((pass.counted, pass.left), (4, 0));
-    assert_eq!(states(&mut db), ["counted"; 5]);
-    assert_eq!(db.one(due), rows(&mut db));
+    let rows = "SELECT count(*)::text FROM host_metrics WHERE scheduled_at > now() - interval '168 hours'";
+    assert_eq!(db.one(due), db.one(rows));
+    assert_eq!(db.sum_up(today), pass(1, 0, false));
+    assert_eq!(db.one(due), db.one(rows));
     assert_eq!(
         db.one("SELECT sum(due)::text FROM host_metrics_hours"),
         db.one("SELECT count(*)::text FROM host_metrics")
     );
+    // What is detached still calls the function, which goes all the same.
+    init::drop(&db.init_config(), false, true).unwrap();
+    assert_eq!(db.count(&format!("\"{}\"", day(7))), 1);
 }
 
 #[test]
@@ -245,54 +260,119 @@ fn what_is_written_while_a_day_is_counted_is_not_lost_to_its_sums() {
         today.plus(-1).begin()
     );
     db.execute(&row);
-    let state = "SELECT coalesce(min(left(state, 8)), 'none') FROM host_metrics_days";
+    let state = "SELECT coalesce(min(state), 'none') FROM host_metrics_days";
 
     // A writer that has not committed yet: the day is left for the next time, and nobody is kept waiting.
     db.execute(&format!("BEGIN; {row}"));
     let began = scratch::now();
     let pass = db.sum_up(today);
-    assert_eq!((pass.counted, pass.left), (0, 1));
+    assert_eq!((pass.counted, pass.left, pass.is_hindered), (0, 1, false));
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     db.execute("COMMIT");
     assert_eq!(db.one(state), "none");
 
     // Held up between the beginning and the end of the counting, which cannot empty a table that is locked.
-    for (ending, is_counted, rows) in [("COMMIT", false, 3), ("ROLLBACK", true, 3)] {
+    for (ending, is_counted, rows) in [("COMMIT", false, "3"), ("ROLLBACK", true, "3")] {
         let mut other = Database::again(&db.name);
         other.execute("BEGIN; LOCK TABLE host_metrics_hours IN SHARE MODE");
         let database = db.config().database;
         let pass = thread::spawn(move || sums::count(&database, today, Duration::MAX).unwrap());
-        let within = Duration::from_secs(10);
-        scratch::wait_for(
-            within,
-            "the day is being counted",
-            || (db.one(state) == "counting").then_some(()),
-            String::new,
-        );
-        // Written and not committed when the counting goes on, and ends: that waits for it.
-        db.execute(&format!("BEGIN; {row}"));
-        other.execute("COMMIT");
         let waiting = "pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
         scratch::wait_for(
-            within,
-            "the counting waits for the writer",
-            || (other.count(waiting) > 0).then_some(()),
+            Duration::from_secs(10),
+            "the day is being counted",
+            || (db.one(state) != "none" && db.count(waiting) > 0).then_some(()),
             String::new,
         );
+        // Written and not committed when the counting goes on, and ends.
+        db.execute(&format!("BEGIN; {row}"));
+        other.execute("COMMIT");
+        assert_eq!(pass.join().unwrap().counted, 1);
         db.execute(ending);
-        let pass = pass.join().unwrap();
-        assert_eq!(
-            (pass.counted, pass.left),
-            (usize::from(is_counted), usize::from(!is_counted)),
-            "{ending}"
-        );
-        assert_eq!(db.count("host_metrics"), rows);
+        assert_eq!(db.one("SELECT count(*)::text FROM host_metrics"), rows);
         assert_eq!(
             db.one("SELECT due_7d::text FROM host_metrics_uptime"),
-            rows.to_string(),
+            rows,
             "{ending}"
         );
+        let yesterday = db.counted_days(today).remove(0);
+        assert_eq!(yesterday, is_counted, "{ending}");
     }
+}
+
+#[test]
+fn what_an_owner_has_stays_the_owners_when_somebody_else_brings_it_up() {
+    let mut db = Database::new();
+    let owner = format!("owner_{}", db.name);
+    db.execute(&format!(
+        "CREATE ROLE {owner} LOGIN; GRANT CREATE ON SCHEMA public TO {owner}; SET ROLE {owner}"
+    ));
+    db.execute(include_str!("fixtures/schema_2.sql"));
+    db.execute("RESET ROLE");
+    let superuser = db.config().database;
+    init::make_tables(&superuser).unwrap();
+    db.execute(&random_rows(6));
+    init::make_tables(&superuser).unwrap();
+    assert!(
+        db.counted_days(catalogue::today())
+            .iter()
+            .all(|is_counted| *is_counted)
+    );
+    assert_eq!(
+        db.many("SELECT DISTINCT pg_get_userbyid(relowner)::text FROM pg_class WHERE relnamespace = 'public'::regnamespace"),
+        [owner.as_str()]
+    );
+    // The owner counts too, and so does a user who may see no more than the views.
+    db.execute(&format!("CREATE ROLE seer_{owner}; GRANT SELECT ON host_metrics_uptime, host_metrics_incidents TO seer_{owner}"));
+    db.execute("DELETE FROM host_metrics WHERE scheduled_at < now() - interval '3 days'");
+    let mut as_owner = superuser;
+    as_owner.user = owner.clone();
+    let pass = sums::count(&as_owner, catalogue::today(), Duration::MAX).unwrap();
+    assert!(
+        pass.counted >= 3 && pass.left == 0 && !pass.is_hindered,
+        "{pass:?}"
+    );
+    db.check_views("as the owner counted");
+    db.execute(&format!("SET ROLE seer_{owner}"));
+    assert!(db.count("host_metrics_uptime") > 0 && db.count("host_metrics_incidents") > 0);
+}
+
+#[test]
+fn a_table_of_the_users_with_a_name_of_the_sums_is_said_and_left() {
+    let mut db = Database::new();
+    db.execute("CREATE TABLE host_metrics_hours (mine int)");
+    let refused = init::make_tables(&db.config().database).unwrap_err().to_string();
+    assert!(
+        refused.contains("host_metrics_hours") && refused.contains("rename it"),
+        "{refused}"
+    );
+    // An older version's tables go on taking rows.
+    db.execute(include_str!("fixtures/schema_2.sql"));
+    db.store().open().unwrap();
+    assert_eq!(db.count("pg_class WHERE relname = 'host_metrics_days'"), 0);
+}
+
+#[test]
+fn only_days_that_are_plain_tables_are_summed_up() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let today = catalogue::today();
+    let (name, next) = (today.plus(-2), today.plus(-1));
+    db.execute(&format!(
+        "DROP TABLE host_metrics{0}; \
+         CREATE TABLE host_metrics{0} PARTITION OF host_metrics FOR VALUES FROM ({1}) TO ({2}) PARTITION BY RANGE (scheduled_at); \
+         CREATE TABLE half PARTITION OF host_metrics{0} DEFAULT; \
+         INSERT INTO host_metrics (address, scheduled_at, is_valid) SELECT 'a', {1}::timestamptz + n * interval '1 hour', true \
+         FROM generate_series(0, 47) n; \
+         CREATE TABLE for_ever PARTITION OF host_metrics FOR VALUES FROM ('3000-01-01') TO ('infinity')",
+        name.suffix(),
+        name.begin(),
+        next.begin(),
+    ));
+    let pass = db.sum_up(today);
+    assert_eq!((pass.counted, pass.left), (1, 0), "the other day");
+    assert_eq!(db.one("SELECT due_7d::text FROM host_metrics_uptime"), "48");
+    db.store().open().unwrap();
 }
 
 #[test]
@@ -409,6 +489,19 @@ impl Database {
     fn sum_up(&self, finished_before: Day) -> Pass {
         let database = self.config().database;
         sums::count(&database, finished_before, Duration::MAX).unwrap()
+    }
+
+    /// Whether the views read sums, of each of the seven days before today, the newest first.
+    fn counted_days(&mut self, today: Day) -> Vec<bool> {
+        let counted = |n: i64| {
+            let day = today.plus(-n).begin();
+            self.one(&format!(
+                "SELECT EXISTS (SELECT FROM host_metrics_days d JOIN pg_inherits ON inhrelid = \"partition\" \
+                 WHERE starts_at = {day} AND state = 'counted' AND \"partition\" NOT IN (SELECT \"partition\" FROM host_metrics_changes) \
+                 AND (SELECT count(*) FROM pg_trigger WHERE tgrelid = inhrelid AND tgenabled = 'A') = 2)::text"
+            )) == "true"
+        };
+        (1..=7).map(counted).collect()
     }
 
     fn check_views(&mut self, when: &str) {
