@@ -7,9 +7,8 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
-use std::time::Duration;
-
 use host_metrics::config::{DatabaseConfig, DbSslMode, TableName};
+use host_metrics::consume::sums::Within;
 use host_metrics::consume::{catalogue, sums, tables};
 use host_metrics::demo::postgres::{Settings, ThrowAwayPostgres};
 use postgres::{Client, NoTls};
@@ -63,7 +62,7 @@ fn main() {
         ssl_mode: DbSslMode::Disable,
         ssl_root_cert: None,
     };
-    let pass = sums::count(&database, today, Duration::MAX).expect("the days are summed up");
+    let pass = sums::count(&database, today, Within::default()).expect("the days are summed up");
     let seconds = began.elapsed().as_secs_f64();
     let with = measure(&server, rounds);
 

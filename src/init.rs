@@ -15,6 +15,7 @@ use rdkafka::producer::{BaseProducer, Producer as _};
 use tokio::runtime::Runtime;
 
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
+use crate::consume::sums::Within;
 use crate::consume::tables::{self, Object};
 use crate::consume::{catalogue, sums};
 use crate::database::{self, Bounds, Fault, Kind, Link};
@@ -365,8 +366,12 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
                 );
             }
         }
+        let within = Within {
+            pass: COUNT_WITHIN,
+            ..Within::default()
+        };
         let pass =
-            sums::count_finished(client, bounds, &found, sums::finished_before(), COUNT_WITHIN).await?;
+            sums::count_finished(client, bounds, &found, sums::finished_before(), within).await?;
         if pass.left > 0 {
             log::info!(
                 "{} finished days are not summed up yet; `consume` goes on with them where its user may, `init` otherwise",

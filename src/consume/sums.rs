@@ -40,9 +40,24 @@ const FINISHED_AFTER: Duration = Duration::from_secs(120);
 const COUNTING: &str = "counting";
 const TOO_LARGE: &str = "too large";
 
-/// Counting one day takes two seconds per 1.5 million rows, and nobody waits for it. A day that takes longer than this
-/// is left to the views.
-const COUNT_WITHIN: Duration = Duration::from_secs(600);
+/// How long a pass may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Within {
+    /// After this long no further day is begun.
+    pub pass: Duration,
+    /// For each statement of one day. A day that takes longer is left to the views until its rows change.
+    pub day: Duration,
+}
+
+impl Default for Within {
+    /// As long as it takes. A day takes two seconds per 1.5 million rows, and nobody waits for it.
+    fn default() -> Self {
+        Self {
+            pass: Duration::MAX,
+            day: Duration::from_secs(600),
+        }
+    }
+}
 
 /// The next pass after one that could not do all that was due: what is wrong then is not mended by itself in minutes.
 const AFTER_A_FAULT: Duration = Duration::from_secs(3_600);
@@ -73,7 +88,7 @@ impl Sums {
         let run = move || {
             let mut wait = first;
             while stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
-                wait = match count(&database, finished_before(), Duration::MAX) {
+                wait = match count(&database, finished_before(), Within::default()) {
                     Ok(pass) if pass.is_hindered => AFTER_A_FAULT,
                     Ok(_) => every,
                     // The writer says what is wrong with Postgres.
@@ -98,7 +113,7 @@ pub fn finished_before() -> Day {
 ///
 /// # Errors
 /// The database cannot be reached, or the connection broke.
-pub fn count(database: &DatabaseConfig, finished_before: Day, within: Duration) -> Result<Pass, Fault> {
+pub fn count(database: &DatabaseConfig, finished_before: Day, within: Within) -> Result<Pass, Fault> {
     let runtime = database::runtime().map_err(|error| Fault::passing(error.to_string()))?;
     let bounds = Bounds::default();
     let result = runtime.block_on(async {
@@ -115,8 +130,8 @@ pub fn count(database: &DatabaseConfig, finished_before: Day, within: Duration) 
     result
 }
 
-/// Sums up the days before `finished_before` that are not, the newest first, and begins none after `within`. What does not work out with
-/// one is said and left for the next time.
+/// Sums up the days before `finished_before` that are not, the newest first. What does not work out with one is said and
+/// left for the next time.
 ///
 /// # Errors
 /// Passing only: the connection is of no further use.
@@ -125,7 +140,7 @@ pub async fn count_finished(
     bounds: &Bounds,
     found: &Found,
     finished_before: Day,
-    within: Duration,
+    within: Within,
 ) -> Result<Pass, Fault> {
     let began = clock();
     let hindered = Pass {
@@ -182,11 +197,11 @@ pub async fn count_finished(
         return Ok(hindered);
     }
     for partition in due.into_iter().rev() {
-        if clock().saturating_duration_since(began) >= within {
+        if clock().saturating_duration_since(began) >= within.pass {
             break;
         }
         let day_began = clock();
-        let counted = count_day(client, bounds, found, main, partition).await;
+        let counted = count_day(client, bounds, found, main, partition, within.day).await;
         let seconds = day_began.elapsed().as_secs_f64();
         match counted {
             Ok(true) => {
@@ -204,7 +219,7 @@ pub async fn count_finished(
                 log::warn!(
                     "{} is not summed up, for that takes more than {} s: the views go on counting its rows",
                     partition.name,
-                    COUNT_WITHIN.as_secs()
+                    within.day.as_secs_f64()
                 );
                 catalogue::rollback(client, bounds).await?;
                 set_state(client, bounds, found, partition.oid, TOO_LARGE).await?;
@@ -278,6 +293,7 @@ async fn count_day(
     found: &Found,
     main: u32,
     partition: &Partition,
+    within: Duration,
 ) -> Result<bool, Fault> {
     let table = &found.table;
     let quoted = |object: Object| table.quoted(object.suffix());
@@ -304,17 +320,17 @@ async fn count_day(
     catalogue::execute(client, bounds, &begin).await?;
 
     let count = format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = '{}s'; SET LOCAL jit = off; \
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = '{}ms'; SET LOCAL jit = off; \
          UPDATE {days} SET state = '{COUNTED}' WHERE \"partition\" = {oid}::oid::regclass; \
          DELETE FROM {hours} WHERE hour >= {from} AND hour < {to}; \
          DELETE FROM {failures} WHERE first_at >= {from} AND first_at < {to}; \
          {}; {}",
-        COUNT_WITHIN.as_secs(),
+        within.as_millis(),
         views::sum_hours(table, name),
         views::sum_failures(table, name),
     );
     // Five statements, each of which the server ends by itself.
-    let within = 5 * COUNT_WITHIN + bounds.step;
+    let within = 5 * within + bounds.step;
     bounded("counting a day", within, client.batch_execute(&count)).await?;
     // Another partition may have taken its place, and its range; this one cannot leave any more, for it was read.
     let is_there = "SELECT EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE inhrelid = $1 AND inhparent = $2 \

@@ -6,7 +6,7 @@ use std::time::Duration;
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::catalogue;
 use host_metrics::consume::store::Flushed;
-use host_metrics::consume::sums::{self, Pass, Sums};
+use host_metrics::consume::sums::{self, Pass, Sums, Within};
 use host_metrics::consume::tables::Day;
 use host_metrics::init;
 
@@ -165,7 +165,7 @@ fn a_row_of_a_finished_day_makes_its_sums_void_in_the_same_transaction_whoever_w
     // It may not count, and not even look.
     let mut poor = db.config().database;
     poor.user = user;
-    let looked = sums::count(&poor, today, Duration::MAX).unwrap();
+    let looked = sums::count(&poor, today, Within::default()).unwrap();
     assert_eq!(looked, pass(0, 0, true));
 
     // Somebody's delete; a replication; a truncation; somebody without any search path, and with a table of the same name.
@@ -276,7 +276,7 @@ fn what_is_written_while_a_day_is_counted_is_not_lost_to_its_sums() {
         let mut other = Database::again(&db.name);
         other.execute("BEGIN; LOCK TABLE host_metrics_hours IN SHARE MODE");
         let database = db.config().database;
-        let pass = thread::spawn(move || sums::count(&database, today, Duration::MAX).unwrap());
+        let pass = thread::spawn(move || sums::count(&database, today, Within::default()).unwrap());
         let waiting = "pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
         scratch::wait_for(
             Duration::from_secs(10),
@@ -327,7 +327,7 @@ fn what_an_owner_has_stays_the_owners_when_somebody_else_brings_it_up() {
     db.execute("DELETE FROM host_metrics WHERE scheduled_at < now() - interval '3 days'");
     let mut as_owner = superuser;
     as_owner.user = owner.clone();
-    let pass = sums::count(&as_owner, catalogue::today(), Duration::MAX).unwrap();
+    let pass = sums::count(&as_owner, catalogue::today(), Within::default()).unwrap();
     assert!(
         pass.counted >= 3 && pass.left == 0 && !pass.is_hindered,
         "{pass:?}"
@@ -350,6 +350,44 @@ fn a_table_of_the_users_with_a_name_of_the_sums_is_said_and_left() {
     db.execute(include_str!("fixtures/schema_2.sql"));
     db.store().open().unwrap();
     assert_eq!(db.count("pg_class WHERE relname = 'host_metrics_days'"), 0);
+}
+
+#[test]
+fn a_day_that_takes_too_long_is_left_to_the_views_until_it_changes() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let today = catalogue::today();
+    let fill = |rows: u32| {
+        format!(
+            "INSERT INTO host_metrics (address, scheduled_at, is_valid) \
+             SELECT 'https://a.example/' || n, timestamptz {} + n * interval '1 millisecond', n % 3 = 0 \
+             FROM generate_series(1, {rows}) n",
+            today.plus(-1).begin()
+        )
+    };
+    db.execute(&fill(20_000));
+    let hurried = Within {
+        day: Duration::from_millis(1),
+        ..Within::default()
+    };
+    let database = db.config().database;
+    let count = |within| {
+        let pass = sums::count(&database, today, within).unwrap();
+        (pass.counted, pass.left)
+    };
+    assert_eq!(count(hurried), (0, 1));
+    assert_eq!(db.one("SELECT state FROM host_metrics_days"), "too large");
+    assert_eq!(
+        db.one("SELECT sum(due_7d)::text FROM host_metrics_uptime"),
+        "20000"
+    );
+    assert_eq!(count(Within::default()), (0, 0), "not tried again");
+    db.execute(&fill(1));
+    assert_eq!(count(Within::default()), (1, 0));
+    assert_eq!(
+        db.one("SELECT sum(due_7d)::text FROM host_metrics_uptime"),
+        "20001"
+    );
 }
 
 #[test]
@@ -415,7 +453,7 @@ fn many_who_sum_up_at_once_count_every_row_once() {
     let passes: Vec<_> = (0..4)
         .map(|_| {
             let database = db.config().database;
-            thread::spawn(move || sums::count(&database, today, Duration::MAX).unwrap())
+            thread::spawn(move || sums::count(&database, today, Within::default()).unwrap())
         })
         .collect();
     for pass in passes {
@@ -488,7 +526,7 @@ fn random_rows(seed: u32) -> String {
 impl Database {
     fn sum_up(&self, finished_before: Day) -> Pass {
         let database = self.config().database;
-        sums::count(&database, finished_before, Duration::MAX).unwrap()
+        sums::count(&database, finished_before, Within::default()).unwrap()
     }
 
     /// Whether the views read sums, of each of the seven days before today, the newest first.
