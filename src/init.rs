@@ -370,13 +370,14 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
             pass: COUNT_WITHIN,
             ..Within::default()
         };
-        let pass =
-            sums::count_finished(client, bounds, &found, sums::finished_before(), within).await?;
-        if pass.left > 0 {
-            log::info!(
+        match sums::count_finished(client, bounds, &found, sums::finished_before(), within).await {
+            Ok(pass) if pass.left > 0 => log::info!(
                 "{} finished days are not summed up yet; `consume` goes on with them where its user may, `init` otherwise",
                 pass.left
-            );
+            ),
+            Ok(_) => {}
+            Err(fault) if fault.kind == Kind::Passing => return Err(fault),
+            Err(fault) => log::warn!("finished days not summed up: {fault}"),
         }
         Ok(())
     }

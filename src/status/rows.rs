@@ -132,7 +132,13 @@ pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &st
         (false, true) => of_a_foreign_table(&source(&main, &columns), &times),
         (false, false) => of_a_table_without_time(&source(&main, &columns)),
     };
-    let grant = |fault: Fault| fault.with_grant(&format!("GRANT SELECT ON {main} TO this user"));
+    let mut asked = vec![main.clone()];
+    if is_ours {
+        let views = [Object::Latest, Object::Uptime, Object::Certificates];
+        asked.extend(views.map(|view| found.table.quoted(view.suffix())));
+    }
+    let asked = asked.join(", ");
+    let grant = |fault: Fault| fault.with_grant(&format!("GRANT SELECT ON {asked} TO this user"));
     let rows = bounded("reading the table", ANSWERS_WITHIN, client.query(&sql, &[]))
         .await
         .map_err(grant)?;
