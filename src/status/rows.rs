@@ -124,10 +124,10 @@ pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &st
     let now_micros = now_micros.try_get(0)?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
-    let has_views = [Object::Main, Object::Latest, Object::Uptime, Object::Certificates]
+    let is_ours = [Object::Main, Object::Latest, Object::Certificates]
         .into_iter()
-        .all(|object| found.is_current(object));
-    let sql = match (has_views, has_time) {
+        .all(|object| found.is_ours(object));
+    let sql = match (is_ours, has_time) {
         (true, _) => of_our_table(found, &times),
         (false, true) => of_a_foreign_table(&source(&main, &columns), &times),
         (false, false) => of_a_table_without_time(&source(&main, &columns)),
