@@ -201,34 +201,38 @@ pub fn uptime(table: &TableName) -> String {
     let windows = [
         (
             "1h",
-            "scheduled_at > (SELECT hour_ago FROM times)",
-            "hour > hour_1h",
+            Some(("scheduled_at > (SELECT hour_ago FROM times)", "hour > hour_1h")),
         ),
         (
             "24h",
-            "scheduled_at > (SELECT day_ago FROM times)",
-            "hour > hour_24h",
+            Some(("scheduled_at > (SELECT day_ago FROM times)", "hour > hour_24h")),
         ),
-        ("7d", "true", "true"),
+        ("7d", None),
     ];
+    let counts = [
+        ("due", None),
+        ("valid", Some("is_valid")),
+        ("missed", Some("NOT is_valid AND outcome = 'missed'")),
+    ];
+    let filter = |one: Option<&str>, other: Option<&str>| {
+        let conditions: Vec<&str> = one.into_iter().chain(other).collect();
+        match conditions.is_empty() {
+            true => String::new(),
+            false => format!(" FILTER (WHERE {})", conditions.join(" AND ")),
+        }
+    };
     let (mut columns, mut sums, mut of_hours, mut of_rows) = (vec![], vec![], vec![], vec![]);
-    for (name, rows_within, hours_within) in windows {
+    for (name, within) in windows {
         columns.push(format!(
             "due_{name}, valid_{name}, missed_{name}, valid_{name}::double precision / nullif(due_{name}, 0) AS \
              uptime_{name}"
         ));
-        for (count, which) in [
-            ("due", "true"),
-            ("valid", "is_valid"),
-            ("missed", "NOT is_valid AND outcome = 'missed'"),
-        ] {
+        for (count, which) in counts {
             sums.push(format!("sum({count}_{name})::bigint AS {count}_{name}"));
-            of_hours.push(format!(
-                "coalesce(sum({count}) FILTER (WHERE {hours_within}), 0) AS {count}_{name}"
-            ));
-            of_rows.push(format!(
-                "count(*) FILTER (WHERE {which} AND {rows_within}) AS {count}_{name}"
-            ));
+            let of_hour = filter(None, within.map(|(_, hours)| hours));
+            of_hours.push(format!("coalesce(sum({count}){of_hour}, 0) AS {count}_{name}"));
+            let of_row = filter(which, within.map(|(rows, _)| rows));
+            of_rows.push(format!("count(*){of_row} AS {count}_{name}"));
         }
     }
     let hour_of_window = |ago: &str| hour_of(&format!("(now() - interval '{ago}')"));
@@ -244,7 +248,7 @@ pub fn uptime(table: &TableName) -> String {
     WHERE scheduled_at > now() - interval '168 hours' AND scheduled_at <= now()
         AND (scheduled_at >= (SELECT ends_at FROM times) OR scheduled_at < (SELECT starts_at FROM times)",
         of_hours.join(", "),
-        of_rows.join(", ").replace("WHERE true AND ", "WHERE "),
+        of_rows.join(", "),
     );
     for hour in ["hour_24h", "hour_1h"] {
         let _ = write!(
