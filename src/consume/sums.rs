@@ -189,6 +189,18 @@ pub async fn count_finished(
         pass.is_hindered = true;
         return Ok(pass);
     }
+    if partitions.days.iter().any(|partition| partition.has_triggers)
+        && let Err(fault) = mend_function(client, bounds, found).await
+    {
+        catalogue::say(
+            client,
+            bounds,
+            Err(fault),
+            "the function of finished days not renewed",
+        )
+        .await?;
+        return Ok(hindered);
+    }
     let is_gone = |oid: &u32| !partitions.days.iter().any(|partition| partition.oid == *oid);
     if states.keys().any(is_gone)
         && let Err(fault) = forget_dropped(client, bounds, found).await
@@ -259,6 +271,23 @@ async fn states(client: &Client, bounds: &Bounds, found: &Found) -> Result<BTree
         states.insert(row.try_get(0)?, day);
     }
     Ok(states)
+}
+
+/// Makes the triggers' function anew where it is not right any more: the tables were given another name or another owner, and
+/// until then late rows are refused.
+async fn mend_function(client: &Client, bounds: &Bounds, found: &Found) -> Result<(), Fault> {
+    let owner = catalogue::owner(client, bounds, found, Object::Changes).await?;
+    let is_right = views::function_is_right(&found.table, &owner);
+    let is_right = bounded(
+        "reading the catalogue",
+        bounds.step,
+        client.query_one(&is_right, &[]),
+    )
+    .await?;
+    if is_right.try_get(0)? {
+        return Ok(());
+    }
+    catalogue::execute(client, bounds, &views::create_function(&found.table, &owner)).await
 }
 
 /// Removes the sums of partitions that are gone; no view reads them any more. A day that got a new partition is counted

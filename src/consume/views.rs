@@ -73,6 +73,18 @@ END"
     )
 }
 
+/// Whether the function is there as [`create_function`] makes it: of that owner, and for the table's present name.
+pub fn function_is_right(table: &TableName, owner: &str) -> String {
+    format!(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE oid = pg_catalog.to_regprocedure({}) \
+         AND pg_catalog.strpos(prosrc, {}) > 0 \
+         AND pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(proowner)) = {})",
+        tables::literal(&format!("{}()", function(table))),
+        tables::literal(&table.quoted(Object::Changes.suffix())),
+        tables::literal(owner)
+    )
+}
+
 /// Removes the function, and its triggers from days that were detached.
 pub fn drop_function(table: &TableName) -> String {
     format!("DROP FUNCTION IF EXISTS {}() CASCADE;", function(table))

@@ -338,6 +338,51 @@ fn what_an_owner_has_stays_the_owners_when_somebody_else_brings_it_up() {
 }
 
 #[test]
+fn tables_that_get_another_schema_or_owner_take_late_rows_after_the_next_init() {
+    let mut db = Database::new();
+    db.store().open().unwrap();
+    let today = catalogue::today();
+    let row = |schema: &str| {
+        format!(
+            "INSERT INTO {schema}.host_metrics (address, scheduled_at, is_valid) VALUES ('a', {}, true)",
+            today.plus(-1).begin()
+        )
+    };
+    db.execute(&row("public"));
+    assert_eq!(db.sum_up(today).counted, 1);
+
+    db.execute("ALTER SCHEMA public RENAME TO elsewhere");
+    let refused = db.client.batch_execute(&row("elsewhere")).unwrap_err();
+    assert!(
+        format!("{refused:?}").contains("host_metrics_changes"),
+        "{refused:?}"
+    );
+    let mut database = db.config().database;
+    database.table.schema = Some("elsewhere".into());
+    init::make_tables(&database).unwrap();
+    db.execute(&row("elsewhere"));
+
+    // Tables alone, as a loop over pg_class does.
+    let owner = format!("new_{}", db.name);
+    db.execute(&format!(
+        "CREATE ROLE {owner} LOGIN; GRANT ALL ON SCHEMA elsewhere TO {owner}; DO $$ DECLARE name regclass; BEGIN \
+         FOR name IN SELECT oid FROM pg_class WHERE relnamespace = 'elsewhere'::regnamespace AND relkind IN ('r', 'p', 'v') \
+         LOOP EXECUTE format('ALTER TABLE %s OWNER TO {owner}', name); END LOOP; END $$"
+    ));
+    init::make_tables(&database).unwrap();
+    db.execute(&format!("SET ROLE {owner}; {}; RESET ROLE", row("elsewhere")));
+    let function = "SELECT DISTINCT pg_get_userbyid(proowner)::text FROM pg_proc \
+                    WHERE pronamespace = 'elsewhere'::regnamespace";
+    assert_eq!(db.many(function), [owner]);
+    assert_eq!(
+        db.one("SELECT due_7d::text FROM elsewhere.host_metrics_uptime"),
+        "3"
+    );
+    let pass = sums::count(&database, today, Within::default()).unwrap();
+    assert_eq!((pass.counted, pass.left, pass.is_hindered), (1, 0, false));
+}
+
+#[test]
 fn a_table_of_the_users_with_a_name_of_the_sums_is_said_and_left() {
     let mut db = Database::new();
     db.execute("CREATE TABLE host_metrics_hours (mine int)");
