@@ -482,7 +482,7 @@ pub async fn destination(
     }
     Ok(Destination {
         layout,
-        is_ours: object.kind == 'p' && object.version.is_some(),
+        is_ours: found.partitioned_main().is_some(),
     })
 }
 
@@ -882,7 +882,7 @@ pub(super) async fn say(
 }
 
 /// One maker or remover of the objects of `table` at a time.
-fn lock(table: &TableName) -> String {
+pub(super) fn lock(table: &TableName) -> String {
     let key = tables::lock_key(table);
     format!("SELECT pg_catalog.pg_advisory_xact_lock({key})")
 }

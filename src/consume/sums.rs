@@ -189,14 +189,15 @@ pub async fn count_finished(
         pass.is_hindered = true;
         return Ok(pass);
     }
-    if partitions.days.iter().any(|partition| partition.has_triggers)
-        && let Err(fault) = mend_function(client, bounds, found).await
+    let has_triggers = partitions.days.iter().any(|partition| partition.has_triggers);
+    if (has_triggers || !due.is_empty())
+        && let Err(fault) = make_function(client, bounds, found).await
     {
         catalogue::say(
             client,
             bounds,
             Err(fault),
-            "the function of finished days not renewed",
+            "the function of finished days not made",
         )
         .await?;
         return Ok(hindered);
@@ -273,9 +274,9 @@ async fn states(client: &Client, bounds: &Bounds, found: &Found) -> Result<BTree
     Ok(states)
 }
 
-/// Makes the triggers' function anew where it is not right any more: the tables were given another name or another owner, and
-/// until then late rows are refused.
-async fn mend_function(client: &Client, bounds: &Bounds, found: &Found) -> Result<(), Fault> {
+/// Makes the triggers' function where it is missing or not right any more: while the tables have another name or another
+/// owner than it has, late rows are refused.
+async fn make_function(client: &Client, bounds: &Bounds, found: &Found) -> Result<(), Fault> {
     let owner = catalogue::owner(client, bounds, found, Object::Changes).await?;
     let is_right = views::function_is_right(&found.table, &owner);
     let is_right = bounded(
@@ -287,7 +288,11 @@ async fn mend_function(client: &Client, bounds: &Bounds, found: &Found) -> Resul
     if is_right.try_get(0)? {
         return Ok(());
     }
-    catalogue::execute(client, bounds, &views::create_function(&found.table, &owner)).await
+    let (lock, create) = (
+        catalogue::lock(&found.table),
+        views::create_function(&found.table, &owner),
+    );
+    catalogue::execute(client, bounds, &format!("BEGIN; {lock}; {create} COMMIT")).await
 }
 
 /// Removes the sums of partitions that are gone; no view reads them any more. A day that got a new partition is counted
@@ -331,11 +336,9 @@ async fn count_day(
     let (name, oid) = (&partition.name, partition.oid);
     let (from, to) = (partition.from.begin(), partition.to.begin());
 
-    let triggers = if partition.has_triggers {
-        String::new()
-    } else {
-        let owner = catalogue::owner(client, bounds, found, Object::Changes).await?;
-        views::create_function(table, &owner) + &views::create_trigger(table, name)
+    let triggers = match partition.has_triggers {
+        true => String::new(),
+        false => views::create_trigger(table, name),
     };
     let begin = format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '{}ms'; \

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::ops::Range;
 
 use crate::config::TableName;
-use crate::consume::views::{self, HOUR};
+use crate::consume::views::{self, FAILED, HOUR};
 use crate::sample::Timestamp;
 
 /// Recorded in the comment of everything that [`create`] makes. What an older version made is brought up to it, with its
@@ -220,6 +220,7 @@ impl Day {
 /// Makes one object that is not there yet, and says in its comment that it is ours.
 pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>) -> String {
     let name = table.quoted(object.suffix());
+    let view = |query: String| format!("CREATE OR REPLACE VIEW {name} AS\n{query}");
     let mut sql = match object {
         Object::Main => create_main(table, days),
         // Every flush updates its rows: with free space on the page the new version stays there, off the index.
@@ -260,15 +261,10 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
              ALTER TABLE {name} REPLICA IDENTITY FULL;\n",
             index(table, "_failures_history")
         ),
-        Object::Latest | Object::Uptime | Object::Incidents | Object::Certificates => {
-            let query = match object {
-                Object::Latest => views::latest(table),
-                Object::Uptime => views::uptime(table),
-                Object::Incidents => views::incidents(table),
-                _ => views::certificates(table),
-            };
-            format!("CREATE OR REPLACE VIEW {name} AS\n{query}")
-        }
+        Object::Latest => view(views::latest(table)),
+        Object::Uptime => view(views::uptime(table)),
+        Object::Incidents => view(views::incidents(table)),
+        Object::Certificates => view(views::certificates(table)),
     };
     let (keyword, comment) = (object.keyword(), object.comment());
     let _ = writeln!(
@@ -349,7 +345,7 @@ pub fn attach_day(table: &TableName, day: Day) -> String {
 /// then takes over what is there, instead of keeping every writer out until it has read all rows.
 pub fn create_failed_index(partition: &TableName) -> String {
     format!(
-        "CREATE INDEX IF NOT EXISTS {} ON {} {FAILED_KEY};",
+        "CREATE INDEX IF NOT EXISTS {} ON {} (address, scheduled_at) WHERE {FAILED};",
         index(partition, FAILED_SUFFIX),
         partition.quoted("")
     )
@@ -384,8 +380,6 @@ pub fn literal(text: &str) -> String {
     }
 }
 
-const FAILED_KEY: &str = "(address, scheduled_at) WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
-
 const FAILED_SUFFIX: &str = "_failed";
 
 /// The name of an index of `table`; it goes where the table is.
@@ -411,7 +405,7 @@ fn create_main(table: &TableName, days: impl Iterator<Item = Day>) -> String {
     );
     let _ = writeln!(
         sql,
-        "CREATE INDEX IF NOT EXISTS {} ON {main} {FAILED_KEY};",
+        "CREATE INDEX IF NOT EXISTS {} ON {main} (address, scheduled_at) WHERE {FAILED};",
         index(table, FAILED_SUFFIX)
     );
     let _ = writeln!(

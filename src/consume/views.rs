@@ -43,7 +43,7 @@ pub const COUNTED: &str = "counted";
 const TRIGGERS: [&str; 2] = ["host_metrics_changed", "host_metrics_truncated"];
 
 /// The hour that `at`, an expression, lies in.
-fn hour_of(at: &str) -> String {
+pub fn hour_of(at: &str) -> String {
     HOUR.replace("scheduled_at", at)
 }
 
@@ -122,7 +122,8 @@ pub fn sum_hours(table: &TableName, partition: &str) -> String {
     let hours = table.quoted(Object::Hours.suffix());
     format!(
         "INSERT INTO {hours} (address, hour, due, valid, missed, first_check_at, last_valid_at, last_failed_at)
-         SELECT address, {HOUR}, {COUNTS}, {EXTREMES} FROM ONLY {partition} GROUP BY address, {HOUR} ORDER BY 2, 1"
+         SELECT address, {HOUR}, {COUNTS}, {} FROM ONLY {partition} GROUP BY address, {HOUR} ORDER BY 2, 1",
+        extremes()
     )
 }
 
@@ -139,9 +140,13 @@ pub fn sum_failures(table: &TableName, partition: &str) -> String {
 const COUNTS: &str =
     "count(*), count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed')";
 
-const EXTREMES: &str = "min(scheduled_at) FILTER (WHERE is_valid OR outcome IS DISTINCT FROM 'missed'), \
-     max(scheduled_at) FILTER (WHERE is_valid), \
-     max(scheduled_at) FILTER (WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed')";
+/// The first check, the last valid and the last failed one.
+fn extremes() -> String {
+    format!(
+        "min(scheduled_at) FILTER (WHERE {CHECKED}), max(scheduled_at) FILTER (WHERE is_valid), \
+         max(scheduled_at) FILTER (WHERE {FAILED})"
+    )
+}
 
 /// One row: the stretch of counted days up to the newest one; `infinity` twice where no day is. A partition that was
 /// dropped or detached does not count, nor one with a note of a change, or one that would get none.
@@ -255,12 +260,13 @@ pub fn uptime(table: &TableName) -> String {
     WHERE hour >= starts_at AND hour < ends_at AND hour <> hour_24h AND hour <> hour_1h
     GROUP BY address
     UNION ALL
-    SELECT address, {}, {EXTREMES}
+    SELECT address, {}, {}
     FROM {main}
     WHERE scheduled_at > now() - interval '168 hours' AND scheduled_at <= now()
         AND (scheduled_at >= (SELECT ends_at FROM times) OR scheduled_at < (SELECT starts_at FROM times)",
         of_hours.join(", "),
         of_rows.join(", "),
+        extremes(),
     );
     for hour in ["hour_24h", "hour_1h"] {
         let _ = write!(

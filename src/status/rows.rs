@@ -13,7 +13,7 @@ use tokio_postgres::{Client, Row};
 use crate::cells::SPARKLINE_CHECKS;
 use crate::consume::catalogue::{self, Found};
 use crate::consume::tables::Object;
-use crate::consume::views::{CHECKED, HOUR};
+use crate::consume::views::{CHECKED, hour_of};
 use crate::database::{Bounds, Fault, bounded};
 use crate::sample::Timestamp;
 
@@ -286,7 +286,6 @@ fn of_our_table(found: &Found, times: &Times) -> String {
         format!("SELECT address, {counts}, {last} FROM {main} WHERE {in_week} GROUP BY address")
     };
     let certificates = found.table.quoted(Object::Certificates.suffix());
-    let hour_of = |time: &str| HOUR.replace("scheduled_at", time);
     // In which the rows for a sparkline lie; records of the original say no interval.
     let window =
         format!("make_interval(secs => {SPARKLINE_CHECKS} * coalesce(latest.interval_seconds, 3600))");
