@@ -4,11 +4,13 @@
 //! two, measured in turns in one process. It makes thousands of connections: run it in a network namespace of its own
 //! (`unshare -n sh -c 'ip link set lo up; …'`), or they fill the machine's connection tables. Linux only.
 
+mod median;
 mod site;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::median::median;
 use host_metrics::config::CheckConfig;
 use host_metrics::produce::check::{Checker, Checks};
 use host_metrics::produce::outcome::Outcome;
@@ -73,11 +75,6 @@ fn compare(what: &str, rounds: usize, mut raw: impl FnMut(), mut checked: impl F
         "{what}: raw {raw:.1} µs, check {checked:.1} µs CPU each: {:.2}x",
         checked / raw
     );
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn cpu_nanoseconds() -> u64 {

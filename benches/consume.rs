@@ -21,11 +21,13 @@ use postgres::{Client, NoTls};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
 use crate::kafka::Kafka;
+use crate::median::median;
 use crate::scratch::{Process, now, wait_for};
 
 #[allow(dead_code, reason = "the end-to-end tests may need more of it")]
 #[path = "../tests/e2e/kafka.rs"]
 mod kafka;
+mod median;
 #[allow(dead_code, reason = "the end-to-end tests may need more of it")]
 #[path = "../tests/e2e/scratch.rs"]
 mod scratch;
@@ -121,12 +123,6 @@ fn report(what: &str, measured: &[Measured], text: &[Measured], binary: &[Measur
         of(&|measured| measured.backend_micros_per_row),
         ours(|ours| ours.peak_mib),
     );
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 struct Bench {

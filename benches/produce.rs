@@ -13,6 +13,7 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
+mod median;
 mod site;
 
 use std::cell::Cell;
@@ -26,6 +27,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::median::median;
 use host_metrics::sample::{self, Timestamp};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -286,11 +288,6 @@ fn raw_turns(raw: &Raw) -> Vec<f64> {
             (own_cpu_nanoseconds() - before) as f64 / f64::from(RAW_EXCHANGES_PER_TURN) / 1e3
         })
         .collect()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 // --- The soak ------------------------------------------------------------------------------------------------------

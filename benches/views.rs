@@ -13,8 +13,10 @@ use host_metrics::consume::{catalogue, sums, tables};
 use host_metrics::demo::postgres::{Settings, ThrowAwayPostgres};
 use postgres::{Client, NoTls};
 
+use crate::median::median;
 use crate::scratch::now;
 
+mod median;
 #[allow(dead_code, reason = "the end-to-end tests may need more of it")]
 #[path = "../tests/e2e/scratch.rs"]
 mod scratch;
@@ -132,9 +134,4 @@ fn connect(server: &ThrowAwayPostgres) -> Client {
         server.database()
     );
     Client::connect(&text, NoTls).expect("a connection")
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -1,0 +1,8 @@
+//! What a benchmark prints of several rounds.
+
+/// The middle value, the upper one of two; no number where there is none.
+pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
