@@ -11,10 +11,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::median::median;
+use host_metrics::check::http::{Checker, Checks};
+use host_metrics::check::outcome::Outcome;
+use host_metrics::check::target::{Method, Target};
 use host_metrics::config::CheckConfig;
-use host_metrics::produce::check::{Checker, Checks};
-use host_metrics::produce::outcome::Outcome;
-use host_metrics::produce::target::{Method, Target};
 use site::Raw;
 
 const CHECKS_PER_TURN: u32 = 300;

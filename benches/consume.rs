@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::config::TableName;
-use host_metrics::consume::tables::{self, Day};
-use host_metrics::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::sample::{Sample, Timestamp, encode};
+use host_metrics::tables::schema::{self, Day};
 use postgres::{Client, NoTls};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 
@@ -352,7 +352,7 @@ impl Bench {
             .connect(NoTls)
             .unwrap();
         let table = TableName::parse(&format!("{schema}.host_metrics")).expect("a good name");
-        let make = tables::script(&table, Day::of(self.started_at));
+        let make = schema::script(&table, Day::of(self.started_at));
         client
             .batch_execute(&format!(
                 "SET client_min_messages = warning;

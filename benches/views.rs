@@ -7,10 +7,10 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
+use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::config::{DatabaseConfig, DbSslMode, TableName};
-use host_metrics::consume::sums::Within;
-use host_metrics::consume::{catalogue, sums, tables};
-use host_metrics::demo::postgres::{Settings, ThrowAwayPostgres};
+use host_metrics::tables::sums::Within;
+use host_metrics::tables::{catalogue, schema, sums};
 use postgres::{Client, NoTls};
 
 use crate::median::median;
@@ -44,7 +44,7 @@ fn main() {
     };
     let today = catalogue::today();
     client
-        .batch_execute(&tables::script(&table, today))
+        .batch_execute(&schema::script(&table, today))
         .expect("the tables are made");
     eprintln!("filling in {} rows", MINUTES * hosts);
     client.batch_execute(&fill(hosts)).expect("the rows are written");

@@ -10,10 +10,10 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::{NextOffset, Offset, Partition, Record};
-use host_metrics::consume::copy::{Column, Layout, Origin};
 use host_metrics::consume::ingest::{Action, Event, Ingest, Limits};
 use host_metrics::consume::store::Flushed;
 use host_metrics::sample::{decode, encode};
+use host_metrics::tables::row::{Column, Layout, Origin};
 
 const RECORDS_PER_ROUND: u32 = 100_000;
 const ROUNDS: usize = 15;

@@ -10,22 +10,20 @@
 //! `produce` owns the left half, `consume` the right one; [`sample`] is the wire between them and the only module that
 //! both import. The program is `main.rs`; this library exists so that tests and benches can reach the parts.
 
-pub mod cells;
 pub mod check;
 pub mod cli;
+pub mod clock;
+pub mod commands;
 pub mod config;
 pub mod consume;
-pub mod database;
-pub mod demo;
 pub mod duration;
-pub mod health;
-pub mod init;
+pub mod http;
 pub mod kafka;
 pub mod logging;
-pub mod metrics;
+mod outage;
+pub mod postgres;
 pub mod produce;
 pub mod sample;
 pub mod shutdown;
-pub mod status;
-mod trouble;
-pub mod validate;
+pub mod tables;
+pub mod terminal;

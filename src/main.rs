@@ -10,14 +10,15 @@ use anyhow::Context;
 use clap::Parser;
 use signal_hook::consts::SIGHUP;
 
+use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
+use host_metrics::commands::{check, demo, init, status, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput};
-use host_metrics::health::{self, Answer};
+use host_metrics::http::health::{self, Answer};
 use host_metrics::produce::host_file::{self, HostFileError};
-use host_metrics::produce::target::Target;
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
-use host_metrics::{check, consume, demo, init, logging, status, validate};
+use host_metrics::{consume, logging};
 
 const COULD_NOT_GO_ON: u8 = 1;
 const WRONG_INPUT: u8 = 2;

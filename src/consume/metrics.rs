@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use prometheus::{Histogram, HistogramOpts};
 
 use crate::consume::Counters;
-use crate::metrics::Watched;
-use crate::metrics::page::{FLUSH_BUCKETS, Labels, Page};
+use crate::http::Watched;
+use crate::http::metrics::{FLUSH_BUCKETS, Labels, Page};
 
 /// How long flushes took.
 #[derive(Debug)]

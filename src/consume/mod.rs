@@ -6,16 +6,11 @@
 //! and then, on a connection of its own.
 
 pub mod batch;
-pub mod catalogue;
-pub mod copy;
 mod group;
 pub mod ingest;
 mod metrics;
 pub mod source;
 pub mod store;
-pub mod sums;
-pub mod tables;
-pub mod views;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -27,18 +22,18 @@ use anyhow::{Context, anyhow};
 
 use crate::config::ConsumeConfig;
 use crate::consume::batch::{Batch, Form, Record};
-use crate::consume::copy::{Layout, Origin};
 use crate::consume::ingest::{Action, Event, Ingest, Limits, Notice};
 use crate::consume::metrics::FlushSeconds;
 use crate::consume::source::{Ended, Source};
 use crate::consume::store::{Flushed, Store, StoreError};
-use crate::consume::sums::{FIRST_PASS_AFTER, PASS_EVERY, Sums};
 use crate::consume::writer::{Answer, Request, Writer};
-use crate::health::{Heartbeat, Readiness};
-use crate::metrics::Endpoint;
+use crate::http::Endpoint;
+use crate::http::health::{Heartbeat, Readiness};
+use crate::outage::Trouble;
 use crate::sample;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
-use crate::trouble::Trouble;
+use crate::tables::row::{Layout, Origin};
+use crate::tables::sums::{FIRST_PASS_AFTER, PASS_EVERY, Sums};
 
 /// The longest poll: how late a stop is noticed.
 const POLL: Duration = Duration::from_millis(100);

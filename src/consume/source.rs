@@ -32,8 +32,8 @@ use crate::consume::batch::{NextOffset, Offset, Partition, Record};
 use crate::consume::group::{Named, Watch};
 use crate::consume::ingest::{Event, Extent};
 use crate::kafka::{Explainer, names_a_cause};
+use crate::outage::Trouble;
 use crate::sample::Timestamp;
-use crate::trouble::Trouble;
 
 /// How long a question to Kafka (committed offsets, watermarks) may hold up polling: what is not answered by then is asked
 /// again later.

@@ -24,11 +24,11 @@ use tokio_postgres::{Client, CopyInSink, Statement};
 
 use crate::config::{ConsumeConfig, DatabaseConfig, TableName};
 use crate::consume::batch::{Batch, Form, NextOffset, Partition};
-use crate::consume::catalogue::{self, Found};
-use crate::consume::copy::{HEADER, Layout, TRAILER};
-use crate::consume::tables::{Day, Object};
-use crate::database::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Link, bounded};
+use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Link, bounded};
 use crate::sample::Timestamp;
+use crate::tables::catalogue::{self, Found};
+use crate::tables::row::{HEADER, Layout, TRAILER};
+use crate::tables::schema::{Day, Object};
 
 /// What is handed to the socket at once: above 64 KiB the cost of a chunk no longer shows.
 const CHUNK_BYTES: usize = 128 * 1024;
@@ -109,7 +109,7 @@ impl Store {
             retention_days: config.retention.map(|retention| {
                 i64::try_from(retention.as_secs().div_ceil(DAY_SECONDS)).unwrap_or(i64::MAX)
             }),
-            runtime: Some(database::runtime()?),
+            runtime: Some(postgres::runtime()?),
             session: None,
             old_backend: None,
             was_locked_out: false,

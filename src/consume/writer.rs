@@ -11,9 +11,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::bail;
 
 use crate::consume::batch::{Batch, NextOffset, Partition};
-use crate::consume::copy::Layout;
 use crate::consume::store::{Flushed, Store, StoreError};
 use crate::sample::Timestamp;
+use crate::tables::row::Layout;
 
 /// How often the days ahead are made and the old ones dropped.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3_600);

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use prometheus::{Histogram, HistogramOpts, HistogramVec};
 
-use crate::health::Heartbeat;
-use crate::metrics::page::CHECK_BUCKETS;
-use crate::produce::outcome::{Outcome, Phases};
+use crate::check::outcome::{Outcome, Phases};
+use crate::http::health::Heartbeat;
+use crate::http::metrics::CHECK_BUCKETS;
 use crate::produce::publisher::Deliveries;
 use crate::produce::schedule::{Missed, Why};
 

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::metrics::Watched;
-use crate::metrics::page::{Labels, Page};
+use crate::check::outcome::Outcome;
+use crate::http::Watched;
+use crate::http::metrics::{Labels, Page};
 use crate::produce::counters::Counters;
-use crate::produce::outcome::Outcome;
 use crate::produce::schedule::Why;
 
 /// The counters of a run, and what bounds it.

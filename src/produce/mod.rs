@@ -3,16 +3,12 @@
 //! `host_file`, `target`, `schedule` and `outcome` are pure; `check` (HTTP), `pool` (threads), `publisher` (Kafka) and
 //! `clock` are the edges. This file owns the run: it lets the timer loop, the pool and the publisher meet, and nothing else.
 
-pub mod check;
-pub mod clock;
 pub mod counters;
 pub mod host_file;
 mod metrics;
-pub mod outcome;
 pub mod pool;
 pub mod publisher;
 pub mod schedule;
-pub mod target;
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -21,19 +17,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
+use crate::check::http::Checks;
+use crate::check::outcome::{Observation, Outcome, Stamp, stamp};
+use crate::check::target::Target;
+use crate::clock::{Clock, instant_now, timestamp};
 use crate::config::ProduceConfig;
-use crate::health;
-use crate::metrics::Endpoint;
-use crate::produce::check::Checks;
-use crate::produce::clock::{Clock, instant_now, timestamp};
+use crate::http::Endpoint;
+use crate::http::health;
 use crate::produce::counters::{Counters, Snapshot, Timing};
 use crate::produce::host_file::HostFileError;
 use crate::produce::metrics::Figures;
-use crate::produce::outcome::{Observation, Outcome, Stamp, stamp};
 use crate::produce::pool::{Done, Pool};
 use crate::produce::publisher::{Bounds, END_WITHIN, Publisher, Record, Unacknowledged};
 use crate::produce::schedule::{Late, Limits, Missed, MissedTick, Next, Schedule, Tick, Why};
-use crate::produce::target::Target;
 use crate::sample;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
 

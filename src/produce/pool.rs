@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::produce::clock::{Clock, instant_now};
-use crate::produce::outcome::{Observation, Outcome};
+use crate::check::outcome::{Observation, Outcome};
+use crate::check::target::Target;
+use crate::clock::{Clock, instant_now};
 use crate::produce::schedule::Tick;
-use crate::produce::target::Target;
 
 /// A thread idle for so long ends: longer than most pauses between ticks, shorter than an operator's patience.
 const IDLE: Duration = Duration::from_secs(15);
@@ -432,7 +432,7 @@ mod tests {
             interval: Duration::from_secs(1),
             timeout: None,
             status: None,
-            method: crate::produce::target::Method::Get,
+            method: crate::check::target::Method::Get,
             follow: 10,
             topic: None,
             ip_family: None,

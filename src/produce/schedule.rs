@@ -14,7 +14,7 @@ use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::produce::target::Target;
+use crate::check::target::Target;
 
 /// How late a check may begin because the program itself was held up; a tick later than that is missed. It bounds the
 /// burst after a stall to the ticks of that time. Half of the shortest interval: a check that begins so late still
@@ -1343,7 +1343,7 @@ mod tests {
             interval: Duration::from_secs(interval_seconds),
             timeout: None,
             status: None,
-            method: crate::produce::target::Method::Get,
+            method: crate::check::target::Method::Get,
             follow: 10,
             topic: None,
             ip_family: None,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use host_metrics::demo::postgres::ThrowAwayPostgres;
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
 
 use crate::scratch::{self, Process, now, wait_for};
 

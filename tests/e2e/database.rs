@@ -4,8 +4,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
 use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, KafkaConfig, KafkaSecurity, TableName};
-use host_metrics::demo::postgres::ThrowAwayPostgres;
 use postgres::{Client, NoTls};
 
 pub fn server() -> &'static ThrowAwayPostgres {

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use host_metrics::consume::tables::SCHEMA_VERSION;
-use host_metrics::demo::postgres::{ThrowAwayPostgres, free_port};
+use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
+use host_metrics::tables::schema::SCHEMA_VERSION;
 
 use crate::agent::{Agent, Variables};
 use crate::kafka::Kafka;

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
-use host_metrics::demo::postgres::ThrowAwayPostgres;
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
 use host_metrics::shutdown::Shutdown;
 use rdkafka::ClientContext;
 use rdkafka::message::{DeliveryResult, Message};

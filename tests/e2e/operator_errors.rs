@@ -1,7 +1,7 @@
 //! What only the operator can mend: `consume` stops at once with status 1, says what to do, shows no password, and has
 //! committed nothing that is not stored.
 
-use host_metrics::demo::postgres::{Settings, ThrowAwayPostgres};
+use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 
 use crate::agent::{Agent, Variables};
 use crate::case::{Case, SOON};

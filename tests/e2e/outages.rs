@@ -5,7 +5,7 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use host_metrics::demo::postgres::{ThrowAwayPostgres, free_port};
+use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
 use host_metrics::sample::{self, Timestamp};
 use host_metrics::shutdown::Shutdown;
 use postgres::Client;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use host_metrics::demo::postgres::free_port;
+use host_metrics::commands::demo::postgres::free_port;
 use host_metrics::kafka::names_a_cause;
 use rcgen::{CertificateParams, CertifiedIssuer, DnType, KeyPair};
 

@@ -10,16 +10,16 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
+use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
+use host_metrics::commands::init;
 use host_metrics::config::{ConsumeConfig, DbSslMode, InitConfig, Secret, WrongInput};
 use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record};
-use host_metrics::consume::copy::{Layout, Origin};
 use host_metrics::consume::store::{Flushed, Store, StoreError};
-use host_metrics::consume::tables::{self, Day};
-use host_metrics::consume::{catalogue, tables::Object};
-use host_metrics::database::{self, Bounds, Link};
-use host_metrics::demo::postgres::{Settings, ThrowAwayPostgres};
-use host_metrics::init;
+use host_metrics::postgres::{self as bounded, Bounds, Link};
 use host_metrics::sample::{Sample, Timestamp};
+use host_metrics::tables::row::{Layout, Origin};
+use host_metrics::tables::schema::{self, Day};
+use host_metrics::tables::{catalogue, schema::Object};
 use postgres::{Client, NoTls};
 
 use crate::database::{Database, config, server};
@@ -804,7 +804,7 @@ fn a_login_that_cannot_succeed_is_the_operators_and_shows_no_password() {
     assert!(text.contains("\"no_such_schema\".\"m\" does not exist"), "{text}");
 
     // Not there (yet): waited for.
-    nowhere.database.port = host_metrics::demo::postgres::free_port().unwrap();
+    nowhere.database.port = host_metrics::commands::demo::postgres::free_port().unwrap();
     retry_of(Store::new(&nowhere).unwrap().open());
     nowhere.database.host = "no-such-host.invalid".into();
     retry_of(Store::new(&nowhere).unwrap().open());
@@ -853,7 +853,7 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
         config.ssl_mode = mode;
         config.ssl_root_cert = root.clone();
         let case = format!("{mode:?} {root:?} {host}");
-        let runtime = database::runtime().unwrap();
+        let runtime = bounded::runtime().unwrap();
         let encrypted = runtime.block_on(async {
             let link = Link::open(&config, &Bounds::default()).await?;
             let row = link
@@ -862,13 +862,13 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
                 .await?;
             let encrypted: bool = row.get(0);
             link.close().await;
-            Ok::<_, database::Fault>(encrypted)
+            Ok::<_, bounded::Fault>(encrypted)
         });
         match (encrypted, expected) {
             (Ok(is), Ok(expected)) => assert_eq!(is, expected, "{case}"),
             (Err(fault), Err(words)) => {
                 assert!(fault.text.contains(words), "{case}: {fault}");
-                assert_eq!(fault.kind, database::Kind::Operator, "{case}: {fault}");
+                assert_eq!(fault.kind, bounded::Kind::Operator, "{case}: {fault}");
             }
             (result, _) => panic!("{case}: {result:?}"),
         }
@@ -877,7 +877,7 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
     for (mode, is_fine) in [(Disable, true), (Prefer, true), (Require, false)] {
         let mut plain = config(server(), "postgres", "m").database;
         plain.ssl_mode = mode;
-        let runtime = database::runtime().unwrap();
+        let runtime = bounded::runtime().unwrap();
         let opened = runtime.block_on(Link::open(&plain, &Bounds::default()));
         match opened {
             Ok(_) => assert!(is_fine, "{mode:?}"),
@@ -886,14 +886,14 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
                     !is_fine && fault.text.contains("server does not support TLS"),
                     "{mode:?}: {fault}"
                 );
-                assert_eq!(fault.kind, database::Kind::Operator);
+                assert_eq!(fault.kind, bounded::Kind::Operator);
             }
         }
     }
     // A server that takes this user without TLS only.
     let mut only_plain = config(own.server(), "postgres", "m").database;
     only_plain.user = "plain".into();
-    let runtime = database::runtime().unwrap();
+    let runtime = bounded::runtime().unwrap();
     runtime
         .block_on(Link::open(&only_plain, &Bounds::default()))
         .unwrap();
@@ -917,7 +917,7 @@ fn tables_are_made_once_by_many_at_the_same_time() {
             let (config, ready) = (db.config().database, std::sync::Arc::clone(&makers_ready));
             thread::spawn(move || {
                 let bounds = Bounds::default();
-                database::runtime().unwrap().block_on(async {
+                bounded::runtime().unwrap().block_on(async {
                     let link = Link::open(&config, &bounds).await?;
                     ready.wait();
                     catalogue::make(&link.client, &bounds, &config.table, catalogue::today()).await
@@ -953,7 +953,7 @@ fn the_printed_sql_makes_the_same_tables_and_can_be_repeated() {
     let mut by_init = Database::new();
     by_init.store().open().unwrap();
     let mut by_print = Database::new();
-    let sql = tables::script(&by_print.config().database.table, catalogue::today());
+    let sql = schema::script(&by_print.config().database.table, catalogue::today());
     by_print.execute(&sql);
     by_print.execute(&sql);
     let describe = "SELECT concat_ws(' ', c.relname, c.relkind, a.attname, a.atttypid::regtype, a.attnotnull, \
@@ -1008,7 +1008,7 @@ fn bring_up(fresh: &mut Database, version: &str, schema: &str) {
         .collect();
     makers.into_iter().for_each(|maker| maker.join().unwrap());
 
-    assert_eq!(db.one(VERSIONS), tables::SCHEMA_VERSION.to_string());
+    assert_eq!(db.one(VERSIONS), schema::SCHEMA_VERSION.to_string());
     // The same as made anew: comments, views, and the indexes of the whole table, each valid.
     let describe = "SELECT concat_ws(' ', c.relname, c.relkind, a.attname, a.atttypid::regtype, a.attnotnull, i.indisvalid, \
                     obj_description(c.oid), CASE c.relkind WHEN 'v' THEN pg_get_viewdef(c.oid) \
@@ -1057,7 +1057,7 @@ fn a_busy_day_delays_what_a_version_adds_and_not_its_writers_or_the_consumer() {
     assert_eq!(db.one(VERSIONS), "1");
     db.execute("COMMIT");
     store.maintain(at_day(catalogue::today(), 0)).unwrap();
-    assert_eq!(db.one(VERSIONS), tables::SCHEMA_VERSION.to_string());
+    assert_eq!(db.one(VERSIONS), schema::SCHEMA_VERSION.to_string());
     assert_eq!(db.count("host_metrics"), 2);
 }
 
@@ -1086,7 +1086,7 @@ fn what_a_newer_version_made_is_left_alone() {
     db.execute(&format!(
         "COMMENT ON TABLE host_metrics IS 'host-metrics schema {}: rows'; DROP VIEW host_metrics_incidents; \
          ALTER TABLE host_metrics ADD COLUMN of_the_future text",
-        tables::SCHEMA_VERSION + 1
+        schema::SCHEMA_VERSION + 1
     ));
     let catalogue = "SELECT string_agg(concat_ws(' ', oid, xmin, relname), ',' ORDER BY oid) FROM pg_class \
                      WHERE relnamespace = 'public'::regnamespace";

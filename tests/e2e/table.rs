@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use host_metrics::demo::postgres::ThrowAwayPostgres;
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
 use postgres::{Client, NoTls};
 
 use crate::agent::Agent;

@@ -3,12 +3,12 @@
 use std::thread;
 use std::time::Duration;
 
+use host_metrics::commands::init;
 use host_metrics::consume::batch::Batch;
-use host_metrics::consume::catalogue;
 use host_metrics::consume::store::Flushed;
-use host_metrics::consume::sums::{self, Pass, Sums, Within};
-use host_metrics::consume::tables::Day;
-use host_metrics::init;
+use host_metrics::tables::catalogue;
+use host_metrics::tables::schema::Day;
+use host_metrics::tables::sums::{self, Pass, Sums, Within};
 
 use crate::database::Database;
 use crate::scratch;

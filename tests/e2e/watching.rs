@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use host_metrics::demo::postgres::{ThrowAwayPostgres, free_port};
+use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Variables};

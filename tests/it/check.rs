@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use host_metrics::check::fault::NameError;
+use host_metrics::check::http::{Checker, Checks};
+use host_metrics::check::outcome::{Observation, Outcome};
+use host_metrics::check::resolver::Names;
+use host_metrics::check::target::{IpFamily, Method, StatusSet, Target};
 use host_metrics::config::CheckConfig;
-use host_metrics::produce::check::resolver::{NameError, Names};
-use host_metrics::produce::check::{Checker, Checks};
-use host_metrics::produce::outcome::{Observation, Outcome};
-use host_metrics::produce::target::{IpFamily, Method, StatusSet, Target};
 use host_metrics::sample::Timestamp;
 use regex::Regex;
 use rustls::server::WebPkiClientVerifier;

@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
 use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, KafkaConfig, KafkaSecurity, TableName};
 use host_metrics::consume::batch::{NextOffset, Partition};
 use host_metrics::consume::ingest::{Event, Extent};
 use host_metrics::consume::source::Source;
 use host_metrics::consume::{self, Counters};
-use host_metrics::demo::postgres::ThrowAwayPostgres;
 use host_metrics::shutdown::{STOP_WITHIN, Shutdown};
 use rdkafka::ClientConfig;
 use rdkafka::mocking::MockCluster;

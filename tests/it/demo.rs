@@ -2,7 +2,7 @@
 
 use std::net::TcpStream;
 
-use host_metrics::demo::postgres::{Settings, ThrowAwayPostgres};
+use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use postgres::{Client, NoTls};
 
 fn connect(server: &ThrowAwayPostgres) -> Client {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use host_metrics::check::target::{IpFamily, Method, StatusSet, Target};
 use host_metrics::produce::host_file::{parse, target};
-use host_metrics::produce::target::{IpFamily, Method, StatusSet, Target};
 use proptest::prelude::*;
 
 fn hosts(text: &str) -> Vec<Target> {

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
 
-use host_metrics::produce::target::IpFamily;
+use host_metrics::check::target::IpFamily;
 use host_metrics::sample;
 
 use crate::child;

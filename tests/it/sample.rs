@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use host_metrics::produce::outcome::{Observation, Outcome, Phases, Stamp, stamp};
-use host_metrics::produce::target::{Method, Target};
+use host_metrics::check::outcome::{Observation, Outcome, Phases, Stamp, stamp};
+use host_metrics::check::target::{Method, Target};
 use host_metrics::sample::{Field, MAX_ADDRESS_BYTES, Sample, Timestamp, TimestampError, decode, encode};
 use proptest::prelude::*;
 use serde_json::Value;

@@ -3,9 +3,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
+use host_metrics::commands::{init, status};
 use host_metrics::config::{self, StatusConfig, Variables};
-use host_metrics::demo::postgres::ThrowAwayPostgres;
-use host_metrics::{init, status};
 use postgres::{Client, NoTls};
 use rdkafka::ClientConfig;
 use rdkafka::mocking::MockCluster;

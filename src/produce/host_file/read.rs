@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::{HostFileError, parse};
-use crate::produce::target::Target;
+use crate::check::target::Target;
 
 /// A million hosts of 60 bytes; what is longer is no host file.
 const MAX_HOST_FILE_BYTES: u64 = 64 << 20;

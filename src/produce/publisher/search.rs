@@ -14,8 +14,8 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::{ClientContext, Message, Offset, TopicPartitionList};
 
 use super::Record;
+use crate::clock::instant_now;
 use crate::config::KafkaConfig;
-use crate::produce::clock::instant_now;
 
 /// How long one question to Kafka may take: the publisher's thread does nothing else meanwhile. There are two of them.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);

@@ -1,0 +1,349 @@
+//! One HTTP check: name, connect, TLS, request, redirects, body, regex, each phase timed and each failure named.
+//!
+//! Owns ureq and rustls, and the judgement. Total: whatever happens is an [`Observation`]. Scheduling and stamping are
+//! the caller's. Every connection is fresh, and every request is sent once.
+//!
+//! ureq speaks HTTP; what it would do for a client that wants an answer, and not the truth, is done here instead: names
+//! (`resolver`), connections (`transport`), TLS (`tls`), codings (`body`), redirects. `progress` is what those parts have
+//! seen, `fault` names what went wrong.
+
+mod body;
+mod head;
+mod transport;
+
+use std::time::Instant;
+
+use anyhow::Context;
+use ureq::http::header::{ACCEPT, ACCEPT_ENCODING, CONNECTION, LOCATION, USER_AGENT};
+use ureq::http::{HeaderMap, HeaderValue, Request, Response};
+use ureq::{Agent, Body};
+use url::Url;
+
+use crate::check::fault::classify;
+use crate::check::outcome::{Observation, Outcome};
+use crate::check::progress::{Phase, SharedProgress, add, now};
+use crate::check::resolver::{CheckResolver, Lookup, Names};
+use crate::check::target::{Method, Target};
+use crate::check::tls::Trust;
+use crate::config::CheckConfig;
+use body::End;
+use transport::CheckConnector;
+
+/// Room for a request's longest header line beside its URL and User-Agent: `Host:` with a name of 253 bytes.
+const REQUEST_LINE_BYTES: usize = 1024;
+
+/// What all checks of a process share: trust anchors, the resolver's threads, the settings. Cheap to clone.
+#[derive(Clone)]
+pub struct Checks {
+    names: Names,
+    trust: Trust,
+    user_agent: HeaderValue,
+    max_body_bytes: u64,
+}
+
+impl Checks {
+    /// # Errors
+    /// CHECK_CA_FILE or USER_AGENT cannot be used. A machine without trust anchors is only warned about.
+    pub fn new(config: &CheckConfig) -> anyhow::Result<Self> {
+        Self::with_names(config, Names::of_the_system(config.max_threads))
+    }
+
+    /// As [`Checks::new`], with another source of names than the system's.
+    ///
+    /// # Errors
+    /// As [`Checks::new`].
+    pub fn with_lookup(config: &CheckConfig, lookup: Box<Lookup>) -> anyhow::Result<Self> {
+        Self::with_names(config, Names::new(lookup, config.max_threads))
+    }
+
+    fn with_names(config: &CheckConfig, names: Names) -> anyhow::Result<Self> {
+        let user_agent = HeaderValue::from_bytes(config.user_agent.as_bytes())
+            .context("USER_AGENT: one line without control characters is expected")?;
+        let checks = Self {
+            names,
+            trust: Trust::load(config.ca_file.as_deref())?,
+            user_agent,
+            max_body_bytes: config.max_body_bytes,
+        };
+        Ok(checks)
+    }
+
+    /// A checker for one thread: an agent shared by threads walks the list of all connections in flight at every connect.
+    pub fn checker(&self) -> Checker {
+        let progress = SharedProgress::new();
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .proxy(None)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .max_response_header_size(transport::MAX_HEAD_BYTES)
+            .max_idle_connections(0)
+            .build();
+        let connector = CheckConnector {
+            tls: self.trust.client_config(progress.clone()),
+            progress: progress.clone(),
+            longest_line_bytes: REQUEST_LINE_BYTES + self.user_agent.len(),
+        };
+        let resolver = CheckResolver {
+            names: self.names.clone(),
+            progress: progress.clone(),
+        };
+        Checker {
+            agent: Agent::with_parts(config, connector, resolver),
+            progress,
+            user_agent: self.user_agent.clone(),
+            max_body_bytes: self.max_body_bytes,
+        }
+    }
+}
+
+pub struct Checker {
+    agent: Agent,
+    progress: SharedProgress,
+    user_agent: HeaderValue,
+    max_body_bytes: u64,
+}
+
+impl Checker {
+    /// Checks `target` once, over fresh connections, and returns at `deadline` at the latest (plus the granularity of
+    /// the kernel's socket timeouts: 3 % of what was left when the wait began).
+    pub fn check(&mut self, target: &Target, deadline: Instant) -> Observation {
+        let started_at = now();
+        self.progress
+            .begin_check(deadline, target.ip_family, target.tls_insecure);
+        let mut observation = Observation {
+            outcome: Outcome::Ok,
+            error: None,
+            latency: None,
+            status_code: None,
+            regex_matched: None,
+            phases: Default::default(),
+            ip: None,
+            redirects: None,
+            body_bytes: None,
+            cert_expires_at: None,
+        };
+        match self.final_response(target, &mut observation) {
+            Ok(mut response) => {
+                observation.latency = Some(now() - started_at);
+                self.judge(target, &mut response, &mut observation);
+            }
+            Err(Failure::Exchange(error)) => {
+                let (outcome, text) = classify(&error, &self.progress.lock());
+                fail(&mut observation, outcome, text);
+            }
+            Err(Failure::Redirect(outcome, text)) => {
+                observation.latency = Some(now() - started_at);
+                fail(&mut observation, outcome, text);
+            }
+        }
+        let seen = self.progress.lock();
+        observation.phases = seen.phases;
+        observation.ip = seen.ip;
+        observation.cert_expires_at = seen.cert_expires_at;
+        observation
+    }
+
+    /// Requests the target's URL and follows redirects to the response that is the answer.
+    fn final_response(
+        &self,
+        target: &Target,
+        observation: &mut Observation,
+    ) -> Result<Response<Body>, Failure> {
+        let mut url = target.url.clone();
+        let mut followed = 0;
+        loop {
+            let response = self.request(target, &url)?;
+            observation.redirects = Some(followed);
+            let status = response.status().as_u16();
+            if !is_followed(target, status) {
+                observation.status_code = Some(status);
+                return Ok(response);
+            }
+            if followed == target.follow {
+                observation.status_code = Some(status);
+                let plural = if followed == 1 { "" } else { "s" };
+                let text = format!("more than {followed} redirect{plural}");
+                return Err(Failure::Redirect(Outcome::TooManyRedirects, text));
+            }
+            url = next_url(&url, response.headers()).map_err(|cause| {
+                observation.status_code = Some(status);
+                Failure::Redirect(
+                    Outcome::ProtocolError,
+                    format!("redirect (status {status}) {cause}"),
+                )
+            })?;
+            followed += 1;
+            observation.redirects = Some(followed);
+        }
+    }
+
+    /// One request over one connection, up to the response's headers.
+    fn request(&self, target: &Target, url: &Url) -> Result<Response<Body>, ureq::Error> {
+        let (method, accepted) = match (target.method, &target.regex) {
+            (Method::Get, Some(_)) => ("GET", body::ACCEPTED_CODINGS),
+            (Method::Get, None) => ("GET", "identity"),
+            (Method::Head, _) => ("HEAD", "identity"),
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri(url.as_str())
+            .header(USER_AGENT, &self.user_agent)
+            .header(ACCEPT, HeaderValue::from_static("*/*"))
+            .header(ACCEPT_ENCODING, HeaderValue::from_static(accepted))
+            .header(CONNECTION, HeaderValue::from_static("close"))
+            .body(())?;
+        self.progress.lock().begin_request();
+        let result = self.agent.run(request);
+        self.progress.lock().response_ended(result.is_ok());
+        result
+    }
+
+    /// Status, then body: a bad status stays the outcome whatever becomes of the body, which is read all the same, for
+    /// `regex_matched`.
+    fn judge(&self, target: &Target, response: &mut Response<Body>, observation: &mut Observation) {
+        let status = response.status().as_u16();
+        let is_good = target.is_good_status(status);
+        if !is_good {
+            fail(observation, Outcome::BadStatus, format!("status {status}"));
+        }
+        let Some(regex) = &target.regex else { return };
+        if target.method == Method::Head || matches!(status, 100..=199 | 204 | 304) {
+            if is_good {
+                fail(
+                    observation,
+                    Outcome::RegexMismatch,
+                    format!("status {status} has no body"),
+                );
+            }
+            return;
+        }
+
+        let began_at = now();
+        self.progress.lock().phase = Phase::Body;
+        let mut bytes = Vec::new();
+        let result = body::read(response, self.max_body_bytes, &mut bytes);
+        add(&mut self.progress.lock().phases.body, now() - began_at);
+        observation.body_bytes = Some(bytes.len() as u64);
+
+        let failure = match result {
+            Err(error) => Some(classify(&error, &self.progress.lock())),
+            Ok(end) => {
+                let matched = regex.is_match(&body::text(response.headers(), &bytes));
+                observation.regex_matched = Some(matched);
+                match end {
+                    _ if matched => None,
+                    End::Complete => Some((Outcome::RegexMismatch, "the regex is not in the body".into())),
+                    End::Beyond => Some((
+                        Outcome::BodyTooLarge,
+                        format!(
+                            "the regex is not in the first {} bytes of the body",
+                            self.max_body_bytes
+                        ),
+                    )),
+                }
+            }
+        };
+        if let (true, Some((outcome, text))) = (is_good, failure) {
+            fail(observation, outcome, text);
+        }
+    }
+}
+
+/// Why there is no response to judge.
+enum Failure {
+    Exchange(ureq::Error),
+    /// A redirect that is not followed is the final response, and bad.
+    Redirect(Outcome, String),
+}
+
+impl From<ureq::Error> for Failure {
+    fn from(error: ureq::Error) -> Self {
+        Self::Exchange(error)
+    }
+}
+
+fn fail(observation: &mut Observation, outcome: Outcome, error: String) {
+    observation.outcome = outcome;
+    observation.error = Some(error);
+}
+
+/// Whether the status is a redirect that the target wants followed: `follow=0` makes it the answer, and so does its
+/// code in a written `status=`.
+fn is_followed(target: &Target, status: u16) -> bool {
+    matches!(status, 301 | 302 | 303 | 307 | 308)
+        && target.follow > 0
+        && !target
+            .status
+            .as_ref()
+            .is_some_and(|written| written.contains(status))
+}
+
+/// Where a redirect leads; credentials and fragment in it are dropped. The error goes on with "redirect …".
+fn next_url(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
+    let location = headers.get(LOCATION).ok_or("without a Location")?.as_bytes();
+    // Bytes above ASCII are UTF-8 in practice, and Latin-1 by the letter of older standards.
+    let location = match std::str::from_utf8(location) {
+        Ok(text) => text.to_owned(),
+        Err(_) => location.iter().map(|byte| char::from(*byte)).collect(),
+    };
+    let mut url = from
+        .join(&location)
+        .map_err(|error| format!("to a bad URL: {error}"))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(format!("to a URL of scheme {}", url.scheme()));
+    }
+    url.set_fragment(None);
+    // Neither fails for a URL with a host, which http and https always have.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ureq::http::header::HeaderName;
+
+    fn headers(name: HeaderName, value: &[u8]) -> HeaderMap {
+        HeaderMap::from_iter([(name, HeaderValue::from_bytes(value).unwrap())])
+    }
+
+    #[test]
+    fn a_location_is_resolved_as_a_browser_does_and_loses_credentials_and_fragment() {
+        let from = Url::parse("https://a.test/dir/page?q=1").unwrap();
+        let table: [(&[u8], &str); 11] = [
+            (b"/x", "https://a.test/x"),
+            (b"x", "https://a.test/dir/x"),
+            (b"../x?y=z", "https://a.test/x?y=z"),
+            (b"?y", "https://a.test/dir/page?y"),
+            (b"", "https://a.test/dir/page?q=1"),
+            (b"#top", "https://a.test/dir/page?q=1"),
+            (b"//b.test:8443/", "https://b.test:8443/"),
+            (b"http://user:secret@b.test/x#y", "http://b.test/x"),
+            ("/\u{fc}".as_bytes(), "https://a.test/%C3%BC"),
+            (b"/\xfc", "https://a.test/%C3%BC"),
+            (b"https://b\xc3\xbc.test", "https://xn--b-eha.test/"),
+        ];
+        for (location, expected) in table {
+            let next = next_url(&from, &headers(LOCATION, location));
+            assert_eq!(
+                next.as_ref().map(Url::as_str),
+                Ok(expected),
+                "{}",
+                location.escape_ascii()
+            );
+        }
+        for location in [
+            &b"ftp://b.test/"[..],
+            b"mailto:a@b.test",
+            b"http://",
+            b"http://[::1",
+            b"http://a:b:c/",
+        ] {
+            let next = next_url(&from, &headers(LOCATION, location));
+            assert!(next.is_err(), "{}: {next:?}", location.escape_ascii());
+        }
+        assert!(next_url(&from, &HeaderMap::new()).is_err());
+    }
+}

@@ -1,0 +1,331 @@
+//! Connections: TCP to the first address that accepts, TLS over it for https, and the buffers between it and ureq.
+//!
+//! Owns the sockets and their timeouts: every wait on a socket ends at the check's deadline, so ureq's own timeouts stay
+//! unset. One connection serves one request.
+
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
+
+use super::head::{self, Head};
+use crate::check::fault::{Fault, is_agents_own, is_unreachable};
+use crate::check::progress::{Phase, SharedProgress, add, now};
+use crate::check::resolver::bare;
+use crate::check::socket::{Socket, connect_one, is_cut, share};
+use crate::check::tls;
+
+/// The largest header block that is read; a larger one is a protocol error.
+pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
+
+/// What a connection starts with: most responses' headers fit, and hung checks, each holding one, stay cheap.
+const FIRST_INPUT_BYTES: usize = 4 * 1024;
+
+/// As far as the buffer grows for a body, which is taken out of it after every read.
+const BODY_INPUT_BYTES: usize = 16 * 1024;
+
+/// As far as it grows for headers, which stay in it until they are complete: with room to see that they are too large.
+const HEAD_INPUT_BYTES: usize = MAX_HEAD_BYTES + 4 * 1024;
+
+/// ureq's connector for one checker.
+pub(super) struct CheckConnector {
+    pub tls: Arc<ClientConfig>,
+    pub progress: SharedProgress,
+    /// The longest header line of a request, apart from its URL: the output buffer must hold it.
+    pub longest_line_bytes: usize,
+}
+
+impl std::fmt::Debug for CheckConnector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CheckConnector")
+    }
+}
+
+impl Connector<()> for CheckConnector {
+    type Out = Connection;
+
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        _chained: Option<()>,
+    ) -> Result<Option<Connection>, ureq::Error> {
+        let next_phase = if details.needs_tls() {
+            Phase::Tls
+        } else {
+            Phase::Response
+        };
+        let socket = self.connect_tcp(&details.addrs, next_phase).map_err(Fault::Io)?;
+        let stream = if details.needs_tls() {
+            let host = details.uri.host().unwrap_or_default();
+            Stream::Tls(Box::new(self.connect_tls(bare(host), socket).map_err(Fault::Io)?))
+        } else {
+            Stream::Plain(socket)
+        };
+        self.progress.lock().phase = Phase::Response;
+        let path_bytes = details.uri.path_and_query().map_or(1, |path| path.as_str().len());
+        Ok(Some(Connection {
+            stream,
+            buffers: InOut {
+                input: Vec::new(),
+                consumed: 0,
+                filled: 0,
+                stuck: false,
+                output: vec![0; self.longest_line_bytes + path_bytes],
+                progress: self.progress.clone(),
+            },
+            progress: self.progress.clone(),
+        }))
+    }
+}
+
+impl CheckConnector {
+    /// Tries the addresses in order, each within its share of the time left.
+    fn connect_tcp(&self, addresses: &[SocketAddr], next_phase: Phase) -> io::Result<Socket> {
+        let deadline = self.progress.lock().deadline;
+        let began_at = now();
+        let mut failure = None;
+        for (tried, address) in addresses.iter().enumerate() {
+            {
+                let mut progress = self.progress.lock();
+                progress.phase = Phase::Connect;
+                progress.peer = Some(*address);
+            }
+            let share = share(deadline.saturating_duration_since(now()), addresses.len() - tried);
+            match connect_one(*address, share) {
+                Ok(stream) => {
+                    self.connected(*address, began_at, next_phase);
+                    return Ok(Socket::new(stream, deadline));
+                }
+                // Not a refusal: the connection was made, and reset before this thread saw it. The word for that must
+                // not hang on who was faster.
+                Err(error) if is_cut(&error) => {
+                    self.connected(*address, began_at, next_phase);
+                    return Err(error);
+                }
+                // No other address would fare better.
+                Err(error) if is_agents_own(&error) => {
+                    failure = Some((*address, error));
+                    break;
+                }
+                // "No route" (often: no IPv6 here) tells less than what an address itself answered.
+                Err(error) if failure.is_none() || !is_unreachable(&error) => {
+                    failure = Some((*address, error))
+                }
+                Err(_) => {}
+            }
+        }
+        let mut progress = self.progress.lock();
+        add(&mut progress.phases.connect, now() - began_at);
+        let Some((address, error)) = failure else {
+            // The resolver returns no empty list.
+            return Err(io::ErrorKind::AddrNotAvailable.into());
+        };
+        progress.peer = Some(address);
+        Err(error)
+    }
+
+    fn connected(&self, address: SocketAddr, began_at: Instant, next_phase: Phase) {
+        let mut progress = self.progress.lock();
+        progress.phase = next_phase;
+        progress.ip = Some(address.ip());
+        add(&mut progress.phases.connect, now() - began_at);
+    }
+
+    fn connect_tls(&self, host: &str, socket: Socket) -> io::Result<StreamOwned<ClientConnection, Socket>> {
+        let began_at = now();
+        let result = tls::handshake(&self.tls, host, socket);
+        add(&mut self.progress.lock().phases.tls, now() - began_at);
+        result
+    }
+}
+
+enum Stream {
+    Plain(Socket),
+    Tls(Box<StreamOwned<ClientConnection, Socket>>),
+}
+
+impl Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.read(into),
+            Self::Tls(stream) => match stream.read(into) {
+                Err(error) if error.kind() != io::ErrorKind::UnexpectedEof && is_cut(&error) => {
+                    if let Some(alert) = tls::last_word(&mut stream.conn, &mut stream.sock) {
+                        return Err(alert);
+                    }
+                    match stream.conn.reader().read(into) {
+                        Ok(count) if count > 0 => Ok(count),
+                        _ => Err(error),
+                    }
+                }
+                result => result,
+            },
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => socket.write_all(bytes),
+            Self::Tls(stream) => stream.write_all(bytes),
+        }
+    }
+}
+
+/// One connection as ureq sees it.
+pub(super) struct Connection {
+    stream: Stream,
+    buffers: InOut,
+    progress: SharedProgress,
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Connection")
+    }
+}
+
+impl Transport for Connection {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, _timeout: NextTimeout) -> Result<(), ureq::Error> {
+        match self.stream.write_all(&self.buffers.output[..amount]) {
+            Ok(()) => {}
+            // The server may have answered before it closed (a refusal, a TLS alert): reading tells what it was.
+            Err(error) if is_cut(&error) => {}
+            Err(error) => return Err(Fault::Io(error).into()),
+        }
+        self.progress.lock().request_sent();
+        Ok(())
+    }
+
+    fn await_input(&mut self, _timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        let mut held_back = false;
+        loop {
+            let space = self.buffers.input_append_buf();
+            if space.is_empty() {
+                return Ok(false);
+            }
+            let count = match self.stream.read(space) {
+                Ok(count) => count,
+                Err(error) => {
+                    self.progress.lock().closed_by_peer |= is_cut(&error);
+                    // As a fault of ours: ureq takes a plain reset for the end of a body without a length.
+                    return Err(Fault::Io(error).into());
+                }
+            };
+            if count == 0 {
+                self.progress.lock().closed_by_peer = true;
+                return match held_back {
+                    true => Err(Fault::Io(io::ErrorKind::UnexpectedEof.into()).into()),
+                    false => Ok(false),
+                };
+            }
+            self.buffers.input_appended(count);
+            let in_head = {
+                let mut progress = self.progress.lock();
+                progress.bytes_came();
+                progress.phase == Phase::Response
+            };
+            if !in_head {
+                return Ok(true);
+            }
+            match head::look(self.buffers.input()) {
+                Head::Fits => return Ok(true),
+                Head::Whole(bytes) if bytes <= MAX_HEAD_BYTES => {
+                    self.buffers.thin_head(bytes);
+                    return Ok(true);
+                }
+                Head::Unfinished if self.buffers.input().len() <= MAX_HEAD_BYTES => held_back = true,
+                Head::Whole(_) | Head::Unfinished => {
+                    return Err(ureq::Error::LargeResponseHeader(
+                        self.buffers.input().len(),
+                        MAX_HEAD_BYTES,
+                    ));
+                }
+            }
+        }
+    }
+
+    fn is_open(&mut self) -> bool {
+        false
+    }
+
+    fn is_tls(&self) -> bool {
+        matches!(self.stream, Stream::Tls(_))
+    }
+}
+
+/// ureq's buffers, small until they need to be large.
+struct InOut {
+    input: Vec<u8>,
+    consumed: usize,
+    filled: usize,
+    /// The input there is could not be used: more is needed.
+    stuck: bool,
+    output: Vec<u8>,
+    progress: SharedProgress,
+}
+
+impl InOut {
+    /// Replaces the head, this many bytes at the start of the input, by what is read of it.
+    fn thin_head(&mut self, bytes: usize) {
+        let end = self.consumed + bytes;
+        let thin = head::thinned(&self.input[self.consumed..end]);
+        self.consumed = end - thin.len();
+        self.input[self.consumed..end].copy_from_slice(&thin);
+    }
+}
+
+impl Buffers for InOut {
+    fn output(&mut self) -> &mut [u8] {
+        &mut self.output
+    }
+
+    fn input(&self) -> &[u8] {
+        &self.input[self.consumed..self.filled]
+    }
+
+    fn input_append_buf(&mut self) -> &mut [u8] {
+        if self.filled == self.input.len() {
+            let kept = self.filled - self.consumed;
+            let limit = if kept == 0 {
+                BODY_INPUT_BYTES
+            } else {
+                HEAD_INPUT_BYTES
+            };
+            self.input.copy_within(self.consumed..self.filled, 0);
+            (self.consumed, self.filled) = (0, kept);
+            let larger = (self.input.len() * 2).clamp(FIRST_INPUT_BYTES, limit);
+            if larger > self.input.len() {
+                self.input.resize(larger, 0);
+            }
+        }
+        &mut self.input[self.filled..]
+    }
+
+    fn input_appended(&mut self, amount: usize) {
+        self.filled += amount;
+    }
+
+    fn input_consume(&mut self, amount: usize) {
+        self.consumed += amount;
+        self.stuck = amount == 0;
+        if amount > 0 {
+            self.progress.lock().head_read(self.consumed < self.filled);
+        }
+    }
+
+    /// Only for sending request bodies, which a check has not.
+    fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
+        (&mut [], &mut self.output)
+    }
+
+    fn can_use_input(&self) -> bool {
+        self.consumed < self.filled && !self.stuck
+    }
+}

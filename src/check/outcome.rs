@@ -1,0 +1,430 @@
+//! What a check found: the closed set of outcomes, what was observed on the way, and the stamping into a sample.
+//!
+//! Pure. `check` makes observations, `pool` and `schedule` make the ones for ticks that were not checked.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::check::target::Target;
+use crate::sample::{Sample, Timestamp};
+
+/// The closed set; its words are the record's `outcome`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    Ok,
+    BadStatus,
+    RegexMismatch,
+    BodyTooLarge,
+    DnsNotFound,
+    DnsError,
+    DnsTimeout,
+    ConnectRefused,
+    ConnectUnreachable,
+    ConnectTimeout,
+    ConnectError,
+    TlsCertExpired,
+    TlsCertName,
+    TlsCertUntrusted,
+    TlsError,
+    TlsTimeout,
+    ResponseTimeout,
+    BodyTimeout,
+    ConnectionClosed,
+    ProtocolError,
+    TooManyRedirects,
+    AgentError,
+    Missed,
+}
+
+impl Outcome {
+    pub const ALL: [Self; 23] = [
+        Self::Ok,
+        Self::BadStatus,
+        Self::RegexMismatch,
+        Self::BodyTooLarge,
+        Self::DnsNotFound,
+        Self::DnsError,
+        Self::DnsTimeout,
+        Self::ConnectRefused,
+        Self::ConnectUnreachable,
+        Self::ConnectTimeout,
+        Self::ConnectError,
+        Self::TlsCertExpired,
+        Self::TlsCertName,
+        Self::TlsCertUntrusted,
+        Self::TlsError,
+        Self::TlsTimeout,
+        Self::ResponseTimeout,
+        Self::BodyTimeout,
+        Self::ConnectionClosed,
+        Self::ProtocolError,
+        Self::TooManyRedirects,
+        Self::AgentError,
+        Self::Missed,
+    ];
+
+    /// The record's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::BadStatus => "bad_status",
+            Self::RegexMismatch => "regex_mismatch",
+            Self::BodyTooLarge => "body_too_large",
+            Self::DnsNotFound => "dns_not_found",
+            Self::DnsError => "dns_error",
+            Self::DnsTimeout => "dns_timeout",
+            Self::ConnectRefused => "connect_refused",
+            Self::ConnectUnreachable => "connect_unreachable",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::ConnectError => "connect_error",
+            Self::TlsCertExpired => "tls_cert_expired",
+            Self::TlsCertName => "tls_cert_name",
+            Self::TlsCertUntrusted => "tls_cert_untrusted",
+            Self::TlsError => "tls_error",
+            Self::TlsTimeout => "tls_timeout",
+            Self::ResponseTimeout => "response_timeout",
+            Self::BodyTimeout => "body_timeout",
+            Self::ConnectionClosed => "connection_closed",
+            Self::ProtocolError => "protocol_error",
+            Self::TooManyRedirects => "too_many_redirects",
+            Self::AgentError => "agent_error",
+            Self::Missed => "missed",
+        }
+    }
+}
+
+/// Time spent per phase, summed over redirects; a phase not reached or not there is `None`, never zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Phases {
+    pub dns: Option<Duration>,
+    pub connect: Option<Duration>,
+    pub tls: Option<Duration>,
+    /// From the request sent to the first byte of the response (interim ones not counted).
+    pub ttfb: Option<Duration>,
+    pub body: Option<Duration>,
+}
+
+/// What one check saw. A failed check is an observation, not an error.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Observation {
+    pub outcome: Outcome,
+    /// The cause for a person; `None` exactly with [`Outcome::Ok`]. [`stamp`] makes it one clean line.
+    pub error: Option<String>,
+    /// Start of the check to the final response's headers.
+    pub latency: Option<Duration>,
+    pub status_code: Option<u16>,
+    pub regex_matched: Option<bool>,
+    pub phases: Phases,
+    pub ip: Option<IpAddr>,
+    pub redirects: Option<u32>,
+    pub body_bytes: Option<u64>,
+    pub cert_expires_at: Option<Timestamp>,
+}
+
+impl Observation {
+    /// A check that saw nothing but the cause of its failure.
+    pub fn failed(outcome: Outcome, error: impl Into<String>) -> Self {
+        Self {
+            outcome,
+            error: Some(error.into()),
+            latency: None,
+            status_code: None,
+            regex_matched: None,
+            phases: Phases::default(),
+            ip: None,
+            redirects: None,
+            body_bytes: None,
+            cert_expires_at: None,
+        }
+    }
+}
+
+/// When and by whom a check was made.
+#[derive(Clone, Copy, Debug)]
+pub struct Stamp<'a> {
+    pub scheduled_at: Timestamp,
+    /// `None`: the check did not begin.
+    pub started_at: Option<Timestamp>,
+    /// `None` in the `check` command.
+    pub interval: Option<Duration>,
+    pub agent: &'a str,
+}
+
+/// The longest `error` of a record.
+pub const MAX_ERROR_CHARS: usize = 200;
+
+/// Makes the sample of an observation: its word, its durations in seconds rounded to microseconds, numbers cut to what
+/// the record's types hold, and an `error` that is one line, without control characters, of [`MAX_ERROR_CHARS`] at most,
+/// null with [`Outcome::Ok`] and only then (without a cause it is the outcome's word).
+pub fn stamp<'a>(target: &'a Target, observation: Observation, stamp: Stamp<'a>) -> Sample<'a> {
+    let Observation {
+        outcome,
+        error,
+        latency,
+        status_code,
+        regex_matched,
+        phases,
+        ip,
+        redirects,
+        body_bytes,
+        cert_expires_at,
+    } = observation;
+    let error = match outcome {
+        Outcome::Ok => None,
+        _ => Some(match one_line(&error.unwrap_or_default()) {
+            line if line.is_empty() => Cow::Borrowed(outcome.as_str()),
+            line => Cow::Owned(line),
+        }),
+    };
+    Sample {
+        address: Cow::Borrowed(&target.address),
+        latency: latency.map(seconds),
+        status_code: status_code.map(|code| i16::try_from(code).unwrap_or(i16::MAX)),
+        is_valid: outcome == Outcome::Ok,
+        outcome: Some(Cow::Borrowed(outcome.as_str())),
+        error,
+        scheduled_at: Some(stamp.scheduled_at),
+        started_at: stamp.started_at,
+        interval_seconds: stamp.interval.map(seconds),
+        regex_matched,
+        dns_seconds: phases.dns.map(seconds),
+        connect_seconds: phases.connect.map(seconds),
+        tls_seconds: phases.tls.map(seconds),
+        ttfb_seconds: phases.ttfb.map(seconds),
+        body_seconds: phases.body.map(seconds),
+        ip,
+        redirects: redirects.map(|count| i32::try_from(count).unwrap_or(i32::MAX)),
+        body_bytes: body_bytes.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+        cert_expires_at,
+        agent: Some(Cow::Borrowed(stamp.agent)),
+    }
+}
+
+/// Rounded to the nearest microsecond.
+fn seconds(duration: Duration) -> f64 {
+    let micros = (duration.as_nanos() + 500) / 1_000;
+    micros as f64 / 1e6
+}
+
+/// The words of a text, parted by one space each, cut with an ellipsis. Control characters part words like white space
+/// does (line separators among it); bytes that a remote host sent reach people's terminals through here.
+fn one_line(text: &str) -> String {
+    let mut line = String::new();
+    let mut chars = 0;
+    let words = text.split(|char: char| char.is_whitespace() || char.is_control());
+    for word in words.filter(|word| !word.is_empty()) {
+        let space = if line.is_empty() { "" } else { " " };
+        for char in space.chars().chain(word.chars()) {
+            if chars == MAX_ERROR_CHARS {
+                // The last character that went in makes room for the ellipsis.
+                line.pop();
+                line.push('…');
+                return line;
+            }
+            line.push(char);
+            chars += 1;
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::check::target::Method;
+
+    fn target() -> Target {
+        Target {
+            address: "example.com".to_owned(),
+            url: "https://example.com/".parse().unwrap(),
+            interval: Duration::from_secs(30),
+            timeout: None,
+            status: None,
+            method: Method::Get,
+            follow: 10,
+            topic: None,
+            ip_family: None,
+            tls_insecure: false,
+            regex: None,
+        }
+    }
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn stamped<'a>(target: &'a Target, observation: Observation) -> Sample<'a> {
+        let when = Stamp {
+            scheduled_at: at("2026-03-01T10:00:00Z"),
+            started_at: Some(at("2026-03-01T10:00:00.000113Z")),
+            interval: Some(target.interval),
+            agent: "fra-1",
+        };
+        stamp(target, observation, when)
+    }
+
+    fn stamped_error(outcome: Outcome, error: &str) -> Option<String> {
+        stamped(&target(), Observation::failed(outcome, error))
+            .error
+            .map(Cow::into_owned)
+    }
+
+    #[test]
+    fn everything_observed_is_in_the_sample() {
+        let observation = Observation {
+            outcome: Outcome::Ok,
+            error: None,
+            latency: Some(Duration::from_micros(131_482)),
+            status_code: Some(200),
+            regex_matched: Some(true),
+            phases: Phases {
+                dns: Some(Duration::from_millis(1)),
+                connect: Some(Duration::from_millis(2)),
+                tls: Some(Duration::from_millis(3)),
+                ttfb: Some(Duration::from_millis(4)),
+                body: Some(Duration::from_millis(5)),
+            },
+            ip: Some("203.0.113.7".parse().unwrap()),
+            redirects: Some(1),
+            body_bytes: Some(18_231),
+            cert_expires_at: Some(at("2026-05-30T23:59:59Z")),
+        };
+        let expected = Sample {
+            address: "example.com".into(),
+            latency: Some(0.131_482),
+            status_code: Some(200),
+            is_valid: true,
+            outcome: Some("ok".into()),
+            error: None,
+            scheduled_at: Some(at("2026-03-01T10:00:00Z")),
+            started_at: Some(at("2026-03-01T10:00:00.000113Z")),
+            interval_seconds: Some(30.0),
+            regex_matched: Some(true),
+            dns_seconds: Some(0.001),
+            connect_seconds: Some(0.002),
+            tls_seconds: Some(0.003),
+            ttfb_seconds: Some(0.004),
+            body_seconds: Some(0.005),
+            ip: Some("203.0.113.7".parse().unwrap()),
+            redirects: Some(1),
+            body_bytes: Some(18_231),
+            cert_expires_at: Some(at("2026-05-30T23:59:59Z")),
+            agent: Some("fra-1".into()),
+        };
+        assert_eq!(stamped(&target(), observation), expected);
+    }
+
+    #[test]
+    fn a_check_that_did_not_begin_has_its_tick_and_its_cause_only() {
+        let target = target();
+        let when = Stamp {
+            scheduled_at: at("2026-03-01T10:00:00Z"),
+            started_at: None,
+            interval: None,
+            agent: "",
+        };
+        let observation = Observation::failed(Outcome::Missed, "the check before it was still under way");
+        let expected = Sample {
+            address: "example.com".into(),
+            outcome: Some("missed".into()),
+            error: Some("the check before it was still under way".into()),
+            scheduled_at: Some(at("2026-03-01T10:00:00Z")),
+            agent: Some("".into()),
+            ..Sample::default()
+        };
+        assert_eq!(stamp(&target, observation, when), expected);
+    }
+
+    #[test]
+    fn valid_means_ok_and_whatever_is_not_ok_has_an_error() {
+        let words: HashSet<&str> = Outcome::ALL.iter().map(|outcome| outcome.as_str()).collect();
+        assert_eq!(words.len(), Outcome::ALL.len());
+        let target = target();
+        for outcome in Outcome::ALL {
+            for error in [None, Some(""), Some(" \r\n\0"), Some("the cause")] {
+                let observation = Observation {
+                    error: error.map(str::to_owned),
+                    ..Observation::failed(outcome, "")
+                };
+                let sample = stamped(&target, observation);
+                let expected = match (outcome, error) {
+                    (Outcome::Ok, _) => None,
+                    (_, Some("the cause")) => Some("the cause"),
+                    _ => Some(outcome.as_str()),
+                };
+                assert_eq!(sample.error.as_deref(), expected);
+                assert_eq!(sample.is_valid, outcome == Outcome::Ok);
+                assert_eq!(sample.outcome.as_deref(), Some(outcome.as_str()));
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_is_one_line_without_control_characters() {
+        for (error, expected) in [
+            ("as it is", "as it is"),
+            ("two\r\n\tlines\n", "two lines"),
+            ("  much   room  ", "much room"),
+            ("a\0b", "a b"),
+            ("\u{1b}[31mred\u{1b}[0m", "[31mred [0m"),
+            ("\u{7f}del\u{9b}csi", "del csi"),
+            ("line\u{2028}paragraph\u{2029}", "line paragraph"),
+            ("naïve “quotes” 🦀", "naïve “quotes” 🦀"),
+        ] {
+            assert_eq!(
+                stamped_error(Outcome::ProtocolError, error).as_deref(),
+                Some(expected),
+                "{error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_error_has_200_characters_at_most_the_ellipsis_among_them() {
+        let long = |error: String| stamped_error(Outcome::TlsError, &error).unwrap();
+        assert_eq!(long("é".repeat(200)), "é".repeat(200));
+        assert_eq!(long(format!("{}\n", "é".repeat(200))), "é".repeat(200));
+        assert_eq!(long("é".repeat(201)), format!("{}…", "é".repeat(199)));
+        assert_eq!(
+            long(format!("{} b", "a".repeat(199))),
+            format!("{}…", "a".repeat(199))
+        );
+        assert_eq!(
+            long(format!("{} b", "a".repeat(198))),
+            format!("{} b", "a".repeat(198))
+        );
+        assert_eq!(long("a b ".repeat(1_000_000)).chars().count(), 200);
+    }
+
+    #[test]
+    fn durations_are_rounded_to_microseconds() {
+        for (duration, expected) in [
+            (Duration::ZERO, 0.0),
+            (Duration::from_nanos(499), 0.0),
+            (Duration::from_nanos(500), 0.000_001),
+            (Duration::from_nanos(1_234_567_890), 1.234_568),
+            (Duration::from_secs(86_400 * 366), 31_622_400.0),
+        ] {
+            assert_eq!(seconds(duration), expected, "{duration:?}");
+        }
+        assert!(seconds(Duration::MAX).is_finite());
+    }
+
+    #[test]
+    fn numbers_beyond_the_records_types_are_cut_to_them() {
+        let target = target();
+        let observation = Observation {
+            status_code: Some(u16::MAX),
+            redirects: Some(u32::MAX),
+            body_bytes: Some(u64::MAX),
+            ..Observation::failed(Outcome::BadStatus, "")
+        };
+        let sample = stamped(&target, observation);
+        assert_eq!(sample.status_code, Some(i16::MAX));
+        assert_eq!(sample.redirects, Some(i32::MAX));
+        assert_eq!(sample.body_bytes, Some(i64::MAX));
+    }
+}

@@ -1,0 +1,207 @@
+//! TLS for one connection: rustls without resumption, and a verifier that also reads what it refuses.
+//!
+//! Owns the trust anchors. ureq's own TLS resumes sessions, and a resumed session hides a certificate that was swapped
+//! for a bad one: a checker must shake hands in full every time.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::crypto::WebPkiSupportedAlgorithms;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, OtherError, RootCertStore,
+    SignatureScheme, StreamOwned,
+};
+use x509_parser::certificate::X509CertificateParser;
+use x509_parser::nom::Parser;
+
+use super::progress::SharedProgress;
+use super::socket::{Socket, is_cut};
+use crate::sample::Timestamp;
+
+/// Whom the checks of a process trust, and their TLS settings. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Trust {
+    /// `None`: this machine has no trust anchors, so that no certificate can be trusted.
+    anchors: Option<Arc<WebPkiServerVerifier>>,
+    /// Everything but the verifier: as it stands it trusts nobody.
+    base: Arc<ClientConfig>,
+}
+
+impl Trust {
+    /// The system's trust anchors and those of CHECK_CA_FILE.
+    ///
+    /// # Errors
+    /// CHECK_CA_FILE cannot be used.
+    pub fn load(ca_file: Option<&Path>) -> anyhow::Result<Self> {
+        let mut roots = RootCertStore::empty();
+        let system = rustls_native_certs::load_native_certs();
+        for error in &system.errors {
+            log::warn!("trust anchors of this machine: {error}");
+        }
+        // Old anchors in formats that nobody accepts any more are common there, and no harm.
+        roots.add_parsable_certificates(system.certs);
+        if let Some(path) = ca_file {
+            add_file(&mut roots, path).with_context(|| format!("CHECK_CA_FILE {}", path.display()))?;
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let anchors = if roots.is_empty() {
+            log::warn!(
+                "this machine has no trusted CA certificates: every https check will fail as tls_cert_untrusted; \
+                 install the system's ca-certificates or set CHECK_CA_FILE"
+            );
+            None
+        } else {
+            Some(
+                WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                    .build()?,
+            )
+        };
+        let mut base = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        base.resumption = Resumption::disabled();
+        Ok(Self {
+            anchors,
+            base: Arc::new(base),
+        })
+    }
+
+    /// The settings of one checker's connections; its verifier tells `progress` what it sees.
+    pub fn client_config(&self, progress: SharedProgress) -> Arc<ClientConfig> {
+        let mut config = ClientConfig::clone(&self.base);
+        config.dangerous().set_certificate_verifier(Arc::new(Verifier {
+            trust: self.clone(),
+            progress,
+        }));
+        Arc::new(config)
+    }
+
+    fn algorithms(&self) -> &WebPkiSupportedAlgorithms {
+        &self.base.crypto_provider().signature_verification_algorithms
+    }
+}
+
+/// Shakes hands over a new connection, by the socket's deadline.
+pub(super) fn handshake(
+    config: &Arc<ClientConfig>,
+    host: &str,
+    mut socket: Socket,
+) -> io::Result<StreamOwned<ClientConnection, Socket>> {
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    let mut tls = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
+    if let Err(error) = tls.complete_io(&mut socket) {
+        let alert = is_cut(&error).then(|| last_word(&mut tls, &mut socket)).flatten();
+        return Err(alert.unwrap_or(error));
+    }
+    if tls.is_handshaking() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(StreamOwned::new(tls, socket))
+}
+
+/// Reads what is still there of a connection that could not be written to any more: the server may have said why in an
+/// alert before it closed.
+pub(super) fn last_word(tls: &mut ClientConnection, socket: &mut Socket) -> Option<io::Error> {
+    while matches!(tls.read_tls(socket), Ok(1..)) {
+        if let Err(error) = tls.process_new_packets() {
+            return Some(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+    }
+    None
+}
+
+fn add_file(roots: &mut RootCertStore, path: &Path) -> anyhow::Result<()> {
+    let mut found = 0;
+    for certificate in CertificateDer::pem_file_iter(path)? {
+        roots.add(certificate?)?;
+        found += 1;
+    }
+    anyhow::ensure!(found > 0, "holds no certificate (PEM is expected)");
+    Ok(())
+}
+
+/// There is nothing that a certificate could be verified against.
+#[derive(Debug, thiserror::Error)]
+#[error("this machine has no trusted CA certificates")]
+struct NoAnchors;
+
+struct Verifier {
+    trust: Trust,
+    progress: SharedProgress,
+}
+
+impl std::fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Verifier")
+    }
+}
+
+impl Verifier {
+    fn is_insecure(&self) -> bool {
+        self.progress.lock().tls_insecure
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.progress.lock().cert_expires_at = expires_at(leaf);
+        match &self.trust.anchors {
+            _ if self.is_insecure() => Ok(ServerCertVerified::assertion()),
+            Some(anchors) => anchors.verify_server_cert(leaf, intermediates, server_name, ocsp_response, now),
+            None => Err(CertificateError::Other(OtherError(Arc::new(NoAnchors))).into()),
+        }
+    }
+
+    // tls=insecure takes certificates that webpki cannot even read (X.509 v1, old keys), so it cannot check these either.
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        if self.is_insecure() {
+            return Ok(HandshakeSignatureValid::assertion());
+        }
+        rustls::crypto::verify_tls12_signature(message, cert, dss, self.trust.algorithms())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        if self.is_insecure() {
+            return Ok(HandshakeSignatureValid::assertion());
+        }
+        rustls::crypto::verify_tls13_signature(message, cert, dss, self.trust.algorithms())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.trust.algorithms().supported_schemes()
+    }
+}
+
+/// `notAfter` of a certificate; `None` where it cannot be read or lies outside what a record holds.
+fn expires_at(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
+    let (_, parsed) = X509CertificateParser::new()
+        .with_deep_parse_extensions(false)
+        .parse(certificate)
+        .ok()?;
+    let seconds = parsed.validity().not_after.timestamp();
+    Timestamp::from_unix_micros(seconds.checked_mul(1_000_000)?)
+}

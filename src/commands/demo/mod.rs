@@ -1,0 +1,557 @@
+//! `host-metrics demo`: the whole pipeline in one process on embedded parts.
+//!
+//! Owns the parts' order of starting and stopping, the live picture and the ledger. The agents are the real ones, each on a
+//! thread with a handle of its own to stop it; Kafka is librdkafka's in-process broker, Postgres a throw-away cluster.
+
+pub mod postgres;
+mod rows;
+mod screen;
+mod site;
+mod table;
+
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use log::LevelFilter;
+use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaResult;
+use rdkafka::mocking::MockCluster;
+
+use self::postgres::ThrowAwayPostgres;
+use self::rows::{Counted, Rows};
+use self::screen::{Notices, Screen};
+use self::site::SampleSite;
+use self::table::Totals;
+use crate::check::target::Target;
+use crate::config::{self, CheckConfig, ConsumeConfig, KafkaConfig, ProduceConfig, Variables};
+use crate::produce::counters::Counters;
+use crate::produce::{Rounds, host_file};
+use crate::shutdown::{Shutdown, Wake};
+use crate::terminal::cut;
+use crate::{consume, logging, produce};
+
+const TOPIC: &str = "host-metrics";
+const PARTITIONS: i32 = 4;
+
+/// How often the live table is drawn, and a line written where there is no terminal. With many rows the questions take
+/// longer; then their pause is at least [`PAUSE_PER_QUESTION`] times that.
+const DRAW_EVERY: Duration = Duration::from_millis(500);
+const LINE_EVERY: Duration = Duration::from_secs(3);
+const PAUSE_PER_QUESTION: u32 = 9;
+
+/// How long `consume` may take, once `produce` has stopped, to write what Kafka has.
+const CATCH_UP_WITHIN: Duration = Duration::from_secs(20);
+
+/// It is in this process: what takes longer hangs.
+const KAFKA_ANSWERS_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the command line and the variables say.
+pub struct Options<'a> {
+    pub check: CheckConfig,
+    /// The user's hosts and the file they stand in (`None`: standard input); otherwise the sample site's.
+    pub hosts: Option<(Vec<Target>, Option<&'a Path>)>,
+    /// `None`: until a stop is requested.
+    pub how_long: Option<Duration>,
+    pub log_level: LevelFilter,
+}
+
+/// Runs the demo; whether the ledger balances.
+///
+/// # Errors
+/// A part could not start or an agent could not go on: which and why.
+pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
+    let mut screen = Screen::new();
+    let notices = start_logging(options.log_level, &screen)?;
+    screen.print(
+        "host-metrics demo: checks hosts, sends every result through Kafka, stores each exactly once.\n",
+    )?;
+
+    let password = random_password()?;
+    let postgres = ThrowAwayPostgres::start_with(&postgres::Settings {
+        password: Some(password.clone()),
+        ..postgres::Settings::default()
+    })?;
+    let kafka = MockCluster::new(1).context("cannot start the in-process Kafka")?;
+    kafka
+        .create_topic(TOPIC, PARTITIONS, 1)
+        .context("cannot create the topic")?;
+    let ca_file = postgres.directory().join("sample-site-ca.pem");
+    let sample_file = postgres.directory().join("producer_config");
+    let (mut check, how_long) = (options.check, options.how_long);
+    let site;
+    let (targets, host_file) = match options.hosts {
+        Some(hosts) => hosts,
+        None => {
+            site = SampleSite::start(&ca_file).context("cannot start the sample site")?;
+            fs::write(&sample_file, site.host_file()).context("cannot write the host file")?;
+            check.ca_file = Some(ca_file);
+            let name = sample_file.display().to_string();
+            let targets = host_file::parse(&name, site.host_file().as_bytes())?;
+            (targets, Some(sample_file.as_path()))
+        }
+    };
+    let addresses: Vec<String> = targets.iter().map(|target| target.address.clone()).collect();
+    let (produce, consume) = configure(&kafka.bootstrap_servers(), &postgres, &password, check, &targets)?;
+    let mut rows = Rows::connect(&consume.database).context("cannot connect to Postgres")?;
+    screen.print(&introduction(&kafka.bootstrap_servers(), &postgres, host_file))?;
+    let pipeline = Pipeline::start(produce, consume, targets, host_file, shutdown)?;
+
+    let mut view = View {
+        screen,
+        rows: &mut rows,
+        addresses,
+        notices,
+        start: now(),
+    };
+    view.watch(how_long, shutdown, &pipeline.produce.stop)?;
+    view.screen
+        .print("\nStopping: the checks under way end, everything in hand is sent and stored ...")?;
+    let (ledger, ended) = pipeline.stop(view.rows)?;
+    view.finish(&ledger)?;
+    ended?;
+    Ok(ledger.balances())
+}
+
+fn start_logging(level: LevelFilter, screen: &Screen) -> anyhow::Result<Notices> {
+    // Only what is worth the reader's attention; a lower LOG_LEVEL wins.
+    let level = level.min(LevelFilter::Warn);
+    let notices = Notices::default();
+    if screen.is_terminal() && io::stderr().is_terminal() {
+        logging::start_to(level, notices.clone())?;
+    } else {
+        logging::start(level)?;
+    }
+    Ok(notices)
+}
+
+/// The machine may have other users.
+fn random_password() -> anyhow::Result<String> {
+    let mut bytes = [0; 12];
+    openssl::rand::rand_bytes(&mut bytes).context("no random bytes")?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The agents' configurations, made from variables as for the real ones.
+fn configure(
+    bootstrap_servers: &str,
+    postgres: &ThrowAwayPostgres,
+    password: &str,
+    check: CheckConfig,
+    targets: &[Target],
+) -> anyhow::Result<(ProduceConfig, ConsumeConfig)> {
+    let mut topics = vec![TOPIC];
+    topics.extend(targets.iter().filter_map(|target| target.topic.as_deref()));
+    topics.sort_unstable();
+    topics.dedup();
+    let (topics, port) = (topics.join(","), postgres.port().to_string());
+    let consume = config::consume(&Variables::from_pairs([
+        ("KAFKA_BOOTSTRAP_SERVERS", bootstrap_servers),
+        ("KAFKA_TOPIC", &topics),
+        ("DB_HOST", postgres.host()),
+        ("DB_PORT", &port),
+        ("DB_USER", postgres.superuser()),
+        ("DB_PASSWORD", password),
+        ("DB_NAME", postgres.database()),
+        ("DB_SSLMODE", "disable"),
+        // A reader of a live table should not wait for a second.
+        ("DB_BATCH_SECONDS", "0.2"),
+    ]))?;
+    let kafka: KafkaConfig = consume.kafka.clone();
+    let produce = ProduceConfig {
+        kafka,
+        topic: TOPIC.to_owned(),
+        check,
+        metrics_addr: None,
+    };
+    Ok((produce, consume))
+}
+
+fn introduction(bootstrap_servers: &str, postgres: &ThrowAwayPostgres, host_file: Option<&Path>) -> String {
+    let hosts = host_file.map_or_else(|| "standard input".to_owned(), |path| path.display().to_string());
+    format!(
+        "  hosts     {hosts}
+  Kafka     {bootstrap_servers}, in this process; topic {TOPIC}
+  Postgres  {}:{}, removed at the end. Look into it while this runs:
+
+    {psql} -c 'TABLE host_metrics_latest'
+    {psql} -c 'TABLE host_metrics_incidents'
+",
+        postgres.host(),
+        postgres.port(),
+        psql = postgres.psql_command(),
+    )
+}
+
+/// What a person sees of the running pipeline.
+struct View<'a> {
+    screen: Screen,
+    rows: &'a mut Rows,
+    addresses: Vec<String>,
+    notices: Notices,
+    start: Instant,
+}
+
+impl View<'_> {
+    /// Shows what the table says until the time is over or a stop is requested.
+    fn watch(
+        &mut self,
+        how_long: Option<Duration>,
+        shutdown: &Shutdown,
+        produce_stop: &Shutdown,
+    ) -> anyhow::Result<()> {
+        let end = how_long.and_then(|how_long| self.start.checked_add(how_long));
+        let every = if self.screen.is_terminal() {
+            DRAW_EVERY
+        } else {
+            LINE_EVERY
+        };
+        let mut next_look = self.start;
+        loop {
+            match shutdown.wait_until(end.map_or(next_look, |end| end.min(next_look))) {
+                Wake::Stop => return Ok(()),
+                Wake::Reload => {
+                    produce_stop.request_reload();
+                    continue;
+                }
+                Wake::Due if end.is_some_and(|end| now() >= end) => return Ok(()),
+                Wake::Due => {}
+            }
+            let asked_at = now();
+            self.show()?;
+            next_look = now() + every.max(asked_at.elapsed() * PAUSE_PER_QUESTION);
+        }
+    }
+
+    fn show(&mut self) -> anyhow::Result<()> {
+        let totals = self.totals()?;
+        let summary = table::summary(totals, self.start.elapsed());
+        if !self.screen.is_terminal() {
+            return Ok(self.screen.print(&summary)?);
+        }
+        let width = self.screen.width();
+        let mut picture = vec![cut(&summary, width), String::new()];
+        if totals.rows > 0 {
+            picture.extend(self.table()?);
+        } else {
+            picture.push("(the consumer joins its group: first rows in a few seconds)".to_owned());
+        }
+        if let Some(notice) = self.notices.newest(width) {
+            picture.extend([String::new(), notice]);
+        }
+        Ok(self.screen.draw(&picture)?)
+    }
+
+    fn totals(&mut self) -> anyhow::Result<Totals> {
+        let hosts = self.addresses.len();
+        if self.rows.are_there()? {
+            return Ok(self.rows.totals(hosts)?);
+        }
+        Ok(Totals {
+            hosts,
+            ..Totals::default()
+        })
+    }
+
+    /// The rows of the hosts that fit on the screen.
+    fn table(&mut self) -> anyhow::Result<Vec<String>> {
+        // The rest: the summary, a headline, blank lines, "more", a notice, and the cursor's line.
+        const OTHER_LINES: usize = 7;
+        let fitting = self.screen.height().saturating_sub(OTHER_LINES).max(1);
+        let shown: Vec<&str> = self.addresses.iter().take(fitting).map(String::as_str).collect();
+        let hosts = self.rows.hosts(&shown)?;
+        let mut lines = table::lines(&hosts, self.screen.width(), self.screen.is_terminal());
+        if shown.len() < self.addresses.len() {
+            lines.push(format!("... and {} more", self.addresses.len() - shown.len()));
+        }
+        Ok(lines)
+    }
+
+    fn finish(&mut self, ledger: &Ledger) -> anyhow::Result<()> {
+        let totals = self.totals()?;
+        if !self.screen.is_terminal() && totals.rows > 0 {
+            let summary = table::summary(totals, self.start.elapsed());
+            let table = self.table()?.join("\n");
+            self.screen.print(&format!("\n{summary}\n\n{table}"))?;
+        }
+        // What the agents had to say while the table stood in the way.
+        let (lines, more) = self.notices.all();
+        if more > 0 {
+            writeln!(io::stderr(), "... {more} lines before these")?;
+        }
+        for line in lines {
+            writeln!(io::stderr(), "{line}")?;
+        }
+        Ok(self.screen.print(&format!("\n{}", ledger.text()))?)
+    }
+}
+
+/// Both agents at work; dropped, they are stopped.
+struct Pipeline {
+    produce: Agent,
+    consume: Agent,
+    consume_config: ConsumeConfig,
+    counters: Arc<Counters>,
+}
+
+impl Pipeline {
+    fn start(
+        produce_config: ProduceConfig,
+        consume_config: ConsumeConfig,
+        targets: Vec<Target>,
+        host_file: Option<&Path>,
+        demo: &Shutdown,
+    ) -> anyhow::Result<Self> {
+        let config = consume_config.clone();
+        let consume = Agent::start("consume", demo, move |stop| consume::run(&config, stop))?;
+        let counters = Arc::new(Counters::default());
+        let (host_file, counted) = (host_file.map(Path::to_owned), Arc::clone(&counters));
+        let produce = Agent::start("produce", demo, move |stop| {
+            let host_file = host_file.as_deref();
+            produce::run_counted(
+                &produce_config,
+                targets,
+                host_file,
+                Rounds::Endless,
+                stop,
+                counted,
+            )
+        })?;
+        Ok(Self {
+            produce,
+            consume,
+            consume_config,
+            counters,
+        })
+    }
+
+    /// A clean stop from the source on, and the ledger of the run; then whether the agents ended well.
+    ///
+    /// # Errors
+    /// Kafka or Postgres could not be asked.
+    fn stop(mut self, rows: &mut Rows) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
+        let produced = self.produce.end();
+        let in_kafka = in_kafka(&self.consume_config).context("cannot ask Kafka how many records it has")?;
+        let counted = self.wait_for_rows(rows, in_kafka)?;
+        let consumed = self.consume.end();
+        let ledger = Ledger {
+            due: self.counters.ticks_due.load(Ordering::Relaxed),
+            acknowledged: self.counters.delivered(),
+            in_kafka,
+            counted,
+        };
+        Ok((ledger, produced.and(consumed)))
+    }
+
+    /// Waits until the table has what Kafka has, or gives up; what is there then.
+    fn wait_for_rows(&self, rows: &mut Rows, in_kafka: u64) -> anyhow::Result<Counted> {
+        let deadline = now() + CATCH_UP_WITHIN;
+        // Never requested: the wait is for the table, and the program's own handle may have been by now.
+        let pause = Shutdown::new();
+        loop {
+            let is_over = self.consume.has_ended() || now() >= deadline;
+            let counted = if rows.are_there()? {
+                rows.counted()?
+            } else {
+                Counted::default()
+            };
+            let stored = u64::try_from(counted.rows + counted.rejected).unwrap_or_default();
+            if stored >= in_kafka || is_over {
+                return Ok(counted);
+            }
+            pause.wait_until(now() + Duration::from_millis(50));
+        }
+    }
+}
+
+/// How many records the topics were given, by their ends.
+fn in_kafka(config: &ConsumeConfig) -> KafkaResult<u64> {
+    let mut client = ClientConfig::new();
+    for (name, value) in config.kafka.client_properties() {
+        client.set(name, value);
+    }
+    let consumer: BaseConsumer = client.create()?;
+    let mut count = 0;
+    for topic in &config.topics {
+        let metadata = consumer.fetch_metadata(Some(topic), KAFKA_ANSWERS_WITHIN)?;
+        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+            let (_, end) = consumer.fetch_watermarks(topic, partition.id(), KAFKA_ANSWERS_WITHIN)?;
+            count += u64::try_from(end).unwrap_or_default();
+        }
+    }
+    Ok(count)
+}
+
+/// One agent on a thread; dropped, it is stopped.
+struct Agent {
+    name: &'static str,
+    stop: Shutdown,
+    thread: Option<JoinHandle<anyhow::Result<()>>>,
+}
+
+impl Agent {
+    /// An agent that ends by itself, which is a fault, ends the demo.
+    fn start(
+        name: &'static str,
+        demo: &Shutdown,
+        run: impl FnOnce(&Shutdown) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let stop = Shutdown::new();
+        let (own, ends_demo) = (stop.clone(), RequestOnDrop(demo.clone()));
+        let thread = thread::Builder::new()
+            .name(name.into())
+            .spawn(move || {
+                let _ends_demo = ends_demo;
+                run(&own)
+            })
+            .with_context(|| format!("cannot start a thread for {name}"))?;
+        Ok(Self {
+            name,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Asks for a clean stop and waits for it.
+    fn end(&mut self) -> anyhow::Result<()> {
+        self.stop.request();
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
+        match thread.join() {
+            Ok(result) => result.context(self.name),
+            Err(_) => Err(anyhow!("{} panicked: a bug", self.name)),
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Only where the demo fails for a reason that it tells.
+        self.end().ok();
+    }
+}
+
+/// Also where its thread panics.
+struct RequestOnDrop(Shutdown);
+
+impl Drop for RequestOnDrop {
+    fn drop(&mut self) {
+        self.0.request();
+    }
+}
+
+/// The whole way of the ticks, counted at every station by the one who keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ledger {
+    due: u64,
+    acknowledged: u64,
+    in_kafka: u64,
+    counted: Counted,
+}
+
+impl Ledger {
+    fn balances(&self) -> bool {
+        self.due == self.acknowledged
+            && self.acknowledged == self.in_kafka
+            && u64::try_from(self.counted.rows) == Ok(self.in_kafka)
+            && self.counted.doubled == 0
+            && self.counted.rejected == 0
+    }
+
+    fn text(&self) -> String {
+        let Self {
+            due,
+            acknowledged,
+            in_kafka,
+            counted:
+                Counted {
+                    rows,
+                    doubled,
+                    rejected,
+                },
+        } = self;
+        let verdict = if self.balances() {
+            "It balances: every tick of every host is one row."
+        } else {
+            "IT DOES NOT BALANCE: every tick of every host should be one row."
+        };
+        format!(
+            "The ledger
+  {due:>8}  ticks were due           produce counted them
+  {acknowledged:>8}  records were sent        Kafka acknowledged them to produce
+  {in_kafka:>8}  records are in Kafka     the ends of its partitions
+  {rows:>8}  rows are in Postgres     SELECT count(*); {doubled} doubled, {rejected} rejected
+{verdict}"
+        )
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "an edge: the demo ends and draws by the clock"
+)]
+fn now() -> Instant {
+    Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ledger_balances_only_if_all_counts_agree_and_nothing_is_doubled_or_rejected() {
+        let counted = Counted {
+            rows: 7,
+            doubled: 0,
+            rejected: 0,
+        };
+        let good = Ledger {
+            due: 7,
+            acknowledged: 7,
+            in_kafka: 7,
+            counted,
+        };
+        assert!(good.balances());
+        assert!(good.text().contains("It balances"), "{}", good.text());
+        let with = |counted| Ledger { counted, ..good };
+        for bad in [
+            Ledger { due: 8, ..good },
+            Ledger { in_kafka: 8, ..good },
+            Ledger {
+                acknowledged: 6,
+                ..good
+            },
+            with(Counted {
+                rows: 6,
+                ..good.counted
+            }),
+            with(Counted {
+                rows: 8,
+                doubled: 1,
+                ..good.counted
+            }),
+            with(Counted {
+                doubled: 1,
+                ..good.counted
+            }),
+            with(Counted {
+                rejected: 1,
+                ..good.counted
+            }),
+        ] {
+            assert!(!bad.balances(), "{bad:?}");
+            assert!(bad.text().contains("DOES NOT BALANCE"), "{}", bad.text());
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Standard output as the demo uses it, a terminal or not, and what the agents have to say meanwhile.
+
+use std::collections::VecDeque;
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use terminal_size::{Height, Width, terminal_size};
+
+use crate::terminal::cut;
+
+/// Where there is no terminal, or one that does not say its size: a log file's lines may be long.
+const DEFAULT_WIDTH: usize = 160;
+const DEFAULT_HEIGHT: usize = 50;
+
+/// How many log lines are kept for the end.
+const MAX_NOTICES: usize = 100;
+
+/// Writes plain lines, and a picture that is drawn over the one before where that is possible.
+pub struct Screen {
+    is_terminal: bool,
+    drawn_lines: usize,
+}
+
+impl Screen {
+    pub fn new() -> Self {
+        Self {
+            is_terminal: io::stdout().is_terminal(),
+            drawn_lines: 0,
+        }
+    }
+
+    pub fn is_terminal(&self) -> bool {
+        self.is_terminal
+    }
+
+    pub fn width(&self) -> usize {
+        self.size().0
+    }
+
+    /// Lines that a picture may have without scrolling.
+    pub fn height(&self) -> usize {
+        self.size().1.saturating_sub(1).max(1)
+    }
+
+    /// Text that stays, below everything written so far.
+    pub fn print(&mut self, text: &str) -> io::Result<()> {
+        self.drawn_lines = 0;
+        let mut out = io::stdout().lock();
+        writeln!(out, "{text}")?;
+        out.flush()
+    }
+
+    /// A picture in place of the last one.
+    pub fn draw(&mut self, lines: &[String]) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        // ECMA-48: up, erase to the end of the line, erase to the end of the screen. In one write: no flicker.
+        let mut picture = String::from("\r");
+        if self.drawn_lines > 0 {
+            picture.push_str(&format!("\x1b[{}A", self.drawn_lines));
+        }
+        for line in lines {
+            picture.push_str(line);
+            picture.push_str("\x1b[K\n");
+        }
+        picture.push_str("\x1b[J");
+        self.drawn_lines = lines.len();
+        out.write_all(picture.as_bytes())?;
+        out.flush()
+    }
+
+    fn size(&self) -> (usize, usize) {
+        terminal_size().filter(|_| self.is_terminal).map_or(
+            (DEFAULT_WIDTH, DEFAULT_HEIGHT),
+            |(Width(width), Height(height))| (width.into(), height.into()),
+        )
+    }
+}
+
+/// The agents' log lines. On a terminal that also shows the live table they would spoil it: there the newest stands
+/// below the table, and the last ones are told at the end.
+#[derive(Clone, Default)]
+pub struct Notices(Arc<Mutex<Kept>>);
+
+#[derive(Default)]
+struct Kept {
+    lines: VecDeque<String>,
+    /// Lines that came, kept or not.
+    count: usize,
+    unfinished: Vec<u8>,
+}
+
+impl Notices {
+    /// The newest in at most `width` characters.
+    pub fn newest(&self, width: usize) -> Option<String> {
+        self.kept().lines.back().map(|line| cut(line, width))
+    }
+
+    /// All that were kept, and how many were not.
+    pub fn all(&self) -> (Vec<String>, usize) {
+        let kept = self.kept();
+        (
+            kept.lines.iter().cloned().collect(),
+            kept.count - kept.lines.len(),
+        )
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for Notices {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut kept = self.kept();
+        for byte in bytes {
+            if *byte != b'\n' {
+                kept.unfinished.push(*byte);
+                continue;
+            }
+            let line = std::mem::take(&mut kept.unfinished);
+            // An address may hold anything; an escape must not reach the terminal.
+            let line = String::from_utf8_lossy(&line).replace(char::is_control, " ");
+            if kept.lines.len() == MAX_NOTICES {
+                kept.lines.pop_front();
+            }
+            kept.lines.push_back(line);
+            kept.count += 1;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notices_are_kept_by_whole_lines_without_controls_and_bounded() {
+        let mut notices = Notices::default();
+        write!(notices, "one \x1b[31mred\npart").unwrap();
+        assert_eq!(notices.newest(80).as_deref(), Some("one  [31mred"));
+        assert_eq!(notices.newest(4).as_deref(), Some("one…"));
+        for number in 0..MAX_NOTICES {
+            writeln!(notices, "{number}").unwrap();
+        }
+        let (lines, more) = notices.all();
+        assert_eq!((lines.len(), more), (MAX_NOTICES, 1));
+        assert_eq!(lines[0], "part0");
+    }
+}

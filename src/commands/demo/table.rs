@@ -1,0 +1,305 @@
+//! The live table as text: a row per host. Pure: what is known in, lines out, none wider than asked.
+
+use std::time::Duration;
+
+use crate::terminal::{SPARKLINE_CHECKS, cut, percent, seconds, sparkline};
+
+/// Of those, how many on a terminal of the common 80 columns.
+const FEWER_CHECKS: usize = 8;
+const WIDE: usize = 110;
+
+/// State, checks, uptime, latency, and the blanks between all columns.
+const FIXED_WIDTH: usize = 38;
+const MIN_ADDRESS_WIDTH: usize = 16;
+
+/// What the database knows about a host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Host {
+    pub address: String,
+    /// Rows; the view `…_uptime` has the same share of valid ones.
+    pub checks: i64,
+    pub valid: i64,
+    /// Of the newest checks, oldest first, in seconds; `None`: no response came.
+    pub latencies: Vec<Option<f64>>,
+    pub newest: Option<Newest>,
+}
+
+/// A host's newest row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Newest {
+    pub is_valid: bool,
+    pub outcome: String,
+    pub error: Option<String>,
+}
+
+/// The whole of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub hosts: usize,
+    pub up: usize,
+    pub down: usize,
+    pub rows: i64,
+}
+
+/// One line about everything.
+pub fn summary(totals: Totals, elapsed: Duration) -> String {
+    let Totals {
+        hosts,
+        up,
+        down,
+        rows,
+    } = totals;
+    let seconds = elapsed.as_secs();
+    let host = if hosts == 1 { "host" } else { "hosts" };
+    format!(
+        "{:02}:{:02}  {hosts} {host}: {up} up, {down} down; {rows} rows in Postgres",
+        seconds / 60,
+        seconds % 60
+    )
+}
+
+/// The headline and a line per host, each at most `width` characters wide, escapes for colours not counted.
+pub fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<String> {
+    let columns = Columns::of(hosts, width);
+    let headline = columns.join([
+        "HOST",
+        "STATE",
+        "CHECKS",
+        "UPTIME",
+        "LATENCY",
+        "NEWEST",
+        "LAST OUTCOME",
+    ]);
+    let mut lines = vec![paint(&cut(&headline, width), Colour::Bold, is_coloured)];
+    lines.extend(hosts.iter().map(|host| line(host, columns, width, is_coloured)));
+    lines
+}
+
+/// The widths that depend on the terminal's.
+#[derive(Clone, Copy)]
+struct Columns {
+    address: usize,
+    checks: usize,
+}
+
+impl Columns {
+    fn of(hosts: &[Host], width: usize) -> Self {
+        let checks = if width < WIDE {
+            FEWER_CHECKS
+        } else {
+            SPARKLINE_CHECKS
+        };
+        let longest = hosts
+            .iter()
+            .map(|host| host.address.chars().count())
+            .max()
+            .unwrap_or_default();
+        // What the other columns leave is shared with the last outcome.
+        let most = (width.saturating_sub(FIXED_WIDTH + checks) * 3 / 5).max(MIN_ADDRESS_WIDTH);
+        Self {
+            address: longest.clamp(MIN_ADDRESS_WIDTH, most),
+            checks,
+        }
+    }
+
+    fn join(self, [address, state, checks, uptime, latency, newest, outcome]: [&str; 7]) -> String {
+        let (address_width, newest_width) = (self.address, self.checks);
+        format!(
+            "{address:address_width$}  {state:5}  {checks:>6}  {uptime:>7}  {latency:>8}  {newest:newest_width$}  {outcome}"
+        )
+    }
+}
+
+/// As [`cut`], but the end stays: it tells the pages of a site apart.
+fn cut_front(text: &str, width: usize) -> String {
+    let count = text.chars().count();
+    if count <= width {
+        return text.to_owned();
+    }
+    let end = text.chars().skip(count - width.saturating_sub(1));
+    std::iter::once('…').chain(end).collect()
+}
+
+fn line(host: &Host, columns: Columns, width: usize, is_coloured: bool) -> String {
+    let (state, colour) = match &host.newest {
+        None => ("…", Colour::Dim),
+        Some(newest) if newest.is_valid => ("up", Colour::Green),
+        // Not checked: that says nothing about the host.
+        Some(newest) if newest.outcome == "missed" => ("?", Colour::Dim),
+        Some(_) => ("DOWN", Colour::Red),
+    };
+    let latency = host
+        .latencies
+        .last()
+        .copied()
+        .flatten()
+        .map_or_else(|| "-".to_owned(), seconds);
+    let outcome = match &host.newest {
+        None => "no check yet".to_owned(),
+        Some(Newest {
+            outcome, error: None, ..
+        }) => outcome.clone(),
+        Some(Newest {
+            outcome,
+            error: Some(error),
+            ..
+        }) => format!("{outcome}: {error}"),
+    };
+    let newest = &host.latencies[host.latencies.len().saturating_sub(columns.checks)..];
+    let plain = columns.join([
+        &cut_front(&host.address, columns.address),
+        state,
+        &host.checks.to_string(),
+        &percent(host.valid, host.checks),
+        &latency,
+        &sparkline(newest),
+        &outcome,
+    ]);
+    let plain = cut(plain.trim_end(), width);
+    // Coloured after cutting: an escape takes no room and must not be cut in two.
+    let state_at = columns.address + 2;
+    let painted: Vec<char> = plain.chars().collect();
+    if painted.len() < state_at + state.chars().count() {
+        return plain;
+    }
+    let (before, rest) = painted.split_at(state_at);
+    let (state, after) = rest.split_at(state.chars().count());
+    let text = |part: &[char]| part.iter().collect::<String>();
+    format!(
+        "{}{}{}",
+        text(before),
+        paint(&text(state), colour, is_coloured),
+        text(after)
+    )
+}
+
+#[derive(Clone, Copy)]
+enum Colour {
+    Bold,
+    Dim,
+    Green,
+    Red,
+}
+
+/// ECMA-48's "select graphic rendition".
+fn paint(text: &str, colour: Colour, is_coloured: bool) -> String {
+    let code = match colour {
+        Colour::Bold => 1,
+        Colour::Dim => 2,
+        Colour::Green => 32,
+        Colour::Red => 31,
+    };
+    if is_coloured {
+        format!("\x1b[{code}m{text}\x1b[0m")
+    } else {
+        text.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn host(address: &str, newest: Option<Newest>) -> Host {
+        Host {
+            address: address.into(),
+            checks: 4,
+            valid: 3,
+            latencies: vec![Some(0.0123)],
+            newest,
+        }
+    }
+
+    fn newest(outcome: &str, error: Option<&str>) -> Option<Newest> {
+        Some(Newest {
+            is_valid: error.is_none(),
+            outcome: outcome.into(),
+            error: error.map(str::to_owned),
+        })
+    }
+
+    #[test]
+    fn a_row_says_state_checks_uptime_latency_and_the_last_outcome() {
+        let hosts = [
+            host("http://a.example/up", newest("ok", None)),
+            host(
+                "http://a.example/failing",
+                newest("bad_status", Some("503 Service Unavailable")),
+            ),
+            host(
+                "http://a.example/late",
+                newest("missed", Some("no thread was free")),
+            ),
+            Host {
+                checks: 0,
+                valid: 0,
+                latencies: Vec::new(),
+                ..host("http://a.example/new", None)
+            },
+        ];
+        let text = lines(&hosts, 120, false).join("\n");
+        let expected = "\
+HOST                      STATE  CHECKS   UPTIME   LATENCY  NEWEST                LAST OUTCOME
+http://a.example/up       up          4   75.0 %     12 ms  ▁                     ok
+http://a.example/failing  DOWN        4   75.0 %     12 ms  ▁                     bad_status: 503 Service Unavailable
+http://a.example/late     ?           4   75.0 %     12 ms  ▁                     missed: no thread was free
+http://a.example/new      …           0        -         -                        no check yet";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn in_eighty_columns_the_end_of_an_address_and_the_beginning_of_an_outcome_can_be_read() {
+        let hosts = [Host {
+            latencies: vec![Some(0.1); SPARKLINE_CHECKS],
+            ..host(
+                "http://127.0.0.1:43677/wrong-body",
+                newest("regex_mismatch", Some("the regex is not in it")),
+            )
+        }];
+        let expected = "\
+HOST                  STATE  CHECKS   UPTIME   LATENCY  NEWEST    LAST OUTCOME
+….1:43677/wrong-body  DOWN        4   75.0 %    100 ms  ▁▁▁▁▁▁▁▁  regex_mismatc…";
+        let text = lines(&hosts, 80, false).join("\n");
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn the_summary_counts_hosts_in_grammatical_english() {
+        let totals = Totals {
+            hosts: 1,
+            up: 1,
+            down: 0,
+            rows: 61,
+        };
+        assert_eq!(
+            summary(totals, Duration::from_secs(61)),
+            "01:01  1 host: 1 up, 0 down; 61 rows in Postgres"
+        );
+    }
+
+    #[test]
+    fn colours_change_no_character() {
+        let hosts = [host("http://a.example/up", newest("ok", None)), host("b", None)];
+        let coloured = lines(&hosts, 60, true).join("\n");
+        let plain = ["\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[0m"]
+            .iter()
+            .fold(coloured.clone(), |text, escape| text.replace(escape, ""));
+        assert_ne!(coloured, plain);
+        assert_eq!(plain, lines(&hosts, 60, false).join("\n"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_is_wider_than_the_terminal(
+            address in "\\PC{1,80}", error in "\\PC{0,200}", width in 0usize..200,
+            latencies in proptest::collection::vec(proptest::option::of(0.0f64..1e6), 0..SPARKLINE_CHECKS),
+        ) {
+            let host = Host { latencies, ..host(&address, newest("tls_error", Some(&error))) };
+            for line in lines(&[host], width, false) {
+                prop_assert!(line.chars().count() <= width, "{line}");
+            }
+        }
+    }
+}

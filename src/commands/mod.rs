@@ -1,0 +1,7 @@
+//! The commands that do one thing and end, a file or a folder each, named after the command.
+
+pub mod check;
+pub mod demo;
+pub mod init;
+pub mod status;
+pub mod validate;

@@ -1,0 +1,408 @@
+//! `host-metrics status`: how the hosts do and how far the pipeline is behind, by what the tables say now.
+//!
+//! Owns what is stale, and the two forms of the answer: a table for a person and JSON for a program. What the tables say
+//! is `rows`', the lag `lag`'s.
+
+mod lag;
+mod rows;
+
+use std::fmt::Write as _;
+
+use anyhow::anyhow;
+use serde::Serialize;
+
+use crate::commands::status::lag::{Lag, lag};
+use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
+use crate::config::StatusConfig;
+use crate::postgres::{self, Bounds, Link};
+use crate::sample::Timestamp;
+use crate::tables::catalogue;
+use crate::terminal::{self, NONE, columns, cut, percent, plain, roughly, seconds, sparkline};
+
+/// Data is stale when its newest row is older than so many intervals of its host, and a minute for the way to the table.
+const STALE_AFTER_INTERVALS: f64 = 3.0;
+const STALE_AFTER_SECONDS: f64 = 60.0;
+
+/// Everything that is told.
+#[derive(Clone, Debug)]
+pub struct Report {
+    rows: Rows,
+    /// Or why it is not known.
+    lag: Result<Vec<Lag>, String>,
+    group_id: String,
+    topics: Vec<String>,
+}
+
+/// Asks the database, and Kafka for the lag. An absent database is not waited for, an absent Kafka only said.
+///
+/// # Errors
+/// The database cannot be asked, or there is no such table.
+pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
+    let runtime = postgres::runtime()?;
+    let bounds = Bounds::default();
+    let rows = runtime.block_on(async {
+        let link = Link::open(&config.database, &bounds).await?;
+        let found = catalogue::find(&link.client, &bounds, &config.database.table).await;
+        let rows = match found {
+            Ok(found) => rows::read(&link.client, &bounds, &found, &config.group_id).await,
+            Err(fault) => Err(fault),
+        };
+        link.close().await;
+        rows
+    });
+    let rows = rows.map_err(|fault| anyhow!("{fault}"))?;
+    let lag = match (&config.kafka, &rows.positions) {
+        (None, _) => Err("KAFKA_BOOTSTRAP_SERVERS is not set".to_owned()),
+        (_, None) => Err(format!(
+            "there is no table {}, or this user may not SELECT from it",
+            config.database.table.quoted("_offsets")
+        )),
+        (Some(kafka), Some(positions)) => lag(kafka, &config.topics, positions),
+    };
+    Ok(Report {
+        rows,
+        lag,
+        group_id: config.group_id.clone(),
+        topics: config.topics.clone(),
+    })
+}
+
+impl Report {
+    /// Whether the watcher itself needs watching: nothing new came for too long.
+    pub fn is_stale(&self) -> bool {
+        self.stale_because().is_some()
+    }
+
+    /// Why the data is stale, if it is.
+    fn stale_because(&self) -> Option<String> {
+        let Rows {
+            newest,
+            missing_columns,
+            hosts,
+            ..
+        } = &self.rows;
+        match newest {
+            Some(newest) if !self.is_overdue(*newest) => None,
+            Some(newest) => Some(format!(
+                "the newest row is {} old, and its host is checked every {}",
+                roughly(self.age_seconds(newest.at) as i64),
+                roughly(newest.interval_seconds as i64)
+            )),
+            None if !hosts.is_empty() && missing_columns.contains(&"scheduled_at") => Some(
+                "whether it is fresh cannot be told, because the table has no column scheduled_at".to_owned(),
+            ),
+            None => Some("there is no row".to_owned()),
+        }
+    }
+
+    fn is_overdue(&self, newest: Newest) -> bool {
+        self.age_seconds(newest.at) > stale_after_seconds(newest)
+    }
+
+    /// Negative for what a clock that is ahead wrote.
+    fn age_seconds(&self, at: Timestamp) -> f64 {
+        self.rows.now_micros.saturating_sub(at.unix_micros()) as f64 / 1e6
+    }
+
+    fn state(&self, host: &Host) -> State {
+        if host.newest.is_some_and(|newest| self.is_overdue(newest)) {
+            return State::Stale;
+        }
+        match host.is_valid {
+            Some(true) => State::Up,
+            Some(false) => State::Down,
+            None => State::Unknown,
+        }
+    }
+}
+
+fn stale_after_seconds(newest: Newest) -> f64 {
+    STALE_AFTER_INTERVALS * newest.interval_seconds + STALE_AFTER_SECONDS
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    Up,
+    Down,
+    /// Its newest row is too old to say.
+    Stale,
+    /// No check of seven days, or no column that says.
+    Unknown,
+}
+
+/// One JSON object and a line end; `schema/status.v1.json` describes it.
+pub fn json(report: &Report) -> String {
+    let hosts = report
+        .rows
+        .hosts
+        .iter()
+        .map(|host| HostDocument::of(report, host));
+    let document = Document {
+        hosts: hosts.collect(),
+        pipeline: PipelineDocument::of(report),
+        stale: report.is_stale(),
+    };
+    let mut text = serde_json::to_string(&document).expect("numbers, texts and lists have a JSON form");
+    text.push('\n');
+    text
+}
+
+#[derive(Serialize)]
+struct Document<'a> {
+    hosts: Vec<HostDocument<'a>>,
+    pipeline: PipelineDocument<'a>,
+    stale: bool,
+}
+
+#[derive(Serialize)]
+struct HostDocument<'a> {
+    address: &'a str,
+    state: State,
+    since: Option<String>,
+    since_is_earlier: bool,
+    uptime_1h: Option<f64>,
+    uptime_24h: Option<f64>,
+    uptime_7d: Option<f64>,
+    uptime_ever: Option<f64>,
+    missed_7d: Option<i64>,
+    latency_p50_seconds: Option<f64>,
+    latency_p95_seconds: Option<f64>,
+    certificate_days_left: Option<i32>,
+    interval_seconds: Option<f64>,
+    last_check: Option<String>,
+    last_outcome: Option<&'a str>,
+    last_error_at: Option<String>,
+    last_error_outcome: Option<&'a str>,
+    last_error: Option<&'a str>,
+    latencies: &'a [Option<f64>],
+}
+
+impl<'a> HostDocument<'a> {
+    fn of(report: &Report, host: &'a Host) -> Self {
+        let share = |share: Option<Share>| share.map(|Share { valid, due }| valid as f64 / due as f64);
+        let failed = host.last_error.as_ref();
+        Self {
+            address: &host.address,
+            state: report.state(host),
+            since: host.since.map(|at| at.to_string()),
+            since_is_earlier: host.is_longer,
+            uptime_1h: share(host.uptime_1h),
+            uptime_24h: share(host.uptime_24h),
+            uptime_7d: share(host.uptime_7d),
+            uptime_ever: share(host.uptime_ever),
+            missed_7d: host.missed_7d,
+            latency_p50_seconds: host.latency_p50_seconds,
+            latency_p95_seconds: host.latency_p95_seconds,
+            certificate_days_left: host.certificate_days_left,
+            interval_seconds: host.newest.map(|newest| newest.interval_seconds),
+            last_check: host.newest.map(|newest| newest.at.to_string()),
+            last_outcome: host.last_outcome.as_deref(),
+            last_error_at: failed.map(|failed| failed.at.to_string()),
+            last_error_outcome: failed.and_then(|failed| failed.outcome.as_deref()),
+            last_error: failed.and_then(|failed| failed.error.as_deref()),
+            latencies: &host.latencies,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct PipelineDocument<'a> {
+    now: Option<String>,
+    newest_row: Option<String>,
+    newest_row_age_seconds: Option<f64>,
+    stale_after_seconds: Option<f64>,
+    stale_because: Option<String>,
+    missing_columns: &'a [&'static str],
+    rejected_records: Option<i64>,
+    group_id: &'a str,
+    lag_records: Option<i64>,
+    lag_unknown_because: Option<&'a str>,
+    partitions: Vec<PartitionDocument<'a>>,
+}
+
+#[derive(Serialize)]
+struct PartitionDocument<'a> {
+    topic: &'a str,
+    partition: i32,
+    next_offset: Option<i64>,
+    end_offset: i64,
+    lag_records: i64,
+}
+
+impl<'a> PipelineDocument<'a> {
+    fn of(report: &'a Report) -> Self {
+        let Report {
+            rows, lag, group_id, ..
+        } = report;
+        let partitions = lag.as_deref().unwrap_or_default();
+        let partition = |lag: &'a Lag| PartitionDocument {
+            topic: &lag.topic,
+            partition: lag.partition,
+            next_offset: lag.next_offset,
+            end_offset: lag.end_offset,
+            lag_records: lag.records,
+        };
+        Self {
+            now: Timestamp::from_unix_micros(rows.now_micros).map(|now| now.to_string()),
+            newest_row: rows.newest.map(|newest| newest.at.to_string()),
+            newest_row_age_seconds: rows.newest.map(|newest| report.age_seconds(newest.at)),
+            stale_after_seconds: rows.newest.map(stale_after_seconds),
+            stale_because: report.stale_because(),
+            missing_columns: &rows.missing_columns,
+            rejected_records: rows.rejected,
+            group_id,
+            lag_records: lag.as_ref().ok().map(|lag| total(lag)),
+            lag_unknown_because: lag.as_ref().err().map(String::as_str),
+            partitions: partitions.iter().map(partition).collect(),
+        }
+    }
+}
+
+fn total(lag: &[Lag]) -> i64 {
+    lag.iter().map(|lag| lag.records).sum()
+}
+
+/// For a person: a row per host, then the pipeline. No line is wider than `width`, where there is one.
+pub fn text(report: &Report, width: Option<usize>) -> String {
+    let rows = &report.rows;
+    let mut lines = Vec::new();
+    if rows.hosts.is_empty() {
+        lines.push("No host has a row.".to_owned());
+    } else if rows.missing_columns.contains(&"scheduled_at") {
+        lines.extend(columns(&counted_only(report)));
+    } else {
+        lines.extend(columns(&table(report)));
+    }
+    lines.push(String::new());
+    lines.extend(columns(&pipeline(report)));
+    if !rows.missing_columns.is_empty() {
+        lines.push(format!(
+            "The table has no column {}: what these would tell is not shown.",
+            rows.missing_columns.join(", ")
+        ));
+    }
+    if let Some(reason) = report.stale_because() {
+        lines.push(format!("STALE: {reason}."));
+    }
+    let mut text = String::new();
+    for line in lines {
+        let line = width.map_or_else(|| line.clone(), |width| cut(&line, width));
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{line}");
+    }
+    text
+}
+
+fn table(report: &Report) -> Vec<Vec<String>> {
+    let headline = [
+        "HOST",
+        "STATE",
+        " SINCE",
+        " 1 H",
+        " 24 H",
+        " 7 D",
+        " P50",
+        " P95",
+        " CERT",
+        " LAST CHECK",
+        "NEWEST CHECKS",
+        "LAST ERROR",
+    ];
+    let mut table = vec![headline.map(str::to_owned).to_vec()];
+    let none = || NONE.to_owned();
+    let share = |share: Option<Share>| share.map_or_else(none, |share| percent(share.valid, share.due));
+    let ago = |at: Timestamp| roughly(report.age_seconds(at) as i64);
+    for host in &report.rows.hosts {
+        let since = host.since.map_or_else(none, |since| {
+            let longer = if host.is_longer { "> " } else { "" };
+            format!("{longer}{}", ago(since))
+        });
+        let last_error = host.last_error.as_ref().map_or_else(String::new, |failed| {
+            let outcome = failed.outcome.as_deref().unwrap_or("not valid");
+            let error = failed.error.as_deref().map(|error| format!(": {error}"));
+            format!("{} ago, {outcome}{}", ago(failed.at), error.unwrap_or_default())
+        });
+        table.push(vec![
+            plain(&host.address),
+            word(report.state(host)).to_owned(),
+            since,
+            share(host.uptime_1h),
+            share(host.uptime_24h),
+            share(host.uptime_7d),
+            host.latency_p50_seconds.map_or_else(none, seconds),
+            host.latency_p95_seconds.map_or_else(none, seconds),
+            host.certificate_days_left
+                .map_or_else(none, |days| format!("{days} d")),
+            host.newest
+                .map_or_else(none, |newest| format!("{} ago", ago(newest.at))),
+            sparkline(&host.latencies),
+            plain(&last_error),
+        ]);
+    }
+    table
+}
+
+fn word(state: State) -> &'static str {
+    match state {
+        State::Up => "up",
+        State::Down => "DOWN",
+        State::Stale => "stale",
+        State::Unknown => "?",
+    }
+}
+
+/// Of a table without times.
+fn counted_only(report: &Report) -> Vec<Vec<String>> {
+    let mut table = vec![
+        ["HOST", " ROWS", " UPTIME", " P50", " P95"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    let none = || NONE.to_owned();
+    for host in &report.rows.hosts {
+        let share = host.uptime_ever;
+        table.push(vec![
+            plain(&host.address),
+            share.map_or_else(none, |share| share.due.to_string()),
+            share.map_or_else(none, |share| percent(share.valid, share.due)),
+            host.latency_p50_seconds.map_or_else(none, seconds),
+            host.latency_p95_seconds.map_or_else(none, seconds),
+        ]);
+    }
+    table
+}
+
+fn pipeline(report: &Report) -> Vec<Vec<String>> {
+    let Report {
+        rows,
+        lag,
+        group_id,
+        topics,
+    } = report;
+    let newest = rows.newest.map_or_else(
+        || NONE.to_owned(),
+        |newest| {
+            let age = roughly(report.age_seconds(newest.at) as i64);
+            format!("{age} old")
+        },
+    );
+    let lag = match lag {
+        Ok(lag) => {
+            let (records, partitions, topics) = (total(lag), lag.len(), topics.join(", "));
+            format!("{records} records in {partitions} partitions of {topics}, group {group_id}")
+        }
+        Err(reason) => format!("not known: {reason}"),
+    };
+    let rejected = match rows.rejected {
+        None => "not known: the table of rejected records is not there, or may not be read".to_owned(),
+        Some(count) if count > MAX_COUNTED => format!("more than {MAX_COUNTED} records"),
+        Some(count) => format!("{count} records"),
+    };
+    [("newest row", newest), ("lag", lag), ("rejected", rejected)]
+        .map(|(name, value)| vec![name.to_owned(), terminal::plain(&value)])
+        .to_vec()
+}
+
+#[cfg(test)]
+mod tests;

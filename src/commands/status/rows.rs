@@ -1,0 +1,545 @@
+//! What the tables say of the hosts and of the pipeline. Owns the questions.
+//!
+//! Three ways to ask, one answer. A table of ours is asked by its views, which know the sums of finished days (one of an
+//! older version by one pass over seven days), and along its index for a few rows of each host. A table that somebody else
+//! made may have no index, so its seven days are sorted once. One without `scheduled_at`, as the original had it, can only
+//! be counted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tokio_postgres::{Client, Row};
+
+use crate::postgres::{Bounds, Fault, bounded};
+use crate::sample::Timestamp;
+use crate::tables::catalogue::{self, Found};
+use crate::tables::schema::Object;
+use crate::tables::views::{CHECKED, hour_of};
+use crate::terminal::SPARKLINE_CHECKS;
+
+/// Ten million rows of the last seven days take a few seconds on a small machine.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
+
+/// Compiling a question over every partition takes seconds, more than it saves. An answer that nobody waits for any more
+/// is not worked for. All that is asked is of one moment, for the server's `now()` too.
+const SETTINGS: &str =
+    "SET jit = off; SET statement_timeout = '60s'; BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+
+/// Rejected records are counted up to here: beyond it the figure tells nothing new, and counting takes time.
+pub const MAX_COUNTED: i64 = 100_000;
+
+/// Everything that the tables say.
+#[derive(Clone, Debug, Default)]
+pub struct Rows {
+    /// By the database's clock.
+    pub now_micros: i64,
+    /// By address.
+    pub hosts: Vec<Host>,
+    /// Of all rows; `None`: there is none, or it cannot be told.
+    pub newest: Option<Newest>,
+    /// Those that a row here is made of, and the table lacks.
+    pub missing_columns: Vec<&'static str>,
+    /// The position of the group in each partition; `None`: there is no table of positions, or it may not be read.
+    pub positions: Option<BTreeMap<(String, i32), i64>>,
+    /// Up to one more than [`MAX_COUNTED`]; `None`: as above.
+    pub rejected: Option<i64>,
+}
+
+/// The newest row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Newest {
+    pub at: Timestamp,
+    /// Of its host: by its own word, or else the time between the newest two rows.
+    pub interval_seconds: f64,
+}
+
+/// What the rows of one host say. What a missing column would have told is `None`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Host {
+    pub address: String,
+    /// Of the newest check within seven days; a missed tick is none.
+    pub is_valid: Option<bool>,
+    /// The first of the unbroken row of checks, up to the newest, that say the same.
+    pub since: Option<Timestamp>,
+    /// It has been so for all of the seven days that are looked at, and there are older rows.
+    pub is_longer: bool,
+    pub uptime_1h: Option<Share>,
+    pub uptime_24h: Option<Share>,
+    pub uptime_7d: Option<Share>,
+    /// Of all rows; only where those have no time.
+    pub uptime_ever: Option<Share>,
+    pub missed_7d: Option<i64>,
+    /// Median and 95th percentile of the last 24 hours, or of all rows where those have no time.
+    pub latency_p50_seconds: Option<f64>,
+    pub latency_p95_seconds: Option<f64>,
+    pub certificate_days_left: Option<i32>,
+    /// The newest row, missed or not.
+    pub newest: Option<Newest>,
+    pub last_outcome: Option<String>,
+    /// The newest failed check within seven days.
+    pub last_error: Option<LastError>,
+    /// Of the newest checks, oldest first, in seconds; `None`: no response came.
+    pub latencies: Vec<Option<f64>>,
+}
+
+/// Valid ticks of those that were due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub valid: i64,
+    pub due: i64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct LastError {
+    pub at: Timestamp,
+    pub outcome: Option<String>,
+    pub error: Option<String>,
+}
+
+/// Asks everything.
+///
+/// # Errors
+/// There is no table, a right is missing, or the database does not answer in time.
+pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &str) -> Result<Rows, Fault> {
+    let main = found.table.quoted("");
+    let columns = columns(client, bounds, &main).await?;
+    if columns.is_empty() {
+        return Err(Fault::operator(format!(
+            "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
+        )));
+    }
+    if !columns.contains("address") {
+        return Err(Fault::operator(format!(
+            "table {main} has no column address: nothing can be told of any host"
+        )));
+    }
+    let missing_columns: Vec<&'static str> = COLUMNS
+        .iter()
+        .map(|(name, _)| *name)
+        .filter(|name| !columns.contains(*name))
+        .collect();
+    bounded("session settings", bounds.step, client.batch_execute(SETTINGS)).await?;
+    let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
+    let now_micros = bounded("asking the time", bounds.step, client.query_one(sql, &[])).await?;
+    let now_micros = now_micros.try_get(0)?;
+    let times = Times::before(now_micros);
+    let has_time = columns.contains("scheduled_at");
+    let is_ours = [Object::Main, Object::Latest, Object::Certificates]
+        .into_iter()
+        .all(|object| found.is_ours(object));
+    let sql = match (is_ours, has_time) {
+        (true, _) => of_our_table(found, &times),
+        (false, true) => of_a_foreign_table(&source(&main, &columns), &times),
+        (false, false) => of_a_table_without_time(&source(&main, &columns)),
+    };
+    let mut asked = vec![main.clone()];
+    if is_ours {
+        let views = [Object::Latest, Object::Uptime, Object::Certificates];
+        asked.extend(views.map(|view| found.table.quoted(view.suffix())));
+    }
+    let asked = asked.join(", ");
+    let grant = |fault: Fault| fault.with_grant(&format!("GRANT SELECT ON {asked} TO this user"));
+    let rows = bounded("reading the table", ANSWERS_WITHIN, client.query(&sql, &[]))
+        .await
+        .map_err(grant)?;
+    let mut hosts = Vec::with_capacity(rows.len());
+    for row in &rows {
+        hosts.push(host(row)?);
+    }
+    if missing_columns.contains(&"is_valid") {
+        hosts.iter_mut().for_each(Host::forget_validity);
+    }
+    let newest_of_hosts = hosts
+        .iter()
+        .filter_map(|host| host.newest)
+        .max_by_key(|newest| newest.at);
+    let newest = match newest_of_hosts {
+        None if has_time => newest_ever(client, &source(&main, &columns)).await?,
+        newest => newest,
+    };
+    Ok(Rows {
+        now_micros,
+        hosts,
+        newest,
+        missing_columns,
+        positions: positions(client, bounds, found, group_id).await?,
+        rejected: rejected(client, bounds, found).await?,
+    })
+}
+
+impl Host {
+    fn forget_validity(&mut self) {
+        self.is_valid = None;
+        self.since = None;
+        self.is_longer = false;
+        self.last_error = None;
+        for share in [
+            &mut self.uptime_1h,
+            &mut self.uptime_24h,
+            &mut self.uptime_7d,
+            &mut self.uptime_ever,
+        ] {
+            *share = None;
+        }
+    }
+}
+
+/// What a row is made of, and the type that it is read as: a user's `latency` may be numeric.
+const COLUMNS: [(&str, &str); 8] = [
+    ("address", "text"),
+    ("scheduled_at", "timestamptz"),
+    ("is_valid", "boolean"),
+    ("outcome", "text"),
+    ("error", "text"),
+    ("latency", "double precision"),
+    ("interval_seconds", "double precision"),
+    ("cert_expires_at", "timestamptz"),
+];
+
+/// The table as if it had every column of [`COLUMNS`].
+fn source(main: &str, columns: &BTreeSet<String>) -> String {
+    let expressions = COLUMNS.map(|(name, kind)| match columns.contains(name) {
+        true => format!("{name}::{kind} AS {name}"),
+        false => format!("NULL::{kind} AS {name}"),
+    });
+    format!("(SELECT {} FROM {main}) source", expressions.join(", "))
+}
+
+/// Moments as literals. `now() - interval '7 days'` is reckoned anew for every row and takes half of the time.
+struct Times {
+    now: String,
+    hour_ago: String,
+    day_ago: String,
+    week_ago: String,
+}
+
+impl Times {
+    fn before(now_micros: i64) -> Self {
+        const HOUR_MICROS: i64 = 3_600_000_000;
+        let ago = |hours: i64| {
+            let at = Timestamp::from_unix_micros(now_micros - hours * HOUR_MICROS);
+            // A server that lives outside the years 1970 to 9999 has no rows of ours.
+            at.map_or_else(
+                || "timestamptz '-infinity'".to_owned(),
+                |at| format!("timestamptz '{at}'"),
+            )
+        };
+        Self {
+            now: ago(0),
+            hour_ago: ago(1),
+            day_ago: ago(24),
+            week_ago: ago(7 * 24),
+        }
+    }
+
+    /// Since then; what a clock that is ahead wrote is not due yet.
+    fn since(&self, then: &str) -> String {
+        format!("scheduled_at > {then} AND scheduled_at <= {}", self.now)
+    }
+}
+
+const LATENCIES: &str = "percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY latency)";
+
+/// Of the rows of seven days.
+fn counts(times: &Times) -> String {
+    let windows = [
+        ("1h", Some(&times.hour_ago)),
+        ("24h", Some(&times.day_ago)),
+        ("7d", None),
+    ];
+    let counts = windows.map(|(name, since)| {
+        let within = since.map_or_else(|| "true".to_owned(), |since| format!("scheduled_at > {since}"));
+        format!(
+            "count(*) FILTER (WHERE {within}) AS due_{name}, count(*) FILTER (WHERE is_valid AND {within}) AS valid_{name}"
+        )
+    });
+    format!(
+        "{}, count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed') AS missed_7d, \
+         min(scheduled_at) FILTER (WHERE {CHECKED}) AS first_check",
+        counts.join(", ")
+    )
+}
+
+/// The newest valid and the newest invalid check; the earlier of them is the last one before the present state.
+fn last(over: &str) -> String {
+    format!(
+        "max(scheduled_at) FILTER (WHERE is_valid) {over} AS last_valid, \
+         max(scheduled_at) FILTER (WHERE NOT is_valid AND {CHECKED}) {over} AS last_invalid"
+    )
+}
+
+const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NOT NULL \
+                         THEN least(last_valid, last_invalid) END AS turned_at";
+
+/// `OFFSET 0` keeps the planner from reading a day in the order of the index, a page for every row.
+fn of_our_table(found: &Found, times: &Times) -> String {
+    let main = found.table.quoted("");
+    let latest = found.table.quoted(Object::Latest.suffix());
+    let counted = if found.is_current(Object::Uptime) {
+        let uptime = found.table.quoted(Object::Uptime.suffix());
+        format!(
+            "SELECT *, first_check_at AS first_check, last_valid_at AS last_valid, last_failed_at AS last_invalid
+             FROM {uptime}"
+        )
+    } else {
+        let (counts, last, in_week) = (counts(times), last(""), times.since(&times.week_ago));
+        format!("SELECT address, {counts}, {last} FROM {main} WHERE {in_week} GROUP BY address")
+    };
+    let certificates = found.table.quoted(Object::Certificates.suffix());
+    // In which the rows for a sparkline lie; records of the original say no interval.
+    let window =
+        format!("make_interval(secs => {SPARKLINE_CHECKS} * coalesce(latest.interval_seconds, 3600))");
+    format!(
+        "WITH counted AS (
+             {counted}
+         ), week AS (
+             SELECT *, {TURNED_AT} FROM counted
+         ), day AS (
+             SELECT address, {LATENCIES} AS latency
+             FROM (SELECT address, latency FROM {main} WHERE {in_day} AND latency IS NOT NULL OFFSET 0) read_once
+             GROUP BY address
+         )
+         SELECT latest.address, {newest_at} AS newest_at, latest.outcome AS newest_outcome, latest.interval_seconds,
+             recent.gap_seconds, {is_valid} AS is_valid, {since} AS since,
+             week.turned_at IS NULL AND week.first_check IS NOT NULL AND EXISTS (
+                 SELECT FROM {main} t
+                 WHERE t.address = latest.address AND t.scheduled_at <= {week_ago}
+             ) AS is_longer,
+             coalesce(due_1h, 0) AS due_1h, coalesce(valid_1h, 0) AS valid_1h,
+             coalesce(due_24h, 0) AS due_24h, coalesce(valid_24h, 0) AS valid_24h,
+             coalesce(due_7d, 0) AS due_7d, coalesce(valid_7d, 0) AS valid_7d,
+             coalesce(missed_7d, 0) AS missed_7d, day.latency,
+             {failed_at} AS failed_at, failed.outcome AS failed_outcome, failed.error AS failed_error,
+             certificate.days_left, recent.latencies
+         FROM {latest} latest
+         LEFT JOIN week USING (address)
+         LEFT JOIN day USING (address)
+         LEFT JOIN {certificates} certificate USING (address)
+         LEFT JOIN LATERAL (
+             SELECT scheduled_at FROM {main} t
+             WHERE t.address = latest.address AND t.scheduled_at > week.turned_at
+                 AND {hour} >= {hour_of_turn} AND {CHECKED}
+             ORDER BY {hour}, scheduled_at LIMIT 1
+         ) turn ON true
+         LEFT JOIN LATERAL (
+             SELECT outcome, error FROM {main} t
+             WHERE t.address = latest.address AND t.scheduled_at = week.last_invalid
+                 AND {hour} = {hour_of_failure} AND NOT is_valid AND {CHECKED}
+             LIMIT 1
+         ) failed ON true
+         LEFT JOIN LATERAL (
+             SELECT array_agg(latency ORDER BY scheduled_at) AS latencies,
+                 extract(epoch FROM (array_agg(scheduled_at ORDER BY scheduled_at DESC))[1]
+                     - (array_agg(scheduled_at ORDER BY scheduled_at DESC))[2])::double precision AS gap_seconds
+             FROM (
+                 SELECT latency, scheduled_at FROM {main} t
+                 WHERE t.address = latest.address AND {hour} >= {hour_of_window}
+                     AND t.scheduled_at > latest.scheduled_at - {window}
+                     AND t.scheduled_at <= latest.scheduled_at
+                 ORDER BY {hour} DESC, scheduled_at DESC LIMIT {SPARKLINE_CHECKS}
+             ) newest
+         ) recent ON true
+         ORDER BY latest.address",
+        in_day = times.since(&times.day_ago),
+        week_ago = times.week_ago,
+        newest_at = micros("latest.scheduled_at"),
+        is_valid = IS_VALID,
+        since = micros("coalesce(turn.scheduled_at, week.first_check)"),
+        failed_at = micros("week.last_invalid"),
+        hour = hour_of("t.scheduled_at"),
+        hour_of_turn = hour_of("week.turned_at"),
+        hour_of_failure = hour_of("week.last_invalid"),
+        hour_of_window = hour_of(&format!("(latest.scheduled_at - {window})")),
+    )
+}
+
+const IS_VALID: &str =
+    "CASE WHEN first_check IS NOT NULL THEN coalesce(last_valid >= last_invalid, last_valid IS NOT NULL) END";
+
+fn of_a_foreign_table(source: &str, times: &Times) -> String {
+    format!(
+        "WITH numbered AS (
+             SELECT *, row_number() OVER (PARTITION BY address ORDER BY scheduled_at DESC) AS nth,
+                 {last}
+             FROM {source} WHERE {in_week}
+         ), week AS (
+             SELECT *, {TURNED_AT} FROM numbered
+         ), hosts AS (
+             SELECT address, {counts}, max(last_valid) AS last_valid, max(last_invalid) AS last_invalid,
+                 max(turned_at) AS turned_at, max(scheduled_at) AS newest_at,
+                 max(outcome) FILTER (WHERE nth = 1) AS newest_outcome,
+                 max(interval_seconds) FILTER (WHERE nth = 1) AS interval_seconds,
+                 extract(epoch FROM max(scheduled_at) - max(scheduled_at) FILTER (WHERE nth = 2))::double precision
+                     AS gap_seconds,
+                 min(scheduled_at) FILTER (WHERE {CHECKED} AND (turned_at IS NULL OR scheduled_at > turned_at)) AS since,
+                 {LATENCIES} FILTER (WHERE scheduled_at > {day_ago}) AS latency,
+                 max(outcome) FILTER (WHERE scheduled_at = last_invalid AND NOT is_valid) AS failed_outcome,
+                 max(error) FILTER (WHERE scheduled_at = last_invalid AND NOT is_valid) AS failed_error,
+                 (array_agg(cert_expires_at ORDER BY nth) FILTER (WHERE cert_expires_at IS NOT NULL))[1] AS expires_at,
+                 array_agg(latency ORDER BY scheduled_at) FILTER (WHERE nth <= {SPARKLINE_CHECKS}) AS latencies
+             FROM week GROUP BY address
+         )
+         SELECT address, {newest_at} AS newest_at, newest_outcome, interval_seconds, gap_seconds,
+             {is_valid} AS is_valid, {since} AS since,
+             turned_at IS NULL AND first_check IS NOT NULL AND address IN (
+                 SELECT address FROM {source} WHERE scheduled_at <= {week_ago}
+             ) AS is_longer,
+             due_1h, valid_1h, due_24h, valid_24h, due_7d, valid_7d, missed_7d, latency,
+             {failed_at} AS failed_at, failed_outcome, failed_error,
+             floor(extract(epoch FROM expires_at - {now}) / 86400)::integer AS days_left, latencies
+         FROM hosts ORDER BY address",
+        last = last("OVER (PARTITION BY address)"),
+        in_week = times.since(&times.week_ago),
+        day_ago = times.day_ago,
+        week_ago = times.week_ago,
+        now = times.now,
+        counts = counts(times),
+        newest_at = micros("newest_at"),
+        is_valid = IS_VALID,
+        since = micros("since"),
+        failed_at = micros("last_invalid"),
+    )
+}
+
+fn of_a_table_without_time(source: &str) -> String {
+    format!(
+        "SELECT address, count(*) AS due_ever, count(*) FILTER (WHERE is_valid) AS valid_ever, {LATENCIES} AS latency
+         FROM {source} WHERE address IS NOT NULL GROUP BY address ORDER BY address"
+    )
+}
+
+/// `infinity`, which only somebody else can have written, is nothing.
+fn micros(time: &str) -> String {
+    format!("(CASE WHEN isfinite({time}) THEN extract(epoch FROM {time}) * 1000000 END)::bigint")
+}
+
+/// Reads a row of any of the questions; a column that a question does not ask for is nothing.
+fn host(row: &Row) -> Result<Host, Fault> {
+    let has = |name: &str| row.columns().iter().any(|column| column.name() == name);
+    let share = |due: &str, valid: &str| -> Result<Option<Share>, Fault> {
+        if !has(due) {
+            return Ok(None);
+        }
+        let (due, valid) = (row.try_get(due)?, row.try_get(valid)?);
+        Ok((due > 0).then_some(Share { valid, due }))
+    };
+    let latency: Option<Vec<Option<f64>>> = row.try_get("latency")?;
+    let latency = |at: usize| latency.as_ref().and_then(|both| *both.get(at)?);
+    let mut host = Host {
+        address: row.try_get("address")?,
+        is_valid: None,
+        since: None,
+        is_longer: false,
+        uptime_1h: share("due_1h", "valid_1h")?,
+        uptime_24h: share("due_24h", "valid_24h")?,
+        uptime_7d: share("due_7d", "valid_7d")?,
+        uptime_ever: share("due_ever", "valid_ever")?,
+        missed_7d: None,
+        latency_p50_seconds: latency(0),
+        latency_p95_seconds: latency(1),
+        certificate_days_left: None,
+        newest: None,
+        last_outcome: None,
+        last_error: None,
+        latencies: Vec::new(),
+    };
+    if !has("newest_at") {
+        return Ok(host);
+    }
+    host.is_valid = row.try_get("is_valid")?;
+    host.since = time(row, "since")?;
+    host.is_longer = row.try_get("is_longer")?;
+    host.missed_7d = Some(row.try_get("missed_7d")?);
+    host.certificate_days_left = row.try_get("days_left")?;
+    host.last_outcome = row.try_get("newest_outcome")?;
+    host.latencies = row.try_get::<_, Option<_>>("latencies")?.unwrap_or_default();
+    let interval: Option<f64> = row.try_get("interval_seconds")?;
+    let gap: Option<f64> = row.try_get("gap_seconds")?;
+    host.newest = time(row, "newest_at")?.map(|at| Newest {
+        at,
+        interval_seconds: interval.or(gap).unwrap_or_default(),
+    });
+    if let Some(at) = time(row, "failed_at")? {
+        host.last_error = Some(LastError {
+            at,
+            outcome: row.try_get("failed_outcome")?,
+            error: row.try_get("failed_error")?,
+        });
+    }
+    Ok(host)
+}
+
+fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
+    let micros: Option<i64> = row.try_get(name)?;
+    Ok(micros.and_then(Timestamp::from_unix_micros))
+}
+
+async fn columns(client: &Client, bounds: &Bounds, main: &str) -> Result<BTreeSet<String>, Fault> {
+    let sql = "SELECT attname::text FROM pg_catalog.pg_attribute \
+               WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";
+    let rows = bounded("reading the catalogue", bounds.step, client.query(sql, &[&main])).await?;
+    let names: Result<_, _> = rows.iter().map(|row| row.try_get(0)).collect();
+    Ok(names?)
+}
+
+/// The newest row where none is of the last seven days.
+async fn newest_ever(client: &Client, source: &str) -> Result<Option<Newest>, Fault> {
+    let sql = format!(
+        "SELECT {} AS newest_at, interval_seconds FROM {source} \
+         WHERE scheduled_at IS NOT NULL ORDER BY scheduled_at DESC LIMIT 1",
+        micros("scheduled_at")
+    );
+    let row = bounded("reading the table", ANSWERS_WITHIN, client.query_opt(&sql, &[])).await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let interval: Option<f64> = row.try_get("interval_seconds")?;
+    Ok(time(&row, "newest_at")?.map(|at| Newest {
+        at,
+        interval_seconds: interval.unwrap_or_default(),
+    }))
+}
+
+async fn positions(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    group_id: &str,
+) -> Result<Option<BTreeMap<(String, i32), i64>>, Fault> {
+    if !catalogue::may_read(client, bounds, found, Object::Offsets).await? {
+        return Ok(None);
+    }
+    let sql = format!(
+        "SELECT topic, \"partition\", next_offset FROM {} WHERE group_id = $1",
+        found.table.quoted(Object::Offsets.suffix())
+    );
+    let rows = bounded(
+        "reading the positions",
+        bounds.step,
+        client.query(&sql, &[&group_id]),
+    )
+    .await?;
+    let mut positions = BTreeMap::new();
+    for row in rows {
+        positions.insert((row.try_get(0)?, row.try_get(1)?), row.try_get(2)?);
+    }
+    Ok(Some(positions))
+}
+
+async fn rejected(client: &Client, bounds: &Bounds, found: &Found) -> Result<Option<i64>, Fault> {
+    if !catalogue::may_read(client, bounds, found, Object::Rejected).await? {
+        return Ok(None);
+    }
+    let sql = format!(
+        "SELECT count(*) FROM (SELECT FROM {} LIMIT {}) rejected",
+        found.table.quoted(Object::Rejected.suffix()),
+        MAX_COUNTED + 1
+    );
+    let row = bounded(
+        "counting the rejected records",
+        bounds.step,
+        client.query_one(&sql, &[]),
+    )
+    .await?;
+    Ok(Some(row.try_get(0)?))
+}

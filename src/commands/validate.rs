@@ -1,0 +1,278 @@
+//! `host-metrics validate -c FILE`: each host as understood, and the forecast.
+//!
+//! Pure: the hosts in, the text out.
+
+use url::Host;
+
+use crate::check::target::{DEFAULT_FOLLOW, IpFamily, Method, Target};
+use crate::config::ValidateConfig;
+use crate::duration;
+use crate::terminal::plain;
+
+/// A row of the table that `init` makes, its index included: 215 to 224 bytes were measured for a row of 21 columns in
+/// Postgres 15, and its entry in the index of one host's history (address and time) takes some 80 more.
+const BYTES_PER_ROW: f64 = 300.0;
+
+const SECONDS_PER_DAY: f64 = 86_400.0;
+const DAYS_PER_MONTH: f64 = 30.0;
+
+/// The hosts and the forecast, ready to print.
+pub fn report(config: &ValidateConfig, targets: &[Target]) -> String {
+    let mut text = String::new();
+    hosts(config, targets, &mut text);
+    text.push('\n');
+    forecast(config, targets, &mut text);
+    let mut warnings = warnings(config, targets).peekable();
+    if warnings.peek().is_some() {
+        text.push('\n');
+    }
+    for warning in warnings {
+        text += &format!("warning: {warning}\n");
+    }
+    text
+}
+
+fn hosts(config: &ValidateConfig, targets: &[Target], text: &mut String) {
+    text.push_str("EVERY   TIMEOUT HOST\n");
+    for target in targets {
+        let interval = duration::text(target.interval);
+        let timeout = duration::text(target.timeout(config.timeout));
+        *text += &format!("{interval:<7} {timeout:<7} {}", target.address);
+        if target.url.as_str().trim_end_matches('/') != target.address.trim_end_matches('/') {
+            *text += &format!(" -> {}", target.url);
+        }
+        for word in understood(target) {
+            *text += &format!(", {word}");
+        }
+        text.push('\n');
+    }
+}
+
+/// What the line says beyond the address and its times.
+fn understood(target: &Target) -> Vec<String> {
+    let mut words = Vec::new();
+    if target.method == Method::Head {
+        words.push("HEAD".to_owned());
+    }
+    if let Some(status) = &target.status {
+        words.push(format!("good status {status}"));
+    }
+    match target.follow {
+        DEFAULT_FOLLOW => {}
+        0 => words.push("no redirect followed".to_owned()),
+        follow => words.push(format!("{follow} redirects at most")),
+    }
+    match target.ip_family {
+        Some(IpFamily::V4) => words.push("IPv4 only".to_owned()),
+        Some(IpFamily::V6) => words.push("IPv6 only".to_owned()),
+        None => {}
+    }
+    if target.tls_insecure {
+        words.push("certificate not verified".to_owned());
+    }
+    if let Some(topic) = &target.topic {
+        words.push(format!("topic {topic}"));
+    }
+    if let Some(regex) = &target.regex {
+        words.push(format!("body matches {}", plain(regex.as_str())));
+    }
+    words
+}
+
+fn forecast(config: &ValidateConfig, targets: &[Target], text: &mut String) {
+    let checks_per_second: f64 = targets
+        .iter()
+        .map(|target| target.interval.as_secs_f64().recip())
+        .sum();
+    let records_per_day = checks_per_second * SECONDS_PER_DAY;
+    let threads = targets.len().min(config.max_threads);
+    let month = bytes(records_per_day * DAYS_PER_MONTH * BYTES_PER_ROW);
+    let lines = [
+        ("hosts", targets.len().to_string()),
+        ("checks/s", rate(checks_per_second)),
+        ("threads", format!("{threads} at worst, where every host hangs")),
+        ("records/day", format!("{records_per_day:.0}")),
+        (
+            "table/month",
+            format!("{month}, at {BYTES_PER_ROW} bytes a row with its index"),
+        ),
+    ];
+    for (name, value) in lines {
+        *text += &format!("{name:<12} {value}\n");
+    }
+}
+
+fn warnings<'a>(config: &'a ValidateConfig, targets: &'a [Target]) -> impl Iterator<Item = String> + 'a {
+    let cut = targets.iter().filter_map(|target| {
+        let asked = target.timeout?;
+        let got = target.timeout(config.timeout);
+        (got < asked).then(|| {
+            format!(
+                "{}: timeout={} is cut to {}, 95 % of the interval of {}: a check ends before the next one is due",
+                target.address,
+                duration::text(asked),
+                duration::text(got),
+                duration::text(target.interval)
+            )
+        })
+    });
+    let without_address = targets.iter().filter_map(|target| {
+        let is_impossible = matches!(
+            (target.url.host(), target.ip_family),
+            (Some(Host::Ipv4(_)), Some(IpFamily::V6)) | (Some(Host::Ipv6(_)), Some(IpFamily::V4))
+        );
+        is_impossible.then(|| {
+            format!(
+                "{}: ip= asks for the other family: every check will fail",
+                target.address
+            )
+        })
+    });
+    let defaulted = targets
+        .iter()
+        .filter(|target| target.timeout.is_none() && target.timeout(config.timeout) < config.timeout)
+        .count();
+    let default_cut = (defaulted > 0).then(|| {
+        format!(
+            "CHECK_TIMEOUT ({}) is cut to 95 % of the interval for {defaulted} of the hosts, see TIMEOUT",
+            duration::text(config.timeout)
+        )
+    });
+    let too_many = (targets.len() > config.max_threads).then(|| {
+        format!(
+            "{} hosts and MAX_THREADS={}: while that many hang, checks of the others are missed",
+            targets.len(),
+            config.max_threads
+        )
+    });
+    cut.chain(without_address).chain(default_cut).chain(too_many)
+}
+
+/// With two digits that say something.
+fn rate(per_second: f64) -> String {
+    let mut decimals = 2;
+    let mut shown = per_second;
+    while shown < 0.1 && decimals < 10 {
+        shown *= 10.0;
+        decimals += 1;
+    }
+    format!("{per_second:.decimals$}")
+}
+
+fn bytes(count: f64) -> String {
+    let units = ["bytes", "KB", "MB", "GB", "TB", "PB"];
+    let mut scaled = count;
+    let mut unit = units[0];
+    for next in &units[1..] {
+        if scaled < 999.5 {
+            break;
+        }
+        scaled /= 1_000.0;
+        unit = next;
+    }
+    format!("{scaled:.0} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::produce::host_file;
+
+    fn report_of(hosts: &str) -> String {
+        let config = ValidateConfig {
+            timeout: Duration::from_secs(10),
+            max_threads: 3,
+        };
+        report(&config, &host_file::parse("hosts", hosts.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn every_host_is_shown_as_understood_and_the_forecast_adds_them_up() {
+        assert_eq!(
+            report_of(
+                "https://google.com 5\n\
+                 example.com 30s\n\
+                 http://10.0.0.7:8080/health 1m (status: (ok|warn))\n"
+            ),
+            "EVERY   TIMEOUT HOST\n\
+             5m      10s     https://google.com\n\
+             30s     10s     example.com -> https://example.com/\n\
+             1m      10s     http://10.0.0.7:8080/health, body matches (status: (ok|warn))\n\
+             \n\
+             hosts        3\n\
+             checks/s     0.053\n\
+             threads      3 at worst, where every host hangs\n\
+             records/day  4608\n\
+             table/month  41 MB, at 300 bytes a row with its index\n"
+        );
+    }
+
+    #[test]
+    fn every_option_is_said() {
+        let report = report_of(
+            "http://[::1]/ 1h method=HEAD status=404,500-599 follow=0 ip=6 tls=insecure topic=other timeout=2s\n\
+             https://b\u{fc}cher.example/ 1h follow=3 ip=4 a  b\n",
+        );
+        let hosts: Vec<_> = report.lines().skip(1).take(2).collect();
+        assert_eq!(
+            hosts,
+            [
+                "1h      2s      http://[::1]/, HEAD, good status 404,500-599, no redirect followed, IPv6 only, \
+                 certificate not verified, topic other",
+                "1h      10s     https://b\u{fc}cher.example/ -> https://xn--bcher-kva.example/, 3 redirects at most, \
+                 IPv4 only, body matches a  b",
+            ]
+        );
+    }
+
+    #[test]
+    fn control_characters_of_a_regex_do_not_reach_the_terminal() {
+        let report = report_of("a.example 1h x\u{1b}]0;y\0z\n");
+        assert!(report.contains("body matches x ]0;y z\n"), "{report:?}");
+    }
+
+    #[test]
+    fn what_will_not_be_as_written_is_warned_of() {
+        let report = report_of("a.example 10s timeout=30s\nb.example 1s\nc.example 2s\n127.0.0.1 1h ip=6\n");
+        let warnings: Vec<_> = report
+            .lines()
+            .filter(|line| line.starts_with("warning: "))
+            .collect();
+        assert_eq!(
+            warnings,
+            [
+                "warning: a.example: timeout=30s is cut to 9500ms, 95 % of the interval of 10s: \
+                 a check ends before the next one is due",
+                "warning: 127.0.0.1: ip= asks for the other family: every check will fail",
+                "warning: CHECK_TIMEOUT (10s) is cut to 95 % of the interval for 2 of the hosts, see TIMEOUT",
+                "warning: 4 hosts and MAX_THREADS=3: while that many hang, checks of the others are missed",
+            ]
+        );
+        assert!(!report_of("a.example 10s timeout=9s\n").contains("warning"));
+    }
+
+    #[test]
+    fn figures_keep_two_digits_that_say_something() {
+        let rates = [
+            (0.05333, "0.053"),
+            (0.5, "0.50"),
+            (12.345, "12.35"),
+            (3.2e-8, "0.000000032"),
+        ];
+        for (rate_per_second, expected) in rates {
+            assert_eq!(rate(rate_per_second), expected);
+        }
+        let sizes = [
+            (0.4, "0 bytes"),
+            (999.0, "999 bytes"),
+            (1_000.0, "1 KB"),
+            (41_472_000.0, "41 MB"),
+            (7.8e13, "78 TB"),
+        ];
+        for (count, expected) in sizes {
+            assert_eq!(bytes(count), expected);
+        }
+    }
+}
