@@ -6,7 +6,7 @@
 //! and then, on a connection of its own.
 
 pub mod batch;
-mod group;
+pub mod group;
 pub mod ingest;
 mod metrics;
 pub mod source;
