@@ -13,11 +13,11 @@ use flate2::write::GzEncoder;
 use host_metrics::check::fault::NameError;
 use host_metrics::check::http::{Checker, Checks};
 use host_metrics::check::outcome::{Observation, Outcome};
+use host_metrics::check::pattern::Pattern;
 use host_metrics::check::resolver::Names;
 use host_metrics::check::target::{IpFamily, Method, StatusSet, Target};
 use host_metrics::config::CheckConfig;
 use host_metrics::sample::Timestamp;
-use regex::Regex;
 use rustls::server::WebPkiClientVerifier;
 use url::Url;
 
@@ -58,7 +58,7 @@ fn target(url: &str) -> Target {
 
 fn with_regex(url: &str, regex: &str) -> Target {
     Target {
-        regex: Some(Regex::new(regex).unwrap().into()),
+        regex: Some(Pattern::new(regex).unwrap().into()),
         ..target(url)
     }
 }
@@ -1727,7 +1727,7 @@ fn nothing_that_a_server_sends_makes_the_check_panic() {
         }
     });
     let mut checker = checker();
-    let regex = Regex::new("hello").unwrap();
+    let regex = Arc::new(Pattern::new("hello").unwrap());
     for (number, response) in responses.iter().enumerate() {
         next.store(number, Ordering::SeqCst);
         let target = Target {
