@@ -142,7 +142,7 @@ pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String
         }
         (_, Some(Fault::Coding(error)), ..) if error.kind() == Kind::UnexpectedEof => (
             Outcome::ProtocolError,
-            "the body ends in the middle of its coding".into(),
+            "the body cannot be decoded: it ends in the middle of its coding".into(),
         ),
         (_, Some(Fault::Coding(error)), ..) => (
             Outcome::ProtocolError,

@@ -23,7 +23,7 @@ use regex_syntax::hir::Hir;
 const MAX_COMPILED_BYTES: usize = 4 << 20;
 
 /// Of the table that a search builds, beyond what the largest regexes need for any search at all.
-const MAX_TABLE_BYTES: usize = 1 << 20;
+const MAX_TABLE_BYTES: usize = 256 << 10;
 
 /// How many states of the NFA may be visited, in the worst case, between two looks at the clock: some milliseconds.
 const STATES_PER_LOOK: usize = 1 << 18;

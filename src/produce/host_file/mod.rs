@@ -533,21 +533,25 @@ impl<'a> Regexes<'a> {
         if let Some(pattern) = self.compiled.get(text) {
             return Ok(Arc::clone(pattern));
         }
+        // Compiling takes time, too.
+        self.room()?;
         let pattern = compile(text)?;
-        let bytes = self.bytes + pattern.compiled_bytes();
-        if bytes > MAX_COMPILED_BYTES_OF_A_FILE {
-            let what = format!(
-                "with this REGEX ({} KiB) the file's take more than {} MiB when compiled; use equal ones, which are kept \
-                 once, or smaller ones: `(?-u:\\w)` and `[0-9]` are a hundredth of `\\w` and `\\d`, which know all of \
-                 Unicode",
-                pattern.compiled_bytes() >> 10,
-                MAX_COMPILED_BYTES_OF_A_FILE >> 20
-            );
-            return Err(Fault::new(0, what));
-        }
-        self.bytes = bytes;
+        self.bytes += pattern.compiled_bytes();
+        self.room()?;
         self.compiled.insert(text, Arc::clone(&pattern));
         Ok(pattern)
+    }
+
+    fn room(&self) -> Result<(), Fault> {
+        if self.bytes <= MAX_COMPILED_BYTES_OF_A_FILE {
+            return Ok(());
+        }
+        let what = format!(
+            "up to this REGEX the file's take more than {} MiB when compiled; use equal ones, which are kept once, or \
+             smaller ones: `(?-u:\\w)` and `[0-9]` are a hundredth of `\\w` and `\\d`, which know all of Unicode",
+            MAX_COMPILED_BYTES_OF_A_FILE >> 20
+        );
+        Err(Fault::new(0, what))
     }
 }
 
