@@ -82,17 +82,19 @@ impl Pattern {
                 };
                 PatternError { at: 0, why }
             })?;
-        let dfa = can_be_a_dfa(&nfa, &hir).then(|| {
+        let dfa = if can_be_a_dfa(&nfa, &hir) {
             let config = DFA::config()
                 .cache_capacity(MAX_TABLE_BYTES)
                 .skip_cache_capacity_check(true)
                 .specialize_start_states(true);
-            DFA::builder().configure(config).build_from_nfa(nfa.clone())
-        });
-        let dfa = dfa.transpose().map_err(|error| PatternError {
-            at: 0,
-            why: error.to_string(),
-        })?;
+            let built = DFA::builder().configure(config).build_from_nfa(nfa.clone());
+            Some(built.map_err(|error| PatternError {
+                at: 0,
+                why: error.to_string(),
+            })?)
+        } else {
+            None
+        };
         Ok(Self {
             text: text.to_owned(),
             dfa,

@@ -71,7 +71,7 @@ impl<R: BufRead> Chunks<R> {
         Self { wire, state }
     }
 
-    /// Hexadecimal digits, then anything up to the line feed.
+    /// Hexadecimal digits, then anything up to the line feed, but for what may have been meant as digits (`0x5`).
     fn size(&mut self) -> io::Result<u64> {
         let (mut size, mut digits) = (0, 0);
         let mut byte = self.byte()?;
@@ -86,7 +86,7 @@ impl<R: BufRead> Chunks<R> {
             size = size << 4 | u64::from(digit);
             byte = self.byte()?;
         }
-        if digits == 0 {
+        if digits == 0 || byte.is_ascii_alphanumeric() {
             return Err(broken("a chunk's size is not a hexadecimal number"));
         }
         while byte != b'\n' {
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn chunks_are_read_as_curl_reads_them() {
         let extension = format!("5;{}\r\nhello\r\n0\r\n\r\n", "a".repeat(500));
-        let table: [(&str, Result<&str, io::ErrorKind>); 18] = [
+        let table: [(&str, Result<&str, io::ErrorKind>); 19] = [
             ("5\r\nhello\r\n0\r\n\r\n", Ok("hello")),
             ("2\r\nhe\r\n3\r\nllo\r\n00\r\nX: y\r\n\r\n", Ok("hello")),
             ("5\nhello\n0\n\n", Ok("hello")),
@@ -195,6 +195,7 @@ mod tests {
             ("", Err(io::ErrorKind::UnexpectedEof)),
             ("hello", Err(io::ErrorKind::InvalidData)),
             ("-5\r\nhello", Err(io::ErrorKind::InvalidData)),
+            ("0x5\r\nhello\r\n0\r\n\r\n", Err(io::ErrorKind::InvalidData)),
             ("5\r\nhelloo\r\n0\r\n\r\n", Err(io::ErrorKind::InvalidData)),
             ("5\r\nhello\r\n\r\n0\r\n\r\n", Err(io::ErrorKind::InvalidData)),
             (
