@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use url::Host;
 
-use crate::check::http::body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
+use crate::check::http::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
 use crate::check::pattern::Pattern;
 use crate::check::target::{DEFAULT_FOLLOW, IpFamily, Method, Target};
 use crate::config::ValidateConfig;

@@ -7,7 +7,7 @@
 //! (`resolver`), connections (`transport`), TLS (`tls`), codings (`body`), redirects. `progress` is what those parts have
 //! seen, `fault` names what went wrong.
 
-pub mod body;
+mod body;
 mod chunks;
 mod head;
 mod inflate;
@@ -30,7 +30,8 @@ use crate::check::resolver::{CheckResolver, Lookup, Names};
 use crate::check::target::{Method, Target};
 use crate::check::tls::Trust;
 use crate::config::CheckConfig;
-use body::{BrotliDecoders, End, Limits, MAX_BROTLI_DECODERS, Unread};
+pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
+use body::{BrotliDecoders, End, Limits, Unread};
 use transport::CheckConnector;
 
 /// Room for a request's longest header line beside its URL and User-Agent: `Host:` with a name of 253 bytes.
