@@ -134,9 +134,15 @@ pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String
             (Outcome::TlsError, format!("TLS handshake with {peer}: {error}"))
         }
 
-        (_, Some(Fault::Coding(_)), ..) if seen.closed_by_peer => (
-            Outcome::ConnectionClosed,
-            format!("{peer} closed the connection before the end of the body"),
+        (_, Some(Fault::Coding(error)), ..) if error.kind() == Kind::UnexpectedEof && seen.closed_by_peer => {
+            (
+                Outcome::ConnectionClosed,
+                format!("{peer} closed the connection before the end of the body"),
+            )
+        }
+        (_, Some(Fault::Coding(error)), ..) if error.kind() == Kind::UnexpectedEof => (
+            Outcome::ProtocolError,
+            "the body cannot be decoded: it ends in the middle of its coding".into(),
         ),
         (_, Some(Fault::Coding(error)), ..) => (
             Outcome::ProtocolError,

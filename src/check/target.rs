@@ -7,9 +7,9 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use regex::Regex;
 use url::Url;
 
+use crate::check::pattern::Pattern;
 use crate::duration;
 
 /// The longest part of its interval that a check may take, so that a hanging check ends before its next tick.
@@ -41,7 +41,7 @@ pub struct Target {
     /// `tls=insecure`: certificates are read but not verified.
     pub tls_insecure: bool,
     /// Shared by all targets with the same one.
-    pub regex: Option<Arc<Regex>>,
+    pub regex: Option<Arc<Pattern>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,8 +2,13 @@
 //!
 //! Pure: the hosts in, the text out.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use url::Host;
 
+use crate::check::http::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
+use crate::check::pattern::Pattern;
 use crate::check::target::{DEFAULT_FOLLOW, IpFamily, Method, Target};
 use crate::config::ValidateConfig;
 use crate::duration;
@@ -97,9 +102,37 @@ fn forecast(config: &ValidateConfig, targets: &[Target], text: &mut String) {
             format!("{month}, at {BYTES_PER_ROW} bytes a row with its index"),
         ),
     ];
-    for (name, value) in lines {
+    let memory = memory(config, targets).map(|memory| ("memory", memory));
+    for (name, value) in lines.into_iter().chain(memory) {
         *text += &format!("{name:<12} {value}\n");
     }
+}
+
+/// What the hosts with a REGEX take at worst, beside what every check does: all of them at once, each with a brotli body of
+/// full length.
+fn memory(config: &ValidateConfig, targets: &[Target]) -> Option<String> {
+    let regexes = targets.iter().filter_map(|target| target.regex.as_ref());
+    let mut searches: Vec<_> = regexes.clone().map(|regex| regex.search_bytes() as u64).collect();
+    searches.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
+    searches.truncate(config.max_threads);
+    let body = config.max_body_bytes + READING_BYTES;
+    let decoders = MAX_BROTLI_DECODERS.min(searches.len()) as u64;
+    let reading = searches.iter().map(|search| search + body).sum::<u64>()
+        + decoders * (BROTLI_DECODER_BYTES + config.max_body_bytes);
+    let distinct: HashMap<*const Pattern, usize> = regexes
+        .map(|regex| (Arc::as_ptr(regex), regex.compiled_bytes()))
+        .collect();
+    let compiled: usize = distinct.values().sum();
+    (!searches.is_empty()).then(|| {
+        format!(
+            "{} at worst while bodies are read (at once: {}, MAX_BODY_BYTES={}), {} for the regexes (different ones: {})",
+            bytes(reading as f64),
+            searches.len(),
+            config.max_body_bytes,
+            bytes(compiled as f64),
+            distinct.len()
+        )
+    })
 }
 
 fn warnings<'a>(config: &'a ValidateConfig, targets: &'a [Target]) -> impl Iterator<Item = String> + 'a {
@@ -184,6 +217,7 @@ mod tests {
         let config = ValidateConfig {
             timeout: Duration::from_secs(10),
             max_threads: 3,
+            max_body_bytes: 1 << 20,
         };
         report(&config, &host_file::parse("hosts", hosts.as_bytes()).unwrap())
     }
@@ -205,7 +239,27 @@ mod tests {
              checks/s     0.053\n\
              threads      3 at worst, where every host hangs\n\
              records/day  4608\n\
-             table/month  41 MB, at 300 bytes a row with its index\n"
+             table/month  41 MB, at 300 bytes a row with its index\n\
+             memory       23 MB at worst while bodies are read (at once: 1, MAX_BODY_BYTES=1048576), \
+             2 KB for the regexes (different ones: 1)\n"
+        );
+    }
+
+    #[test]
+    fn the_forecast_of_memory_counts_threads_decoders_and_each_regex_once() {
+        let memory = |hosts: &str| {
+            let report = report_of(hosts);
+            let line = report.lines().find_map(|line| line.strip_prefix("memory "));
+            line.map(|line| line.trim().to_owned())
+        };
+        assert_eq!(memory("a.example 1h\n"), None);
+        let four = "a.example 1h hello\nb.example 1h hello\nc.example 1h hello\nd.example 1h \\w{3,60}\n";
+        assert_eq!(
+            memory(four).as_deref(),
+            Some(
+                "71 MB at worst while bodies are read (at once: 3, MAX_BODY_BYTES=1048576), \
+                 1 MB for the regexes (different ones: 2)"
+            )
         );
     }
 

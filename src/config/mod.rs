@@ -225,6 +225,7 @@ pub fn validate(variables: &Variables) -> Result<ValidateConfig, WrongInput> {
     let config = ValidateConfig {
         timeout: check_timeout(&raw, &mut problems),
         max_threads: max_threads(&raw, &mut problems),
+        max_body_bytes: max_body_bytes(&raw, &mut problems),
     };
     check_log_level(&raw, &mut problems);
     problems.finish(config)
@@ -377,6 +378,7 @@ pub struct CheckConfig {
 pub struct ValidateConfig {
     pub timeout: Duration,
     pub max_threads: usize,
+    pub max_body_bytes: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -779,14 +781,18 @@ fn batch_wait(raw: &Raw, problems: &mut Problems) -> Duration {
         .unwrap_or(SECOND)
 }
 
+fn max_body_bytes(raw: &Raw, problems: &mut Problems) -> u64 {
+    let variable = Variable::new("MAX_BODY_BYTES", &raw.max_body_bytes);
+    problems.number(variable, BODY_BYTES, 1 << 20)
+}
+
 fn a_check(raw: &Raw, problems: &mut Problems) -> CheckConfig {
-    let max_body_bytes = Variable::new("MAX_BODY_BYTES", &raw.max_body_bytes);
     let user_agent = Variable::new("USER_AGENT", &raw.user_agent);
     let ca_file = Variable::new("CHECK_CA_FILE", &raw.check_ca_file);
     CheckConfig {
         timeout: check_timeout(raw, problems),
         max_threads: 1,
-        max_body_bytes: problems.number(max_body_bytes, BODY_BYTES, 1 << 20),
+        max_body_bytes: max_body_bytes(raw, problems),
         user_agent: problems
             .read(
                 user_agent,

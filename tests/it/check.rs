@@ -9,15 +9,15 @@ use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use flate2::Compression;
-use flate2::write::GzEncoder;
+use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
 use host_metrics::check::fault::NameError;
 use host_metrics::check::http::{Checker, Checks};
 use host_metrics::check::outcome::{Observation, Outcome};
+use host_metrics::check::pattern::Pattern;
 use host_metrics::check::resolver::Names;
 use host_metrics::check::target::{IpFamily, Method, StatusSet, Target};
 use host_metrics::config::CheckConfig;
 use host_metrics::sample::Timestamp;
-use regex::Regex;
 use rustls::server::WebPkiClientVerifier;
 use url::Url;
 
@@ -58,7 +58,7 @@ fn target(url: &str) -> Target {
 
 fn with_regex(url: &str, regex: &str) -> Target {
     Target {
-        regex: Some(Regex::new(regex).unwrap().into()),
+        regex: Some(Pattern::new(regex).unwrap().into()),
         ..target(url)
     }
 }
@@ -333,7 +333,29 @@ fn every_fault_has_its_word() {
         O::ProtocolError,
         "cannot be decoded",
     );
-    let half_gzip = &gzip(b"hello hello hello")[..20];
+    answer(
+        "bytes behind the end of a gzip stream",
+        site::response(
+            "200 OK",
+            "Content-Encoding: gzip\r\n",
+            [gzip(b"hello"), vec![b'x'; 3]].concat(),
+        ),
+        "hello",
+        O::ProtocolError,
+        "cannot be decoded: bytes after its end",
+    );
+    answer(
+        "a brotli window of 1 GiB",
+        site::response(
+            "200 OK",
+            "Content-Encoding: br\r\n",
+            [&b"\x11\x1e"[..], &[0; 800]].concat(),
+        ),
+        "hello",
+        O::ProtocolError,
+        "cannot be decoded: it is not brotli",
+    );
+    let half_gzip = &gzip(b"hello hello hello")[..15];
     answer(
         "gzip cut, all bytes there",
         site::response("200 OK", "Content-Encoding: gzip\r\n", half_gzip),
@@ -789,6 +811,32 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+fn zlib(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn bare_deflate(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// What `brotli` makes of it, in its least form: a stored block.
+fn brotli(bytes: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(bytes.len()).unwrap() - 1;
+    // A window of 22 bits, one block that is not the last, of 4 nibbles of length, stored; then the empty last block.
+    let header = 0b1011 | u32::from(length) << 7 | 1 << 23;
+    [&header.to_le_bytes()[..3], bytes, &[3]].concat()
+}
+
+/// A response of one chunk; `head` with its last line's end.
+fn chunked(head: &str, body: &[u8]) -> Vec<u8> {
+    let size = format!("{:x}\r\n", body.len());
+    [head.as_bytes(), b"\r\n", size.as_bytes(), body, b"\r\n0\r\n\r\n"].concat()
+}
+
 /// A response whose headers are `total` bytes, in lines of `line` bytes.
 fn headers_of(total: usize, line: usize) -> Vec<u8> {
     let mut head = b"HTTP/1.1 200 OK\r\n".to_vec();
@@ -1129,8 +1177,7 @@ fn bodies_are_decoded_counted_and_searched() {
     let coded = |coding: &str, body: &[u8]| {
         site::response("200 OK", &format!("Content-Encoding: {coding}\r\n"), body)
     };
-    // What `brotli` makes of it, in its least form: a stored block.
-    const BROTLI_HELLO: &[u8] = b"\x0b\x02\x80hello\x03";
+    let brotli_hello = brotli(b"hello");
     let bytes = |count: usize| vec![b'x'; count];
     let table = [
         ("plain", site::ok("hello"), Outcome::Ok, Some(true), 5),
@@ -1145,10 +1192,52 @@ fn bodies_are_decoded_counted_and_searched() {
             Some(true),
             5,
         ),
-        ("brotli", coded("br", BROTLI_HELLO), Outcome::Ok, Some(true), 5),
+        ("brotli", coded("br", &brotli_hello), Outcome::Ok, Some(true), 5),
+        ("no coding", coded("none", b"hello"), Outcome::Ok, Some(true), 5),
+        ("a charset for a coding", coded("utf-8", b"hello"), Outcome::Ok, Some(true), 5),
+        ("identity and gzip", coded("identity, gzip", &gzip(b"hello")), Outcome::Ok, Some(true), 5),
+        ("gzip twice", coded("gzip, gzip", &gzip(&gzip(b"hello"))), Outcome::Ok, Some(true), 5),
+        ("gzip, then brotli", coded("gzip, br", &brotli(&gzip(b"hello"))), Outcome::Ok, Some(true), 5),
+        (
+            "gzip without its trailer",
+            coded("gzip", gzip(b"hello").strip_suffix(b"\x86\xa6\x10\x36\x05\0\0\0").unwrap()),
+            Outcome::Ok,
+            Some(true),
+            5,
+        ),
+        ("deflate", coded("deflate", &zlib(b"hello")), Outcome::Ok, Some(true), 5),
+        ("bare deflate", coded("deflate", &bare_deflate(b"hello")), Outcome::Ok, Some(true), 5),
+        (
+            "gzip in chunks in HTTP/1.0",
+            chunked("HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n", &gzip(b"hello")),
+            Outcome::Ok,
+            Some(true),
+            5,
+        ),
+        (
+            "gzip as a transfer coding",
+            chunked("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n", &gzip(b"hello")),
+            Outcome::Ok,
+            Some(true),
+            5,
+        ),
+        (
+            "chunks beside a length",
+            chunked("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n", b"hello"),
+            Outcome::Ok,
+            Some(true),
+            5,
+        ),
+        (
+            "chunk lines that end in a line feed",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\nhello\n0\n\n".to_vec(),
+            Outcome::Ok,
+            Some(true),
+            5,
+        ),
         (
             "brotli with a tail",
-            coded("br", &[BROTLI_HELLO, &bytes(9_000)].concat()),
+            coded("br", &[&brotli_hello[..], &bytes(9_000)].concat()),
             Outcome::ProtocolError,
             None,
             5,
@@ -1157,7 +1246,7 @@ fn bodies_are_decoded_counted_and_searched() {
             "brotli in a chunk, then cut",
             [
                 b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n".to_vec(),
-                BROTLI_HELLO.to_vec(),
+                brotli_hello.clone(),
                 b"\r\n".to_vec(),
             ]
             .concat(),
@@ -1255,6 +1344,35 @@ fn bodies_are_decoded_counted_and_searched() {
         (seen.regex_matched, seen.body_bytes, seen.phases.body),
         (None, None, None)
     );
+}
+
+#[test]
+fn a_search_ends_at_the_deadline_whatever_the_regex() {
+    let mut random = fastrand::Rng::with_seed(1);
+    let body: Vec<u8> = (0..60_000).map(|_| random.choice(*b"ab").unwrap()).collect();
+    let site = Site::answering(site::ok(body));
+    let mut checker = checker();
+    // Seconds each, when nothing interrupts them.
+    for regex in [
+        r"(?-u)a[ab]{10000}c",
+        r"(?:\b|b)a[ab]{10000}c",
+        r"(?:a[ab]{900}\w{90}){2}ä",
+    ] {
+        let target = with_regex(&site.url("/"), regex);
+        let seen = checker.check(&target, now() + SHORT);
+        assert_eq!(
+            (seen.outcome, seen.regex_matched, seen.error.as_deref()),
+            (
+                Outcome::BodyTimeout,
+                None,
+                Some("the search for the regex in the body did not end in time")
+            ),
+            "{regex}: {seen:?}"
+        );
+    }
+    // Nothing of it is left for the next check.
+    let seen = checker.check(&with_regex(&site.url("/"), "^[ab]+$"), now() + LONG);
+    assert_eq!(seen.outcome, Outcome::Ok, "{seen:?}");
 }
 
 #[test]
@@ -1727,7 +1845,7 @@ fn nothing_that_a_server_sends_makes_the_check_panic() {
         }
     });
     let mut checker = checker();
-    let regex = Regex::new("hello").unwrap();
+    let regex = Arc::new(Pattern::new("hello").unwrap());
     for (number, response) in responses.iter().enumerate() {
         next.store(number, Ordering::SeqCst);
         let target = Target {
@@ -1738,7 +1856,7 @@ fn nothing_that_a_server_sends_makes_the_check_panic() {
             } else {
                 Method::Get
             },
-            regex: (number % 5 != 0).then(|| regex.clone().into()),
+            regex: (number % 5 != 0).then(|| Arc::clone(&regex)),
             ..target(&site.url("/"))
         };
         let seen = checker.check(&target, now() + LONG);

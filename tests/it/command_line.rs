@@ -353,6 +353,8 @@ fn validate_prints_the_hosts_and_the_forecast() {
          threads      2 at worst, where every host hangs\n\
          records/day  8928\n\
          table/month  80 MB, at 300 bytes a row with its index\n\
+         memory       23 MB at worst while bodies are read (at once: 1, MAX_BODY_BYTES=1048576), \
+         2 KB for the regexes (different ones: 1)\n\
          \n\
          warning: https://shop.example/: timeout=30s is cut to 9500ms, 95 % of the interval of 10s: \
          a check ends before the next one is due\n"

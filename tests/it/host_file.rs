@@ -483,6 +483,31 @@ fn a_broken_regex_is_shown_where_its_parser_says() {
 }
 
 #[test]
+fn all_regexes_of_a_file_together_have_a_bound_and_equal_ones_count_once() {
+    let hosts = |regex: &dyn Fn(usize) -> String| -> String {
+        let lines = (0..200).map(|number| format!("h{number}.example 5 {}\n", regex(number)));
+        lines.collect()
+    };
+    let parse_of = |hosts: &str| parse("hosts", hosts.as_bytes());
+    assert_eq!(parse_of(&hosts(&|_| r"\w{3,60}".into())).unwrap().len(), 200);
+    assert_eq!(
+        parse_of(&hosts(&|number| format!(r"\d{{2}} items {number}")))
+            .unwrap()
+            .len(),
+        200
+    );
+    let told = parse_of(&hosts(&|number| format!(r"\w{{3,60}}{number}")))
+        .unwrap_err()
+        .to_string();
+    let first = told.lines().next().unwrap();
+    let what = "up to this REGEX the file's take more than 64 MiB when compiled; use equal ones";
+    assert!(first.contains(what), "{first}");
+    // Every line beyond the bound, and none before it.
+    let lines = told.lines().filter(|line| line.starts_with("hosts:")).count();
+    assert!((100..199).contains(&lines), "{lines}");
+}
+
+#[test]
 fn head_cannot_have_a_regex() {
     assert_eq!(
         what("example.com 5 method=HEAD ok"),

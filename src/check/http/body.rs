@@ -1,23 +1,44 @@
-//! Bodies: decoded, bounded, and as text.
+//! Bodies: unpacked, decoded to text and bounded, a piece at a time.
 //!
-//! Owns content codings and charsets. The bound counts decoded bytes, so that a small body cannot become a large one.
+//! Owns content and transfer codings, charsets, and the memory that they take. The bound counts decoded bytes, so that a
+//! small body cannot become a large one.
 
-use std::borrow::Cow;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Cursor, Read};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
-use encoding_rs::{Encoding, UTF_8};
-use flate2::bufread::MultiGzDecoder;
+use brotli_decompressor::{BrotliDecompressStream, BrotliResult, BrotliState, StandardAlloc};
+use encoding_rs::{CoderResult, Encoding, UTF_8};
 use ureq::Body;
-use ureq::http::header::{CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING};
-use ureq::http::{HeaderMap, HeaderName, Response};
+use ureq::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use ureq::http::{HeaderMap, Response};
 
+use super::chunks::{self, Chunks};
+use super::inflate::Inflate;
 use crate::check::fault::Fault;
+use crate::check::pattern::Late;
+use crate::check::progress::now;
 
-/// What is asked for where a body is wanted: the codings that [`read`] knows.
+/// What is asked for where a body is wanted.
 pub(super) const ACCEPTED_CODINGS: &str = "gzip, br";
 
-/// As much as a brotli decoder is fed at once.
-const BROTLI_INPUT_BYTES: usize = 4 * 1024;
+/// As much of a body as is in each stage of its decoding at once.
+const PIECE_BYTES: usize = 8 * 1024;
+
+/// As in curl: each one multiplies what a byte of the wire can become.
+const MAX_CODINGS: usize = 5;
+
+/// Brotli decoders at work at once, in the whole process: each takes 16 MiB for its window and up to 4 MiB for its tables.
+/// One works for a moment only, on a body that has come whole, so that no slow server can hold it.
+pub const MAX_BROTLI_DECODERS: usize = 4;
+pub const BROTLI_DECODER_BYTES: u64 = 20 << 20;
+
+/// What a body takes while it is read, beside a brotli one's own length: a piece in every stage, and inflate's window of
+/// 32 KiB and tables.
+pub const READING_BYTES: u64 = 160 << 10;
+
+/// A brotli body is as long as what it becomes at most, but for its own headers.
+const BROTLI_OVERHEAD_BYTES: u64 = 64 << 10;
 
 /// The end of a body that was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,66 +48,100 @@ pub(super) enum End {
     Beyond,
 }
 
-/// Appends the decoded body to `into`, `max_bytes` of it at most; what came before a fault is there too.
+/// Why a body was not read to its end.
+#[derive(Debug)]
+pub(super) enum Unread {
+    /// It was cut, stalled, or is not coded as its headers say.
+    Wire(ureq::Error),
+    /// No brotli decoder was free before the deadline.
+    NoDecoder,
+    /// The deadline passed while a piece was looked at.
+    Late(Late),
+}
+
+impl From<Late> for Unread {
+    fn from(late: Late) -> Self {
+        Self::Late(late)
+    }
+}
+
+impl From<io::Error> for Unread {
+    fn from(error: io::Error) -> Self {
+        Self::Wire(Fault::Coding(error).into())
+    }
+}
+
+/// What bounds the reading of a body.
+pub(super) struct Limits<'a> {
+    pub max_bytes: u64,
+    pub deadline: Instant,
+    pub brotli: &'a BrotliDecoders,
+}
+
+/// Hands the decoded body to `each`, as text in pieces, and counts its bytes, `max_bytes` of it at most; what came before a
+/// fault too.
 ///
-/// # Errors
-/// The body was cut, stalled, or is not coded as its headers say.
+/// The text is decoded by the header's charset (where a byte-order mark wins over it, as in browsers), else as UTF-8, and
+/// without error: what cannot be decoded is U+FFFD.
 pub(super) fn read(
     response: &mut Response<Body>,
-    max_bytes: u64,
-    into: &mut Vec<u8>,
-) -> Result<End, ureq::Error> {
-    let coding = Coding::of(response.headers())?;
+    limits: &Limits<'_>,
+    bytes: &mut u64,
+    mut each: impl FnMut(&str) -> Result<(), Unread>,
+) -> Result<End, Unread> {
+    let codings = Codings::of(response.headers())?;
+    let charset = charset(response.headers());
     let mut wire = Wire {
         reader: response.body_mut().as_reader(),
         failure: None,
     };
-    let result = read_decoded(coding, &mut wire, max_bytes, into);
+    let result = codings
+        .decoder(&mut wire, limits)
+        .and_then(|mut body| read_text(&mut body, charset, limits.max_bytes, bytes, &mut each));
     match (result, wire.failure) {
-        (_, Some(failure)) => Err(failure),
-        (Err(error), None) => Err(Fault::Coding(error).into()),
-        (Ok(end), None) => Ok(end),
+        (Err(Unread::Wire(_)) | Ok(_), Some(failure)) => Err(Unread::Wire(failure)),
+        (result, _) => result,
     }
 }
 
-/// The body as text, which never fails: by the header's charset (where a byte-order mark wins over it, as in browsers),
-/// else as UTF-8.
-pub(super) fn text<'a>(headers: &HeaderMap, bytes: &'a [u8]) -> Cow<'a, str> {
-    match charset(headers) {
-        Some(charset) => charset.decode(bytes).0,
-        None => UTF_8.decode_with_bom_removal(bytes).0,
-    }
-}
-
-fn read_decoded(coding: Coding, wire: &mut Wire<'_>, max_bytes: u64, into: &mut Vec<u8>) -> io::Result<End> {
-    let mut wire = BufReader::with_capacity(BROTLI_INPUT_BYTES, wire);
-    // An empty body is empty in every coding; servers do not bother to code it.
-    if coding == Coding::Identity || wire.fill_buf()?.is_empty() {
-        return read_bounded(&mut wire, max_bytes, into);
-    }
-    let end = match coding {
-        Coding::Gzip => read_bounded(&mut MultiGzDecoder::new(&mut wire), max_bytes, into)?,
-        _ => {
-            let mut decoder = brotli_decompressor::Decompressor::new(&mut wire, BROTLI_INPUT_BYTES);
-            read_bounded(&mut decoder, max_bytes, into)?
-        }
+fn read_text(
+    body: &mut dyn Read,
+    charset: Option<&'static Encoding>,
+    max_bytes: u64,
+    bytes: &mut u64,
+    each: &mut dyn FnMut(&str) -> Result<(), Unread>,
+) -> Result<End, Unread> {
+    let mut decoder = match charset {
+        Some(charset) => charset.new_decoder(),
+        None => UTF_8.new_decoder_with_bom_removal(),
     };
-    // The coding's own end is not the body's: that may have been cut right behind it.
-    if end == End::Complete && !wire.fill_buf()?.is_empty() {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "bytes after its end"));
-    }
-    Ok(end)
-}
-
-fn read_bounded(reader: &mut dyn Read, max_bytes: u64, into: &mut Vec<u8>) -> io::Result<End> {
-    // One byte more tells whether there is more.
-    reader.take(max_bytes.saturating_add(1)).read_to_end(into)?;
-    match usize::try_from(max_bytes) {
-        Ok(max) if into.len() > max => {
-            into.truncate(max);
-            Ok(End::Beyond)
+    let mut piece = [0; PIECE_BYTES];
+    let mut text = String::with_capacity(PIECE_BYTES);
+    loop {
+        // One byte more than may be read tells whether there is more.
+        let left = max_bytes - *bytes;
+        let most = usize::try_from(left).map_or(PIECE_BYTES, |left| PIECE_BYTES.min(left.saturating_add(1)));
+        let count = body.read(&mut piece[..most])?;
+        let end = match (count, count as u64 > left) {
+            (0, _) => Some(End::Complete),
+            (_, true) => Some(End::Beyond),
+            (_, false) => None,
+        };
+        let count = (count as u64).min(left) as usize;
+        *bytes += count as u64;
+        let mut rest = &piece[..count];
+        loop {
+            text.clear();
+            let (result, taken, _) = decoder.decode_to_string(rest, &mut text, end.is_some());
+            rest = &rest[taken..];
+            each(&text)?;
+            if result == CoderResult::InputEmpty {
+                break;
+            }
         }
-        _ => Ok(End::Complete),
+        if let Some(end) = end {
+            return Ok(end);
+        }
     }
 }
 
@@ -109,45 +164,187 @@ impl Read for Wire<'_> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Coding {
-    Identity,
     Gzip,
+    Deflate,
     Brotli,
 }
 
-impl Coding {
-    /// Names are case-insensitive, and x-gzip is gzip (RFC 9110, section 8.4.1).
-    fn of(headers: &HeaderMap) -> Result<Self, Fault> {
-        let unknown = |name: &HeaderName, value: &str| {
-            let text = format!("unknown {name} {value}");
-            Err(Fault::Coding(io::Error::new(io::ErrorKind::InvalidData, text)))
-        };
-        let transfer = joined(headers, TRANSFER_ENCODING);
-        if !matches!(transfer.as_str(), "" | "identity" | "chunked") {
-            return unknown(&TRANSFER_ENCODING, &transfer);
+/// What was done to a body, in this order, before it was cut into chunks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Codings {
+    codings: Vec<Coding>,
+    chunked: bool,
+}
+
+impl Codings {
+    /// A coding that is real but not known here is an error. Any other word (`none`, `utf-8`, `binary`) says nothing of the
+    /// body, and browsers pass over it.
+    fn of(headers: &HeaderMap) -> io::Result<Self> {
+        let content = headers.get_all(CONTENT_ENCODING).iter();
+        let content = content.map(|value| ("content-encoding", value.as_bytes()));
+        let transfer = chunks::transfer_encoding(headers).map(|value| ("transfer-encoding", value));
+        let (mut codings, mut chunked) = (Vec::new(), false);
+        for (header, values) in content.chain(transfer) {
+            for word in String::from_utf8_lossy(values).split(',') {
+                let word = word.trim().to_ascii_lowercase();
+                match word.as_str() {
+                    // Names are case-insensitive, and x-gzip is gzip (RFC 9110, section 8.4.1).
+                    "gzip" | "x-gzip" => codings.push(Coding::Gzip),
+                    "deflate" | "x-deflate" => codings.push(Coding::Deflate),
+                    "br" => codings.push(Coding::Brotli),
+                    "chunked" => chunked |= header == "transfer-encoding",
+                    _ if is_compression(&word) => return Err(invalid(format!("unknown {header} {word}"))),
+                    _ => {}
+                }
+            }
         }
-        let content = joined(headers, CONTENT_ENCODING);
-        match content.as_str() {
-            "" | "identity" => Ok(Self::Identity),
-            "gzip" | "x-gzip" => Ok(Self::Gzip),
-            "br" => Ok(Self::Brotli),
-            _ => unknown(&CONTENT_ENCODING, &content),
+        if codings.len() > MAX_CODINGS {
+            let what = format!(
+                "{} codings on top of one another; {MAX_CODINGS} at most",
+                codings.len()
+            );
+            return Err(invalid(what));
         }
+        Ok(Self { codings, chunked })
+    }
+
+    fn decoder<'a>(&self, wire: &'a mut Wire<'_>, limits: &Limits<'_>) -> Result<Box<dyn Read + 'a>, Unread> {
+        let mut body: Box<dyn BufRead + 'a> = Box::new(buffered(wire));
+        if self.chunked {
+            body = Box::new(buffered(Chunks::new(body)));
+        }
+        // An empty body is empty in every coding; servers do not bother to code it.
+        if body.fill_buf()?.is_empty() {
+            return Ok(Box::new(body));
+        }
+        for coding in self.codings.iter().rev() {
+            body = match coding {
+                Coding::Gzip => Box::new(buffered(Inflate::gzip(body))),
+                Coding::Deflate => Box::new(buffered(Inflate::deflate(body))),
+                Coding::Brotli => {
+                    let (decoded, failure) = limits.brotli.decode(body, limits)?;
+                    Box::new(buffered(Cursor::new(decoded).chain(Failing(failure))))
+                }
+            };
+        }
+        Ok(Box::new(body))
     }
 }
 
-/// All values of a header as one list, in lower case.
-fn joined(headers: &HeaderMap, name: HeaderName) -> String {
-    let values: Vec<_> = headers
-        .get_all(name)
-        .iter()
-        .map(|value| {
-            String::from_utf8_lossy(value.as_bytes())
-                .trim()
-                .to_ascii_lowercase()
-        })
-        .filter(|value| !value.is_empty())
-        .collect();
-    values.join(", ")
+/// Registered at IANA, or the name of a program that compresses.
+fn is_compression(word: &str) -> bool {
+    matches!(
+        word.strip_prefix("x-").unwrap_or(word),
+        "zstd"
+            | "compress"
+            | "dcb"
+            | "dcz"
+            | "exi"
+            | "pack200-gzip"
+            | "aes128gcm"
+            | "sdch"
+            | "brotli"
+            | "bzip"
+            | "bzip2"
+            | "bz2"
+            | "lzma"
+            | "lzip"
+            | "lzo"
+            | "lz4"
+            | "xz"
+            | "zip"
+            | "zlib"
+            | "snappy"
+    )
+}
+
+fn buffered<R: Read>(reader: R) -> BufReader<R> {
+    BufReader::with_capacity(PIECE_BYTES, reader)
+}
+
+/// Reading it fails once, where there is a failure.
+struct Failing(Option<io::Error>);
+
+impl Read for Failing {
+    fn read(&mut self, _into: &mut [u8]) -> io::Result<usize> {
+        self.0.take().map_or(Ok(0), Err)
+    }
+}
+
+/// The brotli decoders of a process: how many are free.
+#[derive(Debug)]
+pub(super) struct BrotliDecoders {
+    free: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl BrotliDecoders {
+    pub fn new() -> Self {
+        Self {
+            free: Mutex::new(MAX_BROTLI_DECODERS),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// The whole decoded body, one byte above the bound at most, and what went wrong after it.
+    fn decode(&self, body: impl Read, limits: &Limits<'_>) -> Result<(Vec<u8>, Option<io::Error>), Unread> {
+        let mut coded = Vec::new();
+        let most = limits.max_bytes.saturating_add(BROTLI_OVERHEAD_BYTES);
+        let cut = body.take(most).read_to_end(&mut coded).err();
+
+        let time_left = limits.deadline.saturating_duration_since(now());
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut free, _) = self
+            .changed
+            .wait_timeout_while(free, time_left, |free| *free == 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        *free = free.checked_sub(1).ok_or(Unread::NoDecoder)?;
+        drop(free);
+        let _given_back = GiveBack(self);
+        let (decoded, failure) = decode_brotli(&coded, limits.max_bytes);
+        Ok((decoded, cut.or(failure)))
+    }
+}
+
+/// Also where decoding panics.
+struct GiveBack<'a>(&'a BrotliDecoders);
+
+impl Drop for GiveBack<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.changed.notify_one();
+    }
+}
+
+/// RFC 7932 knows windows up to 16 MiB; the larger ones of brotli's own extension are an error.
+fn decode_brotli(coded: &[u8], max_bytes: u64) -> (Vec<u8>, Option<io::Error>) {
+    let alloc = StandardAlloc::default;
+    let mut state = BrotliState::new_strict(alloc(), alloc(), alloc());
+    let mut decoded = Vec::new();
+    let mut piece = [0; PIECE_BYTES];
+    let (mut left, mut taken, mut total) = (coded.len(), 0, 0);
+    let result = loop {
+        let (mut space, mut given) = (piece.len(), 0);
+        let result = BrotliDecompressStream(
+            &mut left, &mut taken, coded, &mut space, &mut given, &mut piece, &mut total, &mut state,
+        );
+        decoded.extend_from_slice(&piece[..given]);
+        if !matches!(result, BrotliResult::NeedsMoreOutput) || decoded.len() as u64 > max_bytes {
+            break result;
+        }
+    };
+    let failure = match result {
+        _ if decoded.len() as u64 > max_bytes => None,
+        BrotliResult::ResultSuccess if left > 0 => Some(invalid("bytes after its end")),
+        BrotliResult::ResultSuccess | BrotliResult::NeedsMoreOutput => None,
+        BrotliResult::NeedsMoreInput => Some(io::ErrorKind::UnexpectedEof.into()),
+        BrotliResult::ResultFailure => Some(invalid("it is not brotli as RFC 7932 has it")),
+    };
+    (decoded, failure)
+}
+
+fn invalid(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
 /// `charset=` of the Content-Type, if it names one that is known.
@@ -166,17 +363,42 @@ fn charset(headers: &HeaderMap) -> Option<&'static Encoding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ureq::http::HeaderValue;
+    use ureq::http::{HeaderName, HeaderValue};
 
-    fn content_type(value: &'static str) -> HeaderMap {
-        HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(value))])
+    fn headers(name: HeaderName, values: &[&'static str]) -> HeaderMap {
+        let values = values
+            .iter()
+            .map(|value| (name.clone(), HeaderValue::from_static(value)));
+        values.collect()
+    }
+
+    /// The text of a body that comes a byte at a time.
+    fn text(content_type: &'static str, bytes: &[u8]) -> String {
+        struct Slow<'a>(&'a [u8]);
+        impl Read for Slow<'_> {
+            fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+                self.0.read(&mut into[..1])
+            }
+        }
+        let charset = charset(&headers(CONTENT_TYPE, &[content_type]));
+        let (mut text, mut count) = (String::new(), 0);
+        let end = read_text(&mut Slow(bytes), charset, 1_000, &mut count, &mut |piece| {
+            text += piece;
+            Ok(())
+        });
+        assert!(
+            matches!(end, Ok(End::Complete)) && count == bytes.len() as u64,
+            "{end:?}"
+        );
+        text
     }
 
     #[test]
     fn text_is_read_by_the_headers_charset_else_as_utf_8_and_never_fails() {
-        let table: [(&str, &[u8], &str); 13] = [
+        let table: [(&str, &[u8], &str); 14] = [
             ("text/html", "gr\u{fc}n".as_bytes(), "gr\u{fc}n"),
             ("text/html", b"gr\xfcn", "gr\u{fffd}n"),
+            ("text/html", b"gr\xc3", "gr\u{fffd}"),
             ("text/html; charset=ISO-8859-1", b"gr\xfcn", "gr\u{fc}n"),
             ("application/json; charset=latin1", b"gr\xfcn", "gr\u{fc}n"),
             ("text/html; x=y; Charset=\"Windows-1252\"", b"\x80", "\u{20ac}"),
@@ -190,34 +412,76 @@ mod tests {
             ("", b"\xef\xbb\xbfhi", "hi"),
         ];
         for (header, bytes, expected) in table {
-            assert_eq!(text(&content_type(header), bytes), expected, "{header}");
+            assert_eq!(text(header, bytes), expected, "{header}");
         }
-        assert_eq!(text(&HeaderMap::new(), b"hi"), "hi");
     }
 
     #[test]
-    fn codings_have_any_case_and_an_unknown_one_is_an_error() {
-        let coding = |name: HeaderName, values: &[&'static str]| {
-            let headers = values
-                .iter()
-                .map(|value| (name.clone(), HeaderValue::from_static(value)));
-            Coding::of(&headers.collect()).ok()
-        };
-        let table: [(&[&str], Option<Coding>); 9] = [
-            (&[], Some(Coding::Identity)),
-            (&[""], Some(Coding::Identity)),
-            (&["identity"], Some(Coding::Identity)),
-            (&["GZip "], Some(Coding::Gzip)),
-            (&["x-gzip"], Some(Coding::Gzip)),
-            (&["br"], Some(Coding::Brotli)),
-            (&["deflate"], None),
-            (&["gzip, br"], None),
-            (&["gzip", "br"], None),
+    fn codings_are_read_as_browsers_read_them_and_one_that_is_not_known_is_an_error() {
+        use Coding::{Brotli, Deflate, Gzip};
+        let table: [(&[&str], Option<&[Coding]>); 22] = [
+            (&[], Some(&[])),
+            (&[""], Some(&[])),
+            (&["identity"], Some(&[])),
+            (&["none"], Some(&[])),
+            (&["UTF-8"], Some(&[])),
+            (&["binary"], Some(&[])),
+            (&["8bit"], Some(&[])),
+            (&["text/html"], Some(&[])),
+            (&["chunked"], Some(&[])),
+            (&["aws-chunked", "gzip"], Some(&[Gzip])),
+            (&["GZip "], Some(&[Gzip])),
+            (&["x-gzip"], Some(&[Gzip])),
+            (&["br"], Some(&[Brotli])),
+            (&["deflate"], Some(&[Deflate])),
+            (&["identity, gzip"], Some(&[Gzip])),
+            (&[", gzip,,"], Some(&[Gzip])),
+            (&["gzip, br"], Some(&[Gzip, Brotli])),
+            (&["gzip", "br"], Some(&[Gzip, Brotli])),
+            (&["gzip,gzip,gzip,gzip,gzip"], Some(&[Gzip; 5])),
+            (&["gzip,gzip,gzip,gzip,gzip,gzip"], None),
+            (&["zstd"], None),
+            (&["gzip, X-Compress"], None),
         ];
         for (values, expected) in table {
-            assert_eq!(coding(CONTENT_ENCODING, values), expected, "{values:?}");
+            let read = Codings::of(&headers(CONTENT_ENCODING, values)).ok();
+            let read = read.map(|read| (read.codings, read.chunked));
+            assert_eq!(
+                read,
+                expected.map(|codings| (codings.to_vec(), false)),
+                "{values:?}"
+            );
         }
-        assert_eq!(coding(TRANSFER_ENCODING, &["Chunked"]), Some(Coding::Identity));
-        assert_eq!(coding(TRANSFER_ENCODING, &["gzip, chunked"]), None);
+        let hidden = HeaderName::from_static(chunks::HIDDEN_TRANSFER_ENCODING);
+        let both = Codings::of(&headers(hidden, &["gzip, Chunked"])).unwrap();
+        assert_eq!((both.codings, both.chunked), (vec![Gzip], true));
+    }
+
+    #[test]
+    fn a_brotli_decoder_that_is_not_free_in_time_is_no_fault_of_the_body() {
+        let decoders = BrotliDecoders::new();
+        let limits = Limits {
+            max_bytes: 100,
+            deadline: now(),
+            brotli: &decoders,
+        };
+        let hello = &b"\x0b\x02\x80hello\x03"[..];
+        let (decoded, failure) = decoders.decode(hello, &limits).unwrap();
+        assert_eq!((&decoded[..], failure.is_none()), (&b"hello"[..], true));
+        assert_eq!(*decoders.free.lock().unwrap(), MAX_BROTLI_DECODERS);
+
+        *decoders.free.lock().unwrap() = 0;
+        assert!(matches!(decoders.decode(hello, &limits), Err(Unread::NoDecoder)));
+        assert_eq!(*decoders.free.lock().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_brotli_window_that_the_standard_does_not_have_is_an_error_before_it_takes_any_memory() {
+        // The first byte says "large", the second one 30 bits.
+        let (decoded, failure) = decode_brotli(&[0x11, 0x1e, 0, 0, 0, 0, 0, 0], 1 << 20);
+        assert_eq!(
+            (decoded.len(), failure.unwrap().kind()),
+            (0, io::ErrorKind::InvalidData)
+        );
     }
 }

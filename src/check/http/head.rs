@@ -2,11 +2,15 @@
 //!
 //! Such a head is held back until it is complete, and thinned to the lines that a check reads. Pure.
 
+use super::chunks::{HIDDEN_CONTENT_LENGTH, HIDDEN_TRANSFER_ENCODING};
+
 /// Heads up to this many lines go to ureq as they come, so that what is no HTTP at all is seen at once.
 const MAX_LINES: usize = 100;
 
 /// Every header that ureq or the check looks at.
-const READ: [&str; 6] = [
+const READ: [&str; 8] = [
+    HIDDEN_CONTENT_LENGTH,
+    HIDDEN_TRANSFER_ENCODING,
     "connection",
     "content-encoding",
     "content-length",

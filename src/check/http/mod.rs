@@ -8,10 +8,13 @@
 //! seen, `fault` names what went wrong.
 
 mod body;
+mod chunks;
 mod head;
+mod inflate;
 mod transport;
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use ureq::http::header::{ACCEPT, ACCEPT_ENCODING, CONNECTION, LOCATION, USER_AGENT};
@@ -21,12 +24,14 @@ use url::Url;
 
 use crate::check::fault::classify;
 use crate::check::outcome::{Observation, Outcome};
+use crate::check::pattern::{Late, Search};
 use crate::check::progress::{Phase, SharedProgress, add, now};
 use crate::check::resolver::{CheckResolver, Lookup, Names};
 use crate::check::target::{Method, Target};
 use crate::check::tls::Trust;
 use crate::config::CheckConfig;
-use body::End;
+pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
+use body::{BrotliDecoders, End, Limits, Unread};
 use transport::CheckConnector;
 
 /// Room for a request's longest header line beside its URL and User-Agent: `Host:` with a name of 253 bytes.
@@ -39,6 +44,7 @@ pub struct Checks {
     trust: Trust,
     user_agent: HeaderValue,
     max_body_bytes: u64,
+    brotli: Arc<BrotliDecoders>,
 }
 
 impl Checks {
@@ -64,6 +70,7 @@ impl Checks {
             trust: Trust::load(config.ca_file.as_deref())?,
             user_agent,
             max_body_bytes: config.max_body_bytes,
+            brotli: Arc::new(BrotliDecoders::new()),
         };
         Ok(checks)
     }
@@ -93,6 +100,8 @@ impl Checks {
             progress,
             user_agent: self.user_agent.clone(),
             max_body_bytes: self.max_body_bytes,
+            brotli: Arc::clone(&self.brotli),
+            search: None,
         }
     }
 }
@@ -102,6 +111,9 @@ pub struct Checker {
     progress: SharedProgress,
     user_agent: HeaderValue,
     max_body_bytes: u64,
+    brotli: Arc<BrotliDecoders>,
+    /// The last one: where all hosts have the same regex, its table is built once.
+    search: Option<Search>,
 }
 
 impl Checker {
@@ -201,7 +213,7 @@ impl Checker {
 
     /// Status, then body: a bad status stays the outcome whatever becomes of the body, which is read all the same, for
     /// `regex_matched`.
-    fn judge(&self, target: &Target, response: &mut Response<Body>, observation: &mut Observation) {
+    fn judge(&mut self, target: &Target, response: &mut Response<Body>, observation: &mut Observation) {
         let status = response.status().as_u16();
         let is_good = target.is_good_status(status);
         if !is_good {
@@ -220,16 +232,49 @@ impl Checker {
         }
 
         let began_at = now();
-        self.progress.lock().phase = Phase::Body;
-        let mut bytes = Vec::new();
-        let result = body::read(response, self.max_body_bytes, &mut bytes);
-        add(&mut self.progress.lock().phases.body, now() - began_at);
-        observation.body_bytes = Some(bytes.len() as u64);
+        let deadline = {
+            let mut progress = self.progress.lock();
+            progress.phase = Phase::Body;
+            progress.deadline
+        };
+        let mut search = match self.search.take() {
+            Some(mut last) if Arc::ptr_eq(last.pattern(), regex) => {
+                last.restart();
+                last
+            }
+            _ => Search::new(Arc::clone(regex)),
+        };
+        let mut searching = Duration::ZERO;
+        let mut body_bytes = 0;
+        let limits = Limits {
+            max_bytes: self.max_body_bytes,
+            deadline,
+            brotli: &self.brotli,
+        };
+        let result = body::read(response, &limits, &mut body_bytes, |text| {
+            let began_at = now();
+            let looked = search.look_at(text, || now() >= deadline);
+            searching += now() - began_at;
+            looked.map_err(Unread::from)
+        });
+        add(
+            &mut self.progress.lock().phases.body,
+            now() - began_at - searching,
+        );
+        observation.body_bytes = Some(body_bytes);
 
         let failure = match result {
-            Err(error) => Some(classify(&error, &self.progress.lock())),
+            Err(Unread::Wire(error)) => Some(classify(&error, &self.progress.lock())),
+            Err(Unread::NoDecoder) => Some((
+                Outcome::AgentError,
+                format!("none of this machine's {MAX_BROTLI_DECODERS} brotli decoders was free in time"),
+            )),
+            Err(Unread::Late(Late)) => Some((
+                Outcome::BodyTimeout,
+                "the search for the regex in the body did not end in time".into(),
+            )),
             Ok(end) => {
-                let matched = regex.is_match(&body::text(response.headers(), &bytes));
+                let matched = search.finish();
                 observation.regex_matched = Some(matched);
                 match end {
                     _ if matched => None,
@@ -244,6 +289,7 @@ impl Checker {
                 }
             }
         };
+        self.search = Some(search);
         if let (true, Some((outcome, text))) = (is_good, failure) {
             fail(observation, outcome, text);
         }

@@ -11,6 +11,7 @@ use std::time::Instant;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
+use super::chunks;
 use super::head::{self, Head};
 use crate::check::fault::{Fault, is_agents_own, is_unreachable};
 use crate::check::progress::{Phase, SharedProgress, add, now};
@@ -235,9 +236,13 @@ impl Transport for Connection {
                 return Ok(true);
             }
             match head::look(self.buffers.input()) {
-                Head::Fits => return Ok(true),
+                Head::Fits => {
+                    self.buffers.hide_chunks();
+                    return Ok(true);
+                }
                 Head::Whole(bytes) if bytes <= MAX_HEAD_BYTES => {
                     self.buffers.thin_head(bytes);
+                    self.buffers.hide_chunks();
                     return Ok(true);
                 }
                 Head::Unfinished if self.buffers.input().len() <= MAX_HEAD_BYTES => held_back = true,
@@ -278,6 +283,10 @@ impl InOut {
         let thin = head::thinned(&self.input[self.consumed..end]);
         self.consumed = end - thin.len();
         self.input[self.consumed..end].copy_from_slice(&thin);
+    }
+
+    fn hide_chunks(&mut self) {
+        chunks::hide(&mut self.input[self.consumed..self.filled]);
     }
 }
 

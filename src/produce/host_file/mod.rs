@@ -20,9 +20,9 @@ use nom::combinator::{all_consuming, consumed, map, map_opt, opt, rest, verify};
 use nom::multi::{many_m_n, separated_list1};
 use nom::sequence::{preceded, separated_pair};
 use nom::{IResult, Offset, Parser};
-use regex::{Regex, RegexBuilder};
 use url::{Host, Url};
 
+use crate::check::pattern::Pattern;
 use crate::check::target::{IpFamily, Method, StatusSet, Target};
 use crate::config::{TOPIC_NAME_RULE, is_topic_name};
 use crate::duration;
@@ -39,11 +39,8 @@ const MAX_FOLLOW: u32 = 100;
 /// The text of a regex; a longer one is a file of another kind.
 const MAX_REGEX_BYTES: usize = 16 << 10;
 
-/// What a regex may take when compiled: `\w{3,30}`, in all of Unicode, takes 1.5 MB.
-const MAX_COMPILED_BYTES: usize = 4 << 20;
-
-/// Of the cache that a regex builds while it searches: one of these per regex and searching thread.
-const MAX_CACHE_BYTES: usize = 1 << 20;
+/// What all regexes of a file may take when compiled.
+const MAX_COMPILED_BYTES_OF_A_FILE: usize = 64 << 20;
 
 /// There are seven options; a line with so many words of their shape is wrong long before.
 const MAX_OPTIONS: usize = 16;
@@ -219,7 +216,7 @@ impl<'a> Words<'a> {
         }
     }
 
-    fn regex(&self, regexes: &mut Regexes<'a>, settings: &Settings) -> Result<Option<Arc<Regex>>, Fault> {
+    fn regex(&self, regexes: &mut Regexes<'a>, settings: &Settings) -> Result<Option<Arc<Pattern>>, Fault> {
         if self.regex.is_empty() {
             return Ok(None);
         }
@@ -434,7 +431,7 @@ impl Settings {
         }
     }
 
-    fn target(self, address: &str, url: Url, interval: Duration, regex: Option<Arc<Regex>>) -> Target {
+    fn target(self, address: &str, url: Url, interval: Duration, regex: Option<Arc<Pattern>>) -> Target {
         let plain = Target::new(address.to_owned(), url, interval);
         Target {
             timeout: self.timeout,
@@ -524,42 +521,47 @@ fn read_tls(text: &str) -> Option<bool> {
     (text == "insecure").then_some(true)
 }
 
-/// Each regex once, however many lines have it: even a clone of one costs 2 KB, and the cache of its searches more.
+/// Each regex once, however many lines have it, and all of them within a bound.
 #[derive(Default)]
-struct Regexes<'a>(HashMap<&'a str, Arc<Regex>>);
+struct Regexes<'a> {
+    compiled: HashMap<&'a str, Arc<Pattern>>,
+    bytes: usize,
+}
 
 impl<'a> Regexes<'a> {
-    fn compile(&mut self, text: &'a str) -> Result<Arc<Regex>, Fault> {
-        match self.0.entry(text) {
-            Entry::Occupied(entry) => Ok(Arc::clone(entry.get())),
-            Entry::Vacant(entry) => Ok(Arc::clone(entry.insert(compile(text)?))),
+    fn compile(&mut self, text: &'a str) -> Result<Arc<Pattern>, Fault> {
+        if let Some(pattern) = self.compiled.get(text) {
+            return Ok(Arc::clone(pattern));
         }
+        // Compiling takes time, too.
+        self.room()?;
+        let pattern = compile(text)?;
+        self.bytes += pattern.compiled_bytes();
+        self.room()?;
+        self.compiled.insert(text, Arc::clone(&pattern));
+        Ok(pattern)
+    }
+
+    fn room(&self) -> Result<(), Fault> {
+        if self.bytes <= MAX_COMPILED_BYTES_OF_A_FILE {
+            return Ok(());
+        }
+        let what = format!(
+            "up to this REGEX the file's take more than {} MiB when compiled; use equal ones, which are kept once, or \
+             smaller ones: `(?-u:\\w)` and `[0-9]` are a hundredth of `\\w` and `\\d`, which know all of Unicode",
+            MAX_COMPILED_BYTES_OF_A_FILE >> 20
+        );
+        Err(Fault::new(0, what))
     }
 }
 
-fn compile(text: &str) -> Result<Arc<Regex>, Fault> {
+fn compile(text: &str) -> Result<Arc<Pattern>, Fault> {
     if text.len() > MAX_REGEX_BYTES {
         let what = format!("the REGEX has {} bytes; {MAX_REGEX_BYTES} at most", text.len());
         return Err(Fault::new(0, what));
     }
-    RegexBuilder::new(text)
-        .size_limit(MAX_COMPILED_BYTES)
-        .dfa_size_limit(MAX_CACHE_BYTES)
-        .build()
-        .map(Arc::new)
-        .map_err(|error| why_no_regex(text, &error))
-}
-
-/// regex's own error is a picture for a terminal; the parser behind it says what and where.
-fn why_no_regex(text: &str, error: &regex::Error) -> Fault {
-    let (at, why) = match regex_syntax::Parser::new().parse(text) {
-        Err(regex_syntax::Error::Parse(error)) => (error.span().start.offset, error.kind().to_string()),
-        Err(regex_syntax::Error::Translate(error)) => (error.span().start.offset, error.kind().to_string()),
-        _ => match error {
-            regex::Error::CompiledTooBig(limit) => (0, format!("compiled, it takes more than {limit} bytes")),
-            error => (0, error.to_string()),
-        },
-    };
-    let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
-    Fault::new(at, format!("the REGEX is none: {why}"))
+    Pattern::new(text).map(Arc::new).map_err(|error| {
+        let why = error.why.split_whitespace().collect::<Vec<_>>().join(" ");
+        Fault::new(error.at, format!("the REGEX is none: {why}"))
+    })
 }
