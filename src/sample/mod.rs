@@ -28,6 +28,9 @@ pub const MAX_ADDRESS_BYTES: usize = 2_048;
 /// the record after us may well recurse (128 is also serde_json's own bound).
 pub const MAX_NESTING: usize = 128;
 
+/// JSON's (RFC 8259, section 2), which is less than Unicode's: a byte-order mark is none.
+const WHITE_SPACE: [char; 4] = [' ', '\t', '\n', '\r'];
+
 /// How much of a value a [`Rejection`] quotes: enough to recognise it, too little to flood a table or a log.
 const MAX_QUOTED_CHARS: usize = 64;
 
@@ -108,7 +111,7 @@ pub fn encode(sample: &Sample<'_>, into: &mut Vec<u8>) {
 
 /// Reads a record's value; strings are borrowed from it wherever they hold no escape.
 ///
-/// The object is the whole value: not even white space may stand before or after it. A key twice counts in the record
+/// The object is the whole value: nothing but white space may stand before or after it. A key twice counts in the record
 /// itself; within a field that is ignored only `\u0000` and the depth of nesting are looked at. Two limits follow from
 /// the types that a sample is stored in: `status_code` is a smallint, `redirects` an integer.
 ///
@@ -136,11 +139,6 @@ fn decode_fully(value: &[u8]) -> Result<Sample<'_>, Rejection> {
             Some(field) => format!("{}: {error}", field.name()),
             None => format!("expected one JSON object and nothing else: {error}"),
         }));
-    }
-    if !text.ends_with('}') {
-        return Err(Rejection(
-            "expected nothing after the object, found white space".to_owned(),
-        ));
     }
     for required in [Field::Address, Field::IsValid] {
         if !reading.has_seen(required) {
@@ -493,9 +491,9 @@ fn object_text(value: &[u8]) -> Result<&str, Rejection> {
             "expected nothing before the object, found a byte-order mark".to_owned(),
         ));
     }
-    if !text.starts_with('{') {
+    if !text.trim_start_matches(WHITE_SPACE).starts_with('{') {
         return Err(Rejection(format!(
-            "expected a JSON object from the first byte on, found {}",
+            "expected a JSON object, found {}",
             Quoted(text)
         )));
     }

@@ -411,6 +411,19 @@ fn a_key_twice_is_refused_known_or_not_escaped_or_not() {
 }
 
 #[test]
+fn white_space_may_stand_around_the_object() {
+    let good = record("");
+    let golden = include_str!("golden/ok.json").trim_end();
+    for (before, after) in [(" ", ""), ("", "\n"), ("\r\n\t ", " \t\r\n")] {
+        for object in [good.as_str(), golden] {
+            let value = format!("{before}{object}{after}");
+            assert_eq!(decode(value.as_bytes()), decode(object.as_bytes()), "{value:?}");
+            assert!(decode(value.as_bytes()).is_ok(), "{value:?}");
+        }
+    }
+}
+
+#[test]
 fn a_value_is_one_object_and_nothing_else() {
     let good = record("");
     for (value, expected) in [
@@ -420,25 +433,30 @@ fn a_value_is_one_object_and_nothing_else() {
             "expected nothing before the object, found a byte-order mark",
         ),
         (
-            format!(" {good}"),
-            "expected a JSON object from the first byte on, found \" {",
-        ),
-        (
-            format!("\n{good}"),
-            "expected a JSON object from the first byte on, found \"\\n{",
-        ),
-        (
             format!("\0{good}"),
-            "expected a JSON object from the first byte on, found \"\\0{",
+            "expected a JSON object, found \"\\0{",
         ),
         (
-            format!("{good}\n"),
-            "expected nothing after the object, found white space",
+            format!(" \u{feff}{good}"),
+            "expected a JSON object, found \" \\u{feff}{",
         ),
         (
-            format!("{good} \t\r\n"),
-            "expected nothing after the object, found white space",
+            format!("\u{a0}{good}"),
+            "expected a JSON object, found \"\\u{a0}{",
         ),
+        (
+            format!("{good}\u{a0}"),
+            "expected one JSON object and nothing else: trailing characters",
+        ),
+        (
+            format!("{good}\u{feff}"),
+            "expected one JSON object and nothing else: trailing characters",
+        ),
+        (
+            format!("{good}\u{b}"),
+            "expected one JSON object and nothing else: trailing characters",
+        ),
+        (" \n".to_owned(), "expected a JSON object, found \" \\n\""),
         (
             format!("{good}x"),
             "expected one JSON object and nothing else: trailing characters at line 1 column 32",
@@ -457,15 +475,15 @@ fn a_value_is_one_object_and_nothing_else() {
         ),
         (
             format!("[{good}]"),
-            "expected a JSON object from the first byte on, found \"[{",
+            "expected a JSON object, found \"[{",
         ),
         (
             "null".to_owned(),
-            "expected a JSON object from the first byte on, found \"null\"",
+            "expected a JSON object, found \"null\"",
         ),
         (
             "\"\u{7}\"".to_owned(),
-            r#"expected a JSON object from the first byte on, found "\"\u{7}\"""#,
+            r#"expected a JSON object, found "\"\u{7}\"""#,
         ),
         (
             "{".to_owned(),
@@ -597,7 +615,7 @@ fn nesting_is_bounded_and_costs_no_stack() {
         reason(in_a_known_field),
         "error: expected a string or null, found an array"
     );
-    assert!(reason("[".repeat(500_000)).starts_with("expected a JSON object from the first byte on"));
+    assert!(reason("[".repeat(500_000)).starts_with("expected a JSON object, found"));
     assert!(reason(format!(r#"{{"x":{}"#, "[".repeat(500_000))).contains("EOF"));
     assert!(reason(r#"{"x":"#.repeat(100_000)).contains("EOF"));
 }
