@@ -36,6 +36,8 @@ pub struct Bounds {
     /// Added to `step` for each row of a COPY where the answer comes at the end: triggers run there. A millisecond a row
     /// is a thousand times what a plain table needs, and a bound all the same.
     pub per_row: Duration,
+    /// Added to `step` for each byte of an INSERT, which goes in one message: a megabyte a second is what a poor line does.
+    pub per_byte: Duration,
     /// How long a statement waits for a lock, for example of a consumer that vanished: below `step`, so that the server
     /// can still say so itself.
     pub lock: Duration,
@@ -47,6 +49,7 @@ impl Default for Bounds {
             connect: Duration::from_secs(10),
             step: Duration::from_secs(15),
             per_row: Duration::from_millis(1),
+            per_byte: Duration::from_micros(1),
             lock: Duration::from_secs(5),
         }
     }

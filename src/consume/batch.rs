@@ -5,7 +5,16 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use openssl::sha::sha256;
+
 use crate::sample::Timestamp;
+
+/// The longest key and the longest value that are read. A record of ours has less than 10 KiB, and whoever may write to the
+/// topic can have a few kilobytes expand to a gigabyte: of what is longer no copy is made.
+pub const MAX_READ_BYTES: usize = 1 << 20;
+
+/// What is kept of a longer one, to recognise it by.
+pub const PREFIX_BYTES: usize = 64 << 10;
 
 /// A partition of one of the configured topics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -123,7 +132,9 @@ impl Batch {
         span.next = record.offset.next();
 
         let row_start = self.copy_bytes.len();
-        let form = match encode(&mut self.copy_bytes) {
+        let too_long = too_long("key", record.key).or_else(|| too_long("value", record.value));
+        let encoded = too_long.map_or_else(|| encode(&mut self.copy_bytes), Err);
+        let form = match encoded {
             Ok(()) => Form::Row(row_start..self.copy_bytes.len()),
             Err(reason) => {
                 self.copy_bytes.truncate(row_start);
@@ -182,10 +193,25 @@ impl Batch {
     }
 
     fn keep(&mut self, bytes: &[u8]) -> Range<usize> {
+        let kept = match bytes.len() {
+            0..=MAX_READ_BYTES => bytes,
+            _ => bytes.get(..PREFIX_BYTES).unwrap_or(bytes),
+        };
         let start = self.record_bytes.len();
-        self.record_bytes.extend_from_slice(bytes);
+        self.record_bytes.extend_from_slice(kept);
         start..self.record_bytes.len()
     }
+}
+
+/// Why a key or value is not read, and what tells it from another one with the same beginning.
+fn too_long(what: &str, bytes: Option<&[u8]>) -> Option<String> {
+    let bytes = bytes.filter(|bytes| bytes.len() > MAX_READ_BYTES)?;
+    let hash: String = sha256(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(format!(
+        "{what}: expected at most {MAX_READ_BYTES} bytes, found {}; the first {PREFIX_BYTES} are kept; SHA-256 of all: \
+         {hash}",
+        bytes.len()
+    ))
 }
 
 /// Capacity that an empty batch may keep whatever it last held: a few thousand records of the usual size, so that small
@@ -243,6 +269,53 @@ mod tests {
         assert_eq!(batch.copy_bytes, b"ac");
         let value = batch.entries[1].value.clone().unwrap();
         assert_eq!(&batch.record_bytes[value], b"value");
+    }
+
+    #[test]
+    fn a_record_that_is_too_long_is_rejected_unread_with_its_beginning_its_length_and_its_hash() {
+        let long = vec![b'x'; MAX_READ_BYTES + 1];
+        let fits = &long[1..];
+        // Of the two together it is the key that is said.
+        for (key, value, said) in [
+            (Some(fits), Some(long.as_slice()), Some("value: ")),
+            (None, Some(&long), Some("value: ")),
+            (Some(&long), None, Some("key: ")),
+            (Some(&long), Some(&long), Some("key: ")),
+            (Some(fits), Some(fits), None),
+        ] {
+            let mut batch = Batch::default();
+            let record = Record {
+                partition: P,
+                offset: Offset(0),
+                timestamp: None,
+                key,
+                value,
+            };
+            batch.push(NextOffset(0), record, |_| {
+                assert_eq!(said, None, "it is not read");
+                Ok(())
+            });
+            let entry = &batch.entries[0];
+            for (bytes, kept) in [(key, &entry.key), (value, &entry.value)] {
+                let expected = bytes.map(|bytes| match bytes.len() {
+                    0..=MAX_READ_BYTES => bytes,
+                    _ => &bytes[..PREFIX_BYTES],
+                });
+                assert!(kept.clone().map(|kept| &batch.record_bytes[kept]) == expected);
+            }
+            let Some(said) = said else {
+                assert_eq!(entry.form, Form::Row(0..0));
+                continue;
+            };
+            let Form::Rejected(reason) = &entry.form else {
+                panic!("{:?}", entry.form);
+            };
+            assert!(reason.starts_with(said), "{reason}");
+            // `head -c 1048577 /dev/zero | tr '\0' x | sha256sum`
+            for words in ["found 1048577;", "154b8ed3c2383ce429058768595935faf7851b5c38db2b1732594be1d88bc05a"] {
+                assert!(reason.contains(words), "{reason}");
+            }
+        }
     }
 
     #[test]

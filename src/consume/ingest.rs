@@ -24,10 +24,12 @@ use std::time::{Duration, Instant};
 use crate::consume::batch::{Batch, NextOffset, Partition, Record, Span};
 use crate::consume::store::Flushed;
 
-/// A batch is full at this size even if it holds fewer than DB_BATCH_SIZE records: two batches, the one being written and
-/// the one being filled, must fit into memory also when every record is as large as Kafka allows. 100,000 records (the
-/// largest DB_BATCH_SIZE) of the usual size stay below it.
-pub const MAX_BATCH_BYTES: usize = 96 << 20;
+/// A batch is full at DB_BATCH_SIZE KiB, even if it holds fewer records: two batches, the one being written and the one
+/// being filled, must fit into memory also when every record is as long as they are read. Records of the usual size and
+/// their rows have less than 1 KiB. The least lets a few of the longest in, the most is for the largest DB_BATCH_SIZE.
+const BATCH_BYTES_A_RECORD: usize = 1 << 10;
+const LEAST_BATCH_BYTES: usize = 8 << 20;
+const MOST_BATCH_BYTES: usize = 96 << 20;
 
 /// With both batches full for this long, reading stops (and what Kafka's client has prefetched is thrown away) while
 /// polling goes on. Longer than any healthy flush, and far below max.poll.interval.ms.
@@ -58,6 +60,15 @@ pub struct Limits {
     pub batch_size: usize,
     /// DB_BATCH_SECONDS: a smaller batch is written when its oldest record was read that long ago.
     pub batch_wait: Duration,
+}
+
+impl Limits {
+    /// The memory of a batch at which it is full.
+    pub fn batch_bytes(&self) -> usize {
+        self.batch_size
+            .saturating_mul(BATCH_BYTES_A_RECORD)
+            .clamp(LEAST_BATCH_BYTES, MOST_BATCH_BYTES)
+    }
 }
 
 /// The offsets that a partition holds: from the first record still there to behind the last one.
@@ -859,7 +870,7 @@ impl Ingest {
 
     /// Whether another record fits into the batch that is being filled.
     pub fn has_room(&self) -> bool {
-        self.filling.len() < self.limits.batch_size && self.filling.bytes() < MAX_BATCH_BYTES
+        self.filling.len() < self.limits.batch_size && self.filling.bytes() < self.limits.batch_bytes()
     }
 
     fn is_any(&self, condition: impl Fn(&Located) -> bool) -> bool {
@@ -1161,16 +1172,19 @@ mod tests {
     #[test]
     fn a_batch_of_huge_records_is_full_before_it_has_its_number() {
         let mut ingest = reading(&[P]);
-        let huge = vec![0; MAX_BATCH_BYTES / 2];
         for offset in 100..102 {
             let record = Record {
                 partition: P,
                 offset: Offset(offset),
                 timestamp: None,
                 key: None,
-                value: Some(&huge),
+                value: None,
             };
-            assert!(ingest.record(at(0), record, |_| Err("too large".into())));
+            let half = |row: &mut Vec<u8>| {
+                row.resize(row.len() + LEAST_BATCH_BYTES / 2, 0);
+                Ok(())
+            };
+            assert!(ingest.record(at(0), record, half));
         }
         assert_eq!(flush(&mut ingest, 0).len(), 2);
     }

@@ -46,8 +46,8 @@ const MAX_SEARCH: Duration = Duration::from_secs(5);
 /// row may be the next one as well as far away.
 const SEARCH_ROWS: usize = 16;
 
-/// Keys and values of rejected records in one INSERT at most; Postgres takes 1 GB in a message.
-const REJECTED_BYTES: usize = 16 * 1024 * 1024;
+/// Keys and values of rejected records in one INSERT at most, unless there is only one: its message is a further copy.
+const REJECTED_BYTES: usize = 4 << 20;
 
 /// How a try to flush ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -526,9 +526,10 @@ impl Session {
             return Ok(None);
         }
         for chunk in &rejected {
+            let bytes = u32::try_from(chunk.bytes).unwrap_or(u32::MAX);
             bounded(
                 "INSERT of the rejected",
-                step,
+                step + keys.bounds.per_byte.saturating_mul(bytes),
                 chunk.insert(client, &self.statements.reject, keys),
             )
             .await
@@ -780,12 +781,12 @@ struct Rejected<'a> {
     keys: Vec<Option<&'a [u8]>>,
     values: Vec<Option<&'a [u8]>>,
     reasons: Vec<String>,
+    bytes: usize,
 }
 
 impl<'a> Rejected<'a> {
     fn chunks(keys: &'a Keys, batch: &'a Batch) -> Result<Vec<Self>, Fault> {
         let mut chunks: Vec<Self> = Vec::new();
-        let mut bytes = 0;
         for entry in &batch.entries {
             let Form::Rejected(reason) = &entry.form else {
                 continue;
@@ -794,12 +795,11 @@ impl<'a> Rejected<'a> {
                 |range: &Option<Range<usize>>| range.clone().and_then(|range| batch.record_bytes.get(range));
             let (key, value) = (record(&entry.key), record(&entry.value));
             let size = key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len) + reason.len();
-            if chunks.is_empty() || bytes + size > REJECTED_BYTES {
+            if chunks.last().is_none_or(|chunk| chunk.bytes + size > REJECTED_BYTES) {
                 chunks.push(Self::default());
-                bytes = 0;
             }
-            bytes += size;
             if let Some(chunk) = chunks.last_mut() {
+                chunk.bytes += size;
                 chunk.topics.push(keys.topic(entry.partition)?);
                 chunk.partitions.push(entry.partition.number);
                 chunk.offsets.push(entry.offset.0);
