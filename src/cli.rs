@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::commands::skip::Place;
 use crate::duration;
 
 /// Checks web sites on time and stores every result exactly once: HTTP checker -> Kafka -> Postgres.
@@ -48,6 +49,8 @@ pub enum Command {
     Drop(Drop),
     /// Show how the hosts do, how far the table is behind Kafka, and whether that is stale
     Status(Status),
+    /// Go past a batch of Kafka's that `consume` cannot read, and note which offsets were not read
+    Skip(Skip),
     /// Ask the agent that listens at METRICS_ADDR on this machine whether it is ready
     Health(Health),
     /// Show the whole pipeline in one process, on a Kafka, a Postgres and sites of its own
@@ -169,6 +172,16 @@ pub struct Status {
 }
 
 #[derive(Debug, Args)]
+pub struct Skip {
+    /// The partition, and the offset of the batch to go past; without an offset the batch that is next is shown
+    #[arg(value_name = "TOPIC/PARTITION[:OFFSET]")]
+    pub place: Place,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
 pub struct Health {
     #[command(flatten)]
     common: Common,
@@ -214,6 +227,7 @@ impl Command {
             | Self::Init(Init { common, .. })
             | Self::Drop(Drop { common, .. })
             | Self::Status(Status { common, .. })
+            | Self::Skip(Skip { common, .. })
             | Self::Health(Health { common })
             | Self::Demo(Demo { common, .. }) => common,
         }

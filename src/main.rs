@@ -12,7 +12,7 @@ use signal_hook::consts::SIGHUP;
 
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
-use host_metrics::commands::{check, demo, init, status, validate};
+use host_metrics::commands::{check, demo, init, skip, status, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput};
 use host_metrics::http::health::{self, Answer};
 use host_metrics::produce::host_file::{self, HostFileError};
@@ -57,6 +57,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Init(args) => run_init(args, &variables),
         Command::Drop(args) => run_drop(args, &variables),
         Command::Status(args) => run_status(args, &variables),
+        Command::Skip(args) => run_skip(args, &variables),
         Command::Health(_) => run_health(&variables),
         Command::Demo(args) => run_demo(args, &variables),
     }
@@ -157,6 +158,13 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<ExitC
     } else {
         ExitCode::SUCCESS
     })
+}
+
+fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<ExitCode> {
+    let config = config::consume(variables)?;
+    start_logging(variables, Servers::BOTH)?;
+    print(&skip::run(&config, &args.place)?)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_health(variables: &Variables) -> anyhow::Result<ExitCode> {

@@ -3,5 +3,6 @@
 pub mod check;
 pub mod demo;
 pub mod init;
+pub mod skip;
 pub mod status;
 pub mod validate;

@@ -91,6 +91,8 @@ pub enum Event {
     OutOfRange,
     /// The answer to [`Action::FindExtents`]. Partitions that are not in it are asked for again.
     Extents(BTreeMap<Partition, Extent>),
+    /// Kafka's client cannot read on in these: perhaps somebody moved their positions beyond what it cannot read.
+    Stuck(Vec<Partition>),
     /// [`Action::Read`] did not succeed for these.
     ReadFailed(Vec<Partition>),
     /// A commit of these did not succeed.
@@ -316,6 +318,7 @@ impl Ingest {
                 self.find_extents_at.get_or_insert(now);
             }
             Event::Extents(extents) => self.extents(now, &extents),
+            Event::Stuck(partitions) => self.stuck(&partitions),
             Event::ReadFailed(partitions) => self.read_failed(now, &partitions),
             Event::CommitFailed(partitions) => self.commit_failed(&partitions),
             Event::Opened { same_layout } => self.opened(same_layout),
@@ -704,6 +707,24 @@ impl Ingest {
             // Kafka does not say which it meant, and that one is not being read any more, even if its position is within
             // its extent again: all are read from where they stand, after a while lest this spins.
             self.read_failed(now, &read);
+        }
+    }
+
+    /// Has the positions read again. What is read and not written yet comes first: it may be what moves the position.
+    fn stuck(&mut self, partitions: &[Partition]) {
+        for partition in partitions {
+            let in_flight = self
+                .flight
+                .as_ref()
+                .is_some_and(|flight| flight.spans.contains_key(partition));
+            let is_unwritten = in_flight || self.filling.spans.contains_key(partition);
+            match self.partitions.get_mut(partition) {
+                // Of a topic that was made anew the table knows nothing yet.
+                Some(progress) if !is_unwritten && progress.located().is_some_and(|at| !at.restarted) => {
+                    *progress = Progress::Unlocated { start: None };
+                }
+                _ => {}
+            }
         }
     }
 
@@ -1166,6 +1187,31 @@ mod tests {
         assert_eq!(
             ingest.next_action(at(5_000)),
             Action::Read(vec![(P, NextOffset(106))])
+        );
+    }
+
+    #[test]
+    fn where_kafkas_client_is_stuck_the_position_is_read_again_once_nothing_is_unwritten() {
+        let mut ingest = reading(&[P]);
+        read(&mut ingest, 0, P, 100);
+        ingest.handle(at(100), Event::Stuck(vec![P]));
+        let batch = flush(&mut ingest, 200);
+        ingest.handle(at(200), Event::Stuck(vec![P]));
+        ingest.handle(at(200), Event::Flushed(batch, Flushed::Durable));
+        assert!(read(&mut ingest, 200, P, 101), "it is still being read");
+        let batch = flush(&mut ingest, 400);
+        ingest.handle(at(400), Event::Flushed(batch, Flushed::Durable));
+
+        ingest.handle(at(400), Event::Stuck(vec![P]));
+        let expected = Action::Locate {
+            partitions: vec![P],
+            missing_from: BTreeMap::new(),
+        };
+        assert_eq!(ingest.next_action(at(400)), expected);
+        ingest.handle(at(400), Event::Located(BTreeMap::from([(P, NextOffset(150))])));
+        assert_eq!(
+            ingest.next_action(at(400)),
+            Action::Read(vec![(P, NextOffset(150))])
         );
     }
 

@@ -11,6 +11,7 @@ pub mod ingest;
 mod metrics;
 pub mod source;
 pub mod store;
+mod stuck;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -248,6 +249,9 @@ impl<'a> Agent<'a> {
                     self.ingest.handle(now, Event::Extents(extents));
                 }
                 Action::Read(starts) => {
+                    for (partition, next) in &starts {
+                        log::debug!("reading {} from offset {}", self.source.name(*partition), next.0);
+                    }
                     if let Err(error) = self.source.read(&starts) {
                         log::debug!("cannot read: {error}");
                         let partitions = starts.iter().map(|(partition, _)| *partition).collect();

@@ -12,7 +12,7 @@
 //!   of an earlier assignment that are still in its queue.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -31,7 +31,8 @@ use crate::config::ConsumeConfig;
 use crate::consume::batch::{NextOffset, Offset, Partition, Record};
 use crate::consume::group::{Named, Watch};
 use crate::consume::ingest::{Event, Extent};
-use crate::kafka::{Explainer, names_a_cause};
+use crate::consume::stuck::{Look, Stuck};
+use crate::kafka::{BatchHead, Explainer, batch_head, names_a_cause};
 use crate::outage::Trouble;
 use crate::sample::Timestamp;
 
@@ -62,7 +63,11 @@ pub struct Source {
     watcher: JoinHandle<()>,
     topics: Vec<String>,
     look_for_topics_at: Option<Instant>,
+    /// Where the answer of [`batch_head`] comes that was last asked for.
+    head_asked: Option<Receiver<HeadFound>>,
 }
+
+type HeadFound = (Partition, i64, Result<BatchHead, String>);
 
 /// Kafka ended the consumer; a new one may join.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -170,6 +175,7 @@ impl Source {
             watcher,
             topics,
             look_for_topics_at: None,
+            head_asked: None,
         })
     }
 
@@ -297,6 +303,7 @@ impl Source {
     pub fn say_troubles(&mut self, now: Instant) {
         self.look_for_topics(now);
         self.adopt_orphans();
+        self.look_for_stuck(now);
         let mut state = self.state();
         let state = &mut *state;
         let waiting = [
@@ -310,6 +317,9 @@ impl Source {
             if let Some((_, lasted)) = trouble.due(now) {
                 log::warn!("{what}: {reason} (for {} s)", lasted.as_secs());
             }
+        }
+        for (reason, lasted) in state.stuck.due(now) {
+            log::error!("{reason} (for {} s)", lasted.as_secs());
         }
     }
 
@@ -329,6 +339,10 @@ impl Source {
                 return Err(format!("{what}: {}", self.explainer.explain(reason)));
             }
         }
+        let stuck: Vec<&str> = state.stuck.reasons().collect();
+        if !stuck.is_empty() {
+            return Err(stuck.join("; "));
+        }
         match state.is_member {
             true => Ok(()),
             false => Err("waiting for Kafka to take us into the group".to_owned()),
@@ -337,7 +351,7 @@ impl Source {
 
     /// The name of a partition for a person: `topic/number`.
     pub fn name(&self, partition: Partition) -> String {
-        format!("{}/{}", self.topic(partition), partition.number)
+        self.consumer.context().name(partition)
     }
 
     pub fn topic(&self, partition: Partition) -> &str {
@@ -424,6 +438,40 @@ impl Source {
         }
         if let Some(lasted) = self.state().missing.is_over(now) {
             log::info!("the topic is there after {} s", lasted.as_secs());
+        }
+    }
+
+    /// Asks what the batch is like that librdkafka does not get past, on a thread because the answer takes as long as the broker.
+    fn look_for_stuck(&mut self, now: Instant) {
+        let answer = self.head_asked.as_ref().map(|asked| asked.try_recv());
+        if answer == Some(Err(TryRecvError::Empty)) {
+            return;
+        }
+        self.head_asked = None;
+        match answer {
+            Some(Ok((partition, offset, Ok(head)))) => {
+                let text = |head: &BatchHead| stuck_text(&self.name(partition), offset, head);
+                self.state().stuck.found(now, partition, offset, text, head);
+            }
+            Some(Ok((partition, offset, Err(error)))) => {
+                log::debug!("{} stands at offset {offset}: {error}", self.name(partition));
+            }
+            _ => {}
+        }
+        let Some((partition, offset)) = self.state().stuck.to_ask() else {
+            return;
+        };
+        let (found, asked) = sync_channel(1);
+        let explainer = self.explainer.clone();
+        let topic = self.topic(partition).to_owned();
+        let work = move || {
+            let head = batch_head(explainer.kafka(), &topic, partition.number, offset);
+            // Nobody may be waiting any more.
+            let _ = found.send((partition, offset, head));
+        };
+        match thread::Builder::new().name("kafka-look".into()).spawn(work) {
+            Ok(_) => self.head_asked = Some(asked),
+            Err(error) => log::debug!("no thread to look at a batch: {error}"),
         }
     }
 
@@ -530,6 +578,7 @@ struct State {
     /// A broker does, but what we ask for is not allowed.
     refused: Trouble,
     missing: Trouble,
+    stuck: Stuck,
     /// The reason that the next "all brokers are down" has.
     last_reason: Option<String>,
 }
@@ -553,6 +602,10 @@ impl Context {
         self.topics
             .get(usize::from(partition.topic))
             .map_or("?", String::as_str)
+    }
+
+    fn name(&self, partition: Partition) -> String {
+        format!("{}/{}", self.topic(partition), partition.number)
     }
 
     fn list_at(&self, positions: &[(Partition, NextOffset)]) -> KafkaResult<TopicPartitionList> {
@@ -597,17 +650,35 @@ impl ClientContext for Context {
         if statistics.brokers.values().any(|broker| broker.state == "UP") {
             state.is_connected(now());
         }
+        let now = now();
         let mut ends = BTreeMap::new();
         for (topic, statistics) in &statistics.topics {
             for (number, statistics) in &statistics.partitions {
                 // Reading committed records, the last one is in front of the last stable offset.
                 let partition = partition(&self.topics, topic, *number);
-                if let Some(partition) = partition.filter(|_| statistics.ls_offset >= 0) {
+                let Some(partition) = partition else { continue };
+                if statistics.ls_offset >= 0 {
                     ends.insert(partition, NextOffset(statistics.ls_offset));
+                }
+                if statistics.fetch_state != "active" {
+                    continue;
+                }
+                let look = Look {
+                    next_offset: statistics.next_offset,
+                    end_offset: statistics.ls_offset,
+                    records_waiting: statistics.fetchq_cnt,
+                };
+                if let Some(lasted) = state.stuck.look(now, partition, look) {
+                    let (name, lasted) = (self.name(partition), lasted.as_secs());
+                    log::info!("{name} is read again after {lasted} s");
                 }
             }
         }
         state.ends = ends;
+        let stuck = state.stuck.partitions();
+        if !stuck.is_empty() {
+            state.events.push_back(Event::Stuck(stuck));
+        }
     }
 
     /// Hears of every error, also of those that polling returns, and alone hears the reason in words.
@@ -680,6 +751,7 @@ impl ConsumerContext for Context {
         state.is_connected(now());
         state.refused.is_over(now());
         state.is_member |= is_assigned;
+        state.stuck.forget(&ours);
         state.events.push_back(match is_assigned {
             true => Event::Assigned(ours),
             false => Event::Revoked(ours),
@@ -738,6 +810,13 @@ fn look_at_group(
     }
     let assignments = group.members().iter().filter_map(|member| member.assignment());
     Ok(watch.look(&all, assignments))
+}
+
+fn stuck_text(name: &str, offset: i64, head: &BatchHead) -> String {
+    format!(
+        "{name} stands at offset {offset}: Kafka's client cannot read the batch there ({head}). `host-metrics skip \
+         {name}:{offset}` goes past it and notes in the rejected table which offsets were not read"
+    )
 }
 
 fn partition(topics: &[String], topic: &str, number: i32) -> Option<Partition> {

@@ -4,6 +4,7 @@
 //! certificate alike that it could not be verified, and of a broker that speaks another protocol nothing but that it is
 //! down. Then a handshake of our own finds out more, on a thread of its own because it takes as long as the broker does.
 
+mod batch_head;
 mod listener;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use openssl::x509::{X509, X509NameRef, X509Ref, X509StoreContextRef};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::config::{KafkaConfig, KafkaTls};
+pub use batch_head::{BatchHead, batch_head};
 pub use listener::{Listener, client_config};
 
 /// How long a broker may take to connect, and to answer each time.
@@ -66,6 +68,11 @@ impl Explainer {
             kafka: Arc::new(kafka.clone()),
             looks: Arc::default(),
         }
+    }
+
+    /// The Kafka whose reasons it explains.
+    pub fn kafka(&self) -> &KafkaConfig {
+        &self.kafka
     }
 
     /// To be told every error of the client: those that explain nothing make it look for itself.
@@ -283,10 +290,10 @@ struct Shown {
     fault: Option<String>,
 }
 
-fn shake_hands(server: &str, stream: TcpStream, tls: Option<&KafkaTls>) -> Result<Shown, ErrorStack> {
-    let ca_file = tls.and_then(|tls| tls.ca_file.clone());
+/// Ready to connect, with the server's name to compare; whether it is verified is the caller's.
+fn tls_session(server: &str, tls: Option<&KafkaTls>) -> Result<Ssl, ErrorStack> {
     let mut context = SslContext::builder(SslMethod::tls_client())?;
-    match &ca_file {
+    match tls.and_then(|tls| tls.ca_file.as_ref()) {
         Some(file) => context.set_ca_file(file)?,
         None => context.set_default_verify_paths()?,
     }
@@ -300,15 +307,26 @@ fn shake_hands(server: &str, stream: TcpStream, tls: Option<&KafkaTls>) -> Resul
         context.set_private_key_file(key, SslFiletype::PEM)?;
     }
     let mut ssl = Ssl::new(&context.build())?;
-    let (host, _) = server.rsplit_once(':').unwrap_or((server, ""));
-    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let host = host_of(server);
     match host.parse::<IpAddr>() {
         Ok(ip) => ssl.param_mut().set_ip(ip)?,
         Err(_) => {
-            ssl.param_mut().set_host(&host)?;
-            ssl.set_hostname(&host)?;
+            ssl.param_mut().set_host(host)?;
+            ssl.set_hostname(host)?;
         }
     }
+    Ok(ssl)
+}
+
+fn host_of(server: &str) -> &str {
+    let (host, _) = server.rsplit_once(':').unwrap_or((server, ""));
+    host.trim_start_matches('[').trim_end_matches(']')
+}
+
+fn shake_hands(server: &str, stream: TcpStream, tls: Option<&KafkaTls>) -> Result<Shown, ErrorStack> {
+    let ca_file = tls.and_then(|tls| tls.ca_file.clone());
+    let mut ssl = tls_session(server, tls)?;
+    let host = host_of(server).to_owned();
     let shown = Arc::new(Mutex::new(Shown::default()));
     let callback = {
         let shown = Arc::clone(&shown);

@@ -98,6 +98,11 @@ impl Agent {
         self.process.resident_bytes()
     }
 
+    /// The most memory that it ever had.
+    pub fn peak_bytes(&self) -> u64 {
+        self.process.peak_bytes()
+    }
+
     /// How often a line of the log says that.
     pub fn said(&self, needle: &str) -> usize {
         self.stderr().lines().filter(|line| line.contains(needle)).count()
@@ -143,6 +148,13 @@ impl Drop for Agent {
             eprintln!("--- {} said:\n{}", self.name, tail(&self.stderr()));
         }
     }
+}
+
+/// Runs a command that ends by itself: its exit status, and what it prints.
+pub fn run(arguments: &[&str], variables: &Variables) -> (i32, String) {
+    let mut command = Agent::start(arguments, variables);
+    let status = command.wait(Duration::from_secs(60));
+    (status.code().unwrap(), command.stdout() + &command.stderr())
 }
 
 /// As much of the end of a log as a person reads.

@@ -316,6 +316,27 @@ impl Kafka {
         assert_eq!(producer.in_flight_count(), 0);
     }
 
+    /// Writes these values to partition 0 as one batch, compressed.
+    pub fn write_batch(&self, topic: &str, compression: &str, values: &[&[u8]]) {
+        let bytes: usize = values.iter().map(|value| value.len() + 100).sum();
+        let producer: BaseProducer = self
+            .client()
+            .set("enable.idempotence", "true")
+            .set("compression.type", compression)
+            .set("message.max.bytes", bytes.max(1_000_000).to_string())
+            .set("batch.size", bytes.max(1_000_000).to_string())
+            .set("queue.buffering.max.kbytes", "2000000")
+            .set("linger.ms", "500")
+            .create()
+            .unwrap();
+        for value in values {
+            let record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic).partition(0).payload(value);
+            producer.send(record).map_err(|(error, _)| error).unwrap();
+        }
+        producer.flush(Duration::from_secs(60)).unwrap();
+        assert_eq!(producer.in_flight_count(), 0);
+    }
+
     /// Every record of the topic, by partition and offset.
     pub fn records(&self, topic: &str) -> Vec<Record> {
         let consumer: BaseConsumer = self

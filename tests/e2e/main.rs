@@ -25,5 +25,6 @@ mod security;
 mod site;
 mod store;
 mod table;
+mod unreadable;
 mod views;
 mod watching;

@@ -117,6 +117,14 @@ impl Process {
         kib.parse::<u64>().unwrap() * 1024
     }
 
+    /// The most memory that it ever had, of what is in memory.
+    pub fn peak_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
+        let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = kib.expect("a running process has memory").trim_end_matches("kB");
+        kib.trim().parse::<u64>().unwrap() * 1024
+    }
+
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
 use serde_json::{Value, json};
 
-use crate::agent::{Agent, Variables};
+use crate::agent::{Agent, Variables, run};
 use crate::kafka::Kafka;
 use crate::scratch::{self, wait_for};
 
@@ -85,13 +85,6 @@ fn health_and_status_tell_an_outage_of_either_server_and_its_end() {
     let none = || (status(&servers).1["pipeline"]["lag_records"] == json!(0)).then_some(());
     wait_for(SOON, "no lag", none, || consumer.stderr());
     consumer.stop();
-}
-
-/// Exit status and standard output.
-fn run(arguments: &[&str], variables: &Variables) -> (i32, String) {
-    let mut command = Agent::start(arguments, variables);
-    let status = command.wait(SOON);
-    (status.code().unwrap(), command.stdout())
 }
 
 fn status(variables: &Variables) -> (i32, Value) {

@@ -680,6 +680,12 @@ impl History {
             self.members[index].ingest.handle(now, Event::OutOfRange);
             return;
         }
+        if self.faults && self.rng.u8(0..60) == 0 {
+            self.saw("stuck");
+            let member = &mut self.members[index];
+            member.ingest.handle(now, Event::Stuck(vec![partition]));
+            member.wait_until = None;
+        }
         for _ in 0..self.rng.usize(1..=4) {
             if self.faults && self.rng.u8(0..60) == 0 {
                 self.saw("read twice");

@@ -1,0 +1,187 @@
+//! `host-metrics skip`: past a batch that no consumer can read, by an operator's word.
+//!
+//! Owns the one statement that moves a position beyond such a batch and notes in the rejected table which offsets were not
+//! read. The batch itself is not read, only its head, so that one that expands hugely is passed as well; no consumer has to
+//! run. One that does finds the position moved, as if another consumer had.
+
+use std::str::FromStr;
+
+use anyhow::{anyhow, bail};
+use tokio_postgres::types::ToSql;
+
+use crate::config::ConsumeConfig;
+use crate::kafka::{BatchHead, batch_head};
+use crate::postgres::{self, Bounds, Fault, Link, bounded};
+use crate::tables::schema::Object;
+
+/// Where to go on behind: `TOPIC/PARTITION`, or `TOPIC/PARTITION:OFFSET`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub topic: String,
+    pub partition: i32,
+    /// Of the batch to pass. `None`: nothing is passed.
+    pub offset: Option<i64>,
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || {
+            let (topic, rest) = text.split_once('/')?;
+            let (partition, offset) = match rest.split_once(':') {
+                Some((partition, offset)) => (partition, Some(offset.parse().ok()?)),
+                None => (rest, None),
+            };
+            let partition: i32 = partition.parse().ok()?;
+            let is_possible = !topic.is_empty() && partition >= 0 && offset.is_none_or(|offset: i64| offset >= 0);
+            is_possible.then(|| Self {
+                topic: topic.to_owned(),
+                partition,
+                offset,
+            })
+        };
+        parse().ok_or_else(|| "expected TOPIC/PARTITION:OFFSET, e.g. host-metrics/3:41200".to_owned())
+    }
+}
+
+/// Moves the position behind the batch that holds the offset; without an offset it only looks at the batch that is next.
+/// Returns what there is or was done, for a person.
+///
+/// # Errors
+/// Kafka or Postgres cannot be asked, there is no such position or batch, or that offset is behind us already.
+pub fn run(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
+    let runtime = postgres::runtime()?;
+    let said = runtime.block_on(skip(config, place));
+    // A name look-up may still be under way on a thread of the runtime: not waited for.
+    runtime.shutdown_background();
+    said
+}
+
+async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
+    let bounds = Bounds::default();
+    let link = Link::open(&config.database, &bounds).await?;
+    let Place {
+        topic, partition, ..
+    } = place;
+    let name = format!("{topic}/{partition}");
+    let Some(position) = position(&link, &bounds, config, place).await? else {
+        bail!(
+            "group {} has no position of {name} in {}: `host-metrics consume` makes it when it first reads there",
+            config.group_id,
+            config.database.table.quoted(Object::Offsets.suffix())
+        );
+    };
+    let offset = place.offset.unwrap_or(position);
+    if offset < position {
+        bail!("{name} stands at offset {position}: offset {offset} is behind it already");
+    }
+    let head = batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"))?;
+    let said = if place.offset.is_none() {
+        format!(
+            "{name} stands at offset {position}. The batch there: {head}. `host-metrics skip {name}:{position}` goes past \
+             it\n"
+        )
+    } else {
+        if !pass(&link, &bounds, config, place, position, &head).await? {
+            bail!("{name} moved on from offset {position} meanwhile: nothing was done");
+        }
+        format!(
+            "{name} goes on at offset {}: offsets {position} to {} are noted in {} as not read\n",
+            head.last_offset.saturating_add(1),
+            head.last_offset,
+            config.database.table.quoted(Object::Rejected.suffix())
+        )
+    };
+    link.close().await;
+    Ok(said)
+}
+
+async fn position(
+    link: &Link,
+    bounds: &Bounds,
+    config: &ConsumeConfig,
+    place: &Place,
+) -> Result<Option<i64>, Fault> {
+    let offsets = config.database.table.quoted(Object::Offsets.suffix());
+    let sql = format!(
+        "SELECT next_offset FROM {offsets} WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3"
+    );
+    let params: [&(dyn ToSql + Sync); 3] = [&config.group_id, &place.topic, &place.partition];
+    bounded("reading the position", bounds.step, async {
+        let row = link.client.query_opt(&sql, &params).await?;
+        row.map(|row| row.try_get(0)).transpose()
+    })
+    .await
+}
+
+/// Compare-and-set of the position and the note, in one statement. False: the position is no longer there.
+async fn pass(
+    link: &Link,
+    bounds: &Bounds,
+    config: &ConsumeConfig,
+    place: &Place,
+    position: i64,
+    head: &BatchHead,
+) -> Result<bool, Fault> {
+    let table = &config.database.table;
+    let (offsets, rejected) = (
+        table.quoted(Object::Offsets.suffix()),
+        table.quoted(Object::Rejected.suffix()),
+    );
+    let sql = format!(
+        "WITH moved AS (UPDATE {offsets} SET next_offset = $5 WHERE group_id = $1 AND topic = $2 \
+         AND \"partition\" = $3 AND next_offset = $4 RETURNING 1) \
+         INSERT INTO {rejected} (group_id, kafka_topic, kafka_partition, kafka_offset, reason) \
+         SELECT $1, $2, $3, $4, $6 FROM moved"
+    );
+    let next = head.last_offset.saturating_add(1);
+    let reason = format!(
+        "offsets {position} to {} were not read: `host-metrics skip` went past the batch ({head})",
+        head.last_offset
+    );
+    let params: [&(dyn ToSql + Sync); 6] = [
+        &config.group_id,
+        &place.topic,
+        &place.partition,
+        &position,
+        &next,
+        &reason,
+    ];
+    let noted = bounded("moving the position", bounds.step, link.client.execute(&sql, &params)).await?;
+    Ok(noted == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_a_partition_with_or_without_an_offset_and_nothing_else() {
+        let place = |topic: &str, partition, offset| {
+            Ok(Place {
+                topic: topic.to_owned(),
+                partition,
+                offset,
+            })
+        };
+        assert_eq!("a.b-c/0:7".parse(), place("a.b-c", 0, Some(7)));
+        assert_eq!("t/12".parse(), place("t", 12, None));
+        for wrong in [
+            "",
+            "t",
+            "t/",
+            "/0:1",
+            "t/0:",
+            "t/-1",
+            "t/0:-1",
+            "t/0:1-2",
+            "t/0:1:2",
+            "t/0/1",
+            "t:0:1",
+            "t/0:99999999999999999999",
+        ] {
+            assert!(wrong.parse::<Place>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Partitions that Kafka's client does not read on, though Kafka has more of them.
+//!
+//! librdkafka refuses a batch that it cannot decompress, or that expands beyond `receive.message.max.bytes`, and fetches it
+//! again for ever without a word. What shows it is that its place stands in front of the partition's end, while nothing waits
+//! to be taken, look after look. What the batch there says of itself is then asked, which tells it from a slow or silent
+//! broker. Pure: what librdkafka and Kafka say is `source`'s to ask.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crate::consume::batch::Partition;
+use crate::kafka::BatchHead;
+use crate::outage::Trouble;
+
+/// As many looks in a row, 5 s apart, have to find a partition at one place before its batch is asked for.
+const LOOKS: u32 = 3;
+
+/// The partitions that stand in front of their end.
+#[derive(Debug, Default)]
+pub struct Stuck(BTreeMap<Partition, Stand>);
+
+#[derive(Debug, Default)]
+struct Stand {
+    offset: i64,
+    looks: u32,
+    /// What is there. `None`: it may still be nothing but slow.
+    batch: Option<BatchHead>,
+    trouble: Trouble,
+}
+
+/// What a look at a partition that is being read shows.
+#[derive(Clone, Copy, Debug)]
+pub struct Look {
+    /// What is fetched next, and the end of what can be read.
+    pub next_offset: i64,
+    pub end_offset: i64,
+    /// Of any partition: while records wait to be taken, librdkafka may have reason not to fetch more.
+    pub records_waiting: i64,
+}
+
+impl Stuck {
+    /// A further look. How long it could not be read, if that was said and is over.
+    pub fn look(&mut self, now: Instant, partition: Partition, look: Look) -> Option<Duration> {
+        let stands = self.0.entry(partition).or_default();
+        let is_behind = (0..look.end_offset).contains(&look.next_offset);
+        let lasted = match is_behind && stands.offset == look.next_offset {
+            true => None,
+            false => std::mem::take(stands).trouble.is_over(now),
+        };
+        stands.offset = look.next_offset;
+        if !is_behind {
+            self.0.remove(&partition);
+        } else if look.records_waiting == 0 {
+            stands.looks = stands.looks.saturating_add(1);
+        }
+        lasted
+    }
+
+    /// A partition whose batch is to be asked for, and where it stands. It has to be found there as often again before the next
+    /// time.
+    pub fn to_ask(&mut self) -> Option<(Partition, i64)> {
+        let mut stands = self.0.iter_mut();
+        let (partition, stand) = stands.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;
+        stand.looks = 0;
+        Some((*partition, stand.offset))
+    }
+
+    /// What is there; `text` says so.
+    pub fn found(
+        &mut self,
+        now: Instant,
+        partition: Partition,
+        offset: i64,
+        text: impl FnOnce(&BatchHead) -> String,
+        batch: BatchHead,
+    ) {
+        if let Some(stand) = self.0.get_mut(&partition).filter(|stand| stand.offset == offset) {
+            stand.trouble.is_there(now, text(&batch));
+            stand.batch = Some(batch);
+        }
+    }
+
+    /// These are no longer ours.
+    pub fn forget(&mut self, partitions: &[Partition]) {
+        self.0.retain(|partition, _| !partitions.contains(partition));
+    }
+
+    /// Those of which it is known.
+    pub fn partitions(&self) -> Vec<Partition> {
+        let known = self.0.iter().filter(|(_, stand)| stand.batch.is_some());
+        known.map(|(partition, _)| *partition).collect()
+    }
+
+    /// What is wrong, one text a partition.
+    pub fn reasons(&self) -> impl Iterator<Item = &str> {
+        self.0.values().filter_map(|stand| stand.trouble.reason())
+    }
+
+    /// What is to be said now, and how long it has lasted.
+    pub fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
+        let stands = self.0.values_mut();
+        let due = stands.filter_map(|stand| stand.trouble.due(now));
+        due.map(|(reason, lasted)| (reason.to_owned(), lasted)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const P: Partition = Partition { topic: 0, number: 0 };
+
+    fn at(seconds: u64) -> Instant {
+        static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+        #[expect(clippy::disallowed_methods, reason = "an instant to count from")]
+        let start = *START.get_or_init(Instant::now);
+        start + Duration::from_secs(seconds)
+    }
+
+    fn look(next_offset: i64, end_offset: i64, records_waiting: i64) -> Look {
+        Look {
+            next_offset,
+            end_offset,
+            records_waiting,
+        }
+    }
+
+    fn batch() -> BatchHead {
+        BatchHead {
+            first_offset: 5,
+            last_offset: 8,
+            records: 4,
+            compression: "zstd",
+            bytes: 6_500,
+        }
+    }
+
+    #[test]
+    fn a_partition_that_moves_or_is_read_to_its_end_or_waits_for_us_is_not_asked_for() {
+        for looks in [
+            [(5, 9, 0), (6, 9, 0), (7, 9, 0), (8, 9, 0)],
+            [(9, 9, 0), (9, 9, 0), (9, 9, 0), (9, 9, 0)],
+            [(5, 9, 1), (5, 9, 1), (5, 9, 1), (5, 9, 1)],
+            // librdkafka's "not known yet".
+            [(-1001, 9, 0), (-1001, 9, 0), (-1001, 9, 0), (-1001, 9, 0)],
+            [(0, -1001, 0), (0, -1001, 0), (0, -1001, 0), (0, -1001, 0)],
+        ] {
+            let mut stuck = Stuck::default();
+            for (next, end, waiting) in looks {
+                stuck.look(at(0), P, look(next, end, waiting));
+            }
+            assert_eq!(stuck.to_ask(), None, "{looks:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_found_where_it_stands_is_said_until_it_moves() {
+        let mut stuck = Stuck::default();
+        for waiting in [0, 0, 3] {
+            stuck.look(at(0), P, look(5, 9, waiting));
+            assert_eq!(stuck.to_ask(), None);
+        }
+        stuck.look(at(10), P, look(5, 9, 0));
+        assert_eq!(stuck.to_ask(), Some((P, 5)));
+        assert_eq!(stuck.to_ask(), None, "once");
+        assert_eq!(stuck.reasons().count(), 0, "nothing is known yet");
+        stuck.found(at(10), P, 4, ToString::to_string, batch());
+        assert_eq!(stuck.reasons().count(), 0, "it was somewhere else");
+
+        stuck.found(at(10), P, 5, ToString::to_string, batch());
+        let text = "offsets 5 to 8, 4 records, zstd, 6500 bytes";
+        assert_eq!(stuck.reasons().collect::<Vec<_>>(), [text]);
+        assert_eq!(stuck.partitions(), [P]);
+        assert_eq!(stuck.due(at(14)), [(text.to_owned(), Duration::from_secs(4))]);
+        assert_eq!(stuck.look(at(15), P, look(5, 9, 0)), None);
+        assert_eq!(stuck.look(at(20), P, look(9, 12, 0)), Some(Duration::from_secs(10)));
+        assert_eq!(stuck.partitions(), []);
+    }
+
+    #[test]
+    fn what_is_not_found_out_is_asked_again_and_what_is_not_ours_is_forgotten() {
+        let mut stuck = Stuck::default();
+        for _ in 0..2 {
+            for _ in 0..LOOKS {
+                assert_eq!(stuck.to_ask(), None);
+                stuck.look(at(0), P, look(5, 9, 0));
+            }
+            assert_eq!(stuck.to_ask(), Some((P, 5)));
+        }
+        stuck.forget(&[P]);
+        stuck.found(at(0), P, 5, ToString::to_string, batch());
+        assert_eq!(stuck.partitions(), []);
+    }
+}

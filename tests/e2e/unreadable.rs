@@ -1,0 +1,141 @@
+//! Batches that a hostile writer can make of a few kilobytes: such as expand beyond what Kafka's client takes, and such as it
+//! expands to whatever size.
+
+use host_metrics::commands::demo::postgres::free_port;
+
+use crate::agent::{Agent, Variables, run};
+use crate::case::{Case, SOON, wait_for_count};
+use crate::scratch::wait_for;
+
+/// Beyond librdkafka's `receive.message.max.bytes`, 100 MB.
+const BEYOND_THE_CLIENT: usize = 105_000_000;
+
+fn serving(case: &Case) -> Variables {
+    case.variables()
+        .with("LOG_LEVEL", "INFO")
+        .with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()))
+}
+
+fn health_becomes(variables: &Variables, expected: i32, words: &str, consumer: &Agent) -> String {
+    wait_for(
+        2 * SOON,
+        &format!("health ends with {expected} and says {words:?}"),
+        || {
+            let (status, said) = run(&["health"], variables);
+            (status == expected && said.contains(words)).then_some(said)
+        },
+        || consumer.stderr(),
+    )
+}
+
+#[test]
+fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() {
+    let mut case = Case::new("refused", 1);
+    case.write(0, 0..10);
+    let large = vec![b'x'; BEYOND_THE_CLIENT];
+    case.kafka.write_batch("refused", "zstd", &[b"small", &large, b"small"]);
+    case.write(0, 10..20);
+    let variables = serving(&case);
+    let consumer = Agent::start(&["consume"], &variables);
+    case.wait_for_rows(10, &[&consumer]);
+
+    let what = "refused/0 stands at offset 10: Kafka's client cannot read the batch there (offsets 10 to 12, 3 records, zstd, ";
+    let said = health_becomes(&variables, 1, what, &consumer);
+    assert!(said.contains("`host-metrics skip refused/0:10`"), "{said}");
+    consumer.wait_for_stderr(what, SOON);
+    assert_eq!(case.db.count("host_metrics_rejected"), 0, "never silently");
+
+    let skip = |place: &str| run(&["skip", place], &variables);
+    let (status, said) = skip("refused/0");
+    assert_eq!(status, 0, "{said}");
+    assert!(said.contains("stands at offset 10. The batch there: offsets 10 to 12"), "{said}");
+    for (place, words) in [
+        ("refused/0:9", "stands at offset 10: offset 9 is behind it already"),
+        ("refused/0:1000", "there is no batch at offset 1000"),
+        ("refused/7:10", "has no position of refused/7"),
+        ("other/0:10", "has no position of other/0"),
+    ] {
+        let (status, said) = skip(place);
+        assert_eq!(status, 1, "{place}: {said}");
+        assert!(said.contains(words), "{place}: {said}");
+    }
+    assert_eq!(case.db.count("host_metrics_rejected"), 0);
+
+    // Any offset of the batch names it.
+    let (status, said) = skip("refused/0:11");
+    assert_eq!(status, 0, "{said}");
+    assert!(said.contains("goes on at offset 13"), "{said}");
+    case.wait_for_rows(20, &[&consumer]);
+    health_becomes(&variables, 0, "ready", &consumer);
+    consumer.wait_for_stderr("refused/0 is read again", SOON);
+    let rejected = case.db.one(
+        "SELECT concat_ws(' | ', group_id, kafka_topic, kafka_partition, kafka_offset, key, value, reason) \
+         FROM host_metrics_rejected",
+    );
+    assert!(
+        rejected.starts_with("refused | refused | 0 | 10 | offsets 10 to 12 were not read: "),
+        "{rejected}"
+    );
+    consumer.stop();
+    assert_eq!(case.db.one("SELECT next_offset::text FROM host_metrics_offsets"), "23");
+}
+
+#[test]
+fn a_batch_is_passed_without_a_consumer_and_unread() {
+    let mut case = Case::new("passed-unread", 1);
+    case.write(0, 0..10);
+    let consumer = Agent::start(&["consume"], &case.variables());
+    case.wait_for_rows(10, &[&consumer]);
+    consumer.stop();
+
+    case.write(0, 10..15);
+    let (status, said) = run(&["skip", "passed-unread/0:10"], &case.variables());
+    assert_eq!(status, 0, "{said}");
+    case.write(0, 15..20);
+    let consumer = Agent::start(&["consume"], &case.variables());
+    case.wait_for_rows(15, &[&consumer]);
+    consumer.stop();
+    let stored = case.db.many("SELECT t.kafka_offset::text FROM host_metrics t ORDER BY t.kafka_offset");
+    let expected: Vec<String> = (0..10).chain(15..20).map(|offset| offset.to_string()).collect();
+    assert_eq!(stored, expected);
+    assert_eq!(
+        case.db.one("SELECT concat(kafka_offset, ' ', reason) FROM host_metrics_rejected"),
+        "10 offsets 10 to 14 were not read: `host-metrics skip` went past the batch (offsets 10 to 14, 5 records, not \
+         compressed, 479 bytes)"
+    );
+}
+
+#[test]
+fn a_batch_that_expands_hugely_is_in_memory_once_and_kept_as_a_prefix_its_length_and_a_hash() {
+    const CONTAINER: u64 = 256 << 20;
+    let huge = vec![b'x'; 200_000_000];
+    // The longest that are read.
+    let long = vec![b'x'; 1 << 20];
+    for (name, compression, values, kept) in [
+        ("huge-gzip", "gzip", vec![huge.as_slice()], 65_536),
+        ("huge-lz4", "lz4", vec![huge.as_slice()], 65_536),
+        ("long-gzip", "gzip", vec![long.as_slice(); 190], 1 << 20),
+    ] {
+        let mut case = Case::new(name, 1);
+        case.kafka.write_batch(name, compression, &values);
+        case.write(0, 0..10);
+        let consumer = case.consume();
+        case.wait_for_rows(10, &[&consumer]);
+        wait_for_count(&mut case.db, "host_metrics_rejected", values.len() as i64, &[&consumer]);
+        let peak = consumer.peak_bytes();
+        assert!(peak < CONTAINER, "{name}: {peak} bytes");
+        consumer.stop();
+        let lengths = case.db.many("SELECT DISTINCT length(value)::text FROM host_metrics_rejected");
+        assert_eq!(lengths, [kept.to_string()], "{name}");
+        let reason = case.db.one("SELECT min(reason) FROM host_metrics_rejected");
+        if kept == 65_536 {
+            // `head -c 200000000 /dev/zero | tr '\0' x | sha256sum`
+            assert!(reason.contains("found 200000000;"), "{reason}");
+            assert!(
+                reason.contains("SHA-256 of all: 8b7906cb69a6634de16c8e34b1342bd0d32a5f42a697ef3bac7e3b99e132f5a4"),
+                "{reason}"
+            );
+        }
+        println!("{name}: {} MiB at most", peak >> 20);
+    }
+}
