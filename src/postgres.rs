@@ -143,7 +143,8 @@ pub fn kind_of(code: &SqlState) -> Kind {
         "08" | "25" | "40" | "53" | "57" | "58" | "XX" => Kind::Passing,
         _ if code == "55P03" => Kind::Passing, // lock_not_available
         // Syntax, names and rights; login; no such database or schema; not supported; configuration file.
-        "42" | "28" | "3D" | "3F" | "0A" | "F0" => Kind::Operator,
+        // A statement whose name is not known (26): a pooler's doing.
+        "26" | "42" | "28" | "3D" | "3F" | "0A" | "F0" => Kind::Operator,
         _ => Kind::Refused,
     }
 }
@@ -206,7 +207,11 @@ impl Link {
         let (client, driver) = bounded("connecting", bounds.connect, connect(config, bounds))
             .await
             .map_err(named)?;
-        match bounded("session settings", bounds.step, set_up(&client, bounds)).await {
+        let opened = async {
+            require_session(&client, config, bounds).await?;
+            bounded("session settings", bounds.step, set_up(&client, bounds)).await
+        };
+        match opened.await {
             Ok(backend) => Ok(Self {
                 client,
                 backend,
@@ -226,6 +231,48 @@ impl Link {
         let _ = self.driver.await;
     }
 }
+
+/// A pooler that lends a connection for a transaction or a statement keeps neither our settings, which its other clients then
+/// have, nor our statements. Two connections show it: the same backend serves both, or one is served by two.
+///
+/// Where there cannot be a second connection (a limit of the role's), nothing is shown, and nothing is wrong yet.
+async fn require_session(client: &Client, config: &DatabaseConfig, bounds: &Bounds) -> Result<(), Fault> {
+    const SECOND_WITHIN: Duration = Duration::from_secs(3);
+    let within = SECOND_WITHIN.min(bounds.connect);
+    let (second, driver) = match bounded("a second connection", within, connect(config, bounds)).await {
+        Ok(connected) => connected,
+        Err(fault) => {
+            log::debug!("Postgres: no second connection: {fault}");
+            return Ok(());
+        }
+    };
+    let ask = async {
+        // Whether the pooler takes the connection given back last or the one given back first.
+        let first = [backend(client).await?, backend(client).await?];
+        let other = backend(&second).await?;
+        Ok::<_, Fault>(first[0] == first[1] && !first.contains(&other))
+    };
+    let is_kept = bounded("whose session it is", within, ask).await;
+    driver.abort();
+    // As in `Link::close`.
+    let _ = driver.await;
+    match is_kept {
+        Ok(false) => {}
+        Ok(true) => return Ok(()),
+        // With one connection for all, the second waits for the first.
+        Err(fault) if fault.kind == Kind::Passing => {
+            log::debug!("Postgres: {fault}");
+            return Ok(());
+        }
+        Err(fault) => return Err(fault),
+    }
+    let begun = bounded("BEGIN", bounds.step, client.batch_execute("BEGIN")).await;
+    let said = begun.err().map(|fault| format!(": {fault}")).unwrap_or_default();
+    Err(Fault::operator(format!("{NO_SESSION}{said}")))
+}
+
+const NO_SESSION: &str = "a pooler in front of Postgres does not keep our session from one transaction to the next; have \
+                          it keep sessions (PgBouncer: pool_mode=session) or connect to Postgres itself";
 
 async fn connect(config: &DatabaseConfig, bounds: &Bounds) -> Result<(Client, JoinHandle<()>), Fault> {
     let mut pg = tokio_postgres::Config::new();
@@ -378,12 +425,21 @@ async fn set_up(client: &Client, bounds: &Bounds) -> Result<Backend, Fault> {
     let messages = client
         .simple_query(&format!(
             "SELECT set_config(s.name, v.value, false) FROM (VALUES {}) v (name, value) \
-             JOIN pg_catalog.pg_settings s ON s.name = v.name; \
-             SELECT pid, extract(epoch FROM backend_start) FROM pg_catalog.pg_stat_activity \
-             WHERE pid = pg_catalog.pg_backend_pid()",
+             JOIN pg_catalog.pg_settings s ON s.name = v.name; {WHO_SERVES_US}",
             values.join(", ")
         ))
         .await?;
+    backend_in(&messages)
+}
+
+const WHO_SERVES_US: &str = "SELECT pid, extract(epoch FROM backend_start) FROM pg_catalog.pg_stat_activity \
+                             WHERE pid = pg_catalog.pg_backend_pid()";
+
+async fn backend(client: &Client) -> Result<Backend, Fault> {
+    backend_in(&client.simple_query(WHO_SERVES_US).await?)
+}
+
+fn backend_in(messages: &[SimpleQueryMessage]) -> Result<Backend, Fault> {
     messages
         .iter()
         .rev()
@@ -444,6 +500,7 @@ fn remedy(code: &SqlState) -> Option<&'static str> {
         SqlState::INVALID_CATALOG_NAME => "check DB_NAME, or create the database",
         SqlState::INVALID_SCHEMA_NAME => "create the schema, or check DB_TABLE",
         SqlState::UNDEFINED_TABLE => "run `host-metrics init`, or check DB_TABLE",
+        SqlState::DUPLICATE_PSTATEMENT | SqlState::INVALID_SQL_STATEMENT_NAME => NO_SESSION,
         SqlState::UNDEFINED_COLUMN => "the table was changed meanwhile: start again",
         _ => return None,
     })
@@ -483,6 +540,8 @@ mod tests {
             ("58030", Kind::Passing),
             ("XX000", Kind::Passing),
             ("0A000", Kind::Operator),
+            ("26000", Kind::Operator),
+            ("42P05", Kind::Operator),
             ("28P01", Kind::Operator),
             ("3D000", Kind::Operator),
             ("3F000", Kind::Operator),

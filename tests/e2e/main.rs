@@ -18,6 +18,7 @@ mod operator_errors;
 mod outages;
 mod pipeline;
 mod poison;
+mod pooler;
 mod positions;
 mod rebalance;
 mod scratch;

@@ -11,7 +11,7 @@ use host_metrics::commands::demo::postgres::free_port;
 use host_metrics::kafka::names_a_cause;
 use rcgen::{CertificateParams, CertifiedIssuer, DnType, KeyPair};
 
-use crate::agent::{Agent, STOP_WITHIN, Variables, tail};
+use crate::agent::{Agent, STOP_WITHIN, Variables, run, tail};
 use crate::case::SOON;
 use crate::database::{Database, server};
 use crate::kafka::{Kafka, Listener};
@@ -212,12 +212,10 @@ fn each_way_in_that_the_broker_offers_lets_records_through() {
             .database(server())
             .with("DB_NAME", &db.name)
             .with("DB_BATCH_SECONDS", "0.1");
-        (
-            db,
-            [produce(&[], &variables), Agent::start(&["consume"], &variables)],
-        )
+        let agents = [produce(&[], &variables), Agent::start(&["consume"], &variables)];
+        (way, variables, db, agents)
     });
-    for (mut db, [producer, consumer]) in started {
+    for (way, variables, mut db, [producer, consumer]) in started {
         let says = || format!("{}\n{}", tail(&producer.stderr()), tail(&consumer.stderr()));
         wait_for(
             SOON,
@@ -232,6 +230,11 @@ fn each_way_in_that_the_broker_offers_lets_records_through() {
             assert!(!agent.stderr().contains(PASSWORD), "{}", agent.stderr());
             agent.stop();
         }
+        // `skip` speaks to the broker without librdkafka.
+        db.execute("UPDATE host_metrics_offsets SET next_offset = 0");
+        let (status, said) = run(&["skip", &format!("{way}/0")], &variables.with("LOG_LEVEL", "INFO"));
+        assert_eq!(status, 0, "{way}: {said}");
+        assert!(said.contains("The batch there: offsets 0 to "), "{way}: {said}");
     }
 }
 

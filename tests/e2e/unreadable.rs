@@ -101,7 +101,7 @@ fn a_batch_is_passed_without_a_consumer_and_unread() {
     assert_eq!(
         case.db.one("SELECT concat(kafka_offset, ' ', reason) FROM host_metrics_rejected"),
         "10 offsets 10 to 14 were not read: `host-metrics skip` went past the batch (offsets 10 to 14, 5 records, not \
-         compressed, 479 bytes)"
+         compressed, 471 bytes)"
     );
 }
 
