@@ -34,7 +34,8 @@ impl FromStr for Place {
                 None => (rest, None),
             };
             let partition: i32 = partition.parse().ok()?;
-            let is_possible = !topic.is_empty() && partition >= 0 && offset.is_none_or(|offset: i64| offset >= 0);
+            let is_possible =
+                !topic.is_empty() && partition >= 0 && offset.is_none_or(|offset: i64| offset >= 0);
             is_possible.then(|| Self {
                 topic: topic.to_owned(),
                 partition,
@@ -61,9 +62,7 @@ pub fn run(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
 async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
     let bounds = Bounds::default();
     let link = Link::open(&config.database, &bounds).await?;
-    let Place {
-        topic, partition, ..
-    } = place;
+    let Place { topic, partition, .. } = place;
     let name = format!("{topic}/{partition}");
     let Some(position) = position(&link, &bounds, config, place).await? else {
         bail!(
@@ -148,7 +147,12 @@ async fn pass(
         &next,
         &reason,
     ];
-    let noted = bounded("moving the position", bounds.step, link.client.execute(&sql, &params)).await?;
+    let noted = bounded(
+        "moving the position",
+        bounds.step,
+        link.client.execute(&sql, &params),
+    )
+    .await?;
     Ok(noted == 1)
 }
 

@@ -312,7 +312,10 @@ mod tests {
             };
             assert!(reason.starts_with(said), "{reason}");
             // `head -c 1048577 /dev/zero | tr '\0' x | sha256sum`
-            for words in ["found 1048577;", "154b8ed3c2383ce429058768595935faf7851b5c38db2b1732594be1d88bc05a"] {
+            for words in [
+                "found 1048577;",
+                "154b8ed3c2383ce429058768595935faf7851b5c38db2b1732594be1d88bc05a",
+            ] {
                 assert!(reason.contains(words), "{reason}");
             }
         }

@@ -458,7 +458,7 @@ impl Source {
             }
             _ => {}
         }
-        let Some((partition, offset)) = self.state().stuck.to_ask() else {
+        let Some((partition, offset)) = self.state().stuck.next_question() else {
             return;
         };
         let (found, asked) = sync_channel(1);

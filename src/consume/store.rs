@@ -795,7 +795,10 @@ impl<'a> Rejected<'a> {
                 |range: &Option<Range<usize>>| range.clone().and_then(|range| batch.record_bytes.get(range));
             let (key, value) = (record(&entry.key), record(&entry.value));
             let size = key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len) + reason.len();
-            if chunks.last().is_none_or(|chunk| chunk.bytes + size > REJECTED_BYTES) {
+            if chunks
+                .last()
+                .is_none_or(|chunk| chunk.bytes + size > REJECTED_BYTES)
+            {
                 chunks.push(Self::default());
             }
             if let Some(chunk) = chunks.last_mut() {

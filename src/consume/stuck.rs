@@ -58,7 +58,7 @@ impl Stuck {
 
     /// A partition whose batch is to be asked for, and where it stands. It has to be found there as often again before the next
     /// time.
-    pub fn to_ask(&mut self) -> Option<(Partition, i64)> {
+    pub fn next_question(&mut self) -> Option<(Partition, i64)> {
         let mut stands = self.0.iter_mut();
         let (partition, stand) = stands.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;
         stand.looks = 0;
@@ -149,7 +149,7 @@ mod tests {
             for (next, end, waiting) in looks {
                 stuck.look(at(0), P, look(next, end, waiting));
             }
-            assert_eq!(stuck.to_ask(), None, "{looks:?}");
+            assert_eq!(stuck.next_question(), None, "{looks:?}");
         }
     }
 
@@ -158,11 +158,11 @@ mod tests {
         let mut stuck = Stuck::default();
         for waiting in [0, 0, 3] {
             stuck.look(at(0), P, look(5, 9, waiting));
-            assert_eq!(stuck.to_ask(), None);
+            assert_eq!(stuck.next_question(), None);
         }
         stuck.look(at(10), P, look(5, 9, 0));
-        assert_eq!(stuck.to_ask(), Some((P, 5)));
-        assert_eq!(stuck.to_ask(), None, "once");
+        assert_eq!(stuck.next_question(), Some((P, 5)));
+        assert_eq!(stuck.next_question(), None, "once");
         assert_eq!(stuck.reasons().count(), 0, "nothing is known yet");
         stuck.found(at(10), P, 4, ToString::to_string, batch());
         assert_eq!(stuck.reasons().count(), 0, "it was somewhere else");
@@ -173,7 +173,10 @@ mod tests {
         assert_eq!(stuck.partitions(), [P]);
         assert_eq!(stuck.due(at(14)), [(text.to_owned(), Duration::from_secs(4))]);
         assert_eq!(stuck.look(at(15), P, look(5, 9, 0)), None);
-        assert_eq!(stuck.look(at(20), P, look(9, 12, 0)), Some(Duration::from_secs(10)));
+        assert_eq!(
+            stuck.look(at(20), P, look(9, 12, 0)),
+            Some(Duration::from_secs(10))
+        );
         assert_eq!(stuck.partitions(), []);
     }
 
@@ -182,10 +185,10 @@ mod tests {
         let mut stuck = Stuck::default();
         for _ in 0..2 {
             for _ in 0..LOOKS {
-                assert_eq!(stuck.to_ask(), None);
+                assert_eq!(stuck.next_question(), None);
                 stuck.look(at(0), P, look(5, 9, 0));
             }
-            assert_eq!(stuck.to_ask(), Some((P, 5)));
+            assert_eq!(stuck.next_question(), Some((P, 5)));
         }
         stuck.forget(&[P]);
         stuck.found(at(0), P, 5, ToString::to_string, batch());

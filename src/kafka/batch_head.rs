@@ -426,7 +426,8 @@ mod tests {
             first: format!("n=user,r={nonce}"),
             nonce: nonce.to_owned(),
         };
-        let challenge = "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096";
+        let challenge =
+            "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096";
         let (answer, of_server) = scram.answer(challenge).unwrap();
         assert_eq!(
             answer,

@@ -326,7 +326,7 @@ impl Kafka {
             .set("message.max.bytes", bytes.max(1_000_000).to_string())
             .set("batch.size", bytes.max(1_000_000).to_string())
             .set("queue.buffering.max.kbytes", "2000000")
-            .set("linger.ms", "500")
+            .set("linger.ms", "5000")
             .create()
             .unwrap();
         for value in values {

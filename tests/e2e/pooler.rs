@@ -56,7 +56,9 @@ impl Pooler {
     }
 
     fn variables(&self, case: &Case) -> Variables {
-        case.variables().with("DB_PORT", self.port).with("LOG_LEVEL", "INFO")
+        case.variables()
+            .with("DB_PORT", self.port)
+            .with("LOG_LEVEL", "INFO")
     }
 }
 
@@ -81,10 +83,20 @@ fn a_pooler_that_does_not_keep_sessions_is_recognised_before_anything_is_set_in_
     for (mode, more, words) in [
         ("transaction", "", ""),
         ("transaction", "server_round_robin = 1\nmin_pool_size = 4", ""),
-        ("statement", "", "transaction blocks not allowed in statement pooling mode"),
+        (
+            "statement",
+            "",
+            "transaction blocks not allowed in statement pooling mode",
+        ),
     ] {
         let pooler = Pooler::start(mode, more);
-        for command in [&["consume"][..], &["consume"], &["init"], &["status"], &["skip", "pooled-otherwise/0:0"]] {
+        for command in [
+            &["consume"][..],
+            &["consume"],
+            &["init"],
+            &["status"],
+            &["skip", "pooled-otherwise/0:0"],
+        ] {
             let (status, said) = run(command, &pooler.variables(&case));
             assert_eq!(status, 1, "{mode} {command:?}: {said}");
             for words in ["does not keep our session", "pool_mode=session", words] {
@@ -98,7 +110,11 @@ fn a_pooler_that_does_not_keep_sessions_is_recognised_before_anything_is_set_in_
                 postgres::SimpleQueryMessage::Row(row) => row.get(0),
                 _ => None,
             });
-            assert_eq!(value, Some("0"), "{mode}: {setting} is left to the pool's other clients");
+            assert_eq!(
+                value,
+                Some("0"),
+                "{mode}: {setting} is left to the pool's other clients"
+            );
         }
     }
 }

@@ -232,7 +232,10 @@ fn each_way_in_that_the_broker_offers_lets_records_through() {
         }
         // `skip` speaks to the broker without librdkafka.
         db.execute("UPDATE host_metrics_offsets SET next_offset = 0");
-        let (status, said) = run(&["skip", &format!("{way}/0")], &variables.with("LOG_LEVEL", "INFO"));
+        let (status, said) = run(
+            &["skip", &format!("{way}/0")],
+            &variables.with("LOG_LEVEL", "INFO"),
+        );
         assert_eq!(status, 0, "{way}: {said}");
         assert!(said.contains("The batch there: offsets 0 to "), "{way}: {said}");
     }

@@ -432,10 +432,7 @@ fn a_value_is_one_object_and_nothing_else() {
             format!("\u{feff}{good}"),
             "expected nothing before the object, found a byte-order mark",
         ),
-        (
-            format!("\0{good}"),
-            "expected a JSON object, found \"\\0{",
-        ),
+        (format!("\0{good}"), "expected a JSON object, found \"\\0{"),
         (
             format!(" \u{feff}{good}"),
             "expected a JSON object, found \" \\u{feff}{",
@@ -473,14 +470,8 @@ fn a_value_is_one_object_and_nothing_else() {
             format!("{good}\0"),
             "expected one JSON object and nothing else: trailing characters",
         ),
-        (
-            format!("[{good}]"),
-            "expected a JSON object, found \"[{",
-        ),
-        (
-            "null".to_owned(),
-            "expected a JSON object, found \"null\"",
-        ),
+        (format!("[{good}]"), "expected a JSON object, found \"[{"),
+        ("null".to_owned(), "expected a JSON object, found \"null\""),
         (
             "\"\u{7}\"".to_owned(),
             r#"expected a JSON object, found "\"\u{7}\"""#,

@@ -89,6 +89,7 @@ impl Seen {
             "rebalance",
             "recreated",
             "retention",
+            "stuck",
             "undecodable",
             "zombie record",
         ];
