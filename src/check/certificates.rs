@@ -198,7 +198,7 @@ impl Anchors {
         let subject = common_name(at_fault.subject_name());
         let issuer = common_name(at_fault.issuer_name());
         let whose = match self.is_anchor(at_fault) {
-            _ if is_leaf => "the certificate".to_owned(),
+            _ if is_leaf => "it".to_owned(),
             true => format!("the trusted CA certificate {subject}"),
             false => format!("the intermediate certificate {subject}"),
         };
@@ -209,7 +209,10 @@ impl Anchors {
         };
         // x509_vfy.h of OpenSSL.
         F::Untrusted(match context.error().as_raw() {
-            9 | 10 | 13 | 14 => return F::Dates(dates_text(&whose, at_fault, now)),
+            9 | 10 | 13 | 14 => {
+                let whose = if is_leaf { "the certificate" } else { &whose };
+                return F::Dates(dates_text(whose, at_fault, now));
+            }
             18 => "it is self-signed and not among the trusted ones".into(),
             19 => format!("it is vouched for by {subject}, which is not among the trusted ones"),
             2 | 20 | 21 | 27 => format!(
@@ -400,7 +403,10 @@ impl Presented {
         match (self, expected) {
             (Self::Ip(ip), ServerName::IpAddress(expected)) => *ip == IpAddr::from(*expected),
             (Self::Dns(name), ServerName::DnsName(expected)) => {
-                let expected = expected.as_ref().trim_end_matches('.');
+                let (name, expected) = (
+                    name.trim_end_matches('.'),
+                    expected.as_ref().trim_end_matches('.'),
+                );
                 let same_domain = name.strip_prefix("*.").zip(expected.split_once('.'));
                 name.eq_ignore_ascii_case(expected)
                     || same_domain.is_some_and(|(domain, (_, expected))| {
@@ -431,7 +437,7 @@ fn verify_name(certificate: &X509Ref, expected: &ServerName<'_>) -> Result<(), C
         })
         .collect();
     match names.len() {
-        0 => shown.push("it holds no names of hosts".into()),
+        0 => shown.push("it holds no names of hosts (subject alternative names)".into()),
         count if count > MOST_NAMES => shown.push(format!("{} more", count - MOST_NAMES)),
         _ => {}
     }
