@@ -10,7 +10,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode, SslVersion};
-use openssl::x509::X509;
 use openssl::x509::store::X509StoreBuilder;
 use postgres_openssl::MakeTlsConnector;
 use tokio::runtime::{Builder, Runtime};
@@ -19,7 +18,7 @@ use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
-use crate::config::{DatabaseConfig, DbSslMode};
+use crate::config::{DatabaseConfig, DbSslMode, pem};
 
 /// How our sessions are told from others in `pg_stat_activity`.
 pub const APPLICATION_NAME: &str = "host-metrics";
@@ -375,10 +374,7 @@ fn tls_connector(config: &DatabaseConfig) -> Result<MakeTlsConnector, Fault> {
             let unusable =
                 |error: String| Fault::operator(format!("DB_SSLROOTCERT {}: {error}", path.display()));
             let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-            let certificates = X509::stack_from_pem(&pem).map_err(|error| unusable(error.to_string()))?;
-            if certificates.is_empty() {
-                return Err(unusable("no certificate in PEM format in it".into()));
-            }
+            let certificates = pem::certificates(&pem).map_err(unusable)?;
             let mut store = X509StoreBuilder::new().map_err(failed)?;
             for certificate in certificates {
                 store.add_cert(certificate).map_err(failed)?;

@@ -1,13 +1,12 @@
 //! What went wrong, in one word of the closed set and one line for a person.
 //!
-//! Owns the whole classification: one match over type, code and phase, never over message text.
+//! Owns the classification: by type, then by phase and code, never by message text. `tls_fault` has the words for TLS.
 
 use std::io;
 
-use rustls::{CertificateError, OtherError};
-
 use super::outcome::Outcome;
 use super::progress::{Phase, Progress};
+use super::tls_fault::tls_fault;
 
 /// Why a name has no address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,126 +59,142 @@ pub(super) fn is_agents_own(error: &io::Error) -> bool {
 
 /// The outcome of a failure, and its cause for a person.
 pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String) {
-    use io::ErrorKind as Kind;
-    use ureq::Error as E;
-
-    let (fault, own) = match error {
-        E::Other(inner) => (inner.downcast_ref::<Fault>(), None),
-        other => (None, Some(other)),
-    };
-    let io = match fault {
-        Some(Fault::Io(io)) => Some(io),
-        _ => None,
-    };
-    let tls = io
-        .and_then(io::Error::get_ref)
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
     let peer = match seen.peer {
         Some(peer) => peer.to_string(),
         None => "the host".into(),
     };
-
-    match (seen.phase, fault, tls, io.map(io::Error::kind), own) {
-        (_, Some(Fault::Name(error)), ..) => {
-            let outcome = match error {
-                NameError::NotFound(_) => Outcome::DnsNotFound,
-                NameError::Failed(_) => Outcome::DnsError,
-                NameError::TimedOut => Outcome::DnsTimeout,
-                NameError::Agent(_) => Outcome::AgentError,
-            };
-            (outcome, error.to_string())
+    let fault = match error {
+        ureq::Error::Other(inner) => inner.downcast_ref::<Fault>(),
+        _ => None,
+    };
+    match fault {
+        Some(Fault::Name(error)) => name_fault(error),
+        Some(Fault::Io(error)) => match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+            Some(error) => tls_fault(error, seen.phase != Phase::Tls),
+            None => io_fault(error, seen.phase, &peer),
+        },
+        Some(Fault::Coding(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            match seen.closed_by_peer {
+                true => cut_body(&peer),
+                false => (
+                    Outcome::ProtocolError,
+                    "the body cannot be decoded: it ends in the middle of its coding".into(),
+                ),
+            }
         }
-        (_, Some(Fault::Io(error)), None, ..) if is_agents_own(error) => (
-            Outcome::AgentError,
-            format!("this machine cannot make the connection: {error}"),
-        ),
-
-        (Phase::Dns, _, _, Some(Kind::TimedOut), _) => (Outcome::DnsTimeout, "no time left".into()),
-        (Phase::Connect, _, _, Some(Kind::TimedOut), _) => (
-            Outcome::ConnectTimeout,
-            format!("{peer} did not accept the connection in time"),
-        ),
-        (Phase::Tls, _, _, Some(Kind::TimedOut), _) => (
-            Outcome::TlsTimeout,
-            format!("the TLS handshake with {peer} did not end in time"),
-        ),
-        (Phase::Response, _, _, Some(Kind::TimedOut), _) => (
-            Outcome::ResponseTimeout,
-            format!("no complete response from {peer} in time"),
-        ),
-        (Phase::Body, _, _, Some(Kind::TimedOut), _) => (
-            Outcome::BodyTimeout,
-            format!("the body from {peer} did not end in time"),
-        ),
-
-        (Phase::Connect, _, _, Some(Kind::ConnectionRefused), _) => {
-            (Outcome::ConnectRefused, format!("connection refused by {peer}"))
-        }
-        (Phase::Connect, Some(Fault::Io(error)), _, Some(_), _) if is_unreachable(error) => (
-            Outcome::ConnectUnreachable,
-            format!("{peer} is unreachable: {error}"),
-        ),
-        (Phase::Connect, Some(Fault::Io(error)), ..) => (
-            Outcome::ConnectError,
-            format!("cannot connect to {peer}: {error}"),
-        ),
-
-        (_, _, Some(rustls::Error::InvalidCertificate(cause)), ..) => certificate(cause),
-        (_, _, Some(error), ..) => (Outcome::TlsError, tls_text(error)),
-        (Phase::Tls, _, _, Some(Kind::UnexpectedEof), _) => (
-            Outcome::TlsError,
-            format!("{peer} closed the connection during the TLS handshake"),
-        ),
-        (Phase::Tls, Some(Fault::Io(error)), ..) => {
-            (Outcome::TlsError, format!("TLS handshake with {peer}: {error}"))
-        }
-
-        (_, Some(Fault::Coding(error)), ..) if error.kind() == Kind::UnexpectedEof && seen.closed_by_peer => {
-            (
-                Outcome::ConnectionClosed,
-                format!("{peer} closed the connection before the end of the body"),
-            )
-        }
-        (_, Some(Fault::Coding(error)), ..) if error.kind() == Kind::UnexpectedEof => (
-            Outcome::ProtocolError,
-            "the body cannot be decoded: it ends in the middle of its coding".into(),
-        ),
-        (_, Some(Fault::Coding(error)), ..) => (
+        Some(Fault::Coding(error)) => (
             Outcome::ProtocolError,
             format!("the body cannot be decoded: {error}"),
         ),
-        (_, _, _, _, Some(E::BodyStalled)) if !seen.closed_by_peer => {
-            (Outcome::ProtocolError, "the body's chunks are broken".into())
-        }
-        (Phase::Body, Some(Fault::Io(_)), ..) | (Phase::Body, _, _, _, Some(E::Io(_) | E::BodyStalled)) => (
-            Outcome::ConnectionClosed,
-            format!("{peer} closed the connection before the end of the body"),
+        None => http_fault(error, seen, &peer),
+    }
+}
+
+fn name_fault(error: &NameError) -> (Outcome, String) {
+    let outcome = match error {
+        NameError::NotFound(_) => Outcome::DnsNotFound,
+        NameError::Failed(_) => Outcome::DnsError,
+        NameError::TimedOut => Outcome::DnsTimeout,
+        NameError::Agent(_) => Outcome::AgentError,
+    };
+    (outcome, error.to_string())
+}
+
+/// Of the socket.
+fn io_fault(error: &io::Error, phase: Phase, peer: &str) -> (Outcome, String) {
+    use io::ErrorKind as Kind;
+
+    if is_agents_own(error) {
+        let text = format!("this machine cannot make the connection: {error}");
+        return (Outcome::AgentError, text);
+    }
+    if error.kind() == Kind::TimedOut {
+        return timeout(phase, peer);
+    }
+    match phase {
+        Phase::Dns | Phase::Connect => match error.kind() {
+            Kind::ConnectionRefused => (Outcome::ConnectRefused, format!("connection refused by {peer}")),
+            _ if is_unreachable(error) => (
+                Outcome::ConnectUnreachable,
+                format!("{peer} is unreachable: {error}"),
+            ),
+            _ => (
+                Outcome::ConnectError,
+                format!("cannot connect to {peer}: {error}"),
+            ),
+        },
+        Phase::Tls => (
+            Outcome::TlsError,
+            match error.kind() {
+                Kind::UnexpectedEof => format!("{peer} closed the connection during the TLS handshake"),
+                _ => format!("TLS handshake with {peer}: {error}"),
+            },
         ),
-        (_, Some(Fault::Io(error)), ..) if error.kind() == Kind::ConnectionReset => {
-            (Outcome::ConnectionClosed, format!("{peer} reset the connection"))
-        }
-        (_, Some(Fault::Io(error)), ..)
-            if !matches!(error.kind(), Kind::UnexpectedEof | Kind::BrokenPipe) =>
-        {
-            (
+        Phase::Response => match error.kind() {
+            Kind::UnexpectedEof | Kind::BrokenPipe => no_response(peer),
+            Kind::ConnectionReset => (Outcome::ConnectionClosed, format!("{peer} reset the connection")),
+            _ => (
                 Outcome::ConnectionClosed,
                 format!("the connection to {peer} was lost: {error}"),
-            )
-        }
-        (_, Some(Fault::Io(_)), ..) | (_, _, _, _, Some(E::Io(_) | E::BodyStalled)) => (
-            Outcome::ConnectionClosed,
-            format!("{peer} closed the connection without a complete response"),
-        ),
+            ),
+        },
+        Phase::Body => cut_body(peer),
+    }
+}
 
-        (_, _, _, _, Some(E::LargeResponseHeader(_, limit))) => (
+fn timeout(phase: Phase, peer: &str) -> (Outcome, String) {
+    match phase {
+        Phase::Dns => (Outcome::DnsTimeout, "no time left".into()),
+        Phase::Connect => (
+            Outcome::ConnectTimeout,
+            format!("{peer} did not accept the connection in time"),
+        ),
+        Phase::Tls => (
+            Outcome::TlsTimeout,
+            format!("the TLS handshake with {peer} did not end in time"),
+        ),
+        Phase::Response => (
+            Outcome::ResponseTimeout,
+            format!("no complete response from {peer} in time"),
+        ),
+        Phase::Body => (
+            Outcome::BodyTimeout,
+            format!("the body from {peer} did not end in time"),
+        ),
+    }
+}
+
+/// What ureq itself found wrong with the response.
+fn http_fault(error: &ureq::Error, seen: &Progress, peer: &str) -> (Outcome, String) {
+    use ureq::Error as E;
+
+    match error {
+        E::BodyStalled if !seen.closed_by_peer => {
+            (Outcome::ProtocolError, "the body's chunks are broken".into())
+        }
+        E::Io(_) | E::BodyStalled if seen.phase == Phase::Body => cut_body(peer),
+        E::Io(_) | E::BodyStalled => no_response(peer),
+        E::LargeResponseHeader(_, limit) => (
             Outcome::ProtocolError,
             format!("the response's headers are larger than {} KiB", limit / 1024),
         ),
-        (_, _, _, _, Some(E::Protocol(error))) => {
-            (Outcome::ProtocolError, format!("not a valid response: {error}"))
-        }
-        _ => (Outcome::ProtocolError, error.to_string()),
+        E::Protocol(error) => (Outcome::ProtocolError, format!("not a valid response: {error}")),
+        other => (Outcome::ProtocolError, other.to_string()),
     }
+}
+
+fn no_response(peer: &str) -> (Outcome, String) {
+    (
+        Outcome::ConnectionClosed,
+        format!("{peer} closed the connection without a complete response"),
+    )
+}
+
+fn cut_body(peer: &str) -> (Outcome, String) {
+    (
+        Outcome::ConnectionClosed,
+        format!("{peer} closed the connection before the end of the body"),
+    )
 }
 
 /// No way there: said by this machine's routing table or by a router's ICMP.
@@ -194,59 +209,4 @@ pub(super) fn is_unreachable(error: &io::Error) -> bool {
             error.kind(),
             io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkDown
         )
-}
-
-fn certificate(cause: &CertificateError) -> (Outcome, String) {
-    match cause {
-        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
-            (Outcome::TlsCertExpired, "the certificate has expired".into())
-        }
-        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-            (Outcome::TlsCertExpired, "the certificate is not valid yet".into())
-        }
-        CertificateError::NotValidForName => {
-            (Outcome::TlsCertName, "the certificate is for another name".into())
-        }
-        CertificateError::NotValidForNameContext { expected, presented } if presented.is_empty() => (
-            Outcome::TlsCertName,
-            format!("the certificate is not for {}: it holds no names", expected.to_str()),
-        ),
-        CertificateError::NotValidForNameContext { expected, presented } => (
-            Outcome::TlsCertName,
-            format!("the certificate is not for {}, only for {}", expected.to_str(), names(presented)),
-        ),
-        CertificateError::UnknownIssuer => (
-            Outcome::TlsCertUntrusted,
-            "the certificate is not trusted: self-signed, from an unknown issuer, or without its intermediates".into(),
-        ),
-        CertificateError::Other(OtherError(cause)) => (
-            Outcome::TlsCertUntrusted,
-            match cause.downcast_ref() {
-                Some(webpki::Error::CaUsedAsEndEntity) => {
-                    "the certificate is not trusted: a certificate authority's instead of a server's, as self-signed ones often are".into()
-                }
-                _ => format!("the certificate is not trusted: {cause}"),
-            },
-        ),
-        other => (Outcome::TlsCertUntrusted, format!("the certificate is not trusted: {other}")),
-    }
-}
-
-/// `DnsName("a.example")`, as rustls has them, as `a.example`.
-fn names(presented: &[String]) -> String {
-    let bare = |name: &String| {
-        let inner = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
-        inner.unwrap_or(name).trim_matches('"').to_owned()
-    };
-    presented.iter().map(bare).collect::<Vec<_>>().join(", ")
-}
-
-fn tls_text(error: &rustls::Error) -> String {
-    match error {
-        rustls::Error::AlertReceived(alert) => format!("the server ended TLS with the alert {alert:?}"),
-        rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
-            "the server does not speak TLS".into()
-        }
-        other => format!("TLS: {other}"),
-    }
 }

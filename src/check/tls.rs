@@ -8,27 +8,24 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::WebPkiSupportedAlgorithms;
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
-    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, OtherError, RootCertStore,
-    SignatureScheme, StreamOwned,
+    ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme, StreamOwned,
 };
-use x509_parser::certificate::X509CertificateParser;
-use x509_parser::nom::Parser;
 
+use super::certificates::{Anchors, FURTHER_SCHEMES, expires_at, verify_signature};
+use super::p521::Secp521r1;
 use super::progress::SharedProgress;
 use super::socket::{Socket, is_cut};
-use crate::sample::Timestamp;
+use crate::config::pem;
 
 /// Whom the checks of a process trust, and their TLS settings. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Trust {
-    /// `None`: this machine has no trust anchors, so that no certificate can be trusted.
-    anchors: Option<Arc<WebPkiServerVerifier>>,
+    anchors: Arc<Anchors>,
     /// Everything but the verifier: as it stands it trusts nobody.
     base: Arc<ClientConfig>,
 }
@@ -37,38 +34,33 @@ impl Trust {
     /// The system's trust anchors and those of CHECK_CA_FILE.
     ///
     /// # Errors
-    /// CHECK_CA_FILE cannot be used.
+    /// CHECK_CA_FILE cannot be used any more: the configuration has read it once.
     pub fn load(ca_file: Option<&Path>) -> anyhow::Result<Self> {
-        let mut roots = RootCertStore::empty();
         let system = rustls_native_certs::load_native_certs();
         for error in &system.errors {
             log::warn!("trust anchors of this machine: {error}");
         }
-        // Old anchors in formats that nobody accepts any more are common there, and no harm.
-        roots.add_parsable_certificates(system.certs);
+        let mut certificates = system.certs;
         if let Some(path) = ca_file {
-            add_file(&mut roots, path).with_context(|| format!("CHECK_CA_FILE {}", path.display()))?;
+            let further = read_file(path).with_context(|| format!("CHECK_CA_FILE {}", path.display()))?;
+            certificates.extend(further);
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let anchors = if roots.is_empty() {
+        let anchors = Anchors::new(certificates);
+        if anchors.is_empty() {
             log::warn!(
                 "this machine has no trusted CA certificates: every https check will fail as tls_cert_untrusted; \
                  install the system's ca-certificates or set CHECK_CA_FILE"
             );
-            None
-        } else {
-            Some(
-                WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-                    .build()?,
-            )
-        };
-        let mut base = ClientConfig::builder_with_provider(provider)
+        }
+        let mut provider = rustls::crypto::ring::default_provider();
+        provider.kx_groups.push(&Secp521r1);
+        let mut base = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
             .with_root_certificates(RootCertStore::empty())
             .with_no_client_auth();
         base.resumption = Resumption::disabled();
         Ok(Self {
-            anchors,
+            anchors: Arc::new(anchors),
             base: Arc::new(base),
         })
     }
@@ -117,20 +109,13 @@ pub(super) fn last_word(tls: &mut ClientConnection, socket: &mut Socket) -> Opti
     None
 }
 
-fn add_file(roots: &mut RootCertStore, path: &Path) -> anyhow::Result<()> {
-    let mut found = 0;
-    for certificate in CertificateDer::pem_file_iter(path)? {
-        roots.add(certificate?)?;
-        found += 1;
-    }
-    anyhow::ensure!(found > 0, "holds no certificate (PEM is expected)");
-    Ok(())
+fn read_file(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+    let certificates = pem::certificates(&std::fs::read(path)?).map_err(anyhow::Error::msg)?;
+    let ders = certificates
+        .iter()
+        .map(|certificate| Ok(certificate.to_der()?.into()));
+    ders.collect()
 }
-
-/// There is nothing that a certificate could be verified against.
-#[derive(Debug, thiserror::Error)]
-#[error("this machine has no trusted CA certificates")]
-struct NoAnchors;
 
 struct Verifier {
     trust: Trust,
@@ -155,15 +140,17 @@ impl ServerCertVerifier for Verifier {
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
+        _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         self.progress.lock().cert_expires_at = expires_at(leaf);
-        match &self.trust.anchors {
-            _ if self.is_insecure() => Ok(ServerCertVerified::assertion()),
-            Some(anchors) => anchors.verify_server_cert(leaf, intermediates, server_name, ocsp_response, now),
-            None => Err(CertificateError::Other(OtherError(Arc::new(NoAnchors))).into()),
+        if !self.is_insecure() {
+            let algorithms = self.trust.algorithms().all;
+            self.trust
+                .anchors
+                .verify(leaf, intermediates, server_name, now, algorithms)?;
         }
+        Ok(ServerCertVerified::assertion())
     }
 
     // tls=insecure takes certificates that webpki cannot even read (X.509 v1, old keys), so it cannot check these either.
@@ -176,7 +163,11 @@ impl ServerCertVerifier for Verifier {
         if self.is_insecure() {
             return Ok(HandshakeSignatureValid::assertion());
         }
-        rustls::crypto::verify_tls12_signature(message, cert, dss, self.trust.algorithms())
+        let by_ring = rustls::crypto::verify_tls12_signature(message, cert, dss, self.trust.algorithms());
+        by_ring.or_else(|_| {
+            verify_signature(message, cert, dss, false)?;
+            Ok(HandshakeSignatureValid::assertion())
+        })
     }
 
     fn verify_tls13_signature(
@@ -188,20 +179,16 @@ impl ServerCertVerifier for Verifier {
         if self.is_insecure() {
             return Ok(HandshakeSignatureValid::assertion());
         }
-        rustls::crypto::verify_tls13_signature(message, cert, dss, self.trust.algorithms())
+        let by_ring = rustls::crypto::verify_tls13_signature(message, cert, dss, self.trust.algorithms());
+        by_ring.or_else(|_| {
+            verify_signature(message, cert, dss, true)?;
+            Ok(HandshakeSignatureValid::assertion())
+        })
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.trust.algorithms().supported_schemes()
+        let mut schemes = self.trust.algorithms().supported_schemes();
+        schemes.extend(FURTHER_SCHEMES);
+        schemes
     }
-}
-
-/// `notAfter` of a certificate; `None` where it cannot be read or lies outside what a record holds.
-fn expires_at(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
-    let (_, parsed) = X509CertificateParser::new()
-        .with_deep_parse_extensions(false)
-        .parse(certificate)
-        .ok()?;
-    let seconds = parsed.validity().not_after.timestamp();
-    Timestamp::from_unix_micros(seconds.checked_mul(1_000_000)?)
 }

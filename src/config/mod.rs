@@ -3,6 +3,7 @@
 //! Owns every variable's name, default, meaning and error text, and the order in which they win: `-e NAME=VALUE`, the
 //! environment, the `.env` file. The only module that reads the environment. All problems are collected and told at once.
 
+pub(crate) mod pem;
 mod problems;
 mod variables;
 

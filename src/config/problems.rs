@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Secret, WrongInput};
+use super::{Secret, WrongInput, pem};
 use crate::duration;
 
 /// How much of a wrong value is shown.
@@ -154,19 +154,14 @@ impl Problems {
                 return None;
             }
         };
-        let contents = String::from_utf8_lossy(&contents);
-        let (marker, what) = match kind {
-            PemKind::Certificate => ("CERTIFICATE-----", "certificate"),
-            PemKind::PrivateKey => ("PRIVATE KEY-----", "private key"),
+        let fault = match kind {
+            PemKind::Certificate => pem::certificates(&contents).err(),
+            PemKind::PrivateKey => pem::private_key_fault(&contents),
         };
-        if !contents.contains("-----BEGIN ") || !contents.contains(marker) {
+        if let Some(fault) = fault {
             self.push(format!(
-                "{name}={path:?}: expected a PEM file with a {what} (-----BEGIN …{marker})"
-            ));
-        } else if kind == PemKind::PrivateKey && contents.contains("ENCRYPTED") {
-            self.push(format!(
-                "{name}={path:?}: the key is encrypted, and an agent cannot be asked for its passphrase; \
-                 decrypt it: openssl pkey -in FILE -out NEWFILE"
+                "{name}={path:?}: {fault}; expected a PEM file with a {}",
+                kind.text()
             ));
         }
         Some(path)
@@ -216,6 +211,15 @@ impl Problems {
 pub(super) enum PemKind {
     Certificate,
     PrivateKey,
+}
+
+impl PemKind {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Certificate => "certificate (-----BEGIN CERTIFICATE-----)",
+            Self::PrivateKey => "private key (-----BEGIN PRIVATE KEY-----)",
+        }
+    }
 }
 
 pub(super) fn is_line(text: &str, max_bytes: usize) -> bool {

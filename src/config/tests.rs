@@ -43,15 +43,30 @@ struct Pems {
 impl Pems {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
+        let own = rcgen::generate_simple_self_signed(["kafka".to_owned()]).unwrap();
+        let (certificate, key) = (own.cert.pem(), own.signing_key.serialize_pem());
+        let half = |pem: &str| pem[..pem.len() / 2].to_owned();
         for (name, contents) in [
-            ("ca.pem", "-----BEGIN CERTIFICATE-----\n"),
-            ("cert.pem", "# me\n-----BEGIN CERTIFICATE-----\n"),
-            ("key.pem", "-----BEGIN PRIVATE KEY-----\n"),
-            ("locked.pem", "-----BEGIN ENCRYPTED PRIVATE KEY-----\n"),
-            ("der", "\u{30}\u{82}"),
+            ("ca.pem", certificate.clone()),
+            ("cert.pem", format!("# me\n{certificate}")),
+            ("key.pem", key.clone()),
+            ("locked.pem", key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY")),
+            ("marked.pem", format!("\u{feff}{certificate}")),
+            ("old.pem", certificate.replace("CERTIFICATE", "X509 CERTIFICATE")),
+            (
+                "trusted.pem",
+                certificate.replace("CERTIFICATE", "TRUSTED CERTIFICATE"),
+            ),
+            ("cut.pem", format!("# one\n\n{}", half(&certificate))),
+            ("scratched.pem", certificate.replacen("\nMII", "\n!II", 1)),
+            ("other.pem", certificate.replacen("\nMII", "\nAII", 1)),
+            ("empty.pem", String::new()),
+            ("half-a-key.pem", half(&key)),
+            ("scratched-key.pem", key.replacen("\nMI", "\n!I", 1)),
         ] {
             fs::write(directory.path().join(name), contents).unwrap();
         }
+        fs::write(directory.path().join("der"), own.cert.der()).unwrap();
         Self { directory }
     }
 
@@ -406,8 +421,27 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
             "cannot read the file: No such file or directory",
         ),
         (directory, "cannot read the file: it is no regular file"),
-        (pems.path("der"), "expected a PEM file with a certificate"),
-        (pems.path("key.pem"), "expected a PEM file with a certificate"),
+        (
+            pems.path("der"),
+            "the file holds a certificate in DER format; convert it: openssl x509",
+        ),
+        (
+            pems.path("key.pem"),
+            "the file holds no certificate; expected a PEM file with a certificate",
+        ),
+        (pems.path("empty.pem"), "the file holds no certificate"),
+        (
+            pems.path("cut.pem"),
+            "the PEM block at line 3 is cut off: it has no END line",
+        ),
+        (
+            pems.path("scratched.pem"),
+            "the PEM block at line 1 is not valid base64",
+        ),
+        (
+            pems.path("other.pem"),
+            "the PEM block at line 1 does not hold an X.509 certificate",
+        ),
     ];
     for (path, expected) in cases {
         for name in ["KAFKA_SSL_CA_FILE", "CHECK_CA_FILE"] {
@@ -425,6 +459,11 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
         );
         consumed(&[("DB_SSLROOTCERT", &path), ("DB_SSLMODE", "disable")]);
     }
+    for name in ["ca.pem", "marked.pem", "old.pem", "trusted.pem"] {
+        let path = pems.path(name);
+        produced(&[("KAFKA_SSL_CA_FILE", &path), ("CHECK_CA_FILE", &path)]);
+        consumed(&[("DB_SSLROOTCERT", &path)]);
+    }
     let cert = pems.path("cert.pem");
     let lines = wrong_kafka(&[("KAFKA_SSL_CERT_FILE", &cert)]);
     assert_eq!(
@@ -434,11 +473,26 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
           set both or neither"
         ]
     );
-    let lines = wrong_kafka(&[
-        ("KAFKA_SSL_CERT_FILE", &cert),
-        ("KAFKA_SSL_KEY_FILE", &pems.path("locked.pem")),
-    ]);
-    assert!(lines[0].contains("the key is encrypted"), "{lines:?}");
+    for (name, expected) in [
+        ("locked.pem", "the key is encrypted"),
+        (
+            "ca.pem",
+            "the file holds no private key; expected a PEM file with a private key",
+        ),
+        (
+            "half-a-key.pem",
+            "the private key cannot be read: it is damaged or of an unknown kind",
+        ),
+        ("scratched-key.pem", "the private key cannot be read"),
+    ] {
+        let path = pems.path(name);
+        let lines = wrong_kafka(&[("KAFKA_SSL_CERT_FILE", &cert), ("KAFKA_SSL_KEY_FILE", &path)]);
+        assert_eq!(lines.len(), 1);
+        assert!(
+            lines[0].starts_with(&format!("KAFKA_SSL_KEY_FILE={path:?}: {expected}")),
+            "{lines:?}"
+        );
+    }
 }
 
 #[test]

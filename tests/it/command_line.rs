@@ -70,6 +70,25 @@ impl Ran {
 }
 
 #[test]
+fn a_ca_file_that_cannot_be_read_is_wrong_input_and_not_a_bad_site() {
+    let place = Place::new();
+    place.write("empty.pem", "");
+    place.write("cut.pem", "-----BEGIN CERTIFICATE-----\nMIIB");
+    for (file, what) in [
+        ("empty.pem", "the file holds no certificate"),
+        (
+            "cut.pem",
+            "the PEM block at line 1 is cut off: it has no END line",
+        ),
+    ] {
+        let variable = format!("CHECK_CA_FILE={file}");
+        place.run(&["check", "-e", &variable, "http://127.0.0.1:1"]).is_wrong(&format!(
+            "CHECK_CA_FILE=\"{file}\": {what}; expected a PEM file with a certificate (-----BEGIN CERTIFICATE-----)\n"
+        ));
+    }
+}
+
+#[test]
 fn help_and_version_are_results() {
     let place = Place::new();
     for flag in ["-h", "--help"] {

@@ -1,5 +1,6 @@
 //! Integration tests on one machine without servers: real sockets, real certificates, librdkafka's in-process broker.
 
+mod certificates;
 mod check;
 mod child;
 mod command_line;

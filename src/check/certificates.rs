@@ -1,0 +1,497 @@
+//! Whether the certificates that a server shows can be trusted, and if not, why, in words.
+//!
+//! webpki says yes to nearly all chains in a third of the time that OpenSSL takes. What it refuses, OpenSSL is asked
+//! about, with curl's settings: it knows algorithms and extensions that webpki does not, takes a certificate as trusted
+//! that is itself among the trusted ones, and tells which certificate of the chain is at fault.
+
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+
+use openssl::error::ErrorStack;
+use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
+use openssl::pkey::{Id, PKey, Public};
+use openssl::rsa::Padding;
+use openssl::sign::{RsaPssSaltlen, Verifier};
+use openssl::stack::Stack;
+use openssl::x509::store::{X509Store, X509StoreBuilder};
+use openssl::x509::verify::{X509VerifyFlags, X509VerifyParam};
+use openssl::x509::{X509, X509PurposeId, X509Ref, X509StoreContext, X509StoreContextRef};
+use rustls::pki_types::{CertificateDer, ServerName, SignatureVerificationAlgorithm, TrustAnchor, UnixTime};
+use rustls::{CertificateError, DigitallySignedStruct, OtherError, SignatureScheme};
+use webpki::{EndEntityCert, KeyUsage};
+use x509_parser::certificate::{Validity, X509CertificateParser};
+use x509_parser::nom::Parser;
+
+use crate::sample::Timestamp;
+
+/// The level of security that OpenSSL has by default: RSA keys of 2048 bits at least, no SHA-1.
+const OPENSSL_LEVEL: i32 = 2;
+
+/// The same level for a single key, in the bits of a symmetric one.
+const SECURITY_BITS: u32 = 112;
+
+/// As many names of a certificate are told.
+const MOST_NAMES: usize = 3;
+
+/// As much of a name out of a certificate is told.
+const MAX_NAME_CHARS: usize = 60;
+
+/// Why the certificates of a server are refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CertificateFault {
+    #[error("the certificate is not trusted: this machine has no trusted CA certificates")]
+    NoAnchors,
+    /// A certificate of the chain is outside its validity, before or after.
+    #[error("{0}")]
+    Dates(String),
+    /// The certificate is good, but for other names.
+    #[error("{0}")]
+    Name(String),
+    #[error("the certificate is not trusted: {0}")]
+    Untrusted(String),
+}
+
+impl From<ErrorStack> for CertificateFault {
+    fn from(error: ErrorStack) -> Self {
+        Self::Untrusted(format!("OpenSSL cannot look at it ({})", reason(&error)))
+    }
+}
+
+impl From<CertificateFault> for rustls::Error {
+    fn from(fault: CertificateFault) -> Self {
+        CertificateError::Other(OtherError(Arc::new(fault))).into()
+    }
+}
+
+/// The certificates that are trusted to vouch for others.
+#[derive(Default)]
+pub(super) struct Anchors {
+    certificates: Vec<X509>,
+    /// What webpki keeps of them, and what it does not: it looks at no anchor's validity.
+    roots: Vec<TrustAnchor<'static>>,
+    validities: Vec<Validity>,
+    /// Made when it is first needed: it takes some 10 ms.
+    store: OnceLock<X509Store>,
+}
+
+impl Anchors {
+    pub fn new(certificates: impl IntoIterator<Item = CertificateDer<'static>>) -> Self {
+        let mut anchors = Self::default();
+        for der in certificates {
+            // Old certificates in formats that nobody accepts any more are common among a machine's own, and no harm.
+            if let Ok(certificate) = X509::from_der(&der) {
+                anchors.certificates.push(certificate);
+            }
+            if let (Ok(root), Some(validity)) = (webpki::anchor_from_trusted_cert(&der), validity(&der)) {
+                anchors.roots.push(root.to_owned());
+                anchors.validities.push(validity);
+            }
+        }
+        anchors
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.certificates.is_empty()
+    }
+
+    /// # Errors
+    /// The chain leads to none of these, or is not for `name`, or not for today.
+    pub fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        now: UnixTime,
+        algorithms: &[&dyn SignatureVerificationAlgorithm],
+    ) -> Result<(), CertificateFault> {
+        if self.is_empty() {
+            return Err(CertificateFault::NoAnchors);
+        }
+        match self.verify_by_webpki(leaf, others, name, now, algorithms) {
+            Ok(()) => Ok(()),
+            Err(_) => self.verify_by_openssl(leaf, others, name, now),
+        }
+    }
+
+    fn verify_by_webpki(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        now: UnixTime,
+        algorithms: &[&dyn SignatureVerificationAlgorithm],
+    ) -> Result<(), webpki::Error> {
+        let leaf = EndEntityCert::try_from(leaf)?;
+        let is_current = |path: &webpki::VerifiedPath<'_>| {
+            let mut roots = self.roots.iter().zip(&self.validities);
+            let found = roots.find(|(root, _)| std::ptr::eq(*root, path.anchor()));
+            match found {
+                Some((_, validity)) if is_within(validity, now) => Ok(()),
+                // OpenSSL says it better.
+                _ => Err(webpki::Error::UnknownIssuer),
+            }
+        };
+        leaf.verify_for_usage(
+            algorithms,
+            &self.roots,
+            others,
+            now,
+            KeyUsage::server_auth(),
+            None,
+            Some(&is_current),
+        )?;
+        leaf.verify_is_valid_for_subject_name(name)
+    }
+
+    fn verify_by_openssl(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        now: UnixTime,
+    ) -> Result<(), CertificateFault> {
+        let unreadable = |_| CertificateFault::Untrusted("it cannot be read".into());
+        let leaf_validity = validity(leaf);
+        let leaf = X509::from_der(leaf).map_err(unreadable)?;
+        // First of all, whoever issued it: that is what has to be mended.
+        if leaf_validity.is_some_and(|validity| !is_within(&validity, now)) {
+            return Err(CertificateFault::Dates(dates_text("the certificate", &leaf, now)));
+        }
+        let mut chain = Stack::new()?;
+        for other in others {
+            if let Ok(other) = X509::from_der(other) {
+                chain.push(other)?;
+            }
+        }
+        let verdict = X509StoreContext::new()?.init(self.store()?, &leaf, &chain, |context| {
+            let is_good = context.verify_cert()?;
+            Ok((!is_good).then(|| self.fault(context, &leaf, now)))
+        })?;
+        match verdict {
+            Some(fault) => Err(fault),
+            None => verify_name(&leaf, name),
+        }
+    }
+
+    fn store(&self) -> Result<&X509Store, ErrorStack> {
+        if let Some(store) = self.store.get() {
+            return Ok(store);
+        }
+        let mut builder = X509StoreBuilder::new()?;
+        for certificate in &self.certificates {
+            builder.add_cert(certificate.clone())?;
+        }
+        let mut settings = X509VerifyParam::new()?;
+        settings.set_purpose(X509PurposeId::SSL_SERVER)?;
+        settings.set_auth_level(OPENSSL_LEVEL);
+        settings.set_flags(X509VerifyFlags::TRUSTED_FIRST | X509VerifyFlags::PARTIAL_CHAIN)?;
+        builder.set_param(&settings)?;
+        Ok(self.store.get_or_init(|| builder.build()))
+    }
+
+    /// What OpenSSL found wrong first.
+    fn fault(&self, context: &X509StoreContextRef, leaf: &X509Ref, now: UnixTime) -> CertificateFault {
+        use CertificateFault as F;
+        let at_fault = context.current_cert().unwrap_or(leaf);
+        let is_leaf = context.error_depth() == 0;
+        let subject = common_name(at_fault.subject_name());
+        let issuer = common_name(at_fault.issuer_name());
+        let whose = match self.is_anchor(at_fault) {
+            _ if is_leaf => "it".to_owned(),
+            true => format!("the trusted CA certificate {subject}"),
+            false => format!("the intermediate certificate {subject}"),
+        };
+        let its = if is_leaf {
+            "its".to_owned()
+        } else {
+            format!("{whose}: its")
+        };
+        // x509_vfy.h of OpenSSL.
+        F::Untrusted(match context.error().as_raw() {
+            9 | 10 | 13 | 14 => {
+                let whose = if is_leaf { "the certificate" } else { &whose };
+                return F::Dates(dates_text(whose, at_fault, now));
+            }
+            18 => "it is self-signed and not among the trusted ones".into(),
+            19 => format!("it is vouched for by {subject}, which is not among the trusted ones"),
+            2 | 20 | 21 | 27 => format!(
+                "it was issued by {issuer}, which is unknown here, or the server sends it without its intermediates"
+            ),
+            7 => format!("{its} signature is wrong"),
+            66 | 67 => format!("{its} key is too short ({})", key_text(at_fault)),
+            68 => format!("{its} signature is too weak ({})", signature_name(at_fault)),
+            26 if is_leaf => "it is for another purpose than servers".into(),
+            24 | 26 | 32 | 79 => format!("{whose} must not issue others"),
+            25 => format!("{whose} is further from the end of the chain than its issuer allows"),
+            34 => format!("{whose} has a critical extension that this program does not know (our limit)"),
+            47 | 48 => "one of its names is outside those that its issuer may issue for".into(),
+            28 => format!("{whose} is not trusted for servers"),
+            _ => {
+                let said = context.error().error_string();
+                if is_leaf {
+                    said.to_owned()
+                } else {
+                    format!("{whose}: {said}")
+                }
+            }
+        })
+    }
+
+    fn is_anchor(&self, certificate: &X509Ref) -> bool {
+        let Ok(der) = certificate.to_der() else {
+            return false;
+        };
+        self.certificates
+            .iter()
+            .any(|anchor| anchor.to_der().is_ok_and(|anchor| anchor == der))
+    }
+}
+
+/// The algorithms of [`verify_signature`] that rustls with ring does not know.
+pub(super) const FURTHER_SCHEMES: [SignatureScheme; 5] = [
+    SignatureScheme::ECDSA_NISTP521_SHA512,
+    SignatureScheme::ED448,
+    PSS_KEY_SHA256,
+    PSS_KEY_SHA384,
+    PSS_KEY_SHA512,
+];
+
+/// `rsa_pss_pss_…`: for keys that can do nothing but RSASSA-PSS.
+const PSS_KEY_SHA256: SignatureScheme = SignatureScheme::Unknown(0x0809);
+const PSS_KEY_SHA384: SignatureScheme = SignatureScheme::Unknown(0x080a);
+const PSS_KEY_SHA512: SignatureScheme = SignatureScheme::Unknown(0x080b);
+
+/// By OpenSSL, that the server has the key of its certificate: for keys and signatures that ring does not know.
+///
+/// `binds_curve`: the name of an algorithm says which curve it is used with, as in TLS 1.3.
+///
+/// # Errors
+/// It does not, or the key is too short to prove anything.
+pub(super) fn verify_signature(
+    message: &[u8],
+    certificate: &CertificateDer<'_>,
+    signed: &DigitallySignedStruct,
+    binds_curve: bool,
+) -> Result<(), CertificateFault> {
+    let certificate = X509::from_der(certificate)?;
+    let key = certificate.public_key()?;
+    if key.security_bits() < SECURITY_BITS {
+        let text = format!("its key is too short ({})", key_text(&certificate));
+        return Err(CertificateFault::Untrusted(text));
+    }
+    match has_signed(&key, message, signed, binds_curve) {
+        Ok(true) => Ok(()),
+        Ok(false) | Err(_) => Err(CertificateFault::Untrusted(
+            "the server's signature of the handshake does not fit its key".into(),
+        )),
+    }
+}
+
+fn has_signed(
+    key: &PKey<Public>,
+    message: &[u8],
+    signed: &DigitallySignedStruct,
+    binds_curve: bool,
+) -> Result<bool, ErrorStack> {
+    use SignatureScheme as S;
+    let (id, digest, curve, is_pss) = match signed.scheme {
+        S::ECDSA_NISTP256_SHA256 => (
+            Id::EC,
+            MessageDigest::sha256(),
+            Some(Nid::X9_62_PRIME256V1),
+            false,
+        ),
+        S::ECDSA_NISTP384_SHA384 => (Id::EC, MessageDigest::sha384(), Some(Nid::SECP384R1), false),
+        S::ECDSA_NISTP521_SHA512 => (Id::EC, MessageDigest::sha512(), Some(Nid::SECP521R1), false),
+        S::RSA_PKCS1_SHA256 => (Id::RSA, MessageDigest::sha256(), None, false),
+        S::RSA_PKCS1_SHA384 => (Id::RSA, MessageDigest::sha384(), None, false),
+        S::RSA_PKCS1_SHA512 => (Id::RSA, MessageDigest::sha512(), None, false),
+        PSS_KEY_SHA256 => (Id::RSA_PSS, MessageDigest::sha256(), None, true),
+        PSS_KEY_SHA384 => (Id::RSA_PSS, MessageDigest::sha384(), None, true),
+        PSS_KEY_SHA512 => (Id::RSA_PSS, MessageDigest::sha512(), None, true),
+        S::RSA_PSS_SHA256 => (Id::RSA, MessageDigest::sha256(), None, true),
+        S::RSA_PSS_SHA384 => (Id::RSA, MessageDigest::sha384(), None, true),
+        S::RSA_PSS_SHA512 => (Id::RSA, MessageDigest::sha512(), None, true),
+        S::ED25519 | S::ED448 => {
+            let id = if signed.scheme == S::ED448 {
+                Id::ED448
+            } else {
+                Id::ED25519
+            };
+            let mut verifier = Verifier::new_without_digest(key)?;
+            return Ok(key.id() == id && verifier.verify_oneshot(signed.signature(), message)?);
+        }
+        _ => return Ok(false),
+    };
+    let fits = |curve| {
+        key.ec_key()
+            .is_ok_and(|key| key.group().curve_name() == Some(curve))
+    };
+    if key.id() != id || binds_curve && !curve.is_none_or(fits) {
+        return Ok(false);
+    }
+    let mut verifier = Verifier::new(digest, key)?;
+    if is_pss {
+        verifier.set_rsa_padding(Padding::PKCS1_PSS)?;
+        verifier.set_rsa_pss_saltlen(RsaPssSaltlen::DIGEST_LENGTH)?;
+    }
+    verifier.verify_oneshot(signed.signature(), message)
+}
+
+/// `notAfter` of a certificate; `None` where it cannot be read or lies outside what a record holds.
+pub(super) fn expires_at(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
+    timestamp(validity(certificate)?.not_after.timestamp())
+}
+
+fn validity(certificate: &[u8]) -> Option<Validity> {
+    let (_, parsed) = X509CertificateParser::new()
+        .with_deep_parse_extensions(false)
+        .parse(certificate)
+        .ok()?;
+    Some(parsed.validity().clone())
+}
+
+fn is_within(validity: &Validity, now: UnixTime) -> bool {
+    let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+    (validity.not_before.timestamp()..=validity.not_after.timestamp()).contains(&now)
+}
+
+fn timestamp(seconds: i64) -> Option<Timestamp> {
+    Timestamp::from_unix_micros(seconds.checked_mul(1_000_000)?)
+}
+
+fn dates_text(whose: &str, certificate: &X509Ref, now: UnixTime) -> String {
+    let validity = certificate.to_der().ok().and_then(|der| validity(&der));
+    let Some(validity) = validity else {
+        return format!("{whose} has dates that cannot be read");
+    };
+    let day = |seconds| match timestamp(seconds) {
+        Some(at) => at.to_string()[..10].to_owned(),
+        None => "a day out of reach".into(),
+    };
+    let (begins, ends) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+    if begins > i64::try_from(now.as_secs()).unwrap_or(i64::MAX) {
+        format!("{whose} is not valid yet: it begins on {}", day(begins))
+    } else {
+        format!("{whose} has expired: it ended on {}", day(ends))
+    }
+}
+
+/// A name that a certificate is for.
+enum Presented {
+    Dns(String),
+    Ip(IpAddr),
+}
+
+impl Presented {
+    fn all_of(certificate: &X509Ref) -> Vec<Self> {
+        let names = certificate.subject_alt_names();
+        let read = |name: &openssl::x509::GeneralNameRef| {
+            let octets = name.ipaddress();
+            let v4 = octets.and_then(|octets| <[u8; 4]>::try_from(octets).ok());
+            let v6 = octets.and_then(|octets| <[u8; 16]>::try_from(octets).ok());
+            let ip = v4.map(IpAddr::from).or(v6.map(IpAddr::from));
+            ip.map(Self::Ip)
+                .or_else(|| Some(Self::Dns(name.dnsname()?.to_owned())))
+        };
+        names.iter().flatten().filter_map(read).collect()
+    }
+
+    /// RFC 6125: a `*` stands for the whole first label.
+    fn is_for(&self, expected: &ServerName<'_>) -> bool {
+        match (self, expected) {
+            (Self::Ip(ip), ServerName::IpAddress(expected)) => *ip == IpAddr::from(*expected),
+            (Self::Dns(name), ServerName::DnsName(expected)) => {
+                let (name, expected) = (
+                    name.trim_end_matches('.'),
+                    expected.as_ref().trim_end_matches('.'),
+                );
+                let same_domain = name.strip_prefix("*.").zip(expected.split_once('.'));
+                name.eq_ignore_ascii_case(expected)
+                    || same_domain.is_some_and(|(domain, (_, expected))| {
+                        domain.contains('.') && domain.eq_ignore_ascii_case(expected)
+                    })
+            }
+            _ => false,
+        }
+    }
+}
+
+fn verify_name(certificate: &X509Ref, expected: &ServerName<'_>) -> Result<(), CertificateFault> {
+    let names = Presented::all_of(certificate);
+    if names.iter().any(|name| name.is_for(expected)) {
+        return Ok(());
+    }
+    let host = expected.to_str();
+    let mut shown: Vec<String> = names
+        .iter()
+        .take(MOST_NAMES)
+        .map(|name| match name {
+            Presented::Ip(ip) => format!("the IP address {ip}"),
+            // A common slip: such a name is never compared with an address.
+            Presented::Dns(name) if name.parse::<IpAddr>().is_ok() => {
+                format!("{name} as a DNS name, not as an IP address")
+            }
+            Presented::Dns(name) => shortened(name),
+        })
+        .collect();
+    match names.len() {
+        0 => shown.push("it holds no names of hosts (subject alternative names)".into()),
+        count if count > MOST_NAMES => shown.push(format!("{} more", count - MOST_NAMES)),
+        _ => {}
+    }
+    let what = if matches!(expected, ServerName::IpAddress(_)) {
+        "the IP address "
+    } else {
+        ""
+    };
+    let only = if names.is_empty() { ": " } else { ", only for " };
+    Err(CertificateFault::Name(format!(
+        "the certificate is not for {what}{}{only}{}",
+        shortened(&host),
+        shown.join(", ")
+    )))
+}
+
+fn shortened(name: &str) -> String {
+    match name.char_indices().nth(MAX_NAME_CHARS) {
+        Some((end, _)) => format!("{}…", &name[..end]),
+        None => name.to_owned(),
+    }
+}
+
+/// In quotes.
+fn common_name(name: &openssl::x509::X509NameRef) -> String {
+    let entry = |nid| name.entries_by_nid(nid).next()?.data().to_string().ok();
+    match entry(Nid::COMMONNAME).or_else(|| entry(Nid::ORGANIZATIONNAME)) {
+        Some(text) => format!("\"{}\"", shortened(&text)),
+        None => "without a name".to_owned(),
+    }
+}
+
+fn key_text(certificate: &X509Ref) -> String {
+    let Ok(key) = certificate.public_key() else {
+        return "of an unknown kind".into();
+    };
+    let kind = match key.id() {
+        Id::RSA | Id::RSA_PSS => "RSA",
+        Id::EC => "elliptic curve",
+        Id::DSA => "DSA",
+        _ => "another kind",
+    };
+    format!("{kind}, {} bits", key.bits())
+}
+
+fn signature_name(certificate: &X509Ref) -> String {
+    let nid = certificate.signature_algorithm().object().nid();
+    nid.long_name().unwrap_or("unknown").to_owned()
+}
+
+fn reason(error: &ErrorStack) -> &'static str {
+    error
+        .errors()
+        .last()
+        .and_then(|error| error.reason())
+        .unwrap_or("no reason")
+}
