@@ -14,8 +14,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
-use host_metrics::config::TableName;
 use host_metrics::sample::{Sample, Timestamp, encode};
+use host_metrics::tables::names::TableName;
 use host_metrics::tables::schema::{self, Day};
 use postgres::{Client, NoTls};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};

@@ -8,9 +8,10 @@
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
 use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
-use host_metrics::config::{DatabaseConfig, DbSslMode, TableName};
+use host_metrics::config::{DatabaseConfig, DbSslMode};
+use host_metrics::tables::names::TableName;
 use host_metrics::tables::sums::Within;
-use host_metrics::tables::{catalogue, schema, sums};
+use host_metrics::tables::{days, schema, sums};
 use postgres::{Client, NoTls};
 
 use crate::median::median;
@@ -42,7 +43,7 @@ fn main() {
         schema: None,
         name: "host_metrics".into(),
     };
-    let today = catalogue::today();
+    let today = days::today();
     client
         .batch_execute(&schema::script(&table, today))
         .expect("the tables are made");

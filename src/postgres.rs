@@ -1,7 +1,7 @@
 //! One Postgres connection: made with libpq's meaning of DB_SSLMODE, every wait bounded, every error sorted.
 //!
 //! Owns how a `DatabaseConfig` becomes a connection, the session's settings, and what an SQLSTATE asks of us. What is
-//! asked over the connection is its users': `consume::store`, `tables::catalogue`, `init`. The engine is
+//! asked over the connection is its users': `consume::store`, `tables`, `init`, `status`. The engine is
 //! tokio-postgres on a runtime of the caller's own thread: the blocking `postgres` crate has no bound on any wait.
 
 use std::error::Error as _;
@@ -16,9 +16,10 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage, SimpleQueryRow};
 
 use crate::config::{DatabaseConfig, DbSslMode, pem};
+use crate::tables::names::{SEARCH_PATH, TableName, literal};
 
 /// How our sessions are told from others in `pg_stat_activity`.
 pub const APPLICATION_NAME: &str = "host-metrics";
@@ -183,6 +184,8 @@ pub struct Backend {
 pub struct Link {
     pub client: Client,
     pub backend: Backend,
+    /// DB_TABLE with its schema: where DB_TABLE names none, the one that the user's own search path leads to.
+    pub table: TableName,
     driver: JoinHandle<()>,
 }
 
@@ -208,12 +211,14 @@ impl Link {
             .map_err(named)?;
         let opened = async {
             require_session(&client, config, bounds).await?;
-            bounded("session settings", bounds.step, set_up(&client, bounds)).await
+            let set_up = set_up(&client, bounds, &config.table);
+            bounded("session settings", bounds.step, set_up).await
         };
         match opened.await {
-            Ok(backend) => Ok(Self {
+            Ok((backend, table)) => Ok(Self {
                 client,
                 backend,
+                table,
                 driver,
             }),
             Err(fault) => {
@@ -393,13 +398,17 @@ fn tls_connector(config: &DatabaseConfig) -> Result<MakeTlsConnector, Fault> {
     Ok(connector)
 }
 
-/// Session settings, where the server knows them, and the backend's identity, in one round trip.
+/// Session settings, where the server knows them, the backend's identity and the table's schema, in one round trip.
+///
+/// The schema is asked for first, while the search path is still the user's. From then on names are looked up in
+/// [`SEARCH_PATH`]: where others may create functions and operators, one of theirs could fit a statement of ours better than
+/// Postgres's own, and would run with our rights. Until then every name here is qualified.
 ///
 /// By `set_config` and not in the start-up packet, whose `options` some poolers refuse. A client that vanished leaves
 /// its transaction, and with it the lock on its positions, for hours by default: keepalives end it within half a minute,
 /// in a COPY that waits for data too (`statement_timeout` and the bound on an idle transaction do not); that bound ends
 /// what we ourselves forgot.
-async fn set_up(client: &Client, bounds: &Bounds) -> Result<Backend, Fault> {
+async fn set_up(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(Backend, TableName), Fault> {
     let settings = [
         ("tcp_keepalives_idle", "10".to_owned()),
         ("tcp_keepalives_interval", "5".to_owned()),
@@ -418,35 +427,63 @@ async fn set_up(client: &Client, bounds: &Bounds) -> Result<Backend, Fault> {
         .iter()
         .map(|(name, value)| format!("('{name}', '{value}')"))
         .collect();
+    let schema = match &table.schema {
+        Some(schema) => literal(schema),
+        None => format!(
+            "COALESCE((SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n \
+                 ON n.oid OPERATOR(pg_catalog.=) c.relnamespace \
+                 WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass({})::pg_catalog.oid), \
+             pg_catalog.current_schema())",
+            literal(&table.quoted(""))
+        ),
+    };
     let messages = client
         .simple_query(&format!(
-            "SELECT set_config(s.name, v.value, false) FROM (VALUES {}) v (name, value) \
+            "SELECT {schema}; SELECT pg_catalog.set_config('search_path', '{SEARCH_PATH}', false); \
+             SELECT set_config(s.name, v.value, false) FROM (VALUES {}) v (name, value) \
              JOIN pg_catalog.pg_settings s ON s.name = v.name; {WHO_SERVES_US}",
             values.join(", ")
         ))
         .await?;
-    backend_in(&messages)
+    let schema = rows_in(&messages)
+        .next()
+        .and_then(|row| row.get(0))
+        .ok_or_else(|| {
+            Fault::operator(
+                "no schema of the search path exists: create one, or name it in DB_TABLE (schema.table)",
+            )
+        })?;
+    let table = TableName {
+        schema: Some(schema.to_owned()),
+        name: table.name.clone(),
+    };
+    Ok((backend_in(&messages)?, table))
 }
 
+/// Also asked before the search path is ours: every name is qualified.
 const WHO_SERVES_US: &str = "SELECT pid, extract(epoch FROM backend_start) FROM pg_catalog.pg_stat_activity \
-                             WHERE pid = pg_catalog.pg_backend_pid()";
+                             WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()";
 
 async fn backend(client: &Client) -> Result<Backend, Fault> {
     backend_in(&client.simple_query(WHO_SERVES_US).await?)
 }
 
+/// The answer to [`WHO_SERVES_US`], which was asked last.
 fn backend_in(messages: &[SimpleQueryMessage]) -> Result<Backend, Fault> {
-    messages
-        .iter()
-        .rev()
-        .find_map(|message| match message {
-            SimpleQueryMessage::Row(row) => Some(Backend {
-                pid: row.get(0)?.parse().ok()?,
-                started: row.get(1)?.to_owned(),
-            }),
-            _ => None,
+    let backend = rows_in(messages).next_back().and_then(|row| {
+        Some(Backend {
+            pid: row.get(0)?.parse().ok()?,
+            started: row.get(1)?.to_owned(),
         })
-        .ok_or_else(|| Fault::passing("Postgres did not say which of its processes serves us"))
+    });
+    backend.ok_or_else(|| Fault::passing("Postgres did not say which of its processes serves us"))
+}
+
+fn rows_in(messages: &[SimpleQueryMessage]) -> impl DoubleEndedIterator<Item = &SimpleQueryRow> {
+    messages.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    })
 }
 
 /// Errors without an SQLSTATE: of our side, of the network, of TLS.

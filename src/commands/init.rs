@@ -1,7 +1,7 @@
 //! `host-metrics init` and `drop`: the topics and tables that the agents need, made or removed.
 //!
 //! Owns the topics' side (Kafka's admin requests), the waiting for servers that are still starting, and what is said about
-//! what exists already. The tables' text is `tables::schema`', making them `tables::catalogue`'s, the same as for
+//! what exists already. The tables' text is `tables::schema`', making them `tables::migrate`'s, the same as for
 //! `consume`. Nothing that exists is changed; `drop` removes tables only if their comment says that we made them.
 
 use std::io::Write as _;
@@ -17,9 +17,9 @@ use tokio::runtime::Runtime;
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
 use crate::postgres::{self, Bounds, Fault, Kind, Link};
-use crate::tables::schema::{self, Object};
-use crate::tables::sums::Within;
-use crate::tables::{catalogue, sums};
+use crate::tables::names::Object;
+use crate::tables::sums::{self, Within};
+use crate::tables::{days, destination, migrate, schema};
 
 /// Of a topic that `init` makes: room for as many consumers, and a number that divides well.
 const PARTITIONS: i32 = 12;
@@ -33,8 +33,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// What is waited for is first said after this long: services that start together are not news.
 const SAY_AFTER: Duration = Duration::from_secs(3);
 
-/// How long finished days are summed up, two seconds each for 1.5 million rows: of a large table that was brought up from
-/// an older version the rest is left to `consume`, or to the next time.
+/// How long finished days are summed up, two seconds each for 1.5 million rows: of a large
+/// table the rest is left to `consume`, or to the next time.
 const COUNT_WITHIN: Duration = Duration::from_secs(60);
 
 /// And then again this often.
@@ -59,7 +59,7 @@ pub struct Options {
 /// Something that waiting does not mend: a refused login, a missing right, an impossible replication factor.
 pub fn run(config: &InitConfig, options: Options) -> anyhow::Result<()> {
     if options.print_sql {
-        return print(&schema::script(&config.database.table, catalogue::today()));
+        return print(&schema::script(&config.database.table, days::today()));
     }
     make_topics(config, options)?;
     make_tables(&config.database)
@@ -323,19 +323,18 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
     let link = Link::open(config, bounds).await?;
     let result = async {
         let client = &link.client;
-        let today = catalogue::today();
-        let made = catalogue::make(client, bounds, &config.table, today)
+        let today = days::today();
+        let made = migrate::make(&link, bounds, today)
             .await
             .map_err(|fault| {
                 fault.with_grant(&format!(
                     "GRANT CREATE ON SCHEMA {} to {}, or let its owner run init",
-                    config.table.schema.as_deref().unwrap_or("public"),
+                    link.table.schema.as_deref().unwrap_or_default(),
                     config.user
                 ))
             })?;
-        let found = catalogue::find(client, bounds, &config.table).await?;
-        catalogue::keep_days(client, bounds, &found, today, None).await?;
-        let found = catalogue::find(client, bounds, &config.table).await?;
+        let found = destination::find(&link, bounds).await?;
+        days::keep_days(client, bounds, &found, today, None).await?;
         if let Some(version) = found.newer_version() {
             log::warn!(
                 "{} was made by a newer version of host-metrics (schema {version}), and is left as it is",
@@ -357,7 +356,7 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
             }
         }
         if found.has(Object::Main) && !found.is_ours(Object::Main) {
-            let not_stored = catalogue::not_stored(client, bounds, &found).await?;
+            let not_stored = destination::not_stored(client, bounds, &found).await?;
             if !not_stored.is_empty() {
                 log::warn!(
                     "{} has no column for, so these are not stored: {}",
@@ -392,7 +391,7 @@ fn drop_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let (dropped, left) = runtime
         .block_on(async {
             let link = Link::open(config, &bounds).await?;
-            let result = catalogue::drop_ours(&link.client, &bounds, &config.table).await;
+            let result = migrate::drop_ours(&link, &bounds).await;
             link.close().await;
             result
         })

@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use crate::config::ConsumeConfig;
 use crate::kafka::{BatchHead, batch_head};
 use crate::postgres::{self, Bounds, Fault, Link, bounded};
-use crate::tables::schema::Object;
+use crate::tables::names::Object;
 
 /// Where to go on behind: `TOPIC/PARTITION`, or `TOPIC/PARTITION:OFFSET`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,7 +102,7 @@ async fn position(
     config: &ConsumeConfig,
     place: &Place,
 ) -> Result<Option<i64>, Fault> {
-    let offsets = config.database.table.quoted(Object::Offsets.suffix());
+    let offsets = link.table.quoted(Object::Offsets.suffix());
     let sql = format!(
         "SELECT next_offset FROM {offsets} WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3"
     );
@@ -123,7 +123,7 @@ async fn pass(
     position: i64,
     head: &BatchHead,
 ) -> Result<bool, Fault> {
-    let table = &config.database.table;
+    let table = &link.table;
     let (offsets, rejected) = (
         table.quoted(Object::Offsets.suffix()),
         table.quoted(Object::Rejected.suffix()),

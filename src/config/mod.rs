@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
+use crate::tables::names::{MAX_IDENTIFIER_BYTES, MAX_TABLE_BYTES, TableName};
 use problems::{PemKind, Problems, Variable, is_line};
 use variables::Raw;
 pub use variables::{NAMES, Variables};
@@ -52,9 +53,6 @@ const BODY_BYTES: RangeInclusive<u64> = 1..=1 << 30;
 const MAX_TOPICS: usize = 1_000;
 /// Kafka's: org.apache.kafka.common.internals.Topic.
 const MAX_TOPIC_BYTES: usize = 249;
-/// Postgres cuts identifiers at 63 bytes (NAMEDATALEN), and the longest name made from a table's adds 23.
-const MAX_TABLE_BYTES: usize = 40;
-const MAX_IDENTIFIER_BYTES: usize = 63;
 /// For names and the like that nothing else bounds.
 const MAX_LINE_BYTES: usize = 255;
 
@@ -455,65 +453,6 @@ impl DbSslMode {
             "verify-full" => Self::VerifyFull,
             _ => return None,
         })
-    }
-}
-
-/// DB_TABLE: a table, in a schema or on the search path. Never quoted here; `quoted` and its kin do that.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TableName {
-    pub schema: Option<String>,
-    pub name: String,
-}
-
-impl TableName {
-    /// Reads `table` or `schema.table`, each part as it is written, in its very case. A part that holds a dot or a
-    /// double quote stands in double quotes, as in SQL: `schema."My.Table"`.
-    ///
-    /// `None`: not one or two parts, a part is empty or has control characters, or is too long.
-    pub fn parse(text: &str) -> Option<Self> {
-        let (first, rest) = identifier(text)?;
-        let (schema, name) = match rest.strip_prefix('.') {
-            Some(rest) => {
-                let (name, rest) = identifier(rest)?;
-                rest.is_empty().then_some((Some(first), name))?
-            }
-            None => rest.is_empty().then_some((None, first))?,
-        };
-        let is_fit = |part: &str, max_bytes| !part.is_empty() && is_line(part, max_bytes);
-        let schema_is_fit = schema
-            .as_deref()
-            .is_none_or(|schema| is_fit(schema, MAX_IDENTIFIER_BYTES));
-        (schema_is_fit && is_fit(&name, MAX_TABLE_BYTES)).then_some(Self { schema, name })
-    }
-
-    /// As an SQL identifier, each part quoted, with `suffix` appended to the table's own name: `"s"."host_metrics_offsets"`.
-    pub fn quoted(&self, suffix: &str) -> String {
-        let quote = |part: &str| format!("\"{}\"", part.replace('"', "\"\""));
-        let name = quote(&format!("{}{suffix}", self.name));
-        match &self.schema {
-            Some(schema) => format!("{}.{name}", quote(schema)),
-            None => name,
-        }
-    }
-}
-
-/// An identifier at the beginning of `text`, unquoted, and what follows it.
-fn identifier(text: &str) -> Option<(String, &str)> {
-    let Some(mut rest) = text.strip_prefix('"') else {
-        let end = text.find(['.', '"']).unwrap_or(text.len());
-        return Some((text[..end].to_owned(), &text[end..]));
-    };
-    let mut name = String::new();
-    loop {
-        let (part, after) = rest.split_once('"')?;
-        name.push_str(part);
-        match after.strip_prefix('"') {
-            Some(after) => {
-                name.push('"');
-                rest = after;
-            }
-            None => return Some((name, after)),
-        }
     }
 }
 

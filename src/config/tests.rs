@@ -624,39 +624,3 @@ fn a_secret_that_every_user_can_read_is_warned_of_by_its_variable() {
         [""; 0]
     );
 }
-
-#[test]
-fn a_table_is_named_as_written_and_quoted_as_an_identifier() {
-    let forty = "x".repeat(40);
-    let cases = [
-        ("hosts", Some("\"hosts\"")),
-        ("My Hosts", Some("\"My Hosts\"")),
-        ("s.hosts", Some("\"s\".\"hosts\"")),
-        ("s.\"My.Hosts\"", Some("\"s\".\"My.Hosts\"")),
-        ("\"a\"\"b\"", Some("\"a\"\"b\"")),
-        ("\"S\".t", Some("\"S\".\"t\"")),
-        ("hosts; drop table x--", Some("\"hosts; drop table x--\"")),
-        (&forty, Some(&*format!("\"{forty}\""))),
-        ("", None),
-        (".", None),
-        ("s.", None),
-        (".t", None),
-        ("a.b.c", None),
-        ("\"a", None),
-        ("\"a\"b", None),
-        ("a\"b", None),
-        ("\"\"", None),
-        ("a\nb", None),
-        (&format!("{forty}x"), None),
-        (&format!("{}.t", "x".repeat(64)), None),
-        ("äääääääääääääääääääää", None),
-    ]
-    .map(|(text, quoted): (&str, Option<&str>)| (text.to_owned(), quoted.map(str::to_owned)));
-    for (text, quoted) in cases {
-        assert_eq!(
-            TableName::parse(&text).map(|table| table.quoted("")),
-            quoted,
-            "{text}"
-        );
-    }
-}

@@ -22,13 +22,15 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, CopyInSink, Statement};
 
-use crate::config::{ConsumeConfig, DatabaseConfig, TableName};
+use crate::config::{ConsumeConfig, DatabaseConfig};
 use crate::consume::batch::{Batch, Form, NextOffset, Partition};
 use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Link, bounded};
 use crate::sample::Timestamp;
-use crate::tables::catalogue::{self, Found};
+use crate::tables::destination::{self, Found};
+use crate::tables::names::{Object, TableName};
 use crate::tables::row::{HEADER, Layout, TRAILER};
-use crate::tables::schema::{Day, Object};
+use crate::tables::schema::Day;
+use crate::tables::{days, migrate};
 
 /// What is handed to the socket at once: above 64 KiB the cost of a chunk no longer shows.
 const CHUNK_BYTES: usize = 128 * 1024;
@@ -163,7 +165,7 @@ impl Store {
     pub fn maintain(&mut self, now: Timestamp) -> Result<(), StoreError> {
         let retention = self.retention_days;
         let result = self.on_session(async |session, keys| {
-            catalogue::keep_days(
+            days::keep_days(
                 &session.link.client,
                 &keys.bounds,
                 &session.found,
@@ -206,7 +208,7 @@ impl Store {
             if let Some(old) = &self.old_backend {
                 terminate(&link.client, &bounds, old).await?;
             }
-            let prepared = self.prepare(&link.client).await?;
+            let prepared = self.prepare(&link).await?;
             if std::mem::take(&mut self.was_locked_out) {
                 end_silent(&link.client, &bounds, &prepared.0.table).await?;
             }
@@ -230,24 +232,24 @@ impl Store {
         }
     }
 
-    async fn prepare(&mut self, client: &Client) -> Result<(Found, Layout, Statements), Fault> {
+    async fn prepare(&mut self, link: &Link) -> Result<(Found, Layout, Statements), Fault> {
         let bounds = self.keys.bounds;
-        let config = &self.database;
-        let today = catalogue::today();
-        let made = catalogue::make(client, &bounds, &config.table, today).await;
+        let (client, config) = (&link.client, &self.database);
+        let today = days::today();
+        let made = migrate::make(link, &bounds, today).await;
         // Many may write and not create: only where something is really missed is that a fault, with both reasons.
         let not_made = match made {
             Ok(made) => {
                 for object in made {
-                    log::info!("made {}", config.table.quoted(object.suffix()));
+                    log::info!("made {}", link.table.quoted(object.suffix()));
                 }
                 None
             }
             Err(fault) if fault.kind == Kind::Operator => Some(fault),
             Err(fault) => return Err(fault),
         };
-        let found = catalogue::find(client, &bounds, &config.table).await?;
-        let destination = catalogue::destination(client, &bounds, &found, &config.user)
+        let found = destination::find(link, &bounds).await?;
+        let destination = destination::destination(client, &bounds, &found, &config.user)
             .await
             .map_err(|fault| match &not_made {
                 Some(why) if fault.kind == Kind::Operator => Fault {
@@ -268,7 +270,7 @@ impl Store {
             }
             self.said_not_stored = Some(not_stored);
         }
-        catalogue::keep_days(client, &bounds, &found, today, self.retention_days).await?;
+        days::keep_days(client, &bounds, &found, today, self.retention_days).await?;
         let statements = bounded(
             "preparing",
             bounds.step,
@@ -330,6 +332,10 @@ struct Session {
     statements: Statements,
 }
 
+/// The transaction of a flush has the user's own search path, because a trigger of the user's table may need it. So every
+/// name in the statements of a flush is qualified (an `unnest` of several arrays is Postgres's own, by its grammar).
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path TO DEFAULT";
+
 struct Statements {
     /// Group, topics, partitions, bases, nexts: moves the positions that are where they should be.
     move_positions: Statement,
@@ -356,9 +362,11 @@ impl Statements {
             move_positions: client
                 .prepare(&format!(
                     "UPDATE {offsets} o SET next_offset = s.next \
-                     FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[]) s (topic, number, base, next) \
-                     WHERE o.group_id = $1 AND o.topic = s.topic AND o.\"partition\" = s.number \
-                     AND o.next_offset = s.base"
+                     FROM unnest($2::pg_catalog.text[], $3::int[], $4::bigint[], $5::bigint[]) \
+                         s (topic, number, base, next) \
+                     WHERE o.group_id OPERATOR(pg_catalog.=) $1 AND o.topic OPERATOR(pg_catalog.=) s.topic \
+                     AND o.\"partition\" OPERATOR(pg_catalog.=) s.number \
+                     AND o.next_offset OPERATOR(pg_catalog.=) s.base"
                 ))
                 .await?,
             read_positions: client
@@ -380,7 +388,8 @@ impl Statements {
                     "INSERT INTO {rejected} \
                      (group_id, kafka_topic, kafka_partition, kafka_offset, key, value, reason) \
                      SELECT $1, s.* FROM \
-                     unnest($2::text[], $3::int[], $4::bigint[], $5::bytea[], $6::bytea[], $7::text[]) s"
+                     unnest($2::pg_catalog.text[], $3::int[], $4::bigint[], $5::pg_catalog.bytea[], \
+                         $6::pg_catalog.bytea[], $7::pg_catalog.text[]) s"
                 ))
                 .await?,
             copy: client
@@ -503,7 +512,7 @@ impl Session {
         let (began, moved, copy) = bounded("BEGIN to COPY", step, async {
             Ok::<_, Fault>(
                 join3(
-                    client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED"),
+                    client.batch_execute(BEGIN),
                     client.execute(&self.statements.move_positions, &position_params),
                     async {
                         match copies_at_once {

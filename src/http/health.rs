@@ -2,13 +2,14 @@
 //!
 //! Owns what the two answers mean. Alive: its loop turns; one that hangs does not mend itself and should be restarted.
 //! Ready: it has what it works with; one that waits for Kafka or Postgres is alive, and a restart would only begin its
-//! waiting anew. How the answers are served is `metrics`'.
+//! waiting anew. How the answers are served is `http`'s.
 
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use ureq::Agent;
 
 /// How often an agent's loop turns at least, with nothing to do.
 pub const TURN_EVERY: Duration = Duration::from_secs(5);
@@ -97,7 +98,7 @@ pub enum Answer {
 const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 
 /// Far more than an agent answers.
-const MAX_ANSWER_BYTES: usize = 16 << 10;
+const MAX_ANSWER_BYTES: u64 = 16 << 10;
 
 /// Asks the agent that serves METRICS_ADDR on this machine; an unspecified address means loopback.
 ///
@@ -107,7 +108,7 @@ pub fn ask(metrics_addr: SocketAddr) -> Result<Answer, String> {
     let mut last = String::new();
     for address in from_here(metrics_addr) {
         match get_ready(address) {
-            Ok(answer) => return read_answer(&answer),
+            Ok((status, body)) => return read_answer(status, &body),
             Err(error) => last = format!("no agent answers at {address}: {error}"),
         }
     }
@@ -117,7 +118,7 @@ pub fn ask(metrics_addr: SocketAddr) -> Result<Answer, String> {
 }
 
 /// Where what listens at `address` can be reached from the same machine.
-pub fn from_here(address: SocketAddr) -> Vec<SocketAddr> {
+fn from_here(address: SocketAddr) -> Vec<SocketAddr> {
     let with = |ip: IpAddr| SocketAddr::new(ip, address.port());
     match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => vec![with(Ipv4Addr::LOCALHOST.into())],
@@ -129,60 +130,33 @@ pub fn from_here(address: SocketAddr) -> Vec<SocketAddr> {
     }
 }
 
-fn get_ready(address: SocketAddr) -> io::Result<Vec<u8>> {
-    let deadline = now() + ANSWERS_WITHIN;
-    let mut stream = TcpStream::connect_timeout(&address, ANSWERS_WITHIN)?;
-    stream.set_write_timeout(Some(ANSWERS_WITHIN))?;
-    stream.write_all(
-        format!("GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes(),
-    )?;
-    let mut answer = Vec::new();
-    let mut chunk = [0; 1_024];
-    loop {
-        let left = deadline.saturating_duration_since(now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut chunk) {
-            Ok(0) => return Ok(answer),
-            Ok(count) => answer.extend_from_slice(&chunk[..count]),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            Err(error) => return Err(error),
-        }
-        if answer.len() > MAX_ANSWER_BYTES {
-            return Err(io::Error::other("it answers with more than any agent would"));
-        }
-    }
+/// The status and the body of its answer.
+fn get_ready(address: SocketAddr) -> Result<(u16, String), ureq::Error> {
+    let config = Agent::config_builder()
+        .timeout_global(Some(ANSWERS_WITHIN))
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .proxy(None)
+        .build();
+    let mut answer = Agent::new_with_config(config)
+        .get(format!("http://{address}/readyz"))
+        .call()?;
+    let body = answer.body_mut().with_config();
+    let body = body.limit(MAX_ANSWER_BYTES).lossy_utf8(true).read_to_string()?;
+    Ok((answer.status().as_u16(), body))
 }
 
-fn read_answer(answer: &[u8]) -> Result<Answer, String> {
-    let mut headers = [httparse::EMPTY_HEADER; 32];
-    let mut response = httparse::Response::new(&mut headers);
-    let body = match response.parse(answer) {
-        Ok(httparse::Status::Complete(head)) => {
-            let body = String::from_utf8_lossy(&answer[head..]);
-            body.trim().replace(char::is_control, " ")
-        }
-        Ok(httparse::Status::Partial) => return Err("what answers there ends in the middle".to_owned()),
-        Err(error) => return Err(format!("what answers there is no agent: {error}")),
-    };
-    match response.code {
-        Some(200) => Ok(Answer::Ready),
-        Some(503) => Ok(Answer::NotReady(body)),
-        code => Err(format!(
-            "what answers there is no agent: status {}",
-            code.unwrap_or_default()
-        )),
+fn read_answer(status: u16, body: &str) -> Result<Answer, String> {
+    match status {
+        200 => Ok(Answer::Ready),
+        503 => Ok(Answer::NotReady(body.trim().replace(char::is_control, " "))),
+        _ => Err(format!("what answers there is no agent: status {status}")),
     }
 }
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "an edge: signs of life and answers have their times"
+    reason = "an edge: signs of life have their times"
 )]
 fn now() -> Instant {
     Instant::now()
@@ -228,19 +202,13 @@ mod tests {
 
     #[test]
     fn an_answer_is_ready_not_ready_or_not_ours() {
-        let read = |text: &str| read_answer(text.as_bytes());
-        assert_eq!(read("HTTP/1.1 200 OK\r\n\r\nready\n"), Ok(Answer::Ready));
+        assert_eq!(read_answer(200, "ready\n"), Ok(Answer::Ready));
         assert_eq!(
-            read("HTTP/1.1 503 Service Unavailable\r\nContent-Length: 9\r\n\r\nfor\x1bKafka\n"),
+            read_answer(503, "for\x1bKafka\n"),
             Ok(Answer::NotReady("for Kafka".to_owned()))
         );
-        for wrong in [
-            "",
-            "HTTP/1.1 200",
-            "HTTP/1.1 404 Not Found\r\n\r\n",
-            "SSH-2.0-x\r\n\r\n",
-        ] {
-            assert!(read(wrong).is_err(), "{wrong:?}");
+        for wrong in [204, 302, 404, 500] {
+            assert!(read_answer(wrong, "").is_err(), "{wrong}");
         }
     }
 }

@@ -1,6 +1,10 @@
-//! The tables in Postgres: their names and SQL, a row as COPY takes it, and tables that exist already.
+//! The tables in Postgres: their names and SQL, a row as COPY takes it, tables that exist already, and their upkeep.
 
-pub mod catalogue;
+pub mod days;
+mod ddl;
+pub mod destination;
+pub mod migrate;
+pub mod names;
 pub mod row;
 pub mod schema;
 pub mod sums;

@@ -1,24 +1,25 @@
 //! The SQL of the tables and views of the contract: what `init` makes, what `consume` makes where it may.
 //!
 //! Pure text: no connection and no clock. One source for `init`, `--print-sql`, `drop` and `consume`; what the database
-//! really has, and the running of this text, is `catalogue`'s. What the views ask is `views`'.
+//! really has, and the running of this text, is `destination`'s. What the views ask is `views`'.
 
 use std::fmt::Write as _;
 use std::ops::Range;
 
-use crate::config::TableName;
 use crate::sample::Timestamp;
+use crate::tables::names::{Object, SEARCH_PATH, TableName, literal};
 use crate::tables::views::{self, FAILED, HOUR};
 
-/// Recorded in the comment of everything that [`create`] makes. What an older version made is brought up to it, with its
-/// rows; what a newer one made is left alone.
-///
-/// 1: the first. 2: the index of failed checks, and views that use it. 3: the sums of finished days, and views that read
-/// them.
-pub const SCHEMA_VERSION: u32 = 3;
+/// Recorded in the comment of everything that [`create`] makes: 1, and one more for each of [`STEPS`].
+pub const SCHEMA_VERSION: u32 = 1 + STEPS.len() as u32;
 
-/// The version from which on all partitions have the index of failed checks.
-pub const FAILED_INDEX_SINCE: u32 = 2;
+/// What one version changes of the objects of the version before: the SQL for one object, `None` where it stays as it is.
+/// An object that is new needs no step, because what is missing is made.
+pub type Step = fn(Object, &TableName) -> Option<String>;
+
+/// The first leads from version 1 to 2. A step is never changed once it is released; [`create`] makes what all of them
+/// together lead to.
+pub const STEPS: &[Step] = &[];
 
 /// How the comment of everything of ours begins; `drop` removes nothing else.
 pub const MARK: &str = "host-metrics schema ";
@@ -59,100 +60,6 @@ pub const COLUMNS: [(&str, &str); 23] = [
     ("kafka_partition", "integer"),
     ("kafka_offset", "bigint"),
 ];
-
-/// Everything that belongs to one DB_TABLE, in the order of making; `drop` goes the other way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Object {
-    Main,
-    Offsets,
-    Rejected,
-    Days,
-    Changes,
-    Hours,
-    Failures,
-    Latest,
-    Uptime,
-    Incidents,
-    Certificates,
-}
-
-impl Object {
-    pub const ALL: [Self; 11] = [
-        Self::Main,
-        Self::Offsets,
-        Self::Rejected,
-        Self::Days,
-        Self::Changes,
-        Self::Hours,
-        Self::Failures,
-        Self::Latest,
-        Self::Uptime,
-        Self::Incidents,
-        Self::Certificates,
-    ];
-
-    /// The tables of the sums, which the views read.
-    pub const SUMS: [Self; 4] = [Self::Days, Self::Changes, Self::Hours, Self::Failures];
-
-    /// What is appended to the main table's name.
-    pub fn suffix(self) -> &'static str {
-        match self {
-            Self::Main => "",
-            Self::Offsets => "_offsets",
-            Self::Rejected => "_rejected",
-            Self::Days => "_days",
-            Self::Changes => "_changes",
-            Self::Hours => "_hours",
-            Self::Failures => "_failures",
-            Self::Latest => "_latest",
-            Self::Uptime => "_uptime",
-            Self::Incidents => "_incidents",
-            Self::Certificates => "_certificates",
-        }
-    }
-
-    fn is_view(self) -> bool {
-        matches!(
-            self,
-            Self::Latest | Self::Uptime | Self::Incidents | Self::Certificates
-        )
-    }
-
-    /// Whether it needs all columns of a main table that we made: the views, and the sums that they read.
-    pub fn needs_our_table(self) -> bool {
-        self.is_view() || Self::SUMS.contains(&self)
-    }
-
-    fn keyword(self) -> &'static str {
-        if self.is_view() { "VIEW" } else { "TABLE" }
-    }
-
-    fn comment(self) -> &'static str {
-        match self {
-            Self::Main => "one row for every tick of every host",
-            Self::Offsets => "the next Kafka offset of every partition, moved in the transaction of the rows",
-            Self::Rejected => "every record that could not be stored, as it came, and why",
-            Self::Days => "which finished days are summed up in _hours and _failures",
-            Self::Changes => {
-                "a note for every transaction that changed rows of a finished day since that was summed up"
-            }
-            Self::Hours => "sums of finished days: the ticks of every host and hour",
-            Self::Failures => {
-                "sums of finished days: failed checks by host, outcome and the first valid check of the day after them"
-            }
-            Self::Latest => "the newest row of every host",
-            Self::Uptime => {
-                "per host and window: ticks due, ticks that were valid, ticks that were missed (not checked), and \
-                 uptime = valid / due; of the seven days also the first check, the last valid and the last failed one"
-            }
-            Self::Incidents => {
-                "a row per outage: from the first invalid check to the next valid one (ended_at is null while it \
-                 lasts); missed ticks neither begin nor end one"
-            }
-            Self::Certificates => "per host: when the certificate last seen expires",
-        }
-    }
-}
 
 /// A day in UTC, as days since 1970-01-01.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -266,21 +173,40 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
         Object::Incidents => view(views::incidents(table)),
         Object::Certificates => view(views::certificates(table)),
     };
-    let (keyword, comment) = (object.keyword(), object.comment());
-    let _ = writeln!(
-        sql,
-        "COMMENT ON {keyword} {name} IS '{MARK}{SCHEMA_VERSION}: {comment}';"
-    );
+    sql.push_str(&mark(object, table, SCHEMA_VERSION));
     sql
 }
 
-/// The whole text for `--print-sql`: one transaction, safe to repeat and to run twice at once.
+/// Says in an object's comment that it is ours and of which version.
+pub fn mark(object: Object, table: &TableName, version: u32) -> String {
+    let (keyword, name, comment) = (object.keyword(), table.quoted(object.suffix()), object.comment());
+    format!("COMMENT ON {keyword} {name} IS '{MARK}{version}: {comment}';\n")
+}
+
+/// The whole text for `--print-sql`: one transaction, safe to repeat and to run twice at once. Without a server nobody knows
+/// which schema a table without one is in: it is `public`.
 pub fn script(table: &TableName, today: Day) -> String {
-    let mut sql = String::from("BEGIN;\n");
-    let _ = writeln!(sql, "SELECT pg_advisory_xact_lock({});", lock_key(table));
+    let mut sql = String::new();
+    if table.schema.is_none() {
+        sql.push_str(
+            "-- DB_TABLE names no schema, so this uses public; set DB_TABLE=schema.table for another one.\n",
+        );
+    }
+    let table = TableName {
+        schema: Some(table.schema.clone().unwrap_or_else(|| "public".to_owned())),
+        ..table.clone()
+    };
+    let _ = write!(
+        sql,
+        "BEGIN;\n\
+         -- Until COMMIT, so that no function or operator of another schema is taken for one of Postgres.\n\
+         SET LOCAL search_path = {SEARCH_PATH};\n\
+         SELECT pg_advisory_xact_lock({});\n",
+        lock_key(&table)
+    );
     for object in Object::ALL {
         sql.push('\n');
-        sql.push_str(&create(object, table, Day::ahead(today, true)));
+        sql.push_str(&create(object, &table, Day::ahead(today, true)));
     }
     sql.push_str("\nCOMMIT;\n");
     sql
@@ -341,16 +267,6 @@ pub fn attach_day(table: &TableName, day: Day) -> String {
     )
 }
 
-/// The index of [`FAILED`] checks on one partition (its name unquoted), made ahead of the one on the whole table: that
-/// then takes over what is there, instead of keeping every writer out until it has read all rows.
-pub fn create_failed_index(partition: &TableName) -> String {
-    format!(
-        "CREATE INDEX IF NOT EXISTS {} ON {} (address, scheduled_at) WHERE {FAILED};",
-        index(partition, FAILED_SUFFIX),
-        partition.quoted("")
-    )
-}
-
 /// Removes at most `limit` rows from before `day` from the default partition (its name quoted). Without a word to rows
 /// that somebody else has locked, for example another consumer that does the same.
 pub fn delete_before(default: &str, day: Day, limit: i64) -> String {
@@ -368,16 +284,6 @@ pub const DEFAULT_SUFFIX: &str = "_default";
 pub fn lock_key(table: &TableName) -> String {
     let text = format!("host-metrics {}", table.quoted(""));
     format!("hashtextextended({}, 0)", literal(&text))
-}
-
-/// `text` as an SQL string, whatever `standard_conforming_strings` says.
-pub fn literal(text: &str) -> String {
-    let quoted = text.replace('\'', "''");
-    if quoted.contains('\\') {
-        format!(" E'{}'", quoted.replace('\\', "\\\\"))
-    } else {
-        format!("'{quoted}'")
-    }
 }
 
 const FAILED_SUFFIX: &str = "_failed";
@@ -525,11 +431,5 @@ mod tests {
             "{unquoted}"
         );
         assert!(sql.contains("CREATE TABLE IF NOT EXISTS \"My\"\"Schema\".\"Host Metrics_p20241004\""));
-    }
-
-    #[test]
-    fn a_literal_survives_quotes_and_backslashes() {
-        assert_eq!(literal("a'b"), "'a''b'");
-        assert_eq!(literal("a\\'b"), " E'a\\\\''b'");
     }
 }

@@ -22,8 +22,11 @@ use tokio_postgres::error::SqlState;
 
 use crate::config::DatabaseConfig;
 use crate::postgres::{self, Bounds, Fault, Link, bounded};
-use crate::tables::catalogue::{self, DDL_LOCK, Found, Partition};
-use crate::tables::schema::{Day, Object, literal};
+use crate::tables::days::{self, Partition};
+use crate::tables::ddl::{self, DDL_LOCK};
+use crate::tables::destination::{self, Found};
+use crate::tables::names::{Object, literal};
+use crate::tables::schema::Day;
 use crate::tables::views::{self, COUNTED};
 
 /// The first pass of `consume`, so long after its start: while a backlog is read, days that are counted would only change
@@ -106,7 +109,7 @@ impl Sums {
 
 /// The day before which all days are finished, now.
 pub fn finished_before() -> Day {
-    catalogue::day_at(FINISHED_AFTER)
+    days::day_at(FINISHED_AFTER)
 }
 
 /// One pass, on a connection of its own.
@@ -119,7 +122,7 @@ pub fn count(database: &DatabaseConfig, finished_before: Day, within: Within) ->
     let result = runtime.block_on(async {
         let link = Link::open(database, &bounds).await?;
         let result = async {
-            let found = catalogue::find(&link.client, &bounds, &database.table).await?;
+            let found = destination::find(&link, &bounds).await?;
             count_finished(&link.client, &bounds, &found, finished_before, within).await
         }
         .await;
@@ -152,10 +155,10 @@ pub async fn count_finished(
     let Some(main) = found.partitioned_main().filter(|_| is_current) else {
         return Ok(hindered);
     };
-    let partitions = catalogue::partitions(client, bounds, main).await?;
+    let partitions = days::partitions(client, bounds, main).await?;
     // Who may only write rows may not look; the owner counts.
-    if !catalogue::may_read(client, bounds, found, Object::Days).await?
-        || !catalogue::may_read(client, bounds, found, Object::Changes).await?
+    if !destination::may_read(client, bounds, found, Object::Days).await?
+        || !destination::may_read(client, bounds, found, Object::Changes).await?
     {
         return Ok(hindered);
     }
@@ -193,7 +196,7 @@ pub async fn count_finished(
     if (has_triggers || !due.is_empty())
         && let Err(fault) = make_function(client, bounds, found).await
     {
-        catalogue::say(
+        ddl::say(
             client,
             bounds,
             Err(fault),
@@ -206,7 +209,7 @@ pub async fn count_finished(
     if states.keys().any(is_gone)
         && let Err(fault) = forget_dropped(client, bounds, found).await
     {
-        catalogue::say(client, bounds, Err(fault), "sums of dropped days not removed").await?;
+        ddl::say(client, bounds, Err(fault), "sums of dropped days not removed").await?;
         return Ok(hindered);
     }
     for partition in due.into_iter().rev() {
@@ -226,7 +229,7 @@ pub async fn count_finished(
             // Somebody writes to it, sums it up, or cleans it up: nothing to worry about.
             Err(fault) if fault.code == Some(SqlState::LOCK_NOT_AVAILABLE) => {
                 log::debug!("{} not summed up, to be tried again: {fault}", partition.name);
-                catalogue::rollback(client, bounds).await?;
+                ddl::rollback(client, bounds).await?;
             }
             Err(fault) if fault.code == Some(SqlState::QUERY_CANCELED) => {
                 log::warn!(
@@ -234,12 +237,12 @@ pub async fn count_finished(
                     partition.name,
                     within.day.as_secs_f64()
                 );
-                catalogue::rollback(client, bounds).await?;
+                ddl::rollback(client, bounds).await?;
                 set_state(client, bounds, found, partition.oid, TOO_LARGE).await?;
             }
             Err(fault) => {
                 let what = format!("{} not summed up", partition.name);
-                catalogue::say(client, bounds, Err(fault), &what).await?;
+                ddl::say(client, bounds, Err(fault), &what).await?;
                 pass.is_hindered = true;
             }
         }
@@ -277,7 +280,7 @@ async fn states(client: &Client, bounds: &Bounds, found: &Found) -> Result<BTree
 /// Makes the triggers' function where it is missing or not right any more: while the tables have another name or another
 /// owner than it has, late rows are refused.
 async fn make_function(client: &Client, bounds: &Bounds, found: &Found) -> Result<(), Fault> {
-    let owner = catalogue::owner(client, bounds, found, Object::Changes).await?;
+    let owner = destination::owner(client, bounds, found, Object::Changes).await?;
     let is_right = views::function_is_right(&found.table, &owner);
     let is_right = bounded(
         "reading the catalogue",
@@ -289,10 +292,10 @@ async fn make_function(client: &Client, bounds: &Bounds, found: &Found) -> Resul
         return Ok(());
     }
     let (lock, create) = (
-        catalogue::lock(&found.table),
+        ddl::lock(&found.table),
         views::create_function(&found.table, &owner),
     );
-    catalogue::execute(client, bounds, &format!("BEGIN; {lock}; {create} COMMIT")).await
+    ddl::execute(client, bounds, &format!("BEGIN; {lock}; {create} COMMIT")).await
 }
 
 /// Removes the sums of partitions that are gone; no view reads them any more. A day that got a new partition is counted
@@ -317,7 +320,7 @@ async fn forget_dropped(client: &Client, bounds: &Bounds, found: &Found) -> Resu
          DELETE FROM {failures} USING gone WHERE first_at >= starts_at AND first_at < gone.ends_at",
         literal(&name(Object::Main))
     );
-    catalogue::execute(client, bounds, &sql).await
+    ddl::execute(client, bounds, &sql).await
 }
 
 /// `false`: the partition is none of the table's any more.
@@ -349,7 +352,7 @@ async fn count_day(
          DELETE FROM {changes} WHERE \"partition\" = {oid}::oid::regclass; COMMIT",
         DDL_LOCK.as_millis()
     );
-    catalogue::execute(client, bounds, &begin).await?;
+    ddl::execute(client, bounds, &begin).await?;
 
     let count = format!(
         "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = '{}ms'; SET LOCAL jit = off; \
@@ -374,7 +377,7 @@ async fn count_day(
     )
     .await?;
     let is_there = is_there.try_get(0)?;
-    catalogue::execute(client, bounds, if is_there { "COMMIT" } else { "ROLLBACK" }).await?;
+    ddl::execute(client, bounds, if is_there { "COMMIT" } else { "ROLLBACK" }).await?;
     Ok(is_there)
 }
 
@@ -387,7 +390,7 @@ async fn set_state(
 ) -> Result<(), Fault> {
     let days = found.table.quoted(Object::Days.suffix());
     let sql = format!("UPDATE {days} SET state = '{state}' WHERE \"partition\" = {oid}::oid::regclass");
-    catalogue::execute(client, bounds, &sql).await
+    ddl::execute(client, bounds, &sql).await
 }
 
 #[expect(clippy::disallowed_methods, reason = "an edge: a bound on the time of a pass")]

@@ -11,8 +11,7 @@
 
 use std::fmt::Write as _;
 
-use crate::config::TableName;
-use crate::tables::schema::{self, Object};
+use crate::tables::names::{Object, TableName, literal};
 
 /// What the index rounds `scheduled_at` to; the views ask for the same expression.
 ///
@@ -30,11 +29,15 @@ use crate::tables::schema::{self, Object};
 /// `(address)` alone would have to read all rows of a host's day to find its newest one, for every host.
 pub const HOUR: &str = "date_bin('1 hour', scheduled_at, timestamptz '2000-01-01 00:00:00+00')";
 
-/// A check that failed, in the words of its index. Missed ticks say nothing about the host.
-pub const FAILED: &str = "NOT is_valid AND outcome IS DISTINCT FROM 'missed'";
+/// A tick whose host was not seen: not checked at all, or this machine or its network failed. It is no failed check.
+pub const NOT_CHECKED: &str = "outcome IN ('missed', 'agent_error', 'agent_offline')";
 
-/// A tick that was checked. No valid row is a missed one, and of those the text need not be compared.
-pub const CHECKED: &str = "(is_valid OR outcome IS DISTINCT FROM 'missed')";
+/// A check that failed, in the words of its index; [`NOT_CHECKED`] stands in it.
+pub const FAILED: &str =
+    "NOT is_valid AND (outcome IN ('missed', 'agent_error', 'agent_offline')) IS NOT TRUE";
+
+/// A tick that was checked. Every valid row was, and its text need not be compared.
+pub const CHECKED: &str = "(is_valid OR (outcome IN ('missed', 'agent_error', 'agent_offline')) IS NOT TRUE)";
 
 /// The state of a day, in the table of days, whose sums are right unless there is a note of a change.
 pub const COUNTED: &str = "counted";
@@ -69,7 +72,7 @@ END"
     format!(
         "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS {}; \
          REVOKE ALL ON FUNCTION {function}() FROM PUBLIC; ALTER FUNCTION {function}() OWNER TO {owner};",
-        schema::literal(&body)
+        literal(&body)
     )
 }
 
@@ -79,9 +82,9 @@ pub fn function_is_right(table: &TableName, owner: &str) -> String {
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE oid = pg_catalog.to_regprocedure({}) \
          AND pg_catalog.strpos(prosrc, {}) > 0 \
          AND pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(proowner)) = {})",
-        schema::literal(&format!("{}()", function(table))),
-        schema::literal(&table.quoted(Object::Changes.suffix())),
-        schema::literal(owner)
+        literal(&format!("{}()", function(table))),
+        literal(&table.quoted(Object::Changes.suffix())),
+        literal(owner)
     )
 }
 
@@ -122,7 +125,8 @@ pub fn sum_hours(table: &TableName, partition: &str) -> String {
     let hours = table.quoted(Object::Hours.suffix());
     format!(
         "INSERT INTO {hours} (address, hour, due, valid, missed, first_check_at, last_valid_at, last_failed_at)
-         SELECT address, {HOUR}, {COUNTS}, {} FROM ONLY {partition} GROUP BY address, {HOUR} ORDER BY 2, 1",
+         SELECT address, {HOUR}, {}, {} FROM ONLY {partition} GROUP BY address, {HOUR} ORDER BY 2, 1",
+        counts(),
         extremes()
     )
 }
@@ -137,8 +141,12 @@ pub fn sum_failures(table: &TableName, partition: &str) -> String {
     )
 }
 
-const COUNTS: &str =
-    "count(*), count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed')";
+/// The ticks that were due, the valid ones, and those that were not checked.
+fn counts() -> String {
+    format!(
+        "count(*), count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE NOT is_valid AND {NOT_CHECKED})"
+    )
+}
 
 /// The first check, the last valid and the last failed one.
 fn extremes() -> String {
@@ -154,7 +162,7 @@ fn counted(table: &TableName) -> String {
     let days = table.quoted(Object::Days.suffix());
     let changes = table.quoted(Object::Changes.suffix());
     let has_triggers = has_triggers("inhrelid");
-    let main = schema::literal(&table.quoted(""));
+    let main = literal(&table.quoted(""));
     format!(
         "SELECT coalesce(min(starts_at), 'infinity') AS starts_at, coalesce(max(ends_at), 'infinity') AS ends_at
     FROM (
@@ -226,10 +234,11 @@ pub fn uptime(table: &TableName) -> String {
         ),
         ("7d", None),
     ];
+    let not_checked = format!("NOT is_valid AND {NOT_CHECKED}");
     let counts = [
         ("due", None),
         ("valid", Some("is_valid")),
-        ("missed", Some("NOT is_valid AND outcome = 'missed'")),
+        ("missed", Some(not_checked.as_str())),
     ];
     let filter = |one: Option<&str>, other: Option<&str>| {
         let conditions: Vec<&str> = one.into_iter().chain(other).collect();
@@ -241,8 +250,8 @@ pub fn uptime(table: &TableName) -> String {
     let (mut columns, mut sums, mut of_hours, mut of_rows) = (vec![], vec![], vec![], vec![]);
     for (name, within) in windows {
         columns.push(format!(
-            "due_{name}, valid_{name}, missed_{name}, valid_{name}::double precision / nullif(due_{name}, 0) AS \
-             uptime_{name}"
+            "due_{name}, valid_{name}, missed_{name}, \
+             valid_{name}::double precision / nullif(due_{name} - missed_{name}, 0) AS uptime_{name}"
         ));
         for (count, which) in counts {
             sums.push(format!("sum({count}_{name})::bigint AS {count}_{name}"));

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
-use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, KafkaConfig, KafkaSecurity, TableName};
+use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, KafkaConfig, KafkaSecurity};
+use host_metrics::tables::names::TableName;
 use postgres::{Client, NoTls};
 
 pub fn server() -> &'static ThrowAwayPostgres {

@@ -165,7 +165,7 @@ fn the_printed_sql_needs_no_server_and_psql_takes_it() {
 }
 
 #[test]
-fn init_says_what_it_brings_up_and_what_is_too_new_for_it() {
+fn init_says_what_is_too_new_for_it() {
     let kafka = Kafka::shared();
     let server = ThrowAwayPostgres::start().unwrap();
     let variables = Variables::new()
@@ -173,16 +173,7 @@ fn init_says_what_it_brings_up_and_what_is_too_new_for_it() {
         .database(&server)
         .with("LOG_LEVEL", "INFO");
     let mut client = connect(&server);
-    client
-        .batch_execute(include_str!("fixtures/schema_1.sql"))
-        .unwrap();
-    let (status, said) = run(&["init"], &variables);
-    assert_eq!(status, Some(0), "{said}");
-    let brought_up = format!("brought from schema 1 to {SCHEMA_VERSION}");
-    assert!(said.contains(&brought_up), "{said}");
-    let (_, said) = run(&["init"], &variables);
-    assert!(!said.contains("schema"), "{said}");
-
+    assert_eq!(run(&["init"], &variables).0, Some(0));
     let newer = SCHEMA_VERSION + 1;
     client
         .batch_execute(&format!(

@@ -17,6 +17,7 @@ mod kills;
 mod operator_errors;
 mod outages;
 mod pipeline;
+mod planted;
 mod poison;
 mod pooler;
 mod positions;

@@ -12,14 +12,15 @@ use std::time::Duration;
 
 use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::commands::init;
-use host_metrics::config::{ConsumeConfig, DbSslMode, InitConfig, Secret, WrongInput};
+use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, InitConfig, Secret, WrongInput};
 use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::store::{Flushed, Store, StoreError};
 use host_metrics::postgres::{self as bounded, Bounds, Link};
 use host_metrics::sample::{Sample, Timestamp};
+use host_metrics::tables::names::Object;
 use host_metrics::tables::row::{Layout, Origin};
 use host_metrics::tables::schema::{self, Day};
-use host_metrics::tables::{catalogue, schema::Object};
+use host_metrics::tables::{days, migrate};
 use postgres::{Client, NoTls};
 
 use crate::database::{Database, config, server};
@@ -668,6 +669,37 @@ fn an_existing_table_is_written_as_it_is() {
 }
 
 #[test]
+fn a_trigger_of_the_users_table_finds_what_the_users_search_path_names() {
+    let mut db = Database::new();
+    db.execute(
+        "CREATE SCHEMA theirs; CREATE TABLE theirs.log (address text); \
+         CREATE TABLE theirs.checks (address text, is_valid boolean); \
+         CREATE FUNCTION theirs.shout(text) RETURNS text LANGUAGE sql RETURN upper($1); \
+         CREATE FUNCTION theirs.note() RETURNS trigger LANGUAGE plpgsql AS \
+             'BEGIN INSERT INTO log VALUES (shout(NEW.address)); RETURN NEW; END'; \
+         CREATE CONSTRAINT TRIGGER note AFTER INSERT ON theirs.checks DEFERRABLE INITIALLY DEFERRED \
+             FOR EACH ROW EXECUTE FUNCTION theirs.note()",
+    );
+    db.execute(&format!(
+        "ALTER DATABASE {} SET search_path = theirs, public",
+        db.name
+    ));
+    // The table is found along that path as well.
+    let mut store = db.store_of("checks");
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    for offset in 0..3 {
+        let mut batch = Batch::default();
+        row(&mut batch, &layout, P0, offset, offset, &ok("https://a.example/"));
+        assert_eq!(store.flush(&batch), Flushed::Durable);
+    }
+    assert_eq!(
+        db.many("SELECT address FROM theirs.log"),
+        ["HTTPS://A.EXAMPLE/"; 3]
+    );
+}
+
+#[test]
 fn a_table_that_cannot_take_the_records_is_refused_at_once_with_all_reasons() {
     for (sql, expected) in [
         (
@@ -920,7 +952,7 @@ fn tables_are_made_once_by_many_at_the_same_time() {
                 bounded::runtime().unwrap().block_on(async {
                     let link = Link::open(&config, &bounds).await?;
                     ready.wait();
-                    catalogue::make(&link.client, &bounds, &config.table, catalogue::today()).await
+                    migrate::make(&link, &bounds, days::today()).await
                 })
             })
         })
@@ -953,7 +985,7 @@ fn the_printed_sql_makes_the_same_tables_and_can_be_repeated() {
     let mut by_init = Database::new();
     by_init.store().open().unwrap();
     let mut by_print = Database::new();
-    let sql = schema::script(&by_print.config().database.table, catalogue::today());
+    let sql = schema::script(&by_print.config().database.table, days::today());
     by_print.execute(&sql);
     by_print.execute(&sql);
     let describe = "SELECT concat_ws(' ', c.relname, c.relkind, a.attname, a.atttypid::regtype, a.attnotnull, \
@@ -967,110 +999,74 @@ fn the_printed_sql_makes_the_same_tables_and_can_be_repeated() {
     by_print.store().open().unwrap();
 }
 
-#[test]
-fn what_an_older_version_made_is_brought_up_by_many_at_once_and_keeps_its_rows() {
-    let mut fresh = Database::new();
-    fresh.store().open().unwrap();
-    for (version, schema) in [("1", SCHEMA_1), ("2", SCHEMA_2)] {
-        bring_up(&mut fresh, version, schema);
-    }
+/// A made-up second version: a column more, with a value in every row; and a third one that fails in its middle.
+const MADE_UP_STEPS: [schema::Step; 2] = [
+    |object, table| {
+        let add = format!(
+            "ALTER TABLE {} ADD COLUMN place text NOT NULL DEFAULT 'here'",
+            table.quoted("")
+        );
+        (object == Object::Main).then_some(add)
+    },
+    |object, table| match object {
+        Object::Main => Some(format!("ALTER TABLE {} DROP COLUMN place", table.quoted(""))),
+        Object::Offsets => Some("SELECT 1 / 0".to_owned()),
+        _ => None,
+    },
+];
+
+/// Takes the steps.
+fn migrate_made_up(config: &DatabaseConfig, steps: &[schema::Step]) -> Result<(), bounded::Fault> {
+    let bounds = Bounds::default();
+    bounded::runtime().unwrap().block_on(async {
+        let link = Link::open(config, &bounds).await?;
+        migrate::migrate(&link, &bounds, steps).await
+    })
 }
 
-fn bring_up(fresh: &mut Database, version: &str, schema: &str) {
+#[test]
+fn a_step_from_one_version_to_the_next_is_taken_once_by_many_and_keeps_the_rows() {
     let mut db = Database::new();
-    db.execute(schema);
+    db.store().open().unwrap();
     db.execute(
-        "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome) \
-         SELECT 'https://a.example/', now() - n * interval '1 minute', n % 10 <> 0, \
-                CASE WHEN n % 10 = 0 THEN 'dns_error' ELSE 'ok' END FROM generate_series(1, 20000) n; \
+        "INSERT INTO host_metrics (address, scheduled_at, is_valid) \
+         SELECT 'https://a.example/', now() - n * interval '1 hour', true FROM generate_series(1, 1000) n; \
          INSERT INTO host_metrics_offsets VALUES ('g', 't', 0, 42)",
     );
-    let (rows, incidents) = (db.count("host_metrics"), db.count("host_metrics_incidents"));
-    assert_eq!(db.one(VERSIONS), version);
-    assert!(
-        db.count("host_metrics_default") > 0,
-        "also rows of days without a partition"
-    );
-
-    // Two runs of `init` and two consumers at the same moment.
-    let ready = std::sync::Arc::new(std::sync::Barrier::new(4));
-    let makers: Vec<_> = (0..4)
-        .map(|nth| {
-            let (config, ready) = (db.config(), std::sync::Arc::clone(&ready));
-            thread::spawn(move || {
-                ready.wait();
-                match nth % 2 {
-                    0 => init::make_tables(&config.database).unwrap(),
-                    _ => drop(Store::new(&config).unwrap().open().unwrap()),
-                }
-            })
-        })
-        .collect();
-    makers.into_iter().for_each(|maker| maker.join().unwrap());
-
-    assert_eq!(db.one(VERSIONS), schema::SCHEMA_VERSION.to_string());
-    // The same as made anew: comments, views, and the indexes of the whole table, each valid.
-    let describe = "SELECT concat_ws(' ', c.relname, c.relkind, a.attname, a.atttypid::regtype, a.attnotnull, i.indisvalid, \
-                    obj_description(c.oid), CASE c.relkind WHEN 'v' THEN pg_get_viewdef(c.oid) \
-                    WHEN 'I' THEN pg_get_indexdef(c.oid) END) \
-                    FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 \
-                    LEFT JOIN pg_index i ON i.indexrelid = c.oid \
-                    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p', 'v', 'I') ORDER BY 1";
-    let made = db.many(describe);
-    assert!(made.len() > 100, "{made:?}");
-    assert_eq!(made, fresh.many(describe));
-    // One of each on every partition: those made one by one were taken over.
-    assert_eq!(
-        db.many(
-            "SELECT DISTINCT count(*)::text FROM pg_index JOIN pg_inherits ON inhrelid = indrelid GROUP BY indrelid"
-        ),
-        ["2"]
-    );
-    assert_eq!(
-        (db.count("host_metrics"), db.count("host_metrics_incidents")),
-        (rows, incidents)
-    );
+    assert_eq!(db.one(VERSIONS), "1");
+    let [add_a_column, fail] = MADE_UP_STEPS;
+    // The second of two makers that meet finds the step taken: taken twice, it would fail.
+    let config = db.config().database;
+    thread::scope(|scope| {
+        let makers = [(); 4].map(|()| scope.spawn(|| migrate_made_up(&config, &[add_a_column])));
+        for maker in makers {
+            maker.join().unwrap().unwrap();
+        }
+    });
+    assert_eq!(db.one(VERSIONS), "2");
+    assert_eq!(db.count("host_metrics WHERE place = 'here'"), 1000);
     assert_eq!(db.one("SELECT next_offset::text FROM host_metrics_offsets"), "42");
 
-    // And again changes nothing.
-    let catalogue = "SELECT string_agg(concat_ws(' ', oid, xmin, relname), ',' ORDER BY oid) FROM pg_class \
-                     WHERE relnamespace = 'public'::regnamespace";
-    let before = db.one(catalogue);
-    init::make_tables(&db.config().database).unwrap();
+    // A step that fails leaves the version before it, whole.
+    let fault = migrate_made_up(&config, &[add_a_column, fail]).unwrap_err();
+    assert!(fault.text.contains("division by zero"), "{fault}");
+    assert_eq!(db.one(VERSIONS), "2");
+    assert_eq!(db.count("host_metrics WHERE place = 'here'"), 1000);
+}
+
+#[test]
+fn a_user_who_does_not_own_the_tables_takes_no_step_and_writes_to_the_older_ones() {
+    let mut db = Database::new();
     db.store().open().unwrap();
-    assert_eq!(db.one(catalogue), before);
-}
-
-#[test]
-fn a_busy_day_delays_what_a_version_adds_and_not_its_writers_or_the_consumer() {
-    let mut db = Database::new();
-    db.execute(SCHEMA_1);
-    db.execute("BEGIN; INSERT INTO host_metrics (address, is_valid, scheduled_at) VALUES ('x', true, now())");
-    let mut store = db.store();
-    let began = scratch::now();
-    let layout = store.open().unwrap();
-    start_at(&mut store, &[(P0, 0)]);
-    let mut batch = Batch::default();
-    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
-    assert_eq!(store.flush(&batch), Flushed::Durable);
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
-    assert_eq!(db.one(VERSIONS), "1");
-    db.execute("COMMIT");
-    store.maintain(at_day(catalogue::today(), 0)).unwrap();
-    assert_eq!(db.one(VERSIONS), schema::SCHEMA_VERSION.to_string());
-    assert_eq!(db.count("host_metrics"), 2);
-}
-
-#[test]
-fn a_user_who_may_not_bring_an_older_version_up_writes_to_it_all_the_same() {
-    let mut db = Database::new();
-    db.execute(SCHEMA_1);
     let mut store = db.store_without_create("host_metrics");
+    let user = format!("poor_{}", db.name);
     db.execute(&format!(
-        "GRANT INSERT ON host_metrics, host_metrics_rejected TO poor_{0}; \
-         GRANT SELECT, INSERT, UPDATE ON host_metrics_offsets TO poor_{0}",
-        db.name
+        "GRANT INSERT ON host_metrics, host_metrics_rejected TO {user}; \
+         GRANT SELECT, INSERT, UPDATE ON host_metrics_offsets TO {user}"
     ));
+    let mut config = db.config().database;
+    config.user = user;
+    migrate_made_up(&config, &MADE_UP_STEPS).unwrap();
     let layout = store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);
     let mut batch = Batch::default();
@@ -1082,7 +1078,7 @@ fn a_user_who_may_not_bring_an_older_version_up_writes_to_it_all_the_same() {
 #[test]
 fn what_a_newer_version_made_is_left_alone() {
     let mut db = Database::new();
-    db.execute(SCHEMA_1);
+    db.store().open().unwrap();
     db.execute(&format!(
         "COMMENT ON TABLE host_metrics IS 'host-metrics schema {}: rows'; DROP VIEW host_metrics_incidents; \
          ALTER TABLE host_metrics ADD COLUMN of_the_future text",
@@ -1140,7 +1136,7 @@ fn rows_of_any_day_are_stored_and_move_when_their_day_is_made() {
     let mut store = db.store();
     let layout = store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);
-    let today = catalogue::today();
+    let today = days::today();
     let later = |days: i64| at_day(today, days);
     let mut batch = Batch::default();
     for (offset, days) in [-400, -1, 0, 7, 8, 8, 9, 400].into_iter().enumerate() {
@@ -1191,7 +1187,7 @@ fn retention_drops_whole_days_without_making_writers_wait() {
     let mut store = Store::new(&config).unwrap();
     let layout = store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);
-    let today = catalogue::today();
+    let today = days::today();
     let partition = |days: i64| format!("host_metrics{}", today.plus(days).suffix());
     let exists =
         |db: &mut Database, days: i64| db.count(&format!("pg_class WHERE relname = '{}'", partition(days)));
@@ -1240,10 +1236,10 @@ fn retention_removes_old_rows_of_days_without_partition_too() {
          WHERE scheduled_at < now() - interval '50 days') AND tableoid = 'host_metrics_default'::regclass",
     );
     let began = scratch::now();
-    store.maintain(at_day(catalogue::today(), 0)).unwrap();
+    store.maintain(at_day(days::today(), 0)).unwrap();
     let mut batch = Batch::default();
     let mut sample = ok("https://a.example/");
-    sample.scheduled_at = Some(at_day(catalogue::today(), -25));
+    sample.scheduled_at = Some(at_day(days::today(), -25));
     row(&mut batch, &layout, P0, 0, 0, &sample);
     assert_eq!(store.flush(&batch), Flushed::Durable);
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
@@ -1251,15 +1247,12 @@ fn retention_removes_old_rows_of_days_without_partition_too() {
     // Whole days: those from the thirtieth day before today on stay.
     let older = "host_metrics WHERE scheduled_at < date_trunc('day', now(), 'UTC') - interval '30 days'";
     assert_eq!(db.count(older), 1);
-    store.maintain(at_day(catalogue::today(), 0)).unwrap();
+    store.maintain(at_day(days::today(), 0)).unwrap();
     assert_eq!(db.count(older), 0);
     assert_eq!(db.count("host_metrics_default"), 10 * 600 + 3);
 }
 
 // ------------------------------------------------------------------------------------------------ what the tests use
-
-const SCHEMA_1: &str = include_str!("fixtures/schema_1.sql");
-const SCHEMA_2: &str = include_str!("fixtures/schema_2.sql");
 
 /// The versions in the comments of all objects.
 const VERSIONS: &str = "SELECT string_agg(DISTINCT substring(obj_description(oid, 'pg_class') FROM 'schema (\\d+):'), ',') \
@@ -1357,7 +1350,7 @@ pub fn row(
     assert!(matches!(batch.entries.last().unwrap().form, Form::Row(_)));
 }
 
-fn reject(
+pub fn reject(
     batch: &mut Batch,
     partition: Partition,
     base: i64,
@@ -1383,7 +1376,7 @@ pub fn ok(address: &str) -> Sample<'static> {
         outcome: Some("ok".into()),
         status_code: Some(200),
         latency: Some(0.25),
-        scheduled_at: Some(at_day(catalogue::today(), 0)),
+        scheduled_at: Some(at_day(days::today(), 0)),
         ..Sample::default()
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 use host_metrics::commands::init;
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::store::Flushed;
-use host_metrics::tables::catalogue;
-use host_metrics::tables::schema::Day;
+use host_metrics::tables::days;
+use host_metrics::tables::schema::{self, Day};
 use host_metrics::tables::sums::{self, Pass, Sums, Within};
 
 use crate::database::Database;
@@ -19,11 +19,11 @@ fn the_views_say_what_the_rows_say() {
     let mut db = Database::new();
     db.store().open().unwrap();
     // Two hosts, a tick a minute, the newest a minute ago: a is down for ticks 6..=8 and misses tick 7; it was down at
-    // tick 29 and 30, the oldest. b is plain http and always up.
+    // tick 29 and 30, the oldest, and was not seen at ticks 12 and 13. b is plain http and always up.
     db.execute(
         "INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, interval_seconds, cert_expires_at) \
-         SELECT 'https://a.example/', now() - n * interval '1 minute', n NOT IN (6, 7, 8, 29, 30), \
-                CASE WHEN n = 7 THEN 'missed' WHEN n IN (6, 30) THEN 'tls_timeout' WHEN n IN (8, 29) THEN 'dns_error' \
+         SELECT 'https://a.example/', now() - n * interval '1 minute', n NOT IN (6, 7, 8, 12, 13, 29, 30), \
+                CASE WHEN n = 7 THEN 'missed' WHEN n = 12 THEN 'agent_error' WHEN n = 13 THEN 'agent_offline' WHEN n IN (6, 30) THEN 'tls_timeout' WHEN n IN (8, 29) THEN 'dns_error' \
                      ELSE 'ok' END, 60, \
                 CASE WHEN n NOT IN (6, 7, 8) THEN now() + interval '10 days 1 hour' END \
          FROM generate_series(1, 30) n; \
@@ -42,7 +42,7 @@ fn the_views_say_what_the_rows_say() {
             "SELECT concat_ws('|', address, due_1h, valid_1h, missed_1h, round(uptime_1h::numeric, 4), due_24h, \
              round(uptime_7d::numeric, 4)) FROM host_metrics_uptime ORDER BY address"
         ),
-        ["http://b.example/|59|59|0|1.0000|90|1.0000", "https://a.example/|30|25|1|0.8333|30|0.8333"]
+        ["http://b.example/|59|59|0|1.0000|90|1.0000", "https://a.example/|30|23|3|0.8519|30|0.8519"]
     );
     assert_eq!(
         db.many(
@@ -81,7 +81,7 @@ fn the_views_say_what_the_rows_say() {
 fn the_views_are_their_plain_definitions_on_random_rows() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let today = catalogue::today();
+    let today = days::today();
     for seed in 1..=3 {
         db.execute(&random_rows(seed));
         db.check_views(&format!("seed {seed}, no sums"));
@@ -94,13 +94,13 @@ fn the_views_are_their_plain_definitions_on_random_rows() {
         db.execute(
             "INSERT INTO host_metrics (address, agent, scheduled_at, is_valid, outcome) \
              SELECT address, 'late', scheduled_at + interval '7 seconds', n % 3 = 0, \
-                    CASE WHEN n % 3 = 0 THEN 'ok' WHEN n % 3 = 1 THEN 'missed' ELSE 'dns_timeout' END \
+                    CASE WHEN n % 3 = 0 THEN 'ok' WHEN n % 6 = 1 THEN 'missed' WHEN n % 6 = 4 THEN 'agent_error' ELSE 'dns_timeout' END \
              FROM (SELECT *, row_number() OVER () AS n FROM host_metrics \
                    WHERE scheduled_at::date = (now() - interval '2 days')::date ORDER BY scheduled_at, address LIMIT 200) t; \
              DELETE FROM host_metrics WHERE scheduled_at::date = (now() - interval '4 days')::date AND is_valid \
                  AND hashtext(address) % 2 = 0; \
              UPDATE host_metrics SET is_valid = NOT is_valid WHERE scheduled_at::date = (now() - interval '5 days')::date \
-                 AND outcome IS DISTINCT FROM 'missed'",
+                 AND coalesce(outcome, '') NOT IN ('missed', 'agent_error', 'agent_offline')",
         );
         let changed =
             "host_metrics_days WHERE \"partition\" IN (SELECT \"partition\" FROM host_metrics_changes)";
@@ -129,7 +129,7 @@ fn the_views_are_their_plain_definitions_on_random_rows() {
 fn a_row_of_a_finished_day_makes_its_sums_void_in_the_same_transaction_whoever_writes_it() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let today = catalogue::today();
+    let today = days::today();
     let day = |n: i64| format!("host_metrics{}", today.plus(-n).suffix());
     let at = |n: i64| format!("(timestamptz {} + interval '1 hour')", today.plus(-n).begin());
     let row = |n: i64| {
@@ -253,7 +253,7 @@ fn a_row_of_a_finished_day_makes_its_sums_void_in_the_same_transaction_whoever_w
 fn what_is_written_while_a_day_is_counted_is_not_lost_to_its_sums() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let today = catalogue::today();
+    let today = days::today();
     let row = format!(
         "INSERT INTO host_metrics (address, scheduled_at, is_valid) \
          VALUES ('https://a.example/', timestamptz {}, true)",
@@ -301,20 +301,21 @@ fn what_is_written_while_a_day_is_counted_is_not_lost_to_its_sums() {
 }
 
 #[test]
-fn what_an_owner_has_stays_the_owners_when_somebody_else_brings_it_up() {
+fn what_an_owner_has_stays_the_owners_when_somebody_else_makes_the_rest() {
     let mut db = Database::new();
     let owner = format!("owner_{}", db.name);
     db.execute(&format!(
         "CREATE ROLE {owner} LOGIN; GRANT CREATE ON SCHEMA public TO {owner}; SET ROLE {owner}"
     ));
-    db.execute(include_str!("fixtures/schema_2.sql"));
-    db.execute("RESET ROLE");
+    let sql = schema::script(&db.config().database.table, days::today());
+    db.execute(&sql);
+    db.execute("RESET ROLE; DROP VIEW host_metrics_incidents; DROP TABLE host_metrics_failures");
     let superuser = db.config().database;
     init::make_tables(&superuser).unwrap();
     db.execute(&random_rows(6));
     init::make_tables(&superuser).unwrap();
     assert!(
-        db.counted_days(catalogue::today())
+        db.counted_days(days::today())
             .iter()
             .all(|is_counted| *is_counted)
     );
@@ -327,7 +328,7 @@ fn what_an_owner_has_stays_the_owners_when_somebody_else_brings_it_up() {
     db.execute("DELETE FROM host_metrics WHERE scheduled_at < now() - interval '3 days'");
     let mut as_owner = superuser;
     as_owner.user = owner.clone();
-    let pass = sums::count(&as_owner, catalogue::today(), Within::default()).unwrap();
+    let pass = sums::count(&as_owner, days::today(), Within::default()).unwrap();
     assert!(
         pass.counted >= 3 && pass.left == 0 && !pass.is_hindered,
         "{pass:?}"
@@ -341,7 +342,7 @@ fn what_an_owner_has_stays_the_owners_when_somebody_else_brings_it_up() {
 fn tables_that_get_another_schema_or_owner_take_late_rows_after_the_next_init() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let today = catalogue::today();
+    let today = days::today();
     let row = |schema: &str| {
         format!(
             "INSERT INTO {schema}.host_metrics (address, scheduled_at, is_valid) VALUES ('a', {}, true)",
@@ -391,9 +392,6 @@ fn a_table_of_the_users_with_a_name_of_the_sums_is_said_and_left() {
         refused.contains("host_metrics_hours") && refused.contains("rename it"),
         "{refused}"
     );
-    // An older version's tables go on taking rows.
-    db.execute(include_str!("fixtures/schema_2.sql"));
-    db.store().open().unwrap();
     assert_eq!(db.count("pg_class WHERE relname = 'host_metrics_days'"), 0);
 }
 
@@ -401,7 +399,7 @@ fn a_table_of_the_users_with_a_name_of_the_sums_is_said_and_left() {
 fn a_day_that_takes_too_long_is_left_to_the_views_until_it_changes() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let today = catalogue::today();
+    let today = days::today();
     let fill = |rows: u32| {
         format!(
             "INSERT INTO host_metrics (address, scheduled_at, is_valid) \
@@ -439,7 +437,7 @@ fn a_day_that_takes_too_long_is_left_to_the_views_until_it_changes() {
 fn only_days_that_are_plain_tables_are_summed_up() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let today = catalogue::today();
+    let today = days::today();
     let (name, next) = (today.plus(-2), today.plus(-1));
     db.execute(&format!(
         "DROP TABLE host_metrics{0}; \
@@ -462,7 +460,7 @@ fn only_days_that_are_plain_tables_are_summed_up() {
 fn the_consumers_thread_sums_up_what_is_finished_again_and_again_and_ends_with_the_consumer() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let day = catalogue::today().plus(-3);
+    let day = days::today().plus(-3);
     let row = format!(
         "INSERT INTO host_metrics (address, scheduled_at, is_valid) VALUES ('https://a.example/', {}, true)",
         day.begin()
@@ -493,7 +491,7 @@ fn the_consumers_thread_sums_up_what_is_finished_again_and_again_and_ends_with_t
 fn many_who_sum_up_at_once_count_every_row_once() {
     let mut db = Database::new();
     db.store().open().unwrap();
-    let today = catalogue::today();
+    let today = days::today();
     db.execute(&random_rows(4));
     let passes: Vec<_> = (0..4)
         .map(|_| {
@@ -561,12 +559,15 @@ fn random_rows(seed: u32) -> String {
              ) \
              INSERT INTO host_metrics (address, agent, scheduled_at, is_valid, outcome) \
              SELECT address, agent, CASE WHEN luck < 0.995 THEN at END, kind >= bad AND kind < 0.93, \
-                    CASE WHEN kind >= 0.93 THEN 'missed' WHEN kind >= bad THEN 'ok' WHEN kind < bad / 2 THEN 'dns_error' \
+                    CASE WHEN kind >= 0.93 THEN (ARRAY['missed', 'agent_error', 'agent_offline'])[1 + n % 3] WHEN kind >= bad THEN 'ok' WHEN kind < bad / 2 THEN 'dns_error' \
                          WHEN luck > 0.1 THEN 'bad_status' END \
              FROM ticks CROSS JOIN LATERAL (SELECT least(badness * greatest(mood, 0.1), 0.93) AS bad) b \
              WHERE NOT n % 100 BETWEEN 50 AND 50 + 30 * badness"
     )
 }
+
+/// Of a row: whether its host was looked at, in the plainest words.
+const WAS_CHECKED: &str = "coalesce(outcome, '') NOT IN ('missed', 'agent_error', 'agent_offline')";
 
 impl Database {
     fn sum_up(&self, finished_before: Day) -> Pass {
@@ -596,8 +597,8 @@ impl Database {
             );
             format!(
                 "(SELECT count(*) {within}) AS due_{name}, (SELECT count(*) {within} AND is_valid) AS valid_{name}, \
-                 (SELECT count(*) {within} AND outcome = 'missed') AS missed_{name}, \
-                 (SELECT avg(is_valid::integer)::double precision {within}) AS uptime_{name}"
+                 (SELECT count(*) {within} AND NOT is_valid AND NOT {WAS_CHECKED}) AS missed_{name}, \
+                 (SELECT avg(is_valid::integer)::double precision {within} AND {WAS_CHECKED}) AS uptime_{name}"
             )
         };
         let extreme = |which: &str, name: &str, of: &str| {
@@ -612,19 +613,16 @@ impl Database {
             window("1h", 1),
             window("24h", 24),
             window("7d", 168),
-            extreme(
-                "min",
-                "first_check_at",
-                "(is_valid OR outcome IS DISTINCT FROM 'missed')"
-            ),
+            extreme("min", "first_check_at", WAS_CHECKED),
             extreme("max", "last_valid_at", "is_valid"),
             extreme(
                 "max",
                 "last_failed_at",
-                "NOT is_valid AND outcome IS DISTINCT FROM 'missed'"
+                &format!("NOT is_valid AND {WAS_CHECKED}")
             ),
         );
-        let plain_incidents = "SELECT address, min(scheduled_at) AS started_at, ended_at, \
+        let plain_incidents = format!(
+            "SELECT address, min(scheduled_at) AS started_at, ended_at, \
                 coalesce(ended_at, now()) - min(scheduled_at) AS duration, count(*) AS checks, \
                 (array_agg(outcome ORDER BY scheduled_at, outcome))[1] AS first_outcome, \
                 mode() WITHIN GROUP (ORDER BY outcome) AS most_frequent_outcome \
@@ -632,11 +630,12 @@ impl Database {
                        (SELECT min(later.scheduled_at) FROM host_metrics later WHERE later.address = failed.address \
                         AND later.is_valid AND later.scheduled_at >= failed.scheduled_at) AS ended_at \
                    FROM host_metrics failed \
-                   WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed' AND scheduled_at IS NOT NULL) f \
-             GROUP BY address, ended_at";
+                   WHERE NOT is_valid AND {WAS_CHECKED} AND scheduled_at IS NOT NULL) f \
+             GROUP BY address, ended_at"
+        );
         for (view, plain) in [
             ("host_metrics_uptime", plain_uptime.as_str()),
-            ("host_metrics_incidents", plain_incidents),
+            ("host_metrics_incidents", plain_incidents.as_str()),
         ] {
             assert!(self.count(view) > 20, "{view}: {when}");
             let different = format!(

@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
-use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, KafkaConfig, KafkaSecurity, TableName};
+use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, KafkaConfig, KafkaSecurity};
 use host_metrics::consume::batch::{NextOffset, Partition};
 use host_metrics::consume::ingest::{Event, Extent};
 use host_metrics::consume::source::Source;
 use host_metrics::consume::{self, Counters};
 use host_metrics::shutdown::{STOP_WITHIN, Shutdown};
+use host_metrics::tables::names::TableName;
 use rdkafka::ClientConfig;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};

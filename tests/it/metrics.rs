@@ -27,20 +27,27 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How the agent is, for the server to tell: whether it is alive, and ready.
 #[derive(Clone)]
-struct Stub(Arc<Mutex<(State, State)>>);
+struct Stub(Arc<Mutex<(State, State)>>, &'static str);
 
 type State = Result<(), String>;
 
 impl Stub {
     fn new() -> Self {
-        Self(Arc::new(Mutex::new((Ok(()), Ok(())))))
+        Self(Arc::new(Mutex::new((Ok(()), Ok(())))), "A count.")
+    }
+
+    fn with_a_long_page() -> Self {
+        Self(Self::new().0, "x".repeat(LONG_PAGE_BYTES).leak())
     }
 }
+
+/// More than the buffers of both sockets hold.
+const LONG_PAGE_BYTES: usize = 32 << 20;
 
 impl Watched for Stub {
     fn page(&self) -> Page {
         let mut page = Page::default();
-        page.counter("a_total", "A count.", 1);
+        page.counter("a_total", self.1, 1);
         page
     }
 
@@ -106,7 +113,7 @@ fn the_three_paths_answer_and_nothing_else_does() {
         ),
         ("GET\r\n\r\n".to_owned(), "400"),
         ("\u{16}\u{3}\u{1} TLS?\r\n\r\n".to_owned(), "400"),
-        (format!("GET /{} HTTP/1.1\r\n", "x".repeat(9_000)), "431"),
+        (format!("GET /{} HTTP/1.1\r\n", "x".repeat(16_384 - 5)), "431"),
         (format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(100)), "431"),
     ] {
         let answer = exchange(address, &request);
@@ -133,23 +140,126 @@ fn a_hung_agent_is_neither_alive_nor_ready_and_a_waiting_one_is_alive() {
     assert_eq!(health::ask(address), Ok(Answer::Ready));
 }
 
+/// What a client that never ends its request sends, and how many such clients there are.
+const DAWDLERS: [(&str, &str, usize); 4] = [
+    ("half a request", "GET /metrics HTTP/1.1\r\nHost: h\r\n", 20),
+    ("nothing", "", 500),
+    ("a byte", "G", 700),
+    ("half a request line", "GET /met", 1_300),
+];
+
 #[test]
-fn clients_that_say_nothing_or_dribble_do_not_keep_others_out_for_long() {
+fn clients_that_dawdle_do_not_keep_others_waiting_and_are_closed() {
+    for (what, sent, count) in DAWDLERS {
+        let endpoint = endpoint(&Stub::new());
+        let address = endpoint.address();
+        let mut dawdlers: Vec<TcpStream> = (0..count)
+            .map(|_| {
+                let mut stream = TcpStream::connect(address).unwrap();
+                stream.write_all(sent.as_bytes()).unwrap();
+                stream
+            })
+            .collect();
+        for path in ["/healthz", "/readyz", "/metrics"] {
+            assert_eq!(get(address, path).0, 200, "{count} clients that send {what}");
+        }
+        // It did not wait until they were gone: the newest of them is still there.
+        let newest = dawdlers.last_mut().unwrap();
+        newest.set_nonblocking(true).unwrap();
+        let error = newest.read(&mut [0; 16]).unwrap_err();
+        assert_eq!(
+            error.kind(),
+            ErrorKind::WouldBlock,
+            "{count} clients that send {what}"
+        );
+        newest.set_nonblocking(false).unwrap();
+        for stream in &mut dawdlers {
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let closed = match stream.read(&mut [0; 16]) {
+                Ok(count) => count == 0,
+                Err(error) => error.kind() == ErrorKind::ConnectionReset,
+            };
+            assert!(closed, "{what}: in the end it is closed");
+        }
+    }
+}
+
+#[test]
+fn five_hundred_requests_at_once_are_all_answered() {
     let endpoint = endpoint(&Stub::new());
     let address = endpoint.address();
-    let mut silent: Vec<_> = (0..6).map(|_| TcpStream::connect(address).unwrap()).collect();
-    // A byte now and then does not prolong its time.
-    silent[0].write_all(b"GET /met").unwrap();
-    let began = now();
-    assert_eq!(get(address, "/metrics").0, 200);
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-    for stream in &mut silent {
+    let mut streams: Vec<TcpStream> = (0..500).map(|_| TcpStream::connect(address).unwrap()).collect();
+    for stream in &mut streams {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let closed = match stream.read(&mut [0; 16]) {
-            Ok(count) => count == 0,
-            Err(error) => error.kind() == ErrorKind::ConnectionReset,
-        };
-        assert!(closed, "it is shown the door");
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n")
+            .unwrap();
+    }
+    for mut stream in streams {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+}
+
+#[test]
+fn a_request_without_end_is_refused_and_others_are_answered_meanwhile() {
+    let endpoint = endpoint(&Stub::new());
+    let address = endpoint.address();
+    let header = format!("x: {}\r\n", "y".repeat(1_000));
+    for (beginning, part) in [("GET / HTTP/1.1\r\n", header.as_str()), ("GET /", "xxxxxxxxxx")] {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(beginning.as_bytes()).unwrap();
+        // A megabyte, or until the server has had enough.
+        let all = part.repeat((1 << 20) / part.len());
+        let refused = stream.write_all(all.as_bytes());
+        assert_eq!(get(address, "/healthz").0, 200);
+        let mut answer = Vec::new();
+        let ended = stream.read_to_end(&mut answer);
+        let answer = String::from_utf8_lossy(&answer);
+        let is_reset = refused.is_err() || ended.is_err();
+        assert!(is_reset || answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    }
+}
+
+#[test]
+fn a_client_that_reads_nothing_of_its_answer_is_closed() {
+    let endpoint = endpoint(&Stub::with_a_long_page());
+    let address = endpoint.address();
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n")
+        .unwrap();
+    assert_eq!(get(address, "/healthz").0, 200);
+    wait_for("the server gives up", || stream.write_all(b"x").err());
+    let mut answer = Vec::new();
+    let ended = stream.read_to_end(&mut answer);
+    assert!(
+        ended.is_err() || answer.len() < LONG_PAGE_BYTES,
+        "{}",
+        answer.len()
+    );
+}
+
+#[test]
+fn what_is_no_agent_is_not_taken_for_one() {
+    for answer in [
+        "SSH-2.0-x\r\n\r\n",
+        "HTTP/1.1 200",
+        "HTTP/1.1 404 Not Found\r\n\r\n",
+        "",
+    ] {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let other = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
+        });
+        let error = health::ask(address).unwrap_err();
+        assert!(error.contains("no agent"), "{answer:?}: {error}");
+        other.join().unwrap();
     }
 }
 

@@ -184,23 +184,30 @@ fn the_command_says_whether_its_answer_can_be_relied_on() {
 }
 
 #[test]
-fn a_missed_tick_is_due_and_says_nothing_about_the_host() {
+fn a_tick_that_was_not_checked_says_nothing_about_the_host() {
     let mut database = Database::with_tables();
     database.checks("a", 60, 30, &[]);
     database.execute(
-        "UPDATE host_metrics SET outcome = 'missed', is_valid = false, latency = NULL, error = 'not checked'
-         WHERE scheduled_at > now() - interval '2 minutes 30 seconds'",
+        "UPDATE host_metrics SET is_valid = false, latency = NULL, error = 'not checked',
+             outcome = (ARRAY['missed', 'agent_error', 'agent_offline'])
+                 [1 + round(extract(epoch FROM now() - scheduled_at) / 60)::integer]
+         WHERE scheduled_at > now() - interval '2 minutes 30 seconds';
+         CREATE TABLE theirs AS TABLE host_metrics;
+         CREATE TABLE without_time AS SELECT address, latency, is_valid, outcome FROM host_metrics",
     );
     let document = database.status(&[]);
     let host = &document["hosts"][0];
     assert_eq!(host["state"], "up");
     assert_age(&document, &host["since"], 29 * 60);
-    assert_eq!(host["uptime_1h"], json!(27.0 / 30.0));
+    assert_eq!(host["uptime_1h"], 1.0);
     assert_eq!(
         (&host["missed_7d"], &host["last_outcome"]),
         (&json!(3), &json!("missed"))
     );
     assert_eq!(host["last_error"], Value::Null);
+    assert_eq!(*host, database.status(&[("DB_TABLE", "theirs")])["hosts"][0]);
+    let without_time = database.status(&[("DB_TABLE", "without_time")]);
+    assert_eq!(without_time["hosts"][0]["uptime_ever"], 1.0);
 }
 
 #[test]
@@ -263,12 +270,10 @@ fn another_table_with_the_same_rows_says_the_same() {
     let ours = database.status(&[]);
     let theirs = database.status(&[("DB_TABLE", "theirs")]);
     assert_eq!(ours["hosts"], theirs["hosts"]);
-    // So does ours once its finished days are summed up, and one whose views are an older version's.
+    // So does ours once its finished days are summed up.
     init::make_tables(&database.config(&[]).database).unwrap();
     let days = "SELECT count(*) FROM host_metrics_days WHERE state = 'counted'";
     assert!(database.client.query_one(days, &[]).unwrap().get::<_, i64>(0) >= 6);
-    assert_eq!(ours["hosts"], database.status(&[])["hosts"]);
-    database.execute("COMMENT ON VIEW host_metrics_uptime IS 'host-metrics schema 2: older'");
     assert_eq!(ours["hosts"], database.status(&[])["hosts"]);
     assert_eq!(theirs["stale"], false);
     assert_eq!(
@@ -312,7 +317,7 @@ fn the_originals_table_shows_what_it_can() {
         ])
     );
     let text = status::text(&status::run(&database.config(&[])).unwrap(), None);
-    assert!(text.contains("HOST  ROWS  UPTIME"), "{text}");
+    assert!(text.contains("HOST  CHECKS  UPTIME"), "{text}");
     assert!(
         text.contains("cannot be told, because the table has no column scheduled_at"),
         "{text}"

@@ -5,7 +5,9 @@ use std::time::Duration;
 use postgres::{Client, NoTls};
 
 use crate::commands::demo::table::{Host, Newest, Totals};
-use crate::config::{DatabaseConfig, TableName};
+use crate::config::DatabaseConfig;
+use crate::tables::names::TableName;
+use crate::tables::views::FAILED;
 use crate::terminal::SPARKLINE_CHECKS;
 
 /// The database runs on this machine: what takes longer hangs.
@@ -106,7 +108,7 @@ impl Rows {
 
     pub fn totals(&mut self, hosts: usize) -> Result<Totals, postgres::Error> {
         let sql = format!(
-            "SELECT count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE NOT is_valid AND outcome IS DISTINCT FROM 'missed'),
+            "SELECT count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE {FAILED}),
                     (SELECT count(*) FROM {})
              FROM {}",
             self.table.quoted(""),

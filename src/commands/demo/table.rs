@@ -125,7 +125,9 @@ fn line(host: &Host, columns: Columns, width: usize, is_coloured: bool) -> Strin
         None => ("…", Colour::Dim),
         Some(newest) if newest.is_valid => ("up", Colour::Green),
         // Not checked: that says nothing about the host.
-        Some(newest) if newest.outcome == "missed" => ("?", Colour::Dim),
+        Some(newest) if ["missed", "agent_error", "agent_offline"].contains(&newest.outcome.as_str()) => {
+            ("?", Colour::Dim)
+        }
         Some(_) => ("DOWN", Colour::Red),
     };
     let latency = host

@@ -16,7 +16,7 @@ use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
 use crate::config::StatusConfig;
 use crate::postgres::{self, Bounds, Link};
 use crate::sample::Timestamp;
-use crate::tables::catalogue;
+use crate::tables::destination;
 use crate::terminal::{self, NONE, columns, cut, percent, plain, roughly, seconds, sparkline};
 
 /// Data is stale when its newest row is older than so many intervals of its host, and a minute for the way to the table.
@@ -42,7 +42,7 @@ pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
     let bounds = Bounds::default();
     let rows = runtime.block_on(async {
         let link = Link::open(&config.database, &bounds).await?;
-        let found = catalogue::find(&link.client, &bounds, &config.database.table).await;
+        let found = destination::find(&link, &bounds).await;
         let rows = match found {
             Ok(found) => rows::read(&link.client, &bounds, &found, &config.group_id).await,
             Err(fault) => Err(fault),
@@ -180,7 +180,7 @@ struct HostDocument<'a> {
 
 impl<'a> HostDocument<'a> {
     fn of(report: &Report, host: &'a Host) -> Self {
-        let share = |share: Option<Share>| share.map(|Share { valid, due }| valid as f64 / due as f64);
+        let share = |share: Option<Share>| share.map(|Share { valid, checks }| valid as f64 / checks as f64);
         let failed = host.last_error.as_ref();
         Self {
             address: &host.address,
@@ -311,7 +311,7 @@ fn table(report: &Report) -> Vec<Vec<String>> {
     ];
     let mut table = vec![headline.map(str::to_owned).to_vec()];
     let none = || NONE.to_owned();
-    let share = |share: Option<Share>| share.map_or_else(none, |share| percent(share.valid, share.due));
+    let share = |share: Option<Share>| share.map_or_else(none, |share| percent(share.valid, share.checks));
     let ago = |at: Timestamp| roughly(report.age_seconds(at) as i64);
     for host in &report.rows.hosts {
         let since = host.since.map_or_else(none, |since| {
@@ -355,7 +355,7 @@ fn word(state: State) -> &'static str {
 /// Of a table without times.
 fn counted_only(report: &Report) -> Vec<Vec<String>> {
     let mut table = vec![
-        ["HOST", " ROWS", " UPTIME", " P50", " P95"]
+        ["HOST", " CHECKS", " UPTIME", " P50", " P95"]
             .map(str::to_owned)
             .to_vec(),
     ];
@@ -364,8 +364,8 @@ fn counted_only(report: &Report) -> Vec<Vec<String>> {
         let share = host.uptime_ever;
         table.push(vec![
             plain(&host.address),
-            share.map_or_else(none, |share| share.due.to_string()),
-            share.map_or_else(none, |share| percent(share.valid, share.due)),
+            share.map_or_else(none, |share| share.checks.to_string()),
+            share.map_or_else(none, |share| percent(share.valid, share.checks)),
             host.latency_p50_seconds.map_or_else(none, seconds),
             host.latency_p95_seconds.map_or_else(none, seconds),
         ]);

@@ -1,7 +1,7 @@
 //! What the tables say of the hosts and of the pipeline. Owns the questions.
 //!
-//! Three ways to ask, one answer. A table of ours is asked by its views, which know the sums of finished days (one of an
-//! older version by one pass over seven days), and along its index for a few rows of each host. A table that somebody else
+//! Three ways to ask, one answer. A table of ours is asked by its views, which know the sums of finished days, and
+//! along its index for a few rows of each host. A table that somebody else
 //! made may have no index, so its seven days are sorted once. One without `scheduled_at`, as the original had it, can only
 //! be counted.
 
@@ -12,9 +12,9 @@ use tokio_postgres::{Client, Row};
 
 use crate::postgres::{Bounds, Fault, bounded};
 use crate::sample::Timestamp;
-use crate::tables::catalogue::{self, Found};
-use crate::tables::schema::Object;
-use crate::tables::views::{CHECKED, hour_of};
+use crate::tables::destination::{self, Found};
+use crate::tables::names::Object;
+use crate::tables::views::{CHECKED, NOT_CHECKED, hour_of};
 use crate::terminal::SPARKLINE_CHECKS;
 
 /// Ten million rows of the last seven days take a few seconds on a small machine.
@@ -57,7 +57,7 @@ pub struct Newest {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Host {
     pub address: String,
-    /// Of the newest check within seven days; a missed tick is none.
+    /// Of the newest check within seven days; a tick that was not checked is none.
     pub is_valid: Option<bool>,
     /// The first of the unbroken row of checks, up to the newest, that say the same.
     pub since: Option<Timestamp>,
@@ -68,6 +68,7 @@ pub struct Host {
     pub uptime_7d: Option<Share>,
     /// Of all rows; only where those have no time.
     pub uptime_ever: Option<Share>,
+    /// Ticks that were not checked, whatever the reason.
     pub missed_7d: Option<i64>,
     /// Median and 95th percentile of the last 24 hours, or of all rows where those have no time.
     pub latency_p50_seconds: Option<f64>,
@@ -82,11 +83,11 @@ pub struct Host {
     pub latencies: Vec<Option<f64>>,
 }
 
-/// Valid ticks of those that were due.
+/// Valid checks of all that were made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     pub valid: i64,
-    pub due: i64,
+    pub checks: i64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -124,7 +125,7 @@ pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &st
     let now_micros = now_micros.try_get(0)?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
-    let is_ours = [Object::Main, Object::Latest, Object::Certificates]
+    let is_ours = [Object::Main, Object::Latest, Object::Uptime, Object::Certificates]
         .into_iter()
         .all(|object| found.is_ours(object));
     let sql = match (is_ours, has_time) {
@@ -250,11 +251,12 @@ fn counts(times: &Times) -> String {
     let counts = windows.map(|(name, since)| {
         let within = since.map_or_else(|| "true".to_owned(), |since| format!("scheduled_at > {since}"));
         format!(
-            "count(*) FILTER (WHERE {within}) AS due_{name}, count(*) FILTER (WHERE is_valid AND {within}) AS valid_{name}"
+            "count(*) FILTER (WHERE {CHECKED} AND {within}) AS checks_{name}, \
+             count(*) FILTER (WHERE is_valid AND {within}) AS valid_{name}"
         )
     });
     format!(
-        "{}, count(*) FILTER (WHERE NOT is_valid AND outcome = 'missed') AS missed_7d, \
+        "{}, count(*) FILTER (WHERE NOT is_valid AND {NOT_CHECKED}) AS missed_7d, \
          min(scheduled_at) FILTER (WHERE {CHECKED}) AS first_check",
         counts.join(", ")
     )
@@ -275,23 +277,15 @@ const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NO
 fn of_our_table(found: &Found, times: &Times) -> String {
     let main = found.table.quoted("");
     let latest = found.table.quoted(Object::Latest.suffix());
-    let counted = if found.is_current(Object::Uptime) {
-        let uptime = found.table.quoted(Object::Uptime.suffix());
-        format!(
-            "SELECT *, first_check_at AS first_check, last_valid_at AS last_valid, last_failed_at AS last_invalid
-             FROM {uptime}"
-        )
-    } else {
-        let (counts, last, in_week) = (counts(times), last(""), times.since(&times.week_ago));
-        format!("SELECT address, {counts}, {last} FROM {main} WHERE {in_week} GROUP BY address")
-    };
+    let uptime = found.table.quoted(Object::Uptime.suffix());
     let certificates = found.table.quoted(Object::Certificates.suffix());
     // In which the rows for a sparkline lie; records of the original say no interval.
     let window =
         format!("make_interval(secs => {SPARKLINE_CHECKS} * coalesce(latest.interval_seconds, 3600))");
     format!(
         "WITH counted AS (
-             {counted}
+             SELECT *, first_check_at AS first_check, last_valid_at AS last_valid, last_failed_at AS last_invalid
+             FROM {uptime}
          ), week AS (
              SELECT *, {TURNED_AT} FROM counted
          ), day AS (
@@ -305,9 +299,9 @@ fn of_our_table(found: &Found, times: &Times) -> String {
                  SELECT FROM {main} t
                  WHERE t.address = latest.address AND t.scheduled_at <= {week_ago}
              ) AS is_longer,
-             coalesce(due_1h, 0) AS due_1h, coalesce(valid_1h, 0) AS valid_1h,
-             coalesce(due_24h, 0) AS due_24h, coalesce(valid_24h, 0) AS valid_24h,
-             coalesce(due_7d, 0) AS due_7d, coalesce(valid_7d, 0) AS valid_7d,
+             coalesce(due_1h - missed_1h, 0) AS checks_1h, coalesce(valid_1h, 0) AS valid_1h,
+             coalesce(due_24h - missed_24h, 0) AS checks_24h, coalesce(valid_24h, 0) AS valid_24h,
+             coalesce(due_7d - missed_7d, 0) AS checks_7d, coalesce(valid_7d, 0) AS valid_7d,
              coalesce(missed_7d, 0) AS missed_7d, day.latency,
              {failed_at} AS failed_at, failed.outcome AS failed_outcome, failed.error AS failed_error,
              certificate.days_left, recent.latencies
@@ -384,7 +378,7 @@ fn of_a_foreign_table(source: &str, times: &Times) -> String {
              turned_at IS NULL AND first_check IS NOT NULL AND address IN (
                  SELECT address FROM {source} WHERE scheduled_at <= {week_ago}
              ) AS is_longer,
-             due_1h, valid_1h, due_24h, valid_24h, due_7d, valid_7d, missed_7d, latency,
+             checks_1h, valid_1h, checks_24h, valid_24h, checks_7d, valid_7d, missed_7d, latency,
              {failed_at} AS failed_at, failed_outcome, failed_error,
              floor(extract(epoch FROM expires_at - {now}) / 86400)::integer AS days_left, latencies
          FROM hosts ORDER BY address",
@@ -403,7 +397,7 @@ fn of_a_foreign_table(source: &str, times: &Times) -> String {
 
 fn of_a_table_without_time(source: &str) -> String {
     format!(
-        "SELECT address, count(*) AS due_ever, count(*) FILTER (WHERE is_valid) AS valid_ever, {LATENCIES} AS latency
+        "SELECT address, count(*) FILTER (WHERE {CHECKED}) AS checks_ever, count(*) FILTER (WHERE is_valid) AS valid_ever, {LATENCIES} AS latency
          FROM {source} WHERE address IS NOT NULL GROUP BY address ORDER BY address"
     )
 }
@@ -416,12 +410,12 @@ fn micros(time: &str) -> String {
 /// Reads a row of any of the questions; a column that a question does not ask for is nothing.
 fn host(row: &Row) -> Result<Host, Fault> {
     let has = |name: &str| row.columns().iter().any(|column| column.name() == name);
-    let share = |due: &str, valid: &str| -> Result<Option<Share>, Fault> {
-        if !has(due) {
+    let share = |checks: &str, valid: &str| -> Result<Option<Share>, Fault> {
+        if !has(checks) {
             return Ok(None);
         }
-        let (due, valid) = (row.try_get(due)?, row.try_get(valid)?);
-        Ok((due > 0).then_some(Share { valid, due }))
+        let (checks, valid) = (row.try_get(checks)?, row.try_get(valid)?);
+        Ok((checks > 0).then_some(Share { valid, checks }))
     };
     let latency: Option<Vec<Option<f64>>> = row.try_get("latency")?;
     let latency = |at: usize| latency.as_ref().and_then(|both| *both.get(at)?);
@@ -430,10 +424,10 @@ fn host(row: &Row) -> Result<Host, Fault> {
         is_valid: None,
         since: None,
         is_longer: false,
-        uptime_1h: share("due_1h", "valid_1h")?,
-        uptime_24h: share("due_24h", "valid_24h")?,
-        uptime_7d: share("due_7d", "valid_7d")?,
-        uptime_ever: share("due_ever", "valid_ever")?,
+        uptime_1h: share("checks_1h", "valid_1h")?,
+        uptime_24h: share("checks_24h", "valid_24h")?,
+        uptime_7d: share("checks_7d", "valid_7d")?,
+        uptime_ever: share("checks_ever", "valid_ever")?,
         missed_7d: None,
         latency_p50_seconds: latency(0),
         latency_p95_seconds: latency(1),
@@ -506,7 +500,7 @@ async fn positions(
     found: &Found,
     group_id: &str,
 ) -> Result<Option<BTreeMap<(String, i32), i64>>, Fault> {
-    if !catalogue::may_read(client, bounds, found, Object::Offsets).await? {
+    if !destination::may_read(client, bounds, found, Object::Offsets).await? {
         return Ok(None);
     }
     let sql = format!(
@@ -527,7 +521,7 @@ async fn positions(
 }
 
 async fn rejected(client: &Client, bounds: &Bounds, found: &Found) -> Result<Option<i64>, Fault> {
-    if !catalogue::may_read(client, bounds, found, Object::Rejected).await? {
+    if !destination::may_read(client, bounds, found, Object::Rejected).await? {
         return Ok(None);
     }
     let sql = format!(

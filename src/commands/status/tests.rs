@@ -15,7 +15,7 @@ fn newest(seconds: i64, interval_seconds: f64) -> Newest {
 }
 
 fn host(address: &str) -> Host {
-    let share = |valid, due| Some(Share { valid, due });
+    let share = |valid, checks| Some(Share { valid, checks });
     Host {
         address: address.into(),
         is_valid: Some(true),
@@ -105,7 +105,7 @@ fn a_person_reads_a_row_per_host_and_the_pipeline() {
         is_valid: Some(false),
         since: Some(ago(7_300)),
         is_longer: false,
-        uptime_1h: Some(Share { valid: 0, due: 60 }),
+        uptime_1h: Some(Share { valid: 0, checks: 60 }),
         latency_p95_seconds: None,
         latency_p50_seconds: None,
         certificate_days_left: None,
@@ -138,7 +138,7 @@ fn what_cannot_be_known_is_said() {
     let counted = Host {
         is_valid: None,
         newest: None,
-        uptime_ever: Some(Share { valid: 3, due: 4 }),
+        uptime_ever: Some(Share { valid: 3, checks: 4 }),
         ..host("a")
     };
     let mut report = report(vec![counted]);
@@ -146,8 +146,8 @@ fn what_cannot_be_known_is_said() {
     report.rows.rejected = None;
     report.lag = Err("Kafka at k:1: refused".into());
     let expected = "\
-HOST  ROWS  UPTIME    P50     P95
-a        4  75.0 %  12 ms  900 ms
+HOST  CHECKS  UPTIME    P50     P95
+a          4  75.0 %  12 ms  900 ms
 
 newest row  -
 lag         not known: Kafka at k:1: refused

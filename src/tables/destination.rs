@@ -1,0 +1,351 @@
+//! The tables that exist: which of DB_TABLE's objects are there, their columns, and this user's rights on them.
+//!
+//! Owns the questions to the catalogue. It changes nothing: making what is missing is `migrate`'s.
+
+use tokio_postgres::Client;
+
+use crate::postgres::{Bounds, Fault, Link, bounded};
+use crate::tables::names::{Object, TableName};
+use crate::tables::row::{Column, Layout};
+use crate::tables::schema::{MARK, SCHEMA_VERSION};
+
+/// DB_TABLE with its schema, and which of its objects exist.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// With the schema that DB_TABLE means, also where it does not say it.
+    pub table: TableName,
+    objects: Vec<FoundObject>,
+}
+
+#[derive(Clone, Debug)]
+struct FoundObject {
+    object: Object,
+    oid: u32,
+    /// `pg_class.relkind`: r table, p partitioned, v view, f foreign, m materialised.
+    kind: char,
+    /// The version in our comment; `None`: somebody else's.
+    version: Option<u32>,
+    is_owned: bool,
+}
+
+impl Found {
+    pub fn has(&self, object: Object) -> bool {
+        self.get(object).is_some()
+    }
+
+    /// Whether the object carries our comment.
+    pub fn is_ours(&self, object: Object) -> bool {
+        self.get(object).is_some_and(|found| found.version.is_some())
+    }
+
+    /// Whether the object is ours, of this version or a newer one: that has all that this one knows.
+    pub fn is_current(&self, object: Object) -> bool {
+        self.get(object)
+            .is_some_and(|found| found.version >= Some(SCHEMA_VERSION))
+    }
+
+    /// The oid of the main table, where it is ours and partitioned by day.
+    pub(super) fn partitioned_main(&self) -> Option<u32> {
+        self.get(Object::Main)
+            .filter(|main| main.kind == 'p' && main.version.is_some())
+            .map(|main| main.oid)
+    }
+
+    /// Our objects that are older than `version`. Not the rest of a table that is newer: it fits that one.
+    pub(super) fn older_than(&self, version: u32) -> Vec<Object> {
+        let version_of = |object| self.get(object).and_then(|found| found.version);
+        if version_of(Object::Main) > Some(version) {
+            return Vec::new();
+        }
+        let is_older = |object: &Object| version_of(*object).is_some_and(|found| found < version);
+        Object::ALL.into_iter().filter(is_older).collect()
+    }
+
+    /// Whether this user owns the object, and so may alter it.
+    pub(super) fn is_owned(&self, object: Object) -> bool {
+        self.get(object).is_some_and(|found| found.is_owned)
+    }
+
+    fn get(&self, object: Object) -> Option<&FoundObject> {
+        self.objects.iter().find(|found| found.object == object)
+    }
+
+    /// The version of the table, where it is ours and newer than this program knows.
+    pub fn newer_version(&self) -> Option<u32> {
+        let version = self.get(Object::Main)?.version?;
+        (version > SCHEMA_VERSION).then_some(version)
+    }
+}
+
+/// Looks up which objects of DB_TABLE exist.
+///
+/// # Errors
+/// This user may not use the schema, or the database does not answer.
+pub async fn find(link: &Link, bounds: &Bounds) -> Result<Found, Fault> {
+    const SCHEMA: &str = "SELECT pg_catalog.has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace \
+                          WHERE nspname = $1::text";
+    const OBJECTS: &str = "SELECT c.relname::text, c.oid, c.relkind::text, \
+                pg_catalog.obj_description(c.oid, 'pg_class'), pg_catalog.pg_has_role(c.relowner, 'USAGE') \
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE n.nspname = $1::text AND c.relname = ANY ($2::text[])";
+    let (client, table) = (&link.client, link.table.clone());
+    bounded("reading the catalogue", bounds.step, async {
+        if let Some(schema) = client.query_opt(SCHEMA, &[&table.schema]).await?
+            && !schema.try_get::<_, bool>(0)?
+        {
+            let schema = table.schema.as_deref().unwrap_or_default();
+            return Err(Fault::operator(format!(
+                "permission denied for schema {schema}: GRANT USAGE ON SCHEMA {schema} to this user"
+            )));
+        }
+        let names = Object::ALL.map(|object| format!("{}{}", table.name, object.suffix()));
+        let mut objects = Vec::new();
+        for row in client.query(OBJECTS, &[&table.schema, &names.as_slice()]).await? {
+            let name: String = row.try_get(0)?;
+            let kind: String = row.try_get(2)?;
+            let comment: Option<String> = row.try_get(3)?;
+            let object = Object::ALL
+                .into_iter()
+                .zip(&names)
+                .find(|(_, known)| **known == name);
+            if let Some((object, _)) = object {
+                objects.push(FoundObject {
+                    object,
+                    oid: row.try_get(1)?,
+                    kind: kind.chars().next().unwrap_or_default(),
+                    version: comment.as_deref().and_then(version_in),
+                    is_owned: row.try_get(4)?,
+                });
+            }
+        }
+        Ok(Found { table, objects })
+    })
+    .await
+}
+
+/// The owner of an object, quoted.
+pub(super) async fn owner(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    object: Object,
+) -> Result<String, Fault> {
+    const SQL: &str = "SELECT pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(relowner)) \
+                       FROM pg_catalog.pg_class WHERE oid = $1";
+    let oid = found.get(object).map_or(0, |found| found.oid);
+    bounded("reading the catalogue", bounds.step, async {
+        client.query_one(SQL, &[&oid]).await?.try_get(0)
+    })
+    .await
+}
+
+/// The table that `consume` writes to.
+pub struct Destination {
+    pub layout: Layout,
+    /// Whether its days are ours to keep: it carries our comment and is partitioned.
+    pub is_ours: bool,
+}
+
+/// Reads columns and rights, and checks that a row can be written at all.
+///
+/// # Errors
+/// The operator's: a column of an unfit type, a column that we do not write but that must not be null, a view that takes
+/// no rows, a right that is missing: all of them at once.
+pub async fn destination(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    user: &str,
+) -> Result<Destination, Fault> {
+    let main = found.table.quoted("");
+    let Some(object) = found.get(Object::Main) else {
+        return Err(Fault::operator(format!(
+            "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
+        )));
+    };
+    if let Some(version) = found.newer_version() {
+        log::warn!(
+            "table {main} was made by a newer version of host-metrics (schema {version}, this one knows \
+             {SCHEMA_VERSION}) and is left as it is: columns that this one does not know stay empty"
+        );
+    }
+    let mut problems = Vec::new();
+    if object.kind == 'v' && !has_insert_trigger(client, bounds, object.oid).await? {
+        problems.push(format!(
+            "view {main} has no INSTEAD OF INSERT trigger: COPY cannot write to it otherwise; create the trigger, or \
+             name the table itself in DB_TABLE"
+        ));
+    }
+    let columns = columns(client, bounds, object.oid).await?;
+    let ours: Vec<Column> = columns
+        .iter()
+        .filter(|c| !c.is_generated)
+        .map(|c| c.column.clone())
+        .collect();
+    let layout = Layout::new(&ours).map_err(|messages| {
+        Fault::operator(format!(
+            "table {main} cannot take the records: {}",
+            messages.join("; ")
+        ))
+    })?;
+    let written = layout.column_names();
+    for column in &columns {
+        let name = &column.column.name;
+        let is_written = written.contains(&name.as_str());
+        if column.needs_value && !is_written {
+            problems.push(format!(
+                "column {name} of {main} is NOT NULL without a default, and no field of a record goes into it: give \
+                 it a default, or let it be null"
+            ));
+        }
+    }
+    let insert = if columns
+        .iter()
+        .all(|c| c.may_insert || !written.contains(&c.column.name.as_str()))
+    {
+        Vec::new()
+    } else {
+        vec!["INSERT"]
+    };
+    let mut grants = vec![(Object::Main, insert)];
+    for (object, rights) in [
+        (Object::Offsets, &["SELECT", "INSERT", "UPDATE"][..]),
+        (Object::Rejected, &["INSERT"][..]),
+    ] {
+        match found.get(object) {
+            Some(there) => {
+                grants.push((object, lacking(client, bounds, there.oid, rights).await?));
+            }
+            None => problems.push(format!(
+                "table {} does not exist: run `host-metrics init`",
+                found.table.quoted(object.suffix())
+            )),
+        }
+    }
+    for (object, rights) in grants.iter().filter(|(_, rights)| !rights.is_empty()) {
+        problems.push(format!(
+            "permission denied: GRANT {} ON {} TO \"{}\"",
+            rights.join(", "),
+            found.table.quoted(object.suffix()),
+            user.replace('"', "\"\"")
+        ));
+    }
+    if !problems.is_empty() {
+        return Err(Fault::operator(problems.join("; ")));
+    }
+    Ok(Destination {
+        layout,
+        is_ours: found.partitioned_main().is_some(),
+    })
+}
+
+/// The fields of a record that an existing table has no column for; none where the table cannot take records at all,
+/// which [`destination`] says.
+pub async fn not_stored(client: &Client, bounds: &Bounds, found: &Found) -> Result<Vec<&'static str>, Fault> {
+    let Some(object) = found.get(Object::Main) else {
+        return Ok(Vec::new());
+    };
+    let columns = columns(client, bounds, object.oid).await?;
+    let ours: Vec<Column> = columns
+        .into_iter()
+        .filter(|c| !c.is_generated)
+        .map(|c| c.column)
+        .collect();
+    Ok(Layout::new(&ours).map_or_else(|_| Vec::new(), |layout| layout.not_stored()))
+}
+
+/// Whether the object is there and this user may SELECT from it.
+pub async fn may_read(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    object: Object,
+) -> Result<bool, Fault> {
+    match found.get(object) {
+        None => Ok(false),
+        Some(there) => Ok(lacking(client, bounds, there.oid, &["SELECT"]).await?.is_empty()),
+    }
+}
+
+struct CatalogueColumn {
+    column: Column,
+    is_generated: bool,
+    /// NOT NULL, and nothing fills it by itself.
+    needs_value: bool,
+    may_insert: bool,
+}
+
+/// The columns in the table's order; of a domain the base type, and NOT NULL from wherever it comes.
+async fn columns(client: &Client, bounds: &Bounds, oid: u32) -> Result<Vec<CatalogueColumn>, Fault> {
+    const SQL: &str = "WITH RECURSIVE base (attnum, oid, typtype, typbasetype, not_null, has_default) AS ( \
+            SELECT a.attnum, t.oid, t.typtype, t.typbasetype, t.typnotnull, t.typdefault IS NOT NULL \
+            FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid \
+            WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped \
+            UNION ALL \
+            SELECT b.attnum, t.oid, t.typtype, t.typbasetype, b.not_null OR t.typnotnull, \
+                   b.has_default OR t.typdefault IS NOT NULL \
+            FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.typbasetype WHERE b.typtype = 'd') \
+        SELECT a.attname::text, b.oid, pg_catalog.format_type(b.oid, NULL), a.attgenerated::text <> '', \
+               (a.attnotnull OR b.not_null) AND NOT (a.atthasdef OR b.has_default OR a.attidentity::text <> ''), \
+               pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT') \
+        FROM pg_catalog.pg_attribute a JOIN base b ON b.attnum = a.attnum AND b.typtype <> 'd' \
+        WHERE a.attrelid = $1 ORDER BY a.attnum";
+    bounded("reading the catalogue", bounds.step, async {
+        let mut columns = Vec::new();
+        for row in client.query(SQL, &[&oid]).await? {
+            let is_generated = row.try_get(3)?;
+            columns.push(CatalogueColumn {
+                column: Column {
+                    name: row.try_get(0)?,
+                    type_oid: row.try_get(1)?,
+                    type_name: row.try_get(2)?,
+                },
+                is_generated,
+                needs_value: row.try_get::<_, bool>(4)? && !is_generated,
+                may_insert: row.try_get(5)?,
+            });
+        }
+        Ok::<_, tokio_postgres::Error>(columns)
+    })
+    .await
+}
+
+async fn has_insert_trigger(client: &Client, bounds: &Bounds, oid: u32) -> Result<bool, Fault> {
+    // pg_trigger.h: TRIGGER_TYPE_INSERT is 4, TRIGGER_TYPE_INSTEAD 64.
+    const SQL: &str =
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = $1 AND tgtype & 68 = 68)";
+    bounded("reading the catalogue", bounds.step, async {
+        client.query_one(SQL, &[&oid]).await?.try_get(0)
+    })
+    .await
+}
+
+async fn lacking(
+    client: &Client,
+    bounds: &Bounds,
+    oid: u32,
+    rights: &[&'static str],
+) -> Result<Vec<&'static str>, Fault> {
+    let mut lacking = Vec::new();
+    for &right in rights {
+        let has: bool = bounded("reading the catalogue", bounds.step, async {
+            client
+                .query_one(
+                    "SELECT pg_catalog.has_table_privilege($1::oid, $2::text)",
+                    &[&oid, &right],
+                )
+                .await?
+                .try_get(0)
+        })
+        .await?;
+        if !has {
+            lacking.push(right);
+        }
+    }
+    Ok(lacking)
+}
+
+fn version_in(comment: &str) -> Option<u32> {
+    let rest = comment.strip_prefix(MARK)?;
+    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}

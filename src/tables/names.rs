@@ -1,0 +1,223 @@
+//! What things are called in SQL: DB_TABLE, the objects that belong to it, and how names and texts are quoted.
+//!
+//! Pure text. What the objects are made of is `schema`'s.
+
+/// Postgres cuts identifiers at 63 bytes (NAMEDATALEN), and the longest name made from a table's adds 23.
+pub const MAX_TABLE_BYTES: usize = 40;
+pub const MAX_IDENTIFIER_BYTES: usize = 63;
+
+/// What every session of ours looks names up in. A function, an operator or a type that somebody made in another schema
+/// is never meant, however well it fits; so tables have to be named with their schema.
+pub const SEARCH_PATH: &str = "pg_catalog, pg_temp";
+
+/// DB_TABLE: a table, in a schema or on the search path. Never quoted here; `quoted` and its kin do that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableName {
+    pub schema: Option<String>,
+    pub name: String,
+}
+
+impl TableName {
+    /// Reads `table` or `schema.table`, each part as it is written, in its very case. A part that holds a dot or a
+    /// double quote stands in double quotes, as in SQL: `schema."My.Table"`.
+    ///
+    /// `None`: not one or two parts, a part is empty or has control characters, or is too long.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (first, rest) = identifier(text)?;
+        let (schema, name) = match rest.strip_prefix('.') {
+            Some(rest) => {
+                let (name, rest) = identifier(rest)?;
+                rest.is_empty().then_some((Some(first), name))?
+            }
+            None => rest.is_empty().then_some((None, first))?,
+        };
+        let is_fit =
+            |part: &str, max_bytes| (1..=max_bytes).contains(&part.len()) && !part.contains(char::is_control);
+        let schema_is_fit = schema
+            .as_deref()
+            .is_none_or(|schema| is_fit(schema, MAX_IDENTIFIER_BYTES));
+        (schema_is_fit && is_fit(&name, MAX_TABLE_BYTES)).then_some(Self { schema, name })
+    }
+
+    /// As an SQL identifier, each part quoted, with `suffix` appended to the table's own name: `"s"."host_metrics_offsets"`.
+    pub fn quoted(&self, suffix: &str) -> String {
+        let quote = |part: &str| format!("\"{}\"", part.replace('"', "\"\""));
+        let name = quote(&format!("{}{suffix}", self.name));
+        match &self.schema {
+            Some(schema) => format!("{}.{name}", quote(schema)),
+            None => name,
+        }
+    }
+}
+
+/// An identifier at the beginning of `text`, unquoted, and what follows it.
+fn identifier(text: &str) -> Option<(String, &str)> {
+    let Some(mut rest) = text.strip_prefix('"') else {
+        let end = text.find(['.', '"']).unwrap_or(text.len());
+        return Some((text[..end].to_owned(), &text[end..]));
+    };
+    let mut name = String::new();
+    loop {
+        let (part, after) = rest.split_once('"')?;
+        name.push_str(part);
+        match after.strip_prefix('"') {
+            Some(after) => {
+                name.push('"');
+                rest = after;
+            }
+            None => return Some((name, after)),
+        }
+    }
+}
+
+/// Everything that belongs to one DB_TABLE, in the order of making; `drop` goes the other way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Object {
+    Main,
+    Offsets,
+    Rejected,
+    Days,
+    Changes,
+    Hours,
+    Failures,
+    Latest,
+    Uptime,
+    Incidents,
+    Certificates,
+}
+
+impl Object {
+    pub const ALL: [Self; 11] = [
+        Self::Main,
+        Self::Offsets,
+        Self::Rejected,
+        Self::Days,
+        Self::Changes,
+        Self::Hours,
+        Self::Failures,
+        Self::Latest,
+        Self::Uptime,
+        Self::Incidents,
+        Self::Certificates,
+    ];
+
+    /// The tables of the sums, which the views read.
+    pub const SUMS: [Self; 4] = [Self::Days, Self::Changes, Self::Hours, Self::Failures];
+
+    /// What is appended to the main table's name.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Main => "",
+            Self::Offsets => "_offsets",
+            Self::Rejected => "_rejected",
+            Self::Days => "_days",
+            Self::Changes => "_changes",
+            Self::Hours => "_hours",
+            Self::Failures => "_failures",
+            Self::Latest => "_latest",
+            Self::Uptime => "_uptime",
+            Self::Incidents => "_incidents",
+            Self::Certificates => "_certificates",
+        }
+    }
+
+    pub(super) fn is_view(self) -> bool {
+        matches!(
+            self,
+            Self::Latest | Self::Uptime | Self::Incidents | Self::Certificates
+        )
+    }
+
+    /// Whether it needs all columns of a main table that we made: the views, and the sums that they read.
+    pub fn needs_our_table(self) -> bool {
+        self.is_view() || Self::SUMS.contains(&self)
+    }
+
+    pub(super) fn keyword(self) -> &'static str {
+        if self.is_view() { "VIEW" } else { "TABLE" }
+    }
+
+    pub(super) fn comment(self) -> &'static str {
+        match self {
+            Self::Main => "one row for every tick of every host",
+            Self::Offsets => "the next Kafka offset of every partition, moved in the transaction of the rows",
+            Self::Rejected => "every record that could not be stored, as it came, and why",
+            Self::Days => "which finished days are summed up in _hours and _failures",
+            Self::Changes => {
+                "a note for every transaction that changed rows of a finished day since that was summed up"
+            }
+            Self::Hours => "sums of finished days: the ticks of every host and hour",
+            Self::Failures => {
+                "sums of finished days: failed checks by host, outcome and the first valid check of the day after them"
+            }
+            Self::Latest => "the newest row of every host",
+            Self::Uptime => {
+                "per host and window: ticks due, ticks that were valid, ticks that were missed (not checked), and uptime, \
+                 the share of checks that were valid: valid / (due - missed); of the seven days also the first check, the \
+                 last valid and the last failed one"
+            }
+            Self::Incidents => {
+                "a row per outage: from the first invalid check to the next valid one (ended_at is null while it \
+                 lasts); ticks that were not checked neither begin nor end one"
+            }
+            Self::Certificates => "per host: when the certificate last seen expires",
+        }
+    }
+}
+
+/// `text` as an SQL string, whatever `standard_conforming_strings` says.
+pub fn literal(text: &str) -> String {
+    let quoted = text.replace('\'', "''");
+    if quoted.contains('\\') {
+        format!(" E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_literal_survives_quotes_and_backslashes() {
+        assert_eq!(literal("a'b"), "'a''b'");
+        assert_eq!(literal("a\\'b"), " E'a\\\\''b'");
+    }
+
+    #[test]
+    fn a_table_is_named_as_written_and_quoted_as_an_identifier() {
+        let forty = "x".repeat(40);
+        let cases = [
+            ("hosts", Some("\"hosts\"")),
+            ("My Hosts", Some("\"My Hosts\"")),
+            ("s.hosts", Some("\"s\".\"hosts\"")),
+            ("s.\"My.Hosts\"", Some("\"s\".\"My.Hosts\"")),
+            ("\"a\"\"b\"", Some("\"a\"\"b\"")),
+            ("\"S\".t", Some("\"S\".\"t\"")),
+            ("hosts; drop table x--", Some("\"hosts; drop table x--\"")),
+            (&forty, Some(&*format!("\"{forty}\""))),
+            ("", None),
+            (".", None),
+            ("s.", None),
+            (".t", None),
+            ("a.b.c", None),
+            ("\"a", None),
+            ("\"a\"b", None),
+            ("a\"b", None),
+            ("\"\"", None),
+            ("a\nb", None),
+            (&format!("{forty}x"), None),
+            (&format!("{}.t", "x".repeat(64)), None),
+            ("äääääääääääääääääääää", None),
+        ]
+        .map(|(text, quoted): (&str, Option<&str>)| (text.to_owned(), quoted.map(str::to_owned)));
+        for (text, quoted) in cases {
+            assert_eq!(
+                TableName::parse(&text).map(|table| table.quoted("")),
+                quoted,
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Where others may create in a schema of the search path, nothing of ours is taken from there: neither by what we make,
+//! nor by what we ask.
+
+use std::time::Duration;
+
+use host_metrics::commands::{init, status};
+use host_metrics::config::StatusConfig;
+use host_metrics::consume::batch::Batch;
+use host_metrics::consume::store::{Flushed, Store};
+use host_metrics::tables::names::TableName;
+use host_metrics::tables::sums::{self, Within};
+use host_metrics::tables::{days, schema};
+
+use crate::database::Database;
+use crate::store::{P0, at_day, ok, reject, row, start_at};
+
+/// Fills the schema `planted`, first in everybody's search path, with look-alikes of everything in `pg_catalog`: whoever
+/// uses one of them fails. Functions (for aggregates and window functions too) and operators with the same arguments and with
+/// such as fit better than polymorphic ones or literals do, types, and tables.
+const PLANT: &str = r#"
+CREATE SCHEMA planted;
+SET search_path = pg_catalog;
+DO $$
+DECLARE
+    one record;
+    body text := 'BEGIN RAISE EXCEPTION ''a planted function was called''; END';
+    common text[] := ARRAY['oid', 'regclass', 'name', 'text', '"char"', 'integer', 'bigint', 'boolean', 'smallint',
+                           'double precision', 'numeric', 'timestamptz', 'interval'];
+BEGIN
+    FOR one IN
+        WITH functions AS (
+            SELECT proname, prorettype, proretset,
+                ARRAY(SELECT format_type(t, NULL) FROM unnest(proargtypes::oid[]) WITH ORDINALITY a (t, n) ORDER BY n) AS arguments
+            FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND pronargs <= 6
+        )
+        SELECT DISTINCT proname, which, CASE which
+                WHEN 'text' THEN array_to_string(array_fill('text'::text, ARRAY[cardinality(arguments)]), ', ')
+                WHEN 'same' THEN replace(array_to_string(arguments, ', '), '"any"', 'anyelement')
+                ELSE regexp_replace(regexp_replace(array_to_string(arguments, ', '), 'any[a-z]*array', which || '[]', 'g'),
+                    'any(element|nonarray|compatible|compatiblenonarray)\M|"any"', which, 'g')
+            END AS arguments,
+            CASE WHEN which = 'same' THEN
+                CASE WHEN proretset THEN 'SETOF ' ELSE '' END || format_type(prorettype, NULL) ELSE 'text' END AS result
+        FROM functions, unnest(ARRAY['same', 'text', 'bigint', 'timestamptz', 'double precision']) which
+        WHERE which IN ('same', 'text') OR array_to_string(arguments, ', ') ~ '\many|"any"'
+        ORDER BY which
+    LOOP
+        BEGIN
+            EXECUTE format('CREATE FUNCTION planted.%I(%s) RETURNS %s LANGUAGE plpgsql AS %L',
+                one.proname, one.arguments, one.result, body);
+        EXCEPTION WHEN OTHERS THEN -- of internal types, or there already
+        END;
+    END LOOP;
+    FOR one IN
+        SELECT oprname, format_type(oprleft, NULL) AS l, format_type(oprright, NULL) AS r, format_type(oprresult, NULL) AS result
+        FROM pg_operator WHERE oprleft <> 0
+        UNION
+        SELECT o, l, r, 'boolean' FROM unnest(ARRAY['=', '<>', '<', '<=', '>', '>=', '+', '-', '*', '/', '%', '||', '&', '~']) o,
+            unnest(common) l, unnest(common) r
+        ORDER BY 4 DESC
+    LOOP
+        BEGIN
+            EXECUTE format('CREATE OR REPLACE FUNCTION planted.%I(%s, %s) RETURNS %s LANGUAGE plpgsql AS %L',
+                'operator_' || one.result, one.l, one.r, one.result, body);
+            EXECUTE format('CREATE OPERATOR planted.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = planted.%I)',
+                one.oprname, one.l, one.r, 'operator_' || one.result);
+        EXCEPTION WHEN OTHERS THEN
+        END;
+    END LOOP;
+    FOR one IN SELECT relname FROM pg_class WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v') LOOP
+        EXECUTE format('CREATE TABLE planted.%I (planted integer)', one.relname);
+    END LOOP;
+    FOR one IN SELECT typname FROM pg_type WHERE typnamespace = 'pg_catalog'::regnamespace AND typtype = 'b' AND typelem = 0 LOOP
+        EXECUTE format('CREATE DOMAIN planted.%I AS pg_catalog.%I CHECK (false)', one.typname, one.typname);
+    END LOOP;
+END
+$$;
+"#;
+
+/// What of ours uses a planted object.
+const BOUND: &str = "SELECT pg_describe_object(classid, objid, objsubid) || ' uses ' || \
+        pg_describe_object(refclassid, refobjid, refobjsubid) \
+    FROM pg_depend d CROSS JOIN LATERAL pg_identify_object(refclassid, refobjid, refobjsubid) used \
+    LEFT JOIN pg_constraint c ON classid = 'pg_constraint'::regclass AND c.oid = objid \
+    WHERE used.schema = 'planted' AND refclassid <> 'pg_namespace'::regclass \
+        AND classid NOT IN ('pg_proc'::regclass, 'pg_operator'::regclass, 'pg_type'::regclass) \
+        AND coalesce(c.contypid, 0) = 0 AND deptype = 'n'";
+
+fn planted_database() -> Database {
+    let mut db = Database::new();
+    db.execute(PLANT);
+    db.execute(&format!(
+        "CREATE SCHEMA postgres; ALTER DATABASE {} SET search_path = \"$user\", planted, pg_catalog, public",
+        db.name
+    ));
+    // They do what they are there for.
+    let mut victim = Database::again(&db.name);
+    for sql in [
+        "SELECT array_agg(relname) FROM pg_catalog.pg_class",
+        "SELECT count(*) FROM pg_catalog.pg_class",
+        "SELECT 1 = 1",
+        "SELECT 'x'::text",
+        "SELECT date_bin('1 hour', current_timestamp, timestamp with time zone '2000-01-01')",
+        "SELECT relname FROM pg_class",
+    ] {
+        assert!(victim.client.batch_execute(sql).is_err(), "{sql}");
+    }
+    db
+}
+
+#[test]
+fn nothing_that_others_planted_is_bound_or_called() {
+    let mut db = planted_database();
+    db.execute("SET search_path = pg_catalog, postgres");
+    let mut config = db.config();
+    config.retention = Some(Duration::from_secs(5 * 86_400));
+    init::make_tables(&config.database).unwrap();
+    assert_eq!(
+        db.count("pg_class WHERE oid = 'postgres.host_metrics_certificates'::regclass"),
+        1
+    );
+
+    // Rows of all days, refused ones, a day that is made later, and positions that are read again on a new connection.
+    let today = days::today();
+    let mut store = Store::new(&config).unwrap();
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let flush = |store: &mut Store, first: i64| {
+        let mut batch = Batch::default();
+        for (offset, day) in (first..).zip([-8, -2, -1, 0, 9]) {
+            let mut sample = ok("https://a.example/");
+            sample.scheduled_at = Some(at_day(today, day));
+            row(&mut batch, &layout, P0, first, offset, &sample);
+        }
+        reject(&mut batch, P0, first, first + 5, None, Some(b"{"), "no JSON");
+        assert_eq!(store.flush(&batch), Flushed::Durable);
+    };
+    flush(&mut store, 0);
+    store.maintain(at_day(today, 2)).unwrap();
+    db.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'host-metrics'",
+    );
+    assert!(store.positions(&[P0], &Default::default()).is_err());
+    store.open().unwrap();
+    start_at(&mut store, &[(P0, 6)]);
+    flush(&mut store, 6);
+
+    // Finished days are summed up, and one of them changes.
+    let pass = sums::count(&config.database, today, Within::default()).unwrap();
+    assert!(pass.counted > 0 && !pass.is_hindered, "{pass:?}");
+    flush(&mut store, 12);
+    let report = status::run(&StatusConfig {
+        database: config.database.clone(),
+        kafka: None,
+        topics: vec!["t".into()],
+        group_id: "g".into(),
+    });
+    assert!(!report.unwrap().is_stale());
+    for view in ["latest", "uptime", "incidents", "certificates"] {
+        db.count(&format!("host_metrics_{view}"));
+    }
+    assert_eq!(db.many(BOUND), Vec::<String>::new());
+
+    let found = "SELECT count(*)::text FROM pg_class WHERE relnamespace = 'postgres'::regnamespace";
+    assert_ne!(db.one(found), "0");
+    init::drop(&db.init_config(), false, true).unwrap();
+    assert_eq!(db.one(found), "0");
+}
+
+#[test]
+fn the_printed_sql_binds_nothing_that_others_planted_and_leaves_the_search_path_as_it_was() {
+    let mut db = planted_database();
+    let table = TableName {
+        schema: Some("postgres".into()),
+        name: "host_metrics".into(),
+    };
+    let mut dba = Database::again(&db.name);
+    dba.execute(&schema::script(&table, days::today()));
+    dba.execute(&schema::script(&table, days::today()));
+    let path = dba.client.simple_query("SHOW search_path").unwrap();
+    let path = path.iter().find_map(|message| match message {
+        postgres::SimpleQueryMessage::Row(row) => row.get(0),
+        _ => None,
+    });
+    assert_eq!(path, Some("\"$user\", planted, pg_catalog, public"));
+    db.execute("SET search_path = pg_catalog");
+    assert_eq!(db.many(BOUND), Vec::<String>::new());
+}
