@@ -24,8 +24,8 @@ use openssl::x509::{X509, X509NameRef, X509Ref, X509StoreContextRef};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::config::{KafkaConfig, KafkaTls};
-pub use batch_head::{BatchHead, batch_head};
 use crate::terminal;
+pub use batch_head::{BatchHead, batch_head};
 pub use listener::{Listener, client_config};
 
 /// How long a broker may take to connect, and to answer each time.
