@@ -98,6 +98,7 @@ fn target(url: &str) -> Target {
         topic: None,
         ip_family: None,
         tls_insecure: false,
+        tls_required: false,
         regex: None,
     }
 }

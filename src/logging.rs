@@ -1,9 +1,13 @@
 //! Where log lines go and what they look like: one line per fact, `2026-01-31T12:00:00.000Z [INFO] flush rows=500`.
+//!
+//! Whatever a server put into one, no terminal obeys it: all of them lose their hidden characters here.
 
 use std::io::{self, LineWriter, Write};
 
-use log::{LevelFilter, SetLoggerError};
+use log::{LevelFilter, Log, Metadata, Record, SetLoggerError};
 use simplelog::{ConfigBuilder, WriteLogger, format_description};
+
+use crate::terminal;
 
 /// Logs to standard error from now on.
 ///
@@ -30,5 +34,73 @@ pub fn start_to(level: LevelFilter, sink: impl Write + Send + 'static) -> Result
         .add_filter_allow_str("librdkafka")
         .build();
     // A line is one write: lines of several processes into one pipe do not mix.
-    WriteLogger::init(level, config, LineWriter::new(sink))
+    let lines = WriteLogger::new(level, config, LineWriter::new(sink));
+    log::set_boxed_logger(Box::new(Plain(lines)))?;
+    log::set_max_level(level);
+    Ok(())
+}
+
+struct Plain<L>(L);
+
+impl<L: Log> Log for Plain<L> {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        // Before it is written out: libraries tell more than is wanted.
+        if self.enabled(record.metadata()) {
+            let text = record.args().to_string();
+            let text = terminal::plain_lines(&text);
+            let metadata = record.metadata().clone();
+            let mut plain = Record::builder();
+            self.0
+                .log(&plain.metadata(metadata).args(format_args!("{text}")).build());
+        }
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Kept(Arc<Mutex<String>>);
+
+    impl Log for Kept {
+        fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+            metadata.level() <= LevelFilter::Info
+        }
+
+        fn log(&self, record: &Record<'_>) {
+            let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            *kept += &record.args().to_string();
+        }
+
+        fn flush(&self) {}
+    }
+
+    #[test]
+    fn a_log_line_has_no_hidden_characters() {
+        let kept = Kept::default();
+        let text = Arc::clone(&kept.0);
+        let logger = Plain(kept);
+        for level in [log::Level::Info, log::Level::Debug] {
+            let said = "the server says \u{202e}\u{1b}[2J\nand more";
+            logger.log(
+                &Record::builder()
+                    .level(level)
+                    .args(format_args!("{said}"))
+                    .build(),
+            );
+        }
+        let text = text.lock().unwrap_or_else(PoisonError::into_inner);
+        assert_eq!(*text, "the server says   [2J\nand more");
+    }
 }

@@ -18,7 +18,7 @@ use host_metrics::http::health::{self, Answer};
 use host_metrics::produce::host_file::{self, HostFileError};
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
-use host_metrics::{consume, logging};
+use host_metrics::{consume, logging, terminal};
 
 const COULD_NOT_GO_ON: u8 = 1;
 const WRONG_INPUT: u8 = 2;
@@ -41,7 +41,8 @@ fn main() -> ExitCode {
                 true => ("", WRONG_INPUT),
                 false => ("error: ", COULD_NOT_GO_ON),
             };
-            let _ = writeln!(io::stderr(), "{prefix}{error:#}");
+            let text = format!("{prefix}{error:#}");
+            let _ = writeln!(io::stderr(), "{}", terminal::plain_lines(&text));
             ExitCode::from(status)
         }
     }
@@ -233,6 +234,7 @@ fn wrong_host(HostFileError(text): HostFileError) -> WrongInput {
 /// Results go to standard output; a reader that has seen enough is no error.
 fn print(results: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
+    let results = terminal::plain_lines(results);
     match out.write_all(results.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")

@@ -2,6 +2,11 @@
 //!
 //! Shared by the demo's live table and `status`, so that the same thing looks the same in both.
 
+use std::fmt::Write;
+use std::sync::LazyLock;
+
+use regex_syntax::hir::{Class, ClassUnicode, HirKind};
+
 /// How many of a host's newest checks a sparkline shows.
 pub const SPARKLINE_CHECKS: usize = 20;
 
@@ -47,9 +52,51 @@ pub fn cut(text: &str, width: usize) -> String {
     short
 }
 
-/// `text` on one line, and nothing in it that a terminal would obey: it may come from anywhere.
+/// What a terminal or an editor obeys instead of showing it, and what it shows as nothing: control characters, marks that
+/// turn the direction of writing, joiners, fillers, the empty braille pattern.
+static HIDDEN: LazyLock<ClassUnicode> = LazyLock::new(|| {
+    let class = r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\x{2800}]";
+    match regex_syntax::parse(class).map(|parsed| parsed.into_kind()) {
+        Ok(HirKind::Class(Class::Unicode(class))) => class,
+        _ => unreachable!("it is a class of characters"),
+    }
+});
+
+fn is_hidden(char: char) -> bool {
+    let ranges = HIDDEN.ranges();
+    let at = ranges.partition_point(|range| range.end() < char);
+    ranges.get(at).is_some_and(|range| range.start() <= char)
+}
+
+/// Hidden, and no part of the shape of a text in lines.
+fn is_hidden_in_lines(char: char) -> bool {
+    is_hidden(char) && !matches!(char, '\n' | '\t')
+}
+
+/// `text` on one line, a blank for each hidden character in it: it may come from anywhere.
 pub fn plain(text: &str) -> String {
-    text.replace(char::is_control, " ")
+    text.replace(is_hidden, " ")
+}
+
+/// As [`plain`], and lines stay lines.
+pub fn plain_lines(text: &str) -> String {
+    text.replace(is_hidden_in_lines, " ")
+}
+
+/// The same JSON, its hidden characters written as `\u202e`.
+pub fn plain_json(json: &str) -> String {
+    let mut plain = String::with_capacity(json.len());
+    for char in json.chars() {
+        if !is_hidden_in_lines(char) {
+            plain.push(char);
+            continue;
+        }
+        for unit in char.encode_utf16(&mut [0; 2]) {
+            // Writing to a string cannot fail.
+            let _ = write!(plain, "\\u{unit:04x}");
+        }
+    }
+    plain
 }
 
 /// How much of `all` is `part`; `-` of nothing.
@@ -118,6 +165,53 @@ pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_that_a_terminal_obeys_or_hides_is_left() {
+        let hidden = [
+            '\0',
+            '\u{1b}',
+            '\u{7f}',
+            '\u{9b}',
+            '\u{ad}',
+            '\u{34f}',
+            '\u{61c}',
+            '\u{115f}',
+            '\u{180e}',
+            '\u{200b}',
+            '\u{200d}',
+            '\u{200e}',
+            '\u{200f}',
+            '\u{2028}',
+            '\u{2029}',
+            '\u{202a}',
+            '\u{202e}',
+            '\u{2060}',
+            '\u{2066}',
+            '\u{2069}',
+            '\u{2800}',
+            '\u{3164}',
+            '\u{fe0f}',
+            '\u{feff}',
+            '\u{fff9}',
+            '\u{e0041}',
+            '\u{e0100}',
+        ];
+        for char in hidden {
+            let text = format!("a{char}b");
+            assert_eq!(plain(&text), "a b", "{}", text.escape_unicode());
+            assert_eq!(plain_lines(&text), "a b", "{}", text.escape_unicode());
+            let json = serde_json::to_string(&text).unwrap();
+            let escaped = plain_json(&json);
+            assert_eq!(plain(&escaped), escaped, "nothing hidden is left");
+            assert_eq!(serde_json::from_str::<String>(&escaped).unwrap(), text);
+        }
+        let shown = "naïve “quotes” 🦀 e\u{301} \u{5d0}\u{5d1} \u{e9} \u{928}\u{93f}";
+        assert_eq!(plain(shown), shown);
+        assert_eq!(plain("a\tb\nc"), "a b c");
+        assert_eq!(plain_lines("a\tb\nc\r\n"), "a\tb\nc \n");
+        assert_eq!(plain_json("{\n\t\"a\": 1\n}"), "{\n\t\"a\": 1\n}");
+    }
 
     #[test]
     fn the_sparkline_shows_a_hosts_own_range_and_its_failures() {

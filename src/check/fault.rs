@@ -33,6 +33,9 @@ pub(super) enum Fault {
     /// Of the socket, or of TLS (then a [`rustls::Error`] is inside); `TimedOut` is the check's deadline.
     #[error(transparent)]
     Io(io::Error),
+    /// The answer is none of HTTP/1.
+    #[error("not a valid response: {0}")]
+    Protocol(&'static str),
     /// The body is not what its Content-Encoding says.
     #[error(transparent)]
     Coding(io::Error),
@@ -73,6 +76,7 @@ pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String
             Some(error) => tls_fault(error, seen.phase != Phase::Tls),
             None => io_fault(error, seen.phase, &peer),
         },
+        Some(fault @ Fault::Protocol(_)) => (Outcome::ProtocolError, fault.to_string()),
         Some(Fault::Coding(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
             match seen.closed_by_peer {
                 true => cut_body(&peer),

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::check::target::Target;
 use crate::sample::{Sample, Timestamp};
+use crate::terminal;
 
 /// The closed set; its words are the record's `outcome`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -207,13 +208,12 @@ fn seconds(duration: Duration) -> f64 {
     micros as f64 / 1e6
 }
 
-/// The words of a text, parted by one space each, cut with an ellipsis. Control characters part words like white space
-/// does (line separators among it); bytes that a remote host sent reach people's terminals through here.
+/// The words of a text, parted by one space each, cut with an ellipsis. Hidden characters part words like white space
+/// does; bytes that a remote host sent reach people's terminals through here.
 fn one_line(text: &str) -> String {
     let mut line = String::new();
     let mut chars = 0;
-    let words = text.split(|char: char| char.is_whitespace() || char.is_control());
-    for word in words.filter(|word| !word.is_empty()) {
+    for word in terminal::plain(text).split_whitespace() {
         let space = if line.is_empty() { "" } else { " " };
         for char in space.chars().chain(word.chars()) {
             if chars == MAX_ERROR_CHARS {
@@ -248,6 +248,7 @@ mod tests {
             topic: None,
             ip_family: None,
             tls_insecure: false,
+            tls_required: false,
             regex: None,
         }
     }
@@ -363,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_one_line_without_control_characters() {
+    fn an_error_is_one_line_without_hidden_characters() {
         for (error, expected) in [
             ("as it is", "as it is"),
             ("two\r\n\tlines\n", "two lines"),
@@ -371,6 +372,9 @@ mod tests {
             ("a\0b", "a b"),
             ("\u{1b}[31mred\u{1b}[0m", "[31mred [0m"),
             ("\u{7f}del\u{9b}csi", "del csi"),
+            ("\u{202e}moc.elpmaxe", "moc.elpmaxe"),
+            ("in\u{200b}visible\u{feff}", "in visible"),
+            ("\u{2066}isolated\u{2069}", "isolated"),
             ("line\u{2028}paragraph\u{2029}", "line paragraph"),
             ("naïve “quotes” 🦀", "naïve “quotes” 🦀"),
         ] {

@@ -27,8 +27,9 @@ pub(super) struct Progress {
     /// What the check was asked for.
     pub deadline: Instant,
     pub ip_family: Option<IpFamily>,
-    pub tls_insecure: bool,
 
+    /// Whether the current request's certificate need not be trusted.
+    pub tls_insecure: bool,
     pub phase: Phase,
     pub phases: Phases,
     /// The address last tried.
@@ -66,7 +67,8 @@ impl Progress {
     }
 
     /// A request of the check begins: the first one or one for a redirect.
-    pub fn begin_request(&mut self) {
+    pub fn begin_request(&mut self, tls_insecure: bool) {
+        self.tls_insecure = tls_insecure;
         self.phase = Phase::Dns;
         self.closed_by_peer = false;
         self.request_sent_at = None;
@@ -122,10 +124,9 @@ impl SharedProgress {
     }
 
     /// Forgets the last check.
-    pub fn begin_check(&self, deadline: Instant, ip_family: Option<IpFamily>, tls_insecure: bool) {
+    pub fn begin_check(&self, deadline: Instant, ip_family: Option<IpFamily>) {
         *self.lock() = Progress {
             ip_family,
-            tls_insecure,
             ..Progress::new(deadline)
         };
     }

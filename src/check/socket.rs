@@ -4,9 +4,13 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
+use rustix::net::{RecvFlags, recv};
 use socket2::SockRef;
 
 use super::progress::now;
+
+/// As much of a page that nobody wants is read for the sake of an orderly close: what came with the headers, mostly.
+const MAX_LEFT_BYTES: usize = 16 * 1024;
 
 /// An address's share of the time left: an equal part for every address not tried yet. A single address gets all; of
 /// two, a dead one leaves half; what an address does not use is the next ones'.
@@ -27,10 +31,10 @@ pub(super) fn connect_one(address: SocketAddr, within: Duration) -> io::Result<T
         other => other?,
     };
     stream.set_nodelay(true)?;
-    // Closing resets the connection. We close first nearly always (the body is not wanted, or its end is known before
-    // the server's FIN is here), and every clean close would hold a local port for a minute in TIME_WAIT, 470 checks a
-    // second to one address being the end, and an entry of a firewall's connection table for two. Health checks of load
-    // balancers do the same.
+    // Closing resets the connection, unless the server has closed it: where we close first (the body is not wanted, or
+    // its end is known before the server's FIN is here), a clean close would hold a local port for a minute in
+    // TIME_WAIT, 470 checks a second to one address being the end, and an entry of a firewall's connection table for two.
+    // Health checks of load balancers do the same.
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
     Ok(stream)
 }
@@ -51,6 +55,25 @@ pub(super) struct Socket {
 impl Socket {
     pub(super) fn new(stream: TcpStream, deadline: Instant) -> Self {
         Self { stream, deadline }
+    }
+
+    /// Whether the server has closed the connection, behind no more than [`MAX_LEFT_BYTES`] that nobody read.
+    pub(super) fn has_ended(&self) -> bool {
+        let mut left = [0; 4 * 1024];
+        (0..=MAX_LEFT_BYTES / left.len())
+            .map(|_| recv(&self.stream, &mut left, RecvFlags::DONTWAIT))
+            .find_map(|result| match result {
+                Ok((_, 0)) => Some(true),
+                Ok(_) => None,
+                Err(_) => Some(false),
+            })
+            .unwrap_or(false)
+    }
+
+    /// Closing it will not reset it.
+    pub(super) fn close_in_order(&mut self) {
+        // It fails for a connection that is gone, which needs no close.
+        let _ = SockRef::from(&self.stream).set_linger(None);
     }
 
     fn time_left(&self) -> io::Result<Duration> {

@@ -7,8 +7,10 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustls::pki_types::ServerName;
 use url::Url;
 
+use super::resolver::bare;
 use crate::check::pattern::Pattern;
 use crate::duration;
 
@@ -38,8 +40,10 @@ pub struct Target {
     /// `topic=`; `None`: KAFKA_TOPIC.
     pub topic: Option<String>,
     pub ip_family: Option<IpFamily>,
-    /// `tls=insecure`: certificates are read but not verified.
+    /// `tls=insecure`: the certificate of the address's host is read but not verified.
     pub tls_insecure: bool,
+    /// `tls=required`: a redirect to http is not followed.
+    pub tls_required: bool,
     /// Shared by all targets with the same one.
     pub regex: Option<Arc<Pattern>>,
 }
@@ -65,6 +69,16 @@ impl StatusSet {
         self.0.iter().any(|range| range.contains(&code))
     }
 }
+
+/// Whether TLS has a way to ask for the URL's host: a name server may know names that no certificate can be for.
+pub fn can_be_named(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    url.scheme() != "https" || ServerName::try_from(bare(host)).is_ok()
+}
+
+/// What is wrong where [`can_be_named`] says no.
+pub const NOT_NAMED: &str = "no certificate can be for this name: its parts hold letters, digits, hyphens and underscores, \
+                             and none of them begins or ends with a hyphen";
 
 impl fmt::Display for StatusSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -93,6 +107,7 @@ impl Target {
             topic: None,
             ip_family: None,
             tls_insecure: false,
+            tls_required: false,
             regex: None,
         }
     }
@@ -138,6 +153,9 @@ impl fmt::Display for Target {
         }
         if self.tls_insecure {
             f.write_str(" tls=insecure")?;
+        }
+        if self.tls_required {
+            f.write_str(" tls=required")?;
         }
         match &self.regex {
             Some(regex) => write!(f, " {regex}"),

@@ -10,6 +10,7 @@ use crate::check::outcome::{Stamp, stamp};
 use crate::check::target::Target;
 use crate::config::CheckConfig;
 use crate::sample::{self, Sample, Timestamp};
+use crate::terminal;
 
 /// Checks the target once, by the same code as `produce`.
 ///
@@ -29,11 +30,11 @@ pub fn run<'a>(config: &'a CheckConfig, target: &'a Target) -> anyhow::Result<Sa
     Ok(stamp(target, observation, stamp_of_check))
 }
 
-/// The record's value and a line end.
+/// The record's value, hidden characters escaped, and a line end.
 pub fn json(sample: &Sample<'_>) -> String {
     let mut value = Vec::new();
     sample::encode(sample, &mut value);
-    let mut line = String::from_utf8_lossy(&value).into_owned();
+    let mut line = terminal::plain_json(&String::from_utf8_lossy(&value));
     line.push('\n');
     line
 }

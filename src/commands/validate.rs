@@ -75,6 +75,9 @@ fn understood(target: &Target) -> Vec<String> {
     if target.tls_insecure {
         words.push("certificate not verified".to_owned());
     }
+    if target.tls_required {
+        words.push("redirects to http refused".to_owned());
+    }
     if let Some(topic) = &target.topic {
         words.push(format!("topic {topic}"));
     }

@@ -24,6 +24,7 @@ use openssl::x509::{X509, X509NameRef, X509Ref, X509StoreContextRef};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::config::{KafkaConfig, KafkaTls};
+use crate::terminal;
 pub use batch_head::{BatchHead, batch_head};
 pub use listener::{Listener, client_config};
 
@@ -86,8 +87,10 @@ impl Explainer {
     /// The reason in one line, with what it means for the variables as far as that is known.
     pub fn explain(&self, reason: &str) -> String {
         // It comes from other machines, and so do names in certificates.
-        let clean = |c: char| if c.is_control() { ' ' } else { c };
-        self.meaning(reason).chars().map(clean).take(MAX_CHARS).collect()
+        terminal::plain(&self.meaning(reason))
+            .chars()
+            .take(MAX_CHARS)
+            .collect()
     }
 
     fn meaning(&self, reason: &str) -> String {

@@ -437,6 +437,7 @@ mod tests {
             topic: None,
             ip_family: None,
             tls_insecure: false,
+            tls_required: false,
             regex: None,
         };
         let limits = Limits {

@@ -1348,6 +1348,7 @@ mod tests {
             topic: None,
             ip_family: None,
             tls_insecure: false,
+            tls_required: false,
             regex: None,
         }
     }

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -19,10 +19,11 @@ use host_metrics::check::target::{IpFamily, Method, StatusSet, Target};
 use host_metrics::config::CheckConfig;
 use host_metrics::sample::Timestamp;
 use rustls::server::WebPkiClientVerifier;
+use socket2::SockRef;
 use url::Url;
 
 use crate::child;
-use crate::site::{self, Authority, Closed, Deaf, Site};
+use crate::site::{self, Authority, Closed, Deaf, Site, Wire};
 
 /// More than any check here needs on a busy machine.
 pub const LONG: Duration = Duration::from_secs(20);
@@ -52,6 +53,7 @@ pub fn target(url: &str) -> Target {
         topic: None,
         ip_family: None,
         tls_insecure: false,
+        tls_required: false,
         regex: None,
     }
 }
@@ -313,6 +315,41 @@ fn every_fault_has_its_word() {
         "not a valid response",
     );
     answer(
+        "HTTP/2 frames: settings, and good bye",
+        b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x64\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x01".to_vec(),
+        "",
+        O::ProtocolError,
+        "HTTP/2 frames",
+    );
+    answer(
+        "a header line without a colon",
+        site::response("200 OK", "Some words\r\n", "hello"),
+        "",
+        O::ProtocolError,
+        "a header line without a colon",
+    );
+    answer(
+        "a NUL in a header",
+        site::response("200 OK", "X: a\0b\r\n", "hello"),
+        "",
+        O::ProtocolError,
+        "a NUL byte in its headers",
+    );
+    answer(
+        "a Location with a control character",
+        site::redirect(302, "/a\x01b"),
+        "",
+        O::ProtocolError,
+        "a control character in its Location",
+    );
+    answer(
+        "a redirect to a name that no certificate can be for",
+        site::redirect(302, "https://foo-.test/"),
+        "",
+        O::ProtocolError,
+        "redirect (status 302) to https://foo-.test/: no certificate can be for this name",
+    );
+    answer(
         "a status below 100",
         b"HTTP/1.1 099 Hm\r\n\r\n".to_vec(),
         "",
@@ -355,7 +392,8 @@ fn every_fault_has_its_word() {
         O::ProtocolError,
         "cannot be decoded: it is not brotli",
     );
-    let half_gzip = &gzip(b"hello hello hello")[..15];
+    let whole_gzip = gzip(b"hello hello hello");
+    let half_gzip = &whole_gzip[..15];
     answer(
         "gzip cut, all bytes there",
         site::response("200 OK", "Content-Encoding: gzip\r\n", half_gzip),
@@ -622,21 +660,57 @@ fn every_fault_has_its_word() {
             "alert",
         );
     }
-    broken(
-        "a TLS body without length and without a clean end",
-        Site::start({
-            let config = Arc::new(authority.server(&["site.test"], |_| {}));
-            move |mut stream, _| {
-                let mut server = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
-                let mut tls = rustls::Stream::new(&mut server, &mut stream);
-                site::read_head(&mut tls);
-                tls.write_all(b"HTTP/1.1 200 OK\r\n\r\nhello").unwrap();
-            }
-        }),
-        true,
-        O::ConnectionClosed,
-        "before the end of the body",
-    );
+    for (what, response, outcome, says) in [
+        (
+            "HTTP/1.1 over TLS without length and without a clean end",
+            b"HTTP/1.1 200 OK\r\n\r\nhello".to_vec(),
+            O::ConnectionClosed,
+            "before the end of the body",
+        ),
+        (
+            "HTTP/1.0 over TLS without length and without a clean end",
+            b"HTTP/1.0 200 OK\r\n\r\nhello".to_vec(),
+            O::Ok,
+            "",
+        ),
+        (
+            "the same with gzip",
+            [
+                &b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\n"[..],
+                &gzip(b"hello"),
+            ]
+            .concat(),
+            O::Ok,
+            "",
+        ),
+        (
+            "the same with half of a gzip",
+            [b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\n", half_gzip].concat(),
+            O::ConnectionClosed,
+            "before the end of the body",
+        ),
+        (
+            "HTTP/1.0 over TLS, shorter than its length",
+            b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\nhello".to_vec(),
+            O::ConnectionClosed,
+            "before the end of the body",
+        ),
+        (
+            "HTTP/1.0 over TLS, a cut head",
+            b"HTTP/1.0 200 OK\r\n".to_vec(),
+            O::ConnectionClosed,
+            "without a complete response",
+        ),
+    ] {
+        let config = Arc::new(authority.server(&["site.test"], |_| {}));
+        let site = Site::start(move |mut stream, _| {
+            let mut server = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
+            let mut tls = rustls::Stream::new(&mut server, &mut stream);
+            site::read_head(&mut tls);
+            tls.write_all(&response).unwrap();
+        });
+        broken(what, site, true, outcome, says);
+    }
 
     let mut certificate = |what, config, outcome, says| {
         let site = Site::tls(config, |stream| stream.write_all(&site::ok("hello")).unwrap());
@@ -857,37 +931,32 @@ fn one_check_sends_one_request_and_nothing_that_was_not_asked_for() {
     };
     assert_eq!(check(&head).outcome, Outcome::Ok);
 
-    let lines = |request: &String| -> Vec<String> {
-        let mut lines: Vec<_> = request.split("\r\n").map(str::to_lowercase).collect();
-        lines[1..].sort_unstable();
-        lines
-    };
-    let host = format!("host: {}", site.address);
+    // Names as every other client writes them: some servers know no `host:`.
     let expected = |first: &str, host: &str, codings: &str| {
-        let agent = "user-agent: host-metrics/test";
-        ["", "", codings, "accept: */*", "connection: close", host, agent]
-            .iter()
-            .map(|line| (*line).to_owned())
-            .fold(vec![first.to_lowercase()], |mut lines, line| {
-                lines.push(line);
-                lines
-            })
+        format!(
+            "{first} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: host-metrics/test\r\nAccept: */*\r\n\
+             Accept-Encoding: {codings}\r\nConnection: close\r\n\r\n"
+        )
     };
+    let host = site.address.to_string();
+    let named = format!("site.test:{}", site.address.port());
     let requests = site.requests();
     assert_eq!(requests.len(), 3, "{requests:?}");
-    assert_eq!(
-        lines(&requests[0]),
-        expected("GET /a/b?c=d%20e HTTP/1.1", &host, "accept-encoding: identity")
-    );
-    let named = format!("host: site.test:{}", site.address.port());
-    assert_eq!(
-        lines(&requests[1]),
-        expected("GET / HTTP/1.1", &named, "accept-encoding: gzip, br")
-    );
-    assert_eq!(
-        lines(&requests[2]),
-        expected("HEAD / HTTP/1.1", &host, "accept-encoding: identity")
-    );
+    assert_eq!(requests[0], expected("GET /a/b?c=d%20e", &host, "identity"));
+    assert_eq!(requests[1], expected("GET /", &named, "gzip, br"));
+    assert_eq!(requests[2], expected("HEAD /", &host, "identity"));
+}
+
+#[test]
+fn a_host_header_has_a_port_and_brackets_where_they_belong() {
+    let site = Site::start_at((Ipv6Addr::LOCALHOST, 0).into(), |mut stream, requests| {
+        let request = site::read_head(&mut stream);
+        requests.lock().unwrap().push(request);
+        stream.write_all(&site::ok("hello")).unwrap();
+    });
+    assert_eq!(check(&target(&site.url("/"))).outcome, Outcome::Ok);
+    let host = format!("\r\nHost: [::1]:{}\r\n", site.address.port());
+    assert!(site.requests()[0].contains(&host), "{:?}", site.requests());
 }
 
 #[test]
@@ -928,6 +997,52 @@ fn headers_up_to_64_kib_are_read_in_lines_of_any_length() {
     let mut cut = headers_of(30_000, 50);
     cut.truncate(20_000);
     assert_eq!(check_answer(cut, "hello").outcome, Outcome::ConnectionClosed);
+}
+
+#[test]
+fn response_heads_are_read_as_curl_reads_them() {
+    let lines = |lines: &str| format!("HTTP/1.1 200 OK\r\n{lines}\r\nhello").into_bytes();
+    for response in [
+        // Folded.
+        lines("Content-Length: 5\r\nX: a\r\n b\r\n\tc\r\n"),
+        lines("Content-Length:\r\n 5\r\n"),
+        lines(" X: a\r\nContent-Length: 5\r\n"),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding:\r\n\tchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
+        // A blank before the colon.
+        lines("Content-Length : 5\r\nX\t: a\r\n"),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding : chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
+        // Lines that nobody reads.
+        lines("Content-Length: 5\r\nX Y: a\r\nX(Y): a\r\n\u{fc}: a\r\n: a\r\n"),
+        lines("Content-Length: 5\r\nX: \u{1}\u{1b}[31m\u{7f}\r\nY: a\rb\r\n"),
+        lines("Content-Length: 5\r\nContent-Type: text/html\u{1}\r\n"),
+        // Status lines, line ends.
+        b"HTTP/1.1 200 \xfc\x01\r\nContent-Length: 5\r\n\r\nhello".to_vec(),
+        b"HTTP/1.1  200\nContent-Length: 5\n\nhello".to_vec(),
+        b"http/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello".to_vec(),
+        b"HTTP/2 200\r\nContent-Length: 5\r\n\r\nhello".to_vec(),
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
+        // Interim answers with headers.
+        [
+            b"HTTP/1.1 100 Continue\r\nServer: x\r\n\r\nHTTP/1.1 103 Hints\r\nX Y: a\r\n b\r\n\r\n".to_vec(),
+            site::ok("hello"),
+        ]
+        .concat(),
+    ] {
+        for pieces in [1, 7, 1_000] {
+            let answer = response.clone();
+            let site = Site::plain(move |stream| {
+                stream.set_nodelay(true).unwrap();
+                for piece in answer.chunks(answer.len().div_ceil(pieces)) {
+                    stream.write_all(piece).unwrap();
+                }
+                // A body that waits for its end would wait for ever.
+                site::hold(stream);
+            });
+            let seen = check(&with_regex(&site.url("/"), "^hello$"));
+            assert_eq!(seen.outcome, Outcome::Ok, "{}: {seen:?}", response.escape_ascii());
+            assert_eq!(site.requests().len(), 1);
+        }
+    }
 }
 
 #[test]
@@ -1127,6 +1242,166 @@ fn redirects_are_followed_counted_and_summed() {
     };
     assert_eq!(check(&head).outcome, Outcome::Ok);
     assert!(last.requests().last().unwrap().starts_with("HEAD /end "));
+}
+
+#[test]
+fn a_location_goes_back_as_it_came_and_an_empty_one_is_no_redirect() {
+    let follow = |location: &[u8]| {
+        let redirect = [
+            b"HTTP/1.1 302 Found\r\nContent-Length: 5\r\nLocation:",
+            location,
+            b"\r\n\r\nmoved",
+        ]
+        .concat();
+        let first = AtomicUsize::new(0);
+        let site = Site::plain(move |stream| {
+            let answer = match first.fetch_add(1, Ordering::SeqCst) {
+                0 => redirect.clone(),
+                _ => site::ok("arrived"),
+            };
+            let _ = stream.write_all(&answer);
+        });
+        let seen = check(&with_regex(&site.url("/"), "^(moved|arrived)$"));
+        assert_eq!(seen.outcome, Outcome::Ok, "{}: {seen:?}", location.escape_ascii());
+        let asked = site
+            .requests()
+            .last()
+            .unwrap()
+            .split(' ')
+            .nth(1)
+            .unwrap()
+            .to_owned();
+        (seen.status_code, seen.redirects, asked)
+    };
+    for (location, asked) in [
+        (&b" /gr\xfcn"[..], "/gr%FCn"),
+        (b" /gr\xc3\xbcn", "/gr%C3%BCn"),
+        (b" /\xff?\x80=\xe2\x82\xac", "/%FF?%80=%E2%82%AC"),
+        (b"\r\n /folded", "/folded"),
+        (b" \r\nLocation: /second", "/second"),
+    ] {
+        let expected = (Some(200), Some(1), asked.to_owned());
+        assert_eq!(follow(location), expected, "{}", location.escape_ascii());
+    }
+    for location in [&b""[..], b" ", b"\t \t", b"\r\n "] {
+        let expected = (Some(302), Some(0), "/".to_owned());
+        assert_eq!(follow(location), expected, "{}", location.escape_ascii());
+    }
+}
+
+#[test]
+fn redirects_that_took_all_of_the_time_are_an_answer_that_did_not_come() {
+    let chain = |delay: Duration| {
+        let site = Site::plain(move |stream| {
+            site::slowly(delay);
+            let _ = stream.write_all(&site::redirect(302, "/on"));
+        });
+        let target = Target {
+            follow: 100,
+            ..target(&site.url("/"))
+        };
+        checker().check(&target, now() + SHORT)
+    };
+    // Some of them end between two hops, some while a hop waits for its answer.
+    for micros in (0..10).map(|number| 19_700 + number * 37) {
+        let seen = chain(Duration::from_micros(micros));
+        assert_eq!(seen.outcome, Outcome::ResponseTimeout, "{seen:?}");
+        let followed = seen.redirects.unwrap();
+        let text = seen.error.unwrap();
+        assert!(text.ends_with(&format!(", after {followed} redirects")), "{text}");
+        assert!(text.contains("in time"), "{text}");
+    }
+
+    let deaf = Deaf::at((Ipv4Addr::LOCALHOST, 0).into());
+    let site = Site::answering(site::redirect(302, &format!("http://{}/", deaf.address)));
+    let seen = checker().check(&target(&site.url("/")), now() + SHORT);
+    assert_eq!(
+        seen.outcome,
+        Outcome::ConnectTimeout,
+        "the address had its time: {seen:?}"
+    );
+    assert!(
+        seen.error
+            .unwrap()
+            .ends_with("did not accept the connection in time, after 1 redirect")
+    );
+}
+
+#[test]
+fn an_insecure_address_trusts_no_other_host_that_it_redirects_to() {
+    let arrived = Site::tls(site::self_signed(&["unknown.test"], |_| {}), |stream| {
+        stream.write_all(&site::ok("arrived")).unwrap();
+    });
+    let redirecting = |to: &str| {
+        let answer = site::redirect(302, to);
+        Site::tls(site::self_signed(&["unknown.test"], |_| {}), move |stream| {
+            stream.write_all(&answer).unwrap();
+        })
+    };
+    let insecure = |site: &Site| {
+        let target = Target {
+            tls_insecure: true,
+            ..target(&site.https("site.test"))
+        };
+        checker_with_names().check(&target, now() + LONG)
+    };
+    let same_host = redirecting(&arrived.https("site.test"));
+    let seen = insecure(&same_host);
+    assert_eq!((seen.outcome, seen.redirects), (Outcome::Ok, Some(1)), "{seen:?}");
+
+    let other_host = redirecting(&arrived.https("other.test"));
+    let seen = insecure(&other_host);
+    assert_eq!(
+        (seen.outcome, seen.redirects),
+        (Outcome::TlsCertUntrusted, Some(1)),
+        "{seen:?}"
+    );
+    assert!(seen.error.unwrap().ends_with(", after 1 redirect"));
+
+    let plain = Site::answering(site::redirect(302, &same_host.https("site.test")));
+    let back = redirecting(&format!("http://other.test:{}/", plain.address.port()));
+    let seen = insecure(&back);
+    assert_eq!(
+        (seen.outcome, seen.redirects),
+        (Outcome::Ok, Some(3)),
+        "back at its own host: {seen:?}"
+    );
+}
+
+#[test]
+fn a_redirect_to_http_is_refused_where_tls_is_required() {
+    let authority = Authority::new("test authority");
+    let plain = Site::answering(site::ok("hello"));
+    let to_plain = format!("http://site.test:{}/?token=x", plain.address.port());
+    let secure = Site::tls(authority.server(&["site.test"], |_| {}), move |stream| {
+        stream.write_all(&site::redirect(301, &to_plain)).unwrap();
+    });
+    let to_secure = Site::tls(authority.server(&["site.test"], |_| {}), {
+        let to_secure = secure.https("site.test");
+        move |stream| stream.write_all(&site::redirect(302, &to_secure)).unwrap()
+    });
+    let mut checker = trusting(&authority);
+    let free = target(&to_secure.https("site.test"));
+    let seen = checker.check(&free, now() + LONG);
+    assert_eq!((seen.outcome, seen.redirects), (Outcome::Ok, Some(2)), "{seen:?}");
+
+    let bound = Target {
+        tls_required: true,
+        ..free
+    };
+    let seen = checker.check(&bound, now() + LONG);
+    assert_eq!(
+        (seen.outcome, seen.status_code, seen.redirects),
+        (Outcome::ProtocolError, Some(301), Some(1)),
+        "{seen:?}"
+    );
+    assert_consistent(&seen);
+    let origin = format!("http://site.test:{}/", plain.address.port());
+    assert_eq!(
+        seen.error.unwrap(),
+        format!("redirect (status 301) to {origin}, and tls=required does not follow it")
+    );
+    assert_eq!(plain.requests().len(), 1, "asked by the first check only");
 }
 
 #[test]
@@ -1868,21 +2143,66 @@ fn nothing_that_a_server_sends_makes_the_check_panic() {
 }
 
 #[test]
-fn a_finished_check_leaves_no_connection_behind() {
-    let (tell, told) = mpsc::channel();
-    let site = Site::plain(move |stream| {
-        stream.write_all(&site::ok("hello")).unwrap();
-        // The server leaves the connection open: the checker ends it, and keeps no port waiting for late packets.
-        tell.send(stream.read(&mut [0; 16]).map_err(|error| error.kind()))
-            .unwrap();
-    });
-    for target in [target(&site.url("/")), with_regex(&site.url("/"), "hello")] {
-        assert_eq!(check(&target).outcome, Outcome::Ok);
+fn a_connection_that_the_server_has_closed_is_closed_in_order_and_any_other_is_reset() {
+    let authority = Authority::new("test authority");
+    let server = Arc::new(authority.server(&["site.test"], |_| {}));
+    // What the server reads once it has sent this and, or not, closed its side.
+    let ending = |is_tls: bool, answer: Vec<u8>, closes: bool, regex: &str| {
+        let (tell, told) = mpsc::channel();
+        let server = Arc::clone(&server);
+        let site = Site::start(move |stream, _| {
+            let socket = stream.try_clone().unwrap();
+            let socket = SockRef::from(&socket);
+            let mut wire: Box<dyn Wire> = match is_tls {
+                false => Box::new(stream),
+                true => {
+                    let tls = rustls::ServerConnection::new(Arc::clone(&server)).unwrap();
+                    Box::new(rustls::StreamOwned::new(tls, stream))
+                }
+            };
+            site::read_head(&mut *wire);
+            // The answer and the end leave together, so that the client cannot see one without the other.
+            socket.set_tcp_cork(closes).unwrap();
+            let mut sent = wire.write_all(&answer).and_then(|()| wire.flush());
+            if closes {
+                sent = sent.and_then(|()| socket.shutdown(Shutdown::Write));
+            }
+            let end = sent.and_then(|()| wire.read(&mut [0; 16]));
+            let _ = tell.send(end.map_err(|error| error.kind()));
+        });
+        let url = if is_tls {
+            site.https("site.test")
+        } else {
+            site.url("/")
+        };
+        let target = match regex {
+            "" => target(&url),
+            _ => with_regex(&url, regex),
+        };
+        let seen = trusting(&authority).check(&target, now() + LONG);
+        assert_eq!(seen.outcome, Outcome::Ok, "{seen:?}");
+        told.recv_timeout(LONG).unwrap()
+    };
+    let reset = Err(std::io::ErrorKind::ConnectionReset);
+    let page = site::ok("hello".repeat(1_000));
+    for is_tls in [false, true] {
+        assert_eq!(ending(is_tls, page.clone(), true, ""), Ok(0), "TLS: {is_tls}");
         assert_eq!(
-            told.recv_timeout(LONG),
-            Ok(Err(std::io::ErrorKind::ConnectionReset))
+            ending(is_tls, page.clone(), true, "hello"),
+            Ok(0),
+            "TLS: {is_tls}"
+        );
+        // The checker ends it, and keeps no port waiting for late packets.
+        assert_eq!(ending(is_tls, page.clone(), false, ""), reset, "TLS: {is_tls}");
+        assert_eq!(
+            ending(is_tls, page.clone(), false, "hello"),
+            reset,
+            "TLS: {is_tls}"
         );
     }
+    let large_page = site::ok(vec![b'x'; 60_000]);
+    // Not wanted, and not read: whichever step of the server is the first to notice.
+    assert!(ending(false, large_page, true, "").is_err());
 }
 
 #[test]

@@ -542,6 +542,32 @@ fn check_says_what_it_found_and_its_status_whether_that_is_valid() {
 }
 
 #[test]
+fn nothing_that_is_printed_turns_a_terminal_round() {
+    const HIDDEN: [char; 3] = ['\u{202e}', '\u{200b}', '\u{2066}'];
+    let hidden: String = HIDDEN.iter().collect();
+    let place = Place::new();
+    let address = || format!("{}#{hidden}", site("HTTP/1.1 200 OK\r\n\r\nhello"));
+    for (arguments, expected) in [
+        (&["check", &address()][..], "valid        yes"),
+        (&["check", &address(), "--json"], r"#\u202e\u200b\u2066"),
+        (&["check", "a.example", "-o", &format!("x{hidden}=1")], "OPTION:1"),
+        (
+            &["check", "a.example", "-e", &format!("CHECK_TIMEOUT=x{hidden}")],
+            "CHECK_TIMEOUT",
+        ),
+    ] {
+        let ran = place.run(arguments);
+        let printed = ran.stdout + &ran.stderr;
+        assert!(printed.contains(expected), "{arguments:?}: {printed}");
+        assert!(
+            !printed.contains(HIDDEN),
+            "{arguments:?}: {}",
+            printed.escape_unicode()
+        );
+    }
+}
+
+#[test]
 fn check_refuses_wrong_input() {
     let place = Place::new();
     place

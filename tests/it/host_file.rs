@@ -90,6 +90,7 @@ fn an_address_is_a_url_or_a_bare_domain_or_ip_with_or_without_a_port() {
         ("[2001:db8::1]:8443", "https://[2001:db8::1]:8443/"),
         ("http://[::1]:8080/x", "http://[::1]:8080/x"),
         ("my_service.internal.", "https://my_service.internal./"),
+        ("http://-foo.test", "http://-foo.test/"),
         ("https://bücher.example/ä", "https://xn--bcher-kva.example/%C3%A4"),
         ("пример.испытание", "https://xn--e1afmkfd.xn--80akhbyknj4f/"),
     ];
@@ -128,6 +129,18 @@ fn what_is_no_address_is_said_at_its_place() {
         (
             "a..b",
             "hosts:1:1: `a..b` is no address: `a..b` can be no host's name",
+        ),
+        (
+            "foo-.test",
+            "hosts:1:1: `foo-.test` is no address: `foo-.test`: no certificate can be for this name",
+        ),
+        (
+            "https://-foo.test:8443/x",
+            "hosts:1:1: `https://-foo.test:8443/x` is no address: `-foo.test`: no certificate can be for this name",
+        ),
+        (
+            "a.b-.test",
+            "hosts:1:1: `a.b-.test` is no address: `a.b-.test`: no certificate can be for this name",
         ),
         ("/health", "hosts:1:1: `/health` is no address: it has no host"),
         ("?x", "hosts:1:1: `?x` is no address"),
@@ -385,7 +398,11 @@ fn a_word_that_looks_like_an_option_and_is_none_is_an_error_that_says_how_to_sea
             "`topic=..`: expected letters, digits, `.`, `_` and `-`, 249 at most",
         ),
         ("ip=5", 16, "`ip=5`: expected `4` or `6`"),
-        ("tls=secure", 17, "`tls=secure`: expected `insecure`"),
+        (
+            "tls=secure",
+            17,
+            "`tls=secure`: expected `insecure` or `required`",
+        ),
         (
             "class=big",
             13,
@@ -743,7 +760,7 @@ proptest! {
         follow in 0_u32..=100,
         topic in prop::option::of("[a-zA-Z0-9._-]{3,9}"),
         family in prop::option::of(any::<bool>()),
-        tls_insecure in any::<bool>(),
+        tls in 0..3,
         regex in prop::option::of("\\([a-zA-Z#= \t.]{1,12}\\)"),
     ) {
         let mut written = host(&format!("{address} {seconds}s"));
@@ -755,7 +772,8 @@ proptest! {
         written.follow = follow;
         written.topic = topic;
         written.ip_family = family.map(|v4| if v4 { IpFamily::V4 } else { IpFamily::V6 });
-        written.tls_insecure = tls_insecure;
+        written.tls_insecure = tls == 1;
+        written.tls_required = tls == 2;
         if let (Some(regex), false) = (regex, head) {
             written.regex = host(&format!("a.example 1 {regex}")).regex;
         }

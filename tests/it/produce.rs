@@ -783,6 +783,7 @@ fn host(address: &str, interval_seconds: u64) -> Target {
         topic: None,
         ip_family: None,
         tls_insecure: false,
+        tls_required: false,
         regex: None,
     }
 }

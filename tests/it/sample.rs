@@ -814,6 +814,7 @@ fn target(address: &str, interval: Duration) -> Target {
         topic: None,
         ip_family: None,
         tls_insecure: false,
+        tls_required: false,
         regex: None,
     }
 }

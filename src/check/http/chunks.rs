@@ -7,16 +7,15 @@ use std::io::{self, BufRead, Read};
 
 use ureq::http::HeaderMap;
 
-/// `Transfer-Encoding` and `Content-Length` with another first letter: of the same length, so that a head that came in
-/// parts can be changed in place.
+/// `Transfer-Encoding` and `Content-Length` with another first letter: of the same length, so that a head can be changed in
+/// place.
 pub(super) const HIDDEN_TRANSFER_ENCODING: &str = "_ransfer-encoding";
 pub(super) const HIDDEN_CONTENT_LENGTH: &str = "_ontent-length";
 
 /// As in curl: more digits are an error, whatever their value.
 const MAX_SIZE_DIGITS: u32 = 16;
 
-/// Hides the two headers in a head whose Transfer-Encoding says `chunked`; of an unfinished head, in its whole lines. What
-/// follows the head is left alone.
+/// Hides the two headers in a head whose Transfer-Encoding says `chunked`. What follows the head is left alone.
 pub(super) fn hide(input: &mut [u8]) {
     let (mut chunked, mut lines) = (false, Vec::new());
     let mut start = 0;

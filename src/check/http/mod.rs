@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use ureq::http::header::{ACCEPT, ACCEPT_ENCODING, CONNECTION, LOCATION, USER_AGENT};
-use ureq::http::{HeaderMap, HeaderValue, Request, Response};
+use ureq::http::header::LOCATION;
+use ureq::http::{HeaderMap, HeaderValue, Response};
 use ureq::{Agent, Body};
 use url::Url;
 
@@ -27,7 +27,7 @@ use crate::check::outcome::{Observation, Outcome};
 use crate::check::pattern::{Late, Search};
 use crate::check::progress::{Phase, SharedProgress, add, now};
 use crate::check::resolver::{CheckResolver, Lookup, Names};
-use crate::check::target::{Method, Target};
+use crate::check::target::{Method, NOT_NAMED, Target, can_be_named};
 use crate::check::tls::Trust;
 use crate::config::CheckConfig;
 pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
@@ -36,6 +36,10 @@ use transport::CheckConnector;
 
 /// Room for a request's longest header line beside its URL and User-Agent: `Host:` with a name of 253 bytes.
 const REQUEST_LINE_BYTES: usize = 1024;
+
+/// What a redirect's next host needs at least to look up its name and connect: with less time left, a timeout is the fault
+/// of those before it.
+const LEAST_HOP_TIME: Duration = Duration::from_millis(10);
 
 /// What all checks of a process share: trust anchors, the resolver's threads, the settings. Cheap to clone.
 #[derive(Clone)]
@@ -121,8 +125,7 @@ impl Checker {
     /// the kernel's socket timeouts: 3 % of what was left when the wait began).
     pub fn check(&mut self, target: &Target, deadline: Instant) -> Observation {
         let started_at = now();
-        self.progress
-            .begin_check(deadline, target.ip_family, target.tls_insecure);
+        self.progress.begin_check(deadline, target.ip_family);
         let mut observation = Observation {
             outcome: Outcome::Ok,
             error: None,
@@ -140,10 +143,7 @@ impl Checker {
                 observation.latency = Some(now() - started_at);
                 self.judge(target, &mut response, &mut observation);
             }
-            Err(Failure::Exchange(error)) => {
-                let (outcome, text) = classify(&error, &self.progress.lock());
-                fail(&mut observation, outcome, text);
-            }
+            Err(Failure::Exchange(outcome, text)) => fail(&mut observation, outcome, text),
             Err(Failure::Redirect(outcome, text)) => {
                 observation.latency = Some(now() - started_at);
                 fail(&mut observation, outcome, text);
@@ -165,48 +165,77 @@ impl Checker {
         let mut url = target.url.clone();
         let mut followed = 0;
         loop {
-            let response = self.request(target, &url)?;
+            let began_at = now();
+            let response = self.request(target, &url).map_err(|error| {
+                let progress = self.progress.lock();
+                let time_given = progress.deadline.saturating_duration_since(began_at);
+                let (outcome, text) = match classify(&error, &progress) {
+                    (Outcome::DnsTimeout | Outcome::ConnectTimeout | Outcome::TlsTimeout, _)
+                        if followed > 0 && time_given < LEAST_HOP_TIME =>
+                    {
+                        (Outcome::ResponseTimeout, "no answer in time".into())
+                    }
+                    named => named,
+                };
+                Failure::Exchange(outcome, text + &after_redirects(followed))
+            })?;
             observation.redirects = Some(followed);
             let status = response.status().as_u16();
-            if !is_followed(target, status) {
-                observation.status_code = Some(status);
-                return Ok(response);
-            }
-            if followed == target.follow {
-                observation.status_code = Some(status);
-                let plural = if followed == 1 { "" } else { "s" };
-                let text = format!("more than {followed} redirect{plural}");
-                return Err(Failure::Redirect(Outcome::TooManyRedirects, text));
-            }
-            url = next_url(&url, response.headers()).map_err(|cause| {
-                observation.status_code = Some(status);
-                Failure::Redirect(
+            let next = match is_followed(target, status) {
+                true => next_url(&url, response.headers()),
+                false => Ok(None),
+            };
+            let failure = match next {
+                Ok(None) => {
+                    observation.status_code = Some(status);
+                    return Ok(response);
+                }
+                Ok(Some(_)) if followed == target.follow => {
+                    let plural = if followed == 1 { "" } else { "s" };
+                    let text = format!("more than {followed} redirect{plural}");
+                    Failure::Redirect(Outcome::TooManyRedirects, text)
+                }
+                Ok(Some(next)) if target.tls_required && next.scheme() != "https" => {
+                    let text = format!(
+                        "redirect (status {status}) to {}, and tls=required does not follow it",
+                        origin(&next)
+                    );
+                    Failure::Redirect(Outcome::ProtocolError, text)
+                }
+                Ok(Some(next)) => {
+                    url = next;
+                    followed += 1;
+                    observation.redirects = Some(followed);
+                    continue;
+                }
+                Err(cause) => Failure::Redirect(
                     Outcome::ProtocolError,
                     format!("redirect (status {status}) {cause}"),
-                )
-            })?;
-            followed += 1;
-            observation.redirects = Some(followed);
+                ),
+            };
+            observation.status_code = Some(status);
+            return Err(failure);
         }
     }
 
     /// One request over one connection, up to the response's headers.
     fn request(&self, target: &Target, url: &Url) -> Result<Response<Body>, ureq::Error> {
-        let (method, accepted) = match (target.method, &target.regex) {
-            (Method::Get, Some(_)) => ("GET", body::ACCEPTED_CODINGS),
-            (Method::Get, None) => ("GET", "identity"),
-            (Method::Head, _) => ("HEAD", "identity"),
+        let (request, accepted) = match (target.method, &target.regex) {
+            (Method::Get, Some(_)) => (self.agent.get(url.as_str()), body::ACCEPTED_CODINGS),
+            (Method::Get, None) => (self.agent.get(url.as_str()), "identity"),
+            (Method::Head, _) => (self.agent.head(url.as_str()), "identity"),
         };
-        let request = Request::builder()
-            .method(method)
-            .uri(url.as_str())
-            .header(USER_AGENT, &self.user_agent)
-            .header(ACCEPT, HeaderValue::from_static("*/*"))
-            .header(ACCEPT_ENCODING, HeaderValue::from_static(accepted))
-            .header(CONNECTION, HeaderValue::from_static("close"))
-            .body(())?;
-        self.progress.lock().begin_request();
-        let result = self.agent.run(request);
+        // ureq's own way writes names in lower case, and some servers know them as every other client writes them.
+        let request = request
+            .header_raw("Host", authority(url).as_bytes())
+            .header_raw("User-Agent", self.user_agent.as_bytes())
+            .header_raw("Accept", b"*/*")
+            .header_raw("Accept-Encoding", accepted.as_bytes())
+            .header_raw("Connection", b"close");
+        // Where a redirect leads, another certificate is shown than the one that tls=insecure was written for.
+        let tls_insecure = target.tls_insecure && url.host() == target.url.host();
+        self.progress.lock().begin_request(tls_insecure);
+        let result = request.call();
         self.progress.lock().response_ended(result.is_ok());
         result
     }
@@ -298,15 +327,9 @@ impl Checker {
 
 /// Why there is no response to judge.
 enum Failure {
-    Exchange(ureq::Error),
+    Exchange(Outcome, String),
     /// A redirect that is not followed is the final response, and bad.
     Redirect(Outcome, String),
-}
-
-impl From<ureq::Error> for Failure {
-    fn from(error: ureq::Error) -> Self {
-        Self::Exchange(error)
-    }
 }
 
 fn fail(observation: &mut Observation, outcome: Outcome, error: String) {
@@ -325,25 +348,60 @@ fn is_followed(target: &Target, status: u16) -> bool {
             .is_some_and(|written| written.contains(status))
 }
 
-/// Where a redirect leads; credentials and fragment in it are dropped. The error goes on with "redirect …".
-fn next_url(from: &Url, headers: &HeaderMap) -> Result<Url, String> {
-    let location = headers.get(LOCATION).ok_or("without a Location")?.as_bytes();
-    // Bytes above ASCII are UTF-8 in practice, and Latin-1 by the letter of older standards.
-    let location = match std::str::from_utf8(location) {
-        Ok(text) => text.to_owned(),
-        Err(_) => location.iter().map(|byte| char::from(*byte)).collect(),
+/// Where a redirect leads; credentials and fragment in it are dropped. `None`: its Location is empty, so that it is an
+/// answer like any other, as in curl and browsers. The error goes on with "redirect …".
+fn next_url(from: &Url, headers: &HeaderMap) -> Result<Option<Url>, String> {
+    if !headers.contains_key(LOCATION) {
+        return Err("without a Location".into());
+    }
+    let mut locations = headers.get_all(LOCATION).iter().map(HeaderValue::as_bytes);
+    let Some(location) = locations.find(|location| !location.is_empty()) else {
+        return Ok(None);
     };
+    // The server gets its own bytes back, whatever they meant to it.
+    let location: String = location
+        .iter()
+        .map(|byte| match byte {
+            0x80.. => format!("%{byte:02X}"),
+            _ => char::from(*byte).to_string(),
+        })
+        .collect();
     let mut url = from
         .join(&location)
         .map_err(|error| format!("to a bad URL: {error}"))?;
     if !matches!(url.scheme(), "http" | "https") {
         return Err(format!("to a URL of scheme {}", url.scheme()));
     }
+    if !can_be_named(&url) {
+        return Err(format!("to {}: {NOT_NAMED}", origin(&url)));
+    }
     url.set_fragment(None);
     // Neither fails for a URL with a host, which http and https always have.
     let _ = url.set_username("");
     let _ = url.set_password(None);
-    Ok(url)
+    Ok(Some(url))
+}
+
+/// `, after 2 redirects`, or nothing.
+fn after_redirects(followed: u32) -> String {
+    match followed {
+        0 => String::new(),
+        1 => ", after 1 redirect".into(),
+        _ => format!(", after {followed} redirects"),
+    }
+}
+
+/// What `Host:` says.
+fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
+}
+
+fn origin(url: &Url) -> String {
+    format!("{}://{}/", url.scheme(), authority(url))
 }
 
 #[cfg(test)]
@@ -358,24 +416,29 @@ mod tests {
     #[test]
     fn a_location_is_resolved_as_a_browser_does_and_loses_credentials_and_fragment() {
         let from = Url::parse("https://a.test/dir/page?q=1").unwrap();
-        let table: [(&[u8], &str); 11] = [
+        let table: [(&[u8], &str); 13] = [
             (b"/x", "https://a.test/x"),
             (b"x", "https://a.test/dir/x"),
             (b"../x?y=z", "https://a.test/x?y=z"),
             (b"?y", "https://a.test/dir/page?y"),
-            (b"", "https://a.test/dir/page?q=1"),
             (b"#top", "https://a.test/dir/page?q=1"),
             (b"//b.test:8443/", "https://b.test:8443/"),
             (b"http://user:secret@b.test/x#y", "http://b.test/x"),
             ("/\u{fc}".as_bytes(), "https://a.test/%C3%BC"),
-            (b"/\xfc", "https://a.test/%C3%BC"),
+            (b"/gr\xfcn?\xfc=\xc3\xbc", "https://a.test/gr%FCn?%FC=%C3%BC"),
+            (
+                "/\u{20ac}?\u{20ac}".as_bytes(),
+                "https://a.test/%E2%82%AC?%E2%82%AC",
+            ),
+            (b"/50%", "https://a.test/50%"),
+            (b"/a b", "https://a.test/a%20b"),
             (b"https://b\xc3\xbc.test", "https://xn--b-eha.test/"),
         ];
         for (location, expected) in table {
             let next = next_url(&from, &headers(LOCATION, location));
             assert_eq!(
-                next.as_ref().map(Url::as_str),
-                Ok(expected),
+                next.as_ref().map(|url| url.as_ref().map(Url::as_str)),
+                Ok(Some(expected)),
                 "{}",
                 location.escape_ascii()
             );
@@ -386,10 +449,27 @@ mod tests {
             b"http://",
             b"http://[::1",
             b"http://a:b:c/",
+            b"https://b\xfc.test/",
+            b"https://-b.test/",
+            b"//b-.test/",
         ] {
             let next = next_url(&from, &headers(LOCATION, location));
             assert!(next.is_err(), "{}: {next:?}", location.escape_ascii());
         }
         assert!(next_url(&from, &HeaderMap::new()).is_err());
+    }
+
+    #[test]
+    fn a_redirect_with_an_empty_location_leads_nowhere() {
+        let from = Url::parse("https://a.test/").unwrap();
+        let mut headers = headers(LOCATION, b"");
+        assert_eq!(next_url(&from, &headers), Ok(None));
+        headers.append(LOCATION, HeaderValue::from_static("/x"));
+        let next = next_url(&from, &headers).unwrap();
+        assert_eq!(
+            next.as_ref().map(Url::as_str),
+            Some("https://a.test/x"),
+            "as curl does"
+        );
     }
 }

@@ -11,8 +11,7 @@ use std::time::Instant;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
-use super::chunks;
-use super::head::{self, Head};
+use super::head::{self, Start};
 use crate::check::fault::{Fault, is_agents_own, is_unreachable};
 use crate::check::progress::{Phase, SharedProgress, add, now};
 use crate::check::resolver::bare;
@@ -69,6 +68,7 @@ impl Connector<()> for CheckConnector {
         let path_bytes = details.uri.path_and_query().map_or(1, |path| path.as_str().len());
         Ok(Some(Connection {
             stream,
+            is_http_1_0: false,
             buffers: InOut {
                 input: Vec::new(),
                 consumed: 0,
@@ -178,6 +178,8 @@ impl Stream {
 /// One connection as ureq sees it.
 pub(super) struct Connection {
     stream: Stream,
+    /// Of the response, once its head was read.
+    is_http_1_0: bool,
     buffers: InOut,
     progress: SharedProgress,
 }
@@ -185,6 +187,91 @@ pub(super) struct Connection {
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Connection")
+    }
+}
+
+impl Connection {
+    /// Reads the response's head; ureq never sees those of interim ones (100, 103).
+    fn await_head(&mut self) -> Result<(), ureq::Error> {
+        let mut looked_at = 0;
+        loop {
+            let input = self.buffers.input();
+            match head::look(input, looked_at) {
+                Start::Head(bytes) if bytes <= MAX_HEAD_BYTES => {
+                    let head = head::read(&input[..bytes]).map_err(Fault::Protocol)?;
+                    // 101 is the answer of a server that goes on in a protocol nobody asked for.
+                    if matches!(head.status, 100 | 102..=199) {
+                        self.buffers.input_consume(bytes);
+                        looked_at = 0;
+                        continue;
+                    }
+                    self.is_http_1_0 = head.is_http_1_0;
+                    self.buffers.replace_head(bytes, head.strict);
+                    return Ok(());
+                }
+                Start::Unfinished if input.len() <= MAX_HEAD_BYTES => looked_at = input.len(),
+                Start::Head(_) | Start::Unfinished => {
+                    return Err(ureq::Error::LargeResponseHeader(input.len(), MAX_HEAD_BYTES));
+                }
+                Start::Http2 => {
+                    return Err(
+                        Fault::Protocol("it comes in HTTP/2 frames, and HTTP/1.1 was asked for").into(),
+                    );
+                }
+                Start::Unknown => return Err(Fault::Protocol("it does not begin as HTTP does").into()),
+            }
+            if self.read_more()? == 0 {
+                return Err(Fault::Io(io::ErrorKind::UnexpectedEof.into()).into());
+            }
+        }
+    }
+
+    /// Reads what has come, or waits for it; 0 where the server has ended the connection, or the buffer is full.
+    fn read_more(&mut self) -> Result<usize, ureq::Error> {
+        let space = self.buffers.input_append_buf();
+        if space.is_empty() {
+            return Ok(0);
+        }
+        let count = match self.stream.read(space) {
+            Ok(count) => count,
+            // Servers of HTTP/1.0 are too old to end TLS as they should. ureq knows whether a length is missing.
+            Err(error) if self.is_http_1_0 && error.kind() == io::ErrorKind::UnexpectedEof => 0,
+            Err(error) => {
+                self.progress.lock().closed_by_peer |= is_cut(&error);
+                // As a fault of ours: ureq takes a plain reset for the end of a body without a length.
+                return Err(Fault::Io(error).into());
+            }
+        };
+        let mut progress = self.progress.lock();
+        match count {
+            0 => progress.closed_by_peer = true,
+            _ => progress.bytes_came(),
+        }
+        drop(progress);
+        self.buffers.input_appended(count);
+        Ok(count)
+    }
+}
+
+impl Drop for Connection {
+    /// Closes in order where the server has closed already, which leaves no port waiting; else [`connect_one`] has seen
+    /// to it that the connection is reset.
+    fn drop(&mut self) {
+        match &mut self.stream {
+            Stream::Plain(socket) => {
+                if socket.has_ended() {
+                    socket.close_in_order();
+                }
+            }
+            Stream::Tls(stream) => {
+                if stream.sock.has_ended() {
+                    stream.conn.send_close_notify();
+                    // Whether anybody still listens does not matter.
+                    let _ = stream.conn.write_tls(&mut stream.sock);
+                    stream.sock.close_in_order();
+                }
+            }
+        }
     }
 }
 
@@ -205,54 +292,10 @@ impl Transport for Connection {
     }
 
     fn await_input(&mut self, _timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let mut held_back = false;
-        loop {
-            let space = self.buffers.input_append_buf();
-            if space.is_empty() {
-                return Ok(false);
-            }
-            let count = match self.stream.read(space) {
-                Ok(count) => count,
-                Err(error) => {
-                    self.progress.lock().closed_by_peer |= is_cut(&error);
-                    // As a fault of ours: ureq takes a plain reset for the end of a body without a length.
-                    return Err(Fault::Io(error).into());
-                }
-            };
-            if count == 0 {
-                self.progress.lock().closed_by_peer = true;
-                return match held_back {
-                    true => Err(Fault::Io(io::ErrorKind::UnexpectedEof.into()).into()),
-                    false => Ok(false),
-                };
-            }
-            self.buffers.input_appended(count);
-            let in_head = {
-                let mut progress = self.progress.lock();
-                progress.bytes_came();
-                progress.phase == Phase::Response
-            };
-            if !in_head {
-                return Ok(true);
-            }
-            match head::look(self.buffers.input()) {
-                Head::Fits => {
-                    self.buffers.hide_chunks();
-                    return Ok(true);
-                }
-                Head::Whole(bytes) if bytes <= MAX_HEAD_BYTES => {
-                    self.buffers.thin_head(bytes);
-                    self.buffers.hide_chunks();
-                    return Ok(true);
-                }
-                Head::Unfinished if self.buffers.input().len() <= MAX_HEAD_BYTES => held_back = true,
-                Head::Whole(_) | Head::Unfinished => {
-                    return Err(ureq::Error::LargeResponseHeader(
-                        self.buffers.input().len(),
-                        MAX_HEAD_BYTES,
-                    ));
-                }
-            }
+        let phase = self.progress.lock().phase;
+        match phase {
+            Phase::Response => self.await_head().map(|()| true),
+            _ => Ok(self.read_more()? > 0),
         }
     }
 
@@ -277,16 +320,10 @@ struct InOut {
 }
 
 impl InOut {
-    /// Replaces the head, this many bytes at the start of the input, by what is read of it.
-    fn thin_head(&mut self, bytes: usize) {
-        let end = self.consumed + bytes;
-        let thin = head::thinned(&self.input[self.consumed..end]);
-        self.consumed = end - thin.len();
-        self.input[self.consumed..end].copy_from_slice(&thin);
-    }
-
-    fn hide_chunks(&mut self) {
-        chunks::hide(&mut self.input[self.consumed..self.filled]);
+    /// Replaces the head, this many bytes at the start of the input.
+    fn replace_head(&mut self, bytes: usize, by: Vec<u8>) {
+        self.filled = self.filled - bytes + by.len();
+        self.input.splice(self.consumed..self.consumed + bytes, by);
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use terminal_size::{Height, Width, terminal_size};
 
-use crate::terminal::cut;
+use crate::terminal::{cut, plain};
 
 /// Where there is no terminal, or one that does not say its size: a log file's lines may be long.
 const DEFAULT_WIDTH: usize = 160;
@@ -119,7 +119,7 @@ impl Write for Notices {
             }
             let line = std::mem::take(&mut kept.unfinished);
             // An address may hold anything; an escape must not reach the terminal.
-            let line = String::from_utf8_lossy(&line).replace(char::is_control, " ");
+            let line = plain(&String::from_utf8_lossy(&line));
             if kept.lines.len() == MAX_NOTICES {
                 kept.lines.pop_front();
             }

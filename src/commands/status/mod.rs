@@ -17,7 +17,7 @@ use crate::config::StatusConfig;
 use crate::postgres::{self, Bounds, Link};
 use crate::sample::Timestamp;
 use crate::tables::destination;
-use crate::terminal::{self, NONE, columns, cut, percent, plain, roughly, seconds, sparkline};
+use crate::terminal::{NONE, columns, cut, percent, plain, plain_json, roughly, seconds, sparkline};
 
 /// Data is stale when its newest row is older than so many intervals of its host, and a minute for the way to the table.
 const STALE_AFTER_INTERVALS: f64 = 3.0;
@@ -143,7 +143,8 @@ pub fn json(report: &Report) -> String {
         pipeline: PipelineDocument::of(report),
         stale: report.is_stale(),
     };
-    let mut text = serde_json::to_string(&document).expect("numbers, texts and lists have a JSON form");
+    let text = serde_json::to_string(&document).expect("numbers, texts and lists have a JSON form");
+    let mut text = plain_json(&text);
     text.push('\n');
     text
 }
@@ -400,7 +401,7 @@ fn pipeline(report: &Report) -> Vec<Vec<String>> {
         Some(count) => format!("{count} records"),
     };
     [("newest row", newest), ("lag", lag), ("rejected", rejected)]
-        .map(|(name, value)| vec![name.to_owned(), terminal::plain(&value)])
+        .map(|(name, value)| vec![name.to_owned(), plain(&value)])
         .to_vec()
 }
 

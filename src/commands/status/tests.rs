@@ -134,6 +134,15 @@ rejected    0 records
 }
 
 #[test]
+fn a_programs_document_has_hidden_characters_as_escapes() {
+    let address = "https://a.example/\u{202e}\u{9b}x";
+    let json = json(&report(vec![host(address)]));
+    assert!(json.contains(r"https://a.example/\u202e\u009bx"), "{json}");
+    let document: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(document["hosts"][0]["address"], address);
+}
+
+#[test]
 fn what_cannot_be_known_is_said() {
     let counted = Host {
         is_valid: None,

@@ -23,7 +23,7 @@ use nom::{IResult, Offset, Parser};
 use url::{Host, Url};
 
 use crate::check::pattern::Pattern;
-use crate::check::target::{IpFamily, Method, StatusSet, Target};
+use crate::check::target::{IpFamily, Method, NOT_NAMED, StatusSet, Target, can_be_named};
 use crate::config::{TOPIC_NAME_RULE, is_topic_name};
 use crate::duration;
 use crate::sample::MAX_ADDRESS_BYTES;
@@ -333,6 +333,9 @@ fn read_address(text: &str) -> Result<Url, Fault> {
         Some(Host::Domain(domain)) if !is_host_name(domain) => {
             return Err(no_url(&format_args!("{} can be no host's name", quoted(domain))));
         }
+        Some(Host::Domain(domain)) if !can_be_named(&url) => {
+            return Err(no_url(&format_args!("{}: {NOT_NAMED}", quoted(domain))));
+        }
         // `5` and `10.1` are addresses to browsers, and slips in a file whose second column is a number.
         Some(Host::Ipv4(ip)) if scheme.is_none() && !text.starts_with(&ip.to_string()) => {
             return Err(no_url(&"a number"));
@@ -393,7 +396,7 @@ struct Settings {
     follow: Option<u32>,
     topic: Option<String>,
     ip_family: Option<IpFamily>,
-    tls_insecure: Option<bool>,
+    tls: Option<Tls>,
 }
 
 impl Settings {
@@ -413,7 +416,7 @@ impl Settings {
             "follow" => option.once(&mut self.follow, read_follow, "a number from 0 to 100"),
             "topic" => option.once(&mut self.topic, read_topic, TOPIC_NAME_RULE),
             "ip" => option.once(&mut self.ip_family, read_ip_family, "`4` or `6`"),
-            "tls" => option.once(&mut self.tls_insecure, read_tls, "`insecure`"),
+            "tls" => option.once(&mut self.tls, read_tls, "`insecure` or `required`"),
             name => Err(Fault::new(
                 0,
                 format!("{} is no option: {KNOWN_OPTIONS}", quoted(name)),
@@ -440,7 +443,8 @@ impl Settings {
             follow: self.follow.unwrap_or(plain.follow),
             topic: self.topic,
             ip_family: self.ip_family,
-            tls_insecure: self.tls_insecure.unwrap_or(plain.tls_insecure),
+            tls_insecure: self.tls == Some(Tls::Insecure),
+            tls_required: self.tls == Some(Tls::Required),
             regex,
             ..plain
         }
@@ -517,8 +521,18 @@ fn read_ip_family(text: &str) -> Option<IpFamily> {
     }
 }
 
-fn read_tls(text: &str) -> Option<bool> {
-    (text == "insecure").then_some(true)
+#[derive(PartialEq, Eq)]
+enum Tls {
+    Insecure,
+    Required,
+}
+
+fn read_tls(text: &str) -> Option<Tls> {
+    match text {
+        "insecure" => Some(Tls::Insecure),
+        "required" => Some(Tls::Required),
+        _ => None,
+    }
 }
 
 /// Each regex once, however many lines have it, and all of them within a bound.
