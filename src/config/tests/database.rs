@@ -1,0 +1,126 @@
+//! DB_HOST in all the forms that people give it, and DB_TABLE.
+
+use super::*;
+
+#[test]
+fn a_table_is_named_as_written_and_quoted_as_an_identifier() {
+    let forty = "x".repeat(40);
+    let cases = [
+        ("hosts", Some("\"hosts\"")),
+        ("My Hosts", Some("\"My Hosts\"")),
+        ("s.hosts", Some("\"s\".\"hosts\"")),
+        ("s.\"My.Hosts\"", Some("\"s\".\"My.Hosts\"")),
+        ("\"a\"\"b\"", Some("\"a\"\"b\"")),
+        ("\"S\".t", Some("\"S\".\"t\"")),
+        ("hosts; drop table x--", Some("\"hosts; drop table x--\"")),
+        (&forty, Some(&*format!("\"{forty}\""))),
+        ("", None),
+        (".", None),
+        ("s.", None),
+        (".t", None),
+        ("a.b.c", None),
+        ("\"a", None),
+        ("\"a\"b", None),
+        ("a\"b", None),
+        ("\"\"", None),
+        ("a\nb", None),
+        (&format!("{forty}x"), None),
+        (&format!("{}.t", "x".repeat(64)), None),
+        ("äääääääääääääääääääää", None),
+    ]
+    .map(|(text, quoted): (&str, Option<&str>)| (text.to_owned(), quoted.map(str::to_owned)));
+    for (text, quoted) in cases {
+        assert_eq!(
+            TableName::parse(&text).map(|table| table.quoted("")),
+            quoted,
+            "{text}"
+        );
+    }
+}
+
+fn wrong_database(pair: (&str, &str)) -> String {
+    let pairs = DATABASE
+        .into_iter()
+        .filter(|(name, _)| *name != pair.0)
+        .chain([pair]);
+    let lines = wrong(consume(&Variables::from_pairs(pairs)));
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    lines.into_iter().next().unwrap()
+}
+
+#[test]
+fn a_database_host_is_a_name_an_address_or_a_directory() {
+    for (text, host) in [
+        ("db", "db"),
+        ("10.0.0.7", "10.0.0.7"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("/var/run/postgresql", "/var/run/postgresql"),
+    ] {
+        assert_eq!(consumed(&[("DB_HOST", text)]).database.host, host);
+    }
+}
+
+#[test]
+fn what_is_not_a_database_host_is_answered_with_what_to_write() {
+    let cases = [
+        (
+            "postgres://me:hunter2@db.example:6432/metrics",
+            "write DB_HOST=db.example, and its other parts to DB_PORT",
+        ),
+        (
+            "postgresql://me:hun/ter2@[::1]/metrics",
+            "write DB_HOST=::1, and its other parts to DB_PORT",
+        ),
+        (
+            "jdbc:postgresql://db/metrics?password=hunter2",
+            "write DB_HOST=db, and its other parts to DB_PORT",
+        ),
+        ("postgres://me:hunter2", "it is a URL: write its host to DB_HOST"),
+        ("host=db password=hunter2", "it is a connection string"),
+        ("db:5432", "write DB_HOST=db and DB_PORT=5432"),
+        ("[::1]:5432", "write DB_HOST=::1 and DB_PORT=5432"),
+        ("h1,h2", "several hosts are not supported"),
+        ("h1:5432,h2:5432", "several hosts are not supported"),
+        (
+            "me:hunter2@db",
+            "and the user and password to DB_USER and DB_PASSWORD",
+        ),
+        (
+            "db/metrics",
+            "write DB_HOST=db, and the name of the database to DB_NAME",
+        ),
+        ("\"localhost\"", "the quotes are part of the value: remove them"),
+        ("'localhost'", "the quotes are part of the value: remove them"),
+        ("$DB", "are not replaced here"),
+        ("5432", ""),
+        ("[db]", ""),
+        ("a b", ""),
+    ];
+    for (host, remedy) in cases {
+        let line = wrong_database(("DB_HOST", host));
+        let expected = ": expected one host's name or IP address, or the directory of the database's socket";
+        assert!(line.starts_with("DB_HOST=") && line.contains(expected), "{line}");
+        assert!(line.contains(remedy), "{line}");
+        assert!(!line.contains("hunter2") && !line.contains("ter2"), "{line}");
+    }
+}
+
+#[test]
+fn other_parts_of_a_connection_that_stand_in_the_wrong_variable_are_named() {
+    let line = wrong_database(("DB_PORT", "tcp://10.0.0.7:5432"));
+    assert!(line.contains("set `enableServiceLinks: false`"), "{line}");
+    let line = wrong_database(("DB_NAME", "postgres://me:hunter2@db/metrics"));
+    assert!(
+        line.contains("the name of the database alone") && !line.contains("hunter2"),
+        "{line}"
+    );
+    let line = wrong_database(("DB_USER", "me:hunter2"));
+    assert!(
+        line.contains("the password to DB_PASSWORD") && !line.contains("hunter2"),
+        "{line}"
+    );
+    let line = wrong_database(("DB_TABLE", "'host_metrics'"));
+    assert!(line.contains("the quotes are part of the value"), "{line}");
+}
