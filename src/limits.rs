@@ -19,6 +19,8 @@ pub struct Limits {
     pub files: Option<u64>,
     /// RLIMIT_NPROC, which all processes of this user share.
     pub threads_of_user: Option<u64>,
+    /// What the kernel has for all processes together.
+    pub threads_of_kernel: Option<u64>,
     /// What the control group leaves: pids.max without what runs there already.
     pub threads_of_cgroup: Option<u64>,
 }
@@ -49,6 +51,10 @@ pub fn current() -> Limits {
         threads_of_user: getrlimit(Resource::Nproc)
             .current
             .filter(|_| !geteuid().is_root()),
+        threads_of_kernel: ["threads-max", "pid_max"]
+            .into_iter()
+            .filter_map(|name| number(&Path::new("/proc/sys/kernel").join(name)))
+            .min(),
         threads_of_cgroup: fs::read_to_string("/proc/self/cgroup")
             .ok()
             .and_then(|groups| pids_left(&groups, Path::new("/sys/fs/cgroup"))),
@@ -88,6 +94,12 @@ pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
         ),
         threads.warning(
             checks,
+            limits.threads_of_kernel,
+            "this machine may have",
+            "kernel.threads-max and kernel.pid_max (sysctl)",
+        ),
+        threads.warning(
+            checks,
             limits.threads_of_cgroup,
             "the control group leaves",
             "pids.max of the control group (TasksMax= in a systemd unit, --pids-limit for a container)",
@@ -112,8 +124,9 @@ impl Need {
             0 => "lower MAX_THREADS".to_owned(),
             fits => format!("set MAX_THREADS={fits}"),
         };
+        let plural = if checks == 1 { "" } else { "s" };
         Some(format!(
-            "{checks} checks at once may need {} {what}, but {who} {limit}; what exceeds that fails as agent_error; raise \
+            "{checks} check{plural} at once may need {} {what}, but {who} {limit}; what exceeds that fails as agent_error; raise \
              {knob}, or {lower}",
             self.count,
             what = self.what
@@ -139,19 +152,18 @@ fn pids_left(groups: &str, mounted_at: &Path) -> Option<u64> {
     let (root, path) = group.or_else(version_2)?;
     // A container may see its own group as the root, and in /proc the path that the host knows it by.
     let path = PathBuf::from(path.trim_start_matches('/'));
-    let number = |group: &Path, file: &str| -> Option<u64> {
-        fs::read_to_string(root.join(group).join(file))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
-    };
     path.ancestors()
         .filter_map(|group| {
-            let max = number(group, "pids.max")?;
-            Some(max.saturating_sub(number(group, "pids.current").unwrap_or(0)))
+            let group = root.join(group);
+            let current = number(&group.join("pids.current")).unwrap_or(0);
+            Some(number(&group.join("pids.max"))?.saturating_sub(current))
         })
         .min()
+}
+
+/// `None` also where the file says `max`.
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -163,6 +175,7 @@ mod tests {
         let enough = Limits {
             files: Some(164),
             threads_of_user: Some(232),
+            threads_of_kernel: Some(232),
             threads_of_cgroup: Some(232),
         };
         assert_eq!(warnings(enough, 100, 100), [""; 0]);
@@ -170,6 +183,7 @@ mod tests {
         let short = Limits {
             files: Some(163),
             threads_of_user: Some(231),
+            threads_of_kernel: Some(232),
             threads_of_cgroup: Some(10),
         };
         let lines = warnings(short, 100, 100);

@@ -60,13 +60,17 @@ pub(super) fn host_and_port(text: &str) -> Option<(&str, u16)> {
     (host(name).filter(|_| !is_bare_ipv6)).zip(port(digits))
 }
 
-/// The host of a URL or of anything that begins like one, if it can be told without a doubt.
+/// The host of a URL, if there is no doubt which part of it that is.
 pub(super) fn host_of_url(text: &str) -> Option<&str> {
     let (_, rest) = text.split_once("://")?;
-    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
-    let end = rest.find(['/', '?', '#', ',']).unwrap_or(rest.len());
-    let authority = &rest[..end];
-    host(authority).or_else(|| host_and_port(authority).map(|(host, _)| host))
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let (authority, tail) = rest.split_at(end);
+    // The user's password may go on behind what looks like the host, and must not be taken for it.
+    if tail.contains('@') {
+        return None;
+    }
+    let first = authority.rsplit('@').next()?.split(',').next()?;
+    host(first).or_else(|| host_and_port(first).map(|(host, _)| host))
 }
 
 /// With the name of a network interface (`fe80::1%eth0`) or without.

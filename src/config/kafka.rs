@@ -125,7 +125,7 @@ fn bootstrap_servers(reader: &mut Reader<'_>) -> String {
 }
 
 fn server_remedy(server: &str) -> Option<String> {
-    if server.contains("://") {
+    if server.contains("://") || server.contains('@') {
         return Some(match host_of_url(server) {
             Some(host) => {
                 format!("write {host} and its port without the protocol, which KAFKA_SECURITY_PROTOCOL names")

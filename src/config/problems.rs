@@ -21,6 +21,8 @@ const MAX_PEM_BYTES: u64 = 4 << 20;
 
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
+const SECRETS: [&str; 2] = ["DB_PASSWORD", "KAFKA_SASL_PASSWORD"];
+
 /// One thing that is wrong with the variables: which of them, what it is, what was expected, what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
@@ -125,11 +127,19 @@ impl<'a> Reader<'a> {
             None => Problem::NotSet { name, expected },
             Some(value) => Problem::Wrong {
                 name,
-                value: shown(value),
+                value: self.shown(value),
                 expected,
                 remedy: remedy.or(slip(value).map(str::to_owned)).unwrap_or_default(),
             },
         });
+    }
+
+    /// The value without what may be a secret, and without the secrets that are known.
+    fn shown(&self, value: &str) -> String {
+        let secrets = SECRETS.into_iter().filter_map(|name| self.get(name));
+        // A shorter one is in too many words, and not much of a secret.
+        let secrets = secrets.filter(|secret| secret.len() >= 6);
+        shown(&secrets.fold(value.to_owned(), |text, secret| text.replace(secret, "***")))
     }
 
     /// [`Self::wrong`] for a value that has a secret in it.
@@ -239,7 +249,7 @@ impl<'a> Reader<'a> {
         };
         self.push(Problem::File {
             name,
-            path: shown(self.get(name)?),
+            path: self.shown(self.get(name)?),
             what: problem,
         });
         None

@@ -51,26 +51,38 @@ pub(super) fn shown(value: &str) -> String {
         let end = named.end();
         text.replace_range(end.., HIDDEN);
     }
-    let first_at = text.find('@').unwrap_or(text.len());
-    let start = text[..first_at].find("://").map_or(0, |colon| colon + 3);
-    let rest = &text[start..];
-    // `%40` is an `@` that was escaped for a URL.
-    if let Some(at) = rest.rfind('@').or_else(|| rest.rfind("%40")) {
-        text.replace_range(start..start + at, HIDDEN);
-    } else if start > 0 {
-        // The port of a URL that was cut before its `@` is a password.
-        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
-        if let Some((host, port)) = rest[..end].rsplit_once(':')
-            && !port.ends_with(']')
-            && !port.bytes().all(|byte| byte.is_ascii_digit())
-        {
-            let port = start + host.len() + 1;
-            text.replace_range(port..start + end, HIDDEN);
-        }
-    }
+    hide_user(&mut text);
     match text.char_indices().nth(MAX_SHOWN_CHARS) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
+    }
+}
+
+/// Hides what stands before the host in a URL, or in anything that may be a part of one.
+fn hide_user(text: &mut String) {
+    let first_at = text.find('@').unwrap_or(text.len());
+    let scheme = text[..first_at].find("://");
+    let start = scheme.map_or(0, |colon| colon + 3);
+    let rest = &text[start..];
+    // `%40` is an `@` that was escaped for a URL.
+    if let Some(at) = rest.rfind('@').or_else(|| rest.rfind("%40")) {
+        // Behind a `?` it may be the password's own, and what follows the rest of the password.
+        let is_doubtful = rest[..at].contains(['?', '#']);
+        let end = if is_doubtful { text.len() } else { start + at };
+        text.replace_range(start..end, HIDDEN);
+        return;
+    }
+    // What should be a port and is not a number may be the password of a URL that was cut before its `@`.
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    if let Some((host, port)) = rest[..end].rsplit_once(':')
+        && !host.contains([':', ' ', ',', ';'])
+        && !port
+            .trim_end_matches([',', ';', ' '])
+            .bytes()
+            .all(|byte| byte.is_ascii_digit())
+    {
+        let port = start + host.len() + 1;
+        text.replace_range(port..start + end, HIDDEN);
     }
 }
 
@@ -139,9 +151,18 @@ mod tests {
                 r#""postgres://***@db/metrics""#,
             ),
             (
-                "postgres://me:hun@ter/2?#@db/metrics",
+                "postgres://me:hun@ter2@db/metrics",
                 r#""postgres://***@db/metrics""#,
             ),
+            (
+                "postgres://me:hun/ter2@db/metrics",
+                r#""postgres://***@db/metrics""#,
+            ),
+            ("postgres://me:hun?ter2@db/metrics", r#""postgres://***""#),
+            ("postgres://db/m?pw=hun@ter2", r#""postgres://***""#),
+            ("me:hunter2", r#""me:***""#),
+            ("kafka:9092,", r#""kafka:9092,""#),
+            ("tcp://10.0.0.7:5432", r#""tcp://10.0.0.7:5432""#),
             ("postgres://me:hunter2%40db", r#""postgres://***%40db""#),
             ("postgres://me:hunter2", r#""postgres://me:***""#),
             ("https://[::1]/", r#""https://[::1]/""#),

@@ -70,8 +70,16 @@ fn what_is_not_a_database_host_is_answered_with_what_to_write() {
             "write DB_HOST=db.example, and its other parts to DB_PORT",
         ),
         (
-            "postgresql://me:hun/ter2@[::1]/metrics",
+            "postgresql://me:hunter2@[::1]/metrics",
             "write DB_HOST=::1, and its other parts to DB_PORT",
+        ),
+        (
+            "postgresql://me:hun/ter2@db/metrics",
+            "it is a URL: write its host to DB_HOST",
+        ),
+        (
+            "postgres://db/metrics?user=me&password=hun@ter2",
+            "it is a URL: write its host to DB_HOST",
         ),
         (
             "jdbc:postgresql://db/metrics?password=hunter2",

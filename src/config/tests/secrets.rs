@@ -148,3 +148,19 @@ fn a_secret_in_quotes_is_warned_of_without_being_shown() {
     );
     assert_eq!(quoted_secrets(&variables, Servers::KAFKA).len(), 1);
 }
+
+#[test]
+fn a_secret_that_is_known_is_hidden_wherever_it_was_written_to() {
+    let secret = ("DB_PASSWORD", "hunter2!");
+    for (name, value) in [
+        ("DB_PORT", "hunter2!"),
+        ("DB_TABLE", "a.b.hunter2!"),
+        ("DB_SSLROOTCERT", "/x/hunter2!"),
+    ] {
+        let lines = wrong(consume(&variables(&DATABASE, &[secret, (name, value)])));
+        assert!(
+            lines[0].contains("***") && !lines[0].contains("hunter2"),
+            "{lines:?}"
+        );
+    }
+}
