@@ -75,7 +75,7 @@ fn hide_user(text: &mut String) {
     // What should be a port and is not a number may be the password of a URL that was cut before its `@`.
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     if let Some((host, port)) = rest[..end].rsplit_once(':')
-        && !host.contains([':', ' ', ',', ';'])
+        && !host.contains(|c: char| c.is_whitespace() || ":,;".contains(c))
         && !port
             .trim_end_matches([',', ';', ' '])
             .bytes()
