@@ -3,9 +3,6 @@
 use std::fmt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::LazyLock;
-
-use regex::Regex;
 
 use super::{Servers, Variables};
 
@@ -39,23 +36,34 @@ impl fmt::Debug for Secret {
 /// A value ends up in the wrong variable as easily as it is mistyped, so every part that could be a password is hidden:
 /// what stands before an `@`, what follows a word like `password=`, a port that is not a number, the contents of a key.
 pub(super) fn shown(value: &str) -> String {
-    static NAMED: LazyLock<Regex> = LazyLock::new(|| {
-        let named = r"(?i)(?:pass|pwd|secret|token|credential|api.?key)[a-z_.-]*\s*[=:]\s*";
-        Regex::new(named).expect("a constant")
-    });
     if value.contains("-----BEGIN") {
         return "(the contents of a PEM file)".to_owned();
     }
     let mut text = value.to_owned();
-    if let Some(named) = NAMED.find(&text) {
-        let end = named.end();
-        text.replace_range(end.., HIDDEN);
+    if let Some(start) = named_secret(&text) {
+        text.replace_range(start.., HIDDEN);
     }
     hide_user(&mut text);
     match text.char_indices().nth(MAX_SHOWN_CHARS) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
     }
+}
+
+/// Where what follows `password=` or `api_key: ` begins.
+fn named_secret(text: &str) -> Option<usize> {
+    let lower = text.to_ascii_lowercase();
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    lower.match_indices(['=', ':']).find_map(|(sign, _)| {
+        let before = lower[..sign].trim_end();
+        let name = &before[before.trim_end_matches(is_name).len()..];
+        let is_secret = ["pass", "pwd", "secret", "token", "credential", "key"]
+            .iter()
+            .any(|word| name.contains(word));
+        let value = lower[sign + 1..].trim_start();
+        // `pass://` is a scheme.
+        (is_secret && !value.starts_with("//")).then(|| lower.len() - value.len())
+    })
 }
 
 /// Hides what stands before the host in a URL, or in anything that may be a part of one.

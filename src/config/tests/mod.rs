@@ -297,7 +297,7 @@ fn a_command_looks_only_at_the_variables_that_it_needs() {
     let variables = Variables::from_pairs(all_wrong());
     assert_eq!(
         wrong_names(validate(&variables).map(drop)),
-        ["CHECK_TIMEOUT", "MAX_THREADS", "LOG_LEVEL"]
+        ["CHECK_TIMEOUT", "MAX_THREADS", "MAX_BODY_BYTES", "LOG_LEVEL"]
     );
     assert_eq!(
         wrong_names(check(&variables).map(drop)),
