@@ -1,6 +1,6 @@
 # The two commands: `make demo` shows the program, `make test` tests it. `make` alone prints the rest.
 
-SHELL_SCRIPTS = .ci/run scripts/* tests/docker/run tests/docker/stand-ins tests/docker/kafka-run tests/docker/postgres-run
+SHELL_SCRIPTS = .ci/run scripts/* deploy/postgres/*.sh tests/docker/run tests/docker/stand-ins tests/docker/kafka-run tests/docker/postgres-run
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak test-docker bench-consume bench-views bench-produce soak-produce setup lint deny config image start stop restart status logs reload validate clean

@@ -43,21 +43,21 @@ pub enum Command {
     Check(Check),
     /// Show how a host file is understood, and what its checks will cost
     Validate(Validate),
-    /// Create the topics and tables; what exists is left as it is
+    /// Create the topics and tables that do not exist yet
     Init(Init),
     /// Remove the tables and views that `init` made
     Drop(Drop),
-    /// Show how the hosts do, how far the table is behind Kafka, and whether that is stale
+    /// Show the state of the hosts, how far the table is behind Kafka, and whether it is stale
     Status(Status),
     /// Go past a batch of Kafka's that `consume` cannot read, and note which offsets were not read
     Skip(Skip),
     /// Ask the agent that listens at METRICS_ADDR on this machine whether it is ready
     Health(Health),
-    /// Show the whole pipeline in one process, on a Kafka, a Postgres and sites of its own
+    /// Run the whole pipeline in one process, with a Kafka, a Postgres and sites of its own
     Demo(Demo),
 }
 
-/// What every command takes, before its name or after it.
+/// The flags of every command, before its name or after it.
 #[derive(Debug, Args)]
 // Else a command's version would be `host-metrics-produce`'s.
 #[command(display_name = "host-metrics")]
@@ -149,11 +149,11 @@ pub struct Init {
 
 #[derive(Debug, Args)]
 pub struct Drop {
-    /// Remove the topics of KAFKA_TOPIC too
+    /// Remove the topics of KAFKA_TOPIC as well
     #[arg(long)]
     pub topic: bool,
 
-    /// Yes, remove them: without this nothing is removed
+    /// Confirm: nothing is removed without this flag
     #[arg(long)]
     pub yes: bool,
 
@@ -268,9 +268,9 @@ Exit status: 0 done; 1 it could not go on (check: not valid; status: stale; heal
 2 the command line, a variable or the host file is wrong.";
 
 const VARIABLES: &str = "\
-Variables (by -e, in the environment or in .env; an empty one takes its default):
+Variables (with -e, in the environment or in .env; an empty one has its default value):
   KAFKA_BOOTSTRAP_SERVERS   host:port,host:port
-  KAFKA_TOPIC               [host-metrics]; `consume` and `init` take several, with commas between
+  KAFKA_TOPIC               [host-metrics]; `consume` and `init` take several, separated by commas
   KAFKA_SECURITY_PROTOCOL   PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL
                             [SSL if a KAFKA_SSL_* file is set, else PLAINTEXT]
   KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE, KAFKA_SSL_KEY_FILE    PEM files
@@ -283,15 +283,15 @@ Variables (by -e, in the environment or in .env; an empty one takes its default)
   DB_SSLMODE                disable, prefer, require, verify-ca or verify-full [prefer]
   DB_SSLROOTCERT            PEM file of the database's certificate authority
   DB_BATCH_SIZE             records per transaction at most [100]
-  DB_BATCH_SECONDS          a smaller batch is written after so long [1]
+  DB_BATCH_SECONDS          after how many seconds a smaller batch is written [1]
   DB_RETENTION              e.g. 90d: older days are dropped [none]
   CHECK_TIMEOUT             one check in all [10s]
   MAX_THREADS               checks under way at once [1024]
   MAX_BODY_BYTES            how much of a body the regex sees [1048576]
   USER_AGENT                one line [host-metrics/VERSION]
   CHECK_CA_FILE             PEM file of a further authority for the checked sites
-  AGENT_NAME                says in each record who checked [the machine's host name]
+  AGENT_NAME                who checked, in each record [the machine's host name]
   METRICS_ADDR              e.g. 0.0.0.0:9464: serves /metrics, /healthz, /readyz [none]
   LOG_LEVEL                 OFF, ERROR, WARN, INFO, DEBUG or TRACE [INFO]
-Secrets are better not on the command line, where every user of the machine sees them:
-DB_PASSWORD_FILE, KAFKA_SASL_USERNAME_FILE and KAFKA_SASL_PASSWORD_FILE name files that hold them.";
+Every user of the machine can see a secret on the command line: set DB_PASSWORD_FILE,
+KAFKA_SASL_USERNAME_FILE and KAFKA_SASL_PASSWORD_FILE to files that hold them.";

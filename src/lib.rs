@@ -19,6 +19,7 @@ pub mod consume;
 pub mod duration;
 pub mod http;
 pub mod kafka;
+pub mod limits;
 pub mod logging;
 mod outage;
 pub mod postgres;

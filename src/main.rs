@@ -1,7 +1,6 @@
 //! argv → configuration → logging → signals → run. Prints errors, once; everything else is the library's.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,12 +12,12 @@ use signal_hook::consts::SIGHUP;
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
 use host_metrics::commands::{check, demo, init, skip, status, validate};
-use host_metrics::config::{self, Servers, Variables, WrongInput};
+use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Answer};
-use host_metrics::produce::host_file::{self, HostFileError};
+use host_metrics::produce::host_file::{self, HostFileError, Hosts};
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
-use host_metrics::{consume, logging, terminal};
+use host_metrics::{consume, limits, logging, terminal};
 
 const COULD_NOT_GO_ON: u8 = 1;
 const WRONG_INPUT: u8 = 2;
@@ -35,7 +34,9 @@ fn main() -> ExitCode {
     match run(&cli) {
         Ok(status) => status,
         Err(error) => {
-            let is_wrong_input = error.chain().any(|cause| cause.is::<WrongInput>());
+            let is_wrong_input = error
+                .chain()
+                .any(|cause| cause.is::<WrongInput>() || cause.is::<WrongVariables>());
             // What is wrong with the input says so itself, and where: FILE:LINE:COLUMN begins its line.
             let (prefix, status) = match is_wrong_input {
                 true => ("", WRONG_INPUT),
@@ -68,14 +69,10 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<Exi
     // Reading a large file takes a while, in which SIGHUP would end the program.
     let changed_early = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGHUP, Arc::clone(&changed_early)).context("cannot listen to signals")?;
-    let (config, targets) = both(config::produce(variables), read_targets(&args.host_file))?;
-    start_logging(
-        variables,
-        Servers {
-            kafka: true,
-            database: false,
-        },
-    )?;
+    let (config, hosts) = both(config::produce(variables), host_file::read(&args.host_file))?;
+    start_logging(variables, Servers::KAFKA)?;
+    let targets = with_warnings(hosts);
+    prepare_limits(&targets, config.check.max_threads);
     let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
     let host_file = Some(args.host_file.as_path()).filter(|path| !host_file::is_stdin(path));
     let shutdown = listen_to_signals()?;
@@ -89,14 +86,15 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<Exi
 fn run_consume(variables: &Variables) -> anyhow::Result<ExitCode> {
     let config = config::consume(variables)?;
     start_logging(variables, Servers::BOTH)?;
+    limits::raise_open_files();
     consume::run(&config, &listen_to_signals()?)?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<ExitCode> {
     let target = host_file::target(&args.address, &args.options, args.regex.as_deref());
-    let (config, target) = both(config::check(variables), target.map_err(wrong_host))?;
-    logging::start(config::log_level(variables)?)?;
+    let (config, target) = both(config::check(variables), target)?;
+    start_logging(variables, Servers::NONE)?;
     let sample = check::run(&config, &target)?;
     print(&if args.json {
         check::json(&sample)
@@ -111,8 +109,9 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<ExitCod
 }
 
 fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<ExitCode> {
-    let (config, targets) = both(config::validate(variables), read_targets(&args.host_file))?;
-    print(&validate::report(&config, &targets))?;
+    let (config, hosts) = both(config::validate(variables), host_file::read(&args.host_file))?;
+    start_logging(variables, Servers::NONE)?;
+    print(&validate::report(&config, &hosts))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -183,11 +182,12 @@ fn run_health(variables: &Variables) -> anyhow::Result<ExitCode> {
 
 fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<ExitCode> {
     let path = args.host_file.as_deref();
-    let targets = path.map(read_targets).transpose();
-    let (check, targets) = both(config::demo(variables), targets)?;
+    let hosts = path.map(host_file::read).transpose();
+    let (check, hosts) = both(config::demo(variables), hosts)?;
+    limits::raise_open_files();
     let options = demo::Options {
         check,
-        hosts: targets.map(|targets| (targets, path.filter(|path| !host_file::is_stdin(path)))),
+        hosts: hosts.map(|hosts| (hosts.targets, path.filter(|path| !host_file::is_stdin(path)))),
         how_long: args.how_long,
         log_level: config::log_level(variables)?,
     };
@@ -199,13 +199,34 @@ fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<ExitCode>
     })
 }
 
-/// And says what is no error, but not as it should be.
+/// Also warns of what is not an error in the variables, but probably not as it was meant.
 fn start_logging(variables: &Variables, servers: Servers) -> anyhow::Result<()> {
     logging::start(config::log_level(variables)?)?;
-    for line in config::exposed_secrets(variables, servers) {
+    let secrets = [
+        config::exposed_secrets(variables, servers),
+        config::quoted_secrets(variables, servers),
+    ];
+    for line in variables.warnings().iter().chain(secrets.iter().flatten()) {
         log::warn!("{line}");
     }
     Ok(())
+}
+
+fn with_warnings(hosts: Hosts) -> Vec<Target> {
+    for line in &hosts.warnings {
+        log::warn!("{line}");
+    }
+    hosts.targets
+}
+
+fn prepare_limits(targets: &[Target], max_threads: usize) {
+    limits::raise_open_files();
+    let has_name = |target: &&Target| matches!(target.url.host(), Some(url::Host::Domain(_)));
+    let names = targets.iter().filter(has_name).count();
+    let at_most = |count: usize| count.min(max_threads);
+    for line in limits::warnings(limits::current(), at_most(targets.len()), at_most(names)) {
+        log::warn!("{line}");
+    }
 }
 
 fn listen_to_signals() -> anyhow::Result<Shutdown> {
@@ -215,20 +236,13 @@ fn listen_to_signals() -> anyhow::Result<Shutdown> {
 }
 
 /// Both, or everything that is wrong with either.
-fn both<A, B>(one: Result<A, WrongInput>, other: Result<B, WrongInput>) -> Result<(A, B), WrongInput> {
+fn both<A, B>(one: Result<A, WrongVariables>, other: Result<B, HostFileError>) -> Result<(A, B), WrongInput> {
     match (one, other) {
         (Ok(one), Ok(other)) => Ok((one, other)),
-        (Err(WrongInput(one)), Err(WrongInput(other))) => Err(WrongInput(format!("{one}\n{other}"))),
-        (Err(wrong), Ok(_)) | (Ok(_), Err(wrong)) => Err(wrong),
+        (Err(one), Err(other)) => Err(WrongInput(format!("{one}\n{other}"))),
+        (Err(wrong), Ok(_)) => Err(WrongInput(wrong.to_string())),
+        (Ok(_), Err(wrong)) => Err(WrongInput(wrong.to_string())),
     }
-}
-
-fn read_targets(path: &Path) -> Result<Vec<Target>, WrongInput> {
-    host_file::read(path).map_err(wrong_host)
-}
-
-fn wrong_host(HostFileError(text): HostFileError) -> WrongInput {
-    WrongInput(text)
 }
 
 /// Results go to standard output; a reader that has seen enough is no error.

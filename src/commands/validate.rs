@@ -12,6 +12,7 @@ use crate::check::pattern::Pattern;
 use crate::check::target::{DEFAULT_FOLLOW, IpFamily, Method, Target};
 use crate::config::ValidateConfig;
 use crate::duration;
+use crate::produce::host_file::Hosts;
 use crate::terminal::plain;
 
 /// A row of the table that `init` makes, its index included: 215 to 224 bytes were measured for a row of 21 columns in
@@ -22,12 +23,14 @@ const SECONDS_PER_DAY: f64 = 86_400.0;
 const DAYS_PER_MONTH: f64 = 30.0;
 
 /// The hosts and the forecast, ready to print.
-pub fn report(config: &ValidateConfig, targets: &[Target]) -> String {
+pub fn report(config: &ValidateConfig, hosts: &Hosts) -> String {
+    let targets = &hosts.targets;
     let mut text = String::new();
-    hosts(config, targets, &mut text);
+    list(config, targets, &mut text);
     text.push('\n');
     forecast(config, targets, &mut text);
-    let mut warnings = warnings(config, targets).peekable();
+    let slips = hosts.warnings.iter().cloned();
+    let mut warnings = slips.chain(warnings(config, targets)).peekable();
     if warnings.peek().is_some() {
         text.push('\n');
     }
@@ -37,7 +40,7 @@ pub fn report(config: &ValidateConfig, targets: &[Target]) -> String {
     text
 }
 
-fn hosts(config: &ValidateConfig, targets: &[Target], text: &mut String) {
+fn list(config: &ValidateConfig, targets: &[Target], text: &mut String) {
     text.push_str("EVERY   TIMEOUT HOST\n");
     for target in targets {
         let interval = duration::text(target.interval);

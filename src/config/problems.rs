@@ -1,8 +1,7 @@
-//! Everything that is wrong with the variables, collected; and the readers that make a value of one variable or say
-//! what is wrong with it.
+//! Everything that is wrong with the variables, and the reader that makes a value of a variable or says what is wrong.
 //!
-//! A reader returns `None` both for an unset and for a wrong variable: the caller goes on with a default and finds the
-//! next problem; [`Problems::finish`] then throws the half-right configuration away.
+//! A read returns `None` both for an unset and for a wrong variable: the caller goes on with a default and finds the next
+//! problem; [`Reader::finish`] then throws the half-right configuration away.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -12,74 +11,178 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Secret, WrongInput, pem};
+use super::form::{is_plain_line, is_quoted, slip};
+use super::secret::{shown, shown_path};
+use super::{Secret, Variables, WrongVariables, pem};
 use crate::duration;
-
-/// How much of a wrong value is shown.
-const MAX_SHOWN_CHARS: usize = 100;
 
 /// Whole bundles of certificate authorities have some 250 KB.
 const MAX_PEM_BYTES: u64 = 4 << 20;
 
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
-/// One line each.
-#[derive(Clone, Default)]
-pub(super) struct Problems(Vec<String>);
+const SECRETS: [&str; 2] = ["DB_PASSWORD", "KAFKA_SASL_PASSWORD"];
 
-/// A variable and what it came with.
-#[derive(Clone, Copy)]
-pub(super) struct Variable<'a> {
-    pub name: &'static str,
-    pub value: Option<&'a str>,
+/// One thing that is wrong with the variables: which of them, what it is, what was expected, what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    #[error(
+        "{name} is not set: expected {expected}; set it in the environment, in .env or with -e {name}=VALUE"
+    )]
+    NotSet { name: &'static str, expected: String },
+
+    #[error("{name}={value}: expected {expected}{}", if_any("; ", remedy))]
+    Wrong {
+        name: &'static str,
+        /// Quoted, cut, and without secrets.
+        value: String,
+        expected: String,
+        /// Empty where nothing more can be told.
+        remedy: String,
+    },
+
+    /// A file that a variable names cannot be what the variable needs.
+    #[error("{name}{}: {what}", if_any("=", path))]
+    File {
+        name: &'static str,
+        /// Empty where it may be a secret.
+        path: String,
+        what: String,
+    },
+
+    #[error("{name} and {name}_FILE are both set: unset one of them")]
+    SetTwice { name: &'static str },
+
+    /// Two variables do not fit together.
+    #[error("{name} {what}")]
+    Conflict { name: &'static str, what: String },
+
+    /// A place that variables come from: `-e`, the environment, a file.
+    #[error("{0}")]
+    Source(String),
 }
 
-impl<'a> Variable<'a> {
-    pub fn new(name: &'static str, value: &'a Option<String>) -> Self {
-        Self {
-            name,
-            value: value.as_deref(),
+impl Problem {
+    /// The variable that is wrong.
+    pub fn name(&self) -> Option<&'static str> {
+        match self {
+            Self::NotSet { name, .. }
+            | Self::Wrong { name, .. }
+            | Self::File { name, .. }
+            | Self::SetTwice { name }
+            | Self::Conflict { name, .. } => Some(name),
+            Self::Source(_) => None,
         }
     }
 }
 
-impl Problems {
-    pub fn push(&mut self, problem: String) {
-        self.0.push(problem);
+fn if_any(before: &str, text: &str) -> String {
+    match text {
+        "" => String::new(),
+        text => format!("{before}{text}"),
+    }
+}
+
+/// Reads variables and keeps what is wrong with them.
+pub(super) struct Reader<'a> {
+    variables: &'a Variables,
+    problems: Vec<Problem>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(variables: &'a Variables) -> Self {
+        let problems = variables.problems.clone();
+        Self { variables, problems }
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&'a str> {
+        self.variables.get(name)
+    }
+
+    pub(super) fn is_set(&self, name: &str) -> bool {
+        self.get(name).is_some()
+    }
+
+    pub(super) fn push(&mut self, problem: Problem) {
+        self.problems.push(problem);
+    }
+
+    pub(super) fn conflict(&mut self, name: &'static str, what: String) {
+        self.push(Problem::Conflict { name, what });
     }
 
     /// # Errors
     /// There were problems: all of them.
-    pub fn finish<T>(self, config: T) -> Result<T, WrongInput> {
-        match self.0.as_slice() {
-            [] => Ok(config),
-            problems => Err(WrongInput(problems.join("\n"))),
+    pub(super) fn finish<T>(self, config: T) -> Result<T, WrongVariables> {
+        match self.problems.is_empty() {
+            true => Ok(config),
+            false => Err(WrongVariables(self.problems)),
         }
     }
 
-    pub fn wrong(&mut self, variable: Variable<'_>, expected: impl Display) {
-        let Variable { name, value } = variable;
-        self.push(match value {
-            Some(value) => format!("{name}={}: expected {expected}", shown(value)),
-            None => format!("{name} is not set: expected {expected}; set it in the environment, in .env or by -e {name}=VALUE"),
+    /// `remedy` is for what only this variable knows; quotes and the like around the value are named for all of them.
+    pub(super) fn wrong(&mut self, name: &'static str, expected: impl Display, remedy: Option<String>) {
+        let expected = expected.to_string();
+        self.push(match self.get(name) {
+            None => Problem::NotSet { name, expected },
+            Some(value) => Problem::Wrong {
+                name,
+                value: self.shown(value),
+                expected,
+                remedy: remedy.or(slip(value).map(str::to_owned)).unwrap_or_default(),
+            },
+        });
+    }
+
+    /// The value without what may be a secret, and without the secrets that are known.
+    fn shown(&self, value: &str) -> String {
+        let secrets = SECRETS.into_iter().filter_map(|name| self.get(name));
+        // A shorter one is in too many words, and not much of a secret.
+        let secrets = secrets.filter(|secret| secret.len() >= 6);
+        shown(&secrets.fold(value.to_owned(), |text, secret| text.replace(secret, "***")))
+    }
+
+    /// [`Self::wrong`] for a value that has a secret in it.
+    pub(super) fn wrong_secret(&mut self, name: &'static str, expected: &str, remedy: String) {
+        self.push(Problem::Wrong {
+            name,
+            value: "***".to_owned(),
+            expected: expected.to_owned(),
+            remedy,
         });
     }
 
     /// What `read` makes of the value, if it can.
-    pub fn read<T>(
+    pub(super) fn read<T>(
         &mut self,
-        variable: Variable<'_>,
+        name: &'static str,
         expected: impl Display,
-        read: impl FnOnce(&str) -> Option<T>,
+        read: impl FnOnce(&'a str) -> Option<T>,
     ) -> Option<T> {
-        let read = read(variable.value?);
+        let read = read(self.get(name)?);
         if read.is_none() {
-            self.wrong(variable, expected);
+            self.wrong(name, expected, None);
         }
         read
     }
 
-    pub fn number<T>(&mut self, variable: Variable<'_>, bounds: RangeInclusive<T>, default: T) -> T
+    /// The value, or a problem and nothing where it is not set.
+    pub(super) fn required(
+        &mut self,
+        name: &'static str,
+        expected: &str,
+        is_right: impl FnOnce(&str) -> bool,
+    ) -> String {
+        match self.get(name) {
+            Some(value) if is_right(value) => value.to_owned(),
+            _ => {
+                self.wrong(name, expected, None);
+                String::new()
+            }
+        }
+    }
+
+    pub(super) fn number<T>(&mut self, name: &'static str, bounds: RangeInclusive<T>, default: T) -> T
     where
         T: FromStr + PartialOrd + Display,
     {
@@ -88,9 +191,9 @@ impl Problems {
             bounds.start(),
             bounds.end()
         );
-        // `FromStr` takes a plus sign too.
+        // `FromStr` accepts a plus sign too.
         let digits = |text: &&str| text.bytes().all(|byte| byte.is_ascii_digit());
-        self.read(variable, expected, |text| {
+        self.read(name, expected, |text| {
             Some(text)
                 .filter(digits)?
                 .parse()
@@ -100,9 +203,9 @@ impl Problems {
         .unwrap_or(default)
     }
 
-    pub fn duration(
+    pub(super) fn duration(
         &mut self,
-        variable: Variable<'_>,
+        name: &'static str,
         bounds: RangeInclusive<Duration>,
         example: &str,
     ) -> Option<Duration> {
@@ -112,82 +215,66 @@ impl Problems {
             duration::text(*bounds.start()),
             duration::text(*bounds.end())
         );
-        self.read(variable, expected, |text| {
+        self.read(name, expected, |text| {
             duration::parse(text).filter(|duration| bounds.contains(duration))
         })
     }
 
     /// One line of text.
-    pub fn line(&mut self, variable: Variable<'_>, max_bytes: usize) -> Option<String> {
-        let expected = format!("one line without control characters, {max_bytes} bytes at most");
-        self.read(variable, expected, |text| {
-            is_line(text, max_bytes).then(|| text.to_owned())
+    pub(super) fn line(&mut self, name: &'static str, max_bytes: usize) -> Option<String> {
+        let expected = format!(
+            "one line of at most {max_bytes} bytes, without control characters, and without blanks or quotes around it"
+        );
+        self.read(name, expected, |text| {
+            is_plain_line(text, max_bytes).then(|| text.to_owned())
         })
     }
 
-    /// The value, or a problem and nothing where it is not set.
-    pub fn required(
-        &mut self,
-        variable: Variable<'_>,
-        expected: &str,
-        is_fit: impl FnOnce(&str) -> bool,
-    ) -> String {
-        match variable.value {
-            Some(value) if is_fit(value) => value.to_owned(),
-            _ => {
-                self.wrong(variable, expected);
-                String::new()
-            }
-        }
-    }
-
     /// A readable file with a PEM block of this kind.
-    pub fn pem_file(&mut self, variable: Variable<'_>, kind: PemKind) -> Option<PathBuf> {
-        let Variable { name, value } = variable;
-        let path = PathBuf::from(value?);
-        let contents = match read_file(&path, MAX_PEM_BYTES) {
-            Ok(contents) => contents,
+    pub(super) fn pem_file(&mut self, name: &'static str, kind: PemKind) -> Option<PathBuf> {
+        let path = PathBuf::from(self.get(name)?);
+        let problem = match read_file(&path, MAX_PEM_BYTES) {
+            Ok(contents) => match kind.problem(&contents) {
+                Some(problem) => problem,
+                None => return Some(path),
+            },
             Err(error) => {
-                self.push(format!(
-                    "{name}={path:?}: cannot read the file: {error}; correct the path or the file's permissions"
-                ));
-                return None;
+                let remedy = match slip(self.get(name)?) {
+                    Some(slip) => slip,
+                    None if path.starts_with("~") => "`~` is not replaced here: write the whole path",
+                    None => "correct the path or the file's permissions",
+                };
+                format!("cannot read the file: {error}; {remedy}")
             }
         };
-        let fault = match kind {
-            PemKind::Certificate => pem::certificates(&contents).err(),
-            PemKind::PrivateKey => pem::private_key_fault(&contents),
-        };
-        if let Some(fault) = fault {
-            self.push(format!(
-                "{name}={path:?}: {fault}; expected a PEM file with a {}",
-                kind.text()
-            ));
-        }
-        Some(path)
+        self.push(Problem::File {
+            name,
+            path: self.shown(self.get(name)?),
+            what: problem,
+        });
+        None
     }
 
     /// A secret, given as it is or in a file (one line end at its end does not count).
-    pub fn secret(&mut self, variable: Variable<'_>, file: Variable<'_>) -> Option<Secret> {
-        let text = match (variable.value, file.value) {
+    pub(super) fn secret(&mut self, name: &'static str, file: &'static str) -> Option<Secret> {
+        let text = match (self.get(name), self.get(file)) {
             (Some(_), Some(_)) => {
-                self.push(format!(
-                    "{} and {} are both set: unset one of them",
-                    variable.name, file.name
-                ));
+                self.push(Problem::SetTwice { name });
+                // What is wrong with the file is wrong whichever of them stays.
+                self.secret_file(file);
                 return None;
             }
             (Some(text), None) => text.to_owned(),
-            (None, Some(path)) => self.secret_file(file.name, Path::new(path))?,
-            (None, None) => return None,
+            (None, _) => self.secret_file(file)?,
         };
         if text.contains('\0') {
-            self.push(format!("{}=***: expected text without NUL", variable.name));
+            self.wrong_secret(name, "text without NUL", String::new());
         }
         Some(Secret::new(text))
     }
 
-    fn secret_file(&mut self, name: &str, path: &Path) -> Option<String> {
+    fn secret_file(&mut self, name: &'static str) -> Option<String> {
+        let path = Path::new(self.get(name)?);
         let problem = match read_file(path, MAX_SECRET_BYTES).map(String::from_utf8) {
             Ok(Ok(text)) => {
                 let text = text.strip_suffix('\n').unwrap_or(&text);
@@ -200,9 +287,17 @@ impl Problems {
             Ok(Err(_)) => "the file is not UTF-8".to_owned(),
             Err(error) => format!("cannot read the file: {error}"),
         };
-        self.push(format!(
-            "{name}={path:?}: {problem}; expected a file that holds the value and nothing else"
-        ));
+        let shown = shown_path(path);
+        let what = match (&shown, path.to_str().is_some_and(is_quoted)) {
+            (Some(_), _) => format!("{problem}; expected a file that holds the value and nothing else"),
+            (None, true) => format!("{problem}; the quotes are part of the path: remove them"),
+            (None, false) => format!(
+                "{problem}; expected the path of a file that holds the value and nothing else (the path is not \
+                 shown, because it may be the secret itself)"
+            ),
+        };
+        let path = shown.unwrap_or_default();
+        self.push(Problem::File { name, path, what });
         None
     }
 }
@@ -214,29 +309,25 @@ pub(super) enum PemKind {
 }
 
 impl PemKind {
-    fn text(self) -> &'static str {
-        match self {
-            Self::Certificate => "certificate (-----BEGIN CERTIFICATE-----)",
-            Self::PrivateKey => "private key (-----BEGIN PRIVATE KEY-----)",
-        }
-    }
-}
-
-pub(super) fn is_line(text: &str, max_bytes: usize) -> bool {
-    text.len() <= max_bytes && !text.contains(char::is_control)
-}
-
-fn shown(value: &str) -> String {
-    match value.char_indices().nth(MAX_SHOWN_CHARS) {
-        Some((end, _)) => format!("{:?}…", &value[..end]),
-        None => format!("{value:?}"),
+    fn problem(self, contents: &[u8]) -> Option<String> {
+        let (fault, expected) = match self {
+            Self::Certificate => (
+                pem::certificates(contents).err(),
+                "certificate (-----BEGIN CERTIFICATE-----)",
+            ),
+            Self::PrivateKey => (
+                pem::private_key_fault(contents),
+                "private key (-----BEGIN PRIVATE KEY-----)",
+            ),
+        };
+        fault.map(|fault| format!("{fault}; expected a PEM file with a {expected}"))
     }
 }
 
 fn read_file(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
-    // Opening a pipe would wait for its writer, and whoever reads the file after us would find it empty.
+    // Opening a pipe would wait for its writer, and the next reader of the file would find it empty.
     if !path.metadata()?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
+        return Err(io::Error::other("it is not a regular file"));
     }
     let mut contents = Vec::new();
     File::open(path)?.take(max_bytes + 1).read_to_end(&mut contents)?;

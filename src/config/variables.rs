@@ -3,19 +3,10 @@
 //! Owns the names and which source wins; what a value means is the parent's.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::Path;
 
-use serde::Deserialize;
-
-use super::problems::Problems;
-
-/// The file read where `--env-file` names none, if it is there.
-const DEFAULT_ENV_FILE: &str = ".env";
-
-/// Far above any real file, far below what would hurt.
-const MAX_ENV_FILE_BYTES: u64 = 1 << 20;
+use super::env_file::{self, EnvFile};
+use super::problems::Problem;
 
 /// Every variable there is. In a `.env` file or the environment others are somebody else's, after `-e` they are slips.
 pub const NAMES: [&str; 33] = [
@@ -54,52 +45,16 @@ pub const NAMES: [&str; 33] = [
     "LOG_LEVEL",
 ];
 
-/// The winning values as they came. No `Debug`: some are secret.
-#[derive(Clone, Default, PartialEq, Deserialize)]
-pub(super) struct Raw {
-    pub kafka_bootstrap_servers: Option<String>,
-    pub kafka_topic: Option<String>,
-    pub kafka_security_protocol: Option<String>,
-    pub kafka_ssl_ca_file: Option<String>,
-    pub kafka_ssl_cert_file: Option<String>,
-    pub kafka_ssl_key_file: Option<String>,
-    pub kafka_sasl_mechanism: Option<String>,
-    pub kafka_sasl_username: Option<String>,
-    pub kafka_sasl_username_file: Option<String>,
-    pub kafka_sasl_password: Option<String>,
-    pub kafka_sasl_password_file: Option<String>,
-    pub kafka_group_id: Option<String>,
-    pub kafka_group_instance_id: Option<String>,
-    pub db_host: Option<String>,
-    pub db_port: Option<String>,
-    pub db_name: Option<String>,
-    pub db_user: Option<String>,
-    pub db_password: Option<String>,
-    pub db_password_file: Option<String>,
-    pub db_table: Option<String>,
-    pub db_sslmode: Option<String>,
-    pub db_sslrootcert: Option<String>,
-    pub db_batch_size: Option<String>,
-    pub db_batch_seconds: Option<String>,
-    pub db_retention: Option<String>,
-    pub check_timeout: Option<String>,
-    pub max_threads: Option<String>,
-    pub max_body_bytes: Option<String>,
-    pub user_agent: Option<String>,
-    pub check_ca_file: Option<String>,
-    pub agent_name: Option<String>,
-    pub metrics_addr: Option<String>,
-    pub log_level: Option<String>,
-}
-
 /// All variables of a run, and what was wrong with where they came from.
 ///
-/// That is told together with what is wrong with their values, by the function of the parent that makes a command's
-/// configuration of them.
-#[derive(Clone)]
+/// The latter is reported together with what is wrong with their values, by the function of the parent that makes a
+/// command's configuration of them. No `Debug`: some values are secret.
+#[derive(Clone, Default)]
 pub struct Variables {
-    pub(super) raw: Raw,
-    pub(super) problems: Problems,
+    /// The winning values as they came, none of them empty.
+    values: BTreeMap<&'static str, String>,
+    pub(super) problems: Vec<Problem>,
+    warnings: Vec<String>,
 }
 
 impl Variables {
@@ -107,52 +62,93 @@ impl Variables {
     ///
     /// An empty value wins as any other does: it sets a variable back to its default.
     pub fn gather(flags: &[String], env_file: Option<&Path>) -> Self {
-        let mut problems = Problems::default();
-        let mut merged = from_env_file(env_file, &mut problems);
-        merged.extend(from_environment(&mut problems));
-        merged.extend(from_flags(flags, &mut problems));
-        Self::merged(merged, problems)
+        let EnvFile {
+            values,
+            mut problems,
+            warnings,
+        } = env_file::read(env_file);
+        let mut stronger = from_environment(&mut problems);
+        stronger.extend(from_flags(flags, &mut problems));
+        // What a stronger source replaces may be as odd as it likes.
+        let warnings = warnings
+            .into_iter()
+            .filter(|(name, _)| name.is_none_or(|name| !stronger.contains_key(name)));
+        Self {
+            warnings: warnings.map(|(_, warning)| warning).collect(),
+            problems,
+            ..Self::merged([values, stronger].into_iter().flatten())
+        }
     }
 
     /// From these pairs alone, whatever the environment says.
     pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
-        let pairs = pairs
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value.to_owned()));
-        Self::merged(pairs.collect(), Problems::default())
+        Self::merged(
+            pairs
+                .into_iter()
+                .filter_map(|(name, value)| Some((known(name)?, value.to_owned()))),
+        )
     }
 
-    fn merged(mut pairs: BTreeMap<String, String>, mut problems: Problems) -> Self {
-        pairs.retain(|_, value| !value.is_empty());
-        let raw = envy::from_iter(pairs).unwrap_or_else(|error| {
-            problems.push(error.to_string());
-            Raw::default()
-        });
-        Self { raw, problems }
+    /// What is odd about where they came from, a line each, and no reason to stop.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        debug_assert!(known(name).is_some(), "{name} is not in NAMES");
+        self.values.get(name).map(String::as_str)
+    }
+
+    fn merged(pairs: impl Iterator<Item = (&'static str, String)>) -> Self {
+        let mut values: BTreeMap<_, _> = pairs.collect();
+        values.retain(|_, value| !value.is_empty());
+        Self {
+            values,
+            ..Self::default()
+        }
     }
 }
 
-fn from_flags(flags: &[String], problems: &mut Problems) -> BTreeMap<String, String> {
+/// The name as it stands in [`NAMES`], if it does.
+pub(super) fn known(name: &str) -> Option<&'static str> {
+    NAMES.into_iter().find(|known| *known == name)
+}
+
+fn from_flags(flags: &[String], problems: &mut Vec<Problem>) -> BTreeMap<&'static str, String> {
     let mut pairs = BTreeMap::new();
     for flag in flags {
-        // What stands behind a name that we do not know may be a secret all the same: it is never repeated.
-        match flag.split_once('=') {
-            Some((name, value)) if NAMES.contains(&name) => {
-                pairs.insert(name.to_owned(), value.to_owned());
+        let (name, value) = match flag.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (flag.as_str(), None),
+        };
+        let problem = match (known(name), value) {
+            (Some(name), Some(value)) => {
+                pairs.insert(name, value.to_owned());
+                continue;
             }
-            Some((name, _)) => problems.push(format!(
-                "-e {name:?}: no such variable; `host-metrics --help` lists them"
-            )),
-            None if NAMES.contains(&flag.as_str()) => {
-                problems.push(format!("-e {flag}: expected NAME=VALUE; write -e {flag}=VALUE"))
+            (Some(name), None) => format!("-e {name}: expected NAME=VALUE; write -e {name}=VALUE"),
+            // What is not a variable's name may be a secret, so it is repeated only if it looks like a name.
+            (None, Some(_)) if is_like_a_name(name) => {
+                format!("-e {name}: no such variable; `host-metrics --help` lists them")
             }
-            None => problems.push("-e: expected NAME=VALUE, got a word without a `=`".into()),
-        }
+            (None, Some(_)) => match known(&name.to_ascii_uppercase()) {
+                Some(meant) => format!("-e {name}: no such variable; write -e {meant}=VALUE"),
+                None => "-e: no such variable as stands before the `=`; `host-metrics --help` lists them"
+                    .to_owned(),
+            },
+            (None, None) => "-e: expected NAME=VALUE, got a word without a `=`".to_owned(),
+        };
+        problems.push(Problem::Source(problem));
     }
     pairs
 }
 
-fn from_environment(problems: &mut Problems) -> BTreeMap<String, String> {
+fn is_like_a_name(text: &str) -> bool {
+    let is_part = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
+    !text.is_empty() && text.bytes().all(is_part)
+}
+
+fn from_environment(problems: &mut Vec<Problem>) -> BTreeMap<&'static str, String> {
     let mut pairs = BTreeMap::new();
     for name in NAMES {
         let Some(value) = std::env::var_os(name) else {
@@ -160,87 +156,12 @@ fn from_environment(problems: &mut Problems) -> BTreeMap<String, String> {
         };
         match value.into_string() {
             Ok(value) => {
-                pairs.insert(name.to_owned(), value);
-            }
-            Err(_) => problems.push(format!(
-                "{name}: its value in the environment is not UTF-8; correct it"
-            )),
-        }
-    }
-    pairs
-}
-
-fn from_env_file(env_file: Option<&Path>, problems: &mut Problems) -> BTreeMap<String, String> {
-    let path = env_file.unwrap_or(Path::new(DEFAULT_ENV_FILE));
-    let contents = match read_env_file(path) {
-        Ok(contents) => contents,
-        Err(error) if env_file.is_none() && error.kind() == io::ErrorKind::NotFound => {
-            return BTreeMap::new();
-        }
-        Err(error) => {
-            problems.push(format!("cannot read the variables' file {path:?}: {error}"));
-            return BTreeMap::new();
-        }
-    };
-    let contents = contents.strip_prefix('\u{feff}').unwrap_or(&contents);
-    let mut pairs = BTreeMap::new();
-    for pair in dotenvy::from_read_iter(contents.as_bytes()) {
-        match pair {
-            Ok((name, value)) if NAMES.contains(&name.as_str()) => {
                 pairs.insert(name, value);
             }
-            Ok(_) => {}
-            // dotenvy's own message quotes the line, which may hold a secret.
-            Err(dotenvy::Error::LineParse(line, _)) => {
-                let number = match contents.find(&line) {
-                    Some(start) => 1 + contents[..start].matches('\n').count(),
-                    None => 1,
-                };
-                problems.push(format!(
-                    "{}:{number}: expected NAME=VALUE; a value with blanks, quotes or `$` stands in single quotes",
-                    path.display()
-                ));
-            }
-            Err(error) => {
-                problems.push(format!("cannot read the variables' file {path:?}: {error}"));
-                break;
-            }
+            Err(_) => problems.push(Problem::Source(format!(
+                "{name}: its value in the environment is not UTF-8; correct it"
+            ))),
         }
     }
     pairs
-}
-
-fn read_env_file(path: &Path) -> io::Result<String> {
-    let mut contents = String::new();
-    let read = File::open(path)?
-        .take(MAX_ENV_FILE_BYTES + 1)
-        .read_to_string(&mut contents)?;
-    if read as u64 > MAX_ENV_FILE_BYTES {
-        return Err(io::Error::other(format!(
-            "it is longer than {MAX_ENV_FILE_BYTES} bytes"
-        )));
-    }
-    Ok(contents)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_name_has_its_place_and_its_alone() {
-        for name in NAMES {
-            let variables = Variables::from_pairs([(name, "value")]);
-            assert!(variables.raw != Raw::default(), "{name} arrives nowhere");
-            for other in NAMES {
-                let same = Variables::from_pairs([(other, "value")]).raw == variables.raw;
-                assert_eq!(same, name == other, "{name} and {other}");
-            }
-        }
-    }
-
-    #[test]
-    fn an_empty_value_is_none() {
-        assert!(Variables::from_pairs([("DB_TABLE", "")]).raw == Raw::default());
-    }
 }

@@ -25,7 +25,7 @@ use crate::config::ProduceConfig;
 use crate::http::Endpoint;
 use crate::http::health;
 use crate::produce::counters::{Counters, Snapshot, Timing};
-use crate::produce::host_file::HostFileError;
+use crate::produce::host_file::{HostFileError, Hosts};
 use crate::produce::metrics::Figures;
 use crate::produce::pool::{Done, Pool};
 use crate::produce::publisher::{Bounds, END_WITHIN, Publisher, Record, Unacknowledged};
@@ -185,7 +185,8 @@ impl Agent<'_> {
             summary_due_at: now + micros(SUMMARY_EVERY),
             clock_deviation_said: 0,
             no_room_counted: 0,
-            no_room_said_at: now - micros(SUMMARY_EVERY),
+            no_room_line: OnceAMinute::default(),
+            agent_errors: AgentErrors::default(),
             late: Vec::with_capacity(LATE_AT_A_TIME),
             agent: self,
         };
@@ -206,7 +207,8 @@ struct Run<'a> {
     summary_due_at: i64,
     clock_deviation_said: i64,
     no_room_counted: u64,
-    no_room_said_at: i64,
+    no_room_line: OnceAMinute,
+    agent_errors: AgentErrors,
     /// Kept for its memory.
     late: Vec<Late<Record>>,
 }
@@ -289,12 +291,16 @@ impl Run<'_> {
         let CheckResult {
             tick,
             outcome,
+            agent_error,
             timing,
             record,
         } = result;
         // A check that was cut off has its record already.
         if self.schedule.is_under_way(&tick) {
             self.agent.counters.count_result(outcome, timing.as_ref());
+            if let Some(error) = agent_error {
+                self.agent_errors.add(&tick.target.address, &error);
+            }
         }
         if let Some(record) = self.schedule.finished(&tick, record) {
             self.publisher.publish(record);
@@ -343,9 +349,12 @@ impl Run<'_> {
         }
     }
 
-    fn end_reload(&mut self, reloaded: Result<Vec<Target>, HostFileError>) {
+    fn end_reload(&mut self, reloaded: Result<Hosts, HostFileError>) {
         match reloaded {
-            Ok(targets) => {
+            Ok(Hosts { targets, warnings }) => {
+                for line in warnings {
+                    log::warn!("reload: {line}");
+                }
                 log::info!("reload hosts={}", targets.len());
                 self.agent.counters.hosts.store(targets.len(), Ordering::Relaxed);
                 self.schedule.reload(targets, self.clock.now_micros());
@@ -369,6 +378,7 @@ impl Run<'_> {
         counters.threads.store(self.pool.threads(), Ordering::Relaxed);
         self.say_no_room(*missed);
         let now = self.clock.now_micros();
+        self.agent_errors.say(now);
         if now >= self.summary_due_at {
             self.summary_due_at = now + micros(SUMMARY_EVERY);
             self.summarize("produce");
@@ -383,9 +393,7 @@ impl Run<'_> {
             return;
         }
         self.no_room_counted = count;
-        let now = self.clock.now_micros();
-        if now >= self.no_room_said_at + micros(SUMMARY_EVERY) {
-            self.no_room_said_at = now;
+        if self.no_room_line.is_due(self.clock.now_micros()) {
             log::error!(
                 "Kafka takes no records and {} are kept, no more can be: until it does, hosts are not checked and their ticks ({count} so far) will be recorded as missed",
                 self.publisher.on_the_way(),
@@ -447,7 +455,8 @@ impl Run<'_> {
         self.end(left)
     }
 
-    fn end(self, deliver_within: Duration) -> anyhow::Result<()> {
+    fn end(mut self, deliver_within: Duration) -> anyhow::Result<()> {
+        self.agent_errors.say_rest();
         let mut left = match self.publisher.stop(instant_now() + deliver_within) {
             Ok(()) => Unacknowledged::default(),
             Err(left) => left,
@@ -476,10 +485,60 @@ enum Drained {
     NoRoom,
 }
 
+/// A line that is written when something begins, and at most once a minute while it lasts.
+#[derive(Default)]
+struct OnceAMinute {
+    not_before: i64,
+}
+
+impl OnceAMinute {
+    fn is_due(&mut self, now: i64) -> bool {
+        let is_due = now >= self.not_before;
+        if is_due {
+            self.not_before = now + micros(SUMMARY_EVERY);
+        }
+        is_due
+    }
+}
+
+/// The checks that this machine failed to make, until they are logged: the first one at once, then a count a minute.
+#[derive(Default)]
+struct AgentErrors {
+    count: u64,
+    newest: String,
+    line: OnceAMinute,
+}
+
+impl AgentErrors {
+    fn add(&mut self, address: &str, error: &str) {
+        self.count += 1;
+        self.newest = format!("address={address:?} {error}");
+    }
+
+    fn say(&mut self, now: i64) {
+        if self.count > 0 && self.line.is_due(now) {
+            self.say_rest();
+        }
+    }
+
+    fn say_rest(&mut self) {
+        if self.count > 0 {
+            log::error!(
+                "agent_error count={} {}: this machine could not check, which says nothing about the host",
+                self.count,
+                self.newest,
+            );
+        }
+        self.count = 0;
+    }
+}
+
 /// A finished check, ready to be written.
 struct CheckResult {
     tick: Tick,
     outcome: Outcome,
+    /// What went wrong on this machine.
+    agent_error: Option<String>,
     /// `None`: it did not begin.
     timing: Option<Timing>,
     record: Record,
@@ -494,6 +553,7 @@ impl CheckResult {
         } = done;
         Self {
             outcome: observation.outcome,
+            agent_error: agent_error(&observation),
             timing: Some(Timing {
                 late_micros: started_at_micros - tick.scheduled_at_micros,
                 took: Duration::from_micros(u64::try_from(ended_at_micros - started_at_micros).unwrap_or(0)),
@@ -513,11 +573,17 @@ impl CheckResult {
     fn not_begun(tick: Tick, fault: Observation, agent_name: &str) -> Self {
         Self {
             outcome: fault.outcome,
+            agent_error: agent_error(&fault),
             timing: None,
             record: record(&tick.target, fault, tick.scheduled_at_micros, None, agent_name),
             tick,
         }
     }
+}
+
+fn agent_error(observation: &Observation) -> Option<String> {
+    let error = observation.error.as_deref().unwrap_or("unknown");
+    (observation.outcome == Outcome::AgentError).then(|| error.to_owned())
 }
 
 fn missed_record(missed: MissedTick, agent_name: &str) -> Record {
@@ -569,7 +635,7 @@ struct Mailbox {
 #[derive(Default)]
 struct Mail {
     results: Vec<CheckResult>,
-    reloaded: Option<Result<Vec<Target>, HostFileError>>,
+    reloaded: Option<Result<Hosts, HostFileError>>,
     is_urgent: bool,
     /// Ticks wait for a thread that a result sets free.
     results_are_urgent: bool,
@@ -594,7 +660,7 @@ impl Mailbox {
         }
     }
 
-    fn put_reloaded(&self, reloaded: Result<Vec<Target>, HostFileError>) {
+    fn put_reloaded(&self, reloaded: Result<Hosts, HostFileError>) {
         self.mail().reloaded = Some(reloaded);
         self.wake();
     }
@@ -625,7 +691,7 @@ impl Mailbox {
         mail.is_urgent || !results_wait
     }
 
-    fn take(&self) -> (Vec<CheckResult>, Option<Result<Vec<Target>, HostFileError>>) {
+    fn take(&self) -> (Vec<CheckResult>, Option<Result<Hosts, HostFileError>>) {
         let mut mail = self.mail();
         mail.is_urgent = false;
         (std::mem::take(&mut mail.results), mail.reloaded.take())

@@ -164,11 +164,8 @@ impl Shared {
         let observation = observation.unwrap_or_else(|panic| {
             // Whatever state the panic left it in, the next check gets a new one.
             *check = None;
-            let bug = format!(
-                "a bug in host-metrics: the check panicked: {}",
-                panic_message(&*panic)
-            );
-            log::error!("address={:?} {bug}", tick.target.address);
+            let message = panic_message(&*panic);
+            let bug = format!("a bug in host-metrics: the check panicked: {message}");
             Observation::failed(Outcome::AgentError, bug)
         });
         Done {

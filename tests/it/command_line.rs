@@ -161,11 +161,11 @@ fn a_command_line_that_is_none_is_status_2() {
 
 #[test]
 fn all_wrong_variables_are_told_in_one_run() {
-    let remedy = |name| format!("set it in the environment, in .env or by -e {name}=VALUE");
+    let remedy = |name| format!("set it in the environment, in .env or with -e {name}=VALUE");
     Place::new().run(&["consume", "-e", "DB_BATCH_SIZE=0", "-e", "DB_SSLMODE=allow"]).is_wrong(&format!(
-        "KAFKA_BOOTSTRAP_SERVERS is not set: expected host:port, or several with commas between; {}\n\
-         DB_HOST is not set: expected a host's name, its address, or the directory of its socket; {}\n\
-         DB_NAME is not set: expected the database's name; {}\n\
+        "KAFKA_BOOTSTRAP_SERVERS is not set: expected host:port, or several separated by commas; {}\n\
+         DB_HOST is not set: expected one host's name or IP address, or the directory of the database's socket; {}\n\
+         DB_NAME is not set: expected the name of the database alone; {}\n\
          DB_USER is not set: expected the name of the database's user; {}\n\
          DB_SSLMODE=\"allow\": expected disable, prefer, require, verify-ca or verify-full; correct it, or leave it \
          unset for prefer\n\
@@ -183,7 +183,7 @@ fn a_wrong_variable_and_a_wrong_host_file_are_told_together() {
     place.write("hosts", "example.com 5x\n");
     place.run(&["produce", "-c", "hosts", "-e", "KAFKA_BOOTSTRAP_SERVERS=k:1", "-e", "MAX_THREADS=0"]).is_wrong(
         "MAX_THREADS=\"0\": expected a whole number from 1 to 30000; correct it, or leave it unset for 1024\n\
-         hosts:1:13: `5x` is no FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+         hosts:1:13: `5x` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
          e.g. `5` or `30s`\n    \
          example.com 5x\n    \
          \x20           ^\n",
@@ -208,10 +208,10 @@ fn an_unknown_variable_behind_e_is_an_error_and_its_value_is_not_repeated() {
         "=secret",
     ];
     place.run(&args).is_wrong(
-        "-e \"DB_PASSWD\": no such variable; `host-metrics --help` lists them\n\
+        "-e DB_PASSWD: no such variable; `host-metrics --help` lists them\n\
          -e DB_PASSWORD: expected NAME=VALUE; write -e DB_PASSWORD=VALUE\n\
          -e: expected NAME=VALUE, got a word without a `=`\n\
-         -e \"\": no such variable; `host-metrics --help` lists them\n",
+         -e: no such variable as stands before the `=`; `host-metrics --help` lists them\n",
     );
 }
 
@@ -312,25 +312,129 @@ fn common_flags_stand_before_the_command_or_behind_it() {
     assert_eq!(ran.stderr.lines().count(), 1);
 }
 
+const QUOTE: &str =
+    "on one line, in UTF-8; put a value with blanks, quotes, `#`, `$` or `\\` in single quotes";
+
 #[test]
-fn a_file_of_variables_that_cannot_be_read_is_named_with_its_line() {
+fn a_line_of_the_file_of_variables_that_cannot_be_understood_is_reported_with_its_number() {
     let place = Place::new();
     place.write("hosts", "example.com 1h\n");
     let validate = ["validate", "-c", "hosts"];
-    place.write(".env", "# one\nDB_PORT=5432\nDB_PASSWORD=two words\nnonsense\n");
-    let expected = "expected NAME=VALUE; a value with blanks, quotes or `$` stands in single quotes";
-    place
-        .run(&validate)
-        .is_wrong(&format!(".env:3: {expected}\n.env:4: {expected}\n"));
+    place.write(
+        ".env",
+        "# DB_PASSWORD=two words\nDB_PORT=5432\n\n  # a comment's quote\nDB_PASSWORD=two words\nDB_NAME 'x'\n\
+         DB_PASSWORD=two words\nDB_TABLE='no end\n\nDB_HOST='db'\n",
+    );
+    let lines = [
+        (5, "DB_PASSWORD: expected DB_PASSWORD=VALUE"),
+        (6, "DB_NAME: expected DB_NAME=VALUE"),
+        (7, "DB_PASSWORD: expected DB_PASSWORD=VALUE"),
+        (8, "DB_TABLE: expected DB_TABLE=VALUE"),
+    ];
+    let expected = |file: &str, lines: &[(usize, &str)]| -> String {
+        lines
+            .iter()
+            .map(|(number, what)| format!("{file}:{number}: {what} {QUOTE}\n"))
+            .collect()
+    };
+    place.run(&validate).is_wrong(&expected(".env", &lines));
+
+    // Not UTF-8, and Windows line ends.
+    place.write(
+        ".env",
+        b"\xef\xbb\xbfDB_PORT=1\r\nDB_PASSWORD=\xff\xfe\r\nLOG_LEVEL=x y\r\n",
+    );
+    let lines = [
+        (2, "DB_PASSWORD: expected DB_PASSWORD=VALUE"),
+        (3, "LOG_LEVEL: expected LOG_LEVEL=VALUE"),
+    ];
+    place.run(&validate).is_wrong(&expected(".env", &lines));
 
     fs::remove_file(place.path().join(".env")).unwrap();
     place
         .run(&["--env-file", "none", "validate", "-c", "hosts"])
-        .is_wrong("cannot read the variables' file \"none\": No such file or directory (os error 2)\n");
-    fs::create_dir(place.path().join(".env")).unwrap();
+        .is_wrong("cannot read the file of variables \"none\": No such file or directory (os error 2)\n");
+}
+
+#[test]
+fn a_foreign_env_file_stops_nothing_unless_it_was_named() {
+    let place = Place::new();
+    place.write("hosts", "example.com 1h\n");
+    let foreign = b"nonsense\nexport\nAPI KEY=x\nGREETING=it's me\nKEY=\"-----BEGIN\nabc=\n-----END\"\nLATIN=\xfc\n1=2\nF=a b\n\
+        PORT=9\nCHECK_TIMEOUT=${PORT}s\n";
+    place.write(".env", foreign);
+    let timeout = |ran: Ran| {
+        assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+        let row = ran.stdout.lines().nth(1).unwrap().to_owned();
+        row.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    assert_eq!(timeout(place.run(&["validate", "-c", "hosts"])), "9s");
+
+    place.write("named", b"nonsense\nF=a b\nCHECK_TIMEOUT=9s\nLATIN=\xfc\n");
+    let expected: String = [1, 2, 4]
+        .map(|number| format!("named:{number}: expected NAME=VALUE {QUOTE}\n"))
+        .concat();
     place
-        .run(&validate)
-        .is_wrong("cannot read the variables' file \".env\": Is a directory (os error 21)\n");
+        .run(&["validate", "-c", "hosts", "--env-file", "named"])
+        .is_wrong(&expected);
+
+    // What cannot be read at all may have been ours: that is said.
+    fs::remove_file(place.path().join(".env")).unwrap();
+    fs::create_dir(place.path().join(".env")).unwrap();
+    let ran = place.run(&["validate", "-c", "hosts"]);
+    assert_eq!(ran.status, 0);
+    assert!(
+        ran.stderr
+            .contains("[WARN] cannot read \".env\": Is a directory (os error 21); its variables, if it has any, are not used"),
+        "{}",
+        ran.stderr
+    );
+}
+
+#[test]
+fn a_dollar_that_loses_a_part_of_a_value_is_warned_of_by_the_variable() {
+    let place = Place::new();
+    place.write("hosts", "example.com 1h\n");
+    let warned = |contents: &str, flags: &[&str]| -> Vec<String> {
+        place.write(".env", contents);
+        let mut command = place.command(&[&["validate", "-c", "hosts"], flags].concat());
+        let ran = ran(command.env("HOME", "/home/me").output().unwrap());
+        assert_eq!(ran.status, 0, "{}", ran.stderr);
+        assert!(!ran.stderr.contains("hunter"), "{}", ran.stderr);
+        let line = |line: &str| line.split_once("[WARN] ").unwrap().1.to_owned();
+        ran.stderr.lines().map(line).collect()
+    };
+    for value in [
+        "hun$hunter2",
+        "\"hun${hunter2}\"",
+        "hunter${hunter}",
+        "hunter$",
+        "$1",
+        "'a'$b",
+    ] {
+        let lines = warned(&format!("# it's $mine\n\nDB_PASSWORD={value}\n"), &[]);
+        assert_eq!(lines.len(), 1, "{value}: {lines:?}");
+        assert!(
+            lines[0].starts_with(".env:3: DB_PASSWORD: a `$` in the value"),
+            "{lines:?}"
+        );
+        assert!(
+            lines[0].ends_with("put the value in single quotes: DB_PASSWORD='...'"),
+            "{lines:?}"
+        );
+    }
+    for line in [
+        "DB_PASSWORD='hun$hunter2'",
+        "DB_PASSWORD=hun\\$hunter2",
+        "DB_PASSWORD=x # $hunter",
+        "DB_NAME=$HOME",
+        "A=b\nDB_NAME=$A",
+        "SOMEBODY_ELSES=$nothing",
+    ] {
+        assert_eq!(warned(&format!("{line}\n"), &[]), [""; 0], "{line}");
+    }
+    // What a stronger source replaces may be as odd as it likes.
+    assert_eq!(warned("DB_PASSWORD=$x\n", &["-e", "DB_PASSWORD=y"]), [""; 0]);
 }
 
 #[test]
@@ -417,13 +521,13 @@ fn a_dash_is_standard_input() {
             .contains("example.com -> https://example.com/")
     );
     with_stdin(b"x y\n").is_wrong(
-        "<stdin>:1:3: `y` is no FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+        "<stdin>:1:3: `y` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
          e.g. `5` or `30s`\n    \
          x y\n    \
          \x20 ^\n",
     );
 
-    let no_host = "<stdin>:1:1: no host in the file; write one a line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
+    let no_host = "<stdin>:1:1: there is no host in the file; write one per line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
                    e.g. https://example.com 5\n    \n    ^\n";
     with_stdin(b"").is_wrong(no_host);
     let closed = Command::new("/bin/sh")
@@ -626,8 +730,8 @@ fn a_log_line_has_its_time_in_utc_and_its_level_and_goes_to_standard_error() {
 fn health_asks_the_agent_at_metrics_addr() {
     let place = Place::new();
     place.run(&["health"]).is_wrong(
-        "METRICS_ADDR is not set: `health` asks the agent that listens there, so set it for the agent and for \
-         `health` alike, e.g. METRICS_ADDR=127.0.0.1:9464\n",
+        "METRICS_ADDR is not set: `health` asks the agent that listens there, so set it to the same value for the \
+         agent and for `health`, e.g. METRICS_ADDR=127.0.0.1:9464\n",
     );
     place.run(&["health", "-e", "METRICS_ADDR=localhost"]).is_wrong(
         "METRICS_ADDR=\"localhost\": expected an IP address and a port, e.g. 0.0.0.0:9464 or [::]:9464\n",
@@ -760,4 +864,88 @@ fn a_reload_that_comes_while_the_host_file_is_first_read_is_not_the_end() {
     produce.kill().unwrap();
     produce.wait().unwrap();
     assert!(reloaded);
+}
+
+/// A site that accepts connections and never answers, and `count` hosts of it.
+#[cfg(target_os = "linux")]
+fn hanging_hosts(count: usize) -> (TcpListener, String) {
+    let site = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = site.local_addr().unwrap();
+    let line = |n| format!("http://{address}/{n} 1h timeout=1s\n");
+    (site, (0..count).map(line).collect())
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn open_files_are_raised_to_the_hard_limit_and_what_does_not_fit_is_said() {
+    const HOSTS: usize = 80;
+
+    let place = Place::new();
+    let (_site, hosts) = hanging_hosts(HOSTS);
+    place.write("hosts", hosts);
+    let kafka = rdkafka::mocking::MockCluster::new(1).unwrap();
+    kafka.create_topic("host-metrics", 1, 1).unwrap();
+    let once = |limit: &str| {
+        let mut command = Command::new("/bin/sh");
+        command
+            .args([
+                "-c",
+                &format!("{limit} && exec '{BINARY}' produce --once -c hosts"),
+            ])
+            .env_clear()
+            .env("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers())
+            .env("LOG_LEVEL", "WARN")
+            .current_dir(place.path());
+        let ran = ran(command.output().unwrap());
+        assert_eq!(ran.status, 0, "{}", ran.stderr);
+        ran.stderr
+    };
+    assert_eq!(once("ulimit -Sn 60 && ulimit -Hn 300"), "");
+
+    let said = once("ulimit -n 60");
+    let warnings: Vec<_> = said.lines().filter(|line| line.contains("[WARN]")).collect();
+    assert_eq!(warnings.len(), 1, "{said}");
+    assert!(
+        warnings[0].contains("80 checks at once may need 144 open files, but this process may have 60;"),
+        "{said}"
+    );
+    assert!(warnings[0].contains("LimitNOFILE="), "{said}");
+    let errors: Vec<_> = said
+        .lines()
+        .filter(|line| line.contains("[ERROR] agent_error"))
+        .collect();
+    // What failed at once, and what came until the end.
+    assert!((1..=2).contains(&errors.len()), "{said}");
+    let count = |line: &str| -> usize {
+        let (_, rest) = line.split_once("count=").unwrap();
+        rest.split(' ').next().unwrap().parse().unwrap()
+    };
+    let counted: usize = errors.iter().map(|line| count(line)).sum();
+    assert!((10..HOSTS).contains(&counted), "{said}");
+    assert!(errors.iter().all(|line| line.contains("(os error 24)")), "{said}");
+}
+
+#[test]
+fn a_host_file_with_slips_is_warned_of_by_validate_and_at_the_start() {
+    let place = Place::new();
+    place.write("hosts", "http://127.0.0.1:1/ 1h \"quoted\"\n");
+    let ran = place.run(&["validate", "-c", "hosts"]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+    let warning = "hosts:1:24: the quotes around `\"quoted\"` are part of the REGEX; remove them if they do not stand on \
+                   the page";
+    assert!(
+        ran.stdout.ends_with(&format!("\nwarning: {warning}\n")),
+        "{}",
+        ran.stdout
+    );
+    let kafka = rdkafka::mocking::MockCluster::new(1).unwrap();
+    kafka.create_topic("host-metrics", 1, 1).unwrap();
+    let servers = format!("KAFKA_BOOTSTRAP_SERVERS={}", kafka.bootstrap_servers());
+    let ran = place.run(&["produce", "--once", "-c", "hosts", "-e", &servers]);
+    assert_eq!(ran.status, 0, "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains(&format!("[WARN] {warning}\n")),
+        "{}",
+        ran.stderr
+    );
 }

@@ -7,7 +7,15 @@ use host_metrics::produce::host_file::{parse, target};
 use proptest::prelude::*;
 
 fn hosts(text: &str) -> Vec<Target> {
-    parse("hosts", text.as_bytes()).unwrap_or_else(|error| panic!("{error}"))
+    parse("hosts", text.as_bytes())
+        .unwrap_or_else(|error| panic!("{error}"))
+        .targets
+}
+
+fn warnings(text: &str) -> Vec<String> {
+    parse("hosts", text.as_bytes())
+        .unwrap_or_else(|error| panic!("{error}"))
+        .warnings
 }
 
 fn host(line: &str) -> Target {
@@ -17,8 +25,8 @@ fn host(line: &str) -> Target {
 
 fn error(text: impl AsRef<[u8]>) -> String {
     match parse("hosts", text.as_ref()) {
-        Ok(targets) => panic!(
-            "no error in {:?}: {targets:?}",
+        Ok(hosts) => panic!(
+            "no error in {:?}: {hosts:?}",
             String::from_utf8_lossy(text.as_ref())
         ),
         Err(error) => error.to_string(),
@@ -117,70 +125,76 @@ fn what_is_no_address_is_said_at_its_place() {
             "file:///etc/passwd",
             "hosts:1:1: expected http:// or https://, not `file://`",
         ),
-        ("https://", "hosts:1:1: `https://` is no address: empty host"),
+        ("https://", "hosts:1:1: `https://` is not an address: empty host"),
         (
             "http:example.com",
-            "hosts:1:1: `http:example.com` is no address: invalid port number",
+            "hosts:1:1: `http:example.com` is not an address: invalid port number",
         ),
         (
             "https://exa$mple.com/",
-            "hosts:1:1: `https://exa$mple.com/` is no address: `exa$mple.com` can be no host's name",
+            "hosts:1:1: `https://exa$mple.com/` is not an address: `exa$mple.com` cannot be the name of a host",
         ),
         (
             "a..b",
-            "hosts:1:1: `a..b` is no address: `a..b` can be no host's name",
+            "hosts:1:1: `a..b` is not an address: `a..b` cannot be the name of a host",
         ),
         (
             "foo-.test",
-            "hosts:1:1: `foo-.test` is no address: `foo-.test`: no certificate can be for this name",
+            "hosts:1:1: `foo-.test` is not an address: `foo-.test`: no certificate can be for this name",
         ),
         (
             "https://-foo.test:8443/x",
-            "hosts:1:1: `https://-foo.test:8443/x` is no address: `-foo.test`: no certificate can be for this name",
+            "hosts:1:1: `https://-foo.test:8443/x` is not an address: `-foo.test`: no certificate can be for this name",
         ),
         (
             "a.b-.test",
-            "hosts:1:1: `a.b-.test` is no address: `a.b-.test`: no certificate can be for this name",
+            "hosts:1:1: `a.b-.test` is not an address: `a.b-.test`: no certificate can be for this name",
         ),
-        ("/health", "hosts:1:1: `/health` is no address: it has no host"),
-        ("?x", "hosts:1:1: `?x` is no address"),
+        (
+            "/health",
+            "hosts:1:1: `/health` is not an address: it has no host",
+        ),
+        ("?x", "hosts:1:1: `?x` is not an address"),
         (
             "http:///example.com",
-            "hosts:1:1: `http:///example.com` is no address: it has no host",
+            "hosts:1:1: `http:///example.com` is not an address: it has no host",
         ),
         (
             "http:/example.com",
-            "hosts:1:1: `http:/example.com` is no address: no port stands behind the `:`",
+            "hosts:1:1: `http:/example.com` is not an address: there is no port after the `:`",
         ),
         (
             "example.com:",
-            "hosts:1:1: `example.com:` is no address: no port stands behind the `:`",
+            "hosts:1:1: `example.com:` is not an address: there is no port after the `:`",
         ),
         ("http:\\\\example.com", "hosts:1:6: a backslash in the address"),
         ("https://a.com\\b", "hosts:1:14: a backslash in the address"),
-        ("5", "hosts:1:1: `5` is no address: a number"),
-        ("10.1", "hosts:1:1: `10.1` is no address: a number"),
+        ("5", "hosts:1:1: `5` is not an address: it is a number"),
+        ("10.1", "hosts:1:1: `10.1` is not an address: it is a number"),
         (
             "example.com:99999",
-            "hosts:1:1: `example.com:99999` is no address: invalid port number",
+            "hosts:1:1: `example.com:99999` is not an address: invalid port number",
         ),
         (
             "example.com:0",
-            "hosts:1:1: `example.com:0` is no address: there is no port 0",
+            "hosts:1:1: `example.com:0` is not an address: there is no port 0",
         ),
         (
             "256.1.1.1",
-            "hosts:1:1: `256.1.1.1` is no address: invalid IPv4 address",
+            "hosts:1:1: `256.1.1.1` is not an address: invalid IPv4 address",
         ),
-        ("::1", "hosts:1:1: an IPv6 address stands in brackets: `[::1]`"),
-        ("[::g]", "hosts:1:1: `[::g]` is no address: invalid IPv6 address"),
+        ("::1", "hosts:1:1: put an IPv6 address in brackets: `[::1]`"),
+        (
+            "[::g]",
+            "hosts:1:1: `[::g]` is not an address: invalid IPv6 address",
+        ),
         (
             "exam\u{a0}ple.com",
-            "hosts:1:5: a blank that is none, or a control character",
+            "hosts:1:5: a control character, or a blank other than a space or a tab",
         ),
         (
             "exam\u{1b}ple.com",
-            "hosts:1:5: a blank that is none, or a control character",
+            "hosts:1:5: a control character, or a blank other than a space or a tab",
         ),
         (&long, "hosts:1:1: the address has 2068 bytes; 2048 at most"),
     ];
@@ -218,7 +232,7 @@ fn credentials_in_an_address_are_an_error_that_does_not_repeat_them() {
         "hosts:1:11: credentials in the address (`https://***@example.com/`) would stand in every record; remove them\n    \
          \x20 https://***@example.com/ 5x\n    \
          \x20         ^\n\
-         hosts:1:36: `5x` is no FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, e.g. `5` or `30s`\n    \
+         hosts:1:36: `5x` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, e.g. `5` or `30s`\n    \
          \x20 https://***@example.com/ 5x\n    \
          \x20                          ^"
     );
@@ -258,7 +272,7 @@ fn what_is_no_frequency_is_said_at_its_place() {
     ] {
         assert_eq!(
             what(format!("example.com {frequency}")),
-            format!("hosts:1:13: `{frequency}` is no FREQUENCY: {expected}")
+            format!("hosts:1:13: `{frequency}` is not a FREQUENCY: {expected}")
         );
     }
     for frequency in [
@@ -297,10 +311,167 @@ fn a_lone_unit_is_a_slip_and_not_a_regex() {
         let regex = host(&format!("example.com 5 ({unit})")).regex.unwrap();
         assert_eq!(regex.as_str(), format!("({unit})"));
     }
-    assert_eq!(host("example.com 5 seconds").regex.unwrap().as_str(), "seconds");
     assert_eq!(
         host("example.com 5 timeout=3s d e").regex.unwrap().as_str(),
         "d e"
+    );
+}
+
+#[test]
+fn a_unit_in_a_word_of_its_own_is_refused_unless_it_may_begin_a_text() {
+    for (line, expected) in [
+        (
+            "example.com 5 min",
+            "hosts:1:15: a lone `min`; write `5m` without a blank; as a REGEX write `(min)`",
+        ),
+        (
+            "example.com 5 Minutes",
+            "a lone `Minutes`; write `5m` without a blank",
+        ),
+        (
+            "example.com 30 sec timeout=3s",
+            "a lone `sec`; write `30s` without a blank",
+        ),
+        (
+            "example.com 1 hour # often",
+            "a lone `hour`; write `1h` without a blank",
+        ),
+        ("example.com 1 D", "a lone `D`; write `1d` without a blank"),
+        (
+            "example.com 5m min",
+            "a lone `min`; write a unit directly after its number, as in `5s`",
+        ),
+    ] {
+        assert!(what(line).contains(expected), "{}", what(line));
+    }
+    let warnings = warnings("example.com 5 minutes ago\n");
+    assert_eq!(
+        warnings,
+        ["hosts:1:15: a lone `minutes`; write `5m` without a blank; as a REGEX write `(minutes)`"]
+    );
+}
+
+#[test]
+fn a_line_that_nobody_can_mean_is_refused() {
+    for (line, expected) in [
+        (
+            "example.com 5 timeout = 3s",
+            "hosts:1:15: write the option `timeout=3s` without blanks and dashes; as a REGEX write `(timeout = 3s)`",
+        ),
+        (
+            "example.com 5 timeout =3s",
+            "write the option `timeout=3s` without blanks",
+        ),
+        (
+            "example.com 5 ip=4 Status = ok",
+            "write an option as `status=VALUE`, without blanks",
+        ),
+        (
+            "example.com 5 --method=HEAD",
+            "write the option `method=HEAD` without blanks and dashes",
+        ),
+        (
+            "https://https://example.com/ 5",
+            "hosts:1:1: `https://https://example.com/` is not an address: `https` is a protocol and not a host",
+        ),
+        (
+            "http://HTTPS://example.com/ 5",
+            "`https` is a protocol and not a host; write it once, as `https://`",
+        ),
+        ("https//example.com 5", "`https` is a protocol and not a host"),
+        (
+            "https://http/example.com 5",
+            "`http` is a protocol and not a host",
+        ),
+    ] {
+        assert!(what(line).contains(expected), "{}", what(line));
+    }
+}
+
+#[test]
+fn a_line_that_hardly_anybody_means_is_warned_of_with_its_place() {
+    for (line, expected) in [
+        (
+            "example.com 5 # main page",
+            "hosts:1:15: `# main page` is part of the REGEX; write a comment on a line of its own",
+        ),
+        (
+            "example.com 5 timeout=3s ## main",
+            "hosts:1:26: `## main` is part of the REGEX",
+        ),
+        (
+            "example.com 5 #main",
+            "hosts:1:15: `#main` is part of the REGEX; write a comment on a line of its own",
+        ),
+        (
+            "example.com 5 // main",
+            "hosts:1:15: `// main` is part of the REGEX",
+        ),
+        (
+            "example.com 5 Welcome  # main",
+            "hosts:1:24: `# main` is part of the REGEX",
+        ),
+        (
+            "example.com 5 \"quoted\"",
+            "hosts:1:15: the quotes around `\"quoted\"` are part of the REGEX",
+        ),
+        ("example.com 5 'a b'", "the quotes around `'a b'`"),
+        ("example.com 5 “a”", "the quotes around `“a”`"),
+        ("example.com 5 /health/", "the slashes around `/health/`"),
+        (
+            "example.com 5 timeout 3s",
+            "`timeout 3s` is a REGEX; if it is not, write the option `timeout=3s`",
+        ),
+        (
+            "example.com 5 status: 200",
+            "`status: 200` is a REGEX; if it is not, write the option `status=200`",
+        ),
+        (
+            "example.com 5 Add to basket timeout=3s",
+            "hosts:1:29: `timeout=3s` is part of the REGEX; options stand before",
+        ),
+        (
+            "example.com 5 200",
+            "`200` is a REGEX; the option is `status=200`",
+        ),
+        (
+            "example.com 5 HEAD",
+            "`HEAD` is a REGEX; the option is `method=HEAD`",
+        ),
+        (
+            "example.com 5 10s",
+            "`10s` is a REGEX; the option is `timeout=10s`",
+        ),
+        (
+            "example.com 5 https://b.example/ 5",
+            "write each host on a line of its own",
+        ),
+    ] {
+        let warnings = warnings(&format!("\n{line}\n"));
+        assert_eq!(warnings.len(), 1, "{line}: {warnings:?}");
+        let at_second_line = expected.replacen("hosts:1:", "hosts:2:", 1);
+        assert!(warnings[0].contains(&at_second_line), "{warnings:?}");
+    }
+    for regex in [
+        "Add to basket",
+        "\"status\":\"ok\"",
+        "(# main)",
+        "Issue#5",
+        "status: ok",
+        "status page",
+        "<a href=\"/\">",
+        "/a/b/c",
+        "since 2019",
+        "secondary",
+        "timeouts",
+    ] {
+        assert_eq!(warnings(&format!("example.com 5 {regex}\n")), [""; 0], "{regex}");
+    }
+    let many: String = (0..150).map(|n| format!("h{n}.example 5 'x'\n")).collect();
+    let warnings = warnings(&many);
+    assert_eq!(
+        (warnings.len(), warnings[100].as_str()),
+        (101, "and 50 more lines like these")
     );
 }
 
@@ -406,12 +577,12 @@ fn a_word_that_looks_like_an_option_and_is_none_is_an_error_that_says_how_to_sea
         (
             "class=big",
             13,
-            "`class` is no option: the options are timeout, status, method, follow, topic, ip and tls",
+            "`class` is not an option: the options are timeout, status, method, follow, topic, ip and tls",
         ),
         (
             "Status=200",
             13,
-            "`Status` is no option: the options are timeout, status, method, follow, topic, ip and tls",
+            "`Status` is not an option: the options are timeout, status, method, follow, topic, ip and tls",
         ),
     ];
     for (word, column, expected) in cases {
@@ -506,10 +677,14 @@ fn all_regexes_of_a_file_together_have_a_bound_and_equal_ones_count_once() {
         lines.collect()
     };
     let parse_of = |hosts: &str| parse("hosts", hosts.as_bytes());
-    assert_eq!(parse_of(&hosts(&|_| r"\w{3,60}".into())).unwrap().len(), 200);
+    assert_eq!(
+        parse_of(&hosts(&|_| r"\w{3,60}".into())).unwrap().targets.len(),
+        200
+    );
     assert_eq!(
         parse_of(&hosts(&|number| format!(r"\d{{2}} items {number}")))
             .unwrap()
+            .targets
             .len(),
         200
     );
@@ -553,7 +728,9 @@ fn a_file_without_a_host_is_an_error() {
         "\u{feff}# x",
     ] {
         assert!(
-            what(text).starts_with("hosts:1:1: no host in the file; write one a line: ADDRESS FREQUENCY"),
+            what(text).starts_with(
+                "hosts:1:1: there is no host in the file; write one per line: ADDRESS FREQUENCY"
+            ),
             "{text:?}"
         );
     }
@@ -622,7 +799,7 @@ fn of_very_many_errors_the_first_hundred_are_shown_and_the_rest_counted() {
 fn tabs_are_kept_so_that_the_caret_stands_below_its_character() {
     assert_eq!(
         error("\texample.com\t5x"),
-        "hosts:1:14: `5x` is no FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+        "hosts:1:14: `5x` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
          e.g. `5` or `30s`\n    \t\
          example.com\t5x\n    \t\
          \x20          \t^"

@@ -6,6 +6,7 @@ mod child;
 mod command_line;
 mod consume;
 mod demo;
+mod deployment;
 mod host_file;
 mod metrics;
 #[cfg(target_os = "linux")]

@@ -654,7 +654,7 @@ impl Running {
     fn produce(variables: &Variables, hosts: String) -> Self {
         let config = config::produce(variables).unwrap();
         Self::start(move |shutdown| {
-            let targets = host_file::parse("hosts", hosts.as_bytes()).unwrap();
+            let targets = host_file::parse("hosts", hosts.as_bytes()).unwrap().targets;
             produce::run(&config, targets, None, Rounds::Endless, shutdown)
         })
     }

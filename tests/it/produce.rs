@@ -475,7 +475,9 @@ fn a_reload_takes_the_new_hosts_and_a_bad_file_changes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("hosts");
     std::fs::write(&file, "a.example 1s\nb.example 1s\n").unwrap();
-    let targets = produce::host_file::parse("hosts", &std::fs::read(&file).unwrap()).unwrap();
+    let targets = produce::host_file::parse("hosts", &std::fs::read(&file).unwrap())
+        .unwrap()
+        .targets;
     let run = Running::start_at(
         config(&kafka.servers(), TOPIC),
         Some(&file),
@@ -535,7 +537,9 @@ fn the_real_check_of_a_real_server_arrives_as_a_record() {
     let refused = gone.local_addr().unwrap().port();
     drop(gone);
     let lines = format!("http://127.0.0.1:{port}/ 5 (is well)\nhttp://127.0.0.1:{refused}/ 5\n");
-    let targets = produce::host_file::parse("hosts", lines.as_bytes()).unwrap();
+    let targets = produce::host_file::parse("hosts", lines.as_bytes())
+        .unwrap()
+        .targets;
     let config = config(&kafka.servers(), TOPIC);
     produce::run(&config, targets, None, Rounds::Once, &Shutdown::new()).expect("it ends well");
     let records = kafka.records(TOPIC);

@@ -93,8 +93,8 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
             fs::write(&sample_file, site.host_file()).context("cannot write the host file")?;
             check.ca_file = Some(ca_file);
             let name = sample_file.display().to_string();
-            let targets = host_file::parse(&name, site.host_file().as_bytes())?;
-            (targets, Some(sample_file.as_path()))
+            let hosts = host_file::parse(&name, site.host_file().as_bytes())?;
+            (hosts.targets, Some(sample_file.as_path()))
         }
     };
     let addresses: Vec<String> = targets.iter().map(|target| target.address.clone()).collect();

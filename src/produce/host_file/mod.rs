@@ -5,6 +5,7 @@
 
 mod read;
 mod report;
+mod slips;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -28,7 +29,8 @@ use crate::config::{TOPIC_NAME_RULE, is_topic_name};
 use crate::duration;
 use crate::sample::MAX_ADDRESS_BYTES;
 pub use read::{is_stdin, read};
-use report::{Fault, MAX_QUOTED_CHARS, Report, quoted, userinfo};
+use report::{Fault, Report, quoted, userinfo};
+use slips::Slip;
 
 const INTERVALS: RangeInclusive<Duration> = Duration::from_secs(1)..=DAY.saturating_mul(366);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -50,11 +52,19 @@ const MAX_OPTIONS: usize = 16;
 #[error("{0}")]
 pub struct HostFileError(pub String);
 
+/// The hosts of a file.
+#[derive(Clone, Debug, Default)]
+pub struct Hosts {
+    pub targets: Vec<Target>,
+    /// Lines that hardly mean what they say, as `FILE:LINE:COLUMN: what`.
+    pub warnings: Vec<String>,
+}
+
 /// Parses a whole host file; `name` stands before the line number in messages (`FILE:LINE:COLUMN`).
 ///
 /// # Errors
 /// Any line is wrong, or there is no host at all.
-pub fn parse(name: &str, contents: &[u8]) -> Result<Vec<Target>, HostFileError> {
+pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
     let mut report = Report::default();
     if contents.starts_with(b"\xff\xfe") || contents.starts_with(b"\xfe\xff") {
         let fault = Fault::new(0, "the file is UTF-16; save it as UTF-8");
@@ -81,7 +91,13 @@ pub fn parse(name: &str, contents: &[u8]) -> Result<Vec<Target>, HostFileError> 
             continue;
         }
         let target = match words(line) {
-            Ok((_, words)) => words.target(&mut regexes, &mut numbers, number),
+            Ok((_, words)) => {
+                let target = words.target(&mut regexes, &mut numbers, number);
+                if let Some(Slip::Warned(fault)) = slips::in_regex(&words) {
+                    report.warn(place, line, &words.at(words.regex, fault));
+                }
+                target
+            }
             Err(error) => Err(vec![Fault::new(0, error.to_string())]),
         };
         match target {
@@ -90,11 +106,12 @@ pub fn parse(name: &str, contents: &[u8]) -> Result<Vec<Target>, HostFileError> 
         }
     }
     if targets.is_empty() && report.faults == 0 {
-        let what = "no host in the file; write one a line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
+        let what = "there is no host in the file; write one per line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
                     e.g. https://example.com 5";
         report.add(format_args!("{name}:1"), "", &Fault::new(0, what));
     }
-    report.finish(Some(targets))
+    let warnings = report.take_warnings();
+    report.finish(Some(Hosts { targets, warnings }))
 }
 
 /// The target of the `check` command, each part an argument of its own: nothing bounds its timeout, and the regex may
@@ -220,38 +237,25 @@ impl<'a> Words<'a> {
         if self.regex.is_empty() {
             return Ok(None);
         }
-        self.no_lone_unit()?;
+        if let Some(Slip::Refused(fault)) = slips::in_regex(self) {
+            return Err(fault);
+        }
         let regex = regexes.compile(self.regex)?;
         settings.reads_a_body()?;
         Ok(Some(regex))
     }
 
-    /// `5 s` is a slip for `5s`.
-    fn no_lone_unit(&self) -> Result<(), Fault> {
-        let (_, first) = word(self.regex).unwrap_or(("", self.regex));
-        let is_after_frequency = self.options.is_empty();
-        let is_unit = ["s", "m", "h", "d"].contains(&first);
-        if !is_unit || !(is_after_frequency || first == self.regex) {
-            return Ok(());
-        }
-        let is_number = self.frequency.bytes().all(|byte| byte.is_ascii_digit());
-        let slip = match is_after_frequency && is_number && self.frequency.len() <= MAX_QUOTED_CHARS {
-            true => format!("write `{}{first}` without a blank", self.frequency),
-            false => "a unit stands right behind its number, as in `5s`".to_owned(),
-        };
-        Err(Fault::new(0, format!("a lone `{first}`; {slip}")).or_regex(first))
-    }
-
     /// The value, or `None` and one more fault, whose place is counted from the beginning of `part`.
     fn keep<T>(&self, faults: &mut Vec<Fault>, part: &str, result: Result<T, Fault>) -> Option<T> {
-        result
-            .map_err(|fault| {
-                faults.push(Fault {
-                    at: self.line.offset(part) + fault.at,
-                    ..fault
-                });
-            })
-            .ok()
+        result.map_err(|fault| faults.push(self.at(part, fault))).ok()
+    }
+
+    /// The fault with its place counted from the beginning of the line, instead of `part`.
+    fn at(&self, part: &str, fault: Fault) -> Fault {
+        Fault {
+            at: self.line.offset(part) + fault.at,
+            ..fault
+        }
     }
 }
 
@@ -267,7 +271,9 @@ fn read_address(text: &str) -> Result<Url, Fault> {
         let what = match text[at..].starts_with(is_blank) {
             // Only in an argument of `check`: a host file's words end there.
             true => "a blank in the address; write it as %20",
-            false => "a blank that is none, or a control character; part the words by spaces or tabs",
+            false => {
+                "a control character, or a blank other than a space or a tab; separate words with spaces or tabs"
+            }
         };
         return Err(Fault::new(at, what));
     }
@@ -303,7 +309,7 @@ fn read_address(text: &str) -> Result<Url, Fault> {
             return Err(Fault::new(0, what));
         }
         None if before.parse::<Ipv6Addr>().is_ok() => {
-            let what = format!("an IPv6 address stands in brackets: `[{before}]`");
+            let what = format!("put an IPv6 address in brackets: `[{before}]`");
             return Err(Fault::new(0, what));
         }
         None => Url::parse(&format!("https://{text}")),
@@ -313,37 +319,46 @@ fn read_address(text: &str) -> Result<Url, Fault> {
         Some(_) => after.starts_with("///"),
         None => before.is_empty(),
     };
-    let no_url = |why: &dyn Display| {
+    let not_a_url = |why: &dyn Display| {
         let what = format!(
-            "{} is no address: {why}; expected a URL like https://example.com/ or a domain",
+            "{} is not an address: {why}; expected a URL like https://example.com/ or a domain",
             quoted(text)
         );
         Fault::new(0, what)
     };
     if has_no_host {
-        return Err(no_url(&"it has no host"));
+        return Err(not_a_url(&"it has no host"));
     }
     // `http:/host` would be a host called `http`.
     if scheme.is_none() && before.ends_with(':') {
-        return Err(no_url(&"no port stands behind the `:`"));
+        return Err(not_a_url(&"there is no port after the `:`"));
     }
-    let mut url = url.map_err(|error| no_url(&error))?;
+    let mut url = url.map_err(|error| not_a_url(&error))?;
     match url.host() {
-        None | Some(Host::Domain("")) => return Err(no_url(&"it has no host")),
+        None | Some(Host::Domain("")) => return Err(not_a_url(&"it has no host")),
         Some(Host::Domain(domain)) if !is_host_name(domain) => {
-            return Err(no_url(&format_args!("{} can be no host's name", quoted(domain))));
+            return Err(not_a_url(&format_args!(
+                "{} cannot be the name of a host",
+                quoted(domain)
+            )));
+        }
+        // `https://https://example.com/` and `https//example.com`.
+        Some(Host::Domain(domain)) if ["http", "https"].contains(&domain) => {
+            return Err(not_a_url(&format_args!(
+                "`{domain}` is a protocol and not a host; write it once, as `{domain}://`"
+            )));
         }
         Some(Host::Domain(domain)) if !can_be_named(&url) => {
-            return Err(no_url(&format_args!("{}: {NOT_NAMED}", quoted(domain))));
+            return Err(not_a_url(&format_args!("{}: {NOT_NAMED}", quoted(domain))));
         }
         // `5` and `10.1` are addresses to browsers, and slips in a file whose second column is a number.
         Some(Host::Ipv4(ip)) if scheme.is_none() && !text.starts_with(&ip.to_string()) => {
-            return Err(no_url(&"a number"));
+            return Err(not_a_url(&"it is a number"));
         }
         Some(_) => {}
     }
     if url.port() == Some(0) {
-        return Err(no_url(&"there is no port 0"));
+        return Err(not_a_url(&"there is no port 0"));
     }
     url.set_fragment(None);
     Ok(url)
@@ -372,7 +387,7 @@ fn read_frequency(text: &str) -> Result<Duration, Fault> {
     let interval = duration::parse_interval(text).ok_or_else(|| {
         Fault::new(
             0,
-            format!("{} is no FREQUENCY: expected {expected}", quoted(text)),
+            format!("{} is not a FREQUENCY: expected {expected}", quoted(text)),
         )
     })?;
     if !INTERVALS.contains(&interval) {
@@ -386,6 +401,7 @@ fn read_frequency(text: &str) -> Result<Duration, Fault> {
 }
 
 const KNOWN_OPTIONS: &str = "the options are timeout, status, method, follow, topic, ip and tls";
+const OPTION_NAMES: [&str; 7] = ["timeout", "status", "method", "follow", "topic", "ip", "tls"];
 
 /// The options given so far.
 #[derive(Default)]
@@ -419,7 +435,7 @@ impl Settings {
             "tls" => option.once(&mut self.tls, read_tls, "`insecure` or `required`"),
             name => Err(Fault::new(
                 0,
-                format!("{} is no option: {KNOWN_OPTIONS}", quoted(name)),
+                format!("{} is not an option: {KNOWN_OPTIONS}", quoted(name)),
             )),
         }
     }

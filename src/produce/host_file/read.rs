@@ -4,8 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::{HostFileError, parse};
-use crate::check::target::Target;
+use super::{HostFileError, Hosts, parse};
 
 /// A million hosts of 60 bytes; what is longer is no host file.
 const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
@@ -14,7 +13,7 @@ const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
 ///
 /// # Errors
 /// It cannot be read, is too long, or [`parse`] found it wrong.
-pub fn read(path: &Path) -> Result<Vec<Target>, HostFileError> {
+pub fn read(path: &Path) -> Result<Hosts, HostFileError> {
     let (name, contents) = if is_stdin(path) {
         ("<stdin>".into(), read_bounded(io::stdin().lock()))
     } else {

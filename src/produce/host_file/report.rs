@@ -40,11 +40,13 @@ impl Fault {
     }
 }
 
-/// The errors as they will be printed.
+/// The errors and warnings as they will be printed.
 #[derive(Default)]
 pub(super) struct Report {
     pub faults: usize,
     text: String,
+    warnings: Vec<String>,
+    more_warnings: usize,
 }
 
 impl Report {
@@ -82,6 +84,24 @@ impl Report {
             "{newline}{place}:{column}: {}\n    {shown}\n    {under}^",
             fault.what
         );
+    }
+
+    /// A line that is understood, but probably not as it was meant.
+    pub fn warn(&mut self, place: impl Display, line: &str, fault: &Fault) {
+        if self.warnings.len() == MAX_SHOWN_FAULTS {
+            self.more_warnings += 1;
+            return;
+        }
+        let column = 1 + line[..fault.at].chars().count();
+        self.warnings.push(format!("{place}:{column}: {}", fault.what));
+    }
+
+    pub fn take_warnings(&mut self) -> Vec<String> {
+        if self.more_warnings > 0 {
+            self.warnings
+                .push(format!("and {} more lines like these", self.more_warnings));
+        }
+        std::mem::take(&mut self.warnings)
     }
 
     pub fn keep<T>(&mut self, place: &str, line: &str, result: Result<T, Fault>) -> Option<T> {

@@ -1,5 +1,9 @@
 //! Every variable, right and wrong, from pairs: no environment.
 
+mod database;
+mod kafka;
+mod secrets;
+
 use std::fs;
 
 use super::*;
@@ -24,12 +28,21 @@ fn consumed(others: &[(&str, &str)]) -> ConsumeConfig {
     consume(&variables(&DATABASE, others)).unwrap_or_else(|wrong| panic!("{wrong}"))
 }
 
-/// The lines about what is wrong.
-fn wrong<T>(result: Result<T, WrongInput>) -> Vec<String> {
+fn problems<T>(result: Result<T, WrongVariables>) -> Vec<Problem> {
     match result {
         Ok(_) => panic!("nothing is wrong"),
-        Err(WrongInput(text)) => text.lines().map(str::to_owned).collect(),
+        Err(WrongVariables(problems)) => problems,
     }
+}
+
+/// The lines about what is wrong.
+fn wrong<T>(result: Result<T, WrongVariables>) -> Vec<String> {
+    problems(result).iter().map(Problem::to_string).collect()
+}
+
+/// The variables that are wrong.
+fn wrong_names<T>(result: Result<T, WrongVariables>) -> Vec<&'static str> {
+    problems(result).iter().filter_map(Problem::name).collect()
 }
 
 fn wrong_kafka(others: &[(&str, &str)]) -> Vec<String> {
@@ -254,7 +267,7 @@ fn a_wrong_value_is_told_by_name_with_the_value_and_what_was_expected() {
 
 #[test]
 fn every_problem_is_told_at_once_in_the_order_of_the_help() {
-    let lines = wrong(consume(&Variables::from_pairs([
+    let names = wrong_names(consume(&Variables::from_pairs([
         ("DB_PORT", "x"),
         ("DB_BATCH_SIZE", "0"),
         ("LOG_LEVEL", "x"),
@@ -263,10 +276,6 @@ fn every_problem_is_told_at_once_in_the_order_of_the_help() {
         ("CHECK_TIMEOUT", "x"),
         ("MAX_THREADS", "x"),
     ])));
-    let names: Vec<_> = lines
-        .iter()
-        .filter_map(|line| line.split([' ', '=']).next())
-        .collect();
     assert_eq!(
         names,
         [
@@ -285,20 +294,13 @@ fn every_problem_is_told_at_once_in_the_order_of_the_help() {
 #[test]
 fn a_command_looks_only_at_the_variables_that_it_needs() {
     let all_wrong = || NAMES.iter().map(|name| (*name, "\u{1}"));
-    let names_told = |lines: Vec<String>| -> Vec<String> {
-        lines
-            .iter()
-            .filter_map(|line| line.split([' ', '=']).next().map(str::to_owned))
-            .collect()
-    };
-    let wrong_but = |result| names_told(wrong(result));
     let variables = Variables::from_pairs(all_wrong());
     assert_eq!(
-        wrong_but(validate(&variables).map(drop)),
+        wrong_names(validate(&variables).map(drop)),
         ["CHECK_TIMEOUT", "MAX_THREADS", "MAX_BODY_BYTES", "LOG_LEVEL"]
     );
     assert_eq!(
-        wrong_but(check(&variables).map(drop)),
+        wrong_names(check(&variables).map(drop)),
         [
             "CHECK_TIMEOUT",
             "MAX_BODY_BYTES",
@@ -313,102 +315,21 @@ fn a_command_looks_only_at_the_variables_that_it_needs() {
         database: false,
     };
     assert_eq!(
-        wrong_but(init(&variables, neither).map(drop)),
+        wrong_names(init(&variables, neither).map(drop)),
         ["KAFKA_TOPIC", "DB_TABLE", "LOG_LEVEL"]
     );
     let database = Servers {
         kafka: false,
         database: true,
     };
-    let told = wrong_but(init(&variables, database).map(drop));
+    let told = wrong_names(init(&variables, database).map(drop));
     assert!(
         told.iter()
-            .all(|name| !name.starts_with("KAFKA_") || name == "KAFKA_TOPIC"),
+            .all(|name| !name.starts_with("KAFKA_") || *name == "KAFKA_TOPIC"),
         "{told:?}"
     );
-    assert!(told.contains(&"DB_HOST".to_owned()));
+    assert!(told.contains(&"DB_HOST"));
     assert!(init(&Variables::from_pairs([]), neither).is_ok());
-}
-
-#[test]
-fn the_files_alone_make_it_ssl() {
-    let pems = Pems::new();
-    let config = produced(&[
-        ("KAFKA_SSL_CA_FILE", &pems.path("ca.pem")),
-        ("KAFKA_SSL_CERT_FILE", &pems.path("cert.pem")),
-        ("KAFKA_SSL_KEY_FILE", &pems.path("key.pem")),
-    ]);
-    assert_eq!(
-        config.kafka.client_properties(),
-        [
-            ("bootstrap.servers", "kafka:9092".to_owned()),
-            ("client.id", "host-metrics".to_owned()),
-            ("security.protocol", "ssl".to_owned()),
-            ("socket.keepalive.enable", "true".to_owned()),
-            ("client.dns.lookup", "use_all_dns_ips".to_owned()),
-            ("enable.ssl.certificate.verification", "true".to_owned()),
-            ("ssl.endpoint.identification.algorithm", "https".to_owned()),
-            ("ssl.ca.location", pems.path("ca.pem")),
-            ("ssl.certificate.location", pems.path("cert.pem")),
-            ("ssl.key.location", pems.path("key.pem")),
-        ]
-    );
-}
-
-#[test]
-fn the_four_protocols_are_librdkafkas() {
-    let sasl = [
-        ("KAFKA_SASL_MECHANISM", "scram-sha-512"),
-        ("KAFKA_SASL_USERNAME", "me"),
-        ("KAFKA_SASL_PASSWORD", "secret"),
-    ];
-    for protocol in ["PLAINTEXT", "ssl", "Sasl_Plaintext", "SASL_SSL"] {
-        let is_sasl = protocol.to_uppercase().starts_with("SASL");
-        let pair = [("KAFKA_SECURITY_PROTOCOL", protocol)];
-        let config = produced(&[&pair[..], if is_sasl { &sasl[..] } else { &sasl[..0] }].concat());
-        let properties = config.kafka.client_properties();
-        let property = |name| {
-            properties
-                .iter()
-                .find(|(known, _)| *known == name)
-                .map(|(_, value)| value.as_str())
-        };
-        assert_eq!(
-            property("security.protocol"),
-            Some(protocol.to_lowercase().as_str())
-        );
-        assert_eq!(property("sasl.mechanism"), is_sasl.then_some("SCRAM-SHA-512"));
-        assert_eq!(property("sasl.username"), is_sasl.then_some("me"));
-        assert_eq!(property("sasl.password"), is_sasl.then_some("secret"));
-        // librdkafka knows each of them.
-        let mut client = rdkafka::ClientConfig::new();
-        for (name, value) in &properties {
-            client.set(*name, value);
-        }
-        client.create_native_config().unwrap();
-    }
-}
-
-#[test]
-fn certificates_that_would_not_be_used_are_an_error() {
-    let pems = Pems::new();
-    let ca = pems.path("ca.pem");
-    assert_eq!(
-        wrong_kafka(&[
-            ("KAFKA_SECURITY_PROTOCOL", "plaintext"),
-            ("KAFKA_SSL_CA_FILE", &ca)
-        ]),
-        [format!(
-            "KAFKA_SSL_CA_FILE={ca:?}: the file is there, but with KAFKA_SECURITY_PROTOCOL=PLAINTEXT it would not \
-             be used; set KAFKA_SECURITY_PROTOCOL=SSL or unset KAFKA_SSL_CA_FILE"
-        )]
-    );
-    // The original required the variables even where nobody had certificates.
-    let config = produced(&[
-        ("KAFKA_SECURITY_PROTOCOL", "PLAINTEXT"),
-        ("KAFKA_SSL_CA_FILE", &pems.path("none.pem")),
-    ]);
-    assert_eq!(config.kafka.security.tls, None);
 }
 
 #[test]
@@ -420,7 +341,7 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
             pems.path("none.pem"),
             "cannot read the file: No such file or directory",
         ),
-        (directory, "cannot read the file: it is no regular file"),
+        (directory, "cannot read the file: it is not a regular file"),
         (
             pems.path("der"),
             "the file holds a certificate in DER format; convert it: openssl x509",
@@ -469,8 +390,8 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
     assert_eq!(
         lines,
         [
-            "KAFKA_SSL_KEY_FILE is not set, but KAFKA_SSL_CERT_FILE is: a certificate and its key go together; \
-          set both or neither"
+            "KAFKA_SSL_KEY_FILE is not set, but KAFKA_SSL_CERT_FILE is: a certificate and its key belong together; \
+             set both or neither"
         ]
     );
     for (name, expected) in [
@@ -496,131 +417,136 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
 }
 
 #[test]
-fn sasl_needs_all_three_and_a_protocol_that_uses_them() {
-    let lines = wrong_kafka(&[
-        ("KAFKA_SECURITY_PROTOCOL", "SASL_SSL"),
-        ("KAFKA_SASL_MECHANISM", "GSSAPI"),
-    ]);
-    let names: Vec<_> = lines
-        .iter()
-        .filter_map(|line| line.split([' ', '=']).next())
-        .collect();
-    assert_eq!(
-        names,
-        [
-            "KAFKA_SASL_MECHANISM",
-            "KAFKA_SASL_USERNAME",
-            "KAFKA_SASL_PASSWORD"
-        ]
-    );
-    let lines = wrong_kafka(&[
-        ("KAFKA_SASL_PASSWORD", "secret"),
-        ("KAFKA_SASL_USERNAME", "secret"),
-    ]);
-    assert_eq!(lines.len(), 2);
-    for line in lines {
-        assert!(
-            line.contains("with KAFKA_SECURITY_PROTOCOL=PLAINTEXT it would not be used"),
-            "{line}"
-        );
-        assert!(!line.contains("secret"), "{line}");
-    }
-}
-
-#[test]
-fn a_secret_may_stand_in_a_file_of_its_own() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("password");
-    let name = path.to_str().unwrap();
-    for (contents, secret) in [
-        ("secret", "secret"),
-        (" se cret\n", " se cret"),
-        ("secret\r\n", "secret"),
-    ] {
-        fs::write(&path, contents).unwrap();
-        let config = consumed(&[("DB_PASSWORD_FILE", name)]);
-        assert_eq!(config.database.password.unwrap().reveal(), secret);
-    }
-    let both = [("DB_PASSWORD_FILE", name), ("DB_PASSWORD", "other")];
-    assert_eq!(
-        wrong(consume(&variables(&DATABASE, &both))),
-        ["DB_PASSWORD and DB_PASSWORD_FILE are both set: unset one of them"]
-    );
-    for (contents, expected) in [
-        (b"".as_slice(), "the file is empty"),
-        (b"\xffsecret", "the file is not UTF-8"),
-    ] {
-        fs::write(&path, contents).unwrap();
-        let lines = wrong(consume(&variables(&DATABASE, &[("DB_PASSWORD_FILE", name)])));
-        assert!(
-            lines[0].starts_with(&format!("DB_PASSWORD_FILE={path:?}: {expected}")),
-            "{lines:?}"
-        );
-        assert!(!lines[0].contains("secret"));
-    }
-    fs::write(&path, "me").unwrap();
-    let config = produced(&[
-        ("KAFKA_SECURITY_PROTOCOL", "SASL_PLAINTEXT"),
-        ("KAFKA_SASL_MECHANISM", "PLAIN"),
-        ("KAFKA_SASL_USERNAME_FILE", name),
-        ("KAFKA_SASL_PASSWORD_FILE", name),
-    ]);
-    assert_eq!(config.kafka.security.sasl.unwrap().username.reveal(), "me");
-}
-
-#[test]
-fn a_secret_that_every_user_can_read_is_warned_of_by_its_variable() {
-    use std::os::unix::fs::PermissionsExt;
-
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("secret");
-    fs::write(&path, "never shown").unwrap();
-    let name = path.to_str().unwrap();
-    let kafka = [
-        "KAFKA_SSL_KEY_FILE",
-        "KAFKA_SASL_USERNAME_FILE",
-        "KAFKA_SASL_PASSWORD_FILE",
-    ];
-    let all = Variables::from_pairs(
-        [&kafka[..], &["DB_PASSWORD_FILE"]]
-            .concat()
-            .into_iter()
-            .map(|variable| (variable, name)),
-    );
-    for (mode, is_exposed) in [
-        (0o600, false),
-        (0o440, false),
-        (0o666, true),
-        (0o444, true),
-        (0o604, true),
-    ] {
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        for (servers, variables) in [
-            ((true, false), &kafka[..]),
-            ((false, true), &["DB_PASSWORD_FILE"]),
-        ] {
-            let (kafka, database) = servers;
-            let lines = exposed_secrets(&all, Servers { kafka, database });
-            let expected: Vec<String> = variables
-                .iter()
-                .filter(|_| is_exposed)
-                .map(|variable| {
-                    format!(
-                        "{variable}={path:?}: every user of this machine can read the file (mode {mode:04o}); `chmod \
-                         o-r` ends that"
-                    )
-                })
-                .collect();
-            assert_eq!(lines, expected, "{mode:o}");
+fn every_name_arrives_alone() {
+    for name in NAMES {
+        let variables = Variables::from_pairs([(name, "value")]);
+        for other in NAMES {
+            assert_eq!(
+                variables.get(other),
+                (other == name).then_some("value"),
+                "{other}"
+            );
         }
     }
-    let none = [("KAFKA_SSL_KEY_FILE", "/nowhere/key.pem")];
-    assert_eq!(
-        exposed_secrets(&Variables::from_pairs(none), Servers::BOTH),
-        [""; 0]
-    );
-    assert_eq!(
-        exposed_secrets(&Variables::from_pairs([]), Servers::BOTH),
-        [""; 0]
-    );
+}
+
+#[test]
+fn what_a_file_of_variables_leaves_around_a_value_is_named_as_the_cause() {
+    let pems = Pems::new();
+    let (ca, level) = (pems.path("ca.pem"), ("LOG_LEVEL", "INFO"));
+    let right = [
+        SERVERS,
+        ("KAFKA_TOPIC", "topic"),
+        ("KAFKA_SECURITY_PROTOCOL", "SSL"),
+        ("KAFKA_SSL_CA_FILE", &ca),
+        ("KAFKA_GROUP_ID", "group"),
+        ("KAFKA_GROUP_INSTANCE_ID", "one"),
+        ("DB_HOST", "db"),
+        ("DB_PORT", "5432"),
+        ("DB_NAME", "metrics"),
+        ("DB_USER", "me"),
+        ("DB_SSLMODE", "require"),
+        ("DB_SSLROOTCERT", &ca),
+        ("DB_BATCH_SIZE", "10"),
+        ("DB_BATCH_SECONDS", "1"),
+        ("DB_RETENTION", "90d"),
+        ("METRICS_ADDR", "0.0.0.0:9464"),
+        level,
+    ];
+    let right_of_produce = [
+        SERVERS,
+        ("CHECK_TIMEOUT", "10s"),
+        ("MAX_THREADS", "10"),
+        ("MAX_BODY_BYTES", "10"),
+        ("USER_AGENT", "me"),
+        ("CHECK_CA_FILE", &ca),
+        ("AGENT_NAME", "berlin"),
+    ];
+    let slips: [(&str, &str, &str); 5] = [
+        ("\"", "\"", "the quotes are part of the value"),
+        ("'", "'", "the quotes are part of the value"),
+        ("", "\r", "it ends with a line end"),
+        (" ", "", "it begins or ends with a blank"),
+        ("", "\t", "it begins or ends with a blank"),
+    ];
+    for (before, after, cause) in slips {
+        // Blanks in a list are nobody's mistake.
+        let is_fine = |name: &str| {
+            cause != "the quotes are part of the value"
+                && ["KAFKA_BOOTSTRAP_SERVERS", "KAFKA_TOPIC"].contains(&name)
+        };
+        let check = |name: &str, lines: Vec<String>| {
+            assert_eq!(lines.len(), 1, "{lines:?}");
+            assert!(lines[0].starts_with(&format!("{name}=")), "{lines:?}");
+            assert!(lines[0].contains(cause), "{lines:?}");
+        };
+        for (index, (name, value)) in right.iter().enumerate().filter(|(_, (name, _))| !is_fine(name)) {
+            let wrapped = format!("{before}{value}{after}");
+            let mut pairs = right;
+            pairs[index].1 = &wrapped;
+            check(name, wrong(consume(&Variables::from_pairs(pairs))));
+        }
+        for (index, (name, value)) in right_of_produce.iter().enumerate().skip(1) {
+            let wrapped = format!("{before}{value}{after}");
+            let mut pairs = right_of_produce;
+            pairs[index].1 = &wrapped;
+            check(name, wrong(produce(&Variables::from_pairs(pairs))));
+        }
+    }
+    consumed(&right[1..]);
+    produced(&right_of_produce[1..]);
+}
+
+#[test]
+fn a_form_that_is_nearly_right_is_answered_with_the_right_one() {
+    let cases = [
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "kafka",
+            "and Kafka's usual one is 9092: kafka:9092",
+        ),
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "PLAINTEXT://kafka:9092",
+            "write kafka and its port without the protocol",
+        ),
+        ("KAFKA_BOOTSTRAP_SERVERS", "a:1;b:2", "separate servers by commas"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "a:1 b:2", "separate servers by commas"),
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "a:1,",
+            "remove the one that is too many",
+        ),
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "::1",
+            "put an IPv6 address in brackets: [::1]:9092",
+        ),
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "${KAFKA}:9092",
+            "are not replaced here",
+        ),
+        ("METRICS_ADDR", "9464", "write 0.0.0.0:9464"),
+        ("METRICS_ADDR", ":9464", "write 0.0.0.0:9464"),
+        ("METRICS_ADDR", "*:9464", "write 0.0.0.0:9464"),
+        ("METRICS_ADDR", "localhost:9464", "write 127.0.0.1:9464"),
+        ("LOG_LEVEL", "INFO # or DEBUG", "the comment is part of the value"),
+        ("CHECK_CA_FILE", "~/ca.pem", "`~` is not replaced here"),
+        (
+            "CHECK_CA_FILE",
+            "-----BEGIN CERTIFICATE-----\nhunter2",
+            "write the contents to a file",
+        ),
+    ];
+    for (name, value, remedy) in cases {
+        let pairs = [("KAFKA_BOOTSTRAP_SERVERS", "kafka:9092"), (name, value)];
+        let lines = wrong(produce(&Variables::from_pairs(pairs)));
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(
+            lines[0].starts_with(&format!("{name}=")) && lines[0].contains(remedy),
+            "{lines:?}"
+        );
+        assert!(!lines[0].contains("hunter2"), "{lines:?}");
+    }
 }

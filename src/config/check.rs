@@ -1,0 +1,95 @@
+//! How sites are checked, and by whom: CHECK_*, MAX_*, USER_AGENT, AGENT_NAME.
+
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::form::{is_line, is_quoted};
+use super::problems::{PemKind, Reader};
+use super::{DAY, MAX_LINE_BYTES};
+
+/// How a request names us where USER_AGENT does not.
+pub const DEFAULT_USER_AGENT: &str = concat!(
+    "host-metrics/",
+    env!("CARGO_PKG_VERSION"),
+    " (+",
+    env!("CARGO_PKG_REPOSITORY"),
+    ")"
+);
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+const DEFAULT_MAX_THREADS: usize = 1_024;
+const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(1)..=DAY;
+/// A thread each: Linux's default limits end not far above.
+const THREADS: RangeInclusive<usize> = 1..=30_000;
+/// A body is in memory once per check under way.
+const BODY_BYTES: RangeInclusive<u64> = 1..=1 << 30;
+
+/// What every check needs, whichever command asks for it.
+#[derive(Clone, Debug)]
+pub struct CheckConfig {
+    /// One check in all; a host's `timeout=` wins, and neither exceeds 95 % of the interval.
+    pub timeout: Duration,
+    /// How many checks may be under way at once.
+    pub max_threads: usize,
+    pub max_body_bytes: u64,
+    /// One line of printable ASCII.
+    pub user_agent: String,
+    pub ca_file: Option<PathBuf>,
+    pub agent_name: String,
+}
+
+/// `is_one`: for a single check, which MAX_THREADS does not concern.
+pub(super) fn checks(reader: &mut Reader<'_>, is_one: bool) -> CheckConfig {
+    CheckConfig {
+        timeout: timeout(reader),
+        max_threads: if is_one { 1 } else { max_threads(reader) },
+        max_body_bytes: max_body_bytes(reader),
+        user_agent: user_agent(reader),
+        ca_file: reader.pem_file("CHECK_CA_FILE", PemKind::Certificate),
+        agent_name: agent_name(reader),
+    }
+}
+
+pub(super) fn timeout(reader: &mut Reader<'_>) -> Duration {
+    reader
+        .duration("CHECK_TIMEOUT", TIMEOUTS, "10s")
+        .unwrap_or(DEFAULT_TIMEOUT)
+}
+
+pub(super) fn max_threads(reader: &mut Reader<'_>) -> usize {
+    reader.number("MAX_THREADS", THREADS, DEFAULT_MAX_THREADS)
+}
+
+pub(super) fn max_body_bytes(reader: &mut Reader<'_>) -> u64 {
+    reader.number("MAX_BODY_BYTES", BODY_BYTES, 1 << 20)
+}
+
+fn user_agent(reader: &mut Reader<'_>) -> String {
+    let expected = "one line of printable ASCII, at most 255 bytes, without blanks or quotes around it";
+    let is_right = |text: &str| {
+        let is_printable = text.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic());
+        is_printable && text.len() <= MAX_LINE_BYTES && text.trim() == text && !is_quoted(text)
+    };
+    reader
+        .read("USER_AGENT", expected, |text| {
+            is_right(text).then(|| text.to_owned())
+        })
+        .unwrap_or_else(|| DEFAULT_USER_AGENT.to_owned())
+}
+
+fn agent_name(reader: &mut Reader<'_>) -> String {
+    let name = "AGENT_NAME";
+    if reader.is_set(name) {
+        return reader.line(name, MAX_LINE_BYTES).unwrap_or_default();
+    }
+    match whoami::hostname() {
+        Ok(name) if !name.is_empty() && is_line(&name, MAX_LINE_BYTES) => name,
+        _ => {
+            let expected =
+                "a name for the place that checks, because this machine has no host name that could serve";
+            reader.wrong(name, expected, None);
+            String::new()
+        }
+    }
+}

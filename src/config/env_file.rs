@@ -1,0 +1,140 @@
+//! The file of variables: `.env` in the working directory, or the one that `--env-file` names.
+//!
+//! Owns what a line of it means to us; the syntax is dotenvy's. A `.env` that lies in the working directory may be another
+//! program's, so there only the lines with our names matter. A file that was named is ours, every line of it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Cursor, Read};
+use std::path::Path;
+
+use super::problems::Problem;
+use super::variables::known;
+
+/// The file read where `--env-file` names none, if it is there.
+const DEFAULT_PATH: &str = ".env";
+
+/// Far above any real file, far below what would hurt.
+const MAX_BYTES: u64 = 1 << 20;
+
+#[derive(Default)]
+pub(super) struct EnvFile {
+    pub values: BTreeMap<&'static str, String>,
+    pub problems: Vec<Problem>,
+    /// Each with the variable that it is about.
+    pub warnings: Vec<(Option<&'static str>, String)>,
+}
+
+/// Reads the named file, or `.env`.
+pub(super) fn read(named: Option<&Path>) -> EnvFile {
+    let path = named.unwrap_or(Path::new(DEFAULT_PATH));
+    match (read_bounded(path), named) {
+        (Ok(contents), _) => parse(&path.display().to_string(), &contents, named.is_some()),
+        (Err(error), None) if error.kind() == io::ErrorKind::NotFound => EnvFile::default(),
+        (Err(error), None) => EnvFile {
+            warnings: vec![(
+                None,
+                format!("cannot read {path:?}: {error}; its variables, if it has any, are not used"),
+            )],
+            ..EnvFile::default()
+        },
+        (Err(error), Some(_)) => EnvFile {
+            problems: vec![Problem::Source(format!(
+                "cannot read the file of variables {path:?}: {error}"
+            ))],
+            ..EnvFile::default()
+        },
+    }
+}
+
+/// `is_strict`: a line that cannot be understood is a problem whatever its name is.
+fn parse(path: &str, contents: &[u8], is_strict: bool) -> EnvFile {
+    let contents = contents.strip_prefix(b"\xef\xbb\xbf").unwrap_or(contents);
+    let mut file = EnvFile::default();
+    let mut assignments = Vec::new();
+    for (number, line) in (1..).zip(contents.split(|byte| *byte == b'\n')) {
+        let text = String::from_utf8_lossy(line);
+        let is_right = std::str::from_utf8(line).is_ok();
+        match dotenvy::from_read_iter(text.as_bytes()).next() {
+            None => {}
+            Some(Ok(_)) if is_right => assignments.push((number, text)),
+            // dotenvy's own message quotes the line, which may hold a secret.
+            Some(_) => {
+                let what = match known(name(&text)) {
+                    Some(ours) => format!("{ours}: expected {ours}=VALUE"),
+                    None if is_strict => "expected NAME=VALUE".to_owned(),
+                    None => continue,
+                };
+                file.problems.push(Problem::Source(format!(
+                    "{path}:{number}: {what} on one line, in UTF-8; put a value with blanks, quotes, `#`, `$` or `\\` in \
+                     single quotes"
+                )));
+            }
+        }
+    }
+
+    // Once more, all together: a value may use one from a line before it.
+    let lines: Vec<&str> = assignments.iter().map(|(_, line)| line.as_ref()).collect();
+    let mut values = BTreeMap::new();
+    let pairs = dotenvy::from_read_iter(Cursor::new(lines.join("\n") + "\n"));
+    for ((number, line), (variable, value)) in assignments.iter().zip(pairs.flatten()) {
+        let is_set = |name: &str| std::env::var_os(name).is_some() || values.contains_key(name);
+        if let Some(ours) = known(&variable) {
+            if references(line).iter().any(|name| !is_set(name)) {
+                let warning = format!(
+                    "{path}:{number}: {ours}: a `$` in the value stands for the variable that is named behind it, and \
+                     there is none of that name, so that part of the value is gone; if the `$` belongs to the value, put \
+                     the value in single quotes: {ours}='...'"
+                );
+                file.warnings.push((Some(ours), warning));
+            }
+            file.values.insert(ours, value.clone());
+        }
+        values.insert(variable, value);
+    }
+    file
+}
+
+/// The name that a line sets or was meant to set.
+fn name(line: &str) -> &str {
+    let line = line.trim_start();
+    let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
+    let end = line.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+    &line[..end.unwrap_or(line.len())]
+}
+
+/// The names behind every `$` that dotenvy replaces in a line.
+fn references(line: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let (mut is_single, mut is_double, mut is_after_blank) = (false, false, true);
+    let mut rest = line.chars().peekable();
+    while let Some(c) = rest.next() {
+        match c {
+            '\'' if !is_double => is_single = !is_single,
+            _ if is_single => {}
+            '"' => is_double = !is_double,
+            '#' if is_after_blank && !is_double => break,
+            '\\' => drop(rest.next()),
+            '$' => {
+                let is_block = rest.next_if_eq(&'{').is_some();
+                let mut name = String::new();
+                while let Some(c) = rest.next_if(|c| c.is_alphanumeric() || (is_block && *c != '}')) {
+                    name.push(c);
+                }
+                names.push(name);
+            }
+            _ => {}
+        }
+        is_after_blank = c.is_whitespace();
+    }
+    names
+}
+
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut contents = Vec::new();
+    File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut contents)?;
+    if contents.len() as u64 > MAX_BYTES {
+        return Err(io::Error::other(format!("it is longer than {MAX_BYTES} bytes")));
+    }
+    Ok(contents)
+}

@@ -1,0 +1,168 @@
+//! The KAFKA_* variables together.
+
+use super::*;
+
+#[test]
+fn the_files_alone_make_it_ssl() {
+    let pems = Pems::new();
+    let config = produced(&[
+        ("KAFKA_SSL_CA_FILE", &pems.path("ca.pem")),
+        ("KAFKA_SSL_CERT_FILE", &pems.path("cert.pem")),
+        ("KAFKA_SSL_KEY_FILE", &pems.path("key.pem")),
+    ]);
+    assert_eq!(
+        config.kafka.client_properties(),
+        [
+            ("bootstrap.servers", "kafka:9092".to_owned()),
+            ("client.id", "host-metrics".to_owned()),
+            ("security.protocol", "ssl".to_owned()),
+            ("socket.keepalive.enable", "true".to_owned()),
+            ("client.dns.lookup", "use_all_dns_ips".to_owned()),
+            ("enable.ssl.certificate.verification", "true".to_owned()),
+            ("ssl.endpoint.identification.algorithm", "https".to_owned()),
+            ("ssl.ca.location", pems.path("ca.pem")),
+            ("ssl.certificate.location", pems.path("cert.pem")),
+            ("ssl.key.location", pems.path("key.pem")),
+        ]
+    );
+}
+
+#[test]
+fn the_four_protocols_are_librdkafkas() {
+    let sasl = [
+        ("KAFKA_SASL_MECHANISM", "scram-sha-512"),
+        ("KAFKA_SASL_USERNAME", "me"),
+        ("KAFKA_SASL_PASSWORD", "secret"),
+    ];
+    for protocol in ["PLAINTEXT", "ssl", "Sasl_Plaintext", "SASL_SSL"] {
+        let is_sasl = protocol.to_uppercase().starts_with("SASL");
+        let pair = [("KAFKA_SECURITY_PROTOCOL", protocol)];
+        let config = produced(&[&pair[..], if is_sasl { &sasl[..] } else { &sasl[..0] }].concat());
+        let properties = config.kafka.client_properties();
+        let property = |name| {
+            properties
+                .iter()
+                .find(|(known, _)| *known == name)
+                .map(|(_, value)| value.as_str())
+        };
+        assert_eq!(
+            property("security.protocol"),
+            Some(protocol.to_lowercase().as_str())
+        );
+        assert_eq!(property("sasl.mechanism"), is_sasl.then_some("SCRAM-SHA-512"));
+        assert_eq!(property("sasl.username"), is_sasl.then_some("me"));
+        assert_eq!(property("sasl.password"), is_sasl.then_some("secret"));
+        // librdkafka knows each of them.
+        let mut client = rdkafka::ClientConfig::new();
+        for (name, value) in &properties {
+            client.set(*name, value);
+        }
+        client.create_native_config().unwrap();
+    }
+}
+
+#[test]
+fn certificates_that_would_not_be_used_are_an_error() {
+    let pems = Pems::new();
+    let ca = pems.path("ca.pem");
+    assert_eq!(
+        wrong_kafka(&[
+            ("KAFKA_SECURITY_PROTOCOL", "plaintext"),
+            ("KAFKA_SSL_CA_FILE", &ca)
+        ]),
+        [format!(
+            "KAFKA_SSL_CA_FILE names a file that exists ({ca:?}), but KAFKA_SECURITY_PROTOCOL=PLAINTEXT does not use \
+             it; set KAFKA_SECURITY_PROTOCOL=SSL or unset KAFKA_SSL_CA_FILE"
+        )]
+    );
+    // The original required the variables even where nobody had certificates.
+    let config = produced(&[
+        ("KAFKA_SECURITY_PROTOCOL", "PLAINTEXT"),
+        ("KAFKA_SSL_CA_FILE", &pems.path("none.pem")),
+    ]);
+    assert_eq!(config.kafka.security.tls, None);
+}
+
+#[test]
+fn sasl_needs_all_three_and_a_protocol_that_uses_them() {
+    let names = wrong_names(produce(&variables(
+        &[SERVERS],
+        &[
+            ("KAFKA_SECURITY_PROTOCOL", "SASL_SSL"),
+            ("KAFKA_SASL_MECHANISM", "GSSAPI"),
+        ],
+    )));
+    assert_eq!(
+        names,
+        [
+            "KAFKA_SASL_MECHANISM",
+            "KAFKA_SASL_USERNAME",
+            "KAFKA_SASL_PASSWORD"
+        ]
+    );
+    let lines = wrong_kafka(&[
+        ("KAFKA_SASL_PASSWORD", "secret"),
+        ("KAFKA_SASL_USERNAME", "secret"),
+    ]);
+    assert_eq!(lines.len(), 2);
+    for line in lines {
+        assert!(
+            line.contains("is set, but KAFKA_SECURITY_PROTOCOL=PLAINTEXT does not use it"),
+            "{line}"
+        );
+        assert!(!line.contains("secret"), "{line}");
+    }
+}
+
+#[test]
+fn everything_wrong_is_reported_in_one_run_whatever_the_protocol() {
+    let pems = Pems::new();
+    let (cert, empty) = (pems.path("cert.pem"), pems.path("empty"));
+    fs::write(&empty, "").unwrap();
+    let all = [
+        ("KAFKA_BOOTSTRAP_SERVERS", "kafka"),
+        ("KAFKA_TOPIC", "a b"),
+        ("KAFKA_SSL_CA_FILE", "/nowhere/ca.pem"),
+        ("KAFKA_SSL_CERT_FILE", &cert),
+        ("KAFKA_SASL_MECHANISM", "GSSAPI"),
+        ("KAFKA_SASL_USERNAME_FILE", "/nowhere/user"),
+        ("KAFKA_SASL_PASSWORD_FILE", &empty),
+        ("KAFKA_GROUP_ID", "a\nb"),
+    ];
+    let names = |protocol: Option<&str>| {
+        let protocol = protocol.map(|word| ("KAFKA_SECURITY_PROTOCOL", word));
+        let pairs = DATABASE[1..].iter().copied().chain(all).chain(protocol);
+        let mut names = wrong_names(consume(&Variables::from_pairs(pairs)));
+        names.dedup();
+        names
+    };
+    let servers = "KAFKA_BOOTSTRAP_SERVERS";
+    let tls = ["KAFKA_SSL_KEY_FILE", "KAFKA_SSL_CA_FILE"];
+    let sasl = [
+        "KAFKA_SASL_MECHANISM",
+        "KAFKA_SASL_USERNAME_FILE",
+        "KAFKA_SASL_PASSWORD_FILE",
+    ];
+    let others = ["KAFKA_TOPIC", "KAFKA_GROUP_ID"];
+    let wrong_word = names(Some("TLS"));
+    let expected = [servers, "KAFKA_SECURITY_PROTOCOL"]
+        .into_iter()
+        .chain(tls)
+        .chain(sasl)
+        .chain(others);
+    assert_eq!(wrong_word, expected.collect::<Vec<_>>());
+    let expected: Vec<_> = [servers]
+        .into_iter()
+        .chain(tls)
+        .chain(sasl)
+        .chain(others)
+        .collect();
+    assert_eq!(names(Some("SASL_SSL")), expected);
+    // What the protocol does not use is wrong for that, and for its value.
+    for protocol in [None, Some("PLAINTEXT"), Some("SSL")] {
+        let names = names(protocol);
+        for name in sasl.iter().chain(&others).chain([&servers]) {
+            assert!(names.contains(name), "{protocol:?}: {names:?}");
+        }
+    }
+}

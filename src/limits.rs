@@ -1,0 +1,231 @@
+//! What the operating system lets this process have: open files and threads.
+//!
+//! Owns raising what may be raised, and the warnings where MAX_THREADS asks for more than there is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
+
+/// Beside the checks: connections to Kafka, requests for metrics, the files that the program itself has open.
+const OTHER_FILES: u64 = 64;
+
+/// Beside the checks: librdkafka's threads and ours.
+const OTHER_THREADS: u64 = 32;
+
+/// Of each kind how much this process may still have; `None` where there is no limit, or it cannot be told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    pub files: Option<u64>,
+    /// RLIMIT_NPROC, which all processes of this user share.
+    pub threads_of_user: Option<u64>,
+    /// What the kernel has for all processes together.
+    pub threads_of_kernel: Option<u64>,
+    /// What the control group leaves: pids.max without what runs there already.
+    pub threads_of_cgroup: Option<u64>,
+}
+
+/// Raises the limit of open files as far as it may be raised without privileges: the soft limit is usually 1024, so that
+/// old programs that use select() do not break, and every check needs a file.
+///
+/// Where that is forbidden (a seccomp filter), the limit stays, and [`warnings`] tells whether it is enough.
+pub fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::debug!("cannot raise the limit of open files from {limit:?}: {error}");
+    }
+}
+
+/// The limits as they are now.
+pub fn current() -> Limits {
+    Limits {
+        files: getrlimit(Resource::Nofile).current,
+        // The kernel does not hold root to it.
+        threads_of_user: getrlimit(Resource::Nproc)
+            .current
+            .filter(|_| !geteuid().is_root()),
+        threads_of_kernel: ["threads-max", "pid_max"]
+            .into_iter()
+            .filter_map(|name| number(&Path::new("/proc/sys/kernel").join(name)))
+            .min(),
+        threads_of_cgroup: fs::read_to_string("/proc/self/cgroup")
+            .ok()
+            .and_then(|groups| pids_left(&groups, Path::new("/sys/fs/cgroup"))),
+    }
+}
+
+/// A line for each limit that `checks` at once, of which `lookups` look up a name, would exceed.
+pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
+    let (checks, lookups) = (checks as u64, lookups as u64);
+    let files = Need {
+        what: "open files",
+        count: checks + OTHER_FILES,
+        fits: |limit| limit.saturating_sub(OTHER_FILES),
+    };
+    // A name is looked up on a thread of its own, while the check's thread waits.
+    let threads = Need {
+        what: "threads",
+        count: checks + lookups + OTHER_THREADS,
+        fits: if lookups == 0 {
+            |limit| limit.saturating_sub(OTHER_THREADS)
+        } else {
+            |limit| limit.saturating_sub(OTHER_THREADS) / 2
+        },
+    };
+    [
+        files.warning(
+            checks,
+            limits.files,
+            "this process may have",
+            "the limit of open files (ulimit -n, LimitNOFILE= in a systemd unit, --ulimit nofile= for a container)",
+        ),
+        threads.warning(
+            checks,
+            limits.threads_of_user,
+            "this user may have",
+            "the limit of processes (ulimit -u, LimitNPROC= in a systemd unit)",
+        ),
+        threads.warning(
+            checks,
+            limits.threads_of_kernel,
+            "this machine may have",
+            "kernel.threads-max and kernel.pid_max (sysctl)",
+        ),
+        threads.warning(
+            checks,
+            limits.threads_of_cgroup,
+            "the control group leaves",
+            "pids.max of the control group (TasksMax= in a systemd unit, --pids-limit for a container)",
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+struct Need {
+    what: &'static str,
+    count: u64,
+    /// How many checks a limit is enough for.
+    fits: fn(u64) -> u64,
+}
+
+impl Need {
+    fn warning(&self, checks: u64, limit: Option<u64>, who: &str, knob: &str) -> Option<String> {
+        let limit = limit.filter(|limit| *limit < self.count)?;
+        let lower = match (self.fits)(limit) {
+            0 => "lower MAX_THREADS".to_owned(),
+            fits => format!("set MAX_THREADS={fits}"),
+        };
+        let plural = if checks == 1 { "" } else { "s" };
+        Some(format!(
+            "{checks} check{plural} at once may need {} {what}, but {who} {limit}; what exceeds that fails as agent_error; raise \
+             {knob}, or {lower}",
+            self.count,
+            what = self.what
+        ))
+    }
+}
+
+/// The smallest rest of `pids.max` in our control group and those above it. `groups` is /proc/self/cgroup.
+fn pids_left(groups: &str, mounted_at: &Path) -> Option<u64> {
+    let group = groups.lines().find_map(|line| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        // Version 1 has a hierarchy for pids; version 2, `0::/path`, has one for all.
+        match controllers.split(',').any(|controller| controller == "pids") {
+            true => Some((mounted_at.join("pids"), path)),
+            false => None,
+        }
+    });
+    let version_2 = || {
+        let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+        Some((mounted_at.to_owned(), path))
+    };
+    let (root, path) = group.or_else(version_2)?;
+    // A container may see its own group as the root, and in /proc the path that the host knows it by.
+    let path = PathBuf::from(path.trim_start_matches('/'));
+    path.ancestors()
+        .filter_map(|group| {
+            let group = root.join(group);
+            let current = number(&group.join("pids.current")).unwrap_or(0);
+            Some(number(&group.join("pids.max"))?.saturating_sub(current))
+        })
+        .min()
+}
+
+/// `None` also where the file says `max`.
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_named_with_what_to_do() {
+        let enough = Limits {
+            files: Some(164),
+            threads_of_user: Some(232),
+            threads_of_kernel: Some(232),
+            threads_of_cgroup: Some(232),
+        };
+        assert_eq!(warnings(enough, 100, 100), [""; 0]);
+        assert_eq!(warnings(Limits::default(), 30_000, 30_000), [""; 0]);
+        let short = Limits {
+            files: Some(163),
+            threads_of_user: Some(231),
+            threads_of_kernel: Some(232),
+            threads_of_cgroup: Some(10),
+        };
+        let lines = warnings(short, 100, 100);
+        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert_eq!(
+            lines[0],
+            "100 checks at once may need 164 open files, but this process may have 163; what exceeds that fails as \
+             agent_error; raise the limit of open files (ulimit -n, LimitNOFILE= in a systemd unit, --ulimit nofile= for \
+             a container), or set MAX_THREADS=99"
+        );
+        assert!(
+            lines[1].contains("232 threads, but this user may have 231;"),
+            "{lines:?}"
+        );
+        assert!(lines[1].ends_with("or set MAX_THREADS=99"), "{lines:?}");
+        assert!(lines[2].contains("the control group leaves 10;"), "{lines:?}");
+        assert!(lines[2].ends_with("or lower MAX_THREADS"), "{lines:?}");
+        assert_eq!(warnings(short, 99, 0).len(), 1);
+    }
+
+    #[test]
+    fn the_tightest_control_group_on_the_way_up_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |file: &str, contents: &str| {
+            let path = root.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, contents).unwrap();
+        };
+        let left = |groups: &str| pids_left(groups, root.path());
+        assert_eq!(left(""), None);
+        assert_eq!(left("0::/\n"), None);
+        write("system.slice/me.service/pids.max", "max\n");
+        assert_eq!(left("0::/system.slice/me.service\n"), None);
+        write("system.slice/me.service/pids.max", "500\n");
+        write("system.slice/me.service/pids.current", "100\n");
+        write("system.slice/pids.max", "300\n");
+        write("system.slice/pids.current", "250\n");
+        assert_eq!(left("0::/system.slice/me.service\n"), Some(50));
+        // A container's own group, seen as the root.
+        write("pids.max", "20\n");
+        assert_eq!(left("0::/docker/0123\n"), Some(20));
+        write("pids/docker/0123/pids.max", "7\n");
+        assert_eq!(left("5:cpu,pids:/docker/0123\n1:name=systemd:/\n0::/\n"), Some(7));
+    }
+}

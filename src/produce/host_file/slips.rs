@@ -1,0 +1,183 @@
+//! Lines that hardly mean what they say: a comment, an option or a unit where it is a part of the REGEX.
+//!
+//! Owns which of them are refused, because nobody can mean them, and which only deserve a warning. Whoever does mean such
+//! a text writes it in a group: `(# main)`.
+
+use nom::Parser;
+use nom::combinator::all_consuming;
+
+use super::report::{Fault, MAX_QUOTED_CHARS, quoted};
+use super::{MAX_REGEX_BYTES, OPTION_NAMES, Settings, Words, is_blank, option_word};
+use crate::duration;
+
+pub(super) enum Slip {
+    Refused(Fault),
+    Warned(Fault),
+}
+
+use Slip::{Refused, Warned};
+
+/// The slip in the REGEX of a line, its place counted from the beginning of the REGEX.
+pub(super) fn in_regex(words: &Words<'_>) -> Option<Slip> {
+    let text = words.regex;
+    // What is too long is refused anyway, and not worth the time.
+    if text.is_empty() || text.len() > MAX_REGEX_BYTES {
+        return None;
+    }
+    let (first, rest) = split_word(text);
+    unit(words, first, rest)
+        .or_else(|| comment(text))
+        .or_else(|| spaced_option(text, first, rest))
+        .or_else(|| delimiters(text))
+        .or_else(|| lone_value(text, first, rest))
+        .or_else(|| late_option(text))
+}
+
+/// `5 s` and `5 minutes` for `5s` and `5m`.
+fn unit(words: &Words<'_>, first: &str, rest: &str) -> Option<Slip> {
+    let lower = first.to_lowercase();
+    let is_letter = ["s", "m", "h", "d"].contains(&lower.as_str());
+    let is_word = [
+        "sec", "secs", "second", "seconds", "min", "mins", "minute", "minutes", "hr", "hrs", "hour", "hours",
+        "day", "days",
+    ]
+    .contains(&lower.as_str());
+    let is_after_frequency = words.options.is_empty();
+    if !(is_letter || is_word) || !(is_after_frequency || (is_letter && rest.is_empty())) {
+        return None;
+    }
+    let is_number = words.frequency.bytes().all(|byte| byte.is_ascii_digit());
+    let slip = match is_after_frequency && is_number && words.frequency.len() <= MAX_QUOTED_CHARS {
+        true => format!("write `{}{}` without a blank", words.frequency, &lower[..1]),
+        false => "write a unit directly after its number, as in `5s`".to_owned(),
+    };
+    let fault = Fault::new(0, format!("a lone {}; {slip}", quoted(first))).or_regex(first);
+    // `minutes ago` may well stand on a page.
+    let is_option = |word: &str| option(word).is_some_and(|name| OPTION_NAMES.contains(&name));
+    let (next, _) = split_word(rest);
+    match is_letter || rest.is_empty() || next.starts_with('#') || is_option(next) {
+        true => Some(Refused(fault)),
+        false => Some(Warned(fault)),
+    }
+}
+
+fn comment(text: &str) -> Option<Slip> {
+    let explained = |at: usize| {
+        let what = format!(
+            "{} is part of the REGEX; write a comment on a line of its own",
+            quoted(&text[at..])
+        );
+        Fault::new(at, what)
+    };
+    let (first, _) = split_word(text);
+    if ["//", "--", ";", "/*", "<!--"].contains(&first) || first.starts_with('#') {
+        return Some(Warned(explained(0)));
+    }
+    let blank = text.find(" #").or_else(|| text.find("\t#"))?;
+    Some(Warned(explained(blank + 1)))
+}
+
+/// `timeout = 3s`, `timeout: 3s`, `--timeout=3s`.
+fn spaced_option(text: &str, first: &str, rest: &str) -> Option<Slip> {
+    let bare = first.trim_start_matches('-');
+    let name_end = bare.find(|c: char| !c.is_alphanumeric()).unwrap_or(bare.len());
+    let (name, sign) = (bare[..name_end].to_lowercase(), &bare[name_end..]);
+    if !OPTION_NAMES.contains(&name.as_str()) {
+        return None;
+    }
+    let value = match sign {
+        "" => rest
+            .strip_prefix('=')
+            .unwrap_or(rest)
+            .trim_start_matches(is_blank),
+        sign => match &sign[1..] {
+            "" => rest,
+            value => value,
+        },
+    };
+    let (value, _) = split_word(value);
+    let meant = format!("{name}={value}");
+    let is_equal = sign.starts_with('=') || (sign.is_empty() && rest.starts_with('='));
+    let is_meant = is_valid_option(&meant);
+    if !is_equal && !(is_meant && (sign.is_empty() || sign.starts_with(':'))) {
+        return None;
+    }
+    let what = match is_meant {
+        true => format!("write the option {} without blanks and dashes", quoted(&meant)),
+        false => format!("write an option as `{name}=VALUE`, without blanks and dashes"),
+    };
+    Some(match is_equal {
+        true => Refused(Fault::new(0, what).or_regex(text)),
+        false => Warned(Fault::new(
+            0,
+            format!("{} is a REGEX; if it is not, {what}", quoted(text)),
+        )),
+    })
+}
+
+/// `"text"`, `'text'`, `/text/`.
+fn delimiters(text: &str) -> Option<Slip> {
+    let pairs = [
+        ("\"", "\""),
+        ("'", "'"),
+        ("`", "`"),
+        ("“", "”"),
+        ("/", "/"),
+        ("/", "/i"),
+    ];
+    let (open, _) = pairs.into_iter().find(|(open, close)| {
+        let inner = text.strip_prefix(open).and_then(|rest| rest.strip_suffix(close));
+        // `"status":"ok"` is JSON.
+        inner.is_some_and(|inner| !inner.is_empty() && !inner.contains(open))
+    })?;
+    let sign = if open == "/" { "slashes" } else { "quotes" };
+    let what = format!(
+        "the {sign} around {} are part of the REGEX; remove them if they do not stand on the page",
+        quoted(text)
+    );
+    Some(Warned(Fault::new(0, what)))
+}
+
+/// A REGEX that is only a status, a method, a time; or another line of the file.
+fn lone_value(text: &str, first: &str, rest: &str) -> Option<Slip> {
+    let (second, _) = split_word(rest);
+    if first.contains("://") && duration::parse_interval(second).is_some() {
+        let what = format!(
+            "{} is a REGEX; write each host on a line of its own",
+            quoted(text)
+        );
+        return Some(Warned(Fault::new(0, what)));
+    }
+    let name = ["status", "method", "timeout"]
+        .into_iter()
+        .find(|name| is_valid_option(&format!("{name}={text}")) || (*name == "method" && text == "POST"))?;
+    let what = format!(
+        "{} is a REGEX; the option is {}",
+        quoted(text),
+        quoted(&format!("{name}={text}"))
+    );
+    Some(Warned(Fault::new(0, what)))
+}
+
+/// `Add to basket timeout=3s`.
+fn late_option(text: &str) -> Option<Slip> {
+    let word = text.split(is_blank).skip(1).find(|word| is_valid_option(word))?;
+    let what = format!("{} is part of the REGEX; options stand before it", quoted(word));
+    let at = word.as_ptr().addr() - text.as_ptr().addr();
+    Some(Warned(Fault::new(at, what)))
+}
+
+fn option(word: &str) -> Option<&str> {
+    let (_, option) = all_consuming(option_word).parse(word).ok()?;
+    Some(option.name)
+}
+
+fn is_valid_option(word: &str) -> bool {
+    let option = all_consuming(option_word).parse(word);
+    option.is_ok_and(|(_, option)| Settings::default().set(&option).is_ok())
+}
+
+fn split_word(text: &str) -> (&str, &str) {
+    let (first, rest) = text.split_at(text.find(is_blank).unwrap_or(text.len()));
+    (first, rest.trim_start_matches(is_blank))
+}

@@ -1,0 +1,61 @@
+//! What the files of the deployments promise: `produce` is given nothing of the database, and may raise its limits.
+
+use std::fs;
+use std::path::Path;
+
+fn file(path: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    fs::read_to_string(root.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// How `init` and `consume` reach the database.
+const CONNECTION: [&str; 6] = [
+    "DB_HOST",
+    "DB_PORT",
+    "DB_NAME",
+    "DB_USER",
+    "DB_PASSWORD",
+    "DB_PASSWORD_FILE",
+];
+
+#[test]
+fn produce_is_given_nothing_of_the_database() {
+    let compose = file("docker-compose.yml");
+    let (_, produce) = compose.split_once("\n  produce:\n").unwrap();
+    let (produce, _) = produce.split_once("\n  consume:\n").unwrap();
+    let unit = file("deploy/systemd/host-metrics-produce.service");
+    let unset = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("UnsetEnvironment="))
+        .unwrap();
+    for name in CONNECTION {
+        assert!(
+            produce.contains(&format!("      {name}: \"\"\n")),
+            "{name} in {produce}"
+        );
+        assert!(unset.split(' ').any(|word| word == name), "{name} in {unset}");
+    }
+    let is_given_the_secret = |path: &str| file(path).contains("secretRef: {name: database}");
+    assert!(!is_given_the_secret("deploy/kubernetes/produce.yaml"));
+    assert!(is_given_the_secret("deploy/kubernetes/consume.yaml"));
+}
+
+#[test]
+fn the_units_filter_of_system_calls_lets_the_agents_raise_their_limit_of_open_files() {
+    for agent in ["produce", "consume"] {
+        let unit = file(&format!("deploy/systemd/host-metrics-{agent}.service"));
+        let filters: Vec<_> = unit
+            .lines()
+            .filter_map(|line| line.strip_prefix("SystemCallFilter="))
+            .collect();
+        assert_eq!(
+            filters,
+            [
+                "@system-service",
+                "~@privileged @resources",
+                "setrlimit prlimit64"
+            ],
+            "{agent}"
+        );
+    }
+}
