@@ -2,6 +2,16 @@
 
 use super::*;
 
+fn wrong_database(pair: (&str, &str)) -> String {
+    let pairs = DATABASE
+        .into_iter()
+        .filter(|(name, _)| *name != pair.0)
+        .chain([pair]);
+    let lines = wrong(consume(&Variables::from_pairs(pairs)));
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    lines.into_iter().next().unwrap()
+}
+
 #[test]
 fn a_database_host_is_a_name_an_address_or_a_directory() {
     for (text, host) in [
