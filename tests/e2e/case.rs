@@ -209,9 +209,20 @@ pub fn write(kafka: &Kafka, topic: &str, partition: i32, numbers: Range<i64>) {
 
 /// Waits until a table holds so many rows, and fails at once if it holds more. No table is none.
 pub fn wait_for_count(db: &mut Database, table: &str, rows: i64, consumers: &[&Agent]) {
+    wait_for_count_within(SOON, db, table, rows, consumers);
+}
+
+/// As [`wait_for_count`], for more than takes a moment.
+pub fn wait_for_count_within(
+    within: Duration,
+    db: &mut Database,
+    table: &str,
+    rows: i64,
+    consumers: &[&Agent],
+) {
     let mut last = 0;
     let found = wait_for(
-        SOON,
+        within,
         &format!("{rows} rows in {table}"),
         || {
             last = match db

@@ -88,7 +88,9 @@ fn health_and_status_tell_an_outage_of_either_server_and_its_end() {
 }
 
 fn status(variables: &Variables) -> (i32, Value) {
-    let (status, stdout) = run(&["status", "--json"], variables);
+    let mut command = Agent::start(&["status", "--json"], variables);
+    let status = command.wait(SOON);
     // Before the table is made there is no answer.
-    (status, serde_json::from_str(&stdout).unwrap_or_default())
+    let document = serde_json::from_str(&command.stdout()).unwrap_or_default();
+    (status.code().unwrap(), document)
 }
