@@ -29,9 +29,6 @@ pub fn start_to(level: LevelFilter, sink: impl Write + Send + 'static) -> Result
         .set_thread_level(LevelFilter::Off)
         .set_target_level(LevelFilter::Off)
         .set_location_level(LevelFilter::Off)
-        // Libraries tell at DEBUG what nobody here can act on, and at TRACE what goes over the wire.
-        .add_filter_allow_str("host_metrics")
-        .add_filter_allow_str("librdkafka")
         .build();
     // A line is one write: lines of several processes into one pipe do not mix.
     let lines = WriteLogger::new(level, config, LineWriter::new(sink));
@@ -40,15 +37,19 @@ pub fn start_to(level: LevelFilter, sink: impl Write + Send + 'static) -> Result
     Ok(())
 }
 
+/// Whose lines are logged. Other libraries log at DEBUG what no operator can act on, and at TRACE what goes over the wire.
+const TARGETS: [&str; 2] = ["host_metrics", "librdkafka"];
+
 struct Plain<L>(L);
 
 impl<L: Log> Log for Plain<L> {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        self.0.enabled(metadata)
+        let is_wanted = TARGETS.iter().any(|target| metadata.target().starts_with(target));
+        is_wanted && self.0.enabled(metadata)
     }
 
     fn log(&self, record: &Record<'_>) {
-        // Before it is written out: libraries tell more than is wanted.
+        // Checked before the text is made: tokio-postgres logs every parameter of a statement, which can be megabytes.
         if self.enabled(record.metadata()) {
             let text = record.args().to_string();
             let text = terminal::plain_lines(&text);
@@ -96,11 +97,25 @@ mod tests {
             logger.log(
                 &Record::builder()
                     .level(level)
+                    .target("host_metrics::consume")
                     .args(format_args!("{said}"))
                     .build(),
             );
         }
         let text = text.lock().unwrap_or_else(PoisonError::into_inner);
         assert_eq!(*text, "the server says   [2J\nand more");
+    }
+
+    #[test]
+    fn what_a_library_logs_is_not_even_formatted() {
+        struct Formatted;
+        impl std::fmt::Display for Formatted {
+            fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                panic!("formatted")
+            }
+        }
+        let mut record = Record::builder();
+        record.level(log::Level::Info).target("tokio_postgres::query");
+        Plain(Kept::default()).log(&record.args(format_args!("{Formatted}")).build());
     }
 }
