@@ -1,17 +1,24 @@
-//! How long the views take on ten million rows, beside one plain pass over them: with and without sums of finished days.
+//! The state by figures: what a record costs the pipeline that keeps it, how large it is, and how long the views take.
 //!
-//! `make bench-views [ARGS="ROUNDS [HOSTS]"]`. A week of a check a minute, the newest now, in a Postgres that is started here
-//! with the settings that it comes with; each host fails one check in a hundred, in outages and alone. The plain pass counts
-//! the rows of each host: what no view can do in less without sums. What is printed is the median of the rounds, in seconds
-//! until the last row is here, the first round (cold) left out.
+//! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS"]`. That many checks of each host, the newest now, are folded by the
+//! pipeline's own store in batches of its own size, into a Postgres that is started here with the settings that it comes with;
+//! Kafka is not part of it. Each view is asked by somebody new, as a dashboard does; what is printed is the median of five, the
+//! first (cold) left out. Linux only: CPU times are read from /proc.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
-use host_metrics::config::{DatabaseConfig, DbSslMode};
-use host_metrics::tables::names::TableName;
-use host_metrics::tables::sums::Within;
-use host_metrics::tables::{days, schema, sums};
+use host_metrics::commands::status;
+use host_metrics::config::{self, StateConfig, Variables};
+use host_metrics::consume::Counters;
+use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::sink::Sink;
+use host_metrics::consume::state::{self, State};
+use host_metrics::consume::store::Store;
+use host_metrics::sample::{Sample, Timestamp, encode};
 use postgres::{Client, NoTls};
 
 use crate::median::median;
@@ -22,108 +29,175 @@ mod median;
 #[path = "../tests/e2e/scratch.rs"]
 mod scratch;
 
-const VIEWS: [&str; 4] = ["latest", "uptime", "incidents", "certificates"];
-
-const MINUTES: u32 = 7 * 24 * 60;
+const VIEWS: [&str; 4] = ["uptime", "latency", "certificates", "incidents"];
+const ROUNDS: usize = 5;
+const PARTITION: Partition = Partition { topic: 0, number: 0 };
 
 fn main() {
     // cargo itself passes `--bench`.
     let mut numbers = std::env::args().skip(1).filter_map(|word| word.parse().ok());
-    let rounds: u32 = numbers.next().unwrap_or(5);
-    let hosts: u32 = numbers.next().unwrap_or(1_000);
+    let hosts: i64 = numbers.next().unwrap_or(1_000);
+    let ticks: i64 = numbers.next().unwrap_or(1_440);
+    let interval: i64 = numbers.next().unwrap_or(60);
 
-    let settings = Settings {
-        // Debian's default, where the throw-away server takes less.
+    let server = ThrowAwayPostgres::start_with(&Settings {
+        fsync: true,
+        // Postgres' own default; for a demo it is less.
         configuration: vec![("shared_buffers".into(), "128MB".into())],
         ..Settings::default()
-    };
-    let server = ThrowAwayPostgres::start_with(&settings).expect("Postgres starts");
+    })
+    .expect("Postgres starts");
+    let port = server.port().to_string();
+    let variables = Variables::from_pairs([
+        ("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1"),
+        ("DB_HOST", server.host()),
+        ("DB_PORT", &port),
+        ("DB_NAME", server.database()),
+        ("DB_USER", server.superuser()),
+    ]);
+    let settings = state::config_of(&config::consume(&variables).expect("these are right"));
+    let sink = State::new(StateConfig::default(), Counters::default());
+    let mut store = Store::of(sink, &settings, Default::default()).expect("a store");
+    store.open().expect("the tables are made");
+    let start = BTreeMap::from([(PARTITION, NextOffset(0))]);
+    store.positions(&[PARTITION], &start).expect("a position is made");
     let mut client = connect(&server);
-    let table = TableName {
-        schema: None,
-        name: "host_metrics".into(),
-    };
-    let today = days::today();
-    client
-        .batch_execute(&schema::script(&table, today))
-        .expect("the tables are made");
-    eprintln!("filling in {} rows", MINUTES * hosts);
-    client.batch_execute(&fill(hosts)).expect("the rows are written");
-    client
-        .batch_execute("VACUUM ANALYZE host_metrics")
-        .expect("the rows are cleaned up");
+    let backend: i32 = client
+        .query_one(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'host-metrics'",
+            &[],
+        )
+        .expect("the store is connected")
+        .get(0);
 
-    let without = measure(&server, rounds);
-    let began = now();
-    let database = DatabaseConfig {
-        host: server.host().into(),
-        port: server.port(),
-        name: server.database().into(),
-        user: server.superuser().into(),
-        password: None,
-        table,
-        ssl_mode: DbSslMode::Disable,
-        ssl_root_cert: None,
-    };
-    let pass = sums::count(&database, today, Within::default()).expect("the days are summed up");
-    let seconds = began.elapsed().as_secs_f64();
-    let with = measure(&server, rounds);
-
+    let records = hosts * ticks;
+    let size = settings.batch_size as i64;
+    let began_at = wall_clock();
+    let (mut ours, mut theirs, mut seconds) = (0.0, 0.0, 0.0);
+    for base in (0..records).step_by(settings.batch_size) {
+        let samples = (base..records.min(base + size)).map(|number| {
+            let (tick, host) = (number / hosts, number % hosts);
+            let at = began_at - (ticks - tick) * interval * 1_000_000 + host * interval * 1_000_000 / hosts;
+            sample(host, tick, at, interval)
+        });
+        let batch = batch(base, samples);
+        let (cpu, of_backend, since) = (cpu_seconds("self"), cpu_seconds(&backend.to_string()), now());
+        assert_eq!(store.flush(&batch), Flushed::Durable);
+        seconds += since.elapsed().as_secs_f64();
+        ours += cpu_seconds("self") - cpu;
+        theirs += cpu_seconds(&backend.to_string()) - of_backend;
+    }
+    let per_record = |seconds: f64| seconds * 1e6 / records as f64;
     println!(
-        "{:<14} {:>12} {:>10} {:>18}",
-        "", "without sums", "with sums", "of a plain pass"
+        "{records} records of {hosts} hosts: {:.0}/s, CPU µs a record: {:.2} ours, {:.2} Postgres",
+        records as f64 / seconds,
+        per_record(ours),
+        per_record(theirs)
     );
-    let (plain, _) = with.split_last().expect("the plain pass is the last one");
-    for ((name, without), with) in VIEWS.iter().chain(&["plain pass"]).zip(&without).zip(&with) {
-        println!("{name:<14} {without:>11.2}s {with:>9.2}s {:>18.2}", with / plain);
+    client
+        .batch_execute("VACUUM ANALYZE")
+        .expect("the tables are cleaned up");
+    for table in ["series", "rollups", "incidents"] {
+        let sql = format!(
+            "SELECT (SELECT count(*) FROM host_metrics_{table}), sum(pg_table_size(relid))::bigint, \
+             sum(pg_indexes_size(relid))::bigint FROM pg_partition_tree('host_metrics_{table}') WHERE isleaf \
+             UNION ALL SELECT (SELECT count(*) FROM host_metrics_{table}), pg_table_size('host_metrics_{table}'), \
+             pg_indexes_size('host_metrics_{table}') ORDER BY 2 DESC LIMIT 1"
+        );
+        let row = client.query_one(&sql, &[]).expect("the tables answer");
+        let (rows, heap, index): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
+        println!(
+            "{table:<10} {rows:>9} rows, {:>4} + {:>3} bytes a row",
+            heap / rows.max(1),
+            index / rows.max(1)
+        );
     }
-    println!("summing up {} days took {seconds:.1} s", pass.counted);
+    for view in VIEWS {
+        let sql = format!("SELECT * FROM host_metrics_{view}");
+        report(view, || {
+            connect(&server).simple_query(&sql).expect("a view answers");
+        });
+    }
+    let settings = config::status(&Variables::from_pairs([
+        ("DB_HOST", server.host()),
+        ("DB_PORT", &port),
+        ("DB_NAME", server.database()),
+        ("DB_USER", server.superuser()),
+    ]))
+    .expect("these are right");
+    report("status", || {
+        assert!(!status::run(&settings).expect("the state answers").is_stale());
+    });
 }
 
-/// The seconds of each view and of the plain pass.
-fn measure(server: &ThrowAwayPostgres, rounds: u32) -> Vec<f64> {
-    let mut questions: Vec<String> = VIEWS
-        .iter()
-        .map(|view| format!("SELECT * FROM host_metrics_{view}"))
-        .collect();
-    questions.push(
-        "SELECT address, count(*) FROM host_metrics WHERE scheduled_at > now() - interval '168 hours' GROUP BY address"
-            .into(),
-    );
-    let mut seconds = vec![Vec::new(); questions.len()];
-    for round in 0..=rounds {
-        eprintln!("round {round} of {rounds}");
-        for (question, seconds) in questions.iter().zip(&mut seconds) {
-            // Each asked by somebody new, as a dashboard does: what is compiled is not kept.
-            let mut client = connect(server);
-            let began = now();
-            client.simple_query(question).expect("a view answers");
-            if round > 0 {
-                seconds.push(began.elapsed().as_secs_f64());
-            }
-        }
+fn report(what: &str, mut ask: impl FnMut()) {
+    let mut seconds = Vec::new();
+    for _ in 0..=ROUNDS {
+        let began = now();
+        ask();
+        seconds.push(began.elapsed().as_secs_f64());
     }
-    seconds.into_iter().map(median).collect()
+    println!("{what:<14} {:>7.0} ms", median(seconds.into_iter().skip(1)) * 1e3);
 }
 
-fn fill(hosts: u32) -> String {
-    format!(
-        "SET synchronous_commit = off; \
-         INSERT INTO host_metrics (address, scheduled_at, is_valid, outcome, status_code, latency, error, started_at, \
-             interval_seconds, dns_seconds, connect_seconds, tls_seconds, ttfb_seconds, ip, redirects, cert_expires_at, \
-             agent, kafka_topic, kafka_partition, kafka_offset) \
-         SELECT 'https://host-' || lpad(h::text, 5, '0') || '.example.com/some/path', at, NOT bad, \
-             CASE WHEN bad THEN (ARRAY['response_timeout', 'connect_refused', 'dns_timeout'])[1 + (h + n / 30) % 3] \
-                 ELSE 'ok' END, \
-             CASE WHEN NOT bad THEN 200 END, CASE WHEN NOT bad THEN 0.05 + random() * 0.2 END, \
-             CASE WHEN bad THEN 'no answer within 10 s' END, at + interval '100 us', 60, 0.001, 0.01, 0.02, 0.05, \
-             '192.0.2.1', 0, now() + interval '60 days', 'agent', 'host-metrics', h % 12, n \
-         FROM generate_series(0, {MINUTES} - 1) n CROSS JOIN generate_series(0, {hosts} - 1) h \
-         CROSS JOIN LATERAL ( \
-             SELECT now() - ({MINUTES} - n) * interval '1 minute' + h * interval '1 minute' / {hosts} AS at, \
-                    (n + h * 37) % 2500 < 23 OR hashint4(h * 20000 + n) % 1000 = 0 AS bad \
-         ) tick ORDER BY n, h"
-    )
+/// One in fifty fails, in outages and alone.
+fn sample(host: i64, tick: i64, at: i64, interval: i64) -> Sample<'static> {
+    let mut random = fastrand::Rng::with_seed((host * 1_000_003 + tick) as u64);
+    let mut seconds = |most: f64| Some((random.f64() * most * 1e6).round() / 1e6);
+    let is_up = (tick + host * 37) % 2_500 >= 40 && seconds(1.0) > Some(0.005);
+    Sample {
+        address: format!("https://host-{host:05}.example.com/some/path").into(),
+        is_valid: is_up,
+        outcome: Some(if is_up { "ok" } else { "response_timeout" }.into()),
+        error: (!is_up).then(|| "no answer within 10 s".into()),
+        status_code: is_up.then_some(200),
+        // Half of them within a quarter of the median, a few far above.
+        latency: is_up
+            .then(|| 0.05 + 0.02 * seconds(1.0).unwrap_or(0.0).powi(8) * 10.0 + seconds(0.03).unwrap_or(0.0)),
+        scheduled_at: Timestamp::from_unix_micros(at),
+        started_at: Timestamp::from_unix_micros(at + 100),
+        interval_seconds: Some(interval as f64),
+        dns_seconds: seconds(0.002),
+        connect_seconds: seconds(0.02),
+        tls_seconds: seconds(0.03),
+        ttfb_seconds: seconds(0.05),
+        cert_expires_at: Timestamp::from_unix_micros(at + 5_184_000_000_000),
+        agent: Some("fra-1".into()),
+        ..Sample::default()
+    }
+}
+
+fn batch(base: i64, samples: impl Iterator<Item = Sample<'static>>) -> Batch {
+    let mut batch = Batch::default();
+    let mut value = Vec::new();
+    for (offset, sample) in (base..).zip(samples) {
+        value.clear();
+        encode(&sample, &mut value);
+        let record = Record {
+            partition: PARTITION,
+            offset: Offset(offset),
+            timestamp: None,
+            key: None,
+            value: None,
+        };
+        batch.push(NextOffset(base), record, |into| {
+            let record = Record {
+                value: Some(&value),
+                ..record
+            };
+            State::encode(&(), "", &record, into)
+        });
+    }
+    batch
+}
+
+/// User and system time of a process.
+fn cpu_seconds(process: &str) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).expect("the process is there");
+    // Behind the name, which may hold anything: utime and stime are the 14th and 15th of all fields, in hundredths.
+    let fields = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let ticks = fields.split_whitespace().skip(11).take(2);
+    ticks.filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 fn connect(server: &ThrowAwayPostgres) -> Client {
@@ -135,4 +209,12 @@ fn connect(server: &ThrowAwayPostgres) -> Client {
         server.database()
     );
     Client::connect(&text, NoTls).expect("a connection")
+}
+
+#[expect(clippy::disallowed_methods, reason = "the newest check is of now")]
+fn wall_clock() -> i64 {
+    let since_epoch = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
+    i64::try_from(since_epoch.as_micros()).expect("the clock is set to our days")
 }

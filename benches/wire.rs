@@ -1,5 +1,5 @@
-//! What a record costs on this machine: decode, encode, a row of COPY, and its way through the consumer's state machine,
-//! each alone, in nanoseconds.
+//! What a record costs on this machine: decode, encode, a row of COPY, its way through the consumer's state machine, and
+//! the fold into the state, each alone, in nanoseconds.
 //!
 //! `cargo bench --bench wire [-- NAME]`. The best of several rounds, because others use the machine too.
 
@@ -9,10 +9,12 @@ use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::batch::{NextOffset, Offset, Partition, Record};
+use host_metrics::consume::fold::Fold;
+use host_metrics::consume::fold::host::DownWhen;
 use host_metrics::consume::ingest::{Action, Event, Ingest, Limits};
-use host_metrics::consume::store::Flushed;
-use host_metrics::sample::{decode, encode};
+use host_metrics::sample::{Timestamp, decode, encode};
 use host_metrics::tables::row::{Column, Layout, Origin};
 
 const RECORDS_PER_ROUND: u32 = 100_000;
@@ -50,10 +52,39 @@ fn main() {
         black_box(&row);
     });
 
+    let batch = batch_of_hosts(ok);
+    report_batches("fold", ok.len(), batch.len(), || {
+        let mut fold = Fold::default();
+        for (value, timestamp) in &batch {
+            assert!(fold.record(value, *timestamp));
+        }
+        let (hosts, rollups) = fold.finish();
+        let mut stored = BTreeMap::new();
+        hosts.apply(DownWhen::Majority, &mut stored);
+        black_box((rollups, stored));
+    });
+
     let mut machine = Machine::new();
     report("ingest", ok.len(), || {
         machine.take(black_box(ok), black_box(&row));
     });
+}
+
+/// A batch of the state: 50 checks, one a minute, of each of 1,000 hosts.
+fn batch_of_hosts(ok: &[u8]) -> Vec<(Vec<u8>, Option<Timestamp>)> {
+    let sample = decode(ok).expect("the golden document is a record");
+    let started_at = sample.scheduled_at.expect("it has a time").unix_micros();
+    let record = |number: i64| {
+        let mut sample = sample.clone();
+        let (tick, host) = (number / 1_000, number % 1_000);
+        sample.address = format!("https://host-{host:05}.example.com/health").into();
+        sample.scheduled_at = Timestamp::from_unix_micros(started_at + 60_000_000 * tick + 60_000 * host);
+        sample.latency = Some(0.05 + fastrand::f64() * 0.2);
+        let mut value = Vec::new();
+        encode(&sample, &mut value);
+        (value, sample.scheduled_at)
+    };
+    (0..50_000).map(record).collect()
 }
 
 /// The state machine with a store that answers at once.
@@ -163,6 +194,14 @@ fn own_layout() -> Layout {
 }
 
 fn report(what: &str, bytes: usize, mut once: impl FnMut()) {
+    report_batches(what, bytes, RECORDS_PER_ROUND as usize, || {
+        for _ in 0..RECORDS_PER_ROUND {
+            once();
+        }
+    });
+}
+
+fn report_batches(what: &str, bytes: usize, records: usize, mut batch: impl FnMut()) {
     // cargo itself passes `--bench`.
     if std::env::args()
         .skip(1)
@@ -173,16 +212,14 @@ fn report(what: &str, bytes: usize, mut once: impl FnMut()) {
     let best = (0..ROUNDS)
         .map(|_| {
             let start = now();
-            for _ in 0..RECORDS_PER_ROUND {
-                once();
-            }
+            batch();
             start.elapsed()
         })
         .min()
         .unwrap_or(Duration::MAX);
     println!(
         "{what:<12} {:>6.0} ns per record of {bytes} bytes",
-        best.as_secs_f64() * 1e9 / f64::from(RECORDS_PER_ROUND)
+        best.as_secs_f64() * 1e9 / records as f64
     );
 }
 

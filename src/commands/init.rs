@@ -18,7 +18,6 @@ use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
 use crate::postgres::{self, Bounds, Fault, Kind, Link};
 use crate::tables::names::Object;
-use crate::tables::sums::{self, Within};
 use crate::tables::{days, destination, migrate, schema};
 
 /// Of a topic that `init` makes: room for as many consumers, and a number that divides well.
@@ -32,10 +31,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What is waited for is first said after this long: services that start together are not news.
 const SAY_AFTER: Duration = Duration::from_secs(3);
-
-/// How long finished days are summed up, two seconds each for 1.5 million rows: of a large
-/// table the rest is left to `consume`, or to the next time.
-const COUNT_WITHIN: Duration = Duration::from_secs(60);
 
 /// And then again this often.
 const SAY_EVERY: Duration = Duration::from_secs(60);
@@ -324,15 +319,13 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
     let result = async {
         let client = &link.client;
         let today = days::today();
-        let made = migrate::make(&link, bounds, today)
-            .await
-            .map_err(|fault| {
-                fault.with_grant(&format!(
-                    "GRANT CREATE ON SCHEMA {} to {}, or let its owner run init",
-                    link.table.schema.as_deref().unwrap_or_default(),
-                    config.user
-                ))
-            })?;
+        let made = migrate::make(&link, bounds, today).await.map_err(|fault| {
+            fault.with_grant(&format!(
+                "GRANT CREATE ON SCHEMA {} to {}, or let its owner run init",
+                link.table.schema.as_deref().unwrap_or_default(),
+                config.user
+            ))
+        })?;
         let found = destination::find(&link, bounds).await?;
         days::keep_days(client, bounds, &found, today, None).await?;
         if let Some(version) = found.newer_version() {
@@ -364,19 +357,6 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
                     not_stored.join(", ")
                 );
             }
-        }
-        let within = Within {
-            pass: COUNT_WITHIN,
-            ..Within::default()
-        };
-        match sums::count_finished(client, bounds, &found, sums::finished_before(), within).await {
-            Ok(pass) if pass.left > 0 => log::info!(
-                "{} finished days are not summed up yet; `consume` goes on with them where its user may, `init` otherwise",
-                pass.left
-            ),
-            Ok(_) => {}
-            Err(fault) if fault.kind == Kind::Passing => return Err(fault),
-            Err(fault) => log::warn!("finished days not summed up: {fault}"),
         }
         Ok(())
     }

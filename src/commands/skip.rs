@@ -10,6 +10,7 @@ use anyhow::{anyhow, bail};
 use tokio_postgres::types::ToSql;
 
 use crate::config::ConsumeConfig;
+use crate::consume::state;
 use crate::kafka::{BatchHead, batch_head};
 use crate::postgres::{self, Bounds, Fault, Link, bounded};
 use crate::tables::names::Object;
@@ -72,10 +73,16 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
         );
     };
     let offset = place.offset.unwrap_or(position);
+    let head = || batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"));
     if offset < position {
+        // The state may come to the batch later, and names the very offset.
+        let next = head().map_or(offset, |head| head.last_offset.saturating_add(1));
+        if pass_state(&link, &bounds, config, place, offset, offset, next).await? {
+            return Ok(format!("the state of {name} goes on at offset {next}\n"));
+        }
         bail!("{name} stands at offset {position}: offset {offset} is behind it already");
     }
-    let head = batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"))?;
+    let head = head()?;
     let said = if place.offset.is_none() {
         format!(
             "{name} stands at offset {position}. The batch there: {head}. `host-metrics skip {name}:{position}` goes past \
@@ -85,6 +92,8 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
         if !pass(&link, &bounds, config, place, position, &head).await? {
             bail!("{name} moved on from offset {position} meanwhile: nothing was done");
         }
+        let (first, last) = (head.first_offset, head.last_offset);
+        pass_state(&link, &bounds, config, place, first, last, last.saturating_add(1)).await?;
         format!(
             "{name} goes on at offset {}: offsets {position} to {} are noted in {} as not read\n",
             head.last_offset.saturating_add(1),
@@ -154,6 +163,32 @@ async fn pass(
     )
     .await?;
     Ok(noted == 1)
+}
+
+/// Has the state go on at `next`, if it stands between `first` and `last`.
+async fn pass_state(
+    link: &Link,
+    bounds: &Bounds,
+    config: &ConsumeConfig,
+    place: &Place,
+    first: i64,
+    last: i64,
+    next: i64,
+) -> Result<bool, Fault> {
+    let offsets = link.table.quoted(Object::Offsets.suffix());
+    let sql = format!(
+        "UPDATE {offsets} SET next_offset = $6 WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3 \
+         AND next_offset BETWEEN $4 AND $5 AND next_offset < $6"
+    );
+    let group_id = state::config_of(config).group_id;
+    let params: [&(dyn ToSql + Sync); 6] = [&group_id, &place.topic, &place.partition, &first, &last, &next];
+    let moved = bounded(
+        "moving the position",
+        bounds.step,
+        link.client.execute(&sql, &params),
+    )
+    .await?;
+    Ok(moved == 1)
 }
 
 #[cfg(test)]

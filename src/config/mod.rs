@@ -13,6 +13,7 @@ mod kafka;
 pub(crate) mod pem;
 mod problems;
 mod secret;
+mod state;
 mod variables;
 
 use std::net::SocketAddr;
@@ -27,6 +28,7 @@ pub use kafka::{KafkaConfig, KafkaSasl, KafkaSecurity, KafkaTls, TOPIC_NAME_RULE
 pub use problems::Problem;
 use problems::Reader;
 pub use secret::{Secret, exposed_secrets, quoted_secrets};
+pub use state::StateConfig;
 pub use variables::{NAMES, Variables};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -105,6 +107,8 @@ pub struct ConsumeConfig {
     /// DB_BATCH_SECONDS: a smaller batch is written when its oldest record was read that long ago.
     pub batch_wait: Duration,
     pub retention: Option<Duration>,
+    /// `None`: rows only.
+    pub state: Option<StateConfig>,
     pub metrics_addr: Option<SocketAddr>,
 }
 
@@ -122,6 +126,7 @@ pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
         batch_size: reader.number("DB_BATCH_SIZE", BATCH_SIZES, 100),
         batch_wait: database::batch_wait(reader),
         retention: reader.duration("DB_RETENTION", RETENTIONS, "90d"),
+        state: state::state(reader),
         metrics_addr: metrics_addr(reader),
     })
 }
@@ -163,6 +168,8 @@ pub struct StatusConfig {
     pub topics: Vec<String>,
     pub group_id: String,
     pub database: DatabaseConfig,
+    /// STATE: whether the state is asked, instead of the rows.
+    pub is_state_on: bool,
 }
 
 /// For `status`. Without KAFKA_BOOTSTRAP_SERVERS it shows what the tables alone can tell.
@@ -177,6 +184,7 @@ pub fn status(variables: &Variables) -> Result<StatusConfig, WrongVariables> {
         topics: kafka::topics(reader),
         group_id: kafka::group_id(reader),
         database: database::database(reader),
+        is_state_on: state::state(reader).is_some(),
     })
 }
 

@@ -9,7 +9,7 @@ use super::env_file::{self, EnvFile};
 use super::problems::Problem;
 
 /// Every variable there is. In a `.env` file or the environment others are somebody else's, after `-e` they are slips.
-pub const NAMES: [&str; 33] = [
+pub const NAMES: [&str; 36] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
     "KAFKA_SECURITY_PROTOCOL",
@@ -35,6 +35,9 @@ pub const NAMES: [&str; 33] = [
     "DB_BATCH_SIZE",
     "DB_BATCH_SECONDS",
     "DB_RETENTION",
+    "DB_ROLLUP_RETENTION",
+    "STATE",
+    "DOWN_WHEN",
     "CHECK_TIMEOUT",
     "MAX_THREADS",
     "MAX_BODY_BYTES",

@@ -54,6 +54,21 @@ pub struct Span {
     pub next: NextOffset,
 }
 
+/// How a try to flush ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Flushed {
+    /// Rows, rejected records and positions are committed.
+    Durable,
+    /// A position was not where the batch says it is: somebody else moved it. Nothing was written.
+    Fenced,
+    /// These entries (by index) are refused by the table itself, with the reason; nothing was written.
+    Poison(Vec<(usize, String)>),
+    /// A passing fault; nothing was written, unless the answer to COMMIT was lost: read the positions.
+    Retry(String),
+    /// The operator has to act: what and how.
+    Fatal(String),
+}
+
 /// A record as Kafka delivers it.
 #[derive(Clone, Copy, Debug)]
 pub struct Record<'a> {
@@ -68,7 +83,7 @@ pub struct Record<'a> {
 /// What becomes of a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// A row in COPY's binary format, a range of [`Batch::copy_bytes`].
+    /// What the sink made of it, a range of [`Batch::copy_bytes`]: a row in COPY's binary format, or what the fold reads.
     Row(Range<usize>),
     /// It goes to the rejected table, with the reason.
     Rejected(String),

@@ -21,8 +21,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::consume::batch::{Batch, NextOffset, Partition, Record, Span};
-use crate::consume::store::Flushed;
+use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Record, Span};
 
 /// A batch is full at DB_BATCH_SIZE KiB, even if it holds fewer records: two batches, the one being written and the one
 /// being filled, must fit into memory also when every record is as long as they are read. Records of the usual size and

@@ -2,28 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use prometheus::{Histogram, HistogramOpts};
-
-use crate::consume::Counters;
+use crate::consume::counters::Counters;
 use crate::http::Watched;
-use crate::http::metrics::{FLUSH_BUCKETS, Labels, Page};
-
-/// How long flushes took.
-#[derive(Debug)]
-pub struct FlushSeconds(pub Histogram);
-
-impl Default for FlushSeconds {
-    fn default() -> Self {
-        let options = HistogramOpts::new(
-            "host_metrics_flush_seconds",
-            "Transactions that were committed: from BEGIN to COMMIT.",
-        );
-        Self(
-            Histogram::with_opts(options.buckets(FLUSH_BUCKETS.to_vec()))
-                .expect("the name is legal and the buckets ascend"),
-        )
-    }
-}
+use crate::http::metrics::{Labels, Page};
 
 impl Watched for Counters {
     fn page(&self) -> Page {
@@ -83,6 +64,11 @@ impl Watched for Counters {
             counts.unwritten.load(Ordering::Relaxed) as f64,
         );
         self.lag(&mut page);
+        page.gauge(
+            "host_metrics_state_lag_records",
+            "Records in front of the ends of the partitions that are not in the state, 0 with STATE=off.",
+            self.state().lags().values().sum::<u64>() as f64,
+        );
         page
     }
 

@@ -1,40 +1,49 @@
-//! The `consume` agent: from records to durable rows, exactly once in effect.
+//! The `consume` agent: from records to durable rows and to the state, exactly once in effect.
 //!
-//! `ingest` (the state machine), `batch` and `copy` are pure; `source` (Kafka) and `store` (Postgres) are the edges. This
-//! file owns the two threads: the one that polls Kafka, decodes and drives the machine, and the `writer` that owns the
-//! database connection. Between them goes one request at a time, and its answer. A third, `sums`, counts finished days now
-//! and then, on a connection of its own.
+//! Two pipelines of the same machine, the rows and the state: each with its own consumer group, positions, connection and
+//! threads. Of a pipeline, `ingest` (the state machine), `batch`, `refused` and `fold` are pure; `source` (Kafka) and `store`
+//! (Postgres) are the edges, and what is written is a `Sink` of the store: `rows` or `state`. This file owns the thread that
+//! polls Kafka and drives the machine; the `writer` owns the database connection. Between them goes one request at a time,
+//! and its answer.
 
 pub mod batch;
+mod counters;
+pub mod fold;
 pub mod group;
 pub mod ingest;
 mod metrics;
+mod positions;
+mod refused;
+mod rows;
+pub mod sink;
 pub mod source;
+pub mod state;
 pub mod store;
 mod stuck;
 mod writer;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
+use log::Level;
 
-use crate::config::ConsumeConfig;
-use crate::consume::batch::{Batch, Form, Record};
+use crate::config::{ConsumeConfig, StateConfig};
+use crate::consume::batch::{Batch, Flushed, Form, Record};
+pub use crate::consume::counters::Counters;
 use crate::consume::ingest::{Action, Event, Ingest, Limits, Notice};
-use crate::consume::metrics::FlushSeconds;
+use crate::consume::sink::Sink;
 use crate::consume::source::{Ended, Source};
-use crate::consume::store::{Flushed, Store, StoreError};
+use crate::consume::state::State;
+use crate::consume::store::{Store, StoreError};
 use crate::consume::writer::{Answer, Request, Writer};
 use crate::http::Endpoint;
-use crate::http::health::{Heartbeat, Readiness};
 use crate::outage::Trouble;
+use crate::postgres::Bounds;
 use crate::sample;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
-use crate::tables::row::{Layout, Origin};
-use crate::tables::sums::{FIRST_PASS_AFTER, PASS_EVERY, Sums};
 
 /// The longest poll: how late a stop is noticed.
 const POLL: Duration = Duration::from_millis(100);
@@ -58,6 +67,11 @@ const SUMMARY_EVERY: Duration = Duration::from_secs(60);
 
 /// Rejected records are said one by one at most this often, with how many there were.
 const SAY_REJECTED_EVERY: Duration = Duration::from_secs(10);
+
+/// What ends the state's pipeline is mended by a person (a right, a table of another name): it is looked at again after so
+/// long, and twice as long the next time.
+const STATE_AGAIN_FIRST: Duration = Duration::from_secs(10);
+const STATE_AGAIN_MOST: Duration = Duration::from_secs(600);
 
 /// Reads the topics and writes batches to Postgres until a stop is requested. METRICS_ADDR is served meanwhile.
 ///
@@ -91,16 +105,72 @@ pub fn run_with(
     shutdown: &Shutdown,
     counters: &Counters,
 ) -> anyhow::Result<()> {
-    let writer = Writer::start(Store::new(config)?).context("no thread for the writer")?;
     log::info!(
         "consuming {} as group {} into {}",
         config.topics.join(", "),
         config.group_id,
         config.database.table.quoted("")
     );
-    let _sums = Sums::start(config.database.clone(), FIRST_PASS_AFTER, PASS_EVERY)
-        .context("no thread for the sums of finished days")?;
-    let mut agent = Agent::new(config, source, writer, shutdown, counters);
+    let ended = Shutdown::new();
+    let state = match &config.state {
+        Some(state) => {
+            let wake = ended.clone();
+            shutdown.on_request(move || wake.request());
+            let join = source.joiner(&state::config_of(config).group_id);
+            Some(start_state(config, state, join, &ended, counters).context("no thread for the state")?)
+        }
+        None => {
+            log::info!("STATE=off: rows only, and the views of the state stay as they are");
+            None
+        }
+    };
+    let stopped = run_pipeline(Store::new(config)?, config, source, shutdown, counters);
+    ended.request();
+    // It bounds its own stop, and a panic there was told by the panic itself.
+    if state.is_some_and(|state| state.join().is_err()) {
+        log::error!("the thread of the state panicked: a bug, please report it");
+    }
+    stopped
+}
+
+/// The second pipeline, on a thread of its own. What ends it is no reason to end the first one: it begins again, from where
+/// the table says.
+fn start_state(
+    config: &ConsumeConfig,
+    state: &StateConfig,
+    join: impl Fn() -> anyhow::Result<Source> + Send + 'static,
+    ended: &Shutdown,
+    rows: &Counters,
+) -> std::io::Result<JoinHandle<()>> {
+    let (config, state) = (state::config_of(config), state.clone());
+    let (ended, rows) = (ended.clone(), rows.clone());
+    let run = move || {
+        let mut wait = STATE_AGAIN_FIRST;
+        while !ended.requested() {
+            let sink = State::new(state.clone(), rows.clone());
+            let stopped = Store::of(sink, &config, Bounds::default())
+                .and_then(|store| run_pipeline(store, &config, join()?, &ended, rows.state()));
+            let Err(error) = stopped else { return };
+            log::error!(
+                "the state is not kept up, to be tried again in {} s: {error:#}",
+                wait.as_secs()
+            );
+            ended.wait_until(now() + wait);
+            wait = (wait * 2).min(STATE_AGAIN_MOST);
+        }
+    };
+    std::thread::Builder::new().name("state".into()).spawn(run)
+}
+
+fn run_pipeline<S: Sink>(
+    store: Store<S>,
+    config: &ConsumeConfig,
+    source: Source,
+    shutdown: &Shutdown,
+    counters: &Counters,
+) -> anyhow::Result<()> {
+    let writer = Writer::start(store).context("no thread for the writer")?;
+    let mut agent = Agent::<S>::new(config, source, writer, shutdown, counters);
     let stopped = agent.run();
     let Agent { source, writer, .. } = agent;
     source.close(LEAVE_WITHIN);
@@ -108,83 +178,14 @@ pub fn run_with(
     stopped
 }
 
-/// What was done so far, and where things stand: for /metrics, tests and the demo.
-#[derive(Debug, Default, Clone)]
-pub struct Counters(Arc<Counts>);
-
-#[derive(Debug, Default)]
-struct Counts {
-    rows: AtomicU64,
-    rejected: AtomicU64,
-    flushes: AtomicU64,
-    failures: AtomicU64,
-    fences: AtomicU64,
-    revoked: AtomicU64,
-    delay_millis: AtomicU64,
-    /// When the last flush became durable, by the wall clock; zero: there was none yet.
-    flushed_at_millis: AtomicU64,
-    flush_seconds: FlushSeconds,
-    assigned: AtomicUsize,
-    unwritten: AtomicUsize,
-    lags: Mutex<BTreeMap<(String, i32), u64>>,
-    heartbeat: Heartbeat,
-    readiness: Readiness,
-}
-
-impl Counters {
-    /// Rows that are durable.
-    pub fn rows(&self) -> u64 {
-        self.0.rows.load(Ordering::Relaxed)
-    }
-
-    /// Rejected records that are durable.
-    pub fn rejected(&self) -> u64 {
-        self.0.rejected.load(Ordering::Relaxed)
-    }
-
-    /// Transactions that were committed.
-    pub fn flushes(&self) -> u64 {
-        self.0.flushes.load(Ordering::Relaxed)
-    }
-
-    /// Requests that Postgres did not answer or answered with a passing fault.
-    pub fn failures(&self) -> u64 {
-        self.0.failures.load(Ordering::Relaxed)
-    }
-
-    /// Flushes refused because another consumer had moved a position.
-    pub fn fences(&self) -> u64 {
-        self.0.fences.load(Ordering::Relaxed)
-    }
-
-    /// Partitions that the group took away, one by one.
-    pub fn revoked(&self) -> u64 {
-        self.0.revoked.load(Ordering::Relaxed)
-    }
-
-    /// How old the oldest record of the last flush was when it became durable, by Kafka's timestamp.
-    pub fn delay(&self) -> Duration {
-        Duration::from_millis(self.0.delay_millis.load(Ordering::Relaxed))
-    }
-
-    /// Records in front of the end that are not durable, of each partition that is ours: by topic and number.
-    pub fn lags(&self) -> BTreeMap<(String, i32), u64> {
-        self.0.lags.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn set_lags(&self, lags: BTreeMap<(String, i32), u64>) {
-        *self.0.lags.lock().unwrap_or_else(PoisonError::into_inner) = lags;
-    }
-}
-
-struct Agent<'a> {
+struct Agent<'a, S: Sink> {
     shutdown: &'a Shutdown,
     counters: &'a Counters,
     source: Source,
-    writer: Writer,
+    writer: Writer<S::Layout>,
     ingest: Ingest,
     /// `None` until the store was opened: nothing is read before.
-    layout: Option<Layout>,
+    layout: Option<S::Layout>,
     postgres: Trouble,
     rejections: Rejections,
     summary: Summary,
@@ -192,11 +193,11 @@ struct Agent<'a> {
     watch_at: Instant,
 }
 
-impl<'a> Agent<'a> {
+impl<'a, S: Sink> Agent<'a, S> {
     fn new(
         config: &ConsumeConfig,
         source: Source,
-        writer: Writer,
+        writer: Writer<S::Layout>,
         shutdown: &'a Shutdown,
         counters: &'a Counters,
     ) -> Self {
@@ -322,8 +323,16 @@ impl<'a> Agent<'a> {
             let record = delivered.record();
             if let Some(layout) = &self.layout {
                 let topic = self.source.topic(record.partition);
+                let kept = match S::KEEPS_RECORDS {
+                    true => record,
+                    false => Record {
+                        key: None,
+                        value: None,
+                        ..record
+                    },
+                };
                 self.ingest
-                    .record(now, record, |row| encode(layout, topic, &record, row));
+                    .record(now, kept, |into| S::encode(layout, topic, &record, into));
             }
             if !self.ingest.has_room() {
                 return Ok(());
@@ -333,7 +342,8 @@ impl<'a> Agent<'a> {
     }
 
     fn rejoin(&mut self, now: Instant) -> anyhow::Result<()> {
-        log::warn!(
+        log::log!(
+            level::<S>(Level::Warn),
             "Kafka says that {}; it was away just now and may have forgotten us, so this one joins again",
             Ended::InstanceTaken
         );
@@ -344,7 +354,7 @@ impl<'a> Agent<'a> {
         Ok(())
     }
 
-    fn answered(&mut self, now: Instant, answer: Answer) -> anyhow::Result<()> {
+    fn answered(&mut self, now: Instant, answer: Answer<S::Layout>) -> anyhow::Result<()> {
         match answer {
             Answer::Opened(Ok(layout)) => {
                 let same_layout = self.layout.as_ref().is_none_or(|known| *known == layout);
@@ -379,7 +389,11 @@ impl<'a> Agent<'a> {
         if !self.ingest.store_is_away()
             && let Some(lasted) = self.postgres.is_over(now)
         {
-            log::info!("Postgres is back after {} s", lasted.as_secs());
+            log::log!(
+                level::<S>(Level::Info),
+                "Postgres is back after {} s",
+                lasted.as_secs()
+            );
         }
         Ok(())
     }
@@ -421,7 +435,7 @@ impl<'a> Agent<'a> {
             .store(millis(wall_clock()), Ordering::Relaxed);
         counts.delay_millis.store(millis(delay), Ordering::Relaxed);
         self.summary.delay = self.summary.delay.max(delay);
-        self.rejections.say(now);
+        self.rejections.say(level::<S>(Level::Warn), now);
     }
 
     /// What is done every second: troubles, lag, the summary.
@@ -431,10 +445,11 @@ impl<'a> Agent<'a> {
         }
         self.watch_at = now + Duration::from_secs(1);
         self.source.say_troubles(now);
-        self.rejections.say(now);
+        self.rejections.say(level::<S>(Level::Warn), now);
         let unwritten = self.ingest.unwritten();
         if let Some((reason, lasted)) = self.postgres.due(now) {
-            log::warn!(
+            log::log!(
+                level::<S>(Level::Warn),
                 "waiting for Postgres: {reason} (for {} s, {unwritten} records in hand)",
                 lasted.as_secs()
             );
@@ -477,7 +492,8 @@ impl<'a> Agent<'a> {
         let rejected = counters.rejected();
         let flushes = counters.flushes();
         let lag: u64 = self.lags().values().sum();
-        log::info!(
+        log::log!(
+            level::<S>(Level::Info),
             "summary seconds={:.0} rows={} flushes={} rejected={} partitions={} lag={lag} delay_seconds={:.3}",
             now.saturating_duration_since(previous.at).as_secs_f64(),
             rows - previous.rows,
@@ -500,13 +516,15 @@ impl<'a> Agent<'a> {
                 position,
                 forgotten,
             } => match position {
-                Some(position) => log::warn!(
+                Some(position) => log::log!(
+                    level::<S>(Level::Warn),
                     "another consumer moved {} from {} to {}: {forgotten} records are left to it",
                     name(partition),
                     base.0,
                     position.0,
                 ),
-                None => log::warn!(
+                None => log::log!(
+                    level::<S>(Level::Warn),
                     "the position of {}, {}, is gone from the offsets table: reading starts at the group's committed \
                      offset, or else at the earliest record",
                     name(partition),
@@ -518,7 +536,8 @@ impl<'a> Agent<'a> {
                 position,
                 extent,
                 forgotten,
-            } => log::warn!(
+            } => log::log!(
+                level::<S>(Level::Warn),
                 "position {} of {} is beyond the end, {}: the topic was made anew; reading starts at its beginning, {}{}",
                 position.0,
                 name(partition),
@@ -533,7 +552,8 @@ impl<'a> Agent<'a> {
                 partition,
                 position,
                 extent,
-            } => log::warn!(
+            } => log::log!(
+                level::<S>(Level::Warn),
                 "the records of {} from {} to {} are gone from Kafka, unread (retention): reading goes on at {}",
                 name(partition),
                 position.0,
@@ -541,7 +561,10 @@ impl<'a> Agent<'a> {
                 extent.low.0,
             ),
             Notice::OtherLayout { forgotten } => {
-                log::info!("the table's columns changed: {forgotten} records are read again");
+                log::log!(
+                    level::<S>(Level::Info),
+                    "the table's columns changed: {forgotten} records are read again"
+                );
             }
         }
     }
@@ -563,38 +586,24 @@ impl<'a> Agent<'a> {
             .iter()
             .map(|partition| self.source.name(*partition))
             .collect();
-        log::info!("{what} {}", names.join(" "));
+        log::log!(level::<S>(Level::Info), "{what} {}", names.join(" "));
     }
 
     fn stopped(&mut self, now: Instant, unwritten: usize) {
         self.source.wait_for_commits(now + COMMIT_WITHIN);
         self.say_summary(now);
         match unwritten {
-            0 => log::info!("stopped: everything that was read is written and committed"),
-            _ => log::warn!(
+            0 => log::log!(
+                level::<S>(Level::Info),
+                "stopped: everything that was read is written and committed"
+            ),
+            _ => log::log!(
+                level::<S>(Level::Warn),
                 "stopped: {unwritten} records were read but not written ({}); they are not committed and will be read again",
                 self.postgres.reason().unwrap_or("no time was left"),
             ),
         }
     }
-}
-
-/// The row of a record, or why there can be none.
-fn encode(layout: &Layout, topic: &str, record: &Record<'_>, row: &mut Vec<u8>) -> Result<(), String> {
-    let value = record.value.unwrap_or_default();
-    let mut sample = sample::decode(value).map_err(|rejection| rejection.0)?;
-    if sample.scheduled_at.is_none() {
-        // The original's records: when Kafka got it is the best that there is.
-        let timestamp = record.timestamp;
-        sample.scheduled_at =
-            Some(timestamp.ok_or("scheduled_at is absent, and Kafka has no timestamp of the record")?);
-    }
-    let origin = Origin {
-        topic,
-        partition: record.partition.number,
-        offset: record.offset,
-    };
-    layout.encode_row(&sample, origin, row)
 }
 
 /// Rejected records are said with an example: at once, but not one by one.
@@ -611,7 +620,7 @@ impl Rejections {
         self.example.get_or_insert_with(example);
     }
 
-    fn say(&mut self, now: Instant) {
+    fn say(&mut self, level: Level, now: Instant) {
         if self
             .said_at
             .is_some_and(|said_at| now < said_at + SAY_REJECTED_EVERY)
@@ -619,11 +628,16 @@ impl Rejections {
             return;
         }
         if let Some(example) = self.example.take() {
-            log::warn!("rejected records={} first: {example}", self.unsaid);
+            log::log!(level, "rejected records={} first: {example}", self.unsaid);
             self.unsaid = 0;
             self.said_at = Some(now);
         }
     }
+}
+
+/// What the first pipeline says, the second does not repeat.
+fn level<S: Sink>(level: Level) -> Level {
+    if S::IS_FIRST { level } else { Level::Debug }
 }
 
 /// The counters as they were at the last summary.

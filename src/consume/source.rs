@@ -18,6 +18,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use log::Level;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
@@ -122,7 +123,21 @@ impl Source {
         for (property, value) in overrides {
             client.set(*property, *value);
         }
-        Self::subscribe(client, Explainer::new(&config.kafka), config.topics.clone())
+        Self::subscribe(
+            client,
+            Explainer::new(&config.kafka),
+            config.topics.clone(),
+            false,
+        )
+    }
+
+    /// Makes consumers of the same topics in another group, beside this one: they leave it to this one to say what is wrong
+    /// with Kafka.
+    pub fn joiner(&self, group_id: &str) -> impl Fn() -> anyhow::Result<Self> + Send + 'static {
+        let mut client = self.client.clone();
+        client.set("group.id", group_id);
+        let (explainer, topics) = (self.explainer.clone(), self.topics.clone());
+        move || Self::subscribe(client.clone(), explainer.clone(), topics.clone(), true)
     }
 
     /// A new consumer of the same configuration, in the place of one that Kafka has ended.
@@ -130,15 +145,29 @@ impl Source {
     /// # Errors
     /// As [`Source::join`].
     pub fn rejoin(&self) -> anyhow::Result<Self> {
-        Self::subscribe(self.client.clone(), self.explainer.clone(), self.topics.clone())
+        let is_second = self.state().is_second;
+        Self::subscribe(
+            self.client.clone(),
+            self.explainer.clone(),
+            self.topics.clone(),
+            is_second,
+        )
     }
 
-    fn subscribe(client: ClientConfig, explainer: Explainer, topics: Vec<String>) -> anyhow::Result<Self> {
+    fn subscribe(
+        client: ClientConfig,
+        explainer: Explainer,
+        topics: Vec<String>,
+        is_second: bool,
+    ) -> anyhow::Result<Self> {
         let context = Context {
             bootstrap_servers: client.get("bootstrap.servers").unwrap_or_default().to_owned(),
             explainer: explainer.clone(),
             topics: topics.clone(),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                is_second,
+                ..State::default()
+            }),
         };
         let consumer: BaseConsumer<Context> = client
             .create_with_context(context)
@@ -306,6 +335,8 @@ impl Source {
         self.look_for_stuck(now);
         let mut state = self.state();
         let state = &mut *state;
+        let is_second = state.is_second;
+        let level = |level| level_of(is_second, level);
         let waiting = [
             ("waiting for Kafka", &mut state.away),
             ("waiting for Kafka to allow it", &mut state.refused),
@@ -315,7 +346,11 @@ impl Source {
             let reason = self.explainer.explain(trouble.reason().unwrap_or_default());
             trouble.cause_is_known(names_a_cause(&reason));
             if let Some((_, lasted)) = trouble.due(now) {
-                log::warn!("{what}: {reason} (for {} s)", lasted.as_secs());
+                log::log!(
+                    level(Level::Warn),
+                    "{what}: {reason} (for {} s)",
+                    lasted.as_secs()
+                );
             }
         }
         for (reason, lasted) in state.stuck.due(now) {
@@ -383,6 +418,10 @@ impl Source {
         }
     }
 
+    fn level(&self, level: Level) -> Level {
+        self.state().level(level)
+    }
+
     fn stop_reading(&self, which: impl Fn(Partition) -> bool) -> KafkaResult<()> {
         // librdkafka refuses the whole list if one of it is not being read, so it is asked.
         let reading = self.consumer.assignment()?;
@@ -437,7 +476,11 @@ impl Source {
             return;
         }
         if let Some(lasted) = self.state().missing.is_over(now) {
-            log::info!("the topic is there after {} s", lasted.as_secs());
+            log::log!(
+                self.level(Level::Info),
+                "the topic is there after {} s",
+                lasted.as_secs()
+            );
         }
     }
 
@@ -486,14 +529,15 @@ impl Source {
             .iter()
             .map(|(topic, number)| format!("{topic}/{number}"))
             .collect();
-        log::warn!(
+        log::log!(
+            self.level(Level::Warn),
             "{} belong to nobody in the group: joining it again, so that they are given out",
             names.join(" ")
         );
         self.consumer.unsubscribe();
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
         if let Err(error) = self.consumer.subscribe(&topics) {
-            log::error!("cannot subscribe again: {error}");
+            log::log!(self.level(Level::Error), "cannot subscribe again: {error}");
         }
     }
 
@@ -565,6 +609,8 @@ struct Context {
 
 #[derive(Default)]
 struct State {
+    /// Another consumer of this process reads the same and says all this.
+    is_second: bool,
     events: VecDeque<Event>,
     commits_under_way: usize,
     /// The group has given us our share, which may be nothing.
@@ -583,11 +629,24 @@ struct State {
     last_reason: Option<String>,
 }
 
+/// What the first consumer of a process says, the second does not repeat.
+fn level_of(is_second: bool, level: Level) -> Level {
+    if is_second { Level::Debug } else { level }
+}
+
 impl State {
+    fn level(&self, level: Level) -> Level {
+        level_of(self.is_second, level)
+    }
+
     fn is_connected(&mut self, now: Instant) {
         self.last_reason = None;
         if let Some(lasted) = self.away.is_over(now) {
-            log::info!("Kafka is back after {} s", lasted.as_secs());
+            log::log!(
+                self.level(Level::Info),
+                "Kafka is back after {} s",
+                lasted.as_secs()
+            );
         }
     }
 }
@@ -670,7 +729,7 @@ impl ClientContext for Context {
                 };
                 if let Some(lasted) = state.stuck.look(now, partition, look) {
                     let (name, lasted) = (self.name(partition), lasted.as_secs());
-                    log::info!("{name} is read again after {lasted} s");
+                    log::log!(state.level(Level::Info), "{name} is read again after {lasted} s");
                 }
             }
         }

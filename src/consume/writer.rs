@@ -10,10 +10,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::bail;
 
-use crate::consume::batch::{Batch, NextOffset, Partition};
-use crate::consume::store::{Flushed, Store, StoreError};
+use crate::consume::batch::{Batch, Flushed, NextOffset, Partition};
+use crate::consume::sink::Sink;
+use crate::consume::store::{Store, StoreError};
 use crate::sample::Timestamp;
-use crate::tables::row::Layout;
 
 /// How often the days ahead are made and the old ones dropped.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3_600);
@@ -31,23 +31,23 @@ pub enum Request {
 
 /// What it says; of a flush also how long it took.
 #[derive(Debug)]
-pub enum Answer {
-    Opened(Result<Layout, StoreError>),
+pub enum Answer<L> {
+    Opened(Result<L, StoreError>),
     Located(Result<BTreeMap<Partition, NextOffset>, StoreError>),
     Flushed(Batch, Flushed, Duration),
 }
 
 /// The handle of the polling thread.
-pub struct Writer {
+pub struct Writer<L> {
     requests: SyncSender<Request>,
-    answers: Receiver<Answer>,
+    answers: Receiver<Answer<L>>,
     is_busy: bool,
 }
 
-impl Writer {
+impl<L: Send + 'static> Writer<L> {
     /// # Errors
     /// The operating system has no thread to give.
-    pub fn start(store: Store) -> io::Result<Self> {
+    pub fn start<S: Sink<Layout = L>>(store: Store<S>) -> io::Result<Self> {
         let (requests, requested) = sync_channel(1);
         let (answer, answers) = sync_channel(1);
         std::thread::Builder::new()
@@ -80,7 +80,7 @@ impl Writer {
     ///
     /// # Errors
     /// The writer is gone: a bug.
-    pub fn answer(&mut self) -> anyhow::Result<Option<Answer>> {
+    pub fn answer(&mut self) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.try_recv() {
             Ok(answer) => {
                 self.is_busy = false;
@@ -95,7 +95,7 @@ impl Writer {
     ///
     /// # Errors
     /// The writer is gone: a bug.
-    pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<Option<Answer>> {
+    pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.recv_timeout(timeout) {
             Ok(answer) => {
                 self.is_busy = false;
@@ -132,7 +132,11 @@ impl Writer {
 
 const GONE: &str = "the writer's thread ended: a bug, please report it";
 
-fn write(mut store: Store, requests: &Receiver<Request>, answers: &SyncSender<Answer>) {
+fn write<S: Sink>(
+    mut store: Store<S>,
+    requests: &Receiver<Request>,
+    answers: &SyncSender<Answer<S::Layout>>,
+) {
     let mut maintained_at = now();
     loop {
         let until_maintenance = (maintained_at + MAINTAIN_EVERY).saturating_duration_since(now());

@@ -11,7 +11,6 @@ use crate::postgres::{Bounds, Fault, bounded};
 use crate::tables::ddl::{DDL_LOCK, execute, say};
 use crate::tables::destination::Found;
 use crate::tables::schema::{self, DAYS_AHEAD, Day};
-use crate::tables::views::has_triggers;
 
 /// Rows of one day that are moved out of the default partition at once, in about a second during which rows for the
 /// default partition wait. More are left there, and said.
@@ -30,20 +29,14 @@ const DELETE_TIMES: usize = 20;
 const READ_PARTITION: Duration = Duration::from_secs(10);
 
 /// The day in UTC.
-pub fn today() -> Day {
-    day_at(Duration::ZERO)
-}
-
-/// The day in UTC that long ago.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the edge: partitions are made for the days ahead of now, and summed up behind it"
+    reason = "the edge: partitions are made for the days ahead of now"
 )]
-pub fn day_at(ago: Duration) -> Day {
+pub fn today() -> Day {
     const DAY_SECONDS: u64 = 86_400;
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seconds = since_epoch.saturating_sub(ago).as_secs();
-    Day::from_unix(i64::try_from(seconds / DAY_SECONDS).unwrap_or_default())
+    Day::from_unix(i64::try_from(since_epoch.as_secs() / DAY_SECONDS).unwrap_or_default())
 }
 
 /// Makes the days ahead and drops what is older than `retention_days`, without making writers wait.
@@ -139,49 +132,36 @@ pub async fn keep_days(
     Ok(())
 }
 
-pub(super) struct Partitions {
+struct Partitions {
     /// In the order of time.
-    pub(super) days: Vec<Partition>,
+    days: Vec<Partition>,
     /// The default partition's name, quoted.
     default: Option<String>,
     /// Whether this user owns the table and may make new ones beside it.
-    pub(super) may_change: bool,
+    may_change: bool,
 }
 
-pub(super) struct Partition {
-    pub(super) oid: u32,
+struct Partition {
     /// Quoted.
-    pub(super) name: String,
+    name: String,
     /// Whole days: from the first moment of the one, rounded up, to that of the other, rounded down.
-    pub(super) from: Day,
-    pub(super) to: Day,
-    /// Nothing was rounded, and it is a table of rows itself.
-    pub(super) is_whole_days: bool,
-    /// Not a page on the disk.
-    pub(super) is_empty: bool,
-    /// It has the triggers of a finished day.
-    pub(super) has_triggers: bool,
+    from: Day,
+    to: Day,
 }
 
-pub(super) async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partitions, Fault> {
+async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partitions, Fault> {
     // The bounds are text in the catalogue, written by pg_get_expr in the session's time zone and read by the cast in
     // the same one. An unbounded side (MINVALUE, MAXVALUE) has no quotes, does not match, and is left alone.
-    let sql = format!(
-        "WITH bounds AS ( \
+    const DAYS: &str = "WITH bounds AS ( \
             SELECT c.oid, pg_catalog.regexp_match(pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
                    '^FOR VALUES FROM [(]''([^'']+)''[)] TO [(]''([^'']+)''[)]$') AS b \
             FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid WHERE i.inhparent = $1) \
         SELECT pg_catalog.format('%I.%I', n.nspname, c.relname), \
                ceil(extract(epoch FROM b[1]::timestamptz) / 86400)::bigint, \
-               floor(extract(epoch FROM b[2]::timestamptz) / 86400)::bigint, \
-               extract(epoch FROM b[1]::timestamptz) % 86400 = 0 AND extract(epoch FROM b[2]::timestamptz) % 86400 = 0 \
-                   AND c.relkind = 'r', \
-               c.oid, pg_catalog.pg_relation_size(c.oid) = 0, {} \
+               floor(extract(epoch FROM b[2]::timestamptz) / 86400)::bigint \
         FROM bounds JOIN pg_catalog.pg_class c USING (oid) \
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-        WHERE b IS NOT NULL AND isfinite(b[1]::timestamptz) AND isfinite(b[2]::timestamptz) ORDER BY 2",
-        has_triggers("c.oid")
-    );
+        WHERE b IS NOT NULL AND isfinite(b[1]::timestamptz) AND isfinite(b[2]::timestamptz) ORDER BY 2";
     const RIGHTS: &str = "SELECT pg_catalog.pg_has_role(c.relowner, 'USAGE') \
                AND pg_catalog.has_schema_privilege(c.relnamespace, 'CREATE'), \
                (SELECT pg_catalog.format('%I.%I', n.nspname, d.relname) \
@@ -190,16 +170,11 @@ pub(super) async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Re
         FROM pg_catalog.pg_class c WHERE c.oid = $1";
     bounded("reading the partitions", bounds.step, async {
         let mut days = Vec::new();
-        for row in client.query(&sql, &[&oid]).await? {
+        for row in client.query(DAYS, &[&oid]).await? {
             days.push(Partition {
                 name: row.try_get(0)?,
                 from: Day::from_unix(row.try_get(1)?),
                 to: Day::from_unix(row.try_get(2)?),
-                is_whole_days: row.try_get(3)?,
-                oid: row.try_get(4)?,
-                // Of one that was dropped at this moment: nothing, which is no reason to count it.
-                is_empty: row.try_get::<_, Option<bool>>(5)?.unwrap_or(true),
-                has_triggers: row.try_get(6)?,
             });
         }
         let row = client.query_one(RIGHTS, &[&oid]).await?;

@@ -31,32 +31,28 @@ pub async fn make(link: &Link, bounds: &Bounds, today: Day) -> Result<Vec<Object
         // Somebody may have been quicker while we waited for the lock.
         let found = find(link, bounds).await?;
         let missing = missing(&found);
-        if missing.iter().any(|object| object.needs_our_table()) {
-            check_names(&found)?;
-        }
         for &object in &missing {
             let sql = schema::create(object, &found.table, Day::ahead(today, true));
             execute(client, bounds, &sql).await?;
             give_to_owner(client, bounds, &found, object).await?;
-        }
-        // What was summed up was in a table that is gone.
-        let sums = [Object::Changes, Object::Hours, Object::Failures];
-        if found.has(Object::Days) && missing.iter().any(|object| sums.contains(object)) {
-            let days = found.table.quoted(Object::Days.suffix());
-            execute(client, bounds, &format!("DELETE FROM {days}")).await?;
         }
         Ok(missing)
     })
     .await
 }
 
-/// Views and sums are only made for a table that has all their columns: our own, of this version. What belongs to a newer
-/// version's table is that version's to make.
+/// What reads or writes the columns of another object is only made where that has them: our own, of this version. What
+/// belongs to a newer version's table is that version's to make.
 fn missing(found: &Found) -> Vec<Object> {
-    let is_current_or_new = !found.has(Object::Main) || found.is_current(Object::Main);
+    let is_fit = |object: &Object| !found.has(*object) || found.is_current(*object);
+    let may_make = |object: &Object| match object {
+        Object::Latest => is_fit(&Object::Main) && is_fit(&Object::Series),
+        object if object.is_view() => Object::STATE.iter().all(is_fit),
+        _ => true,
+    };
     Object::ALL
         .into_iter()
-        .filter(|&object| !found.has(object) && (is_current_or_new || !object.needs_our_table()))
+        .filter(|object| !found.has(*object) && may_make(object))
         .filter(|_| found.newer_version().is_none())
         .collect()
 }
@@ -98,19 +94,6 @@ pub async fn migrate(link: &Link, bounds: &Bounds, steps: &[Step]) -> Result<(),
         log::info!("the tables of {main} are brought to schema {version}");
     }
     Ok(())
-}
-
-/// The views need tables of these names.
-fn check_names(found: &Found) -> Result<(), Fault> {
-    let is_theirs = |object: &Object| found.has(*object) && !found.is_ours(*object);
-    match Object::SUMS.into_iter().find(is_theirs) {
-        None => Ok(()),
-        Some(object) => Err(Fault::operator(format!(
-            "{} exists and was not made by host-metrics, which needs the name for the sums of finished days: rename it, or \
-             choose another DB_TABLE",
-            found.table.quoted(object.suffix())
-        ))),
-    }
 }
 
 /// What belongs to a table that was there before belongs to its owner, whoever we are: views read with their owner's rights.

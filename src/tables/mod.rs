@@ -7,5 +7,5 @@ pub mod migrate;
 pub mod names;
 pub mod row;
 pub mod schema;
-pub mod sums;
+pub mod state;
 pub mod views;

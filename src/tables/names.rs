@@ -76,33 +76,31 @@ pub enum Object {
     Main,
     Offsets,
     Rejected,
-    Days,
-    Changes,
-    Hours,
-    Failures,
+    Series,
+    Rollups,
+    Incidents,
     Latest,
     Uptime,
-    Incidents,
+    Latency,
     Certificates,
 }
 
 impl Object {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 10] = [
         Self::Main,
         Self::Offsets,
         Self::Rejected,
-        Self::Days,
-        Self::Changes,
-        Self::Hours,
-        Self::Failures,
+        Self::Series,
+        Self::Rollups,
+        Self::Incidents,
         Self::Latest,
         Self::Uptime,
-        Self::Incidents,
+        Self::Latency,
         Self::Certificates,
     ];
 
-    /// The tables of the sums, which the views read.
-    pub const SUMS: [Self; 4] = [Self::Days, Self::Changes, Self::Hours, Self::Failures];
+    /// The tables of the state, which the views read.
+    pub const STATE: [Self; 3] = [Self::Series, Self::Rollups, Self::Incidents];
 
     /// What is appended to the main table's name.
     pub fn suffix(self) -> &'static str {
@@ -110,13 +108,12 @@ impl Object {
             Self::Main => "",
             Self::Offsets => "_offsets",
             Self::Rejected => "_rejected",
-            Self::Days => "_days",
-            Self::Changes => "_changes",
-            Self::Hours => "_hours",
-            Self::Failures => "_failures",
+            Self::Series => "_series",
+            Self::Rollups => "_rollups",
+            Self::Incidents => "_incidents",
             Self::Latest => "_latest",
             Self::Uptime => "_uptime",
-            Self::Incidents => "_incidents",
+            Self::Latency => "_latency",
             Self::Certificates => "_certificates",
         }
     }
@@ -124,13 +121,8 @@ impl Object {
     pub(super) fn is_view(self) -> bool {
         matches!(
             self,
-            Self::Latest | Self::Uptime | Self::Incidents | Self::Certificates
+            Self::Latest | Self::Uptime | Self::Latency | Self::Certificates
         )
-    }
-
-    /// Whether it needs all columns of a main table that we made: the views, and the sums that they read.
-    pub fn needs_our_table(self) -> bool {
-        self.is_view() || Self::SUMS.contains(&self)
     }
 
     pub(super) fn keyword(self) -> &'static str {
@@ -140,25 +132,32 @@ impl Object {
     pub(super) fn comment(self) -> &'static str {
         match self {
             Self::Main => "one row for every tick of every host",
-            Self::Offsets => "the next Kafka offset of every partition, moved in the transaction of the rows",
+            Self::Offsets => {
+                "the next Kafka offset of every partition, moved in the transaction of the rows; of a group ending in \
+                 -state, in that of the state"
+            }
             Self::Rejected => "every record that could not be stored, as it came, and why",
-            Self::Days => "which finished days are summed up in _hours and _failures",
-            Self::Changes => {
-                "a note for every transaction that changed rows of a finished day since that was summed up"
+            Self::Series => {
+                "the state of every host as each place (agent) sees it: its last check, since when it is valid or not, and \
+                 the verdict of all places"
             }
-            Self::Hours => "sums of finished days: the ticks of every host and hour",
-            Self::Failures => {
-                "sums of finished days: failed checks by host, outcome and the first valid check of the day after them"
-            }
-            Self::Latest => "the newest row of every host",
-            Self::Uptime => {
-                "per host and window: ticks due, ticks that were valid, ticks that were missed (not checked), and uptime, \
-                 the share of checks that were valid: valid / (due - missed); of the seven days also the first check, the \
-                 last valid and the last failed one"
+            Self::Rollups => {
+                "sums of every series by bucket of 300, 3600 and 86400 seconds; latencies in microseconds, phases in units \
+                 of 10 of them, null for zero; histogram: a number of 8 digits for \
+                 each bin, the last ones for bin 0; bin n ends at 0.1 ms * 1.25^n"
             }
             Self::Incidents => {
-                "a row per outage: from the first invalid check to the next valid one (ended_at is null while it \
-                 lasts); ticks that were not checked neither begin nor end one"
+                "a row per outage of a host by verdict, from the failed check that made it down to the valid one that made \
+                 it up (ended_at is null while it lasts)"
+            }
+            Self::Latest => "the newest row of every host and place",
+            Self::Uptime => {
+                "per host (agent is null) and place, by window: ticks due, ticks that were valid, ticks that were missed (not \
+                 checked), uptime, the share of checks that were valid: valid / (due - missed), and verdict_uptime, the \
+                 share of time without an incident"
+            }
+            Self::Latency => {
+                "per host and window: percentiles of the latency, right within 12 %, and the maximum"
             }
             Self::Certificates => "per host: when the certificate last seen expires",
         }

@@ -8,7 +8,8 @@ use std::ops::Range;
 
 use crate::sample::Timestamp;
 use crate::tables::names::{Object, SEARCH_PATH, TableName, literal};
-use crate::tables::views::{self, FAILED, HOUR};
+use crate::tables::state::{INCIDENTS, ROLLUPS, SERIES};
+use crate::tables::views::{self, HOUR};
 
 /// Recorded in the comment of everything that [`create`] makes: 1, and one more for each of [`STEPS`].
 pub const SCHEMA_VERSION: u32 = 1 + STEPS.len() as u32;
@@ -141,36 +142,12 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
              kafka_partition integer NOT NULL,\n    kafka_offset bigint NOT NULL,\n    key bytea,\n    value bytea,\n    \
              reason text NOT NULL,\n    rejected_at timestamptz NOT NULL DEFAULT now()\n);\n"
         ),
-        Object::Days => format!(
-            "CREATE TABLE IF NOT EXISTS {name} (\n    \"partition\" regclass PRIMARY KEY,\n    \
-             starts_at timestamptz NOT NULL,\n    ends_at timestamptz NOT NULL,\n    state text NOT NULL\n);\n"
-        ),
-        Object::Changes => format!(
-            "CREATE TABLE IF NOT EXISTS {name} (\n    \"partition\" regclass NOT NULL,\n    xact xid8 NOT NULL\n);\n\
-             CREATE INDEX IF NOT EXISTS {} ON {name} (\"partition\", xact);\n\
-             ALTER TABLE {name} REPLICA IDENTITY FULL;\n",
-            index(table, "_changes_partition")
-        ),
-        Object::Hours => format!(
-            "CREATE TABLE IF NOT EXISTS {name} (\n    address text COLLATE \"C\" NOT NULL,\n    \
-             hour timestamptz NOT NULL,\n    due integer NOT NULL,\n    valid integer NOT NULL,\n    \
-             missed integer NOT NULL,\n    first_check_at timestamptz,\n    last_valid_at timestamptz,\n    \
-             last_failed_at timestamptz\n);\n\
-             CREATE INDEX IF NOT EXISTS {} ON {name} (hour);\n\
-             ALTER TABLE {name} REPLICA IDENTITY FULL;\n",
-            index(table, "_hours_hour")
-        ),
-        Object::Failures => format!(
-            "CREATE TABLE IF NOT EXISTS {name} (\n    address text COLLATE \"C\" NOT NULL,\n    \
-             outcome text NOT NULL,\n    first_at timestamptz NOT NULL,\n    checks bigint NOT NULL,\n    \
-             ended_at timestamptz,\n    last_at timestamptz\n);\n\
-             CREATE INDEX IF NOT EXISTS {} ON {name} (address, first_at);\n\
-             ALTER TABLE {name} REPLICA IDENTITY FULL;\n",
-            index(table, "_failures_history")
-        ),
+        Object::Series => SERIES.create(table, |suffix| index(table, suffix)),
+        Object::Rollups => ROLLUPS.create(table, |suffix| index(table, suffix)),
+        Object::Incidents => INCIDENTS.create(table, |suffix| index(table, suffix)),
         Object::Latest => view(views::latest(table)),
         Object::Uptime => view(views::uptime(table)),
-        Object::Incidents => view(views::incidents(table)),
+        Object::Latency => view(views::latency(table)),
         Object::Certificates => view(views::certificates(table)),
     };
     sql.push_str(&mark(object, table, SCHEMA_VERSION));
@@ -214,16 +191,11 @@ pub fn script(table: &TableName, today: Day) -> String {
 
 /// Removes one object. Not `CASCADE`: what a user built upon it is the user's.
 pub fn drop(object: Object, table: &TableName) -> String {
-    let mut sql = format!(
+    format!(
         "DROP {} IF EXISTS {};",
         object.keyword(),
         table.quoted(object.suffix())
-    );
-    // After it no partition is left that calls the function.
-    if object == Object::Main {
-        sql.push_str(&views::drop_function(table));
-    }
-    sql
+    )
 }
 
 /// A new day's table, to be filled with what the default partition holds of that day and then attached.
@@ -286,8 +258,6 @@ pub fn lock_key(table: &TableName) -> String {
     format!("hashtextextended({}, 0)", literal(&text))
 }
 
-const FAILED_SUFFIX: &str = "_failed";
-
 /// The name of an index of `table`; it goes where the table is.
 fn index(table: &TableName, suffix: &str) -> String {
     let name = table.name.clone();
@@ -308,11 +278,6 @@ fn create_main(table: &TableName, days: impl Iterator<Item = Day>) -> String {
         sql,
         "CREATE INDEX IF NOT EXISTS {} ON {main} (address, {HOUR});",
         index(table, "_history")
-    );
-    let _ = writeln!(
-        sql,
-        "CREATE INDEX IF NOT EXISTS {} ON {main} (address, scheduled_at) WHERE {FAILED};",
-        index(table, FAILED_SUFFIX)
     );
     let _ = writeln!(
         sql,
@@ -406,11 +371,10 @@ mod tests {
         for suffix in suffixes.into_iter().chain([
             DEFAULT_SUFFIX,
             "_history",
-            "_hours_hour",
-            "_failures_history",
-            "_changes_partition",
-            "_note_change",
-            &format!("{}{FAILED_SUFFIX}", Day(0).suffix()),
+            "_series_address",
+            "_incidents_ended",
+            "_rollups_86400_pkey",
+            &Day(0).suffix(),
         ]) {
             assert!(longest.len() + suffix.len() <= 63, "{suffix}");
         }
@@ -422,10 +386,8 @@ mod tests {
         let unquoted = sql
             .replace("\"My\"\"Schema\".\"Host Metrics", "")
             .replace("\"Host Metrics_history", "")
-            .replace("\"Host Metrics_failed", "")
-            .replace("\"Host Metrics_hours_hour", "")
-            .replace("\"Host Metrics_failures_history", "")
-            .replace("\"Host Metrics_changes_partition", "");
+            .replace("\"Host Metrics_series_address", "")
+            .replace("\"Host Metrics_incidents_ended", "");
         assert!(
             !unquoted.contains("Host Metrics") || unquoted.matches("Host Metrics").count() == 1,
             "{unquoted}"

@@ -1,17 +1,10 @@
-//! The questions that the views ask, and the sums of finished days that let them answer at once.
+//! The questions that the views ask.
 //!
-//! Pure text, as `tables`; what is summed up in which way stands beside the view that reads it, because both have to say
-//! the same.
-//!
-//! Counting ten million rows takes seconds, however it is asked. So a finished day is counted once (`sums`): the ticks of
-//! each host and hour, and its unbroken failures. Which days those are says the table of days; the views read the sums of
-//! the longest stretch of days up to the newest one, and all other rows as they are. A row that comes late, or goes, leaves
-//! a note by a trigger ([`create_trigger`]) in its own transaction, and a day with a note is not counted: so no view ever
-//! reads a sum that is not right. The live day has no trigger and costs its writers nothing.
+//! Pure text, as `schema`. Only `_latest` reads rows. All others read the state, so what they cost grows with the hosts and
+//! not with the rows, and what they say stays when old rows go.
 
-use std::fmt::Write as _;
-
-use crate::tables::names::{Object, TableName, literal};
+use crate::consume::fold::rollup::{BIN_DIGITS, BIN_RATIO, BINS, FIRST_BIN_MICROS};
+use crate::tables::names::{Object, TableName};
 
 /// What the index rounds `scheduled_at` to; the views ask for the same expression.
 ///
@@ -39,168 +32,67 @@ pub const FAILED: &str =
 /// A tick that was checked. Every valid row was, and its text need not be compared.
 pub const CHECKED: &str = "(is_valid OR (outcome IN ('missed', 'agent_error', 'agent_offline')) IS NOT TRUE)";
 
-/// The state of a day, in the table of days, whose sums are right unless there is a note of a change.
-pub const COUNTED: &str = "counted";
-
-/// The triggers of a finished day: of its rows, and of all of them at once.
-const TRIGGERS: [&str; 2] = ["host_metrics_changed", "host_metrics_truncated"];
-
 /// The hour that `at`, an expression, lies in.
 pub fn hour_of(at: &str) -> String {
     HOUR.replace("scheduled_at", at)
 }
 
-/// The function of the triggers, for the table's `owner` (quoted). It works with the owner's rights, for whoever may write
-/// rows need not write notes. So every name and operator in it is qualified: `table` has to have its schema.
+/// The windows of the views: what their columns are called, and how long they are.
+pub const WINDOWS: [(&str, &str); 6] = [
+    ("1h", "1 hour"),
+    ("24h", "24 hours"),
+    ("7d", "168 hours"),
+    ("30d", "720 hours"),
+    ("90d", "2160 hours"),
+    ("365d", "8760 hours"),
+];
+
+/// Percentiles of more buckets would take longer than a person waits.
+const LATENCY_WINDOWS: usize = 4;
+
+/// The buckets of these windows, each with its window: five-minute ones for the hour, hours for the day. A
+/// longer window is made of days, and of the hours of the day in which it begins. A window begins with the bucket that its
+/// beginning lies in, and what a clock that is ahead wrote is not in it.
 ///
-/// It leaves one note a transaction, and touches nobody else's: writers never wait for each other here, and one whose
-/// snapshot is old leaves its note all the same.
-pub fn create_function(table: &TableName, owner: &str) -> String {
-    let function = function(table);
-    let changes = table.quoted(Object::Changes.suffix());
-    let body = format!(
-        "BEGIN
-    IF NOT EXISTS (
-        SELECT FROM {changes} WHERE \"partition\" OPERATOR(pg_catalog.=) TG_RELID
-            AND xact OPERATOR(pg_catalog.=) pg_catalog.pg_current_xact_id()
-    ) THEN
-        INSERT INTO {changes} (\"partition\", xact) VALUES (TG_RELID, pg_catalog.pg_current_xact_id());
-    END IF;
-    RETURN NULL;
-END"
-    );
-    format!(
-        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS {}; \
-         REVOKE ALL ON FUNCTION {function}() FROM PUBLIC; ALTER FUNCTION {function}() OWNER TO {owner};",
-        literal(&body)
-    )
+/// Widths and beginnings are constants to the planner, one part each: so it knows how few buckets those are.
+pub fn buckets(table: &TableName, windows: &[(&str, &str)]) -> String {
+    let rollups = table.quoted(Object::Rollups.suffix());
+    let part = |name: &str, seconds: i32, within: &str| {
+        format!(
+            "    SELECT '{name}' AS period, {rollups}.* FROM {rollups}\n    \
+             WHERE seconds = {seconds} AND starts_at <= now() AND {within}"
+        )
+    };
+    let bin = |width: &str, ago: &str| {
+        format!("date_bin('{width}', now() - interval '{ago}', timestamptz '2000-01-01 00:00:00+00')")
+    };
+    let mut parts = Vec::new();
+    for (name, ago) in windows {
+        let hour = format!("starts_at >= {}", bin("1 hour", ago));
+        let next_day = format!("{} + interval '24 hours'", bin("24 hours", ago));
+        match *name {
+            "1h" => parts.push(part(
+                name,
+                300,
+                &format!("starts_at >= {}", bin("5 minutes", ago)),
+            )),
+            "24h" => parts.push(part(name, 3_600, &hour)),
+            _ => {
+                parts.push(part(name, 3_600, &format!("{hour} AND starts_at < {next_day}")));
+                parts.push(part(name, 86_400, &format!("starts_at >= {next_day}")));
+            }
+        }
+    }
+    parts.join("\n    UNION ALL\n")
 }
 
-/// Whether the function is there as [`create_function`] makes it: of that owner, and for the table's present name.
-pub fn function_is_right(table: &TableName, owner: &str) -> String {
-    format!(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE oid = pg_catalog.to_regprocedure({}) \
-         AND pg_catalog.strpos(prosrc, {}) > 0 \
-         AND pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(proowner)) = {})",
-        literal(&format!("{}()", function(table))),
-        literal(&table.quoted(Object::Changes.suffix())),
-        literal(owner)
-    )
-}
-
-/// Removes the function, and its triggers from days that were detached.
-pub fn drop_function(table: &TableName) -> String {
-    format!("DROP FUNCTION IF EXISTS {}() CASCADE;", function(table))
-}
-
-fn function(table: &TableName) -> String {
-    table.quoted("_note_change")
-}
-
-/// Makes every change of a partition's rows (its name quoted) known, on the subscriber of a replication too. AFTER, for a
-/// trigger before each row would make COPY insert them one by one.
-pub fn create_trigger(table: &TableName, partition: &str) -> String {
-    let function = function(table);
-    let [rows, all] = TRIGGERS;
-    format!(
-        "CREATE OR REPLACE TRIGGER {rows} AFTER INSERT OR UPDATE OR DELETE ON {partition} \
-             FOR EACH ROW EXECUTE FUNCTION {function}(); \
-         CREATE OR REPLACE TRIGGER {all} AFTER TRUNCATE ON {partition} \
-             FOR EACH STATEMENT EXECUTE FUNCTION {function}(); \
-         ALTER TABLE {partition} ENABLE ALWAYS TRIGGER {rows}, ENABLE ALWAYS TRIGGER {all};"
-    )
-}
-
-/// Whether the partition with that oid (an expression) has its triggers, switched on: a restored one may not.
-pub fn has_triggers(oid: &str) -> String {
-    let [rows, all] = TRIGGERS;
-    format!(
-        "(SELECT count(*) FROM pg_catalog.pg_trigger WHERE tgrelid = {oid} AND tgname IN ('{rows}', '{all}') \
-         AND tgenabled = 'A') = 2"
-    )
-}
-
-/// Sums a partition (its name quoted) up: the ticks of each host and hour.
-pub fn sum_hours(table: &TableName, partition: &str) -> String {
-    let hours = table.quoted(Object::Hours.suffix());
-    format!(
-        "INSERT INTO {hours} (address, hour, due, valid, missed, first_check_at, last_valid_at, last_failed_at)
-         SELECT address, {HOUR}, {}, {} FROM ONLY {partition} GROUP BY address, {HOUR} ORDER BY 2, 1",
-        counts(),
-        extremes()
-    )
-}
-
-/// Sums a partition (its name quoted) up: its unbroken failures.
-pub fn sum_failures(table: &TableName, partition: &str) -> String {
-    let into = table.quoted(Object::Failures.suffix());
-    format!(
-        "INSERT INTO {into} (address, outcome, first_at, checks, ended_at, last_at)
-         SELECT address, outcome, first_at, checks, ended_at, last_at FROM ({}) failures ORDER BY address, first_at",
-        failures(&format!("ONLY {partition}"), "true")
-    )
-}
-
-/// The ticks that were due, the valid ones, and those that were not checked.
-fn counts() -> String {
-    format!(
-        "count(*), count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE NOT is_valid AND {NOT_CHECKED})"
-    )
-}
-
-/// The first check, the last valid and the last failed one.
-fn extremes() -> String {
-    format!(
-        "min(scheduled_at) FILTER (WHERE {CHECKED}), max(scheduled_at) FILTER (WHERE is_valid), \
-         max(scheduled_at) FILTER (WHERE {FAILED})"
-    )
-}
-
-/// One row: the stretch of counted days up to the newest one; `infinity` twice where no day is. A partition that was
-/// dropped or detached does not count, nor one with a note of a change, or one that would get none.
-fn counted(table: &TableName) -> String {
-    let days = table.quoted(Object::Days.suffix());
-    let changes = table.quoted(Object::Changes.suffix());
-    let has_triggers = has_triggers("inhrelid");
-    let main = literal(&table.quoted(""));
-    format!(
-        "SELECT coalesce(min(starts_at), 'infinity') AS starts_at, coalesce(max(ends_at), 'infinity') AS ends_at
-    FROM (
-        SELECT starts_at, ends_at, count(*) FILTER (WHERE is_cut) OVER (ORDER BY starts_at DESC) AS cuts
-        FROM (
-            SELECT starts_at, ends_at, ends_at <> lead(starts_at, 1, ends_at) OVER (ORDER BY starts_at) AS is_cut
-            FROM {days} counted JOIN pg_catalog.pg_inherits ON inhrelid = \"partition\"
-            WHERE inhparent = {main}::regclass AND NOT inhdetachpending AND state = '{COUNTED}'
-                AND NOT EXISTS (SELECT FROM {changes} change WHERE change.\"partition\" = counted.\"partition\")
-                AND {has_triggers}
-        ) day
-    ) stretch
-    WHERE cuts = 0"
-    )
-}
-
-/// All rows of `parts`, at a cost that the planner takes for small.
-///
-/// It cannot know that most days are counted, takes a question to all partitions for a huge one, and compiles it (JIT, on
-/// by default up to Postgres 18) for a second or two before it runs for half of one. An order by a constant makes all rows
-/// equal, so the first one brings all of them along; what the first one of several parts costs is what the planner believes
-/// that all cost: the cheap part has to come first. The join inside keeps it from planning the parts themselves for one row,
-/// the one outside from joining the view as if it were one row.
-fn cheaply(parts: &str) -> String {
-    format!(
-        "SELECT cheap.* FROM (
-SELECT parts.* FROM (
-{parts}
-) parts, (SELECT 1 OFFSET 0) one
-ORDER BY 1 + 0 FETCH FIRST 1 ROW WITH TIES
-) cheap, generate_series(1, (SELECT 1)) many"
-    )
-}
-
-/// The distinct addresses by jumping through the index from one to the next, then the newest row of each: the work
-/// grows with the hosts and the partitions, not with the rows (10,000,000 rows of 1,000 hosts in a week: 0.12 s).
+/// The newest row of each host and place. The hosts are found by jumping through the index from one address to the next, so
+/// the work grows with the hosts and the partitions, not with the rows. The places are the state's, which also says in which
+/// hour to look; of a host that it does not know yet there is one row.
 pub fn latest(table: &TableName) -> String {
     let main = table.quoted("");
+    let series = table.quoted(Object::Series.suffix());
+    let hour_of_place = hour_of("place.last_seen_at");
     format!(
         "WITH RECURSIVE hosts (address) AS (\n    \
              (SELECT address FROM {main} ORDER BY address LIMIT 1)\n    \
@@ -209,215 +101,140 @@ pub fn latest(table: &TableName) -> String {
              FROM hosts WHERE hosts.address IS NOT NULL\n\
          )\n\
          SELECT newest.*\n\
-         FROM hosts CROSS JOIN LATERAL (\n    \
-             SELECT * FROM {main} WHERE address = hosts.address AND scheduled_at IS NOT NULL\n    \
+         FROM hosts LEFT JOIN LATERAL (\n    \
+             SELECT agent, last_seen_at, lead(last_seen_at) OVER (ORDER BY last_seen_at) IS NULL AS is_newest\n    \
+             FROM {series} WHERE address = hosts.address AND last_seen_at IS NOT NULL\n\
+         ) place ON true\n\
+         CROSS JOIN LATERAL (\n    \
+             SELECT * FROM {main} WHERE address = hosts.address AND scheduled_at IS NOT NULL\n        \
+             AND (place.agent IS NULL OR coalesce({main}.agent, '') = place.agent)\n        \
+             AND {HOUR} >= coalesce({hour_of_place}, '-infinity')\n        \
+             AND {HOUR} <= CASE WHEN is_newest IS NOT FALSE THEN 'infinity' ELSE {hour_of_place} + interval '1 hour' END\n    \
              ORDER BY {HOUR} DESC, scheduled_at DESC LIMIT 1\n\
          ) newest;\n"
     )
 }
 
-/// Whole hours of counted days from their sums; the hours in which a window begins, and the other days, from their rows
-/// in one pass, in parallel. What is asked of every row is cheap: moments are reckoned once, in sub-selects, but for those that
-/// choose the rows. Hours, not days: a day of an interval is reckoned in the session's time zone.
+/// A row for each host (its agent is null) and one for each place (`''` where the records name none). Of a host the share of time by verdict, too: what its
+/// incidents leave of the time since its first check, until two intervals after its last one.
 pub fn uptime(table: &TableName) -> String {
-    let main = table.quoted("");
-    let hours = table.quoted(Object::Hours.suffix());
-    let counted = counted(table);
-    let windows = [
-        (
-            "1h",
-            Some(("scheduled_at > (SELECT hour_ago FROM times)", "hour > hour_1h")),
-        ),
-        (
-            "24h",
-            Some(("scheduled_at > (SELECT day_ago FROM times)", "hour > hour_24h")),
-        ),
-        ("7d", None),
-    ];
-    let not_checked = format!("NOT is_valid AND {NOT_CHECKED}");
-    let counts = [
-        ("due", None),
-        ("valid", Some("is_valid")),
-        ("missed", Some(not_checked.as_str())),
-    ];
-    let filter = |one: Option<&str>, other: Option<&str>| {
-        let conditions: Vec<&str> = one.into_iter().chain(other).collect();
-        match conditions.is_empty() {
-            true => String::new(),
-            false => format!(" FILTER (WHERE {})", conditions.join(" AND ")),
-        }
-    };
-    let (mut columns, mut sums, mut of_hours, mut of_rows) = (vec![], vec![], vec![], vec![]);
-    for (name, within) in windows {
+    let series = table.quoted(Object::Series.suffix());
+    let incidents = table.quoted(Object::Incidents.suffix());
+    let (mut columns, mut sums, mut down) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, ago) in WINDOWS {
         columns.push(format!(
             "due_{name}, valid_{name}, missed_{name}, \
-             valid_{name}::double precision / nullif(due_{name} - missed_{name}, 0) AS uptime_{name}"
+             valid_{name}::double precision / nullif(due_{name} - missed_{name}, 0) AS uptime_{name}, \
+             CASE WHEN agent IS NULL THEN 1 - coalesce(down_{name}, 0) / nullif(extract(epoch FROM \
+                 watched_until - greatest(first_check_at, now() - interval '{ago}'))::double precision, 0) END \
+                 AS verdict_uptime_{name}"
         ));
-        for (count, which) in counts {
-            sums.push(format!("sum({count}_{name})::bigint AS {count}_{name}"));
-            let of_hour = filter(None, within.map(|(_, hours)| hours));
-            of_hours.push(format!("coalesce(sum({count}){of_hour}, 0) AS {count}_{name}"));
-            let of_row = filter(which, within.map(|(rows, _)| rows));
-            of_rows.push(format!("count(*){of_row} AS {count}_{name}"));
+        for (count, what) in [
+            ("due", "due"),
+            ("valid", "coalesce(valid, 0)"),
+            ("missed", "coalesce(missed, 0) + coalesce(offline, 0)"),
+        ] {
+            sums.push(format!(
+                "coalesce(sum({what}) FILTER (WHERE period = '{name}'), 0)::bigint AS {count}_{name}"
+            ));
         }
+        down.push(format!(
+            "sum(extract(epoch FROM least(ended_at, watched_until) - greatest(started_at, now() - interval '{ago}'))) \
+             FILTER (WHERE least(ended_at, watched_until) > now() - interval '{ago}')::double precision AS down_{name}"
+        ));
     }
-    let hour_of_window = |ago: &str| hour_of(&format!("(now() - interval '{ago}')"));
-    let mut parts = format!(
-        "    SELECT address, {},
-        min(first_check_at) AS first_check_at, max(last_valid_at) AS last_valid_at, max(last_failed_at) AS last_failed_at
-    FROM {hours}, times
-    WHERE hour >= starts_at AND hour < ends_at AND hour <> hour_24h AND hour <> hour_1h
+    format!(
+        "WITH bucket AS (
+    SELECT series_id, period, sum(due) AS due, sum(valid) AS valid, sum(missed) AS missed, sum(offline) AS offline
+    FROM (
+{}
+    ) buckets
+    GROUP BY series_id, period
+), host AS (
+    SELECT address, min(first_check_at) AS first_check_at,
+        least(now(), max(last_check_at) + 2 * make_interval(secs => max(interval_seconds))) AS watched_until
+    FROM {series} GROUP BY address
+), down AS (
+    SELECT address, {}
+    FROM host JOIN {incidents} USING (address)
+    WHERE ended_at IS NULL OR ended_at > now() - interval '8760 hours'
     GROUP BY address
-    UNION ALL
-    SELECT address, {}, {}
-    FROM {main}
-    WHERE scheduled_at > now() - interval '168 hours' AND scheduled_at <= now()
-        AND (scheduled_at >= (SELECT ends_at FROM times) OR scheduled_at < (SELECT starts_at FROM times)",
-        of_hours.join(", "),
-        of_rows.join(", "),
-        extremes(),
-    );
-    for hour in ["hour_24h", "hour_1h"] {
-        let _ = write!(
-            parts,
-            "\n            OR scheduled_at >= (SELECT {hour} FROM times) \
-             AND scheduled_at < (SELECT {hour} + interval '1 hour' FROM times)"
-        );
-    }
-    parts.push_str(")\n    GROUP BY address");
-    format!(
-        "WITH times AS MATERIALIZED (
-    SELECT greatest(starts_at, {} + interval '1 hour') AS starts_at, least(ends_at, {}) AS ends_at,
-        now() - interval '24 hours' AS day_ago, {} AS hour_24h, now() - interval '1 hour' AS hour_ago, {} AS hour_1h
-    FROM ({counted}) counted
+), counts AS (
+    SELECT address, agent, {}
+    FROM {series} JOIN bucket USING (series_id)
+    GROUP BY GROUPING SETS ((address), (address, agent))
 )
-SELECT address,\n    {},\n    first_check_at, last_valid_at, last_failed_at
-FROM (
-SELECT address, {},
-    min(first_check_at) AS first_check_at, max(last_valid_at) AS last_valid_at, max(last_failed_at) AS last_failed_at
-FROM ({}) parts
-GROUP BY address
-) counts;\n",
-        hour_of_window("168 hours"),
-        hour_of("now()"),
-        hour_of_window("24 hours"),
-        hour_of_window("1 hour"),
+SELECT address, agent, {}
+FROM counts JOIN host USING (address) LEFT JOIN down USING (address);\n",
+        buckets(table, &WINDOWS),
+        down.join(",\n        "),
+        sums.join(",\n        "),
         columns.join(",\n    "),
-        sums.join(", "),
-        cheaply(&parts),
     )
 }
 
-/// Failed checks belong to one outage if the same valid check is the first after them. Of counted days they are there
-/// already, without a valid one where the day has none after them; of the others they are found now. Then the next check
-/// after them tells: a valid one ended the outage, and a failed one belongs to it, with the end that is its own.
-pub fn incidents(table: &TableName) -> String {
-    let main = table.quoted("");
-    let from = table.quoted(Object::Failures.suffix());
-    let counted = counted(table);
-    let parts = format!(
-        "    SELECT address, outcome, first_at, checks, ended_at, last_at
-    FROM {from}, counted
-    WHERE first_at >= starts_at AND first_at < ends_at
-    UNION ALL
-    {}",
-        failures(
-            &main,
-            "(scheduled_at >= (SELECT ends_at FROM counted) OR scheduled_at < (SELECT starts_at FROM counted))"
+/// A row for each host and window with a latency. A percentile is the middle of the bin that it lies in.
+///
+/// Postgres adds the histograms; the digits of a host's sum are looked at once.
+pub fn latency(table: &TableName) -> String {
+    let series = table.quoted(Object::Series.suffix());
+    let digits = BIN_DIGITS * BINS;
+    let summed: Vec<String> = WINDOWS[..LATENCY_WINDOWS]
+        .iter()
+        .map(|window| {
+            format!(
+                "    SELECT address, '{}' AS period, lpad(sum(histogram)::text, {digits}, '0')::bytea AS digits,
+        max(latency_max_us) / 1e6::double precision AS max_seconds
+    FROM (
+{}
+    ) buckets JOIN {series} USING (series_id)
+    WHERE histogram IS NOT NULL
+    GROUP BY address",
+                window.0,
+                buckets(table, std::slice::from_ref(window))
+            )
+        })
+        .collect();
+    let percentile = |share: &str, name: &str| {
+        let bin = format!("min(bin) FILTER (WHERE running >= ceil({share} * latencies))");
+        format!(
+            "{FIRST_BIN_MICROS} / 1e6::double precision * power({BIN_RATIO}::double precision, {bin} - 0.5) AS {name}"
         )
-    );
+    };
     format!(
-        "WITH counted AS MATERIALIZED (\n    {counted}\n)
-SELECT address, min(first_at) AS started_at, ended_at,
-    coalesce(ended_at, now()) - min(first_at) AS duration,
-    sum(checks)::bigint AS checks,
-    (array_agg(outcome ORDER BY first_at, outcome))[1] AS first_outcome,
-    (array_agg(outcome ORDER BY checks DESC, outcome))[1] AS most_frequent_outcome
+        "SELECT address, period, latencies, least(p50, max_seconds) AS p50_seconds, least(p95, max_seconds) AS p95_seconds,
+    least(p99, max_seconds) AS p99_seconds, max_seconds
 FROM (
-    SELECT address, ended_at, outcome, min(first_at) AS first_at, sum(checks) AS checks
+{}
+) summed CROSS JOIN LATERAL (
+    SELECT max(latencies)::bigint AS latencies,
+        {},
+        {},
+        {}
     FROM (
-        SELECT address, outcome, first_at, checks,
-            min(coalesce(ended_at, (
-                SELECT CASE WHEN is_valid THEN scheduled_at END
-                FROM (
-                    SELECT scheduled_at, is_valid FROM {main} t
-                    WHERE t.address = failure.address AND {HOUR} >= {} AND scheduled_at > failure.last_at AND {CHECKED}
-                    ORDER BY {HOUR}, scheduled_at
-                    LIMIT 1
-                ) next
-            ))) OVER (PARTITION BY address ORDER BY first_at DESC) AS ended_at
-        FROM ({}) failure
-    ) ended
-    GROUP BY address, ended_at, outcome
-) by_outcome
-GROUP BY address, ended_at;\n",
-        hour_of("failure.last_at"),
-        cheaply(&parts),
-    )
-}
-
-/// The failed checks of `from` (a table, quoted) that lie `within` (a condition), counted by their host, their outcome and
-/// the first valid check after them. Where the hours that are looked at have none after them, `last_at` is the last of all
-/// that have none.
-///
-/// Looks only at rows near failed ones: the index of failed checks tells the hours with some, and of an unbroken run of
-/// such hours all rows are read.
-///
-/// That the hour of the last failed check is the last hour is always so. It is asked for the planner's sake: it takes an
-/// equation for rare and so expects little work, where it would compile the query for seconds (JIT) otherwise.
-fn failures(from: &str, within: &str) -> String {
-    format!(
-        "SELECT run.address, near.outcome, min(near.scheduled_at) AS first_at, count(*) AS checks, near.ended_at,
-        CASE WHEN near.ended_at IS NULL THEN run.last_at END AS last_at
-    FROM (
-        SELECT address, min(hour) AS first_hour, max(hour) AS last_hour, max(last_failed) AS last_at
+        SELECT bin, sum(count) OVER (ORDER BY bin) AS running, sum(count) OVER () AS latencies
         FROM (
-            SELECT address, hour, last_failed,
-                hour - row_number() OVER (PARTITION BY address ORDER BY hour) * interval '1 hour' AS run
-            FROM (
-                SELECT address, {HOUR} AS hour, max(scheduled_at) AS last_failed
-                FROM {from}
-                WHERE {FAILED} AND {within}
-                GROUP BY address, {HOUR}
-            ) failed
-        ) hours
-        GROUP BY address, run
-        HAVING {} = max(hour)
-    ) run CROSS JOIN LATERAL (
-        SELECT scheduled_at, is_valid, coalesce(outcome, 'unknown') AS outcome,
-            min(scheduled_at) FILTER (WHERE is_valid) OVER (ORDER BY scheduled_at DESC) AS ended_at
-        FROM {from}
-        WHERE address = run.address
-            AND {HOUR} BETWEEN first_hour AND last_hour
-            AND scheduled_at >= first_hour AND scheduled_at < last_hour + interval '1 hour'
-            AND {CHECKED}
-    ) near
-    WHERE NOT near.is_valid
-    GROUP BY run.address, run.last_at, near.outcome, near.ended_at",
-        hour_of("max(last_failed)"),
+            SELECT bin, encode(substr(digits, {digits} - {BIN_DIGITS} * bin - {BIN_DIGITS} + 1, {BIN_DIGITS}), 'escape')::bigint AS count
+            FROM generate_series(0, {BINS} - 1) bin
+        ) entries
+        WHERE count > 0
+    ) running
+) percentiles;\n",
+        summed.join("\n    UNION ALL\n"),
+        percentile("0.5", "p50"),
+        percentile("0.95", "p95"),
+        percentile("0.99", "p99"),
     )
 }
 
-/// The newest row's certificate; while a host fails before its certificate is seen, the one seen within the day before.
-/// Ordered as the index is, for the planner's sake: by `scheduled_at` alone it expects so much work that it compiles the
-/// query for seconds (JIT) before it runs for a tenth of one.
+/// Of each host the certificate that was seen last.
 pub fn certificates(table: &TableName) -> String {
-    let main = table.quoted("");
-    let latest = table.quoted(Object::Latest.suffix());
+    let series = table.quoted(Object::Series.suffix());
     format!(
-        "SELECT latest.address, seen.cert_expires_at,\n    \
-             seen.cert_expires_at - now() AS expires_in,\n    \
-             floor(extract(epoch FROM seen.cert_expires_at - now()) / 86400)::integer AS days_left,\n    \
-             seen.scheduled_at AS seen_at\n\
-         FROM {latest} latest CROSS JOIN LATERAL (\n    \
-             SELECT latest.cert_expires_at, latest.scheduled_at WHERE latest.cert_expires_at IS NOT NULL\n    \
-             UNION ALL\n    \
-             (SELECT cert_expires_at, scheduled_at FROM {main}\n     \
-              WHERE latest.cert_expires_at IS NULL AND NOT latest.is_valid AND address = latest.address\n         \
-                  AND cert_expires_at IS NOT NULL\n         \
-                  AND scheduled_at >= latest.scheduled_at - interval '1 day'\n             \
-                      - make_interval(secs => coalesce(latest.interval_seconds, 0))\n     \
-              ORDER BY {HOUR} DESC, scheduled_at DESC LIMIT 1)\n\
-         ) seen;\n"
+        "SELECT DISTINCT ON (address) address, cert_expires_at, cert_expires_at - now() AS expires_in,
+    floor(extract(epoch FROM cert_expires_at - now()) / 86400)::integer AS days_left, cert_seen_at AS seen_at
+FROM {series}
+WHERE cert_expires_at IS NOT NULL
+ORDER BY address, cert_seen_at DESC;\n"
     )
 }

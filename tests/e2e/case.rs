@@ -47,6 +47,8 @@ impl Case {
             .database(server())
             .with("DB_NAME", &self.db.name)
             .with("DB_BATCH_SECONDS", "0.1")
+            // Most of what is tried here is about the rows alone.
+            .with("STATE", "off")
     }
 
     pub fn consume(&self) -> Agent {

@@ -17,7 +17,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 use crate::agent::{Agent, Variables};
 use crate::kafka::Kafka;
 use crate::scratch::{now, wait_for};
-use crate::table::{connect, try_connect};
+use crate::table::{connect, count, try_connect};
 
 const TOPIC: &str = "kills";
 const PARTITIONS: i32 = 8;
@@ -193,7 +193,25 @@ fn what_kafka_acknowledged_is_stored_exactly_once_through_kills_of_everything() 
             )
         },
     );
+    let is_folded = "SELECT count(*) FROM (SELECT sum(next_offset) FILTER (WHERE group_id LIKE '%-state') = \
+                     sum(next_offset) FILTER (WHERE group_id NOT LIKE '%-state') AS is_same FROM host_metrics_offsets) p WHERE is_same";
+    wait_for(
+        CATCH_UP_WITHIN,
+        "the state has caught up",
+        || (count(&mut client, is_folded) == 1).then_some(()),
+        || {
+            format!(
+                "{context}\n{}",
+                consumers.iter().map(Agent::stderr).collect::<String>()
+            )
+        },
+    );
     consumers.into_iter().for_each(Agent::stop);
+    // Each record is of a host of its own: none is missing in the state, or in it twice.
+    let wrong = "SELECT count(*) FROM (SELECT address, count(*) AS rows FROM host_metrics GROUP BY address) r \
+                 FULL JOIN (SELECT address, sum(due) AS due FROM host_metrics_rollups JOIN host_metrics_series USING (series_id) \
+                     WHERE seconds = 86400 GROUP BY address) s USING (address) WHERE rows IS DISTINCT FROM due";
+    assert_eq!(count(&mut client, wrong), 0, "{context}");
     let rows = client
         .query(
             "SELECT kafka_partition, kafka_offset, address, false FROM host_metrics

@@ -4,14 +4,16 @@
 use std::time::Duration;
 
 use host_metrics::commands::{init, status};
-use host_metrics::config::StatusConfig;
-use host_metrics::consume::batch::Batch;
-use host_metrics::consume::store::{Flushed, Store};
+use host_metrics::config::{StateConfig, StatusConfig};
+use host_metrics::consume::batch::Flushed;
+use host_metrics::consume::batch::{Batch, NextOffset};
+use host_metrics::consume::store::Store;
+use host_metrics::sample::Sample;
 use host_metrics::tables::names::TableName;
-use host_metrics::tables::sums::{self, Within};
 use host_metrics::tables::{days, schema};
 
 use crate::database::Database;
+use crate::state::{batch as batch_of_samples, state_store};
 use crate::store::{P0, at_day, ok, reject, row, start_at};
 
 /// Fills the schema `planted`, first in everybody's search path, with look-alikes of everything in `pg_catalog`: whoever
@@ -145,18 +147,39 @@ fn nothing_that_others_planted_is_bound_or_called() {
     start_at(&mut store, &[(P0, 6)]);
     flush(&mut store, 6);
 
-    // Finished days are summed up, and one of them changes.
-    let pass = sums::count(&config.database, today, Within::default()).unwrap();
-    assert!(pass.counted > 0 && !pass.is_hindered, "{pass:?}");
+    // The state is written, and written again.
+    let mut state = state_store(&db, "host_metrics", StateConfig::default());
+    state.open().unwrap();
+    let tomorrow = |address: &str| Sample {
+        scheduled_at: Some(at_day(today, 1)),
+        ..ok(address)
+    };
+    let samples = [
+        tomorrow("https://a.example/"),
+        Sample {
+            outcome: Some("dns_error".into()),
+            is_valid: false,
+            ..tomorrow("https://b.example/")
+        },
+    ];
+    state.positions(&[P0], &[(P0, NextOffset(0))].into()).unwrap();
+    for base in [0, 2] {
+        assert_eq!(
+            state.flush(&batch_of_samples(P0, base, &samples)),
+            Flushed::Durable
+        );
+    }
+    state.maintain(at_day(today, 2)).unwrap();
     flush(&mut store, 12);
     let report = status::run(&StatusConfig {
         database: config.database.clone(),
         kafka: None,
         topics: vec!["t".into()],
         group_id: "g".into(),
+        is_state_on: true,
     });
     assert!(!report.unwrap().is_stale());
-    for view in ["latest", "uptime", "incidents", "certificates"] {
+    for view in ["latest", "uptime", "latency", "incidents", "certificates"] {
         db.count(&format!("host_metrics_{view}"));
     }
     assert_eq!(db.many(BOUND), Vec::<String>::new());

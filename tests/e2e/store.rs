@@ -13,8 +13,9 @@ use std::time::Duration;
 use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::commands::init;
 use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, InitConfig, Secret, WrongInput};
+use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record};
-use host_metrics::consume::store::{Flushed, Store, StoreError};
+use host_metrics::consume::store::{Store, StoreError};
 use host_metrics::postgres::{self as bounded, Bounds, Link};
 use host_metrics::sample::{Sample, Timestamp};
 use host_metrics::tables::names::Object;
@@ -1080,7 +1081,7 @@ fn what_a_newer_version_made_is_left_alone() {
     let mut db = Database::new();
     db.store().open().unwrap();
     db.execute(&format!(
-        "COMMENT ON TABLE host_metrics IS 'host-metrics schema {}: rows'; DROP VIEW host_metrics_incidents; \
+        "COMMENT ON TABLE host_metrics IS 'host-metrics schema {}: rows'; DROP VIEW host_metrics_certificates; \
          ALTER TABLE host_metrics ADD COLUMN of_the_future text",
         schema::SCHEMA_VERSION + 1
     ));
@@ -1119,7 +1120,10 @@ fn drop_removes_what_is_ours_and_nothing_else() {
     db.execute("CREATE VIEW upon AS SELECT * FROM host_metrics_latest");
     let refused = init::drop(&config, false, true).unwrap_err();
     assert!(refused.to_string().contains("upon"), "{refused}");
-    assert_eq!(db.count("pg_views WHERE viewname = 'host_metrics_incidents'"), 1);
+    assert_eq!(
+        db.count("pg_views WHERE viewname = 'host_metrics_certificates'"),
+        1
+    );
     db.execute("DROP VIEW upon");
 
     init::drop(&config, false, true).unwrap();
@@ -1157,7 +1161,7 @@ fn rows_of_any_day_are_stored_and_move_when_their_day_is_made() {
     // The new days are indexed as the old ones are.
     assert_eq!(
         db.count(&format!("pg_indexes WHERE tablename = '{}'", partition(8))),
-        2
+        1
     );
 
     // The day cannot be made while somebody uses the default partition: said, not waited for, and rows go there.
@@ -1267,7 +1271,7 @@ impl Database {
         self.config_of("host_metrics")
     }
 
-    fn config_of(&self, table: &str) -> ConsumeConfig {
+    pub fn config_of(&self, table: &str) -> ConsumeConfig {
         config(server(), &self.name, table)
     }
 

@@ -360,6 +360,7 @@ fn config(bootstrap_servers: String, postgres: Option<&ThrowAwayPostgres>) -> Co
         batch_size: 50,
         batch_wait: Duration::from_millis(50),
         retention: None,
+        state: None,
         metrics_addr: None,
     }
 }

@@ -1,8 +1,8 @@
 //! The consumer's machine under seeded random histories: several consumers of one group against a model of Kafka and a
 //! model of Postgres, with every fault that we could think of.
 //!
-//! Owns the models, the faults and the verdict: every record is stored or rejected exactly once, and everything is drained
-//! once the faults stop. `SIMULATOR_SEEDS=n` runs that many histories (default [`DEFAULT_SEEDS`]); a history that fails
+//! Owns the models, the faults and the verdict: every record is stored or rejected exactly once, the state is the fold of all
+//! rows once and in their order, and everything is drained once the faults stop. `SIMULATOR_SEEDS=n` runs that many histories (default [`DEFAULT_SEEDS`]); a history that fails
 //! names its seed, and `SIMULATOR_SEED=seed` runs that one alone and prints what happened.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,9 +10,13 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record, Span};
+use host_metrics::consume::fold::Fold;
+use host_metrics::consume::fold::host::{DownWhen, Host};
+use host_metrics::consume::fold::rollup::{Key, Rollup};
 use host_metrics::consume::ingest::{Action, Event, Extent, Ingest, Limits, Notice};
-use host_metrics::consume::store::Flushed;
+use host_metrics::sample::{Sample, Timestamp, encode};
 
 const DEFAULT_SEEDS: u64 = 2_000;
 
@@ -159,10 +163,48 @@ struct Postgres {
     positions: BTreeMap<Partition, NextOffset>,
     /// Record → in the table (true) or among the rejected.
     stored: BTreeMap<u64, bool>,
+    /// The other sink: what the rows make of it, transaction by transaction.
+    state: State,
     /// Transactions whose client does not know how they ended: they hold their locks and commit or vanish later.
     in_doubt: Vec<Transaction>,
     away: bool,
     layout: u32,
+}
+
+/// The tables of the state.
+#[derive(Debug, Default, PartialEq)]
+struct State {
+    hosts: BTreeMap<String, Host>,
+    rollups: BTreeMap<Key, Rollup>,
+}
+
+impl State {
+    fn fold(&mut self, values: &[Vec<u8>]) {
+        let mut fold = Fold::default();
+        assert!(values.iter().all(|value| fold.record(value, None)));
+        let (hosts, rollups) = fold.finish();
+        hosts.apply(DownWhen::Majority, &mut self.hosts);
+        for (key, rollup) in rollups {
+            self.rollups.entry(key).or_default().merge(&rollup);
+        }
+    }
+}
+
+/// What a good record says: a host for each partition, a check a second.
+fn value(partition: Partition, id: u64) -> Vec<u8> {
+    let is_valid = fastrand::Rng::with_seed(id).bool();
+    let sample = Sample {
+        address: format!("host {}", partition.number).into(),
+        is_valid,
+        outcome: (!is_valid).then(|| "dns_error".into()),
+        scheduled_at: Timestamp::from_unix_micros(id as i64 * 1_000_000),
+        interval_seconds: Some(1.0),
+        latency: Some(id as f64 / 1e3),
+        ..Sample::default()
+    };
+    let mut value = Vec::new();
+    encode(&sample, &mut value);
+    value
 }
 
 #[derive(Debug)]
@@ -196,6 +238,8 @@ struct History {
     limits: Limits,
     logs: BTreeMap<Partition, Log>,
     kinds: BTreeMap<u64, Kind>,
+    /// The partition that a record was written to.
+    homes: BTreeMap<u64, Partition>,
     committed: BTreeMap<Partition, NextOffset>,
     owners: BTreeMap<Partition, u32>,
     /// Records that nobody owes: expired, of a deleted topic, or before the group's start.
@@ -226,6 +270,7 @@ impl History {
             limits,
             logs: BTreeMap::new(),
             kinds: BTreeMap::new(),
+            homes: BTreeMap::new(),
             committed: BTreeMap::new(),
             owners: BTreeMap::new(),
             waived: BTreeSet::new(),
@@ -319,6 +364,11 @@ impl History {
             let good = self.kinds[id] == Kind::Good;
             assert_eq!(good, *in_table, "record {id} is in the wrong table");
         }
+        let rows = self.postgres.stored.iter().filter(|(_, in_table)| **in_table);
+        let values = rows.map(|(id, _)| value(self.homes[id], *id));
+        let mut at_once = State::default();
+        at_once.fold(&values.collect::<Vec<_>>());
+        assert_eq!(self.postgres.state, at_once);
         for (partition, log) in &self.logs {
             let position = self.postgres.positions.get(partition).map_or(0, |next| next.0);
             let owed = log
@@ -400,6 +450,7 @@ impl History {
             log.records.insert(log.high, Stored { id, kind });
             log.high += 1;
             self.kinds.insert(id, kind);
+            self.homes.insert(id, partition);
             if kind == Kind::Undecodable {
                 self.saw("undecodable");
             }
@@ -1025,6 +1076,8 @@ impl History {
             let twice = self.postgres.stored.insert(id, in_table).is_some();
             assert!(!twice, "record {id} is stored twice");
         }
+        let values = transaction.rows.iter().map(|id| value(self.homes[id], *id));
+        self.postgres.state.fold(&values.collect::<Vec<_>>());
     }
 
     // Helpers.

@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::commands::status::lag::{Lag, lag};
 use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
 use crate::config::StatusConfig;
+use crate::consume::state::GROUP_SUFFIX;
 use crate::postgres::{self, Bounds, Link};
 use crate::sample::Timestamp;
 use crate::tables::destination;
@@ -44,7 +45,16 @@ pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
         let link = Link::open(&config.database, &bounds).await?;
         let found = destination::find(&link, &bounds).await;
         let rows = match found {
-            Ok(found) => rows::read(&link.client, &bounds, &found, &config.group_id).await,
+            Ok(found) => {
+                rows::read(
+                    &link.client,
+                    &bounds,
+                    &found,
+                    &config.group_id,
+                    config.is_state_on,
+                )
+                .await
+            }
             Err(fault) => Err(fault),
         };
         link.close().await;
@@ -93,6 +103,26 @@ impl Report {
             ),
             None => Some("there is no row".to_owned()),
         }
+    }
+
+    /// How far the state is behind Kafka; `None`: it is not known, or there is no state.
+    fn state_lag(&self) -> Option<i64> {
+        let Rows {
+            state_positions,
+            counted_because: None,
+            ..
+        } = &self.rows
+        else {
+            return None;
+        };
+        let behind = |lag: &Lag| {
+            let position = state_positions.get(&(lag.topic.clone(), lag.partition));
+            // Without a position of its own it begins where the rows began.
+            position
+                .map_or(lag.end_offset, |position| lag.end_offset - position)
+                .max(0)
+        };
+        Some(self.lag.as_ref().ok()?.iter().map(behind).sum())
     }
 
     fn is_overdue(&self, newest: Newest) -> bool {
@@ -216,8 +246,10 @@ struct PipelineDocument<'a> {
     stale_because: Option<String>,
     missing_columns: &'a [&'static str],
     rejected_records: Option<i64>,
+    counted_rows_because: Option<&'a str>,
     group_id: &'a str,
     lag_records: Option<i64>,
+    state_lag_records: Option<i64>,
     lag_unknown_because: Option<&'a str>,
     partitions: Vec<PartitionDocument<'a>>,
 }
@@ -252,8 +284,10 @@ impl<'a> PipelineDocument<'a> {
             stale_because: report.stale_because(),
             missing_columns: &rows.missing_columns,
             rejected_records: rows.rejected,
+            counted_rows_because: rows.counted_because.as_deref(),
             group_id,
             lag_records: lag.as_ref().ok().map(|lag| total(lag)),
+            state_lag_records: report.state_lag(),
             lag_unknown_because: lag.as_ref().err().map(String::as_str),
             partitions: partitions.iter().map(partition).collect(),
         }
@@ -277,6 +311,9 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
     }
     lines.push(String::new());
     lines.extend(columns(&pipeline(report)));
+    if let Some(reason) = &rows.counted_because {
+        lines.push(format!("Counted from the rows, because {reason}."));
+    }
     if !rows.missing_columns.is_empty() {
         lines.push(format!(
             "The table has no column {}: what these would tell is not shown.",
@@ -395,14 +432,23 @@ fn pipeline(report: &Report) -> Vec<Vec<String>> {
         }
         Err(reason) => format!("not known: {reason}"),
     };
+    let state_lag = match report.state_lag() {
+        Some(records) => format!("{records} records, group {group_id}{GROUP_SUFFIX}"),
+        None => NONE.to_owned(),
+    };
     let rejected = match rows.rejected {
         None => "not known: the table of rejected records is not there, or may not be read".to_owned(),
         Some(count) if count > MAX_COUNTED => format!("more than {MAX_COUNTED} records"),
         Some(count) => format!("{count} records"),
     };
-    [("newest row", newest), ("lag", lag), ("rejected", rejected)]
-        .map(|(name, value)| vec![name.to_owned(), plain(&value)])
-        .to_vec()
+    [
+        ("newest row", newest),
+        ("lag", lag),
+        ("state lag", state_lag),
+        ("rejected", rejected),
+    ]
+    .map(|(name, value)| vec![name.to_owned(), plain(&value)])
+    .to_vec()
 }
 
 #[cfg(test)]

@@ -1,20 +1,20 @@
 //! What the tables say of the hosts and of the pipeline. Owns the questions.
 //!
-//! Three ways to ask, one answer. A table of ours is asked by its views, which know the sums of finished days, and
-//! along its index for a few rows of each host. A table that somebody else
-//! made may have no index, so its seven days are sorted once. One without `scheduled_at`, as the original had it, can only
-//! be counted.
+//! Three ways to ask, one answer. Where `consume` keeps the state, that has it all, at a cost that does not grow with the
+//! rows. Without it the rows of seven days are counted, of a table that may have no index, so they are sorted once. A table
+//! without `scheduled_at`, as the original had it, can only be counted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio_postgres::{Client, Row};
 
+use crate::consume::state::GROUP_SUFFIX;
 use crate::postgres::{Bounds, Fault, bounded};
 use crate::sample::Timestamp;
 use crate::tables::destination::{self, Found};
 use crate::tables::names::Object;
-use crate::tables::views::{CHECKED, NOT_CHECKED, hour_of};
+use crate::tables::views::{self, CHECKED, NOT_CHECKED};
 use crate::terminal::SPARKLINE_CHECKS;
 
 /// Ten million rows of the last seven days take a few seconds on a small machine.
@@ -39,6 +39,10 @@ pub struct Rows {
     pub newest: Option<Newest>,
     /// Those that a row here is made of, and the table lacks.
     pub missing_columns: Vec<&'static str>,
+    /// Why the rows were counted; `None`: the state was read.
+    pub counted_because: Option<String>,
+    /// The position of the state's group in each partition; empty where there is none.
+    pub state_positions: BTreeMap<(String, i32), i64>,
     /// The position of the group in each partition; `None`: there is no table of positions, or it may not be read.
     pub positions: Option<BTreeMap<(String, i32), i64>>,
     /// Up to one more than [`MAX_COUNTED`]; `None`: as above.
@@ -101,7 +105,13 @@ pub struct LastError {
 ///
 /// # Errors
 /// There is no table, a right is missing, or the database does not answer in time.
-pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &str) -> Result<Rows, Fault> {
+pub async fn read(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    group_id: &str,
+    is_state_on: bool,
+) -> Result<Rows, Fault> {
     let main = found.table.quoted("");
     let columns = columns(client, bounds, &main).await?;
     if columns.is_empty() {
@@ -125,21 +135,13 @@ pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &st
     let now_micros = now_micros.try_get(0)?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
-    let is_ours = [Object::Main, Object::Latest, Object::Uptime, Object::Certificates]
-        .into_iter()
-        .all(|object| found.is_ours(object));
-    let sql = match (is_ours, has_time) {
-        (true, _) => of_our_table(found, &times),
-        (false, true) => of_a_foreign_table(&source(&main, &columns), &times),
-        (false, false) => of_a_table_without_time(&source(&main, &columns)),
+    let counted_because = no_state(client, bounds, found, is_state_on).await?;
+    let sql = match (&counted_because, has_time) {
+        (None, _) => of_the_state(found),
+        (Some(_), true) => of_a_foreign_table(&source(&main, &columns), &times),
+        (Some(_), false) => of_a_table_without_time(&source(&main, &columns)),
     };
-    let mut asked = vec![main.clone()];
-    if is_ours {
-        let views = [Object::Latest, Object::Uptime, Object::Certificates];
-        asked.extend(views.map(|view| found.table.quoted(view.suffix())));
-    }
-    let asked = asked.join(", ");
-    let grant = |fault: Fault| fault.with_grant(&format!("GRANT SELECT ON {asked} TO this user"));
+    let grant = |fault: Fault| fault.with_grant(&format!("GRANT SELECT ON {main} TO this user"));
     let rows = bounded("reading the table", ANSWERS_WITHIN, client.query(&sql, &[]))
         .await
         .map_err(grant)?;
@@ -147,7 +149,7 @@ pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &st
     for row in &rows {
         hosts.push(host(row)?);
     }
-    if missing_columns.contains(&"is_valid") {
+    if counted_because.is_some() && missing_columns.contains(&"is_valid") {
         hosts.iter_mut().for_each(Host::forget_validity);
     }
     let newest_of_hosts = hosts
@@ -164,8 +166,44 @@ pub async fn read(client: &Client, bounds: &Bounds, found: &Found, group_id: &st
         newest,
         missing_columns,
         positions: positions(client, bounds, found, group_id).await?,
+        state_positions: match counted_because {
+            None => positions(client, bounds, found, &format!("{group_id}{GROUP_SUFFIX}"))
+                .await?
+                .unwrap_or_default(),
+            Some(_) => BTreeMap::new(),
+        },
+        counted_because,
         rejected: rejected(client, bounds, found).await?,
     })
+}
+
+/// Why the state cannot be asked.
+async fn no_state(
+    client: &Client,
+    bounds: &Bounds,
+    found: &Found,
+    is_on: bool,
+) -> Result<Option<String>, Fault> {
+    if !is_on {
+        return Ok(Some("STATE=off".to_owned()));
+    }
+    let needed = Object::STATE
+        .into_iter()
+        .chain([Object::Latency, Object::Certificates]);
+    for object in needed {
+        let name = found.table.quoted(object.suffix());
+        if !found.is_current(object) {
+            return Ok(Some(format!("there is no {name} of this version")));
+        }
+        if !destination::may_read(client, bounds, found, object).await? {
+            return Ok(Some(format!("this user may not SELECT from {name}")));
+        }
+    }
+    let series = found.table.quoted(Object::Series.suffix());
+    let sql = format!("SELECT EXISTS (SELECT FROM {series})");
+    let row = bounded("reading the state", bounds.step, client.query_one(&sql, &[])).await?;
+    let has_any: bool = row.try_get(0)?;
+    Ok((!has_any).then(|| format!("{series} is empty: `consume` keeps no state here")))
 }
 
 impl Host {
@@ -273,77 +311,64 @@ fn last(over: &str) -> String {
 const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NOT NULL \
                          THEN least(last_valid, last_invalid) END AS turned_at";
 
-/// `OFFSET 0` keeps the planner from reading a day in the order of the index, a page for every row.
-fn of_our_table(found: &Found, times: &Times) -> String {
-    let main = found.table.quoted("");
-    let latest = found.table.quoted(Object::Latest.suffix());
-    let uptime = found.table.quoted(Object::Uptime.suffix());
-    let certificates = found.table.quoted(Object::Certificates.suffix());
-    // In which the rows for a sparkline lie; records of the original say no interval.
-    let window =
-        format!("make_interval(secs => {SPARKLINE_CHECKS} * coalesce(latest.interval_seconds, 3600))");
+/// The state, by the views' own buckets. A dot of the sparkline is the mean of five minutes.
+fn of_the_state(found: &Found) -> String {
+    let name = |object: Object| found.table.quoted(object.suffix());
+    let (series, rollups) = (name(Object::Series), name(Object::Rollups));
+    let counts: Vec<String> = ["1h", "24h", "7d"]
+        .into_iter()
+        .flat_map(|period| {
+            [
+                ("valid", "coalesce(valid, 0)"),
+                ("checks", "coalesce(valid, 0) + coalesce(failed, 0)"),
+            ]
+            .map(|(name, what)| {
+                format!(
+                    "coalesce(sum({what}) FILTER (WHERE period = '{period}'), 0)::bigint AS {name}_{period}"
+                )
+            })
+        })
+        .collect();
     format!(
-        "WITH counted AS (
-             SELECT *, first_check_at AS first_check, last_valid_at AS last_valid, last_failed_at AS last_invalid
-             FROM {uptime}
-         ), week AS (
-             SELECT *, {TURNED_AT} FROM counted
-         ), day AS (
-             SELECT address, {LATENCIES} AS latency
-             FROM (SELECT address, latency FROM {main} WHERE {in_day} AND latency IS NOT NULL OFFSET 0) read_once
-             GROUP BY address
-         )
-         SELECT latest.address, {newest_at} AS newest_at, latest.outcome AS newest_outcome, latest.interval_seconds,
-             recent.gap_seconds, {is_valid} AS is_valid, {since} AS since,
-             week.turned_at IS NULL AND week.first_check IS NOT NULL AND EXISTS (
-                 SELECT FROM {main} t
-                 WHERE t.address = latest.address AND t.scheduled_at <= {week_ago}
-             ) AS is_longer,
-             coalesce(due_1h - missed_1h, 0) AS checks_1h, coalesce(valid_1h, 0) AS valid_1h,
-             coalesce(due_24h - missed_24h, 0) AS checks_24h, coalesce(valid_24h, 0) AS valid_24h,
-             coalesce(due_7d - missed_7d, 0) AS checks_7d, coalesce(valid_7d, 0) AS valid_7d,
-             coalesce(missed_7d, 0) AS missed_7d, day.latency,
-             {failed_at} AS failed_at, failed.outcome AS failed_outcome, failed.error AS failed_error,
-             certificate.days_left, recent.latencies
-         FROM {latest} latest
-         LEFT JOIN week USING (address)
-         LEFT JOIN day USING (address)
-         LEFT JOIN {certificates} certificate USING (address)
-         LEFT JOIN LATERAL (
-             SELECT scheduled_at FROM {main} t
-             WHERE t.address = latest.address AND t.scheduled_at > week.turned_at
-                 AND {hour} >= {hour_of_turn} AND {CHECKED}
-             ORDER BY {hour}, scheduled_at LIMIT 1
-         ) turn ON true
-         LEFT JOIN LATERAL (
-             SELECT outcome, error FROM {main} t
-             WHERE t.address = latest.address AND t.scheduled_at = week.last_invalid
-                 AND {hour} = {hour_of_failure} AND NOT is_valid AND {CHECKED}
-             LIMIT 1
-         ) failed ON true
-         LEFT JOIN LATERAL (
-             SELECT array_agg(latency ORDER BY scheduled_at) AS latencies,
-                 extract(epoch FROM (array_agg(scheduled_at ORDER BY scheduled_at DESC))[1]
-                     - (array_agg(scheduled_at ORDER BY scheduled_at DESC))[2])::double precision AS gap_seconds
+        "WITH newest AS (
+             SELECT DISTINCT ON (address) address, last_seen_at, outcome, interval_seconds, verdict, verdict_since
+             FROM {series} ORDER BY address, last_seen_at DESC NULLS LAST
+         ), failed AS (
+             SELECT DISTINCT ON (address) address, last_failed_at, last_failed_outcome, last_error
+             FROM {series} WHERE last_failed_at > now() - interval '168 hours' ORDER BY address, last_failed_at DESC
+         ), counts AS (
+             SELECT address, {counts},
+                 coalesce(sum(coalesce(missed, 0) + coalesce(offline, 0)) FILTER (WHERE period = '7d'), 0)::bigint AS missed_7d
+             FROM ({buckets}) buckets JOIN {series} USING (series_id) GROUP BY address
+         ), recent AS (
+             SELECT address, array_agg(latency ORDER BY starts_at) AS latencies
              FROM (
-                 SELECT latency, scheduled_at FROM {main} t
-                 WHERE t.address = latest.address AND {hour} >= {hour_of_window}
-                     AND t.scheduled_at > latest.scheduled_at - {window}
-                     AND t.scheduled_at <= latest.scheduled_at
-                 ORDER BY {hour} DESC, scheduled_at DESC LIMIT {SPARKLINE_CHECKS}
-             ) newest
-         ) recent ON true
-         ORDER BY latest.address",
-        in_day = times.since(&times.day_ago),
-        week_ago = times.week_ago,
-        newest_at = micros("latest.scheduled_at"),
-        is_valid = IS_VALID,
-        since = micros("coalesce(turn.scheduled_at, week.first_check)"),
-        failed_at = micros("week.last_invalid"),
-        hour = hour_of("t.scheduled_at"),
-        hour_of_turn = hour_of("week.turned_at"),
-        hour_of_failure = hour_of("week.last_invalid"),
-        hour_of_window = hour_of(&format!("(latest.scheduled_at - {window})")),
+                 SELECT address, starts_at, sum(latency_us)::double precision / nullif(sum(valid), 0) / 1e6 AS latency
+                 FROM {rollups} JOIN {series} USING (series_id)
+                 WHERE seconds = 300 AND starts_at > now() - interval '5 minutes' * {SPARKLINE_CHECKS} AND starts_at <= now()
+                 GROUP BY address, starts_at
+             ) dots GROUP BY address
+         )
+         SELECT address, {newest_at} AS newest_at, outcome AS newest_outcome, interval_seconds,
+             NULL::double precision AS gap_seconds, verdict = 'up' AS is_valid, {since} AS since, false AS is_longer,
+             {shares}, coalesce(missed_7d, 0) AS missed_7d, ARRAY[p50_seconds, p95_seconds] AS latency,
+             {failed_at} AS failed_at, last_failed_outcome AS failed_outcome, last_error AS failed_error, days_left, recent.latencies
+         FROM newest LEFT JOIN failed USING (address) LEFT JOIN counts USING (address) LEFT JOIN recent USING (address)
+         LEFT JOIN (SELECT * FROM {latency} WHERE period = '24h') latency USING (address)
+         LEFT JOIN {certificates} certificates USING (address)
+         ORDER BY address",
+        counts = counts.join(", "),
+        buckets = views::buckets(&found.table, &views::WINDOWS[..3]),
+        newest_at = micros("last_seen_at"),
+        since = micros("verdict_since"),
+        shares = ["1h", "24h", "7d"]
+            .map(|period| format!(
+                "coalesce(checks_{period}, 0) AS checks_{period}, coalesce(valid_{period}, 0) AS valid_{period}"
+            ))
+            .join(", "),
+        failed_at = micros("last_failed_at"),
+        latency = name(Object::Latency),
+        certificates = name(Object::Certificates),
     )
 }
 

@@ -46,6 +46,8 @@ fn report(hosts: Vec<Host>) -> Report {
                 .max_by_key(|newest| newest.at),
             hosts,
             missing_columns: Vec::new(),
+            counted_because: None,
+            state_positions: [(("host-metrics".into(), 0), 10)].into(),
             positions: None,
             rejected: Some(0),
         },
@@ -125,6 +127,7 @@ https://b.example/        DOWN     2 h    0.0 %  99.9 %  99.9 %      -       -  
 
 newest row  4 s old
 lag         5 records in 1 partitions of host-metrics, group host-metrics
+state lag   2 records, group host-metrics-state
 rejected    0 records
 ";
     assert_eq!(text(&report, None), expected);
@@ -153,6 +156,7 @@ fn what_cannot_be_known_is_said() {
     let mut report = report(vec![counted]);
     report.rows.missing_columns = vec!["scheduled_at", "outcome"];
     report.rows.rejected = None;
+    report.rows.counted_because = Some("STATE=off".into());
     report.lag = Err("Kafka at k:1: refused".into());
     let expected = "\
 HOST  CHECKS  UPTIME    P50     P95
@@ -160,7 +164,9 @@ a          4  75.0 %  12 ms  900 ms
 
 newest row  -
 lag         not known: Kafka at k:1: refused
+state lag   -
 rejected    not known: the table of rejected records is not there, or may not be read
+Counted from the rows, because STATE=off.
 The table has no column scheduled_at, outcome: what these would tell is not shown.
 STALE: whether it is fresh cannot be told, because the table has no column scheduled_at.
 ";

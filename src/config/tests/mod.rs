@@ -7,6 +7,7 @@ mod secrets;
 use std::fs;
 
 use super::*;
+use crate::consume::fold::host::DownWhen;
 
 const SERVERS: (&str, &str) = ("KAFKA_BOOTSTRAP_SERVERS", "kafka:9092");
 const DATABASE: [(&str, &str); 4] = [
@@ -152,8 +153,13 @@ fn every_variable_arrives() {
         ("DB_BATCH_SIZE", "100000"),
         ("DB_BATCH_SECONDS", "0.25"),
         ("DB_RETENTION", "90d"),
+        ("DB_ROLLUP_RETENTION", "400d"),
+        ("DOWN_WHEN", "2"),
         ("METRICS_ADDR", "[::]:9464"),
     ]);
+    let state = config.state.clone().expect("it is on");
+    assert_eq!(state.down_when, DownWhen::Places(2));
+    assert_eq!(state.rollup_retention, Some(Duration::from_secs(400 * 86_400)));
     assert_eq!(config.topics, ["a", "b"]);
     assert_eq!(config.group_id, "copy");
     assert_eq!(config.group_instance_id.as_deref(), Some("one"));
@@ -234,6 +240,10 @@ fn a_wrong_value_is_told_by_name_with_the_value_and_what_was_expected() {
         ("DB_BATCH_SECONDS", "NaN"),
         ("DB_BATCH_SECONDS", "1s"),
         ("DB_RETENTION", "90"),
+        ("DB_ROLLUP_RETENTION", "1"),
+        ("STATE", "yes"),
+        ("DOWN_WHEN", "0"),
+        ("DOWN_WHEN", "most"),
         ("DB_RETENTION", "1h"),
         ("METRICS_ADDR", "9464"),
         ("METRICS_ADDR", "localhost:9464"),

@@ -1,0 +1,30 @@
+//! What `consume` keeps beside the rows, and when a host is down: STATE, DOWN_WHEN, DB_ROLLUP_RETENTION.
+
+use std::time::Duration;
+
+use super::RETENTIONS;
+use super::problems::Reader;
+use crate::consume::fold::host::DownWhen;
+
+#[derive(Clone, Debug, Default)]
+pub struct StateConfig {
+    pub down_when: DownWhen,
+    /// How long sums by hour and day, and incidents that have ended, are kept; `None`: for ever.
+    pub rollup_retention: Option<Duration>,
+}
+
+/// All three are read, also where STATE is `off`; `None`: it is.
+pub(super) fn state(reader: &mut Reader<'_>) -> Option<StateConfig> {
+    let is_on = reader.read("STATE", "on or off", |text| match text {
+        "on" => Some(true),
+        "off" => Some(false),
+        _ => None,
+    });
+    let expected = "any, majority, all, or how many places must see a host down, from 1";
+    let down_when = reader.read("DOWN_WHEN", expected, |text| text.parse().ok());
+    let rollup_retention = reader.duration("DB_ROLLUP_RETENTION", RETENTIONS, "400d");
+    is_on.unwrap_or(true).then(|| StateConfig {
+        down_when: down_when.unwrap_or_default(),
+        rollup_retention,
+    })
+}

@@ -1,0 +1,170 @@
+//! Where the group stands, in the offsets table: read, made, and moved in the transaction of what is written.
+//!
+//! The same for every sink: the compare-and-set is what makes a record count once.
+
+use std::collections::BTreeMap;
+
+use tokio_postgres::{Client, Statement};
+
+use crate::consume::batch::{Batch, NextOffset, Partition};
+use crate::postgres::{Bounds, Fault, Kind, bounded};
+use crate::tables::names::{Object, TableName};
+
+/// What identifies this consumer's positions, and its patience.
+pub struct Keys {
+    pub group_id: String,
+    pub topics: Vec<String>,
+    pub bounds: Bounds,
+}
+
+impl Keys {
+    pub fn topic(&self, partition: Partition) -> Result<&str, Fault> {
+        let topic = self.topics.get(usize::from(partition.topic));
+        topic.map(String::as_str).ok_or_else(|| {
+            Fault::operator(format!(
+                "no topic has the number {}: a bug, please report it",
+                partition.topic
+            ))
+        })
+    }
+}
+
+/// The statements about positions.
+pub struct Positions {
+    offsets: String,
+    /// Group, topics, partitions, bases, nexts: moves the positions that are where they should be.
+    advance: Statement,
+    read: Statement,
+    add: Statement,
+}
+
+impl Positions {
+    pub async fn prepare(client: &Client, table: &TableName) -> Result<Self, tokio_postgres::Error> {
+        let offsets = table.quoted(Object::Offsets.suffix());
+        Ok(Self {
+            advance: client
+                .prepare(&format!(
+                    "UPDATE {offsets} o SET next_offset = s.next \
+                     FROM unnest($2::pg_catalog.text[], $3::int[], $4::bigint[], $5::bigint[]) \
+                         s (topic, number, base, next) \
+                     WHERE o.group_id OPERATOR(pg_catalog.=) $1 AND o.topic OPERATOR(pg_catalog.=) s.topic \
+                     AND o.\"partition\" OPERATOR(pg_catalog.=) s.number \
+                     AND o.next_offset OPERATOR(pg_catalog.=) s.base"
+                ))
+                .await?,
+            read: client
+                .prepare(&format!(
+                    "SELECT o.topic, o.\"partition\", o.next_offset FROM {offsets} o \
+                     JOIN unnest($2::text[], $3::int[]) s (topic, number) \
+                     ON o.topic = s.topic AND o.\"partition\" = s.number WHERE o.group_id = $1"
+                ))
+                .await?,
+            add: client
+                .prepare(&format!(
+                    "INSERT INTO {offsets} (group_id, topic, \"partition\", next_offset) \
+                     SELECT $1, s.* FROM unnest($2::text[], $3::int[], $4::bigint[]) s \
+                     ON CONFLICT (group_id, topic, \"partition\") DO NOTHING"
+                ))
+                .await?,
+            offsets,
+        })
+    }
+
+    /// The positions of `partitions`; one that is missing is made from `missing_from`, if there.
+    pub async fn locate(
+        &self,
+        client: &Client,
+        keys: &Keys,
+        partitions: &[Partition],
+        missing_from: &BTreeMap<Partition, NextOffset>,
+    ) -> Result<BTreeMap<Partition, NextOffset>, Fault> {
+        let mut found = self.read(client, keys, partitions).await?;
+        let missing: Vec<(Partition, NextOffset)> = missing_from
+            .iter()
+            .filter(|(partition, _)| partitions.contains(partition) && !found.contains_key(partition))
+            .map(|(&partition, &next)| (partition, next))
+            .collect();
+        if !missing.is_empty() {
+            let topics = missing
+                .iter()
+                .map(|(p, _)| keys.topic(*p))
+                .collect::<Result<Vec<_>, _>>()?;
+            let numbers: Vec<i32> = missing.iter().map(|(p, _)| p.number).collect();
+            let nexts: Vec<i64> = missing.iter().map(|(_, next)| next.0).collect();
+            bounded(
+                "adding positions",
+                keys.bounds.step,
+                client.execute(&self.add, &[&keys.group_id, &topics, &numbers, &nexts]),
+            )
+            .await?;
+            // If another consumer was quicker, its position counts.
+            found = self.read(client, keys, partitions).await?;
+        }
+        Ok(found)
+    }
+
+    async fn read(
+        &self,
+        client: &Client,
+        keys: &Keys,
+        partitions: &[Partition],
+    ) -> Result<BTreeMap<Partition, NextOffset>, Fault> {
+        let topics = partitions
+            .iter()
+            .map(|p| keys.topic(*p))
+            .collect::<Result<Vec<_>, _>>()?;
+        let numbers: Vec<i32> = partitions.iter().map(|p| p.number).collect();
+        let by_name: BTreeMap<(&str, i32), Partition> = topics
+            .iter()
+            .zip(partitions)
+            .map(|(&topic, &p)| ((topic, p.number), p))
+            .collect();
+        bounded("reading positions", keys.bounds.step, async {
+            let mut found = BTreeMap::new();
+            for row in client
+                .query(&self.read, &[&keys.group_id, &topics, &numbers])
+                .await?
+            {
+                let (topic, number): (&str, i32) = (row.try_get(0)?, row.try_get(1)?);
+                if let Some(&partition) = by_name.get(&(topic, number)) {
+                    found.insert(partition, NextOffset(row.try_get(2)?));
+                }
+            }
+            Ok::<_, tokio_postgres::Error>(found)
+        })
+        .await
+    }
+
+    /// Moves the positions of the batch's partitions from its bases. False: one of them is not there, so it is somebody else's,
+    /// and the transaction has to be rolled back.
+    pub async fn advance(&self, client: &Client, keys: &Keys, batch: &Batch) -> Result<bool, Fault> {
+        let spans = batch.spans.iter();
+        let topics = spans
+            .clone()
+            .map(|(p, _)| keys.topic(*p))
+            .collect::<Result<Vec<_>, _>>()?;
+        let numbers: Vec<i32> = spans.clone().map(|(p, _)| p.number).collect();
+        let bases: Vec<i64> = spans.clone().map(|(_, span)| span.base.0).collect();
+        let nexts: Vec<i64> = spans.map(|(_, span)| span.next.0).collect();
+        let moved = client
+            .execute(
+                &self.advance,
+                &[&keys.group_id, &topics, &numbers, &bases, &nexts],
+            )
+            .await
+            .map_err(|error| not_a_rows(error.into(), &self.offsets, "SELECT, INSERT, UPDATE"))?;
+        Ok(usize::try_from(moved) == Ok(batch.spans.len()))
+    }
+}
+
+/// Names the table (quoted) of a fault that is no record's, because none was sent yet.
+pub fn not_a_rows(fault: Fault, name: &str, grant: &str) -> Fault {
+    let fault = fault.with_grant(&format!("GRANT {grant} ON {name} to this user"));
+    let text = format!("{name}: {}", fault.text);
+    let kind = if fault.kind == Kind::Refused {
+        Kind::Operator
+    } else {
+        fault.kind
+    };
+    Fault { kind, text, ..fault }
+}

@@ -1,0 +1,611 @@
+//! The rows' side of Postgres: what a flush does in two round trips:
+//!
+//! 1. `BEGIN`, move the positions (compare-and-set over all partitions), start the COPY;
+//! 2. the rows, the end of the COPY, `SET CONSTRAINTS ALL IMMEDIATE`, `COMMIT`;
+//!
+//! and between them one or two more if records were rejected. Rows that the table refuses are found by trials.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::SinkExt;
+use futures_util::future::{join, join3};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, CopyInSink, Statement};
+
+use crate::config::ConsumeConfig;
+use crate::consume::batch::{Batch, Form, Record};
+use crate::consume::positions::{Keys, Positions, not_a_rows};
+use crate::consume::refused::Search;
+use crate::consume::sink::{Sink, Written};
+use crate::postgres::{Bounds, Fault, Kind, Link, bounded};
+use crate::sample::{self, Timestamp};
+use crate::tables::destination::{self, Found};
+use crate::tables::names::{Object, TableName};
+use crate::tables::row::{HEADER, Layout, Origin, TRAILER};
+use crate::tables::schema::Day;
+use crate::tables::{days, migrate};
+
+/// What is handed to the socket at once: above 64 KiB the cost of a chunk no longer shows.
+const CHUNK_BYTES: usize = 128 * 1024;
+
+/// Trial COPYs in one call of [`Store::flush`] at most: finding one bad row takes about two, or as many as halving the
+/// batch needs (17 for 100,000 rows) where the error names no line. What is found by then is reported, and the next
+/// flush finds more.
+const MAX_TRIALS: usize = 256;
+
+/// How long the search for bad rows goes on within one call, so that a batch of nothing but bad rows makes progress at a
+/// steady pace and a stop is not kept waiting.
+const MAX_SEARCH: Duration = Duration::from_secs(5);
+
+/// Keys and values of rejected records in one INSERT at most, unless there is only one: its message is a further copy.
+const REJECTED_BYTES: usize = 4 << 20;
+
+/// The rows of DB_TABLE, and the rejected records.
+pub struct Rows {
+    user: String,
+    /// DB_RETENTION in whole days, rounded up.
+    retention_days: Option<i64>,
+    /// What was last said about fields without a column: said again only if it changes.
+    said_not_stored: Option<Vec<&'static str>>,
+}
+
+impl Rows {
+    pub fn new(config: &ConsumeConfig) -> Self {
+        const DAY_SECONDS: u64 = 86_400;
+        Self {
+            user: config.database.user.clone(),
+            retention_days: config.retention.map(|retention| {
+                i64::try_from(retention.as_secs().div_ceil(DAY_SECONDS)).unwrap_or(i64::MAX)
+            }),
+            said_not_stored: None,
+        }
+    }
+}
+
+impl Sink for Rows {
+    const IS_FIRST: bool = true;
+    const KEEPS_RECORDS: bool = true;
+    type Layout = Layout;
+    type Session = RowsSession;
+
+    fn encode(layout: &Layout, topic: &str, record: &Record<'_>, row: &mut Vec<u8>) -> Result<(), String> {
+        let value = record.value.unwrap_or_default();
+        let mut sample = sample::decode(value).map_err(|rejection| rejection.0)?;
+        if sample.scheduled_at.is_none() {
+            // The original's records: when Kafka got it is the best that there is.
+            let timestamp = record.timestamp;
+            sample.scheduled_at =
+                Some(timestamp.ok_or("scheduled_at is absent, and Kafka has no timestamp of the record")?);
+        }
+        let origin = Origin {
+            topic,
+            partition: record.partition.number,
+            offset: record.offset,
+        };
+        layout.encode_row(&sample, origin, row)
+    }
+
+    async fn prepare(&mut self, link: &Link, bounds: &Bounds) -> Result<(Layout, RowsSession), Fault> {
+        let client = &link.client;
+        let today = days::today();
+        let made = migrate::make(link, bounds, today).await;
+        // Many may write and not create: only where something is really missed is that a fault, with both reasons.
+        let not_made = match made {
+            Ok(made) => {
+                for object in made {
+                    log::info!("made {}", link.table.quoted(object.suffix()));
+                }
+                None
+            }
+            Err(fault) if fault.kind == Kind::Operator => Some(fault),
+            Err(fault) => return Err(fault),
+        };
+        let found = destination::find(link, bounds).await?;
+        let destination = destination::destination(client, bounds, &found, &self.user)
+            .await
+            .map_err(|fault| match &not_made {
+                Some(why) if fault.kind == Kind::Operator => Fault {
+                    text: format!("{fault} (this user could not make what is missing: {why})"),
+                    ..fault
+                },
+                _ => fault,
+            })?;
+        let layout = destination.layout;
+        let not_stored = layout.not_stored();
+        if self.said_not_stored.as_ref() != Some(&not_stored) {
+            if !not_stored.is_empty() {
+                log::warn!(
+                    "not stored, for {} has no such column: {}",
+                    found.table.quoted(""),
+                    not_stored.join(", ")
+                );
+            }
+            self.said_not_stored = Some(not_stored);
+        }
+        days::keep_days(client, bounds, &found, today, self.retention_days).await?;
+        let statements = bounded(
+            "preparing",
+            bounds.step,
+            Statements::prepare(client, &found.table, &layout),
+        )
+        .await?;
+        Ok((layout, RowsSession { found, statements }))
+    }
+
+    async fn flush(
+        &mut self,
+        link: &Link,
+        keys: &Keys,
+        positions: &Positions,
+        session: &RowsSession,
+        batch: &Batch,
+    ) -> Result<Written, Fault> {
+        let flush = Flush {
+            link,
+            keys,
+            positions,
+            session,
+        };
+        flush.flush(batch).await
+    }
+
+    /// Makes the partitions of the days ahead and drops those that are older than DB_RETENTION, where the table is ours
+    /// and the user may; otherwise says what is missing.
+    async fn maintain(
+        &mut self,
+        link: &Link,
+        bounds: &Bounds,
+        session: &RowsSession,
+        now: Timestamp,
+    ) -> Result<(), Fault> {
+        days::keep_days(
+            &link.client,
+            bounds,
+            &session.found,
+            Day::of(now),
+            self.retention_days,
+        )
+        .await
+    }
+}
+
+pub struct RowsSession {
+    found: Found,
+    statements: Statements,
+}
+
+/// The transaction of a flush has the user's own search path, because a trigger of the user's table may need it. So every
+/// name in the statements of a flush is qualified (an `unnest` of several arrays is Postgres's own, by its grammar).
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path TO DEFAULT";
+
+struct Statements {
+    reject: Statement,
+    copy: Statement,
+}
+
+impl Statements {
+    async fn prepare(
+        client: &Client,
+        table: &TableName,
+        layout: &Layout,
+    ) -> Result<Self, tokio_postgres::Error> {
+        let rejected = table.quoted(Object::Rejected.suffix());
+        let columns: Vec<String> = layout
+            .column_names()
+            .iter()
+            .map(|name| format!("\"{}\"", name.replace('"', "\"\"")))
+            .collect();
+        Ok(Self {
+            reject: client
+                .prepare(&format!(
+                    "INSERT INTO {rejected} \
+                     (group_id, kafka_topic, kafka_partition, kafka_offset, key, value, reason) \
+                     SELECT $1, s.* FROM \
+                     unnest($2::pg_catalog.text[], $3::int[], $4::bigint[], $5::pg_catalog.bytea[], \
+                         $6::pg_catalog.bytea[], $7::pg_catalog.text[]) s"
+                ))
+                .await?,
+            copy: client
+                .prepare(&format!(
+                    "COPY {} ({}) FROM STDIN (FORMAT binary)",
+                    table.quoted(""),
+                    columns.join(", ")
+                ))
+                .await?,
+        })
+    }
+}
+
+/// One flush: what it needs.
+struct Flush<'a> {
+    link: &'a Link,
+    keys: &'a Keys,
+    positions: &'a Positions,
+    session: &'a RowsSession,
+}
+
+impl Flush<'_> {
+    async fn flush(&self, batch: &Batch) -> Result<Written, Fault> {
+        let keys = self.keys;
+        let rows: Vec<usize> = rows_of(batch);
+        let Some(sink) = self.begin(keys, batch, !rows.is_empty()).await? else {
+            self.rollback(keys).await?;
+            return Ok(Written::Fenced);
+        };
+        let end = "SET CONSTRAINTS ALL IMMEDIATE; COMMIT";
+        match self.write(keys, batch, &rows, sink, end).await {
+            Ok(()) => Ok(Written::Durable),
+            Err(fault) if fault.kind == Kind::Refused && !rows.is_empty() => {
+                self.rollback(keys).await?;
+                self.find_refused(keys, batch, &rows, fault).await
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Begins a transaction, moves the positions, inserts the rejected and starts the COPY (the inner `None`: there are
+    /// no rows). The outer `None`: the positions are not where the batch says; the transaction is still open.
+    async fn begin(
+        &self,
+        keys: &Keys,
+        batch: &Batch,
+        has_rows: bool,
+    ) -> Result<Option<Option<CopyInSink<Bytes>>>, Fault> {
+        let client = &self.link.client;
+        let step = keys.bounds.step;
+        let rejected = Rejected::chunks(keys, batch)?;
+        // While a COPY is open nothing else may be asked: what is inserted goes before it, at the price of a round trip.
+        let copies_at_once = has_rows && rejected.is_empty();
+
+        // Polled in this order, so sent in this order. Read committed whatever the user's default: under repeatable read
+        // the compare-and-set would fail with 40001 where it should say "fenced".
+        let (began, moved, copy) = bounded("BEGIN to COPY", step, async {
+            Ok::<_, Fault>(
+                join3(
+                    client.batch_execute(BEGIN),
+                    self.positions.advance(client, keys, batch),
+                    async {
+                        match copies_at_once {
+                            true => client.copy_in(&self.session.statements.copy).await.map(Some),
+                            false => Ok(None),
+                        }
+                    },
+                )
+                .await,
+            )
+        })
+        .await?;
+        began?;
+        // A statement after a failed one only says that the transaction is aborted: the first error is the cause.
+        let is_ours = moved?;
+        let name = |object: Object| self.session.found.table.quoted(object.suffix());
+        let into_main = |fault| not_a_rows(fault, &name(Object::Main), "INSERT");
+        let mut sink = copy.map_err(|error| into_main(error.into()))?;
+        if !is_ours {
+            return Ok(None);
+        }
+        for chunk in &rejected {
+            let bytes = u32::try_from(chunk.bytes).unwrap_or(u32::MAX);
+            bounded(
+                "INSERT of the rejected",
+                step + keys.bounds.per_byte.saturating_mul(bytes),
+                chunk.insert(client, &self.session.statements.reject, keys),
+            )
+            .await
+            .map_err(|fault| not_a_rows(fault, &name(Object::Rejected), "INSERT"))?;
+        }
+        if has_rows && sink.is_none() {
+            let copy = bounded("COPY", step, client.copy_in(&self.session.statements.copy)).await;
+            sink = Some(copy.map_err(into_main)?);
+        }
+        Ok(Some(sink))
+    }
+
+    /// Sends `rows` (entries of the batch) and the end of the COPY, and `then`, in one round trip.
+    async fn write(
+        &self,
+        keys: &Keys,
+        batch: &Batch,
+        rows: &[usize],
+        sink: Option<CopyInSink<Bytes>>,
+        then: &str,
+    ) -> Result<(), Fault> {
+        let client = &self.link.client;
+        let within = keys.bounds.step
+            + keys
+                .bounds
+                .per_row
+                .saturating_mul(u32::try_from(rows.len()).unwrap_or(u32::MAX));
+        let Some(sink) = sink else {
+            return bounded("COMMIT", within, client.batch_execute(then)).await;
+        };
+        let mut sink = std::pin::pin!(sink);
+        let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
+        chunk.extend_from_slice(&HEADER);
+        for mut range in contiguous(batch, rows) {
+            while !range.is_empty() {
+                let room = CHUNK_BYTES.saturating_sub(chunk.len()).min(range.len());
+                let part = range.start..range.start + room;
+                range.start = part.end;
+                chunk.extend_from_slice(batch.copy_bytes.get(part).ok_or_else(|| {
+                    Fault::operator("a row lies outside of the batch's bytes: a bug, please report it")
+                })?);
+                if chunk.len() >= CHUNK_BYTES {
+                    bounded("COPY", within, sink.send(chunk.split().freeze())).await?;
+                    chunk.reserve(CHUNK_BYTES);
+                }
+            }
+        }
+        chunk.extend_from_slice(&TRAILER);
+        bounded("COPY", within, sink.send(chunk.freeze())).await?;
+        let (copied, ended) = bounded("COPY to COMMIT", within, async {
+            Ok::<_, Fault>(join(sink.as_mut().finish(), client.batch_execute(then)).await)
+        })
+        .await?;
+        copied?;
+        ended?;
+        Ok(())
+    }
+
+    /// Finds the rows that the table refuses, in a transaction that is rolled back.
+    ///
+    /// The rows are copied in their order, good ones stay, so that each is judged in the company in which it would stand
+    /// (two rows with the same unique key: the second one is refused). A row is given up only when it fails alone in its
+    /// COPY, after it was already part of one that failed.
+    async fn find_refused(
+        &self,
+        keys: &Keys,
+        batch: &Batch,
+        rows: &[usize],
+        first: Fault,
+    ) -> Result<Written, Fault> {
+        let until = clock() + MAX_SEARCH;
+        let table = &self.session.found.table.name;
+        if self.begin(keys, &without_entries(batch), false).await?.is_none() {
+            self.rollback(keys).await?;
+            return Ok(Written::Fenced);
+        }
+        let mut refused = Vec::new();
+        let mut search = Search::new(rows.len(), line_in(&first, table));
+        if line_in(&first, table).is_none() {
+            // A statement trigger that refuses whatever comes is not a row's fault: no row, same answer.
+            if let Err(fault) = self.trial(keys, batch, &[]).await? {
+                let text = format!(
+                    "{} refuses every COPY: {fault}",
+                    self.session.found.table.quoted("")
+                );
+                return Err(Fault {
+                    kind: Kind::Operator,
+                    text,
+                    ..fault
+                });
+            }
+        }
+        for _ in 0..MAX_TRIALS {
+            let Some(range) = search.next() else { break };
+            let tried = rows.get(range.clone()).unwrap_or_default();
+            match self.trial(keys, batch, tried).await? {
+                Ok(()) => search.good(),
+                Err(fault) => {
+                    if let Some(row) = search.bad(line_in(&fault, table)) {
+                        refused.extend(rows.get(row).map(|&entry| (entry, fault.text)));
+                    }
+                }
+            }
+            if clock() > until && !refused.is_empty() {
+                break;
+            }
+        }
+        self.rollback(keys).await?;
+        if refused.is_empty() {
+            return Err(Fault::passing(format!(
+                "{first}; it did not happen again with the rows one by one"
+            )));
+        }
+        Ok(Written::Poison(refused))
+    }
+
+    /// One COPY within the open transaction: its rows stay if they are good, and are undone if they are refused (the
+    /// inner error). Every other fault is the outer error.
+    async fn trial(&self, keys: &Keys, batch: &Batch, rows: &[usize]) -> Result<Result<(), Fault>, Fault> {
+        let client = &self.link.client;
+        let (saved, copy) = bounded("SAVEPOINT to COPY", keys.bounds.step, async {
+            Ok::<_, Fault>(
+                join(
+                    client.batch_execute("SAVEPOINT host_metrics"),
+                    client.copy_in(&self.session.statements.copy),
+                )
+                .await,
+            )
+        })
+        .await?;
+        saved?;
+        let end = "SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT host_metrics";
+        match self.write(keys, batch, rows, Some(copy?), end).await {
+            Ok(()) => Ok(Ok(())),
+            Err(fault) if fault.kind == Kind::Refused => {
+                let undo = "ROLLBACK TO SAVEPOINT host_metrics; RELEASE SAVEPOINT host_metrics";
+                bounded("ROLLBACK", keys.bounds.step, client.batch_execute(undo)).await?;
+                Ok(Err(fault))
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    async fn rollback(&self, keys: &Keys) -> Result<(), Fault> {
+        bounded(
+            "ROLLBACK",
+            keys.bounds.step,
+            self.link.client.batch_execute("ROLLBACK"),
+        )
+        .await
+    }
+}
+
+/// Columns of the rejected table, for one INSERT.
+#[derive(Default)]
+struct Rejected<'a> {
+    topics: Vec<&'a str>,
+    partitions: Vec<i32>,
+    offsets: Vec<i64>,
+    keys: Vec<Option<&'a [u8]>>,
+    values: Vec<Option<&'a [u8]>>,
+    reasons: Vec<String>,
+    bytes: usize,
+}
+
+impl<'a> Rejected<'a> {
+    fn chunks(keys: &'a Keys, batch: &'a Batch) -> Result<Vec<Self>, Fault> {
+        let mut chunks: Vec<Self> = Vec::new();
+        for entry in &batch.entries {
+            let Form::Rejected(reason) = &entry.form else {
+                continue;
+            };
+            let record =
+                |range: &Option<Range<usize>>| range.clone().and_then(|range| batch.record_bytes.get(range));
+            let (key, value) = (record(&entry.key), record(&entry.value));
+            let size = key.map_or(0, <[u8]>::len) + value.map_or(0, <[u8]>::len) + reason.len();
+            if chunks
+                .last()
+                .is_none_or(|chunk| chunk.bytes + size > REJECTED_BYTES)
+            {
+                chunks.push(Self::default());
+            }
+            if let Some(chunk) = chunks.last_mut() {
+                chunk.bytes += size;
+                chunk.topics.push(keys.topic(entry.partition)?);
+                chunk.partitions.push(entry.partition.number);
+                chunk.offsets.push(entry.offset.0);
+                chunk.keys.push(key);
+                chunk.values.push(value);
+                // Postgres text holds no NUL, and a reason may quote one.
+                chunk.reasons.push(reason.replace('\0', "\\0"));
+            }
+        }
+        Ok(chunks)
+    }
+
+    async fn insert(
+        &self,
+        client: &Client,
+        statement: &Statement,
+        keys: &Keys,
+    ) -> Result<(), tokio_postgres::Error> {
+        let params: [&(dyn ToSql + Sync); 7] = [
+            &keys.group_id,
+            &self.topics,
+            &self.partitions,
+            &self.offsets,
+            &self.keys,
+            &self.values,
+            &self.reasons,
+        ];
+        client.execute(statement, &params).await.map(|_| ())
+    }
+}
+
+/// The batch's positions alone: for a transaction that only tries rows.
+fn without_entries(batch: &Batch) -> Batch {
+    Batch {
+        spans: batch.spans.clone(),
+        ..Batch::default()
+    }
+}
+
+fn rows_of(batch: &Batch) -> Vec<usize> {
+    let is_row = |form: &Form| matches!(form, Form::Row(_));
+    batch
+        .entries
+        .iter()
+        .enumerate()
+        .filter(|(_, entry)| is_row(&entry.form))
+        .map(|(i, _)| i)
+        .collect()
+}
+
+/// The bytes of `rows`, neighbours joined: usually one range, more where entries were removed or rejected.
+fn contiguous(batch: &Batch, rows: &[usize]) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for entry in rows.iter().filter_map(|&row| batch.entries.get(row)) {
+        let Form::Row(range) = &entry.form else { continue };
+        match ranges.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => ranges.push(range.clone()),
+        }
+    }
+    ranges
+}
+
+/// The line that a COPY's error context names: `COPY host_metrics, line 3, column latency: "…"`. A hint only: where the
+/// server speaks another language, or an AFTER trigger failed, there is none.
+fn line_in(fault: &Fault, table: &str) -> Option<usize> {
+    let prefix = format!("COPY {table}, line ");
+    fault.context.as_deref()?.lines().rev().find_map(|line| {
+        let rest = line.strip_prefix(&prefix)?;
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        rest.get(..digits)?.parse().ok()
+    })
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the edge: bounds on work with the server"
+)]
+fn clock() -> Instant {
+    Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consume::batch::{Entry, Offset, Partition};
+
+    #[test]
+    fn the_line_is_taken_from_the_context_of_the_copy_itself() {
+        let fault = |context: &str| Fault {
+            context: Some(context.into()),
+            ..Fault::passing("")
+        };
+        for (context, line) in [
+            ("COPY t, line 3", Some(3)),
+            ("COPY t, line 12, column latency: \"x\"", Some(12)),
+            ("PL/pgSQL function f() line 3 at RAISE\nCOPY t, line 7", Some(7)),
+            ("COPY other, line 3", None),
+            ("COPY t, Zeile 3", None),
+            ("COPY t, line ", None),
+            ("COPY t, line 99999999999999999999999", None),
+            ("", None),
+        ] {
+            assert_eq!(line_in(&fault(context), "t"), line, "{context}");
+        }
+        assert_eq!(line_in(&Fault::passing("no context"), "t"), None);
+    }
+
+    #[test]
+    fn neighbouring_rows_are_sent_as_one_range_and_holes_are_left_out() {
+        let entry = |form| Entry {
+            partition: Partition { topic: 0, number: 0 },
+            offset: Offset(0),
+            timestamp: None,
+            key: None,
+            value: None,
+            form,
+        };
+        let batch = Batch {
+            entries: vec![
+                entry(Form::Row(0..10)),
+                entry(Form::Row(10..20)),
+                entry(Form::Rejected("no".into())),
+                entry(Form::Row(30..40)),
+                entry(Form::Row(40..50)),
+            ],
+            ..Batch::default()
+        };
+        assert_eq!(rows_of(&batch), [0, 1, 3, 4]);
+        assert_eq!(contiguous(&batch, &[0, 1, 3, 4]), [0..20, 30..50]);
+        assert_eq!(contiguous(&batch, &[4]), vec![40..50]);
+        assert!(contiguous(&batch, &[]).is_empty());
+    }
+}

@@ -1,0 +1,396 @@
+//! The state on a real Postgres: against plain definitions over the rows, whatever the batches and whoever writes.
+
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use host_metrics::config::StateConfig;
+use host_metrics::consume::Counters;
+use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::sink::Sink;
+use host_metrics::consume::state::State;
+use host_metrics::consume::store::Store;
+use host_metrics::sample::{Sample, Timestamp, encode};
+
+use crate::agent::{Agent, run};
+use crate::case::{Case, SOON};
+use crate::database::Database;
+use crate::scratch::wait_for;
+use crate::store::{P0, row};
+
+/// A store of the state beside that of the rows.
+pub fn state_store(db: &Database, table: &str, config: StateConfig) -> Store<State> {
+    let mut settings = db.config_of(table);
+    settings.group_id = "g-state".into();
+    Store::of(
+        State::new(config, Counters::default()),
+        &settings,
+        Default::default(),
+    )
+    .unwrap()
+}
+
+fn locate(store: &mut Store<State>, partition: Partition, next: i64) -> i64 {
+    let found = store.positions(&[partition], &BTreeMap::from([(partition, NextOffset(next))]));
+    found.unwrap()[&partition].0
+}
+
+pub fn batch(partition: Partition, base: i64, samples: &[Sample<'_>]) -> Batch {
+    let mut batch = Batch::default();
+    for (offset, sample) in (base..).zip(samples) {
+        let mut value = Vec::new();
+        encode(sample, &mut value);
+        let record = Record {
+            partition,
+            offset: Offset(offset),
+            timestamp: None,
+            key: None,
+            value: Some(&value),
+        };
+        batch.push(NextOffset(base), record, |into| {
+            State::encode(&(), "t", &record, into)
+        });
+    }
+    batch
+}
+
+/// Folds all of them, in batches of random size.
+fn fold(store: &mut Store<State>, samples: &[Sample<'_>], most: usize) {
+    store.open().unwrap();
+    let mut at = usize::try_from(locate(store, P0, 0)).unwrap();
+    while at < samples.len() {
+        let end = samples.len().min(at + fastrand::usize(1..=most));
+        let part = batch(P0, at as i64, &samples[at..end]);
+        assert_eq!(store.flush(&part), Flushed::Durable);
+        at = end;
+    }
+}
+
+fn rows(db: &Database, samples: &[Sample<'_>]) {
+    let mut store = Store::new(&db.config()).unwrap();
+    let layout = store.open().unwrap();
+    crate::store::start_at(&mut store, &[(P0, 0)]);
+    let mut rows = Batch::default();
+    for (offset, sample) in (0..).zip(samples) {
+        row(&mut rows, &layout, P0, 0, offset, sample);
+    }
+    assert_eq!(store.flush(&rows), Flushed::Durable);
+}
+
+fn now_micros() -> i64 {
+    #[expect(clippy::disallowed_methods, reason = "the views are asked about now")]
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    i64::try_from(now.as_micros()).unwrap()
+}
+
+/// Hosts with one to three places and several intervals over nine days, until now, with outages, missed ticks, and records
+/// that come late; in the order in which they arrive.
+fn history(seed: u64) -> Vec<Sample<'static>> {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let now = now_micros();
+    let mut arrivals = Vec::new();
+    for host in 0..24 {
+        let interval = [60, 300, 3_600, 20_000][host % 4];
+        for place in 0..=host % 3 {
+            let ticks = (9 * 86_400 / interval).min(400);
+            let mut is_down = false;
+            for tick in 0..ticks {
+                let at = now - (tick * interval + 5 * place as i64) * 1_000_000 - rng.i64(0..1_000_000);
+                is_down = if rng.u8(..) < 40 { rng.bool() } else { is_down };
+                let outcome = match rng.u8(..) {
+                    0..10 => "missed",
+                    10..16 => "agent_offline",
+                    16..20 => "agent_error",
+                    _ if is_down => ["dns_error", "connect_timeout", "bad_status"][rng.usize(..3)],
+                    _ => "ok",
+                };
+                let seconds =
+                    |most: f64, rng: &mut fastrand::Rng| Some((rng.f64() * most * 1e3).round() / 1e3);
+                let latency = ["ok", "bad_status"]
+                    .contains(&outcome)
+                    .then(|| 0.000_05 * 2_f64.powf(rng.f64() * 16.0));
+                let sample = Sample {
+                    address: format!("https://host-{host}.example/").into(),
+                    agent: (place > 0).then(|| format!("place-{place}").into()),
+                    is_valid: outcome == "ok",
+                    outcome: Some(outcome.into()),
+                    error: (outcome != "ok").then(|| "it's \"down\", \\really".into()),
+                    scheduled_at: Timestamp::from_unix_micros(at),
+                    interval_seconds: Some(interval as f64),
+                    latency: latency.map(|latency: f64| (latency * 1e6).round() / 1e6),
+                    dns_seconds: seconds(0.1, &mut rng),
+                    ttfb_seconds: seconds(2.0, &mut rng),
+                    cert_expires_at: Timestamp::from_unix_micros(at + 86_400_000_000 * rng.i64(1..90)),
+                    ..Sample::default()
+                };
+                let late = if rng.u8(..) < 8 {
+                    rng.i64(0..86_400_000_000)
+                } else {
+                    0
+                };
+                arrivals.push((at + late, sample));
+            }
+        }
+    }
+    arrivals.sort_by_key(|(arrives_at, _)| *arrives_at);
+    arrivals.into_iter().map(|(_, sample)| sample).collect()
+}
+
+const NOT_CHECKED: &str = "outcome IN ('missed', 'agent_error', 'agent_offline')";
+
+/// All of the state, as text: with the numbers of series, which are the same in every table.
+fn whole_state(db: &mut Database, table: &str) -> Vec<String> {
+    ["series", "rollups", "incidents"]
+        .into_iter()
+        .flat_map(|name| db.many(&format!("SELECT t::text FROM {table}_{name} t ORDER BY 1")))
+        .collect()
+}
+
+impl Database {
+    /// Nothing is in one of the two questions that is not in the other.
+    fn assert_same(&mut self, said: &str, plain: &str) {
+        let different = format!(
+            "WITH said AS (SELECT v::text FROM ({said}) v), plain AS (SELECT p::text FROM ({plain}) p) \
+             SELECT 'too much: ' || v FROM (TABLE said EXCEPT ALL TABLE plain) x (v) \
+             UNION ALL SELECT 'lacking: ' || v FROM (TABLE plain EXCEPT ALL TABLE said) x (v) ORDER BY 1 LIMIT 10"
+        );
+        assert!(self.count(&format!("({said}) x")) > 0, "{said}");
+        assert_eq!(self.many(&different), Vec::<String>::new(), "{said}");
+    }
+}
+
+#[test]
+fn the_state_is_its_plain_definition_over_the_rows_and_a_replay_gives_the_same() {
+    for seed in 1..=1 {
+        let mut db = Database::new();
+        let samples = history(seed);
+        rows(&db, &samples);
+        fold(
+            &mut state_store(&db, "host_metrics", StateConfig::default()),
+            &samples,
+            700,
+        );
+        fold(
+            &mut state_store(&db, "replayed", StateConfig::default()),
+            &samples,
+            30,
+        );
+        assert!(
+            whole_state(&mut db, "host_metrics") == whole_state(&mut db, "replayed"),
+            "seed {seed}"
+        );
+
+        // Buckets of all widths, but for the narrow ones that are no longer kept.
+        db.assert_same(
+            "SELECT address, agent, seconds, starts_at, due, coalesce(valid, 0) AS valid, coalesce(failed, 0) AS failed, \
+                 coalesce(missed, 0) AS missed, coalesce(offline, 0) AS offline, latency_us, latency_max_us, dns_10us, ttfb_10us, \
+                 coalesce(outcomes->>'dns_error', '0') AS dns_errors \
+             FROM host_metrics_rollups JOIN host_metrics_series USING (series_id) \
+             WHERE seconds > 300 OR starts_at > now() - interval '47 hours'",
+            &format!(
+                "SELECT address, coalesce(agent, '') AS agent, seconds, \
+                     date_bin(seconds * interval '1 second', scheduled_at, '1970-01-01 00:00:00+00') AS starts_at, count(*)::integer, \
+                     count(*) FILTER (WHERE is_valid)::integer, \
+                     count(*) FILTER (WHERE NOT is_valid AND NOT {NOT_CHECKED})::integer, \
+                     count(*) FILTER (WHERE outcome = 'missed')::integer, \
+                     count(*) FILTER (WHERE outcome IN ('agent_error', 'agent_offline'))::integer, \
+                     sum((latency * 1e6)::bigint)::bigint, max((latency * 1e6)::bigint)::integer, \
+                     nullif(sum(round(dns_seconds::numeric * 1e5)::integer), 0)::integer, \
+                     nullif(sum(round(ttfb_seconds::numeric * 1e5)::integer), 0)::integer, \
+                     (count(*) FILTER (WHERE outcome = 'dns_error'))::text \
+                 FROM host_metrics CROSS JOIN (VALUES (300), (3600), (86400)) width (seconds) \
+                 GROUP BY 1, 2, 3, 4 \
+                 HAVING seconds > 300 OR date_bin('5 minutes', min(scheduled_at), '1970-01-01 00:00:00+00') > now() - interval '47 hours'"
+            ),
+        );
+        // Incidents of the hosts that one place checks: of their checks in order of arrival, without those that came late.
+        let in_order = format!(
+            "(SELECT *, max(scheduled_at) OVER (PARTITION BY address ORDER BY kafka_offset \
+                 ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest \
+              FROM host_metrics t WHERE NOT {NOT_CHECKED} AND address NOT IN ( \
+                 SELECT address FROM host_metrics WHERE agent IS NOT NULL)) t"
+        );
+        let checks = format!("(SELECT * FROM {in_order} WHERE newest IS NULL OR newest < scheduled_at) c");
+        db.assert_same(
+            "SELECT address, started_at, ended_at, duration, checks, first_outcome, last_error FROM host_metrics_incidents \
+             WHERE address IN (SELECT address FROM host_metrics_series GROUP BY address HAVING count(*) = 1)",
+            &format!(
+                "WITH checks AS MATERIALIZED (SELECT * FROM {checks}) \
+                 SELECT address, min(scheduled_at), ended_at, ended_at - min(scheduled_at), count(*), \
+                     (array_agg(outcome ORDER BY scheduled_at))[1], max(error) \
+                 FROM (SELECT *, (SELECT min(scheduled_at) FROM checks later WHERE later.address = failed.address \
+                           AND later.is_valid AND later.scheduled_at > failed.scheduled_at) AS ended_at \
+                       FROM checks failed WHERE NOT is_valid) f \
+                 GROUP BY address, ended_at"
+            ),
+        );
+        // The last check of each place.
+        db.assert_same(
+            "SELECT address, agent, max(scheduled_at), max(newest) FROM ( \
+                 SELECT address, agent, last_check_at AS scheduled_at, last_seen_at AS newest FROM host_metrics_series) s GROUP BY 1, 2",
+            &format!(
+                "SELECT address, coalesce(agent, ''), max(scheduled_at) FILTER (WHERE NOT {NOT_CHECKED}), max(scheduled_at) \
+                 FROM host_metrics GROUP BY 1, 2"
+            ),
+        );
+        check_views(&mut db);
+    }
+}
+
+/// A window begins with the bucket that its beginning lies in.
+fn check_views(db: &mut Database) {
+    let windows = [
+        ("1h", "5 minutes", 1),
+        ("24h", "1 hour", 24),
+        ("7d", "1 hour", 168),
+        ("30d", "1 hour", 720),
+        ("365d", "1 hour", 8_760),
+    ];
+    let within = |width: &str, hours: i32| {
+        format!(
+            "scheduled_at >= date_bin('{width}', now() - interval '{hours} hours', '2000-01-01 00:00:00+00')"
+        )
+    };
+    for (name, width, hours) in windows {
+        let within = within(width, hours);
+        db.assert_same(
+            &format!(
+                "SELECT address, agent, due_{name}, valid_{name}, missed_{name}, uptime_{name} FROM host_metrics_uptime \
+                 WHERE due_{name} > 0"
+            ),
+            &format!(
+                "SELECT address, agent, count(*), count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE {NOT_CHECKED}), \
+                     avg(is_valid::integer) FILTER (WHERE NOT {NOT_CHECKED})::double precision \
+                 FROM (SELECT address, NULL AS agent, is_valid, outcome, scheduled_at FROM host_metrics \
+                     UNION ALL SELECT address, coalesce(agent, ''), is_valid, outcome, scheduled_at FROM host_metrics) t \
+                 WHERE {within} GROUP BY address, agent"
+            ),
+        );
+        if hours <= 720 {
+            let wrong = format!(
+                "SELECT concat_ws(' ', said.*, plain.*) FROM (SELECT address, count(*) AS latencies, max(latency) AS max_seconds, \
+                     percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY latency) AS p \
+                     FROM host_metrics WHERE latency IS NOT NULL AND {within} GROUP BY address) plain \
+                 FULL JOIN (SELECT * FROM host_metrics_latency WHERE period = '{name}') said USING (address) \
+                 WHERE (said.latencies, said.max_seconds) IS DISTINCT FROM (plain.latencies, plain.max_seconds) \
+                     OR NOT greatest(abs(ln(p50_seconds / greatest(p[1], 0.00009))), abs(ln(p95_seconds / p[2])), \
+                         abs(ln(p99_seconds / p[3]))) < ln(1.12)"
+            );
+            assert_eq!(db.many(&wrong), Vec::<String>::new());
+        }
+    }
+    db.assert_same(
+        "SELECT address, cert_expires_at, seen_at FROM host_metrics_certificates",
+        "SELECT DISTINCT ON (address) address, cert_expires_at, scheduled_at FROM host_metrics ORDER BY address, scheduled_at DESC",
+    );
+    db.assert_same(
+        "SELECT * FROM host_metrics_latest",
+        "SELECT DISTINCT ON (address, agent) * FROM host_metrics ORDER BY address, agent, scheduled_at DESC",
+    );
+    let ever = "SELECT address, round((1 - verdict_uptime_365d)::numeric, 6) FROM host_metrics_uptime JOIN ( \
+            SELECT address, min(first_check_at) AS first_at, max(last_check_at) + 2 * make_interval(secs => max(interval_seconds)) \
+            AS last_at FROM host_metrics_series GROUP BY address) s USING (address) WHERE verdict_uptime_365d IS NOT NULL";
+    db.assert_same(
+        ever,
+        "SELECT address, round((sum(extract(epoch FROM least(coalesce(ended_at, now()), last_at, now()) - started_at)) \
+             / extract(epoch FROM least(last_at, now()) - first_at))::numeric, 6) \
+         FROM host_metrics_incidents JOIN (SELECT address, min(scheduled_at) AS first_at, \
+             max(scheduled_at) + 2 * make_interval(secs => max(interval_seconds)) AS last_at FROM host_metrics \
+             WHERE NOT outcome IN ('missed', 'agent_error', 'agent_offline') GROUP BY address) s USING (address) GROUP BY address, first_at, last_at",
+    );
+}
+
+#[test]
+fn a_host_of_several_places_is_down_by_their_votes_and_a_silent_one_has_none() {
+    let mut db = Database::new();
+    let mut store = state_store(&db, "host_metrics", StateConfig::default());
+    let now = now_micros();
+    let check = |agent: &'static str, minutes_ago: i64, is_valid: bool| Sample {
+        address: "https://a.example/".into(),
+        agent: Some(agent.into()),
+        is_valid,
+        outcome: Some(if is_valid { "ok" } else { "dns_error" }.into()),
+        scheduled_at: Timestamp::from_unix_micros(now - minutes_ago * 60_000_000),
+        interval_seconds: Some(60.0),
+        ..Sample::default()
+    };
+    let mut samples = vec![check("a", 60, true), check("b", 60, true), check("c", 60, true)];
+    samples.extend([check("a", 50, false), check("b", 50, false), check("c", 50, true)]);
+    samples.extend([check("a", 49, false), check("b", 49, true), check("c", 49, true)]);
+    fold(&mut store, &samples, 2);
+    let incidents = "SELECT concat_ws('|', number, round(extract(epoch FROM duration) / 60), checks, first_outcome, outcomes, places) \
+                     FROM host_metrics_incidents ORDER BY number";
+    // Down with the second place at minute 50, up with it at minute 49.
+    assert_eq!(
+        db.many(incidents),
+        ["1|1|3|dns_error|{\"dns_error\": 3}|[\"a\", \"b\"]"]
+    );
+    assert_eq!(
+        db.many("SELECT concat_ws('|', agent, is_valid, failures_in_a_row, verdict) FROM host_metrics_series ORDER BY agent"),
+        ["a|f|2|up", "b|t|0|up", "c|t|0|up"]
+    );
+    // What nobody has looked at for long is not counted as up or down.
+    let share =
+        "SELECT round(verdict_uptime_1h::numeric, 2)::text FROM host_metrics_uptime WHERE agent IS NULL";
+    assert_eq!(db.one(share), "0.92");
+}
+
+#[test]
+fn state_tables_that_are_dropped_are_made_again_while_rows_go_on() {
+    let mut case = Case::new("state-dropped", 2);
+    let consumer = Agent::start(&["consume"], &case.variables().with("STATE", "on"));
+    case.write(0, 0..10);
+    case.write(1, 10..20);
+    case.wait_for_rows(20, &[&consumer]);
+    wait_for_due(&mut case.db, 20, &consumer);
+    case.db
+        .execute("DROP TABLE host_metrics_series, host_metrics_rollups, host_metrics_incidents CASCADE");
+    case.write(0, 20..30);
+    case.wait_for_rows(30, &[&consumer]);
+    for name in [
+        "series",
+        "rollups",
+        "incidents",
+        "latest",
+        "uptime",
+        "latency",
+        "certificates",
+    ] {
+        let is_there = format!("(SELECT 1 WHERE to_regclass('host_metrics_{name}') IS NOT NULL) x");
+        wait_for(
+            SOON,
+            name,
+            || (case.db.count(&is_there) == 1).then_some(()),
+            || consumer.stderr(),
+        );
+    }
+    // What came before is gone, and what comes from then on counts once.
+    case.write(1, 30..40);
+    wait_for_due(&mut case.db, 20, &consumer);
+    consumer.stop();
+}
+
+/// Waits until the state counts so many ticks.
+fn wait_for_due(db: &mut Database, due: i64, consumer: &Agent) {
+    let is_there = "(SELECT 1 WHERE to_regclass('host_metrics_rollups') IS NOT NULL) x";
+    let counted = "SELECT coalesce(sum(due), 0)::text FROM host_metrics_rollups WHERE seconds = 86400";
+    let is_due = || (db.count(is_there) == 1 && db.one(counted) == due.to_string()).then_some(());
+    wait_for(SOON, "the state has caught up", is_due, || consumer.stderr());
+}
+
+#[test]
+fn a_state_that_cannot_be_written_keeps_no_row_back_and_status_counts_rows() {
+    let mut case = Case::new("state-refused", 1);
+    case.db.execute("CREATE TABLE host_metrics_series (mine integer)");
+    let consumer = Agent::start(&["consume"], &case.variables().with("STATE", "on"));
+    case.write(0, 0..10);
+    case.wait_for_rows(10, &[&consumer]);
+    consumer.wait_for_stderr("the state is not kept up", SOON);
+    consumer.wait_for_stderr("host_metrics_series\" was not made by this version", SOON);
+    let (_, said) = run(&["status"], &case.variables().with("STATE", "on"));
+    assert!(
+        said.contains("Counted from the rows, because there is no"),
+        "{said}"
+    );
+    consumer.stop();
+    assert_eq!(case.db.count("host_metrics_series"), 0);
+}
