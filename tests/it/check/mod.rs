@@ -23,7 +23,7 @@ use host_metrics::check::fault::NameError;
 use host_metrics::check::http::{Checker, Checks};
 use host_metrics::check::outcome::{Observation, Outcome};
 use host_metrics::check::pattern::Pattern;
-use host_metrics::check::target::{IpFamily, Method, StatusSet, Target};
+use host_metrics::check::target::{IpFamily, StatusSet, Target};
 use host_metrics::config::CheckConfig;
 use url::Url;
 
@@ -46,20 +46,7 @@ pub fn config() -> CheckConfig {
 }
 
 pub fn target(url: &str) -> Target {
-    Target {
-        address: url.into(),
-        url: Url::parse(url).unwrap(),
-        interval: Duration::from_secs(60),
-        timeout: None,
-        status: None,
-        method: Method::Get,
-        follow: 10,
-        topic: None,
-        ip_family: None,
-        tls_insecure: false,
-        tls_required: false,
-        regex: None,
-    }
+    Target::new(url.into(), Url::parse(url).unwrap(), Duration::from_secs(60))
 }
 
 fn with_regex(url: &str, regex: &str) -> Target {
