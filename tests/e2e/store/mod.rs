@@ -6,6 +6,7 @@
 mod flushing;
 mod logins;
 mod migrations;
+mod names;
 mod partitions;
 mod passing_faults;
 mod refused_rows;
