@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::median::median;
 use host_metrics::check::http::{Checker, Checks};
 use host_metrics::check::outcome::Outcome;
-use host_metrics::check::target::{Method, Target};
+use host_metrics::check::target::Target;
 use host_metrics::config::CheckConfig;
 use site::Raw;
 
@@ -87,20 +87,7 @@ fn check(checker: &mut Checker, target: &Target) {
 }
 
 fn target(url: &str) -> Target {
-    Target {
-        address: url.into(),
-        url: url.parse().expect("a URL"),
-        interval: Duration::from_secs(60),
-        timeout: None,
-        status: None,
-        method: Method::Get,
-        follow: 10,
-        topic: None,
-        ip_family: None,
-        tls_insecure: false,
-        tls_required: false,
-        regex: None,
-    }
+    Target::new(url.into(), url.parse().expect("a URL"), Duration::from_secs(60))
 }
 
 #[expect(clippy::disallowed_methods, reason = "checks have deadlines")]

@@ -234,23 +234,13 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::check::target::Method;
 
     fn target() -> Target {
-        Target {
-            address: "example.com".to_owned(),
-            url: "https://example.com/".parse().unwrap(),
-            interval: Duration::from_secs(30),
-            timeout: None,
-            status: None,
-            method: Method::Get,
-            follow: 10,
-            topic: None,
-            ip_family: None,
-            tls_insecure: false,
-            tls_required: false,
-            regex: None,
-        }
+        Target::new(
+            "example.com".to_owned(),
+            "https://example.com/".parse().unwrap(),
+            Duration::from_secs(30),
+        )
     }
 
     fn at(text: &str) -> Timestamp {

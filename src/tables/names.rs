@@ -176,6 +176,8 @@ pub fn literal(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -217,6 +219,22 @@ mod tests {
                 quoted,
                 "{text}"
             );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_table_that_is_accepted_is_the_same_when_quoted_and_read_again(
+            text in prop_oneof![r#"[a-zäé."; -]{0,12}"#, r#"("([a-z. ]|""){0,8}"|[a-z]{1,4})(\."([A-Z.';]|""){1,8}")?"#, ".{0,70}"]
+        ) {
+            if let Some(table) = TableName::parse(&text) {
+                prop_assert_eq!(TableName::parse(&table.quoted("")), Some(table.clone()), "{}", text);
+                for object in Object::ALL {
+                    let (quoted, name) = (table.quoted(object.suffix()), format!("{}{}", table.name, object.suffix()));
+                    prop_assert!(quoted.ends_with(&format!("\"{}\"", name.replace('"', "\"\""))), "{}", quoted);
+                    prop_assert!(name.len() <= MAX_IDENTIFIER_BYTES, "{}", name);
+                }
+            }
         }
     }
 }

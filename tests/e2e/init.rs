@@ -34,19 +34,26 @@ fn init_makes_topics_and_tables_once_and_says_what_differs() {
     for agent in &mut both {
         assert_eq!(agent.wait(SOON).code(), Some(0), "{}", agent.stderr());
     }
+    // One makes a topic and the other finds it. Kafka may lose the answer to the one that made it, who then asks again
+    // and finds it too; what the topics are like, below, shows that one of the two made them.
+    let said: String = both.iter().map(Agent::stderr).collect();
     for topic in ["init-a", "init-b"] {
-        let said: String = both.iter().map(Agent::stderr).collect();
-        assert_eq!(said.matches(&format!("topic {topic} made")).count(), 1, "{said}");
+        let made = said.matches(&format!("topic {topic} made")).count();
+        let found = said
+            .lines()
+            .filter(|line| line.contains(&format!("topic {topic}")) && line.contains("left as it is"))
+            .count();
+        assert!(made <= 1 && made + found == 2, "{topic}: {said}");
     }
     let mut client = connect(&server);
     assert_eq!(count(&mut client, "SELECT count(*) FROM host_metrics_offsets"), 0);
 
     let (status, said) = run(&["init"], &variables);
     assert_eq!(status, Some(0), "{said}");
-    assert!(
-        said.contains("topic init-a exists: 12 partitions, left as it is"),
-        "{said}"
-    );
+    for topic in ["init-a", "init-b"] {
+        let found = format!("topic {topic} exists: 12 partitions, left as it is");
+        assert!(said.contains(&found), "{said}");
+    }
     assert!(said.contains("\"host_metrics_certificates\" exists"), "{said}");
 
     let asked = [
@@ -65,7 +72,7 @@ fn init_makes_topics_and_tables_once_and_says_what_differs() {
         "its partitions have 1 replicas, not 2",
         "its retention.ms is 86400000, not 604800000",
     ] {
-        assert!(said.contains(difference), "{said}");
+        assert_eq!(said.matches(difference).count(), 2, "for each topic: {said}");
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use host_metrics::check::outcome::{Observation, Outcome, Phases, Stamp, stamp};
-use host_metrics::check::target::{Method, Target};
+use host_metrics::check::target::Target;
 use host_metrics::sample::{Field, MAX_ADDRESS_BYTES, Sample, Timestamp, TimestampError, decode, encode};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -803,20 +803,11 @@ const GOLDEN_MISSED: &str = include_str!("golden/missed.json");
 const GOLDEN_REDIRECT_CERT: &str = include_str!("golden/redirect_cert.json");
 
 fn target(address: &str, interval: Duration) -> Target {
-    Target {
-        address: address.to_owned(),
-        url: "https://example.com/".parse().unwrap(),
+    Target::new(
+        address.to_owned(),
+        "https://example.com/".parse().unwrap(),
         interval,
-        timeout: None,
-        status: None,
-        method: Method::Get,
-        follow: 10,
-        topic: None,
-        ip_family: None,
-        tls_insecure: false,
-        tls_required: false,
-        regex: None,
-    }
+    )
 }
 
 /// What `produce` writes for `observation`, next to the document that other programs were shown.

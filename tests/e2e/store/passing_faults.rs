@@ -1,0 +1,244 @@
+//! Faults of the server and of the connection that pass.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
+use host_metrics::consume::batch::Batch;
+use host_metrics::consume::batch::Flushed;
+use host_metrics::consume::store::Store;
+use host_metrics::postgres::Bounds;
+
+use super::{P0, ok, positions, retry, retry_of, row, start_at, wait_for};
+use crate::database::{Database, config, server};
+use crate::faults::{Proxy, Thaw, signal};
+use crate::scratch;
+
+#[test]
+fn a_frozen_backend_is_abandoned_within_the_bound_and_its_transaction_is_not_doubled() {
+    let mut db = Database::new();
+    db.execute("CREATE TABLE m (address text, is_valid boolean)");
+    // Holds the flush where its rows are written and its position is moved, but nothing is committed.
+    db.execute(
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS \
+         'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'; \
+         CREATE TRIGGER t AFTER INSERT ON m FOR EACH STATEMENT EXECUTE FUNCTION f()",
+    );
+    let bounds = Bounds {
+        step: Duration::from_secs(2),
+        lock: Duration::from_secs(1),
+        ..Bounds::default()
+    };
+    let config = db.config_of("m");
+    let mut store = Store::with_bounds(
+        &config,
+        Bounds {
+            lock: Duration::from_secs(60),
+            ..bounds
+        },
+    )
+    .unwrap();
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+
+    db.execute("SELECT pg_advisory_lock(42)");
+    let flushing = thread::spawn({
+        let batch = batch.clone();
+        move || {
+            let began = scratch::now();
+            let flushed = store.flush(&batch);
+            (store, flushed, began.elapsed())
+        }
+    });
+    let waiting = "SELECT pid::text FROM pg_stat_activity WHERE datname = current_database() \
+                   AND application_name = 'host-metrics' AND wait_event_type = 'Lock'";
+    wait_for("the flush to wait for the lock", || !db.many(waiting).is_empty());
+    let pid = db.one(waiting);
+    signal(&pid, "STOP");
+    let frozen = Thaw(pid.clone());
+    db.execute("SELECT pg_advisory_unlock(42)");
+
+    let (store, flushed, took) = flushing.join().unwrap();
+    retry(flushed);
+    assert!(took < Duration::from_secs(10), "{took:?}");
+
+    // While it is frozen nothing can end it, and it holds the position: waited for no longer than lock_timeout.
+    let mut second = Store::with_bounds(&config, bounds).unwrap();
+    second.open().unwrap();
+    let text = retry(second.flush(&batch));
+    assert!(text.contains("lock timeout"), "{text}");
+
+    // The store that owned it asks for its end on the next open, so when it wakes up it rolls back.
+    let mut store = reopened(store, &frozen);
+    assert_eq!(positions(&mut store, &[P0]), [(P0, 0)]);
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(db.count("m"), 1);
+    drop(frozen);
+}
+
+#[test]
+fn a_commit_whose_answer_is_lost_is_found_in_the_positions_and_not_repeated() {
+    let mut db = Database::new();
+    let proxy = Proxy::start(server().port());
+    let mut config = db.config();
+    config.database.port = proxy.port;
+    let bounds = Bounds {
+        step: Duration::from_secs(1),
+        ..Bounds::default()
+    };
+    let mut store = Store::with_bounds(&config, bounds).unwrap();
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    // Deferred, so it runs in the second round trip, and tells when that arrived.
+    db.execute(
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS \
+         'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'; \
+         CREATE TRIGGER t AFTER INSERT ON host_metrics FOR EACH STATEMENT EXECUTE FUNCTION f(); \
+         SELECT pg_advisory_lock(42)",
+    );
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    let flushing = thread::spawn({
+        let batch = batch.clone();
+        move || (store.flush(&batch), store)
+    });
+    wait_for("the flush to reach the server", || {
+        db.count("pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1
+    });
+    // From here on the server hears us, and we do not hear the server.
+    proxy.is_deaf.store(true, Ordering::SeqCst);
+    db.execute("SELECT pg_advisory_unlock(42)");
+    wait_for("the COMMIT", || db.count("host_metrics") == 1);
+
+    let (flushed, mut store) = flushing.join().unwrap();
+    retry(flushed);
+    proxy.is_deaf.store(false, Ordering::SeqCst);
+    store.open().unwrap();
+    assert_eq!(positions(&mut store, &[P0]), [(P0, 1)]);
+    assert_eq!(store.flush(&batch), Flushed::Fenced);
+    assert_eq!(db.count("host_metrics"), 1);
+}
+
+#[test]
+fn a_connection_that_swallows_everything_is_given_up_within_the_bound() {
+    let db = Database::new();
+    let proxy = Proxy::start(server().port());
+    let mut config = db.config();
+    config.database.port = proxy.port;
+    let bounds = Bounds {
+        step: Duration::from_secs(1),
+        connect: Duration::from_secs(1),
+        ..Bounds::default()
+    };
+    let mut store = Store::with_bounds(&config, bounds).unwrap();
+    store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    proxy.is_mute.store(true, Ordering::SeqCst);
+    proxy.is_deaf.store(true, Ordering::SeqCst);
+    let began = scratch::now();
+    let text = retry_of(store.positions(&[P0], &BTreeMap::new()));
+    assert!(text.contains("no answer within 1 s"), "{text}");
+    // A new connection gets no answer either.
+    retry_of(store.open());
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+}
+
+#[test]
+fn faults_of_the_server_pass_and_are_named() {
+    let mut db = Database::new();
+    let mut store = db.store();
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    let name = db.name.clone();
+
+    // 57P01: an administrator's shutdown.
+    db.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+         WHERE datname = current_database() AND application_name = 'host-metrics'",
+    );
+    retry(store.flush(&batch));
+    // Nothing is tried on a connection that is gone.
+    retry(store.flush(&batch));
+    retry_of(store.positions(&[P0], &BTreeMap::new()));
+
+    // 25006: a failover made this server a replica.
+    db.execute(&format!(
+        "ALTER DATABASE {name} SET default_transaction_read_only = on"
+    ));
+    store.open().unwrap();
+    let text = retry(store.flush(&batch));
+    assert!(text.contains("25006"), "{text}");
+    db.execute(&format!(
+        "SET default_transaction_read_only = off; ALTER DATABASE {name} RESET default_transaction_read_only"
+    ));
+
+    // 55P03: somebody holds our position.
+    let bounds = Bounds {
+        lock: Duration::from_millis(200),
+        ..Bounds::default()
+    };
+    let mut quick = Store::with_bounds(&db.config(), bounds).unwrap();
+    quick.open().unwrap();
+    db.execute("BEGIN; SELECT * FROM host_metrics_offsets FOR UPDATE");
+    let text = retry(quick.flush(&batch));
+    assert!(text.contains("55P03"), "{text}");
+    db.execute("ROLLBACK");
+
+    // 57014: somebody cancelled our statement.
+    quick.open().unwrap();
+    db.execute("BEGIN; SELECT * FROM host_metrics_offsets FOR UPDATE");
+    let mut patient = db.store();
+    patient.open().unwrap();
+    let flushing = thread::spawn({
+        let batch = batch.clone();
+        move || patient.flush(&batch)
+    });
+    let waiting = "pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    wait_for("the flush to wait", || db.count(waiting) == 1);
+    db.execute(&format!("SELECT pg_cancel_backend(pid) FROM {waiting}"));
+    let text = retry(flushing.join().unwrap());
+    assert!(text.contains("57014"), "{text}");
+    db.execute("ROLLBACK");
+
+    // 53300: too many connections.
+    db.execute(&format!("CREATE ROLE few_{name} LOGIN CONNECTION LIMIT 0"));
+    let mut few = db.config();
+    few.database.user = format!("few_{name}");
+    let text = retry_of(Store::new(&few).unwrap().open());
+    assert!(text.contains("53300"), "{text}");
+
+    // And after all of that the batch is written, once.
+    store.open().unwrap();
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(db.count("host_metrics"), 1);
+}
+
+#[test]
+fn a_crash_of_the_server_is_outlived_by_the_same_store() {
+    let own = ThrowAwayPostgres::start().unwrap();
+    let mut store = Store::new(&config(&own, own.database(), "m")).unwrap();
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    own.stop_immediately().unwrap();
+    retry(store.flush(&batch));
+    let text = retry_of(store.open());
+    assert!(text.contains(&format!("127.0.0.1:{}", own.port())), "{text}");
+    own.start_again().unwrap();
+    wait_for("the server to take us again", || store.open().is_ok());
+    assert_eq!(store.flush(&batch), Flushed::Durable);
+}
+
+/// Opens the store while its old backend is frozen, which asks for that backend's end, and lets the backend go on.
+fn reopened(mut store: Store, frozen: &Thaw) -> Store {
+    store.open().unwrap();
+    signal(&frozen.0, "CONT");
+    store
+}

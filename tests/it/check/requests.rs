@@ -1,0 +1,72 @@
+//! What a check sends.
+
+use std::io::Write;
+use std::net::Ipv6Addr;
+
+use host_metrics::check::http::Checks;
+use host_metrics::check::outcome::Outcome;
+use host_metrics::check::target::{Method, Target};
+use host_metrics::config::CheckConfig;
+
+use super::{check, config, target, with_regex};
+use crate::site::{self, Site};
+
+#[test]
+fn one_check_sends_one_request_and_nothing_that_was_not_asked_for() {
+    let site = Site::answering(site::ok("hello"));
+    assert_eq!(check(&target(&site.url("/a/b?c=d%20e"))).outcome, Outcome::Ok);
+    let with_body = with_regex(&format!("http://site.test:{}/", site.address.port()), "hello");
+    assert_eq!(check(&with_body).outcome, Outcome::Ok);
+    let head = Target {
+        method: Method::Head,
+        ..target(&site.url("/"))
+    };
+    assert_eq!(check(&head).outcome, Outcome::Ok);
+
+    // Names as every other client writes them: some servers know no `host:`.
+    let expected = |first: &str, host: &str, codings: &str| {
+        format!(
+            "{first} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: host-metrics/test\r\nAccept: */*\r\n\
+             Accept-Encoding: {codings}\r\nConnection: close\r\n\r\n"
+        )
+    };
+    let host = site.address.to_string();
+    let named = format!("site.test:{}", site.address.port());
+    let requests = site.requests();
+    assert_eq!(requests.len(), 3, "{requests:?}");
+    assert_eq!(requests[0], expected("GET /a/b?c=d%20e", &host, "identity"));
+    assert_eq!(requests[1], expected("GET /", &named, "gzip, br"));
+    assert_eq!(requests[2], expected("HEAD /", &host, "identity"));
+}
+
+#[test]
+fn a_host_header_has_a_port_and_brackets_where_they_belong() {
+    let site = Site::start_at((Ipv6Addr::LOCALHOST, 0).into(), |mut stream, requests| {
+        let request = site::read_head(&mut stream);
+        requests.lock().unwrap().push(request);
+        stream.write_all(&site::ok("hello")).unwrap();
+    });
+    assert_eq!(check(&target(&site.url("/"))).outcome, Outcome::Ok);
+    let host = format!("\r\nHost: [::1]:{}\r\n", site.address.port());
+    assert!(site.requests()[0].contains(&host), "{:?}", site.requests());
+}
+
+#[test]
+fn a_url_of_any_length_that_a_host_file_allows_is_requested_whole() {
+    let site = Site::answering(site::ok("hello"));
+    // 2,000 characters of three bytes each, percent-encoded.
+    let target = target(&site.url(&format!("/{}", "\u{20ac}".repeat(660))));
+    assert_eq!(check(&target).outcome, Outcome::Ok);
+    let requests = site.requests();
+    assert!(requests[0].starts_with("GET /%E2%82%AC%E2%82%AC"), "{requests:?}");
+    assert!(requests[0].len() > 660 * 9, "{}", requests[0].len());
+}
+
+#[test]
+fn a_user_agent_that_would_smuggle_a_header_is_refused() {
+    let config = CheckConfig {
+        user_agent: "host-metrics\r\nX-Evil: yes".into(),
+        ..config()
+    };
+    assert!(Checks::new(&config).is_err());
+}
