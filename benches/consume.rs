@@ -67,14 +67,16 @@ fn main() {
     let files = bench.files_of(COPIED);
 
     let mut copies = [Vec::new(), Vec::new()];
-    let mut drains = vec![Vec::new(); cases.len()];
+    let mut drains = vec![[Vec::new(), Vec::new()]; cases.len()];
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}");
         for (copies, file) in copies.iter_mut().zip(&files) {
             copies.push(bench.copy(file));
         }
         for (drains, case) in drains.iter_mut().zip(&cases) {
-            drains.push(bench.drain(*case, |_| ()));
+            for (drains, state) in drains.iter_mut().zip(["off", "on"]) {
+                drains.push(bench.drain(*case, state, |_| ()));
+            }
         }
     }
 
@@ -85,7 +87,9 @@ fn main() {
     report("\\copy text", text, text, binary);
     report("\\copy binary", binary, text, binary);
     for (drains, (batch_size, _)) in drains.iter().zip(&cases) {
-        report(&batch_size.to_string(), drains, text, binary);
+        let [rows_alone, with_state] = drains;
+        report(&batch_size.to_string(), rows_alone, text, binary);
+        report(&format!("{batch_size} + state"), with_state, text, binary);
     }
 }
 
@@ -227,7 +231,7 @@ impl Bench {
     fn files_of(&self, case: (usize, u32)) -> [PathBuf; 2] {
         let directory = scratch::directory("rows");
         let files = ["text", "binary"].map(|format| directory.join(format));
-        self.drain(case, |schema| {
+        self.drain(case, "off", |schema| {
             for file in &files {
                 self.psql(&[&format!(
                     "\\copy (SELECT * FROM {schema}.host_metrics ORDER BY tableoid, ctid) TO '{}' ({})",
@@ -239,8 +243,9 @@ impl Bench {
         files
     }
 
-    /// The program drains the topic into a new table.
-    fn drain(&self, (batch_size, records): (usize, u32), look: impl FnOnce(&str)) -> Measured {
+    /// The program drains the topic into a new table, by itself or with the state's pipeline beside it (`state` is STATE).
+    /// CPU times are of both.
+    fn drain(&self, (batch_size, records): (usize, u32), state: &str, look: impl FnOnce(&str)) -> Measured {
         let schema = "drained";
         let mut client = self.new_tables(schema);
         let directory = scratch::directory("consume");
@@ -258,6 +263,7 @@ impl Bench {
             .env("DB_NAME", self.server.database())
             .env("DB_TABLE", format!("{schema}.host_metrics"))
             .env("DB_BATCH_SIZE", batch_size.to_string())
+            .env("STATE", state)
             .current_dir(directory)
             .stdin(Stdio::null())
             .stderr(File::create(&log).unwrap());
@@ -265,7 +271,8 @@ impl Bench {
 
         let durable = client
             .prepare(&format!(
-                "SELECT coalesce(sum(next_offset), 0)::bigint FROM {schema}.host_metrics_offsets"
+                "SELECT coalesce(sum(next_offset), 0)::bigint FROM {schema}.host_metrics_offsets \
+                 WHERE group_id NOT LIKE '%-state'"
             ))
             .unwrap();
         let mut wait_until_durable = |least: i64| {
@@ -286,16 +293,19 @@ impl Bench {
             micros_per_row: cpu_micros(&read(&format!("{process}/stat"))) / f64::from(records),
             peak_mib: peak_mib(&read(&format!("{process}/status"))),
         };
-        let backend: i32 = client
-            .query_one(
+        let backends = client
+            .query(
                 "SELECT pid FROM pg_stat_activity WHERE application_name = 'host-metrics'",
                 &[],
             )
-            .unwrap()
-            .get(0);
+            .unwrap();
+        let backends = backends.iter().map(|row| row.get::<_, i32>(0));
+        let backend_micros: f64 = backends
+            .map(|backend| cpu_micros(&read(&format!("/proc/{backend}/stat"))))
+            .sum();
         let measured = Measured {
             rows_per_second: (rows - first_rows) as f64 / (last_at - first_at).as_secs_f64(),
-            backend_micros_per_row: cpu_micros(&read(&format!("/proc/{backend}/stat"))) / f64::from(records),
+            backend_micros_per_row: backend_micros / f64::from(records),
             ours: Some(ours),
         };
         agent.signal("TERM");

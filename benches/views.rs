@@ -102,7 +102,7 @@ fn main() {
             "SELECT (SELECT count(*) FROM host_metrics_{table}), sum(pg_table_size(relid))::bigint, \
              sum(pg_indexes_size(relid))::bigint FROM pg_partition_tree('host_metrics_{table}') WHERE isleaf \
              UNION ALL SELECT (SELECT count(*) FROM host_metrics_{table}), pg_table_size('host_metrics_{table}'), \
-             pg_indexes_size('host_metrics_{table}') ORDER BY 2 DESC LIMIT 1"
+             pg_indexes_size('host_metrics_{table}') ORDER BY 2 DESC NULLS LAST LIMIT 1"
         );
         let row = client.query_one(&sql, &[]).expect("the tables answer");
         let (rows, heap, index): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
