@@ -27,7 +27,7 @@ bench-consume: setup ## how fast `consume` is beside psql's \copy, and what a re
 	cargo bench --locked --bench wire
 	cargo bench --locked --bench consume -- $(ARGS)
 
-bench-views: setup ## how long the views take on ten million rows (3 GB); ARGS="3 100" for three rounds and 100 hosts instead of 1,000
+bench-views: setup ## what the state costs per record and stores, and how long the views take; ARGS="1000 1440 60" for hosts, checks of each, seconds between them
 	cargo bench --locked --bench views -- $(ARGS)
 
 bench-produce: ## what a check costs and how late it is, 100 to 5,000 hosts (Linux, root); ARGS="https 1000" picks cases
