@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use host_metrics::check::outcome::{Observation, Outcome, Phases, Stamp, stamp};
+use host_metrics::check::observation::{Observation, Phases, Stamp, stamp};
 use host_metrics::check::target::Target;
+use host_metrics::sample::Outcome;
 use host_metrics::sample::{Field, MAX_ADDRESS_BYTES, Sample, Timestamp, TimestampError, decode, encode};
 use proptest::prelude::*;
 use serde_json::Value;
