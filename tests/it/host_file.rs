@@ -183,7 +183,7 @@ fn what_is_no_address_is_said_at_its_place() {
         ),
         (
             "example.com:0",
-            "hosts:1:1: `example.com:0` is not an address: there is no port 0",
+            "hosts:1:1: `example.com:0` is not an address: 0 is not a valid port",
         ),
         (
             "256.1.1.1",
@@ -281,7 +281,7 @@ fn what_is_no_frequency_is_said_at_its_place() {
     ] {
         assert_eq!(
             what(format!("example.com {frequency}")),
-            format!("hosts:1:13: `{frequency}` is not a FREQUENCY: {expected}")
+            format!("hosts:1:13: `{frequency}` is not a valid FREQUENCY: {expected}")
         );
     }
     for frequency in [
@@ -315,7 +315,7 @@ fn a_lone_unit_is_a_slip_and_not_a_regex() {
     );
     for unit in ["s", "m", "h", "d"] {
         assert!(what(format!("example.com 5 {unit}")).contains(&format!("write `5{unit}` without a space")));
-        assert!(what(format!("example.com 5 {unit} more text")).contains("a lone"));
+        assert!(what(format!("example.com 5 {unit} more text")).contains("is separated from its number"));
         assert!(what(format!("example.com 5m timeout=3s {unit}")).contains("as in `5s`"));
         let regex = host(&format!("example.com 5 ({unit})")).regex.unwrap();
         assert_eq!(regex.as_str(), format!("({unit})"));
@@ -378,7 +378,7 @@ fn a_line_that_nobody_can_mean_is_refused() {
         ),
         (
             "example.com 5 ip=4 Status = ok",
-            "write an option as `status=VALUE`, without blanks",
+            "write the option as `status=VALUE`, without spaces",
         ),
         (
             "example.com 5 --method=HEAD",
@@ -439,7 +439,7 @@ fn a_line_that_hardly_anybody_means_is_warned_of_with_its_place() {
         ),
         (
             "example.com 5 Add to basket timeout=3s",
-            "hosts:1:29: `timeout=3s` is part of the REGEX; options stand before",
+            "hosts:1:29: `timeout=3s` is part of the REGEX; write options before it",
         ),
         (
             "example.com 5 200",
