@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use crate::median::median;
 use host_metrics::check::http::{Checker, Checks};
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::target::Target;
 use host_metrics::config::CheckConfig;
+use host_metrics::sample::Outcome;
 use site::Raw;
 
 const CHECKS_PER_TURN: u32 = 300;

@@ -1,6 +1,6 @@
 //! Durations as people write them: a whole number and a unit, `10s`.
 //!
-//! One syntax for the host file, the variables and the command line. Pure.
+//! The host file, the variables and the command line share this syntax. Pure.
 
 use std::time::Duration;
 
@@ -18,14 +18,14 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A whole number with one of [`UNITS`]. What no duration can hold is the longest one, so that a bound, and not the
-/// syntax, is what the caller finds wrong with it.
+/// Reads a whole number with one of [`UNITS`]. A number that is too large becomes the longest duration, so that the caller
+/// reports it as out of range and not as bad syntax.
 pub fn parse(text: &str) -> Option<Duration> {
     let (_, duration) = all_consuming(number_and_unit).parse(text).ok()?;
     Some(duration)
 }
 
-/// The shortest exact writing that [`parse`] reads, to the millisecond: `5m`, `90s`, `950ms`.
+/// Writes a duration in milliseconds or the largest unit that needs no fraction: `5m`, `90s`, `950ms`.
 pub fn text(duration: Duration) -> String {
     let millis = duration.saturating_add(Duration::from_micros(500)).as_millis();
     for (unit, name) in [(DAY, "d"), (HOUR, "h"), (MINUTE, "m"), (SECOND, "s")] {
@@ -36,7 +36,7 @@ pub fn text(duration: Duration) -> String {
     format!("{millis}ms")
 }
 
-/// A whole number of minutes, or with a unit: the host file's FREQUENCY.
+/// Reads the host file's FREQUENCY: a whole number of minutes, or a whole number with one of `s m h d`.
 pub fn parse_interval(text: &str) -> Option<Duration> {
     let minutes = map(digit1, |digits| times(digits, MINUTE));
     let (_, interval) = all_consuming(alt((
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interval_without_a_unit_is_in_minutes_and_knows_no_milliseconds() {
+    fn an_interval_without_a_unit_is_in_minutes_and_cannot_be_in_milliseconds() {
         assert_eq!(parse_interval("5"), Some(Duration::from_secs(300)));
         assert_eq!(parse_interval("5s"), Some(Duration::from_secs(5)));
         assert_eq!(parse_interval("4294967296"), Some(Duration::MAX));

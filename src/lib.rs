@@ -1,14 +1,14 @@
-//! host-metrics: checks web sites on time and keeps every result exactly once.
+//! host-metrics: checks web sites on schedule and stores every result exactly once.
 //!
-//! The way of the data, one name per boundary:
+//! The path of the data, which has another name after each boundary:
 //!
 //! ```text
 //! host file line → Target → Tick → Observation → Sample ──JSON──▶ record → Row → durable → committed
 //!      text        parsed   due     observed     stamped   Kafka          COPY   Postgres   Kafka
 //! ```
 //!
-//! `produce` owns the left half, `consume` the right one; [`sample`] is the wire between them and the only module that
-//! both import. The program is `main.rs`; this library exists so that tests and benches can reach the parts.
+//! `produce` is the left half, `consume` the right half, and [`sample`] defines the record between them. The program is
+//! `main.rs`; this library exists so that tests, benchmarks and fuzz targets can use the parts.
 
 pub mod check;
 pub mod cli;

@@ -11,7 +11,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use host_metrics::check::http::{Checker, Checks};
-use host_metrics::check::outcome::Outcome;
+use host_metrics::sample::Outcome;
 use host_metrics::check::target::Target;
 use host_metrics::config::CheckConfig;
 use host_metrics::produce::host_file;

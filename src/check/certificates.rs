@@ -1,8 +1,8 @@
-//! Whether the certificates that a server shows can be trusted, and if not, why, in words.
+//! Verifies a server's certificates, and says in words why they are not trusted.
 //!
-//! webpki says yes to nearly all chains in a third of the time that OpenSSL takes. What it refuses, OpenSSL is asked
-//! about, with curl's settings: it knows algorithms and extensions that webpki does not, takes a certificate as trusted
-//! that is itself among the trusted ones, and tells which certificate of the chain is at fault.
+//! webpki accepts nearly all chains, in a third of the time that OpenSSL takes. A chain that it rejects is verified again by
+//! OpenSSL with curl's settings. OpenSSL supports more algorithms and extensions, accepts a server certificate that is
+//! itself a trusted one, and reports which certificate of the chain is wrong.
 
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
@@ -25,27 +25,27 @@ use x509_parser::nom::Parser;
 
 use crate::sample::Timestamp;
 
-/// The level of security that OpenSSL has by default: RSA keys of 2048 bits at least, no SHA-1.
+/// OpenSSL's default security level: RSA keys of at least 2048 bits, and no SHA-1.
 const OPENSSL_LEVEL: i32 = 2;
 
-/// The same level for a single key, in the bits of a symmetric one.
+/// The same level for a single key, as the length of a symmetric key of equal strength.
 const SECURITY_BITS: u32 = 112;
 
-/// As many names of a certificate are told.
+/// How many names of a certificate a message contains.
 const MOST_NAMES: usize = 3;
 
-/// As much of a name out of a certificate is told.
+/// How much of a name from a certificate a message contains.
 const MAX_NAME_CHARS: usize = 60;
 
-/// Why the certificates of a server are refused.
+/// Why a server's certificates are rejected.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CertificateFault {
     #[error("the certificate is not trusted: this machine has no trusted CA certificates")]
     NoAnchors,
-    /// A certificate of the chain is outside its validity, before or after.
+    /// A certificate of the chain has expired or is not valid yet.
     #[error("{0}")]
     Dates(String),
-    /// The certificate is good, but for other names.
+    /// The certificate is trusted, but is for other names.
     #[error("{0}")]
     Name(String),
     #[error("the certificate is not trusted: {0}")]
@@ -54,7 +54,7 @@ pub(super) enum CertificateFault {
 
 impl From<ErrorStack> for CertificateFault {
     fn from(error: ErrorStack) -> Self {
-        Self::Untrusted(format!("OpenSSL cannot look at it ({})", reason(&error)))
+        Self::Untrusted(format!("OpenSSL cannot verify it ({})", reason(&error)))
     }
 }
 
@@ -64,14 +64,14 @@ impl From<CertificateFault> for rustls::Error {
     }
 }
 
-/// The certificates that are trusted to vouch for others.
+/// The trusted CA certificates.
 #[derive(Default)]
 pub(super) struct Anchors {
     certificates: Vec<X509>,
-    /// What webpki keeps of them, and what it does not: it looks at no anchor's validity.
+    /// The same certificates for webpki, and their validity, which webpki does not check.
     roots: Vec<TrustAnchor<'static>>,
     validities: Vec<Validity>,
-    /// Made when it is first needed: it takes some 10 ms.
+    /// Built when it is first needed, because that takes about 10 ms.
     store: OnceLock<X509Store>,
 }
 
@@ -79,7 +79,7 @@ impl Anchors {
     pub fn new(certificates: impl IntoIterator<Item = CertificateDer<'static>>) -> Self {
         let mut anchors = Self::default();
         for der in certificates {
-            // Old certificates in formats that nobody accepts any more are common among a machine's own, and no harm.
+            // A machine's CA certificates often include some in obsolete formats. They are skipped.
             if let Ok(certificate) = X509::from_der(&der) {
                 anchors.certificates.push(certificate);
             }
@@ -96,7 +96,7 @@ impl Anchors {
     }
 
     /// # Errors
-    /// The chain leads to none of these, or is not for `name`, or not for today.
+    /// The chain does not lead to a trusted certificate, is not valid now, or is not for `name`.
     pub fn verify(
         &self,
         leaf: &CertificateDer<'_>,
@@ -128,7 +128,7 @@ impl Anchors {
             let found = roots.find(|(root, _)| std::ptr::eq(*root, path.anchor()));
             match found {
                 Some((_, validity)) if is_within(validity, now) => Ok(()),
-                // OpenSSL says it better.
+                // OpenSSL will give the exact reason.
                 _ => Err(webpki::Error::UnknownIssuer),
             }
         };
@@ -154,7 +154,7 @@ impl Anchors {
         let unreadable = |_| CertificateFault::Untrusted("it cannot be read".into());
         let leaf_validity = validity(leaf);
         let leaf = X509::from_der(leaf).map_err(unreadable)?;
-        // First of all, whoever issued it: that is what has to be mended.
+        // Checked first, whoever issued the certificate: it has to be renewed in any case.
         if leaf_validity.is_some_and(|validity| !is_within(&validity, now)) {
             return Err(CertificateFault::Dates(dates_text("the certificate", &leaf, now)));
         }
@@ -190,7 +190,7 @@ impl Anchors {
         Ok(self.store.get_or_init(|| builder.build()))
     }
 
-    /// What OpenSSL found wrong first.
+    /// The first error that OpenSSL found.
     fn fault(&self, context: &X509StoreContextRef, leaf: &X509Ref, now: UnixTime) -> CertificateFault {
         use CertificateFault as F;
         let at_fault = context.current_cert().unwrap_or(leaf);
@@ -207,25 +207,25 @@ impl Anchors {
         } else {
             format!("{whose}: its")
         };
-        // x509_vfy.h of OpenSSL.
+        // The codes of OpenSSL's x509_vfy.h.
         F::Untrusted(match context.error().as_raw() {
             9 | 10 | 13 | 14 => {
                 let whose = if is_leaf { "the certificate" } else { &whose };
                 return F::Dates(dates_text(whose, at_fault, now));
             }
-            18 => "it is self-signed and not among the trusted ones".into(),
-            19 => format!("it is vouched for by {subject}, which is not among the trusted ones"),
+            18 => "it is self-signed and not among the trusted certificates".into(),
+            19 => format!("its chain ends with {subject}, which is not among the trusted certificates"),
             2 | 20 | 21 | 27 => format!(
-                "it was issued by {issuer}, which is unknown here, or the server sends it without its intermediates"
+                "it was issued by {issuer}, which is not known here; or the server does not send the intermediate certificates"
             ),
             7 => format!("{its} signature is wrong"),
             66 | 67 => format!("{its} key is too short ({})", key_text(at_fault)),
             68 => format!("{its} signature is too weak ({})", signature_name(at_fault)),
-            26 if is_leaf => "it is for another purpose than servers".into(),
-            24 | 26 | 32 | 79 => format!("{whose} must not issue others"),
-            25 => format!("{whose} is further from the end of the chain than its issuer allows"),
-            34 => format!("{whose} has a critical extension that this program does not know (our limit)"),
-            47 | 48 => "one of its names is outside those that its issuer may issue for".into(),
+            26 if is_leaf => "it is not for use by servers".into(),
+            24 | 26 | 32 | 79 => format!("{whose} is not allowed to issue certificates"),
+            25 => format!("{whose} is in a chain that is longer than its issuer allows"),
+            34 => format!("{whose} has a critical extension that this program does not support"),
+            47 | 48 => "its issuer is not allowed to issue certificates for one of its names".into(),
             28 => format!("{whose} is not trusted for servers"),
             _ => {
                 let said = context.error().error_string();
@@ -248,7 +248,7 @@ impl Anchors {
     }
 }
 
-/// The algorithms of [`verify_signature`] that rustls with ring does not know.
+/// The algorithms of [`verify_signature`] that rustls with ring does not support.
 pub(super) const FURTHER_SCHEMES: [SignatureScheme; 5] = [
     SignatureScheme::ECDSA_NISTP521_SHA512,
     SignatureScheme::ED448,
@@ -257,17 +257,17 @@ pub(super) const FURTHER_SCHEMES: [SignatureScheme; 5] = [
     PSS_KEY_SHA512,
 ];
 
-/// `rsa_pss_pss_…`: for keys that can do nothing but RSASSA-PSS.
+/// `rsa_pss_pss_…`: for keys that may only be used with RSASSA-PSS.
 const PSS_KEY_SHA256: SignatureScheme = SignatureScheme::Unknown(0x0809);
 const PSS_KEY_SHA384: SignatureScheme = SignatureScheme::Unknown(0x080a);
 const PSS_KEY_SHA512: SignatureScheme = SignatureScheme::Unknown(0x080b);
 
-/// By OpenSSL, that the server has the key of its certificate: for keys and signatures that ring does not know.
+/// Verifies with OpenSSL that the server has the key of its certificate, for keys and signatures that ring does not support.
 ///
-/// `binds_curve`: the name of an algorithm says which curve it is used with, as in TLS 1.3.
+/// `binds_curve`: each ECDSA algorithm may only be used with the curve in its name, as in TLS 1.3.
 ///
 /// # Errors
-/// It does not, or the key is too short to prove anything.
+/// The signature is wrong, or the key is too short.
 pub(super) fn verify_signature(
     message: &[u8],
     certificate: &CertificateDer<'_>,
@@ -283,7 +283,7 @@ pub(super) fn verify_signature(
     match has_signed(&key, message, signed, binds_curve) {
         Ok(true) => Ok(()),
         Ok(false) | Err(_) => Err(CertificateFault::Untrusted(
-            "the server's signature of the handshake does not fit its key".into(),
+            "the server's signature of the handshake does not match its key".into(),
         )),
     }
 }
@@ -339,7 +339,7 @@ fn has_signed(
     verifier.verify_oneshot(signed.signature(), message)
 }
 
-/// `notAfter` of a certificate; `None` where it cannot be read or lies outside what a record holds.
+/// When a certificate expires (`notAfter`); `None` if that cannot be read or is outside the years 1970 to 9999.
 pub(super) fn expires_at(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
     timestamp(validity(certificate)?.not_after.timestamp())
 }
@@ -368,7 +368,7 @@ fn dates_text(whose: &str, certificate: &X509Ref, now: UnixTime) -> String {
     };
     let day = |seconds| match timestamp(seconds) {
         Some(at) => at.to_string()[..10].to_owned(),
-        None => "a day out of reach".into(),
+        None => "a day outside the years 1970 to 9999".into(),
     };
     let (begins, ends) = (validity.not_before.timestamp(), validity.not_after.timestamp());
     if begins > i64::try_from(now.as_secs()).unwrap_or(i64::MAX) {
@@ -398,7 +398,7 @@ impl Presented {
         names.iter().flatten().filter_map(read).collect()
     }
 
-    /// RFC 6125: a `*` stands for the whole first label.
+    /// As in RFC 6125: a `*` stands for the whole first label.
     fn is_for(&self, expected: &ServerName<'_>) -> bool {
         match (self, expected) {
             (Self::Ip(ip), ServerName::IpAddress(expected)) => *ip == IpAddr::from(*expected),
@@ -429,7 +429,7 @@ fn verify_name(certificate: &X509Ref, expected: &ServerName<'_>) -> Result<(), C
         .take(MOST_NAMES)
         .map(|name| match name {
             Presented::Ip(ip) => format!("the IP address {ip}"),
-            // A common slip: such a name is never compared with an address.
+            // A common mistake: a DNS name is never compared with an IP address.
             Presented::Dns(name) if name.parse::<IpAddr>().is_ok() => {
                 format!("{name} as a DNS name, not as an IP address")
             }
@@ -437,7 +437,7 @@ fn verify_name(certificate: &X509Ref, expected: &ServerName<'_>) -> Result<(), C
         })
         .collect();
     match names.len() {
-        0 => shown.push("it holds no names of hosts (subject alternative names)".into()),
+        0 => shown.push("it has no subject alternative names".into()),
         count if count > MOST_NAMES => shown.push(format!("{} more", count - MOST_NAMES)),
         _ => {}
     }
@@ -446,7 +446,7 @@ fn verify_name(certificate: &X509Ref, expected: &ServerName<'_>) -> Result<(), C
     } else {
         ""
     };
-    let only = if names.is_empty() { ": " } else { ", only for " };
+    let only = if names.is_empty() { ": " } else { ", but for " };
     Err(CertificateFault::Name(format!(
         "the certificate is not for {what}{}{only}{}",
         shortened(&host),
@@ -461,12 +461,12 @@ fn shortened(name: &str) -> String {
     }
 }
 
-/// In quotes.
+/// The common name in quotes, or the organisation's name if there is none.
 fn common_name(name: &openssl::x509::X509NameRef) -> String {
     let entry = |nid| name.entries_by_nid(nid).next()?.data().to_string().ok();
     match entry(Nid::COMMONNAME).or_else(|| entry(Nid::ORGANIZATIONNAME)) {
         Some(text) => format!("\"{}\"", shortened(&text)),
-        None => "without a name".to_owned(),
+        None => "an unnamed certificate".to_owned(),
     }
 }
 

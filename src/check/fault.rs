@@ -1,39 +1,41 @@
-//! What went wrong, in one word of the closed set and one line for a person.
+//! Classifies a failed check: its outcome, and the cause in words.
 //!
-//! Owns the classification: by type, then by phase and code, never by message text. `tls_fault` has the words for TLS.
+//! The classification uses the error's type, then the phase and the error code, never a message's text. `tls_fault` does
+//! the same for TLS.
 
 use std::io;
 
-use super::outcome::Outcome;
 use super::progress::{Phase, Progress};
 use super::tls_fault::tls_fault;
+use crate::sample::Outcome;
 
-/// Why a name has no address.
+/// Why the look-up of a name failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// There is no such name, or it has no address of the asked family.
+    /// The name does not exist, or has no address of the requested family.
     #[error("{0}")]
     NotFound(String),
-    /// The name servers failed, refused or were not there.
+    /// The name servers failed, refused to answer or could not be reached.
     #[error("{0}")]
     Failed(String),
-    /// This machine could not even ask.
+    /// This machine could not send the query.
     #[error("{0}")]
     Agent(String),
-    /// The check's time was over, or that of the system's resolver.
-    #[error("no answer from the name servers in time")]
+    /// The check's deadline passed, or the system's resolver gave up waiting.
+    #[error("the name servers did not answer in time")]
     TimedOut,
 }
 
-/// What our own parts report, through ureq: errors of ureq's own stay apart from those of the socket this way.
+/// An error of the resolver, the connector or the transport. It passes through ureq unchanged, so that it can be told from
+/// ureq's own errors.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Fault {
+pub(super) enum CheckFault {
     #[error(transparent)]
     Name(NameError),
-    /// Of the socket, or of TLS (then a [`rustls::Error`] is inside); `TimedOut` is the check's deadline.
+    /// From the socket or, with a [`rustls::Error`] inside, from TLS. `TimedOut` means that the check's deadline passed.
     #[error(transparent)]
     Io(io::Error),
-    /// The answer is none of HTTP/1.
+    /// The response is not valid HTTP/1.
     #[error("not a valid response: {0}")]
     Protocol(&'static str),
     /// The body is not what its Content-Encoding says.
@@ -41,15 +43,15 @@ pub(super) enum Fault {
     Coding(io::Error),
 }
 
-impl From<Fault> for ureq::Error {
-    fn from(fault: Fault) -> Self {
+impl From<CheckFault> for ureq::Error {
+    fn from(fault: CheckFault) -> Self {
         Self::Other(Box::new(fault))
     }
 }
 
-/// This machine has no handle, memory or port left: no host's fault, whatever was being done.
+/// Whether this machine is out of file handles, memory or ports. That is never the host's fault.
 pub(super) fn is_agents_own(error: &io::Error) -> bool {
-    // The numbers that std has no kind for; the first two are the same on every Unix.
+    // std has no `ErrorKind` for these. The first two are the same on every Unix.
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     const ENOBUFS: i32 = if cfg!(target_os = "linux") { 105 } else { 55 };
@@ -60,33 +62,33 @@ pub(super) fn is_agents_own(error: &io::Error) -> bool {
         )
 }
 
-/// The outcome of a failure, and its cause for a person.
+/// The outcome of a failed exchange, and its cause in words.
 pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String) {
     let peer = match seen.peer {
         Some(peer) => peer.to_string(),
         None => "the host".into(),
     };
     let fault = match error {
-        ureq::Error::Other(inner) => inner.downcast_ref::<Fault>(),
+        ureq::Error::Other(inner) => inner.downcast_ref::<CheckFault>(),
         _ => None,
     };
     match fault {
-        Some(Fault::Name(error)) => name_fault(error),
-        Some(Fault::Io(error)) => match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+        Some(CheckFault::Name(error)) => name_fault(error),
+        Some(CheckFault::Io(error)) => match error.get_ref().and_then(|inner| inner.downcast_ref()) {
             Some(error) => tls_fault(error, seen.phase != Phase::Tls),
             None => io_fault(error, seen.phase, &peer),
         },
-        Some(fault @ Fault::Protocol(_)) => (Outcome::ProtocolError, fault.to_string()),
-        Some(Fault::Coding(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+        Some(fault @ CheckFault::Protocol(_)) => (Outcome::ProtocolError, fault.to_string()),
+        Some(CheckFault::Coding(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
             match seen.closed_by_peer {
                 true => cut_body(&peer),
                 false => (
                     Outcome::ProtocolError,
-                    "the body cannot be decoded: it ends in the middle of its coding".into(),
+                    "the body cannot be decoded: it ends too early".into(),
                 ),
             }
         }
-        Some(Fault::Coding(error)) => (
+        Some(CheckFault::Coding(error)) => (
             Outcome::ProtocolError,
             format!("the body cannot be decoded: {error}"),
         ),
@@ -104,12 +106,12 @@ fn name_fault(error: &NameError) -> (Outcome, String) {
     (outcome, error.to_string())
 }
 
-/// Of the socket.
+/// Classifies an error of the socket.
 fn io_fault(error: &io::Error, phase: Phase, peer: &str) -> (Outcome, String) {
     use io::ErrorKind as Kind;
 
     if is_agents_own(error) {
-        let text = format!("this machine cannot make the connection: {error}");
+        let text = format!("this machine cannot connect: {error}");
         return (Outcome::AgentError, text);
     }
     if error.kind() == Kind::TimedOut {
@@ -131,7 +133,7 @@ fn io_fault(error: &io::Error, phase: Phase, peer: &str) -> (Outcome, String) {
             Outcome::TlsError,
             match error.kind() {
                 Kind::UnexpectedEof => format!("{peer} closed the connection during the TLS handshake"),
-                _ => format!("TLS handshake with {peer}: {error}"),
+                _ => format!("the TLS handshake with {peer} failed: {error}"),
             },
         ),
         Phase::Response => match error.kind() {
@@ -148,33 +150,33 @@ fn io_fault(error: &io::Error, phase: Phase, peer: &str) -> (Outcome, String) {
 
 fn timeout(phase: Phase, peer: &str) -> (Outcome, String) {
     match phase {
-        Phase::Dns => (Outcome::DnsTimeout, "no time left".into()),
+        Phase::Dns => (Outcome::DnsTimeout, "no time was left".into()),
         Phase::Connect => (
             Outcome::ConnectTimeout,
             format!("{peer} did not accept the connection in time"),
         ),
         Phase::Tls => (
             Outcome::TlsTimeout,
-            format!("the TLS handshake with {peer} did not end in time"),
+            format!("the TLS handshake with {peer} did not finish in time"),
         ),
         Phase::Response => (
             Outcome::ResponseTimeout,
-            format!("no complete response from {peer} in time"),
+            format!("{peer} did not send a complete response in time"),
         ),
         Phase::Body => (
             Outcome::BodyTimeout,
-            format!("the body from {peer} did not end in time"),
+            format!("{peer} did not send the whole body in time"),
         ),
     }
 }
 
-/// What ureq itself found wrong with the response.
+/// Classifies what ureq itself found wrong with the response.
 fn http_fault(error: &ureq::Error, seen: &Progress, peer: &str) -> (Outcome, String) {
     use ureq::Error as E;
 
     match error {
         E::BodyStalled if !seen.closed_by_peer => {
-            (Outcome::ProtocolError, "the body's chunks are broken".into())
+            (Outcome::ProtocolError, "the body's chunks are not valid".into())
         }
         E::Io(_) | E::BodyStalled if seen.phase == Phase::Body => cut_body(peer),
         E::Io(_) | E::BodyStalled => no_response(peer),
@@ -201,12 +203,12 @@ fn cut_body(peer: &str) -> (Outcome, String) {
     )
 }
 
-/// No way there: said by this machine's routing table or by a router's ICMP.
+/// Whether there is no route to the address, according to this machine's routing table or a router's ICMP message.
 pub(super) fn is_unreachable(error: &io::Error) -> bool {
-    /// The way is forbidden, the same number on every Unix. std's kind for it is that of EPERM too, which is what a
-    /// filter on this machine says.
+    /// A router forbids the connection. The number is the same on every Unix. std's kind for it does not tell it from EPERM,
+    /// which comes from a filter on this machine.
     const EACCES: i32 = 13;
-    /// A machine without IPv6 at all.
+    /// This machine has no IPv6.
     const EAFNOSUPPORT: i32 = if cfg!(target_os = "linux") { 97 } else { 47 };
     matches!(error.raw_os_error(), Some(EACCES | EAFNOSUPPORT))
         || matches!(

@@ -1,12 +1,12 @@
-//! One check of one host, whatever it is: what is asked for, what was seen, and what that means.
+//! One check of one host: what is checked, what the check observed, and what went wrong.
 //!
-//! `target`, `pattern` and `outcome` are pure. [`http`] is the one kind of check there is; `resolver`, `tls`,
-//! `certificates`, `progress` and `fault` are what others would use too.
+//! [`http`] is the only kind of check. The other files could serve further kinds as well. `target`, `pattern` and
+//! `observation` are pure.
 
 mod certificates;
 pub mod fault;
 pub mod http;
-pub mod outcome;
+pub mod observation;
 mod p521;
 pub mod pattern;
 mod progress;

@@ -1,5 +1,5 @@
-//! The key exchange over secp521r1, which ring does not have: servers of TLS 1.2 whose certificate has a key of this curve
-//! speak only to clients that offer it.
+//! The key exchange with secp521r1, which ring does not have. TLS 1.2 servers whose certificate has a key of this curve only
+//! accept clients that offer it.
 
 use openssl::bn::BigNumContext;
 use openssl::derive::Deriver;

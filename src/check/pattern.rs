@@ -1,11 +1,13 @@
-//! The regex of a host, searched for in a text that comes in pieces, against the clock.
+//! Searches for a host's regex in a text that comes in pieces, until a deadline.
 //!
-//! Owns regex-automata, the parts that the regex crate is made of: that crate's own searches want the whole text and cannot
-//! be interrupted, whatever they take. What matches is the same. Pure: the clock is an argument.
+//! Uses regex-automata, which the regex crate is built on: that crate's own searches need the whole text and cannot be
+//! interrupted. The matches are the same. Pure: the clock is an argument.
 //!
-//! Nearly every regex is searched for by a lazy DFA, a table that is built while it is used. It knows no Unicode word
-//! boundaries (`\b`) beside text that is not ASCII; where a regex has one, the states of its NFA are followed instead.
+//! Nearly all regexes are searched for with a lazy DFA, a table that is built during the search. It does not support Unicode
+//! word boundaries (`\b`) in text that is not ASCII. For a regex with one, the search follows the states of the NFA and
+//! remembers where ASCII characters led.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -19,31 +21,31 @@ use regex_automata::util::start;
 use regex_automata::{Anchored, MatchKind, Span};
 use regex_syntax::hir::Hir;
 
-/// What a regex may take when compiled: `\w{3,30}`, in all of Unicode, takes 1.5 MB.
+/// The memory that a compiled regex may take. `\w{3,30}`, which includes all of Unicode, takes 1.5 MB.
 const MAX_COMPILED_BYTES: usize = 4 << 20;
 
-/// Of the table that a search builds, beyond what the largest regexes need for any search at all.
+/// The size of the table that a search builds. For the largest regexes the least possible size is larger.
 const MAX_TABLE_BYTES: usize = 256 << 10;
 
-/// How many states of the NFA may be visited, in the worst case, between two looks at the clock: some milliseconds.
-const STATES_PER_LOOK: usize = 1 << 18;
-const MAX_BYTES_PER_LOOK: usize = 4096;
+/// How many states of the NFA may be visited between two checks of the deadline: in the worst case some milliseconds.
+const STATES_PER_DEADLINE_CHECK: usize = 1 << 18;
+const MAX_BYTES_PER_DEADLINE_CHECK: usize = 4096;
 
-/// A regex, compiled.
+/// A compiled regex.
 #[derive(Clone)]
 pub struct Pattern {
     text: String,
     nfa: NFA,
-    /// `None`: a search follows the NFA's states.
+    /// `None` if a search has to follow the NFA's states.
     dfa: Option<DFA>,
-    /// Finds where a match may begin.
+    /// Finds the places where a match may begin.
     prefilter: Option<Prefilter>,
-    /// The bytes that a match can begin with; all of them where it may be empty.
+    /// The bytes that a match can begin with: all of them if a match can be empty.
     first_bytes: Box<[bool; 256]>,
-    bytes_per_look: usize,
+    bytes_per_deadline_check: usize,
 }
 
-/// Why a text is no regex, and where: a byte of the text.
+/// Why a text is not a valid regex. `at`: the byte of the text where the mistake is.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{why}")]
 pub struct PatternError {
@@ -51,13 +53,13 @@ pub struct PatternError {
     pub why: String,
 }
 
-/// The time was over before the end of the text.
+/// The deadline passed before the end of the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Late;
+pub struct DeadlinePassed;
 
 impl Pattern {
     /// # Errors
-    /// The text is no regex in the syntax of the regex crate, or compiled it takes more than 4 MiB.
+    /// The text does not have the syntax of the regex crate, or takes more than 4 MiB when compiled.
     pub fn new(text: &str) -> Result<Self, PatternError> {
         let hir = regex_syntax::Parser::new().parse(text).map_err(|error| {
             let (at, why) = match error {
@@ -77,7 +79,7 @@ impl Pattern {
             .build_from_hir(&hir)
             .map_err(|error| {
                 let why = match error.size_limit() {
-                    Some(limit) => format!("compiled, it takes more than {limit} bytes"),
+                    Some(limit) => format!("it takes more than {limit} bytes when compiled"),
                     None => error.to_string(),
                 };
                 PatternError { at: 0, why }
@@ -100,7 +102,8 @@ impl Pattern {
             dfa,
             prefilter: Prefilter::from_hir_prefix(MatchKind::LeftmostFirst, &hir),
             first_bytes: Box::new(first_bytes(&nfa, &hir)),
-            bytes_per_look: (STATES_PER_LOOK / nfa.states().len()).clamp(1, MAX_BYTES_PER_LOOK),
+            bytes_per_deadline_check: (STATES_PER_DEADLINE_CHECK / nfa.states().len())
+                .clamp(1, MAX_BYTES_PER_DEADLINE_CHECK),
             nfa,
         })
     }
@@ -109,14 +112,14 @@ impl Pattern {
         &self.text
     }
 
-    /// What it takes while it is kept.
+    /// The memory that the pattern takes.
     pub fn compiled_bytes(&self) -> usize {
-        // Of the DFA's own there is next to nothing beside the NFA that both share.
+        // The DFA shares the NFA and takes next to nothing itself.
         let prefilter = self.prefilter.as_ref().map_or(0, Prefilter::memory_usage);
         self.text.len() + self.nfa.memory_usage() + prefilter + size_of::<Self>()
     }
 
-    /// What one search for it takes at most.
+    /// The most memory that one search for it takes.
     pub fn search_bytes(&self) -> usize {
         let states = self.nfa.states().len();
         match &self.dfa {
@@ -127,14 +130,14 @@ impl Pattern {
                     .unwrap_or_default();
                 MAX_TABLE_BYTES.max(least)
             }
-            None => 3 * Set::bytes(states),
+            None => 3 * StateSet::bytes(states) + MAX_TABLE_BYTES,
         }
     }
 
-    /// Whether it is in the text, however long that takes.
+    /// Whether the text has a match, without a deadline.
     pub fn is_match(self: &Arc<Self>, text: &str) -> bool {
         let mut search = Search::new(Arc::clone(self));
-        search.look_at(text, || false).is_ok() && search.finish()
+        search.search(text, || false).is_ok() && search.finish()
     }
 }
 
@@ -150,11 +153,11 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// A DFA sees bytes. So an empty match beside `(?-u:\B)` would be found within a character, too.
+/// A DFA reads bytes, so it would find an empty match next to `(?-u:\B)` inside a character.
 fn can_be_a_dfa(nfa: &NFA, hir: &Hir) -> bool {
     let looks = nfa.look_set_any();
-    let is_blind = looks.contains_word() && hir.properties().minimum_len() == Some(0);
-    !looks.contains_word_unicode() && !is_blind
+    let matches_inside_characters = looks.contains_word() && hir.properties().minimum_len() == Some(0);
+    !looks.contains_word_unicode() && !matches_inside_characters
 }
 
 fn first_bytes(nfa: &NFA, hir: &Hir) -> [bool; 256] {
@@ -162,7 +165,7 @@ fn first_bytes(nfa: &NFA, hir: &Hir) -> [bool; 256] {
         return [true; 256];
     }
     let mut first = [false; 256];
-    let mut reached = Set::new(nfa.states().len());
+    let mut reached = StateSet::new(nfa.states().len());
     let mut stack = Vec::new();
     reached.follow(nfa, nfa.start_anchored(), &mut stack, |_| true);
     for byte in 0..=u8::MAX {
@@ -174,7 +177,7 @@ fn first_bytes(nfa: &NFA, hir: &Hir) -> [bool; 256] {
     first
 }
 
-/// Where a byte leads from a state.
+/// The state that a byte leads to from a state.
 fn after(nfa: &NFA, state: StateID, byte: u8) -> Option<StateID> {
     match nfa.state(state) {
         State::ByteRange { trans } => trans.matches_byte(byte).then_some(trans.next),
@@ -184,7 +187,7 @@ fn after(nfa: &NFA, state: StateID, byte: u8) -> Option<StateID> {
     }
 }
 
-/// One search; it can be used again for the next text.
+/// One search. It can be used again for the next text.
 pub struct Search {
     pattern: Arc<Pattern>,
     engine: Engine,
@@ -192,18 +195,18 @@ pub struct Search {
 }
 
 enum Engine {
-    Dfa(Box<Table>),
-    Nfa(Box<Threads>),
+    Dfa(Box<DfaSearch>),
+    Nfa(Box<NfaSearch>),
 }
 
 impl Search {
     pub fn new(pattern: Arc<Pattern>) -> Self {
         let engine = match &pattern.dfa {
-            Some(dfa) => Engine::Dfa(Box::new(Table {
+            Some(dfa) => Engine::Dfa(Box::new(DfaSearch {
                 cache: dfa.create_cache(),
                 state: None,
             })),
-            None => Engine::Nfa(Box::new(Threads::new(pattern.nfa.states().len()))),
+            None => Engine::Nfa(Box::new(NfaSearch::new(pattern.nfa.states().len()))),
         };
         Self {
             pattern,
@@ -216,75 +219,80 @@ impl Search {
         &self.pattern
     }
 
-    /// Forgets the last text, but not what was built for searching it.
+    /// Forgets the last text, but keeps the tables that were built.
     pub fn restart(&mut self) {
         self.found = false;
         match &mut self.engine {
-            Engine::Dfa(table) => table.state = None,
-            Engine::Nfa(threads) => threads.restart(),
+            Engine::Dfa(search) => search.state = None,
+            Engine::Nfa(search) => search.restart(),
         }
     }
 
-    /// Looks at the next piece of the text.
+    /// Searches the next piece of the text.
     ///
     /// # Errors
-    /// `is_late` said so.
-    pub fn look_at(&mut self, piece: &str, is_late: impl Fn() -> bool) -> Result<(), Late> {
+    /// `is_late` returned true.
+    pub fn search(&mut self, piece: &str, is_late: impl Fn() -> bool) -> Result<(), DeadlinePassed> {
         if self.found {
             return Ok(());
         }
-        let mut clock = Clock {
+        let mut watch = DeadlineWatch {
             is_late,
-            bytes_left: self.pattern.bytes_per_look,
-            bytes_per_look: self.pattern.bytes_per_look,
+            bytes_left: self.pattern.bytes_per_deadline_check,
+            bytes_per_deadline_check: self.pattern.bytes_per_deadline_check,
         };
         self.found = match (&mut self.engine, &self.pattern.dfa) {
-            (Engine::Dfa(table), Some(dfa)) => {
-                table.step(&self.pattern, dfa, piece.as_bytes(), &mut clock)?
+            (Engine::Dfa(search), Some(dfa)) => {
+                search.step(&self.pattern, dfa, piece.as_bytes(), &mut watch)?
             }
-            (Engine::Nfa(threads), _) => threads.step(&self.pattern, piece, &mut clock)?,
-            // An engine is made of what its pattern has.
+            (Engine::Nfa(search), _) => search.step(&self.pattern, piece, &mut watch)?,
+            // Not reached: there is a DFA search only if the pattern has a DFA.
             (Engine::Dfa(_), None) => false,
         };
-        clock.look()
+        watch.check()
     }
 
-    /// Whether the text, which ends here, has a match.
+    /// Ends the text, and returns whether it has a match.
     pub fn finish(&mut self) -> bool {
         self.found = self.found
             || match (&mut self.engine, &self.pattern.dfa) {
-                (Engine::Dfa(table), Some(dfa)) => table.end(dfa),
-                (Engine::Nfa(threads), _) => threads.enter(&self.pattern.nfa, None),
+                (Engine::Dfa(search), Some(dfa)) => search.end(dfa),
+                (Engine::Nfa(search), _) => search.end(&self.pattern.nfa),
                 (Engine::Dfa(_), None) => false,
             };
         self.found
     }
 }
 
-struct Clock<F> {
+/// Checks the deadline after a number of bytes.
+struct DeadlineWatch<F> {
     is_late: F,
     bytes_left: usize,
-    bytes_per_look: usize,
+    bytes_per_deadline_check: usize,
 }
 
-impl<F: Fn() -> bool> Clock<F> {
+impl<F: Fn() -> bool> DeadlineWatch<F> {
     #[inline]
-    fn spend(&mut self, bytes: usize) -> Result<(), Late> {
+    fn spend(&mut self, bytes: usize) -> Result<(), DeadlinePassed> {
         self.bytes_left = self.bytes_left.saturating_sub(bytes);
         if self.bytes_left > 0 {
             return Ok(());
         }
-        self.bytes_left = self.bytes_per_look;
-        self.look()
+        self.bytes_left = self.bytes_per_deadline_check;
+        self.check()
     }
 
-    fn look(&self) -> Result<(), Late> {
-        if (self.is_late)() { Err(Late) } else { Ok(()) }
+    fn check(&self) -> Result<(), DeadlinePassed> {
+        if (self.is_late)() {
+            Err(DeadlinePassed)
+        } else {
+            Ok(())
+        }
     }
 }
 
-/// The next place where a match can begin, at `at` or behind it; near the end, one from where it may go on in the next
-/// piece.
+/// The next place, from `at` on, where a match can begin. If there is none, the place near the end where a match may begin
+/// that continues in the next piece.
 fn next_start(prefilter: &Prefilter, text: &[u8], at: usize) -> usize {
     let rest = Span {
         start: at,
@@ -296,21 +304,21 @@ fn next_start(prefilter: &Prefilter, text: &[u8], at: usize) -> usize {
     }
 }
 
-/// A lazy DFA and where it is.
-struct Table {
+/// A search with a lazy DFA.
+struct DfaSearch {
     cache: Cache,
-    /// `None`: at the beginning of the text.
+    /// `None` at the beginning of the text.
     state: Option<LazyStateID>,
 }
 
-impl Table {
+impl DfaSearch {
     fn step(
         &mut self,
         pattern: &Pattern,
         dfa: &DFA,
         text: &[u8],
-        clock: &mut Clock<impl Fn() -> bool>,
-    ) -> Result<bool, Late> {
+        watch: &mut DeadlineWatch<impl Fn() -> bool>,
+    ) -> Result<bool, DeadlinePassed> {
         let mut at = 0;
         let mut state = self.start(dfa)?;
         while let Some(byte) = text.get(at) {
@@ -327,9 +335,11 @@ impl Table {
                     }
                 }
             }
-            state = dfa.next_state(&mut self.cache, state, *byte).or(Err(Late))?;
+            state = dfa
+                .next_state(&mut self.cache, state, *byte)
+                .or(Err(DeadlinePassed))?;
             at += 1;
-            clock.spend(1)?;
+            watch.spend(1)?;
         }
         self.state = Some(state);
         Ok(state.is_match())
@@ -342,71 +352,142 @@ impl Table {
         matches!(last, Ok(Ok(state)) if state.is_match())
     }
 
-    fn start(&mut self, dfa: &DFA) -> Result<LazyStateID, Late> {
+    fn start(&mut self, dfa: &DFA) -> Result<LazyStateID, DeadlinePassed> {
         self.state.map_or_else(|| start(dfa, &mut self.cache, None), Ok)
     }
 }
 
-/// The state from which a search goes on behind a byte. Neither this nor a step ever fails: no limit was set on how often
-/// the table may be built anew.
-fn start(dfa: &DFA, cache: &mut Cache, behind: Option<u8>) -> Result<LazyStateID, Late> {
+/// The state in which a search starts after a byte. Neither this nor a step fails, because the table may be rebuilt any number
+/// of times.
+fn start(dfa: &DFA, cache: &mut Cache, behind: Option<u8>) -> Result<LazyStateID, DeadlinePassed> {
     let config = start::Config::new().anchored(Anchored::No).look_behind(behind);
-    dfa.start_state(cache, &config).or(Err(Late))
+    dfa.start_state(cache, &config).or(Err(DeadlinePassed))
 }
 
-/// The NFA's states that the text so far leads to, all at once.
-struct Threads {
-    /// Behind the last character, and before anything that only the next one decides.
-    pending: Set,
-    current: Set,
+/// A search that follows all states of the NFA that the text so far leads to.
+struct NfaSearch {
+    /// The states after the last character, before the transitions that depend on the next one. Not used while `at` is set.
+    pending: StateSet,
+    current: StateSet,
     stack: Vec<StateID>,
     last: Option<char>,
+    memo: Memo,
+    /// The place in `memo` that has the states after the last character.
+    at: Option<usize>,
 }
 
-impl Threads {
+impl NfaSearch {
     fn new(states: usize) -> Self {
         Self {
-            pending: Set::new(states),
-            current: Set::new(states),
+            pending: StateSet::new(states),
+            current: StateSet::new(states),
             stack: Vec::new(),
             last: None,
+            memo: Memo::default(),
+            at: None,
         }
     }
 
     fn restart(&mut self) {
         self.pending.clear();
         self.last = None;
+        self.at = None;
     }
 
     fn step(
         &mut self,
         pattern: &Pattern,
         text: &str,
-        clock: &mut Clock<impl Fn() -> bool>,
-    ) -> Result<bool, Late> {
+        watch: &mut DeadlineWatch<impl Fn() -> bool>,
+    ) -> Result<bool, DeadlinePassed> {
         let mut rest = text;
         while let Some(next) = rest.chars().next() {
-            if self.pending.states.is_empty() {
+            if self.has_no_states() {
                 let skipped = skipped(pattern, rest);
                 if skipped > 0 {
+                    self.leave_memo();
                     self.last = rest[..skipped].chars().next_back();
                     rest = &rest[skipped..];
                     continue;
                 }
             }
-            if self.enter(&pattern.nfa, Some(next)) {
+            let (character, after) = rest.split_at(next.len_utf8());
+            let is_found = match u8::try_from(next) {
+                Ok(byte) if byte.is_ascii() => self.step_ascii(&pattern.nfa, byte),
+                _ => {
+                    self.leave_memo();
+                    self.step_character(&pattern.nfa, next, character.as_bytes())
+                }
+            };
+            if is_found {
                 return Ok(true);
             }
-            let (character, behind) = rest.split_at(next.len_utf8());
-            self.read(&pattern.nfa, character.as_bytes());
             self.last = Some(next);
-            rest = behind;
-            clock.spend(character.len())?;
+            rest = after;
+            watch.spend(character.len())?;
         }
         Ok(false)
     }
 
-    /// Follows all that needs no further character, to where `next` stands; tells whether the regex is found.
+    fn end(&mut self, nfa: &NFA) -> bool {
+        self.leave_memo();
+        self.enter(nfa, None)
+    }
+
+    fn has_no_states(&self) -> bool {
+        match self.at {
+            Some(at) => self.memo.places[at].states.is_empty(),
+            None => self.pending.states.is_empty(),
+        }
+    }
+
+    /// Puts the states into `pending` again.
+    fn leave_memo(&mut self) {
+        if let Some(at) = self.at.take() {
+            self.pending.clear();
+            for state in &self.memo.places[at].states {
+                self.pending.insert(*state);
+            }
+        }
+    }
+
+    /// Steps over an ASCII character, through the memo. Returns whether there is a match.
+    fn step_ascii(&mut self, nfa: &NFA, byte: u8) -> bool {
+        let from = match self.at {
+            Some(at) => Some(at),
+            None => self.memo.place(&self.pending.states, self.last),
+        };
+        if let Some(from) = from
+            && let Some(next) = self.memo.places[from].next[usize::from(byte)]
+        {
+            self.at = Some(usize::from(next));
+            return false;
+        }
+        self.at = from;
+        self.leave_memo();
+        if self.step_character(nfa, char::from(byte), &[byte]) {
+            return true;
+        }
+        let cleared = self.memo.cleared;
+        self.at = self.memo.place(&self.pending.states, Some(char::from(byte)));
+        if let (Some(from), Some(to)) = (from, self.at)
+            && cleared == self.memo.cleared
+        {
+            self.memo.places[from].next[usize::from(byte)] = u16::try_from(to).ok();
+        }
+        false
+    }
+
+    /// Steps over a character. Returns whether there is a match before it.
+    fn step_character(&mut self, nfa: &NFA, next: char, bytes: &[u8]) -> bool {
+        if self.enter(nfa, Some(next)) {
+            return true;
+        }
+        self.read(nfa, bytes);
+        false
+    }
+
+    /// Follows the transitions that need no character but may depend on `next`. Returns whether there is a match.
     fn enter(&mut self, nfa: &NFA, next: Option<char>) -> bool {
         let mut around = [0; 8];
         let at = self.last.map_or(0, |last| last.encode_utf8(&mut around).len());
@@ -427,7 +508,7 @@ impl Threads {
             if number > 0 {
                 self.current.clear();
                 for state in &self.pending.states {
-                    // Nothing can be asked for in the middle of a character.
+                    // Assertions never hold inside a character.
                     self.current.follow(nfa, *state, &mut self.stack, |_| false);
                 }
             }
@@ -441,7 +522,81 @@ impl Threads {
     }
 }
 
-/// So many bytes at the beginning of the text cannot begin a match.
+/// Where ASCII characters led before: a DFA over characters that is built during the search.
+#[derive(Default)]
+struct Memo {
+    places: Vec<Place>,
+    numbers: HashMap<(Vec<StateID>, Before), usize>,
+    bytes: usize,
+    /// How often everything was forgotten because there was no more room.
+    cleared: usize,
+}
+
+/// The states after a character, and the places that the next character leads to, as far as they are known.
+struct Place {
+    states: Vec<StateID>,
+    next: Box<[Option<u16>; 128]>,
+}
+
+/// What assertions such as `\b` and `^` can find out about the character before them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Before {
+    TextStart,
+    LineFeed,
+    CarriageReturn,
+    AsciiWord,
+    UnicodeWord,
+    Other,
+}
+
+impl Before {
+    fn of(last: Option<char>) -> Self {
+        match last {
+            None => Self::TextStart,
+            Some('\n') => Self::LineFeed,
+            Some('\r') => Self::CarriageReturn,
+            Some('0'..='9' | 'A'..='Z' | 'a'..='z' | '_') => Self::AsciiWord,
+            Some(last) if !last.is_ascii() && regex_syntax::is_word_character(last) => Self::UnicodeWord,
+            Some(_) => Self::Other,
+        }
+    }
+}
+
+impl Memo {
+    /// The place with these states after a character. `None` if there are too many states to remember.
+    fn place(&mut self, states: &[StateID], last: Option<char>) -> Option<usize> {
+        let mut states = states.to_vec();
+        states.sort_unstable();
+        let key = (states, Before::of(last));
+        if let Some(number) = self.numbers.get(&key) {
+            return Some(*number);
+        }
+        // The states are kept twice. A table of numbers has room for twice as many at most.
+        let bytes = 2 * size_of_val(key.0.as_slice())
+            + size_of::<[Option<u16>; 128]>()
+            + size_of::<Place>()
+            + 2 * size_of::<((Vec<StateID>, Before), usize)>();
+        if bytes > MAX_TABLE_BYTES {
+            return None;
+        }
+        if self.bytes + bytes > MAX_TABLE_BYTES {
+            *self = Self {
+                cleared: self.cleared + 1,
+                ..Self::default()
+            };
+        }
+        self.bytes += bytes;
+        let number = self.places.len();
+        self.places.push(Place {
+            states: key.0.clone(),
+            next: Box::new([None; 128]),
+        });
+        self.numbers.insert(key, number);
+        Some(number)
+    }
+}
+
+/// How many bytes at the beginning of the text cannot begin a match.
 fn skipped(pattern: &Pattern, text: &str) -> usize {
     let bytes = text.as_bytes();
     let mut skipped = match &pattern.prefilter {
@@ -457,13 +612,13 @@ fn skipped(pattern: &Pattern, text: &str) -> usize {
     skipped
 }
 
-/// States of the NFA, each once.
-struct Set {
+/// A set of states of the NFA.
+struct StateSet {
     states: Vec<StateID>,
     is_in: Vec<bool>,
 }
 
-impl Set {
+impl StateSet {
     fn new(states: usize) -> Self {
         Self {
             states: Vec::new(),
@@ -489,7 +644,7 @@ impl Set {
         is_new
     }
 
-    /// Adds the state and all that it leads to without a byte; tells whether a match is among them.
+    /// Adds the state and all states that it leads to without a byte. Returns whether one of them is a match.
     fn follow(
         &mut self,
         nfa: &NFA,
@@ -522,7 +677,7 @@ mod tests {
 
     use super::*;
 
-    /// In one piece, and in pieces of one character.
+    /// Searches the text in one piece, and in pieces of one character.
     fn is_found(pattern: &Arc<Pattern>, text: &str) -> bool {
         let whole = pattern.is_match(text);
         let mut search = Search::new(Arc::clone(pattern));
@@ -530,7 +685,7 @@ mod tests {
             search.restart();
             for (at, character) in text.char_indices() {
                 let piece = &text[at..at + character.len_utf8()];
-                search.look_at(piece, || false).unwrap();
+                search.search(piece, || false).unwrap();
             }
             assert_eq!(search.finish(), whole, "{pattern} in pieces of {text:?}");
         }
@@ -603,6 +758,24 @@ mod tests {
     }
 
     #[test]
+    fn a_memo_without_room_starts_anew_and_the_search_finds_the_same() {
+        let pattern = Arc::new(Pattern::new(r"\b[ab]*a[ab]{14}c\b").unwrap());
+        let mut random = fastrand::Rng::with_seed(7);
+        let letters: String = (0..20_000).map(|_| random.choice(['a', 'b']).unwrap()).collect();
+        let after_an_a = 15;
+        for (last, is_match) in [("a", true), ("b", false)] {
+            let text = format!("{letters}{last}{}c", "b".repeat(after_an_a - 1));
+            let mut search = Search::new(Arc::clone(&pattern));
+            search.search(&text, || false).unwrap();
+            assert_eq!(search.finish(), is_match);
+            let Engine::Nfa(nfa) = &search.engine else {
+                panic!("a regex with \\b has no DFA")
+            };
+            assert!(nfa.memo.cleared > 0 && nfa.memo.bytes <= MAX_TABLE_BYTES);
+        }
+    }
+
+    #[test]
     fn a_match_may_lie_across_pieces_of_any_length() {
         let text = format!("{}hello, wörld{}", "hell ".repeat(50), "o".repeat(50));
         let characters: Vec<char> = text.chars().collect();
@@ -619,7 +792,7 @@ mod tests {
                 search.restart();
                 for piece in characters.chunks(length) {
                     let piece: String = piece.iter().collect();
-                    search.look_at(&piece, || false).unwrap();
+                    search.search(&piece, || false).unwrap();
                 }
                 assert!(search.finish(), "{regex:?}, {length}");
             }
@@ -627,7 +800,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_regex_is_told_with_its_place() {
+    fn an_invalid_regex_is_an_error_with_its_place() {
         let table = [
             ("a(b", 1),
             ("a[z-a]", 2),
@@ -640,11 +813,11 @@ mod tests {
             assert_eq!(Pattern::new(regex).unwrap_err().at, at, "{regex}");
         }
         let error = Pattern::new(r"(?:\w{100}){10}").unwrap_err();
-        assert_eq!(error.why, "compiled, it takes more than 4194304 bytes");
+        assert_eq!(error.why, "it takes more than 4194304 bytes when compiled");
     }
 
     #[test]
-    fn the_larger_the_regex_the_more_often_the_clock_is_looked_at_and_it_ends_the_search() {
+    fn the_deadline_ends_a_search_and_is_checked_more_often_for_larger_regexes() {
         let text = "ab".repeat(50_000);
         for regex in [
             "a[ab]{2000}c",
@@ -654,12 +827,15 @@ mod tests {
             "(?:ab)+c",
         ] {
             let pattern = Arc::new(Pattern::new(regex).unwrap());
-            let states_per_look = pattern.bytes_per_look * pattern.nfa.states().len();
-            assert!(states_per_look <= STATES_PER_LOOK, "{regex}: {states_per_look}");
-            let looks = Cell::new(0);
-            let is_late = || looks.replace(looks.get() + 1) == 1;
-            let late = Search::new(pattern).look_at(&text, is_late);
-            assert_eq!((late, looks.get()), (Err(Late), 2), "{regex}");
+            let states_per_deadline_check = pattern.bytes_per_deadline_check * pattern.nfa.states().len();
+            assert!(
+                states_per_deadline_check <= STATES_PER_DEADLINE_CHECK,
+                "{regex}: {states_per_deadline_check}"
+            );
+            let checks = Cell::new(0);
+            let is_late = || checks.replace(checks.get() + 1) == 1;
+            let late = Search::new(pattern).search(&text, is_late);
+            assert_eq!((late, checks.get()), (Err(DeadlinePassed), 2), "{regex}");
         }
     }
 }

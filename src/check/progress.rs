@@ -1,47 +1,46 @@
-//! What one check has seen so far: shared by the checker and by the resolver, connector and transport that ureq calls.
+//! What one check has observed so far, shared by the checker and the resolver, connector and transport that ureq calls.
 //!
-//! Owns the phases' clock. All of it happens on the checker's one thread; the lock is there because ureq wants its parts
-//! to be `Sync`, and is never contended.
+//! Measures the phases. Only the checker's thread uses it; it has a lock because ureq requires its parts to be `Sync`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::check::outcome::Phases;
+use crate::check::observation::Phases;
 use crate::check::target::IpFamily;
 use crate::sample::Timestamp;
 
-/// Where a check is: names the outcome of a failure that looks the same everywhere, such as a timeout.
+/// The phase that a check is in. It decides the outcome of errors that can come in every phase, such as a timeout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Dns,
     Connect,
     Tls,
-    /// From the connection made to the response's headers read.
+    /// From the established connection to the end of the response's headers.
     Response,
     Body,
 }
 
 #[derive(Debug)]
 pub(super) struct Progress {
-    /// What the check was asked for.
+    /// The settings of the check.
     pub deadline: Instant,
     pub ip_family: Option<IpFamily>,
 
-    /// Whether the current request's certificate need not be trusted.
+    /// Whether the certificate is not verified in the current request.
     pub tls_insecure: bool,
     pub phase: Phase,
     pub phases: Phases,
-    /// The address last tried.
+    /// The last address that was tried.
     pub peer: Option<SocketAddr>,
-    /// The address last connected to.
+    /// The last address that accepted a connection.
     pub ip: Option<IpAddr>,
-    /// Of the last leaf seen, whatever verification said of it.
+    /// When the last server's certificate expires, even if it was not accepted.
     pub cert_expires_at: Option<Timestamp>,
-    /// The current connection's peer has ended it, cleanly or not.
+    /// Whether the peer has ended the current connection, cleanly or not.
     pub closed_by_peer: bool,
     request_sent_at: Option<Instant>,
-    /// First byte of the response (interim or final) that is being read, and of the one last read completely.
+    /// When the first byte came: of the response (interim or final) that is being read, and of the last complete one.
     head_began_at: Option<Instant>,
     head_read_began_at: Option<Instant>,
     last_read_at: Option<Instant>,
@@ -66,7 +65,7 @@ impl Progress {
         }
     }
 
-    /// A request of the check begins: the first one or one for a redirect.
+    /// Begins a request of the check: the first one, or one for a redirect.
     pub fn begin_request(&mut self, tls_insecure: bool) {
         self.tls_insecure = tls_insecure;
         self.phase = Phase::Dns;
@@ -89,7 +88,7 @@ impl Progress {
         }
     }
 
-    /// A whole head was read, an interim one (100, 103) or the final one; `more`: what follows it was read with it.
+    /// Notes that a whole head was read: an interim one (100, 103) or the final one. `more`: bytes after it have come too.
     pub fn head_read(&mut self, more: bool) {
         if self.phase == Phase::Response {
             self.head_read_began_at = self.head_began_at;
@@ -97,7 +96,7 @@ impl Progress {
         }
     }
 
-    /// The request got its final response, or will get none: its time to the first byte is known.
+    /// Notes that the request has its final response, or will get none, and adds its time to the first byte.
     pub fn response_ended(&mut self, complete: bool) {
         let first_byte_at = if complete {
             self.head_read_began_at
@@ -110,7 +109,7 @@ impl Progress {
     }
 }
 
-/// Sums a phase over redirects.
+/// Adds to the time of a phase, which is summed over redirects.
 pub(super) fn add(total: &mut Option<Duration>, spent: Duration) {
     *total = Some(total.unwrap_or_default() + spent);
 }
@@ -123,7 +122,7 @@ impl SharedProgress {
         Self(Arc::new(Mutex::new(Progress::new(now()))))
     }
 
-    /// Forgets the last check.
+    /// Forgets the previous check.
     pub fn begin_check(&self, deadline: Instant, ip_family: Option<IpFamily>) {
         *self.lock() = Progress {
             ip_family,
@@ -132,7 +131,7 @@ impl SharedProgress {
     }
 
     pub fn lock(&self) -> MutexGuard<'_, Progress> {
-        // Nothing here can be left half-changed by a panic.
+        // A panic cannot leave it half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

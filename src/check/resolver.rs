@@ -1,8 +1,7 @@
-//! Names to addresses, every wait bounded by the check's deadline.
+//! Looks up names; a check never waits longer than its deadline.
 //!
-//! Owns the threads that sit in getaddrinfo, which has no timeout of its own: a lookup that hangs keeps its thread, not
-//! the check. IP literals need no thread. Nothing is cached; checks that ask for the same name at the same time share a
-//! lookup.
+//! getaddrinfo has no timeout, so it runs on threads of its own: a look-up that hangs blocks its thread, not the check. IP
+//! addresses need no thread. Nothing is cached, but checks that ask for the same name at the same time share a look-up.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -14,79 +13,81 @@ use ureq::http::Uri;
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
 
-use super::fault::{Fault, NameError};
+use super::fault::{CheckFault, NameError};
 use super::progress::{SharedProgress, add, now};
-use crate::check::target::IpFamily;
+use crate::check::target::{IpFamily, bare};
 
-/// Asks for the addresses of a name, blocking, in the order in which they should be tried.
+/// Returns the addresses of a name in the order in which to try them. It blocks.
 pub type Lookup = dyn Fn(&str, Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> + Send + Sync;
 
-/// A thread without a lookup ends after this time: long enough to serve the next second's ticks.
+/// How long a thread waits for the next look-up before it ends: long enough for hosts that are checked every few seconds.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// A lookup under way is not joined any more after this time (getaddrinfo gives up by itself within 30 s with the usual
-/// resolv.conf): a module that hangs for ever makes its name fail, not for ever.
+/// How long checks may join a look-up that is under way. Afterwards a new one is started, so that one getaddrinfo that
+/// never returns does not make its name fail for ever. With the usual resolv.conf getaddrinfo gives up within 30 s.
 const JOINED_FOR: Duration = Duration::from_secs(60);
 
-/// What ureq's array of addresses holds: more of one name are not tried.
+/// The most addresses of a name that are tried: ureq's array has no room for more.
 const MAX_ADDRESSES: usize = 16;
 
-/// getaddrinfo and the modules that it loads need less than 100 KiB; only what is touched becomes memory.
+/// getaddrinfo and the modules that it loads need less than 100 KiB. Pages that are not used take no memory.
 const STACK_BYTES: usize = 256 * 1024;
 
-/// The lookup threads of a process. Cheap to clone.
+/// The look-up threads of a process. Cheap to clone.
 #[derive(Clone)]
 pub struct Names(Arc<Shared>);
 
 struct Shared {
     lookup: Box<Lookup>,
     max_threads: usize,
-    state: Mutex<State>,
+    lookups: Mutex<Lookups>,
     work: Condvar,
 }
 
 type Question = (String, Option<IpFamily>);
 
-/// The queue is bounded by the checks that wait: one that gives up takes its question back if nobody else waits.
+/// The look-ups and the threads. The queue is not longer than the number of waiting checks: the last one to give up removes
+/// its question.
 #[derive(Default)]
-struct State {
-    under_way: HashMap<Question, Arc<Flight>>,
-    queue: VecDeque<(Question, Arc<Flight>)>,
+struct Lookups {
+    under_way: HashMap<Question, Arc<PendingLookup>>,
+    queue: VecDeque<(Question, Arc<PendingLookup>)>,
     threads: usize,
     idle: usize,
 }
 
-/// One lookup and everybody who waits for it.
-struct Flight {
+/// One look-up, shared by the checks that wait for it.
+struct PendingLookup {
     asked_at: Instant,
-    answer: Mutex<Answer>,
+    shared: Mutex<SharedResult>,
     answered: Condvar,
 }
 
 #[derive(Default)]
-struct Answer {
+struct SharedResult {
     result: Option<Result<Vec<IpAddr>, NameError>>,
     waiting: usize,
 }
 
 impl Names {
-    /// `max_threads`: as many as checks may be under way, so that a dead name server holds up its own names only.
+    /// `max_threads` should be the number of checks that may be under way, so that a dead name server only delays its own
+    /// names.
     pub fn new(lookup: Box<Lookup>, max_threads: usize) -> Self {
         Self(Arc::new(Shared {
             lookup,
             max_threads: max_threads.max(1),
-            state: Mutex::default(),
+            lookups: Mutex::default(),
             work: Condvar::new(),
         }))
     }
 
-    /// The system's own: hosts file, DNS, whatever it is set up to ask.
+    /// Uses the system's resolver: the hosts file, DNS and what else is configured.
     pub fn of_the_system(max_threads: usize) -> Self {
         Self::new(Box::new(getaddrinfo), max_threads)
     }
 
     /// # Errors
-    /// No address, or no answer by the deadline.
+    /// The name has no address, or there was no answer before the deadline.
     pub fn resolve(
         &self,
         name: &str,
@@ -94,78 +95,78 @@ impl Names {
         deadline: Instant,
     ) -> Result<Vec<IpAddr>, NameError> {
         let question = (name.to_owned(), family);
-        let flight = self.ask(&question)?;
-        let mut answer = lock(&flight.answer);
+        let pending = self.ask(&question)?;
+        let mut shared = lock(&pending.shared);
         loop {
-            if let Some(result) = &answer.result {
+            if let Some(result) = &shared.result {
                 return result.clone();
             }
             let left = deadline.saturating_duration_since(now());
             if left.is_zero() {
-                answer.waiting -= 1;
-                let abandoned = answer.waiting == 0;
-                drop(answer);
+                shared.waiting -= 1;
+                let abandoned = shared.waiting == 0;
+                drop(shared);
                 if abandoned {
-                    self.take_back(&question, &flight);
+                    self.take_back(&question, &pending);
                 }
                 return Err(NameError::TimedOut);
             }
-            answer = flight
+            shared = pending
                 .answered
-                .wait_timeout(answer, left)
+                .wait_timeout(shared, left)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
     }
 
-    /// Joins the lookup of the same question or queues a new one, with a thread to take it.
-    fn ask(&self, question: &Question) -> Result<Arc<Flight>, NameError> {
-        let mut state = lock(&self.0.state);
-        if let Some(flight) = state.under_way.get(question)
-            && now().saturating_duration_since(flight.asked_at) < JOINED_FOR
+    /// Joins a look-up of the same question, or queues a new one and starts a thread for it if none is idle.
+    fn ask(&self, question: &Question) -> Result<Arc<PendingLookup>, NameError> {
+        let mut lookups = lock(&self.0.lookups);
+        if let Some(pending) = lookups.under_way.get(question)
+            && now().saturating_duration_since(pending.asked_at) < JOINED_FOR
         {
-            lock(&flight.answer).waiting += 1;
-            return Ok(Arc::clone(flight));
+            lock(&pending.shared).waiting += 1;
+            return Ok(Arc::clone(pending));
         }
-        let flight = Arc::new(Flight {
+        let pending = Arc::new(PendingLookup {
             asked_at: now(),
-            answer: Mutex::new(Answer {
+            shared: Mutex::new(SharedResult {
                 result: None,
                 waiting: 1,
             }),
             answered: Condvar::new(),
         });
-        if state.idle <= state.queue.len() && state.threads < self.0.max_threads {
+        if lookups.idle <= lookups.queue.len() && lookups.threads < self.0.max_threads {
             match self.start_thread() {
-                Ok(()) => state.threads += 1,
-                // Another thread will come to it; without any nobody would.
-                Err(_) if state.threads > 0 => {}
+                Ok(()) => lookups.threads += 1,
+                // One of the other threads will take it from the queue.
+                Err(_) if lookups.threads > 0 => {}
                 Err(error) => {
                     return Err(NameError::Agent(format!(
-                        "no thread for the name lookup: {error}"
+                        "cannot start a thread for the name look-up: {error}"
                     )));
                 }
             }
         }
-        state.under_way.insert(question.clone(), Arc::clone(&flight));
-        state.queue.push_back((question.clone(), Arc::clone(&flight)));
+        lookups.under_way.insert(question.clone(), Arc::clone(&pending));
+        lookups.queue.push_back((question.clone(), Arc::clone(&pending)));
         self.0.work.notify_one();
-        Ok(flight)
+        Ok(pending)
     }
 
-    fn take_back(&self, question: &Question, flight: &Arc<Flight>) {
-        let mut state = lock(&self.0.state);
-        // Somebody may have joined since, and a lookup that has begun is left to its thread.
-        if lock(&flight.answer).waiting > 0 {
+    fn take_back(&self, question: &Question, pending: &Arc<PendingLookup>) {
+        let mut lookups = lock(&self.0.lookups);
+        // Another check may have joined in the meantime. A look-up that has begun is left to its thread.
+        if lock(&pending.shared).waiting > 0 {
             return;
         }
-        if let Some(place) = state
+        if let Some(place) = lookups
             .queue
             .iter()
-            .position(|(_, queued)| Arc::ptr_eq(queued, flight))
+            .position(|(_, queued)| Arc::ptr_eq(queued, pending))
         {
-            state.queue.remove(place);
-            state.forget(question, flight);
+            lookups.queue.remove(place);
+            lookups.forget(question, pending);
         }
     }
 
@@ -179,46 +180,46 @@ impl Names {
     }
 
     fn work(&self) {
-        let mut state = lock(&self.0.state);
+        let mut lookups = lock(&self.0.lookups);
         loop {
-            let Some((question, flight)) = state.queue.pop_front() else {
-                state.idle += 1;
+            let Some((question, pending)) = lookups.queue.pop_front() else {
+                lookups.idle += 1;
                 let (woken, waited) = self
                     .0
                     .work
-                    .wait_timeout(state, IDLE)
+                    .wait_timeout(lookups, IDLE)
                     .unwrap_or_else(PoisonError::into_inner);
-                state = woken;
-                state.idle -= 1;
-                if waited.timed_out() && state.queue.is_empty() {
-                    state.threads -= 1;
+                lookups = woken;
+                lookups.idle -= 1;
+                if waited.timed_out() && lookups.queue.is_empty() {
+                    lookups.threads -= 1;
                     return;
                 }
                 continue;
             };
-            drop(state);
+            drop(lookups);
             let result = (self.0.lookup)(&question.0, question.1);
-            state = lock(&self.0.state);
-            state.forget(&question, &flight);
-            lock(&flight.answer).result = Some(result);
-            flight.answered.notify_all();
+            lookups = lock(&self.0.lookups);
+            lookups.forget(&question, &pending);
+            lock(&pending.shared).result = Some(result);
+            pending.answered.notify_all();
         }
     }
 }
 
-impl State {
-    fn forget(&mut self, question: &Question, flight: &Arc<Flight>) {
+impl Lookups {
+    fn forget(&mut self, question: &Question, pending: &Arc<PendingLookup>) {
         if self
             .under_way
             .get(question)
-            .is_some_and(|known| Arc::ptr_eq(known, flight))
+            .is_some_and(|known| Arc::ptr_eq(known, pending))
         {
             self.under_way.remove(question);
         }
     }
 }
 
-// The states are changed in single steps: a panic elsewhere leaves them whole.
+// A panic cannot leave them half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -255,7 +256,7 @@ impl Resolver for CheckResolver {
                 let asked_at = now();
                 let result = self.names.resolve(host, family, deadline);
                 add(&mut self.progress.lock().phases.dns, now() - asked_at);
-                result.map_err(Fault::Name)?
+                result.map_err(CheckFault::Name)?
             }
         };
         let mut resolved = self.empty();
@@ -267,18 +268,11 @@ impl Resolver for CheckResolver {
             resolved.push(SocketAddr::new(ip, port));
         }
         if resolved.is_empty() {
-            let text = format!("{host} has no address of the family that ip= asks for");
-            return Err(Fault::Name(NameError::NotFound(text)).into());
+            let text = format!("{host} has no address of the family that ip= requires");
+            return Err(CheckFault::Name(NameError::NotFound(text)).into());
         }
         Ok(resolved)
     }
-}
-
-/// `[::1]` as `::1`.
-pub(super) fn bare(host: &str) -> &str {
-    host.strip_prefix('[')
-        .and_then(|host| host.strip_suffix(']'))
-        .unwrap_or(host)
 }
 
 fn is_of(family: Option<IpFamily>, ip: IpAddr) -> bool {
@@ -313,39 +307,39 @@ fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, Name
 }
 
 fn name_error(name: &str, error: &LookupError, took: Duration) -> NameError {
-    // getaddrinfo without a file handle says "temporary failure" or even "no such name": ask the machine first.
+    // Without a free file handle getaddrinfo reports "temporary failure" or even "no such name", so that is checked first.
     if let Err(handle) = std::net::UdpSocket::bind(("127.0.0.1", 0))
         && super::fault::is_agents_own(&handle)
     {
         return NameError::Agent(format!("cannot look up {name}: {handle}"));
     }
-    sort_name_error(name, error, took)
+    classify_name_error(name, error, took)
 }
 
-/// Sorts getaddrinfo's codes (RFC 3493, section 6.1; glibc's two more in netdb.h).
-fn sort_name_error(name: &str, error: &LookupError, took: Duration) -> NameError {
-    /// glibc: the name exists, but has no address of the asked family.
+/// Classifies getaddrinfo's error codes (RFC 3493, section 6.1, and glibc's netdb.h).
+fn classify_name_error(name: &str, error: &LookupError, took: Duration) -> NameError {
+    /// In glibc: the name exists, but has no address of the requested family.
     const EAI_ADDRFAMILY: i32 = -9;
-    /// The shortest time that resolv.conf can give a name server. The code is the same for one that is silent and one
-    /// that says that it failed, which takes no time, or as long as it waited for others itself.
+    /// The shortest timeout that resolv.conf can set. A name server that does not answer and one that reports a failure give
+    /// the same code, but the failure usually comes at once.
     const SHORTEST_WAIT: Duration = Duration::from_secs(1);
     match error.kind() {
         LookupErrorKind::NoName | LookupErrorKind::NoData => no_such_name(name),
         _ if cfg!(target_os = "linux") && error.error_num() == EAI_ADDRFAMILY => no_such_name(name),
-        LookupErrorKind::Memory => NameError::Agent(format!("cannot look up {name}: no memory")),
+        LookupErrorKind::Memory => NameError::Agent(format!("cannot look up {name}: out of memory")),
         LookupErrorKind::Again if took >= SHORTEST_WAIT => NameError::TimedOut,
         LookupErrorKind::Again => NameError::Failed(format!(
-            "cannot look up {name}: the name servers fail, refuse or are not there"
+            "cannot look up {name}: the name servers failed, refused or could not be reached"
         )),
-        LookupErrorKind::Fail => {
-            NameError::Failed(format!("cannot look up {name}: the name servers refuse or fail"))
-        }
+        LookupErrorKind::Fail => NameError::Failed(format!(
+            "cannot look up {name}: the name servers refused or failed"
+        )),
         _ => NameError::Failed(format!("cannot look up {name}: {error}")),
     }
 }
 
 fn no_such_name(name: &str) -> NameError {
-    NameError::NotFound(format!("there is no address for {name}"))
+    NameError::NotFound(format!("{name} has no address"))
 }
 
 #[cfg(test)]
@@ -353,39 +347,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn getaddrinfos_codes_are_sorted_into_no_such_name_a_failure_and_our_own_fault() {
-        // glibc's netdb.h; the crate sorts by the platform's own constants.
+    fn error_codes_of_getaddrinfo_are_classified() {
+        // The codes are those of glibc's netdb.h.
         let table = [
-            (-2, NameError::NotFound("there is no address for a.test".into())),
-            (-5, NameError::NotFound("there is no address for a.test".into())),
-            (-9, NameError::NotFound("there is no address for a.test".into())),
+            (-2, NameError::NotFound("a.test has no address".into())),
+            (-5, NameError::NotFound("a.test has no address".into())),
+            (-9, NameError::NotFound("a.test has no address".into())),
             (
                 -3,
                 NameError::Failed(
-                    "cannot look up a.test: the name servers fail, refuse or are not there".into(),
+                    "cannot look up a.test: the name servers failed, refused or could not be reached".into(),
                 ),
             ),
             (
                 -4,
-                NameError::Failed("cannot look up a.test: the name servers refuse or fail".into()),
+                NameError::Failed("cannot look up a.test: the name servers refused or failed".into()),
             ),
-            (-10, NameError::Agent("cannot look up a.test: no memory".into())),
+            (
+                -10,
+                NameError::Agent("cannot look up a.test: out of memory".into()),
+            ),
         ];
         for (code, expected) in table {
             assert_eq!(
-                sort_name_error("a.test", &LookupError::new(code), Duration::ZERO),
+                classify_name_error("a.test", &LookupError::new(code), Duration::ZERO),
                 expected,
                 "{code}"
             );
         }
-        let odd = sort_name_error("a.test", &LookupError::new(-105), Duration::ZERO);
+        let odd = classify_name_error("a.test", &LookupError::new(-105), Duration::ZERO);
         assert!(matches!(odd, NameError::Failed(_)), "{odd:?}");
-        let silence = sort_name_error("a.test", &LookupError::new(-3), Duration::from_secs(1));
+        let silence = classify_name_error("a.test", &LookupError::new(-3), Duration::from_secs(1));
         assert_eq!(silence, NameError::TimedOut);
     }
 
     #[test]
-    fn the_systems_lookup_knows_localhost_in_each_family() {
+    fn the_systems_resolver_knows_localhost_in_both_families() {
         assert!(getaddrinfo("localhost", None).is_ok_and(|found| found.iter().all(IpAddr::is_loopback)));
         assert_eq!(
             getaddrinfo("localhost", Some(IpFamily::V4)),

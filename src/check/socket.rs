@@ -1,4 +1,4 @@
-//! A TCP connection: made within its share of the time, and every wait on it ended at the check's deadline.
+//! TCP connections whose every wait ends at the check's deadline.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -9,11 +9,11 @@ use socket2::SockRef;
 
 use super::progress::now;
 
-/// As much of a page that nobody wants is read for the sake of an orderly close: what came with the headers, mostly.
+/// How much of an unwanted body is read to close a connection in order: usually what came with the headers.
 const MAX_LEFT_BYTES: usize = 16 * 1024;
 
-/// An address's share of the time left: an equal part for every address not tried yet. A single address gets all; of
-/// two, a dead one leaves half; what an address does not use is the next ones'.
+/// How long to try the next address: the time left, divided equally among the addresses that were not tried yet. Time that
+/// an address does not use is left to the others.
 pub(super) fn share(left: Duration, addresses_left: usize) -> Duration {
     left / u32::try_from(addresses_left.max(1)).unwrap_or(u32::MAX)
 }
@@ -23,18 +23,17 @@ pub(super) fn connect_one(address: SocketAddr, within: Duration) -> io::Result<T
         return Err(io::ErrorKind::TimedOut.into());
     }
     let stream = match TcpStream::connect_timeout(&address, within) {
-        // Either no port is left, or this machine has no such network (IPv6 turned off): connecting a datagram socket,
-        // which sends nothing, fails for the second only.
+        // Either no local port is free, or this machine has no such network (IPv6 is disabled). Connecting a UDP socket,
+        // which sends nothing, only fails in the second case.
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && !has_route(address) => {
             return Err(io::ErrorKind::NetworkUnreachable.into());
         }
         other => other?,
     };
     stream.set_nodelay(true)?;
-    // Closing resets the connection, unless the server has closed it: where we close first (the body is not wanted, or
-    // its end is known before the server's FIN is here), a clean close would hold a local port for a minute in
-    // TIME_WAIT, 470 checks a second to one address being the end, and an entry of a firewall's connection table for two.
-    // Health checks of load balancers do the same.
+    // Closing resets the connection, unless the server has closed it first. An orderly close by our side would keep a local
+    // port in TIME_WAIT for a minute, which allows only 470 checks a second to one address, and an entry in a firewall's
+    // connection table for two minutes. Health checks of load balancers reset connections for the same reason.
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
     Ok(stream)
 }
@@ -57,7 +56,7 @@ impl Socket {
         Self { stream, deadline }
     }
 
-    /// Whether the server has closed the connection, behind no more than [`MAX_LEFT_BYTES`] that nobody read.
+    /// Whether the server has closed the connection. Reads up to [`MAX_LEFT_BYTES`] of unread data to find out.
     pub(super) fn has_ended(&self) -> bool {
         let mut left = [0; 4 * 1024];
         (0..=MAX_LEFT_BYTES / left.len())
@@ -70,9 +69,9 @@ impl Socket {
             .unwrap_or(false)
     }
 
-    /// Closing it will not reset it.
+    /// Makes closing the connection orderly, without a reset.
     pub(super) fn close_in_order(&mut self) {
-        // It fails for a connection that is gone, which needs no close.
+        // It only fails if the connection no longer exists.
         let _ = SockRef::from(&self.stream).set_linger(None);
     }
 
@@ -90,7 +89,7 @@ impl Read for Socket {
         loop {
             self.stream.set_read_timeout(Some(self.time_left()?))?;
             match self.stream.read(into) {
-                // A signal, or the kernel's timeout: the clock decides.
+                // A signal or the kernel's timeout: `time_left` decides.
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -107,7 +106,7 @@ impl Write for Socket {
         self.write_vectored(&[IoSlice::new(bytes)])
     }
 
-    /// rustls hands over several messages at once: one packet instead of one each.
+    /// rustls passes several messages at once, which then go out in one packet.
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
             self.stream.set_write_timeout(Some(self.time_left()?))?;
@@ -127,8 +126,8 @@ impl Write for Socket {
     }
 }
 
-/// The peer ended the connection; for TLS also by closing it without saying so, which leaves a body's end unknown (RFC
-/// 9112, section 9.8).
+/// Whether the peer ended the connection. In TLS that includes an end without close_notify, because a body may then have
+/// been truncated (RFC 9112, section 9.8).
 pub(super) fn is_cut(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -144,11 +143,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_share_the_time_left_equally_and_inherit_what_is_not_used() {
+    fn addresses_share_the_time_left_equally_and_unused_time_goes_to_the_next_ones() {
         let seconds = Duration::from_secs;
         assert_eq!(share(seconds(10), 1), seconds(10));
         assert_eq!(share(seconds(10), 2), seconds(5));
-        // Three addresses, the first one refused at once, the second one dead.
+        // Three addresses: the first one refuses at once, the second one does not answer.
         assert_eq!(share(seconds(9), 3), seconds(3));
         assert_eq!(share(seconds(9), 2), Duration::from_millis(4_500));
         assert_eq!(

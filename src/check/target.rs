@@ -1,6 +1,6 @@
-//! A target: one line of the host file, understood and checked.
+//! A target: what one line of the host file means.
 //!
-//! Owns what a line means (defaults, bounds, which status is good); its syntax is `host_file`'s.
+//! Owns the defaults, the limit of the timeout and which status is good. The syntax of the line is in `host_file`.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -10,41 +10,40 @@ use std::time::Duration;
 use rustls::pki_types::ServerName;
 use url::Url;
 
-use super::resolver::bare;
 use crate::check::pattern::Pattern;
 use crate::duration;
 
-/// The longest part of its interval that a check may take, so that a hanging check ends before its next tick.
+/// The share of its interval that a check may take, so that a hanging check ends before the next tick.
 pub const MAX_TIMEOUT_SHARE: f64 = 0.95;
 
-/// How many redirects are followed where `follow=` does not say.
+/// How many redirects are followed without `follow=`.
 pub const DEFAULT_FOLLOW: u32 = 10;
 
-/// What is a good status where `status=` does not say.
+/// The statuses that are good without `status=`.
 pub const DEFAULT_STATUS: RangeInclusive<u16> = 200..=399;
 
 #[derive(Clone, Debug)]
 pub struct Target {
     /// As written in the host file: the record's key and `address`.
     pub address: String,
-    /// What is requested: absolute, http or https, host in ASCII (IDNA), without credentials and fragment.
+    /// The URL to request: absolute, http or https, with the host in ASCII (IDNA), without credentials and fragment.
     pub url: Url,
     pub interval: Duration,
-    /// `timeout=`; `None`: CHECK_TIMEOUT.
+    /// `timeout=`; `None` means CHECK_TIMEOUT.
     pub timeout: Option<Duration>,
-    /// `status=`; `None`: 200 to 399 is good.
+    /// `status=`; `None` means that 200 to 399 is good.
     pub status: Option<StatusSet>,
     pub method: Method,
-    /// How many redirects are followed; 0: the redirect itself is the answer.
+    /// How many redirects are followed. With 0 the redirect itself is the response that is judged.
     pub follow: u32,
-    /// `topic=`; `None`: KAFKA_TOPIC.
+    /// `topic=`; `None` means KAFKA_TOPIC.
     pub topic: Option<String>,
     pub ip_family: Option<IpFamily>,
-    /// `tls=insecure`: the certificate of the address's host is read but not verified.
+    /// `tls=insecure`: the certificate of the address's host is read, but not verified.
     pub tls_insecure: bool,
     /// `tls=required`: a redirect to http is not followed.
     pub tls_required: bool,
-    /// Shared by all targets with the same one.
+    /// Shared by all targets that have the same REGEX.
     pub regex: Option<Arc<Pattern>>,
 }
 
@@ -70,15 +69,22 @@ impl StatusSet {
     }
 }
 
-/// Whether TLS has a way to ask for the URL's host: a name server may know names that no certificate can be for.
+/// The host of a URL without the brackets of an IPv6 address.
+pub(super) fn bare(host: &str) -> &str {
+    host.strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host)
+}
+
+/// Whether TLS can ask for the URL's host. DNS allows names that a certificate cannot contain.
 pub fn can_be_named(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     url.scheme() != "https" || ServerName::try_from(bare(host)).is_ok()
 }
 
-/// What is wrong where [`can_be_named`] says no.
-pub const NOT_NAMED: &str = "no certificate can be for this name: its parts hold letters, digits, hyphens and underscores, \
-                             and none of them begins or ends with a hyphen";
+/// What is wrong with a host if [`can_be_named`] returns false.
+pub const NOT_NAMED: &str = "a certificate cannot contain this name: its parts must consist of letters, digits, hyphens and \
+                             underscores, and must not begin or end with a hyphen";
 
 impl fmt::Display for StatusSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -127,7 +133,7 @@ impl Target {
     }
 }
 
-/// A line of the host file that means this target.
+/// Writes the target as a line of the host file.
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.address, duration::text(self.interval))?;

@@ -1,7 +1,7 @@
-//! TLS for one connection: rustls without resumption, and a verifier that also reads what it refuses.
+//! TLS for one connection: rustls without session resumption, and a verifier that also reads certificates it rejects.
 //!
-//! Owns the trust anchors. ureq's own TLS resumes sessions, and a resumed session hides a certificate that was swapped
-//! for a bad one: a checker must shake hands in full every time.
+//! ureq's own TLS resumes sessions. In a resumed session the server does not send its certificate, so a new bad
+//! certificate would not be noticed.
 
 use std::io;
 use std::path::Path;
@@ -22,11 +22,11 @@ use super::progress::SharedProgress;
 use super::socket::{Socket, is_cut};
 use crate::config::pem;
 
-/// Whom the checks of a process trust, and their TLS settings. Cheap to clone.
+/// The trust anchors and TLS settings of all checks. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Trust {
     anchors: Arc<Anchors>,
-    /// Everything but the verifier: as it stands it trusts nobody.
+    /// Everything except the verifier; used alone, it would reject every certificate.
     base: Arc<ClientConfig>,
 }
 
@@ -34,11 +34,11 @@ impl Trust {
     /// The system's trust anchors and those of CHECK_CA_FILE.
     ///
     /// # Errors
-    /// CHECK_CA_FILE cannot be used any more: the configuration has read it once.
+    /// CHECK_CA_FILE cannot be read, although it could when the configuration was read.
     pub fn load(ca_file: Option<&Path>) -> anyhow::Result<Self> {
         let system = rustls_native_certs::load_native_certs();
         for error in &system.errors {
-            log::warn!("trust anchors of this machine: {error}");
+            log::warn!("cannot read one of this machine's trusted CA certificates: {error}");
         }
         let mut certificates = system.certs;
         if let Some(path) = ca_file {
@@ -65,7 +65,7 @@ impl Trust {
         })
     }
 
-    /// The settings of one checker's connections; its verifier tells `progress` what it sees.
+    /// The settings of one checker's connections. Its verifier writes what it reads to `progress`.
     pub fn client_config(&self, progress: SharedProgress) -> Arc<ClientConfig> {
         let mut config = ClientConfig::clone(&self.base);
         config.dangerous().set_certificate_verifier(Arc::new(Verifier {
@@ -80,7 +80,7 @@ impl Trust {
     }
 }
 
-/// Shakes hands over a new connection, by the socket's deadline.
+/// Performs the handshake on a new connection, before the socket's deadline.
 pub(super) fn handshake(
     config: &Arc<ClientConfig>,
     host: &str,
@@ -89,7 +89,9 @@ pub(super) fn handshake(
     let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
     let mut tls = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
     if let Err(error) = tls.complete_io(&mut socket) {
-        let alert = is_cut(&error).then(|| last_word(&mut tls, &mut socket)).flatten();
+        let alert = is_cut(&error)
+            .then(|| received_alert(&mut tls, &mut socket))
+            .flatten();
         return Err(alert.unwrap_or(error));
     }
     if tls.is_handshaking() {
@@ -98,9 +100,9 @@ pub(super) fn handshake(
     Ok(StreamOwned::new(tls, socket))
 }
 
-/// Reads what is still there of a connection that could not be written to any more: the server may have said why in an
-/// alert before it closed.
-pub(super) fn last_word(tls: &mut ClientConnection, socket: &mut Socket) -> Option<io::Error> {
+/// The alert that the server sent before it closed the connection, if there is one. It is still in the socket when writing
+/// fails.
+pub(super) fn received_alert(tls: &mut ClientConnection, socket: &mut Socket) -> Option<io::Error> {
     while matches!(tls.read_tls(socket), Ok(1..)) {
         if let Err(error) = tls.process_new_packets() {
             return Some(io::Error::new(io::ErrorKind::InvalidData, error));
@@ -153,7 +155,8 @@ impl ServerCertVerifier for Verifier {
         Ok(ServerCertVerified::assertion())
     }
 
-    // tls=insecure takes certificates that webpki cannot even read (X.509 v1, old keys), so it cannot check these either.
+    // With tls=insecure the certificate may be one that webpki cannot read (X.509 v1, old keys), so its signatures cannot be
+    // verified either.
     fn verify_tls12_signature(
         &self,
         message: &[u8],

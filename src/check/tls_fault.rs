@@ -1,25 +1,25 @@
-//! What rustls reports, as an outcome and a sentence for a person.
+//! Classifies TLS errors: the outcome, and the cause in words.
 //!
-//! rustls gives a variant to every rule of TLS that a server can break, and only their names say which. Those that
-//! tell an operator what to do have a sentence of their own; of the others the name is put into words.
+//! rustls has an enum variant for every rule of TLS that a server can break. Those that an operator can act on have a
+//! sentence of their own here; for the others the variant's name is turned into words.
 
 use rustls::{
     AlertDescription, CertificateError, InvalidMessage, OtherError, PeerIncompatible, PeerMisbehaved,
 };
 
 use super::certificates::CertificateFault;
-use super::outcome::Outcome;
+use crate::sample::Outcome;
 
-const OLD_TLS: &str = "the server speaks TLS 1.1 or older only, and at least TLS 1.2 is needed";
+const OLD_TLS: &str = "the server only supports TLS 1.1 or older; TLS 1.2 or newer is required";
 
-const CLIENT_CERTIFICATE: &str = "wants a client certificate, and a check has none";
+const CLIENT_CERTIFICATE: &str = "requires a client certificate, and a check has none";
 
-/// What it may be, where the server does not say.
-const LIMITS: &str = "may want a client certificate, or TLS 1.2 without ECDHE or AES-GCM/ChaCha20, which this program cannot do (our limit)";
+/// The usual reasons of servers that do not give one.
+const LIMITS: &str = "may require a client certificate, or TLS 1.2 without ECDHE or AES-GCM/ChaCha20, which this program does not support";
 
-const RENEGOTIATION: &str = "to renegotiate, which this program cannot do (our limit)";
+const RENEGOTIATION: &str = "renegotiation, which this program does not support";
 
-/// The outcome of an error of TLS; `is_established`: it came after the handshake.
+/// The outcome of a TLS error and its cause in words. `is_established`: the handshake was already complete.
 pub(super) fn tls_fault(error: &rustls::Error, is_established: bool) -> (Outcome, String) {
     use rustls::Error as E;
 
@@ -33,7 +33,7 @@ pub(super) fn tls_fault(error: &rustls::Error, is_established: bool) -> (Outcome
             "the server sent a TLS message out of order".into()
         }
         E::NoCertificatesPresented => "the server sent no certificate".into(),
-        E::DecryptError => "the server sent what cannot be decrypted".into(),
+        E::DecryptError => "the server sent data that cannot be decrypted".into(),
         E::PeerSentOversizedRecord => "the server sent a TLS record that is too large".into(),
         E::General(text) => format!("TLS: {text}"),
         E::Other(OtherError(error)) => format!("TLS: {error}"),
@@ -55,14 +55,14 @@ fn certificate_fault(error: &CertificateError) -> (Outcome, String) {
         };
         return (outcome, fault.to_string());
     }
-    // The chain was found good by then: these are about the server's own signature of the handshake.
+    // The chain has already been accepted: these are errors of the server's own signature of the handshake.
     let text = match error {
         E::BadSignature => "the server does not have the certificate's key: its signature of the handshake is wrong".into(),
         E::BadEncoding => "the certificate cannot be read".into(),
         E::UnsupportedSignatureAlgorithmContext { .. }
         | E::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
-            "the server signs the handshake in a way that does not fit its certificate's key, or that this program does \
-             not know (our limit)"
+            "the server's signature of the handshake does not match its certificate's key, or is of a kind that this \
+             program does not support"
                 .into()
         }
         E::Other(OtherError(error)) => match error.downcast_ref::<webpki::Error>() {
@@ -78,12 +78,14 @@ fn alert_text(alert: AlertDescription, is_established: bool) -> String {
     use AlertDescription as A;
 
     let hint = match alert {
-        A::ProtocolVersion => "it may speak TLS 1.1 or older only, and at least TLS 1.2 is needed".into(),
-        A::HandshakeFailure | A::NoRenegotiation if is_established => format!("it may want {RENEGOTIATION}"),
+        A::ProtocolVersion => "it may only support TLS 1.1 or older; TLS 1.2 or newer is required".into(),
+        A::HandshakeFailure | A::NoRenegotiation if is_established => {
+            format!("it may require {RENEGOTIATION}")
+        }
         A::HandshakeFailure | A::InsufficientSecurity => format!("it {LIMITS}"),
         A::CertificateRequired | A::NoCertificate | A::BadCertificate => format!("it {CLIENT_CERTIFICATE}"),
-        A::UnrecognisedName => "it has no site of the name that it was asked for".into(),
-        A::InternalError => "the fault is the server's own".into(),
+        A::UnrecognisedName => "it has no site with the requested name".into(),
+        A::InternalError => "the server has an internal problem".into(),
         _ => String::new(),
     };
     let alert = match alert {
@@ -104,7 +106,7 @@ fn incompatible_text(error: &PeerIncompatible) -> String {
         | E::Tls12NotOfferedOrEnabled => OLD_TLS.into(),
         E::NoCertificateRequestSignatureSchemesInCommon => format!("the server {CLIENT_CERTIFICATE}"),
         other => format!(
-            "the server and this program have no way of TLS in common (our limit): {}",
+            "the server and this program support no common kind of TLS: {}",
             in_words(other)
         ),
     }
@@ -112,28 +114,27 @@ fn incompatible_text(error: &PeerIncompatible) -> String {
 
 fn misbehaved_text(error: &PeerMisbehaved) -> String {
     match error {
-        PeerMisbehaved::TooManyRenegotiationRequests => format!("the server keeps asking {RENEGOTIATION}"),
-        PeerMisbehaved::SignedKxWithWrongAlgorithm => {
-            "the server signs in TLS 1.2 with a key of a kind that this program knows in TLS 1.3 only (our limit)".into()
+        PeerMisbehaved::TooManyRenegotiationRequests => {
+            format!("the server repeatedly requested {RENEGOTIATION}")
         }
-        other => format!("the server breaks the rules of TLS: {}", in_words(other)),
+        PeerMisbehaved::SignedKxWithWrongAlgorithm => {
+            "this program does not support the server's kind of key in TLS 1.2, only in TLS 1.3".into()
+        }
+        other => format!("the server violates the TLS protocol: {}", in_words(other)),
     }
 }
 
 fn message_text(error: &InvalidMessage) -> String {
     match error {
-        InvalidMessage::InvalidContentType => "the server does not speak TLS".into(),
+        InvalidMessage::InvalidContentType => "the server did not answer with TLS".into(),
         InvalidMessage::CertificatePayloadTooLarge | InvalidMessage::HandshakePayloadTooLarge => {
-            "the server's certificates are larger than 64 KiB (our limit)".into()
+            "the server's certificates are larger than 64 KiB, the limit of this program".into()
         }
-        other => format!(
-            "the server sent a TLS message that is not valid: {}",
-            in_words(other)
-        ),
+        other => format!("the server sent an invalid TLS message: {}", in_words(other)),
     }
 }
 
-/// The name of an enum's variant as words: `SelectedInvalidPsk` is "selected invalid PSK".
+/// The name of an enum variant in words: `SelectedInvalidPsk` becomes "selected invalid PSK".
 fn in_words(variant: &impl std::fmt::Debug) -> String {
     let debug = format!("{variant:?}");
     let name = debug.split(|c: char| !c.is_ascii_alphanumeric()).next();
@@ -173,8 +174,8 @@ mod tests {
 
     use super::*;
 
-    /// Every variant of rustls 0.23 and webpki 0.103, those that only a server or a list of revocations can cause too.
-    #[expect(deprecated, reason = "they are still variants")]
+    /// Every variant of rustls 0.23 and webpki 0.103, including those that cannot occur in a client.
+    #[expect(deprecated, reason = "deprecated variants still exist")]
     fn all_errors() -> Vec<rustls::Error> {
         use rustls::Error as E;
 
@@ -338,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn every_error_of_tls_has_a_sentence() {
+    fn every_tls_error_has_a_sentence() {
         for error in all_errors() {
             for is_established in [false, true] {
                 let (outcome, text) = tls_fault(&error, is_established);
@@ -350,9 +351,9 @@ mod tests {
                 assert!(text.chars().count() <= 200, "too long: {text}");
                 assert!(
                     text.contains(' ') && !text.ends_with([' ', ':']),
-                    "no sentence: {text}"
+                    "not a sentence: {text}"
                 );
-                // Words of our sentences that have capitals inside.
+                // Words of the sentences with a capital letter inside.
                 let plain = ["ChaCha20", "KiB"]
                     .iter()
                     .fold(text.clone(), |text, word| text.replace(word, ""));
@@ -367,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_of_a_variant_becomes_words() {
+    fn the_name_of_a_variant_becomes_words() {
         assert_eq!(in_words(&AlertDescription::UnknownCA), "unknown CA");
         assert_eq!(
             in_words(&AlertDescription::UnknownPSKIdentity),
@@ -388,13 +389,13 @@ mod tests {
         let says = |alert, is_established| tls_fault(&rustls::Error::AlertReceived(alert), is_established).1;
         assert_eq!(
             says(AlertDescription::HandshakeFailure, false),
-            "the server ended TLS with the alert \"handshake failure\": it may want a client certificate, or TLS 1.2 \
-             without ECDHE or AES-GCM/ChaCha20, which this program cannot do (our limit)"
+            "the server ended TLS with the alert \"handshake failure\": it may require a client certificate, or TLS 1.2 \
+             without ECDHE or AES-GCM/ChaCha20, which this program does not support"
         );
         assert_eq!(
             says(AlertDescription::HandshakeFailure, true),
-            "the server ended TLS with the alert \"handshake failure\": it may want to renegotiate, which this program \
-             cannot do (our limit)"
+            "the server ended TLS with the alert \"handshake failure\": it may require renegotiation, which this program \
+             does not support"
         );
         assert_eq!(
             says(AlertDescription::Unknown(200), false),

@@ -1,4 +1,4 @@
-//! `host-metrics check ADDRESS [REGEX]`: one check, its phases for a person or the exact record.
+//! `host-metrics check ADDRESS [REGEX]`: one check, reported in words or as the exact record.
 
 use std::fmt::Display;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -6,16 +6,16 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 
 use crate::check::http::Checks;
-use crate::check::outcome::{Stamp, stamp};
+use crate::check::observation::{Stamp, stamp};
 use crate::check::target::Target;
 use crate::config::CheckConfig;
 use crate::sample::{self, Sample, Timestamp};
 use crate::terminal;
 
-/// Checks the target once, by the same code as `produce`.
+/// Checks the target once, with the same code as `produce`.
 ///
 /// # Errors
-/// This machine cannot check at all.
+/// This machine cannot make checks.
 pub fn run<'a>(config: &'a CheckConfig, target: &'a Target) -> anyhow::Result<Sample<'a>> {
     let checks = Checks::new(config)?;
     let (started_at, start) = now()?;
@@ -30,7 +30,7 @@ pub fn run<'a>(config: &'a CheckConfig, target: &'a Target) -> anyhow::Result<Sa
     Ok(stamp(target, observation, stamp_of_check))
 }
 
-/// The record's value, hidden characters escaped, and a line end.
+/// The record's value with hidden characters escaped, and a newline.
 pub fn json(sample: &Sample<'_>) -> String {
     let mut value = Vec::new();
     sample::encode(sample, &mut value);
@@ -39,7 +39,7 @@ pub fn json(sample: &Sample<'_>) -> String {
     line
 }
 
-/// For a person: a line for everything that is known.
+/// The result as text for people: a line for each value that is known.
 pub fn report(sample: &Sample<'_>) -> String {
     let mut lines = Lines::default();
     lines.add("address", Some(&sample.address));
@@ -101,7 +101,7 @@ fn now() -> anyhow::Result<(Timestamp, Instant)> {
     let timestamp = i64::try_from(since_epoch.as_micros())
         .ok()
         .and_then(Timestamp::from_unix_micros)
-        .context("this machine's clock is beyond the year 9999")?;
+        .context("this machine's clock is after the year 9999")?;
     Ok((timestamp, Instant::now()))
 }
 
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn the_report_has_a_line_for_everything_that_is_known() {
+    fn the_report_has_a_line_for_each_value_that_is_known() {
         let known = Sample {
             outcome: Some("bad_status".into()),
             error: Some("status 503".into()),
@@ -148,12 +148,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_has_no_line() {
+    fn values_that_are_not_known_have_no_line() {
         assert_eq!(report(&sample()), "address      example.com\nvalid        no\n");
     }
 
     #[test]
-    fn an_expired_certificate_is_called_so() {
+    fn an_expired_certificate_is_reported_as_expired() {
         let expired = Sample {
             started_at: Some("2026-01-02T00:00:00Z".parse().unwrap()),
             cert_expires_at: Some("2026-01-01T23:59:59Z".parse().unwrap()),

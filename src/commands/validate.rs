@@ -1,6 +1,6 @@
-//! `host-metrics validate -c FILE`: each host as understood, and the forecast.
+//! `host-metrics validate -c FILE`: lists the hosts as they are understood, and forecasts what checking them takes.
 //!
-//! Pure: the hosts in, the text out.
+//! Pure.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,14 +15,14 @@ use crate::duration;
 use crate::produce::host_file::Hosts;
 use crate::terminal::plain;
 
-/// A row of the table that `init` makes, its index included: 215 to 224 bytes were measured for a row of 21 columns in
-/// Postgres 15, and its entry in the index of one host's history (address and time) takes some 80 more.
+/// A row of the table that `init` creates, with its index entry: in Postgres 15 a row of 21 columns takes 215 to 224 bytes,
+/// and its entry in the index on address and time about 80.
 const BYTES_PER_ROW: f64 = 300.0;
 
 const SECONDS_PER_DAY: f64 = 86_400.0;
 const DAYS_PER_MONTH: f64 = 30.0;
 
-/// The hosts and the forecast, ready to print.
+/// The hosts, the forecast and the warnings, as they are printed.
 pub fn report(config: &ValidateConfig, hosts: &Hosts) -> String {
     let targets = &hosts.targets;
     let mut text = String::new();
@@ -56,7 +56,7 @@ fn list(config: &ValidateConfig, targets: &[Target], text: &mut String) {
     }
 }
 
-/// What the line says beyond the address and its times.
+/// What the line sets beside the address and the times.
 fn understood(target: &Target) -> Vec<String> {
     let mut words = Vec::new();
     if target.method == Method::Head {
@@ -67,8 +67,8 @@ fn understood(target: &Target) -> Vec<String> {
     }
     match target.follow {
         DEFAULT_FOLLOW => {}
-        0 => words.push("no redirect followed".to_owned()),
-        follow => words.push(format!("{follow} redirects at most")),
+        0 => words.push("redirects not followed".to_owned()),
+        follow => words.push(format!("at most {follow} redirects")),
     }
     match target.ip_family {
         Some(IpFamily::V4) => words.push("IPv4 only".to_owned()),
@@ -101,11 +101,11 @@ fn forecast(config: &ValidateConfig, targets: &[Target], text: &mut String) {
     let lines = [
         ("hosts", targets.len().to_string()),
         ("checks/s", rate(checks_per_second)),
-        ("threads", format!("{threads} at worst, where every host hangs")),
+        ("threads", format!("at most {threads}, if every host hangs")),
         ("records/day", format!("{records_per_day:.0}")),
         (
             "table/month",
-            format!("{month}, at {BYTES_PER_ROW} bytes a row with its index"),
+            format!("{month}, at {BYTES_PER_ROW} bytes per row including the index"),
         ),
     ];
     let memory = memory(config, targets).map(|memory| ("memory", memory));
@@ -114,8 +114,8 @@ fn forecast(config: &ValidateConfig, targets: &[Target], text: &mut String) {
     }
 }
 
-/// What the hosts with a REGEX take at worst, beside what every check does: all of them at once, each with a brotli body of
-/// full length.
+/// The most memory that hosts with a REGEX take in addition to the checks themselves: when all of them are checked at once
+/// and each sends a brotli body of the full length.
 fn memory(config: &ValidateConfig, targets: &[Target]) -> Option<String> {
     let regexes = targets.iter().filter_map(|target| target.regex.as_ref());
     let mut searches: Vec<_> = regexes.clone().map(|regex| regex.search_bytes() as u64).collect();
@@ -131,7 +131,7 @@ fn memory(config: &ValidateConfig, targets: &[Target]) -> Option<String> {
     let compiled: usize = distinct.values().sum();
     (!searches.is_empty()).then(|| {
         format!(
-            "{} at worst while bodies are read (at once: {}, MAX_BODY_BYTES={}), {} for the regexes (different ones: {})",
+            "at most {} while bodies are read (up to {} at once, MAX_BODY_BYTES={}), and {} for the compiled regexes ({} distinct)",
             bytes(reading as f64),
             searches.len(),
             config.max_body_bytes,
@@ -147,7 +147,7 @@ fn warnings<'a>(config: &'a ValidateConfig, targets: &'a [Target]) -> impl Itera
         let got = target.timeout(config.timeout);
         (got < asked).then(|| {
             format!(
-                "{}: timeout={} is cut to {}, 95 % of the interval of {}: a check ends before the next one is due",
+                "{}: timeout={} is reduced to {}, 95 % of the interval of {}, so that a check ends before the next one is due",
                 target.address,
                 duration::text(asked),
                 duration::text(got),
@@ -162,7 +162,7 @@ fn warnings<'a>(config: &'a ValidateConfig, targets: &'a [Target]) -> impl Itera
         );
         is_impossible.then(|| {
             format!(
-                "{}: ip= asks for the other family: every check will fail",
+                "{}: every check will fail, because ip= requires the other address family",
                 target.address
             )
         })
@@ -173,13 +173,13 @@ fn warnings<'a>(config: &'a ValidateConfig, targets: &'a [Target]) -> impl Itera
         .count();
     let default_cut = (defaulted > 0).then(|| {
         format!(
-            "CHECK_TIMEOUT ({}) is cut to 95 % of the interval for {defaulted} of the hosts, see TIMEOUT",
+            "CHECK_TIMEOUT ({}) is reduced to 95 % of the interval for {defaulted} of the hosts; see the column TIMEOUT",
             duration::text(config.timeout)
         )
     });
     let too_many = (targets.len() > config.max_threads).then(|| {
         format!(
-            "{} hosts and MAX_THREADS={}: while that many hang, checks of the others are missed",
+            "there are {} hosts, but MAX_THREADS={}: while that many hosts hang, checks of the others are missed",
             targets.len(),
             config.max_threads
         )
@@ -187,12 +187,12 @@ fn warnings<'a>(config: &'a ValidateConfig, targets: &'a [Target]) -> impl Itera
     cut.chain(without_address).chain(default_cut).chain(too_many)
 }
 
-/// With two digits that say something.
+/// With two significant digits.
 fn rate(per_second: f64) -> String {
     let mut decimals = 2;
-    let mut shown = per_second;
-    while shown < 0.1 && decimals < 10 {
-        shown *= 10.0;
+    let mut scaled = per_second;
+    while scaled < 0.1 && decimals < 10 {
+        scaled *= 10.0;
         decimals += 1;
     }
     format!("{per_second:.decimals$}")
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn every_host_is_shown_as_understood_and_the_forecast_adds_them_up() {
+    fn every_host_is_listed_as_understood_and_the_forecast_adds_them_up() {
         assert_eq!(
             report_of(
                 "https://google.com 5\n\
@@ -243,11 +243,11 @@ mod tests {
              \n\
              hosts        3\n\
              checks/s     0.053\n\
-             threads      3 at worst, where every host hangs\n\
+             threads      at most 3, if every host hangs\n\
              records/day  4608\n\
-             table/month  41 MB, at 300 bytes a row with its index\n\
-             memory       23 MB at worst while bodies are read (at once: 1, MAX_BODY_BYTES=1048576), \
-             2 KB for the regexes (different ones: 1)\n"
+             table/month  41 MB, at 300 bytes per row including the index\n\
+             memory       at most 23 MB while bodies are read (up to 1 at once, MAX_BODY_BYTES=1048576), \
+             and 2 KB for the compiled regexes (1 distinct)\n"
         );
     }
 
@@ -263,14 +263,14 @@ mod tests {
         assert_eq!(
             memory(four).as_deref(),
             Some(
-                "71 MB at worst while bodies are read (at once: 3, MAX_BODY_BYTES=1048576), \
-                 1 MB for the regexes (different ones: 2)"
+                "at most 71 MB while bodies are read (up to 3 at once, MAX_BODY_BYTES=1048576), \
+                 and 1 MB for the compiled regexes (2 distinct)"
             )
         );
     }
 
     #[test]
-    fn every_option_is_said() {
+    fn every_option_is_listed() {
         let report = report_of(
             "http://[::1]/ 1h method=HEAD status=404,500-599 follow=0 ip=6 tls=insecure topic=other timeout=2s\n\
              https://b\u{fc}cher.example/ 1h follow=3 ip=4 a  b\n",
@@ -279,9 +279,9 @@ mod tests {
         assert_eq!(
             hosts,
             [
-                "1h      2s      http://[::1]/, HEAD, good status 404,500-599, no redirect followed, IPv6 only, \
+                "1h      2s      http://[::1]/, HEAD, good status 404,500-599, redirects not followed, IPv6 only, \
                  certificate not verified, topic other",
-                "1h      10s     https://b\u{fc}cher.example/ -> https://xn--bcher-kva.example/, 3 redirects at most, \
+                "1h      10s     https://b\u{fc}cher.example/ -> https://xn--bcher-kva.example/, at most 3 redirects, \
                  IPv4 only, body matches a  b",
             ]
         );
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn what_will_not_be_as_written_is_warned_of() {
+    fn settings_that_have_no_full_effect_cause_warnings() {
         let report = report_of("a.example 10s timeout=30s\nb.example 1s\nc.example 2s\n127.0.0.1 1h ip=6\n");
         let warnings: Vec<_> = report
             .lines()
@@ -303,18 +303,18 @@ mod tests {
         assert_eq!(
             warnings,
             [
-                "warning: a.example: timeout=30s is cut to 9500ms, 95 % of the interval of 10s: \
-                 a check ends before the next one is due",
-                "warning: 127.0.0.1: ip= asks for the other family: every check will fail",
-                "warning: CHECK_TIMEOUT (10s) is cut to 95 % of the interval for 2 of the hosts, see TIMEOUT",
-                "warning: 4 hosts and MAX_THREADS=3: while that many hang, checks of the others are missed",
+                "warning: a.example: timeout=30s is reduced to 9500ms, 95 % of the interval of 10s, \
+                 so that a check ends before the next one is due",
+                "warning: 127.0.0.1: every check will fail, because ip= requires the other address family",
+                "warning: CHECK_TIMEOUT (10s) is reduced to 95 % of the interval for 2 of the hosts; see the column TIMEOUT",
+                "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, checks of the others are missed",
             ]
         );
         assert!(!report_of("a.example 10s timeout=9s\n").contains("warning"));
     }
 
     #[test]
-    fn figures_keep_two_digits_that_say_something() {
+    fn figures_have_two_significant_digits() {
         let rates = [
             (0.05333, "0.053"),
             (0.5, "0.50"),

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use prometheus::{Histogram, HistogramOpts, HistogramVec};
 
-use crate::check::outcome::{Outcome, Phases};
+use crate::check::observation::Phases;
 use crate::http::health::Heartbeat;
 use crate::http::metrics::CHECK_BUCKETS;
 use crate::produce::publisher::Deliveries;
 use crate::produce::schedule::{Missed, Why};
+use crate::sample::Outcome;
 
 /// Since the start of the run. Every tick due is a check under way, a result, or missed; every result and every missed
 /// tick makes a record, which is on its way, delivered, refused, or at the end left.

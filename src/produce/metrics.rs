@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::check::outcome::Outcome;
 use crate::http::Watched;
 use crate::http::metrics::{Labels, Page};
 use crate::produce::counters::Counters;
 use crate::produce::schedule::Why;
+use crate::sample::Outcome;
 
 /// The counters of a run, and what bounds it.
 pub struct Figures {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 
 use crate::check::http::Checks;
-use crate::check::outcome::{Observation, Outcome, Stamp, stamp};
+use crate::check::observation::{Observation, Stamp, stamp};
 use crate::check::target::Target;
 use crate::clock::{Clock, instant_now, timestamp};
 use crate::config::ProduceConfig;
@@ -31,6 +31,7 @@ use crate::produce::pool::{Done, Pool};
 use crate::produce::publisher::{Bounds, END_WITHIN, Publisher, Record, Unacknowledged};
 use crate::produce::schedule::{Late, Limits, Missed, MissedTick, Next, Schedule, Tick, Why};
 use crate::sample;
+use crate::sample::Outcome;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
 
 /// How a run ends by itself.

@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::check::outcome::{Observation, Outcome};
+use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::{Clock, instant_now};
 use crate::produce::schedule::Tick;
+use crate::sample::Outcome;
 
 /// A thread idle for so long ends: longer than most pauses between ticks, shorter than an operator's patience.
 const IDLE: Duration = Duration::from_secs(15);

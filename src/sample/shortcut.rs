@@ -1,21 +1,21 @@
-//! A record as [`super::encode`] writes it, read without a JSON parser.
+//! A fast reader for records that are written exactly as [`super::encode`] writes them.
 //!
-//! Owns a shortcut and nothing of the format: what it reads, the full reader reads as the same sample. Whatever it does not
-//! know for certain (keys in another order, white space, an escape, a number of many digits, anything that is a fault) it
-//! leaves to that one. Nearly every record is one of ours, and decoding is what the consumer does most: this takes a third
-//! of the time (benches/wire.rs).
+//! It leaves everything else to the full reader: keys in another order, white space, escapes, numbers of many digits and
+//! everything that is wrong. What it does read, the full reader reads as the same sample. Nearly all records come from
+//! this program and decoding is most of the consumer's work; this reader takes a third of the full reader's time
+//! (benches/wire.rs).
 
 use std::borrow::Cow;
 use std::str::FromStr;
 
-use super::{Field, MAX_ADDRESS_BYTES, Sample, VERSION};
+use super::record::{Field, MAX_ADDRESS_BYTES, Sample, VERSION};
 
-/// `None`: ask the full reader.
+/// Returns `None` if the full reader has to read the record.
 pub(super) fn read(text: &str) -> Option<Sample<'_>> {
     let mut rest = Rest(text.strip_prefix('{')?);
     rest.key(Field::V)?;
     rest.integer().filter(|version: &u64| *version == VERSION)?;
-    // Fields are evaluated in the order in which they stand here: the record's.
+    // Rust evaluates the fields in the order in which they are written here, which is the record's.
     let sample = Sample {
         address: rest
             .next(Field::Address)?
@@ -44,12 +44,12 @@ pub(super) fn read(text: &str) -> Option<Sample<'_>> {
     (rest.0 == "}").then_some(sample)
 }
 
-/// What is not read yet.
+/// The part of the text that is not read yet.
 struct Rest<'a>(&'a str);
 
 impl<'a> Rest<'a> {
-    /// Steps over the comma and the key in front of a field's value.
-    #[inline(always)] // The names are then constants to compare with.
+    /// Skips the comma and the key before a field's value.
+    #[inline(always)] // So the field's name is a constant.
     fn next(&mut self, field: Field) -> Option<&mut Self> {
         self.skip(",")?;
         self.key(field)?;
@@ -106,8 +106,8 @@ impl<'a> Rest<'a> {
         T::try_from(number).ok().filter(|_| fraction_digits == 0)
     }
 
-    /// Floats hold numbers of up to 15 digits exactly, powers of ten up to the 22nd too, and a division rounds to the
-    /// nearest: so this is the nearest float to the decimal (Clinger, "How to Read Floating Point Numbers Accurately", 1990).
+    /// The float that is nearest to the decimal: floats hold numbers of up to 15 digits and powers of ten up to 10^22
+    /// exactly, and a division rounds to the nearest float (Clinger, "How to Read Floating Point Numbers Accurately", 1990).
     fn seconds(&mut self) -> Option<f64> {
         const POWERS_OF_TEN: [f64; MAX_DIGITS] = [
             1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14,
@@ -116,8 +116,8 @@ impl<'a> Rest<'a> {
         Some(number as f64 / POWERS_OF_TEN.get(fraction_digits)?)
     }
 
-    /// A decimal without sign and exponent: its digits as one number, and how many of them stand after the point. (What
-    /// follows, an exponent for example, is no comma, which the next field finds out.)
+    /// Reads a decimal without sign and exponent. Returns its digits as one number, and how many of them are after the point.
+    /// If an exponent follows, the next field finds that there is no comma.
     fn decimal(&mut self) -> Option<(u64, usize)> {
         let mut number = 0;
         let mut point = None;
@@ -135,7 +135,7 @@ impl<'a> Rest<'a> {
         let is_json = match (whole_digits, point) {
             (0, _) => false,
             (_, Some(_)) if fraction_digits == 0 => false,
-            // JSON knows no leading zeros.
+            // JSON does not allow leading zeros.
             (1, _) => true,
             _ => !self.0.starts_with('0'),
         };
@@ -147,14 +147,15 @@ impl<'a> Rest<'a> {
     }
 }
 
-/// Of a decimal: see [`Rest::seconds`].
+/// The most digits of a decimal that is read here: see [`Rest::seconds`].
 const MAX_DIGITS: usize = 15;
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{decode_fully, encode};
+    use super::super::decode::decode_fully;
+    use super::super::encode;
     use super::*;
 
     const GOLDEN: [&str; 4] = [
@@ -168,7 +169,7 @@ mod tests {
         GOLDEN.into_iter().map(str::trim_end)
     }
 
-    /// The shortcut never says anything else than the full reader does.
+    /// What the shortcut reads, the full reader reads as the same sample.
     fn assert_agrees(text: &str) {
         if let Some(sample) = read(text) {
             assert_eq!(decode_fully(text.as_bytes()), Ok(sample), "{text}");
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_encode_writes_is_read_unless_it_holds_an_escape() {
+    fn what_encode_writes_is_read_unless_it_has_an_escape() {
         for text in golden() {
             let sample = decode_fully(text.as_bytes()).unwrap();
             assert_eq!(read(text), (!text.contains('\\')).then_some(sample), "{text}");
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_another_shape_is_left_to_the_full_reader() {
+    fn records_of_another_form_are_left_to_the_full_reader() {
         let ok = GOLDEN[0].trim_end();
         for (from, to) in [
             ("\"v\":1", "\"v\":2"),
@@ -220,8 +221,8 @@ mod tests {
         }
     }
 
-    /// Texts one step away from good ones.
-    fn nearly_good() -> impl Strategy<Value = String> {
+    /// Valid records with one small change.
+    fn slightly_changed() -> impl Strategy<Value = String> {
         const PIECES: &[&str] = &[
             "",
             "0",
@@ -259,7 +260,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(4_096))]
 
         #[test]
-        fn nearly_good_texts_are_left_alone_or_read_as_the_full_reader_does(text in nearly_good()) {
+        fn slightly_changed_records_are_left_alone_or_read_as_the_full_reader_does(text in slightly_changed()) {
             assert_agrees(&text);
         }
 
@@ -272,7 +273,7 @@ mod tests {
         }
 
         #[test]
-        fn what_encode_makes_of_any_numbers_is_read(latency in 0.0..1e8_f64, body_bytes in 0..10_i64.pow(15), code in 0..i16::MAX) {
+        fn all_numbers_that_encode_writes_are_read(latency in 0.0..1e8_f64, body_bytes in 0..10_i64.pow(15), code in 0..i16::MAX) {
             let sample = Sample {
                 address: "a".into(),
                 latency: Some((latency * 1e6).round() / 1e6),

@@ -6,8 +6,9 @@ use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use host_metrics::check::http::{Checker, Checks};
-use host_metrics::check::outcome::{Observation, Outcome};
+use host_metrics::check::observation::Observation;
 use host_metrics::config::CheckConfig;
+use host_metrics::sample::Outcome;
 use openssl::asn1::{Asn1Integer, Asn1Object, Asn1OctetString, Asn1Time};
 use openssl::bn::{BigNum, MsbOption};
 use openssl::ec::{EcGroup, EcKey};
@@ -298,7 +299,7 @@ fn a_certificate_that_is_itself_trusted_needs_no_issuer() {
             "other.test",
             &[&own],
             Outcome::TlsCertName,
-            "not for other.test, only for site.test",
+            "not for other.test, but for site.test",
         );
         assert_seen(&server, &[&root()], Outcome::TlsCertUntrusted, "self-signed");
 
@@ -434,32 +435,32 @@ fn what_a_certificate_is_not_trusted_for_is_said_in_words() {
             "an unknown critical extension",
             leaf(p256(), unknown),
             O::TlsCertUntrusted,
-            "critical extension that this program does not know (our limit)",
+            "critical extension that this program does not support",
         ),
         (
-            "another purpose",
+            "it is not for use by servers",
             with(&[SITE, (Nid::EXT_KEY_USAGE, "clientAuth")]),
             O::TlsCertUntrusted,
-            "another purpose",
+            "it is not for use by servers",
         ),
         ("a known critical extension", leaf(p256(), policies), O::Ok, ""),
         (
             "no names",
             with(&[]),
             O::TlsCertName,
-            "not for site.test: it holds no names of hosts",
+            "not for site.test: it has no subject alternative names",
         ),
         (
             "no names of hosts",
             with(&[(Nid::SUBJECT_ALT_NAME, "email:me@site.test")]),
             O::TlsCertName,
-            "it holds no names of hosts",
+            "it has no subject alternative names",
         ),
         (
             "an address that is none",
             leaf(p256(), no_address),
             O::TlsCertName,
-            "it holds no names of hosts",
+            "it has no subject alternative names",
         ),
         (
             "version 1",
@@ -472,25 +473,25 @@ fn what_a_certificate_is_not_trusted_for_is_said_in_words() {
                 },
             ),
             O::TlsCertName,
-            "it holds no names of hosts",
+            "it has no subject alternative names",
         ),
         (
             "other names",
             with(&[(Nid::SUBJECT_ALT_NAME, MANY)]),
             O::TlsCertName,
-            "not for site.test, only for a.test, b.test, c.test, 2 more",
+            "not for site.test, but for a.test, b.test, c.test, 2 more",
         ),
         (
             "an address only",
             with(&[ADDRESS]),
             O::TlsCertName,
-            "only for the IP address 127.0.0.1",
+            "but for the IP address 127.0.0.1",
         ),
         (
             "a wildcard of a whole domain",
             with(&[(Nid::SUBJECT_ALT_NAME, "DNS:*.test")]),
             O::TlsCertName,
-            "only for *.test",
+            "but for *.test",
         ),
     ];
     for (_, leaf, outcome, says) in cases {
@@ -502,7 +503,7 @@ fn what_a_certificate_is_not_trusted_for_is_said_in_words() {
         "127.0.0.1",
         &[&root],
         O::TlsCertName,
-        "not for the IP address 127.0.0.1, only for 127.0.0.1 as a DNS name, not as an IP address, the IP address 127.0.0.2",
+        "not for the IP address 127.0.0.1, but for 127.0.0.1 as a DNS name, not as an IP address, the IP address 127.0.0.2",
     );
     for names in [
         "DNS:SITE.test",
@@ -532,7 +533,7 @@ fn what_is_wrong_further_up_the_chain_is_said_in_words() {
         (
             "no authority",
             with(&[(Nid::BASIC_CONSTRAINTS, "CA:FALSE")]),
-            "the intermediate certificate \"Middle\" must not issue others",
+            "the intermediate certificate \"Middle\" is not allowed to issue certificates",
         ),
         (
             "a short key",
@@ -542,7 +543,7 @@ fn what_is_wrong_further_up_the_chain_is_said_in_words() {
         (
             "other names only",
             with(&[CA, not_for_it]),
-            "outside those that its issuer may issue for",
+            "its issuer is not allowed to issue certificates for one of its names",
         ),
     ];
     for (_, (leaf, middle), says) in &cases {
@@ -558,13 +559,13 @@ fn what_is_wrong_further_up_the_chain_is_said_in_words() {
         &site(&[leaf], no_change),
         &[&root],
         Outcome::TlsCertUntrusted,
-        "issued by \"Middle\", which is unknown here, or the server sends it without its intermediates",
+        "issued by \"Middle\", which is not known here; or the server does not send the intermediate certificates",
     );
     assert_seen(
         &site(&[leaf, middle, &root], no_change),
         &[&stranger],
         Outcome::TlsCertUntrusted,
-        "vouched for by \"root\", which is not among the trusted ones",
+        "its chain ends with \"root\", which is not among the trusted certificates",
     );
     let forged = Certificate {
         key: p256(),
@@ -590,17 +591,22 @@ fn what_tls_cannot_be_spoken_is_named_as_our_limit() {
         })
     };
     for list in ["AES256-SHA", "AES128-GCM-SHA256", "ECDHE-RSA-AES128-SHA256"] {
-        assert_seen(&ciphers(list), &[&root], Outcome::TlsError, "our limit");
+        assert_seen(&ciphers(list), &[&root], Outcome::TlsError, "does not support");
     }
     for key in [PKey::generate_ed448().unwrap(), rsa_pss()] {
         let leaf = certificate("site", key, Some(&root), USUAL);
-        assert_seen(&site(&[&leaf], tls_1_2), &[&root], Outcome::TlsError, "our limit");
+        assert_seen(
+            &site(&[&leaf], tls_1_2),
+            &[&root],
+            Outcome::TlsError,
+            "does not support",
+        );
     }
     let old = site(&[&leaf], |builder| {
         builder.set_min_proto_version(None).unwrap();
         builder.set_max_proto_version(Some(SslVersion::TLS1_1)).unwrap();
     });
-    assert_seen(&old, &[&root], Outcome::TlsError, "at least TLS 1.2 is needed");
+    assert_seen(&old, &[&root], Outcome::TlsError, "TLS 1.2 or newer is required");
 }
 
 #[test]

@@ -183,7 +183,7 @@ fn a_wrong_variable_and_a_wrong_host_file_are_told_together() {
     place.write("hosts", "example.com 5x\n");
     place.run(&["produce", "-c", "hosts", "-e", "KAFKA_BOOTSTRAP_SERVERS=k:1", "-e", "MAX_THREADS=0"]).is_wrong(
         "MAX_THREADS=\"0\": expected a whole number from 1 to 30000; correct it, or leave it unset for 1024\n\
-         hosts:1:13: `5x` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+         hosts:1:13: `5x` is not a valid FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
          e.g. `5` or `30s`\n    \
          example.com 5x\n    \
          \x20           ^\n",
@@ -473,21 +473,21 @@ fn validate_prints_the_hosts_and_the_forecast() {
          \n\
          hosts        2\n\
          checks/s     0.10\n\
-         threads      2 at worst, where every host hangs\n\
+         threads      at most 2, if every host hangs\n\
          records/day  8928\n\
-         table/month  80 MB, at 300 bytes a row with its index\n\
-         memory       23 MB at worst while bodies are read (at once: 1, MAX_BODY_BYTES=1048576), \
-         2 KB for the regexes (different ones: 1)\n\
+         table/month  80 MB, at 300 bytes per row including the index\n\
+         memory       at most 23 MB while bodies are read (up to 1 at once, MAX_BODY_BYTES=1048576), \
+         and 2 KB for the compiled regexes (1 distinct)\n\
          \n\
-         warning: https://shop.example/: timeout=30s is cut to 9500ms, 95 % of the interval of 10s: \
-         a check ends before the next one is due\n"
+         warning: https://shop.example/: timeout=30s is reduced to 9500ms, 95 % of the interval of 10s, \
+         so that a check ends before the next one is due\n"
     );
 }
 
 #[test]
 fn a_host_file_that_cannot_be_read_is_named() {
     let place = Place::new();
-    let remedy = "-c takes a file, or - for standard input";
+    let remedy = "-c expects a file, or - for standard input";
     place.run(&["validate", "-c", "."]).is_wrong(&format!(
         "cannot read the host file \".\": Is a directory (os error 21); {remedy}\n"
     ));
@@ -521,13 +521,13 @@ fn a_dash_is_standard_input() {
             .contains("example.com -> https://example.com/")
     );
     with_stdin(b"x y\n").is_wrong(
-        "<stdin>:1:3: `y` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+        "<stdin>:1:3: `y` is not a valid FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
          e.g. `5` or `30s`\n    \
          x y\n    \
          \x20 ^\n",
     );
 
-    let no_host = "<stdin>:1:1: there is no host in the file; write one per line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
+    let no_host = "<stdin>:1:1: the file has no hosts; write one per line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
                    e.g. https://example.com 5\n    \n    ^\n";
     with_stdin(b"").is_wrong(no_host);
     let closed = Command::new("/bin/sh")
@@ -684,11 +684,10 @@ fn check_refuses_wrong_input() {
         ])
         .is_wrong(
             "CHECK_TIMEOUT=\"0s\": expected a whole number with ms, s, m, h or d, from 1ms to 1d, e.g. 10s\n\
-             ADDRESS:9: credentials in the address (`https://***@example.com/`) would stand in every record; \
-             remove them\n    \
+             ADDRESS:9: remove the credentials from the address (`https://***@example.com/`): every record would contain them\n    \
              https://***@example.com/\n    \
              \x20       ^\n\
-             REGEX:2: the REGEX is none: unclosed group\n    \
+             REGEX:2: the REGEX is not valid: unclosed group\n    \
              a(\n    \
              \x20^\n",
         );
@@ -931,8 +930,7 @@ fn a_host_file_with_slips_is_warned_of_by_validate_and_at_the_start() {
     place.write("hosts", "http://127.0.0.1:1/ 1h \"quoted\"\n");
     let ran = place.run(&["validate", "-c", "hosts"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
-    let warning = "hosts:1:24: the quotes around `\"quoted\"` are part of the REGEX; remove them if they do not stand on \
-                   the page";
+    let warning = "hosts:1:24: the quotes around `\"quoted\"` are part of the REGEX; remove them unless the page contains them";
     assert!(
         ran.stdout.ends_with(&format!("\nwarning: {warning}\n")),
         "{}",

@@ -132,23 +132,23 @@ fn what_is_no_address_is_said_at_its_place() {
         ),
         (
             "https://exa$mple.com/",
-            "hosts:1:1: `https://exa$mple.com/` is not an address: `exa$mple.com` cannot be the name of a host",
+            "hosts:1:1: `https://exa$mple.com/` is not an address: `exa$mple.com` is not a valid host name",
         ),
         (
             "a..b",
-            "hosts:1:1: `a..b` is not an address: `a..b` cannot be the name of a host",
+            "hosts:1:1: `a..b` is not an address: `a..b` is not a valid host name",
         ),
         (
             "foo-.test",
-            "hosts:1:1: `foo-.test` is not an address: `foo-.test`: no certificate can be for this name",
+            "hosts:1:1: `foo-.test` is not an address: `foo-.test`: a certificate cannot contain this name",
         ),
         (
             "https://-foo.test:8443/x",
-            "hosts:1:1: `https://-foo.test:8443/x` is not an address: `-foo.test`: no certificate can be for this name",
+            "hosts:1:1: `https://-foo.test:8443/x` is not an address: `-foo.test`: a certificate cannot contain this name",
         ),
         (
             "a.b-.test",
-            "hosts:1:1: `a.b-.test` is not an address: `a.b-.test`: no certificate can be for this name",
+            "hosts:1:1: `a.b-.test` is not an address: `a.b-.test`: a certificate cannot contain this name",
         ),
         (
             "/health",
@@ -161,14 +161,20 @@ fn what_is_no_address_is_said_at_its_place() {
         ),
         (
             "http:/example.com",
-            "hosts:1:1: `http:/example.com` is not an address: there is no port after the `:`",
+            "hosts:1:1: `http:/example.com` is not an address: the port after the `:` is missing",
         ),
         (
             "example.com:",
-            "hosts:1:1: `example.com:` is not an address: there is no port after the `:`",
+            "hosts:1:1: `example.com:` is not an address: the port after the `:` is missing",
         ),
-        ("http:\\\\example.com", "hosts:1:6: a backslash in the address"),
-        ("https://a.com\\b", "hosts:1:14: a backslash in the address"),
+        (
+            "http:\\\\example.com",
+            "hosts:1:6: there is a backslash in the address",
+        ),
+        (
+            "https://a.com\\b",
+            "hosts:1:14: there is a backslash in the address",
+        ),
         ("5", "hosts:1:1: `5` is not an address: it is a number"),
         ("10.1", "hosts:1:1: `10.1` is not an address: it is a number"),
         (
@@ -177,7 +183,7 @@ fn what_is_no_address_is_said_at_its_place() {
         ),
         (
             "example.com:0",
-            "hosts:1:1: `example.com:0` is not an address: there is no port 0",
+            "hosts:1:1: `example.com:0` is not an address: 0 is not a valid port",
         ),
         (
             "256.1.1.1",
@@ -190,13 +196,16 @@ fn what_is_no_address_is_said_at_its_place() {
         ),
         (
             "exam\u{a0}ple.com",
-            "hosts:1:5: a control character, or a blank other than a space or a tab",
+            "hosts:1:5: there is a control character or an unusual space",
         ),
         (
             "exam\u{1b}ple.com",
-            "hosts:1:5: a control character, or a blank other than a space or a tab",
+            "hosts:1:5: there is a control character or an unusual space",
         ),
-        (&long, "hosts:1:1: the address has 2068 bytes; 2048 at most"),
+        (
+            &long,
+            "hosts:1:1: the address is 2068 bytes long; the limit is 2048",
+        ),
     ];
     for (address, expected) in cases {
         let what = what(format!("{address} 5"));
@@ -229,10 +238,10 @@ fn credentials_in_an_address_are_an_error_that_does_not_repeat_them() {
     }
     assert_eq!(
         error("  https://user:secret@example.com/ 5x"),
-        "hosts:1:11: credentials in the address (`https://***@example.com/`) would stand in every record; remove them\n    \
+        "hosts:1:11: remove the credentials from the address (`https://***@example.com/`): every record would contain them\n    \
          \x20 https://***@example.com/ 5x\n    \
          \x20         ^\n\
-         hosts:1:36: `5x` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, e.g. `5` or `30s`\n    \
+         hosts:1:36: `5x` is not a valid FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, e.g. `5` or `30s`\n    \
          \x20 https://***@example.com/ 5x\n    \
          \x20                          ^"
     );
@@ -272,7 +281,7 @@ fn what_is_no_frequency_is_said_at_its_place() {
     ] {
         assert_eq!(
             what(format!("example.com {frequency}")),
-            format!("hosts:1:13: `{frequency}` is not a FREQUENCY: {expected}")
+            format!("hosts:1:13: `{frequency}` is not a valid FREQUENCY: {expected}")
         );
     }
     for frequency in [
@@ -285,7 +294,7 @@ fn what_is_no_frequency_is_said_at_its_place() {
     ] {
         assert_eq!(
             what(format!("example.com {frequency}")),
-            format!("hosts:1:13: the FREQUENCY `{frequency}` is out of bounds: 1s at least, 366d at most")
+            format!("hosts:1:13: the FREQUENCY `{frequency}` is out of range: expected 1s to 366d")
         );
     }
     for line in ["example.com", "example.com \t "] {
@@ -300,13 +309,13 @@ fn what_is_no_frequency_is_said_at_its_place() {
 fn a_lone_unit_is_a_slip_and_not_a_regex() {
     assert_eq!(
         error("https://example.com 5 s"),
-        "hosts:1:23: a lone `s`; write `5s` without a blank; as a REGEX write `(s)`\n    \
+        "hosts:1:23: `s` is separated from its number; write `5s` without a space; to use it as a REGEX, write `(s)`\n    \
          https://example.com 5 s\n    \
          \x20                     ^"
     );
     for unit in ["s", "m", "h", "d"] {
-        assert!(what(format!("example.com 5 {unit}")).contains(&format!("write `5{unit}` without a blank")));
-        assert!(what(format!("example.com 5 {unit} more text")).contains("a lone"));
+        assert!(what(format!("example.com 5 {unit}")).contains(&format!("write `5{unit}` without a space")));
+        assert!(what(format!("example.com 5 {unit} more text")).contains("is separated from its number"));
         assert!(what(format!("example.com 5m timeout=3s {unit}")).contains("as in `5s`"));
         let regex = host(&format!("example.com 5 ({unit})")).regex.unwrap();
         assert_eq!(regex.as_str(), format!("({unit})"));
@@ -322,24 +331,27 @@ fn a_unit_in_a_word_of_its_own_is_refused_unless_it_may_begin_a_text() {
     for (line, expected) in [
         (
             "example.com 5 min",
-            "hosts:1:15: a lone `min`; write `5m` without a blank; as a REGEX write `(min)`",
+            "hosts:1:15: `min` is separated from its number; write `5m` without a space; to use it as a REGEX, write `(min)`",
         ),
         (
             "example.com 5 Minutes",
-            "a lone `Minutes`; write `5m` without a blank",
+            "`Minutes` is separated from its number; write `5m` without a space",
         ),
         (
             "example.com 30 sec timeout=3s",
-            "a lone `sec`; write `30s` without a blank",
+            "`sec` is separated from its number; write `30s` without a space",
         ),
         (
             "example.com 1 hour # often",
-            "a lone `hour`; write `1h` without a blank",
+            "`hour` is separated from its number; write `1h` without a space",
         ),
-        ("example.com 1 D", "a lone `D`; write `1d` without a blank"),
+        (
+            "example.com 1 D",
+            "`D` is separated from its number; write `1d` without a space",
+        ),
         (
             "example.com 5m min",
-            "a lone `min`; write a unit directly after its number, as in `5s`",
+            "`min` is separated from its number; write the unit directly after its number, as in `5s`",
         ),
     ] {
         assert!(what(line).contains(expected), "{}", what(line));
@@ -347,7 +359,9 @@ fn a_unit_in_a_word_of_its_own_is_refused_unless_it_may_begin_a_text() {
     let warnings = warnings("example.com 5 minutes ago\n");
     assert_eq!(
         warnings,
-        ["hosts:1:15: a lone `minutes`; write `5m` without a blank; as a REGEX write `(minutes)`"]
+        [
+            "hosts:1:15: `minutes` is separated from its number; write `5m` without a space; to use it as a REGEX, write `(minutes)`"
+        ]
     );
 }
 
@@ -356,7 +370,7 @@ fn a_line_that_nobody_can_mean_is_refused() {
     for (line, expected) in [
         (
             "example.com 5 timeout = 3s",
-            "hosts:1:15: write the option `timeout=3s` without blanks and dashes; as a REGEX write `(timeout = 3s)`",
+            "hosts:1:15: write the option as `timeout=3s`, without spaces and dashes; to use it as a REGEX, write `(timeout = 3s)`",
         ),
         (
             "example.com 5 timeout =3s",
@@ -364,25 +378,22 @@ fn a_line_that_nobody_can_mean_is_refused() {
         ),
         (
             "example.com 5 ip=4 Status = ok",
-            "write an option as `status=VALUE`, without blanks",
+            "write the option as `status=VALUE`, without spaces",
         ),
         (
             "example.com 5 --method=HEAD",
-            "write the option `method=HEAD` without blanks and dashes",
+            "write the option as `method=HEAD`, without spaces and dashes",
         ),
         (
             "https://https://example.com/ 5",
-            "hosts:1:1: `https://https://example.com/` is not an address: `https` is a protocol and not a host",
+            "hosts:1:1: `https://https://example.com/` is not an address: `https` is a protocol, not a host",
         ),
         (
             "http://HTTPS://example.com/ 5",
-            "`https` is a protocol and not a host; write it once, as `https://`",
+            "`https` is a protocol, not a host; write `https://` once",
         ),
-        ("https//example.com 5", "`https` is a protocol and not a host"),
-        (
-            "https://http/example.com 5",
-            "`http` is a protocol and not a host",
-        ),
+        ("https//example.com 5", "`https` is a protocol, not a host"),
+        ("https://http/example.com 5", "`http` is a protocol, not a host"),
     ] {
         assert!(what(line).contains(expected), "{}", what(line));
     }
@@ -420,27 +431,27 @@ fn a_line_that_hardly_anybody_means_is_warned_of_with_its_place() {
         ("example.com 5 /health/", "the slashes around `/health/`"),
         (
             "example.com 5 timeout 3s",
-            "`timeout 3s` is a REGEX; if it is not, write the option `timeout=3s`",
+            "`timeout 3s` is read as the REGEX; if an option was meant, write the option as `timeout=3s`",
         ),
         (
             "example.com 5 status: 200",
-            "`status: 200` is a REGEX; if it is not, write the option `status=200`",
+            "`status: 200` is read as the REGEX; if an option was meant, write the option as `status=200`",
         ),
         (
             "example.com 5 Add to basket timeout=3s",
-            "hosts:1:29: `timeout=3s` is part of the REGEX; options stand before",
+            "hosts:1:29: `timeout=3s` is part of the REGEX; write options before it",
         ),
         (
             "example.com 5 200",
-            "`200` is a REGEX; the option is `status=200`",
+            "`200` is read as the REGEX; the option is written `status=200`",
         ),
         (
             "example.com 5 HEAD",
-            "`HEAD` is a REGEX; the option is `method=HEAD`",
+            "`HEAD` is read as the REGEX; the option is written `method=HEAD`",
         ),
         (
             "example.com 5 10s",
-            "`10s` is a REGEX; the option is `timeout=10s`",
+            "`10s` is read as the REGEX; the option is written `timeout=10s`",
         ),
         (
             "example.com 5 https://b.example/ 5",
@@ -577,12 +588,12 @@ fn a_word_that_looks_like_an_option_and_is_none_is_an_error_that_says_how_to_sea
         (
             "class=big",
             13,
-            "`class` is not an option: the options are timeout, status, method, follow, topic, ip and tls",
+            "`class` is not an option; the options are timeout, status, method, follow, topic, ip and tls",
         ),
         (
             "Status=200",
             13,
-            "`Status` is not an option: the options are timeout, status, method, follow, topic, ip and tls",
+            "`Status` is not an option; the options are timeout, status, method, follow, topic, ip and tls",
         ),
     ];
     for (word, column, expected) in cases {
@@ -590,14 +601,14 @@ fn a_word_that_looks_like_an_option_and_is_none_is_an_error_that_says_how_to_sea
         let column = column + 2;
         assert_eq!(
             what(format!("example.com 5 {word}")),
-            format!("hosts:1:{column}: {expected}; as a REGEX write `({word})`")
+            format!("hosts:1:{column}: {expected}; to use it as a REGEX, write `({word})`")
         );
         let regex = host(&format!("example.com 5 ({word})")).regex.unwrap();
         assert_eq!(regex.as_str(), format!("({word})"));
     }
     assert_eq!(
         what("example.com 5 ip=4 timeout=3s ip=6"),
-        "hosts:1:31: `ip` is given twice; as a REGEX write `(ip=6)`"
+        "hosts:1:31: `ip` is given twice; to use it as a REGEX, write `(ip=6)`"
     );
 }
 
@@ -627,36 +638,39 @@ fn the_regex_is_the_rest_of_the_line_verbatim() {
 fn a_broken_regex_is_shown_where_its_parser_says() {
     assert_eq!(
         error("example.com 5 ok (unclosed group"),
-        "hosts:1:18: the REGEX is none: unclosed group\n    \
+        "hosts:1:18: the REGEX is not valid: unclosed group\n    \
          example.com 5 ok (unclosed group\n    \
          \x20                ^"
     );
     let cases = [
-        ("a)", "hosts:1:16: the REGEX is none: unopened group"),
-        ("[a", "hosts:1:15: the REGEX is none: unclosed character class"),
+        ("a)", "hosts:1:16: the REGEX is not valid: unopened group"),
+        (
+            "[a",
+            "hosts:1:15: the REGEX is not valid: unclosed character class",
+        ),
         (
             "äö*+**(?<",
-            "hosts:1:24: the REGEX is none: unclosed capture group name",
+            "hosts:1:24: the REGEX is not valid: unclosed capture group name",
         ),
         (
             "a{5,2}",
-            "hosts:1:16: the REGEX is none: invalid repetition count range, the start must be <= the end",
+            "hosts:1:16: the REGEX is not valid: invalid repetition count range, the start must be <= the end",
         ),
         (
             r"\p{Klingon}",
-            "hosts:1:15: the REGEX is none: Unicode property not found",
+            "hosts:1:15: the REGEX is not valid: Unicode property not found",
         ),
         (
             r"(a)\1",
-            "hosts:1:18: the REGEX is none: backreferences are not supported",
+            "hosts:1:18: the REGEX is not valid: backreferences are not supported",
         ),
         (
             "(?=a)",
-            "hosts:1:15: the REGEX is none: look-around, including look-ahead and look-behind, is not supported",
+            "hosts:1:15: the REGEX is not valid: look-around, including look-ahead and look-behind, is not supported",
         ),
         (
             r"\w{1000}{1000}",
-            "hosts:1:15: the REGEX is none: compiled, it takes more than 4194304 bytes",
+            "hosts:1:15: the REGEX is not valid: it takes more than 4194304 bytes when compiled",
         ),
     ];
     for (regex, expected) in cases {
@@ -666,7 +680,7 @@ fn a_broken_regex_is_shown_where_its_parser_says() {
     let long = format!("example.com 5 {}", "a".repeat(20_000));
     assert_eq!(
         what(&long),
-        "hosts:1:15: the REGEX has 20000 bytes; 16384 at most"
+        "hosts:1:15: the REGEX is 20000 bytes long; the limit is 16384"
     );
 }
 
@@ -692,7 +706,7 @@ fn all_regexes_of_a_file_together_have_a_bound_and_equal_ones_count_once() {
         .unwrap_err()
         .to_string();
     let first = told.lines().next().unwrap();
-    let what = "up to this REGEX the file's take more than 64 MiB when compiled; use equal ones";
+    let what = "the compiled regexes of the file, up to this one, take more than 64 MiB; use the same REGEX on several lines";
     assert!(first.contains(what), "{first}");
     // Every line beyond the bound, and none before it.
     let lines = told.lines().filter(|line| line.starts_with("hosts:")).count();
@@ -703,7 +717,7 @@ fn all_regexes_of_a_file_together_have_a_bound_and_equal_ones_count_once() {
 fn head_cannot_have_a_regex() {
     assert_eq!(
         what("example.com 5 method=HEAD ok"),
-        "hosts:1:27: the response to HEAD has no body that a REGEX could be found in; remove one of them"
+        "hosts:1:27: method=HEAD has no response body to search for the REGEX; remove one of the two"
     );
 }
 
@@ -711,7 +725,7 @@ fn head_cannot_have_a_regex() {
 fn the_same_address_twice_names_both_lines() {
     assert_eq!(
         error("# first\nexample.com 5\nhttps://example.com 5\n\n example.com 30s ok\n"),
-        "hosts:5:2: the same address as in line 2; keep one of the lines\n    \
+        "hosts:5:2: line 2 has the same address; remove one of the two lines\n    \
          \x20example.com 30s ok\n    \
          \x20^"
     );
@@ -728,9 +742,7 @@ fn a_file_without_a_host_is_an_error() {
         "\u{feff}# x",
     ] {
         assert!(
-            what(text).starts_with(
-                "hosts:1:1: there is no host in the file; write one per line: ADDRESS FREQUENCY"
-            ),
+            what(text).starts_with("hosts:1:1: the file has no hosts; write one per line: ADDRESS FREQUENCY"),
             "{text:?}"
         );
     }
@@ -799,7 +811,7 @@ fn of_very_many_errors_the_first_hundred_are_shown_and_the_rest_counted() {
 fn tabs_are_kept_so_that_the_caret_stands_below_its_character() {
     assert_eq!(
         error("\texample.com\t5x"),
-        "hosts:1:14: `5x` is not a FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
+        "hosts:1:14: `5x` is not a valid FREQUENCY: expected a whole number of minutes, or one with s, m, h or d, \
          e.g. `5` or `30s`\n    \t\
          example.com\t5x\n    \t\
          \x20          \t^"
@@ -860,7 +872,7 @@ fn the_check_command_builds_its_target_of_the_same_parts() {
 
     let error = target("https://x/a b", &[], None).unwrap_err().to_string();
     assert!(
-        error.starts_with("ADDRESS:12: a blank in the address; write it as %20\n"),
+        error.starts_with("ADDRESS:12: there is a space or a tab in the address; write a space as %20\n"),
         "{error}"
     );
     let options = ["status".to_owned(), "ip=5".to_owned(), "method=HEAD".to_owned()];
@@ -871,10 +883,10 @@ fn the_check_command_builds_its_target_of_the_same_parts() {
     assert_eq!(
         firsts,
         [
-            "ADDRESS:9: credentials in the address (`https://***@x/`) would stand in every record; remove them",
+            "ADDRESS:9: remove the credentials from the address (`https://***@x/`): every record would contain them",
             "OPTION:1: expected NAME=VALUE; the options are timeout, status, method, follow, topic, ip and tls",
             "OPTION:4: `ip=5`: expected `4` or `6`",
-            "REGEX:4: the REGEX is none: unclosed group",
+            "REGEX:4: the REGEX is not valid: unclosed group",
         ]
     );
     assert!(!error.contains("secret"));

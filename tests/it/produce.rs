@@ -12,14 +12,14 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use host_metrics::check::outcome::{Observation, Outcome};
+use host_metrics::check::observation::Observation;
 use host_metrics::check::target::{Method, Target};
 use host_metrics::config::{CheckConfig, KafkaConfig, KafkaSecurity, ProduceConfig};
 use host_metrics::produce::counters::Counters;
 use host_metrics::produce::publisher::Bounds;
 use host_metrics::produce::schedule::Why;
 use host_metrics::produce::{self, Agent, Rounds};
-use host_metrics::sample::{self, Sample, Timestamp};
+use host_metrics::sample::{self, Outcome, Sample, Timestamp};
 use host_metrics::shutdown::{STOP_WITHIN, Shutdown};
 use rdkafka::config::ClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};

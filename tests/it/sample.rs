@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use host_metrics::check::outcome::{Observation, Outcome, Phases, Stamp, stamp};
+use host_metrics::check::observation::{Observation, Phases, Stamp, stamp};
 use host_metrics::check::target::Target;
+use host_metrics::sample::Outcome;
 use host_metrics::sample::{Field, MAX_ADDRESS_BYTES, Sample, Timestamp, TimestampError, decode, encode};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -174,10 +175,10 @@ fn numbers_are_read_to_the_last_bit() {
 #[test]
 fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
     for (member, expected) in [
-        (r#""v":2"#, "v: expected 1, found 2, a newer writer's"),
+        (r#""v":2"#, "v: expected 1, found 2: a newer version wrote"),
         (
             r#""v":18446744073709551615"#,
-            "v: expected 1, found 18446744073709551615, a newer",
+            "v: expected 1, found 18446744073709551615: a newer",
         ),
         (r#""v":0"#, "v: expected 1, found 0"),
         (r#""v":"1""#, r#"v: expected 1, found "1""#),
@@ -185,24 +186,24 @@ fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
         (r#""v":true"#, "v: expected 1, found true"),
         (
             r#""latency":"0.1""#,
-            r#"latency: expected a number of seconds from 0 on, or null, found "0.1""#,
+            r#"latency: expected a number of seconds, 0 or more, or null, found "0.1""#,
         ),
         (
             r#""latency":-1"#,
-            "latency: expected a number of seconds from 0 on, or null, found -1",
+            "latency: expected a number of seconds, 0 or more, or null, found -1",
         ),
         (
             r#""latency":-0.001"#,
-            "latency: expected a number of seconds from 0 on, or null, found -0.001",
+            "latency: expected a number of seconds, 0 or more, or null, found -0.001",
         ),
         (r#""latency":true"#, "latency: expected a number of seconds"),
         (
             r#""latency":[0.1]"#,
-            "latency: expected a number of seconds from 0 on, or null, found an array",
+            "latency: expected a number of seconds, 0 or more, or null, found an array",
         ),
         (
             r#""latency":{"s":[1]}"#,
-            "latency: expected a number of seconds from 0 on, or null, found an object",
+            "latency: expected a number of seconds, 0 or more, or null, found an object",
         ),
         (
             r#""latency":1e999"#,
@@ -220,7 +221,7 @@ fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
         ),
         (
             r#""dns_seconds":-1e-9"#,
-            "dns_seconds: expected a number of seconds from 0 on, or null, found -1e-9",
+            "dns_seconds: expected a number of seconds, 0 or more, or null, found -1e-9",
         ),
         (
             r#""connect_seconds":"1""#,
@@ -293,18 +294,18 @@ fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
         ),
         (
             r#""ip":"example.com""#,
-            r#"ip: expected an IPv4 or IPv6 address (no zone, no port), in a string, or null, found "example.com""#,
+            r#"ip: expected a string with an IPv4 or IPv6 address (without zone and port), or null, found "example.com""#,
         ),
-        (r#""ip":"fe80::1%eth0""#, "ip: expected an IPv4 or IPv6 address"),
-        (r#""ip":"10.0.0.1:80""#, "ip: expected an IPv4 or IPv6 address"),
-        (r#""ip":"[::1]""#, "ip: expected an IPv4 or IPv6 address"),
-        (r#""ip":"10.0.0.0/8""#, "ip: expected an IPv4 or IPv6 address"),
-        (r#""ip":"010.0.0.1""#, "ip: expected an IPv4 or IPv6 address"),
-        (r#""ip":"""#, "ip: expected an IPv4 or IPv6 address"),
-        (r#""ip":1"#, "ip: expected an IPv4 or IPv6 address"),
+        (r#""ip":"fe80::1%eth0""#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (r#""ip":"10.0.0.1:80""#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (r#""ip":"[::1]""#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (r#""ip":"10.0.0.0/8""#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (r#""ip":"010.0.0.1""#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (r#""ip":"""#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (r#""ip":1"#, "ip: expected a string with an IPv4 or IPv6 address"),
         (
             r#""scheduled_at":1767225600"#,
-            "scheduled_at: expected a time as in RFC 3339, in a string, or null, found 1767225600",
+            "scheduled_at: expected a string with a time as in RFC 3339, or null, found 1767225600",
         ),
         (
             r#""scheduled_at":"2026-01-01T00:00:00""#,
@@ -352,15 +353,15 @@ fn address_and_is_valid_are_required() {
         (r#"{"address":"a"}"#, "is_valid: missing"),
         (
             r#"{"address":"","is_valid":true}"#,
-            r#"address: expected a string that is not empty, found """#,
+            r#"address: expected a non-empty string, found """#,
         ),
         (
             r#"{"address":null,"is_valid":true}"#,
-            "address: expected a string that is not empty, found null",
+            "address: expected a non-empty string, found null",
         ),
         (
             r#"{"address":5,"is_valid":true}"#,
-            "address: expected a string that is not empty, found 5",
+            "address: expected a non-empty string, found 5",
         ),
         (
             r#"{"address":"a","is_valid":null}"#,
@@ -583,16 +584,16 @@ fn nesting_is_bounded_and_costs_no_stack() {
     assert!(decode(nested(127).as_bytes()).is_ok());
     assert_eq!(
         reason(nested(128)),
-        "expected at most 128 arrays and objects in one another"
+        "expected arrays and objects nested at most 128 deep"
     );
     assert_eq!(
         reason(nested(500_000)),
-        "expected at most 128 arrays and objects in one another"
+        "expected arrays and objects nested at most 128 deep"
     );
     let objects = record(&format!(r#""x":{}1{}"#, r#"{"[":"#.repeat(200), "}".repeat(200)));
     assert_eq!(
         reason(objects),
-        "expected at most 128 arrays and objects in one another"
+        "expected arrays and objects nested at most 128 deep"
     );
     let side_by_side = record(&format!(r#""x":[{}0]"#, r#"[],{"\"":"[[["},"#.repeat(1_000)));
     assert!(decode(side_by_side.as_bytes()).is_ok());

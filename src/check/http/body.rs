@@ -1,7 +1,6 @@
-//! Bodies: unpacked, decoded to text and bounded, a piece at a time.
+//! Reads bodies in pieces: removes the codings, decodes the charset and stops at the limit.
 //!
-//! Owns content and transfer codings, charsets, and the memory that they take. The bound counts decoded bytes, so that a
-//! small body cannot become a large one.
+//! The limit counts decoded bytes, so that a small compressed body cannot expand to a large one.
 
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -15,80 +14,83 @@ use ureq::http::{HeaderMap, Response};
 
 use super::chunks::{self, Chunks};
 use super::inflate::Inflate;
-use crate::check::fault::Fault;
-use crate::check::pattern::Late;
+use crate::check::fault::CheckFault;
+use crate::check::pattern::DeadlinePassed;
 use crate::check::progress::now;
 
-/// What is asked for where a body is wanted.
+/// The `Accept-Encoding` of a request whose body is read.
 pub(super) const ACCEPTED_CODINGS: &str = "gzip, br";
 
-/// As much of a body as is in each stage of its decoding at once.
+/// How much of a body each stage of the decoding holds at once.
 const PIECE_BYTES: usize = 8 * 1024;
 
-/// As in curl: each one multiplies what a byte of the wire can become.
+/// The same limit as in curl. Each coding multiplies what a received byte can expand to.
 const MAX_CODINGS: usize = 5;
 
-/// Brotli decoders at work at once, in the whole process: each takes 16 MiB for its window and up to 4 MiB for its tables.
-/// One works for a moment only, on a body that has come whole, so that no slow server can hold it.
+/// How many brotli decoders the process may use at once, since each takes 16 MiB for its window and up to 4 MiB for its
+/// tables. A decoder is only used once a body has come whole, so a slow server cannot occupy it.
 pub const MAX_BROTLI_DECODERS: usize = 4;
 pub const BROTLI_DECODER_BYTES: u64 = 20 << 20;
 
-/// What a body takes while it is read, beside a brotli one's own length: a piece in every stage, and inflate's window of
-/// 32 KiB and tables.
+/// The memory that reading a body takes: a piece in every stage, and inflate's window of 32 KiB and tables. A brotli body is
+/// also kept whole, which comes on top.
 pub const READING_BYTES: u64 = 160 << 10;
 
-/// A brotli body is as long as what it becomes at most, but for its own headers.
+/// How much longer than its decoded content a brotli body can be, because of its own headers.
 const BROTLI_OVERHEAD_BYTES: u64 = 64 << 10;
 
-/// The end of a body that was read.
+/// Where the reading of a body ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum BodyEnd {
     Complete,
-    /// There is more than may be read.
+    /// At the limit: the body is longer.
     Beyond,
 }
 
 /// Why a body was not read to its end.
 #[derive(Debug)]
-pub(super) enum Unread {
-    /// It was cut, stalled, or is not coded as its headers say.
-    Wire(ureq::Error),
+pub(super) enum BodyFault {
+    /// It was cut off, stalled, or its coding is not what its headers say.
+    Transfer(ureq::Error),
     /// No brotli decoder was free before the deadline.
     NoDecoder,
-    /// The deadline passed while a piece was looked at.
-    Late(Late),
+    /// The deadline passed while a piece was searched.
+    DeadlinePassed(DeadlinePassed),
 }
 
-impl From<Late> for Unread {
-    fn from(late: Late) -> Self {
-        Self::Late(late)
+impl From<DeadlinePassed> for BodyFault {
+    fn from(late: DeadlinePassed) -> Self {
+        Self::DeadlinePassed(late)
     }
 }
 
-impl From<io::Error> for Unread {
+impl From<io::Error> for BodyFault {
     fn from(error: io::Error) -> Self {
-        Self::Wire(Fault::Coding(error).into())
+        Self::Transfer(CheckFault::Coding(error).into())
     }
 }
 
-/// What bounds the reading of a body.
-pub(super) struct Limits<'a> {
+/// The limits for reading a body.
+pub(super) struct BodyLimits<'a> {
     pub max_bytes: u64,
     pub deadline: Instant,
     pub brotli: &'a BrotliDecoders,
 }
 
-/// Hands the decoded body to `each`, as text in pieces, and counts its bytes, `max_bytes` of it at most; what came before a
-/// fault too.
+/// Passes the decoded body to `each` as text, in pieces, up to `max_bytes`. Counts the decoded bytes in `bytes`, also if the
+/// body then fails.
 ///
-/// The text is decoded by the header's charset (where a byte-order mark wins over it, as in browsers), else as UTF-8, and
-/// without error: what cannot be decoded is U+FFFD.
+/// The text is decoded with the charset of the headers, or as UTF-8 without one. As in browsers, a byte-order mark takes
+/// precedence over the header. Bytes that cannot be decoded become U+FFFD.
+///
+/// # Errors
+/// The body could not be read to its end or the limit.
 pub(super) fn read(
     response: &mut Response<Body>,
-    limits: &Limits<'_>,
+    limits: &BodyLimits<'_>,
     bytes: &mut u64,
-    mut each: impl FnMut(&str) -> Result<(), Unread>,
-) -> Result<End, Unread> {
+    mut each: impl FnMut(&str) -> Result<(), BodyFault>,
+) -> Result<BodyEnd, BodyFault> {
     let codings = Codings::of(response.headers())?;
     let charset = charset(response.headers());
     let mut wire = Wire {
@@ -99,7 +101,7 @@ pub(super) fn read(
         .decoder(&mut wire, limits)
         .and_then(|mut body| read_text(&mut body, charset, limits.max_bytes, bytes, &mut each));
     match (result, wire.failure) {
-        (Err(Unread::Wire(_)) | Ok(_), Some(failure)) => Err(Unread::Wire(failure)),
+        (Err(BodyFault::Transfer(_)) | Ok(_), Some(failure)) => Err(BodyFault::Transfer(failure)),
         (result, _) => result,
     }
 }
@@ -109,8 +111,8 @@ fn read_text(
     charset: Option<&'static Encoding>,
     max_bytes: u64,
     bytes: &mut u64,
-    each: &mut dyn FnMut(&str) -> Result<(), Unread>,
-) -> Result<End, Unread> {
+    each: &mut dyn FnMut(&str) -> Result<(), BodyFault>,
+) -> Result<BodyEnd, BodyFault> {
     let mut decoder = match charset {
         Some(charset) => charset.new_decoder(),
         None => UTF_8.new_decoder_with_bom_removal(),
@@ -118,13 +120,13 @@ fn read_text(
     let mut piece = [0; PIECE_BYTES];
     let mut text = String::with_capacity(PIECE_BYTES);
     loop {
-        // One byte more than may be read tells whether there is more.
+        // One byte above the limit is read to find out whether the body is longer.
         let left = max_bytes - *bytes;
         let most = usize::try_from(left).map_or(PIECE_BYTES, |left| PIECE_BYTES.min(left.saturating_add(1)));
         let count = body.read(&mut piece[..most])?;
         let end = match (count, count as u64 > left) {
-            (0, _) => Some(End::Complete),
-            (_, true) => Some(End::Beyond),
+            (0, _) => Some(BodyEnd::Complete),
+            (_, true) => Some(BodyEnd::Beyond),
             (_, false) => None,
         };
         let count = (count as u64).min(left) as usize;
@@ -145,7 +147,7 @@ fn read_text(
     }
 }
 
-/// The body as it comes, its failure kept whole: decoders pass errors on in forms of their own.
+/// The body as it was sent. Keeps ureq's error, because decoders turn it into errors of their own.
 struct Wire<'a> {
     reader: ureq::BodyReader<'a>,
     failure: Option<ureq::Error>,
@@ -155,9 +157,9 @@ impl Read for Wire<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.reader.read(into).map_err(|error| {
             let failure = ureq::Error::from(error);
-            let told = io::Error::other(failure.to_string());
+            let error = io::Error::other(failure.to_string());
             self.failure = Some(failure);
-            told
+            error
         })
     }
 }
@@ -169,7 +171,7 @@ enum Coding {
     Brotli,
 }
 
-/// What was done to a body, in this order, before it was cut into chunks.
+/// The codings of a body, in the order in which they were applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Codings {
     codings: Vec<Coding>,
@@ -177,8 +179,8 @@ struct Codings {
 }
 
 impl Codings {
-    /// A coding that is real but not known here is an error. Any other word (`none`, `utf-8`, `binary`) says nothing of the
-    /// body, and browsers pass over it.
+    /// A coding that exists but is not supported is an error. Any other word (`none`, `utf-8`, `binary`) is ignored, as in
+    /// browsers.
     fn of(headers: &HeaderMap) -> io::Result<Self> {
         let content = headers.get_all(CONTENT_ENCODING).iter();
         let content = content.map(|value| ("content-encoding", value.as_bytes()));
@@ -193,27 +195,30 @@ impl Codings {
                     "deflate" | "x-deflate" => codings.push(Coding::Deflate),
                     "br" => codings.push(Coding::Brotli),
                     "chunked" => chunked |= header == "transfer-encoding",
-                    _ if is_compression(&word) => return Err(invalid(format!("unknown {header} {word}"))),
+                    _ if is_compression(&word) => {
+                        return Err(invalid(format!("unsupported {header} {word}")));
+                    }
                     _ => {}
                 }
             }
         }
         if codings.len() > MAX_CODINGS {
-            let what = format!(
-                "{} codings on top of one another; {MAX_CODINGS} at most",
-                codings.len()
-            );
+            let what = format!("it has {} codings; the limit is {MAX_CODINGS}", codings.len());
             return Err(invalid(what));
         }
         Ok(Self { codings, chunked })
     }
 
-    fn decoder<'a>(&self, wire: &'a mut Wire<'_>, limits: &Limits<'_>) -> Result<Box<dyn Read + 'a>, Unread> {
+    fn decoder<'a>(
+        &self,
+        wire: &'a mut Wire<'_>,
+        limits: &BodyLimits<'_>,
+    ) -> Result<Box<dyn Read + 'a>, BodyFault> {
         let mut body: Box<dyn BufRead + 'a> = Box::new(buffered(wire));
         if self.chunked {
             body = Box::new(buffered(Chunks::new(body)));
         }
-        // An empty body is empty in every coding; servers do not bother to code it.
+        // An empty body is accepted with every coding, because servers do not encode it.
         if body.fill_buf()?.is_empty() {
             return Ok(Box::new(body));
         }
@@ -231,7 +236,7 @@ impl Codings {
     }
 }
 
-/// Registered at IANA, or the name of a program that compresses.
+/// Whether the word is a coding registered at IANA, or the name of a compression program.
 fn is_compression(word: &str) -> bool {
     matches!(
         word.strip_prefix("x-").unwrap_or(word),
@@ -262,7 +267,7 @@ fn buffered<R: Read>(reader: R) -> BufReader<R> {
     BufReader::with_capacity(PIECE_BYTES, reader)
 }
 
-/// Reading it fails once, where there is a failure.
+/// A reader that is empty, or fails once if there is an error.
 struct Failing(Option<io::Error>);
 
 impl Read for Failing {
@@ -271,7 +276,7 @@ impl Read for Failing {
     }
 }
 
-/// The brotli decoders of a process: how many are free.
+/// Counts how many brotli decoders of the process are free.
 #[derive(Debug)]
 pub(super) struct BrotliDecoders {
     free: Mutex<usize>,
@@ -286,8 +291,12 @@ impl BrotliDecoders {
         }
     }
 
-    /// The whole decoded body, one byte above the bound at most, and what went wrong after it.
-    fn decode(&self, body: impl Read, limits: &Limits<'_>) -> Result<(Vec<u8>, Option<io::Error>), Unread> {
+    /// Decodes the whole body, up to one byte above the limit. Also returns the error that came after that part, if any.
+    fn decode(
+        &self,
+        body: impl Read,
+        limits: &BodyLimits<'_>,
+    ) -> Result<(Vec<u8>, Option<io::Error>), BodyFault> {
         let mut coded = Vec::new();
         let most = limits.max_bytes.saturating_add(BROTLI_OVERHEAD_BYTES);
         let cut = body.take(most).read_to_end(&mut coded).err();
@@ -298,25 +307,25 @@ impl BrotliDecoders {
             .changed
             .wait_timeout_while(free, time_left, |free| *free == 0)
             .unwrap_or_else(PoisonError::into_inner);
-        *free = free.checked_sub(1).ok_or(Unread::NoDecoder)?;
+        *free = free.checked_sub(1).ok_or(BodyFault::NoDecoder)?;
         drop(free);
-        let _given_back = GiveBack(self);
+        let _guard = DecoderGuard(self);
         let (decoded, failure) = decode_brotli(&coded, limits.max_bytes);
         Ok((decoded, cut.or(failure)))
     }
 }
 
-/// Also where decoding panics.
-struct GiveBack<'a>(&'a BrotliDecoders);
+/// Returns the decoder when it is dropped, also after a panic.
+struct DecoderGuard<'a>(&'a BrotliDecoders);
 
-impl Drop for GiveBack<'_> {
+impl Drop for DecoderGuard<'_> {
     fn drop(&mut self) {
         *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         self.0.changed.notify_one();
     }
 }
 
-/// RFC 7932 knows windows up to 16 MiB; the larger ones of brotli's own extension are an error.
+/// Accepts windows of up to 16 MiB, as in RFC 7932. The larger ones of brotli's own extension are an error.
 fn decode_brotli(coded: &[u8], max_bytes: u64) -> (Vec<u8>, Option<io::Error>) {
     let alloc = StandardAlloc::default;
     let mut state = BrotliState::new_strict(alloc(), alloc(), alloc());
@@ -335,10 +344,10 @@ fn decode_brotli(coded: &[u8], max_bytes: u64) -> (Vec<u8>, Option<io::Error>) {
     };
     let failure = match result {
         _ if decoded.len() as u64 > max_bytes => None,
-        BrotliResult::ResultSuccess if left > 0 => Some(invalid("bytes after its end")),
+        BrotliResult::ResultSuccess if left > 0 => Some(invalid("there are bytes after its end")),
         BrotliResult::ResultSuccess | BrotliResult::NeedsMoreOutput => None,
         BrotliResult::NeedsMoreInput => Some(io::ErrorKind::UnexpectedEof.into()),
-        BrotliResult::ResultFailure => Some(invalid("it is not brotli as RFC 7932 has it")),
+        BrotliResult::ResultFailure => Some(invalid("it is not valid brotli (RFC 7932)")),
     };
     (decoded, failure)
 }
@@ -347,7 +356,7 @@ fn invalid(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
-/// `charset=` of the Content-Type, if it names one that is known.
+/// The `charset=` of the Content-Type, if it is a known one.
 fn charset(headers: &HeaderMap) -> Option<&'static Encoding> {
     let content_type = headers.get(CONTENT_TYPE)?.to_str().ok()?;
     let label = content_type.split(';').skip(1).find_map(|parameter| {
@@ -356,7 +365,7 @@ fn charset(headers: &HeaderMap) -> Option<&'static Encoding> {
             .eq_ignore_ascii_case("charset")
             .then(|| value.trim().trim_matches(['"', '\'']))
     })?;
-    // Not the labels that browsers refuse to decode (ISO-2022-KR and the like): all text would be one U+FFFD.
+    // Without the charsets that browsers replace as a whole by one U+FFFD (ISO-2022-KR and others).
     Encoding::for_label_no_replacement(label.as_bytes())
 }
 
@@ -372,7 +381,7 @@ mod tests {
         values.collect()
     }
 
-    /// The text of a body that comes a byte at a time.
+    /// The text of a body that is received byte by byte.
     fn text(content_type: &'static str, bytes: &[u8]) -> String {
         struct Slow<'a>(&'a [u8]);
         impl Read for Slow<'_> {
@@ -387,14 +396,14 @@ mod tests {
             Ok(())
         });
         assert!(
-            matches!(end, Ok(End::Complete)) && count == bytes.len() as u64,
+            matches!(end, Ok(BodyEnd::Complete)) && count == bytes.len() as u64,
             "{end:?}"
         );
         text
     }
 
     #[test]
-    fn text_is_read_by_the_headers_charset_else_as_utf_8_and_never_fails() {
+    fn text_is_decoded_with_the_headers_charset_or_as_utf_8_and_never_fails() {
         let table: [(&str, &[u8], &str); 14] = [
             ("text/html", "gr\u{fc}n".as_bytes(), "gr\u{fc}n"),
             ("text/html", b"gr\xfcn", "gr\u{fffd}n"),
@@ -417,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn codings_are_read_as_browsers_read_them_and_one_that_is_not_known_is_an_error() {
+    fn codings_are_read_as_browsers_read_them_and_an_unsupported_one_is_an_error() {
         use Coding::{Brotli, Deflate, Gzip};
         let table: [(&[&str], Option<&[Coding]>); 22] = [
             (&[], Some(&[])),
@@ -458,9 +467,9 @@ mod tests {
     }
 
     #[test]
-    fn a_brotli_decoder_that_is_not_free_in_time_is_no_fault_of_the_body() {
+    fn a_missing_brotli_decoder_is_not_an_error_of_the_body() {
         let decoders = BrotliDecoders::new();
-        let limits = Limits {
+        let limits = BodyLimits {
             max_bytes: 100,
             deadline: now(),
             brotli: &decoders,
@@ -471,13 +480,16 @@ mod tests {
         assert_eq!(*decoders.free.lock().unwrap(), MAX_BROTLI_DECODERS);
 
         *decoders.free.lock().unwrap() = 0;
-        assert!(matches!(decoders.decode(hello, &limits), Err(Unread::NoDecoder)));
+        assert!(matches!(
+            decoders.decode(hello, &limits),
+            Err(BodyFault::NoDecoder)
+        ));
         assert_eq!(*decoders.free.lock().unwrap(), 0);
     }
 
     #[test]
-    fn a_brotli_window_that_the_standard_does_not_have_is_an_error_before_it_takes_any_memory() {
-        // The first byte says "large", the second one 30 bits.
+    fn a_brotli_window_larger_than_the_standard_allows_is_an_error_before_it_takes_memory() {
+        // The first byte announces a large window, the second one its 30 bits.
         let (decoded, failure) = decode_brotli(&[0x11, 0x1e, 0, 0, 0, 0, 0, 0], 1 << 20);
         assert_eq!(
             (decoded.len(), failure.unwrap().kind()),

@@ -1,21 +1,21 @@
-//! The chunked transfer coding, read as curl reads it.
+//! Reads the chunked transfer coding as curl does.
 //!
-//! ureq's own reader of chunks knows no bare line feeds, no extensions of some length and no chunks in HTTP/1.0. So the
-//! headers of such a body are hidden from ureq, which then hands the body over as it came, up to the connection's end.
+//! ureq's own reader rejects bare line feeds, long extensions and chunks in HTTP/1.0. The headers of such a body are
+//! therefore hidden from ureq, which then passes on the body as it was sent, up to the end of the connection.
 
 use std::io::{self, BufRead, Read};
 
 use ureq::http::HeaderMap;
 
-/// `Transfer-Encoding` and `Content-Length` with another first letter: of the same length, so that a head can be changed in
+/// `Transfer-Encoding` and `Content-Length` with another first letter. The length is the same, so a head can be changed in
 /// place.
 pub(super) const HIDDEN_TRANSFER_ENCODING: &str = "_ransfer-encoding";
 pub(super) const HIDDEN_CONTENT_LENGTH: &str = "_ontent-length";
 
-/// As in curl: more digits are an error, whatever their value.
+/// The same limit as in curl: more digits are an error, also if they are zeros.
 const MAX_SIZE_DIGITS: u32 = 16;
 
-/// Hides the two headers in a head whose Transfer-Encoding says `chunked`. What follows the head is left alone.
+/// Hides the two headers if the head's Transfer-Encoding contains `chunked`. Bytes after the head are not changed.
 pub(super) fn hide(input: &mut [u8]) {
     let (mut chunked, mut lines) = (false, Vec::new());
     let mut start = 0;
@@ -42,35 +42,36 @@ pub(super) fn hide(input: &mut [u8]) {
     }
 }
 
-/// The values of a hidden Transfer-Encoding, or of one that names no chunks.
+/// The values of Transfer-Encoding, hidden or not.
 pub(super) fn transfer_encoding(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
     let names = ["transfer-encoding", HIDDEN_TRANSFER_ENCODING];
     let values = names.into_iter().flat_map(|name| headers.get_all(name));
     values.map(|value| value.as_bytes())
 }
 
-/// The data in the chunks. It ends with the last chunk's size; the trailers behind it are not waited for.
+/// Reads the data in the chunks. The end is the last chunk's size: trailers after it are not waited for.
 pub(super) struct Chunks<R> {
     wire: R,
-    state: State,
+    state: ChunkState,
 }
 
-enum State {
+enum ChunkState {
     Size,
-    /// So many bytes of the chunk are to come.
+    /// The number of bytes of the chunk that are still to come.
     Data(u64),
-    /// The line end behind a chunk's data.
+    /// The line end after a chunk's data.
     DataEnd,
     Ended,
 }
 
 impl<R: BufRead> Chunks<R> {
     pub fn new(wire: R) -> Self {
-        let state = State::Size;
+        let state = ChunkState::Size;
         Self { wire, state }
     }
 
-    /// Hexadecimal digits, then anything up to the line feed, but for what may have been meant as digits (`0x5`).
+    /// Reads hexadecimal digits and the rest of the line. A letter or digit after them is an error: it may have been meant as
+    /// part of the number (`0x5`).
     fn size(&mut self) -> io::Result<u64> {
         let (mut size, mut digits) = (0, 0);
         let mut byte = self.byte()?;
@@ -109,28 +110,28 @@ impl<R: BufRead> Read for Chunks<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             self.state = match self.state {
-                State::Size => match self.size()? {
-                    0 => State::Ended,
-                    size => State::Data(size),
+                ChunkState::Size => match self.size()? {
+                    0 => ChunkState::Ended,
+                    size => ChunkState::Data(size),
                 },
-                State::Data(left) => {
+                ChunkState::Data(left) => {
                     let most = usize::try_from(left).unwrap_or(usize::MAX).min(into.len());
                     let count = self.wire.read(&mut into[..most])?;
                     if count == 0 && most > 0 {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     }
                     self.state = match left - count as u64 {
-                        0 => State::DataEnd,
-                        left => State::Data(left),
+                        0 => ChunkState::DataEnd,
+                        left => ChunkState::Data(left),
                     };
                     return Ok(count);
                 }
-                State::DataEnd => match self.byte()? {
-                    b'\r' => State::DataEnd,
-                    b'\n' => State::Size,
+                ChunkState::DataEnd => match self.byte()? {
+                    b'\r' => ChunkState::DataEnd,
+                    b'\n' => ChunkState::Size,
                     _ => return Err(broken("a chunk is longer than its size")),
                 },
-                State::Ended => return Ok(0),
+                ChunkState::Ended => return Ok(0),
             }
         }
     }
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn the_headers_of_chunks_are_hidden_whatever_their_order_and_nothing_else_is() {
+    fn only_the_headers_of_chunks_are_hidden_in_any_order() {
         let chunked = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\nTRANSFER-Encoding : gzip, Chunked\r\n";
         let expected =
             "HTTP/1.1 200 OK\r\n_ontent-Length: 5\r\nX: y\r\n_RANSFER-Encoding : gzip, Chunked\r\n";
@@ -170,7 +171,7 @@ mod tests {
         ] {
             assert_eq!(hidden(other), other);
         }
-        // The length comes in a later part than the chunks.
+        // The length comes after the Transfer-Encoding was hidden.
         let later = hidden(&format!("{}Content-Length: 5\r\n", hidden(chunked)));
         assert_eq!(later, format!("{expected}_ontent-Length: 5\r\n"));
     }

@@ -1,12 +1,12 @@
-//! Response heads as curl and browsers read them, handed to ureq in the strict form that its parser knows.
+//! Reads response heads as leniently as curl and browsers do, and writes them in the strict form that ureq's parser accepts.
 //!
-//! Owns the leniency: folded lines, blanks before the colon, odd bytes in lines that nobody reads, any number of lines.
-//! ureq gets the status and the few headers that it or the check looks at. Pure.
+//! Lenient means: folded lines, blanks before the colon, unusual bytes in headers that are not used, any number of lines.
+//! ureq only gets the status and the headers that it or the check uses. Pure.
 
 use super::chunks;
 
-/// Every header that ureq or the check looks at.
-const READ: [&str; 5] = [
+/// The headers that ureq or the check uses.
+const USED: [&str; 5] = [
     "content-encoding",
     "content-length",
     "content-type",
@@ -17,21 +17,21 @@ const LOCATION: &str = "location";
 
 const PROTOCOL: &[u8] = b"HTTP/";
 
-/// Some servers write HTTP/2 into an answer that has HTTP/1.1's form.
+/// Some servers write HTTP/2 in a response that has the form of HTTP/1.1.
 const VERSIONS: [&[u8]; 4] = [b"1.1", b"1.0", b"2", b"2.0"];
 
-/// What the beginning of an answer is.
+/// What a response begins with.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Start {
-    /// The head's end has not come yet, or not enough to tell what it is.
+    /// The head is not complete yet, or too short to tell what it is.
     Unfinished,
-    /// A head of this many bytes, its blank line among them.
+    /// A head of this many bytes, including its blank line.
     Head(usize),
     Http2,
     Unknown,
 }
 
-/// Looks at an answer of which the first `looked_at` bytes were `Unfinished`.
+/// Looks at the bytes received so far. `looked_at`: how many of them were there when the result was last `Unfinished`.
 pub(super) fn look(input: &[u8], looked_at: usize) -> Start {
     let blank_lines = input
         .iter()
@@ -42,7 +42,7 @@ pub(super) fn look(input: &[u8], looked_at: usize) -> Start {
     if !protocol.eq_ignore_ascii_case(&PROTOCOL[..protocol.len()]) {
         return look_for_frame(answer);
     }
-    // The line end before the blank line may be among the bytes that were looked at.
+    // The line end before the blank line may be among the bytes of the last call.
     let mut from = looked_at.saturating_sub(2).max(blank_lines);
     while let Some(at) = input[from..].iter().position(|byte| *byte == b'\n') {
         from += at + 1;
@@ -55,7 +55,7 @@ pub(super) fn look(input: &[u8], looked_at: usize) -> Start {
     Start::Unfinished
 }
 
-/// A server that speaks only HTTP/2 begins with its settings, or says at once that it goes away (RFC 9113, section 3.4).
+/// Recognises HTTP/2: the server begins with its settings or, if it closes at once, with GOAWAY (RFC 9113, section 3.4).
 fn look_for_frame(answer: &[u8]) -> Start {
     const SETTINGS: u8 = 4;
     const GOAWAY: u8 = 7;
@@ -67,19 +67,19 @@ fn look_for_frame(answer: &[u8]) -> Start {
     }
 }
 
-/// A head that was read.
+/// A complete head.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Head {
     pub status: u16,
     pub is_http_1_0: bool,
-    /// What ureq gets, chunks hidden from it.
+    /// The head in the form that ureq gets, with the headers of chunks hidden.
     pub strict: Vec<u8>,
 }
 
 /// Reads a whole head.
 ///
 /// # Errors
-/// What curl does not read either: what is wrong, in words.
+/// Says what is wrong with a head that curl rejects too.
 pub(super) fn read(head: &[u8]) -> Result<Head, &'static str> {
     if head.contains(&0) {
         return Err("a NUL byte in its headers");
@@ -91,14 +91,14 @@ pub(super) fn read(head: &[u8]) -> Result<Head, &'static str> {
     let (version, code) = lines
         .next()
         .and_then(read_status_line)
-        .ok_or("its status line is not HTTP's")?;
+        .ok_or("its status line is not valid")?;
     let mut strict = [b"HTTP/1.1 ", code, b"\n"].concat();
 
-    // The header that a folded line would go on with, if that is read.
+    // The header that a folded line would continue, if it is a used one.
     let mut kept: Option<&str> = None;
     for line in lines.take_while(|line| !line.is_empty()) {
         let piece = if is_blank(line[0]) {
-            // A blank stands for the fold (RFC 9112, section 5.2). Behind the status line it belongs to nothing.
+            // A fold becomes a blank (RFC 9112, section 5.2). After the status line there is nothing to continue.
             if kept.is_some() {
                 strict.pop();
                 strict.push(b' ');
@@ -108,10 +108,10 @@ pub(super) fn read(head: &[u8]) -> Result<Head, &'static str> {
             let colon = line.iter().position(|byte| *byte == b':');
             let (name, value) = line.split_at(colon.ok_or("a header line without a colon")?);
             let name = name.trim_ascii_end();
-            kept = READ
+            kept = USED
                 .into_iter()
                 .find(|read| name.eq_ignore_ascii_case(read.as_bytes()))
-                // Elsewhere it means nothing.
+                // A Location only has a meaning in redirects.
                 .filter(|read| *read != LOCATION || code[0] == b'3');
             if kept.is_some() {
                 strict.extend_from_slice(name);
@@ -124,7 +124,7 @@ pub(super) fn read(head: &[u8]) -> Result<Head, &'static str> {
         if has_controls && name == LOCATION {
             return Err("a control character in its Location");
         }
-        // A blank stands for each of them (RFC 9110, section 5.5).
+        // Control characters become blanks (RFC 9110, section 5.5).
         strict.extend(
             piece
                 .iter()
@@ -143,7 +143,7 @@ pub(super) fn read(head: &[u8]) -> Result<Head, &'static str> {
     })
 }
 
-/// The version and the three digits of the status; the reason behind them may be anything.
+/// The version and the three digits of the status. The reason after them can be anything.
 fn read_status_line(line: &[u8]) -> Option<(&[u8], &[u8])> {
     let rest = line.get(PROTOCOL.len()..)?;
     let blank = rest.iter().position(|byte| *byte == b' ')?;
@@ -165,7 +165,7 @@ mod tests {
 
     use super::*;
 
-    /// What ureq makes of a head: the parser is the one that it has, with its number of headers.
+    /// What ureq reads from a head: the same parser with the same number of headers.
     fn parsed(head: &[u8]) -> Option<(u16, HeaderMap)> {
         let mut headers = [httparse::EMPTY_HEADER; 128];
         let mut response = httparse::Response::new(&mut headers);
@@ -186,7 +186,7 @@ mod tests {
         Ok(strict)
     }
 
-    /// Of a status line and these lines.
+    /// The strict form of a head with these lines.
     fn lines(lines: &[u8]) -> Result<String, &'static str> {
         let head = [b"HTTP/1.1 200 OK\r\n", lines, b"\r\n"].concat();
         strict(&head).map(|strict| {
@@ -224,7 +224,7 @@ mod tests {
                 b"X: a\r\n Content-Length: 5\r\nContent-Length: 6\r\n",
                 r"Content-Length: 6\n\n",
             ),
-            // A folded line behind the status line belongs to nothing.
+            // A folded line after the status line continues nothing.
             (b" Content-Length: 5\r\n", r"\n"),
             // A blank before the colon.
             (b"Content-Length : 5\r\n", r"Content-Length: 5\n\n"),
@@ -243,7 +243,7 @@ mod tests {
             ),
             (b"Content-Length: 5\x7f\r\n", r"Content-Length: 5 \n\n"),
             (b"Content-Type: \xfc\tx\r\n", r"Content-Type: \xfc x\n\n"),
-            // Every time, in any case, in their order.
+            // Every occurrence, in upper or lower case, in the same order.
             (
                 b"TRANSFER-ENCODING: chunked\r\ncontent-encoding:gzip\r\nContent-Encoding: br\r\n",
                 r"_RANSFER-ENCODING: chunked\ncontent-encoding:gzip\nContent-Encoding: br\n\n",
@@ -252,7 +252,7 @@ mod tests {
                 b"Content-Lengths: 7\r\nConnection: close\r\nSet-Cookie: a=b\r\n",
                 r"\n",
             ),
-            // It is read of redirects only.
+            // A Location is only used in redirects.
             (b"Location: /\x01\r\n", r"\n"),
             (b"Location: /a:b\r\n", r"\n"),
             (b"Content-Length:\r\n", r"Content-Length:\n\n"),
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_location_is_kept_byte_by_byte() {
+    fn the_bytes_of_a_location_are_kept() {
         let redirect = |lines: &[u8]| strict(&[b"HTTP/1.1 302 Found\r\n", lines, b"\r\n"].concat());
         for (given, expected) in [
             (
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_head_is_seen_as_soon_as_can_be() {
+    fn a_response_that_is_not_http_is_recognised_as_early_as_possible() {
         for (answer, expected) in [
             (&b""[..], Start::Unfinished),
             (b"\r\n", Start::Unfinished),
@@ -372,7 +372,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_head_that_ureq_reads_stays_the_same_to_it(
+        fn a_head_that_ureq_accepts_keeps_its_meaning(
             code in 100_u16..=999,
             reason in "[ -~]{0,9}",
             headers in prop::collection::vec(
@@ -390,7 +390,7 @@ mod tests {
             let (status, kept) = parsed(&strict(head.as_bytes()).unwrap()).unwrap();
             let names: Vec<_> = expected.keys().cloned().collect();
             for name in names {
-                let is_read = READ.contains(&name.as_str()) && (name.as_str() != LOCATION || (300..400).contains(&code));
+                let is_read = USED.contains(&name.as_str()) && (name.as_str() != LOCATION || (300..400).contains(&code));
                 if !is_read {
                     expected.remove(name);
                 }
@@ -399,7 +399,7 @@ mod tests {
         }
 
         #[test]
-        fn a_head_that_comes_in_pieces_is_the_same_head(
+        fn a_head_that_comes_in_pieces_is_read_like_a_whole_one(
             lines in prop::collection::vec("[A-C:\r \n]{0,5}", 0..6),
             piece in 1_usize..5,
         ) {
@@ -415,7 +415,7 @@ mod tests {
         }
 
         #[test]
-        fn ureq_reads_whatever_was_read(head in "HTTP/1\\.1 [2-5]00( [ -~]{0,4})?\r\n([a-zA-Z-]{0,3}[\\x00-\\x7f\u{80}-\u{ff}]{0,9}\r?\n|Location:[\\x00-\\x7f]{0,4}\r\n){0,4}\r\n") {
+        fn ureq_accepts_every_head_that_was_read(head in "HTTP/1\\.1 [2-5]00( [ -~]{0,4})?\r\n([a-zA-Z-]{0,3}[\\x00-\\x7f\u{80}-\u{ff}]{0,9}\r?\n|Location:[\\x00-\\x7f]{0,4}\r\n){0,4}\r\n") {
             let head = head.as_bytes();
             if let Start::Head(bytes) = look(head, 0)
                 && let Ok(read) = read(&head[..bytes])

@@ -1,72 +1,73 @@
-//! gzip, zlib and bare deflate, read as curl reads them: told apart by their first bytes, and with or without what stands
-//! behind the data.
+//! Reads gzip, zlib and raw deflate as curl does: the first bytes decide which it is, and the trailer may be missing.
 //!
-//! Every form is a header, deflate data and a trailer with their checksum. flate2's readers want the trailer whole.
+//! gzip and zlib consist of a header, deflate data and a trailer with a checksum. flate2's own readers require the whole
+//! trailer.
 
 use std::io::{self, BufRead, Read};
 
 use flate2::{Crc, Decompress, FlushDecompress, Status};
 
-const NO_FORM: &str = "it begins neither as gzip nor as zlib does";
+const UNKNOWN_FORMAT: &str = "it begins with neither a gzip nor a zlib header";
 
 const FIXED_GZIP_HEADER_BYTES: usize = 10;
 
-/// The decoded bytes of a stream, or of several gzip ones in a row. What stands behind them is an error.
+/// Decodes a stream, or several gzip streams in a row. Bytes after them are an error.
 pub(super) struct Inflate<R> {
     wire: R,
-    /// Whether data without any header is taken for bare deflate.
-    or_bare: bool,
-    state: State,
+    /// Whether data without a header is read as raw deflate.
+    or_raw: bool,
+    state: InflateState,
 }
 
-enum State {
+enum InflateState {
     Begin,
-    Data(Decompress, Sum),
-    Trailer(Sum),
+    Data(Decompress, Checksum),
+    Trailer(Checksum),
     Ended,
 }
 
-/// What the trailer says of the data.
-enum Sum {
+/// The checksum in the trailer.
+enum Checksum {
     None,
     Gzip(Crc),
     Zlib(adler2::Adler32),
 }
 
 impl<R: BufRead> Inflate<R> {
-    /// `Content-Encoding: gzip`; a zlib stream is read, too.
+    /// For `Content-Encoding: gzip`. A zlib stream is accepted too.
     pub fn gzip(wire: R) -> Self {
-        let (or_bare, state) = (false, State::Begin);
-        Self { wire, or_bare, state }
+        let (or_raw, state) = (false, InflateState::Begin);
+        Self { wire, or_raw, state }
     }
 
-    /// `Content-Encoding: deflate`, which is zlib by the standard, and bare deflate from some servers.
+    /// For `Content-Encoding: deflate`, which is zlib in the standard and raw deflate from some servers.
     pub fn deflate(wire: R) -> Self {
         Self {
-            or_bare: true,
+            or_raw: true,
             ..Self::gzip(wire)
         }
     }
 
-    fn header(&mut self) -> io::Result<Sum> {
-        // Only the first byte can be looked at without taking it: the next one may not be there yet.
+    fn header(&mut self) -> io::Result<Checksum> {
+        // Only the first byte can be inspected without consuming it: the second one may not have come yet.
         let first = self.wire.fill_buf()?.first().copied().unwrap_or_default();
         if first == 0x1f {
             self.gzip_header()?;
-            return Ok(Sum::Gzip(Crc::new()));
+            return Ok(Checksum::Gzip(Crc::new()));
         }
-        // zlib, with deflate (8) in it. A bare stream hardly begins like this: stored data whose padding is not zero.
+        // zlib with the method deflate (8). Raw deflate practically never begins like this: it would be a stored block whose
+        // padding is not zero.
         if first & 0x0f == 8 {
             let mut header = [0; 2];
             self.wire.read_exact(&mut header)?;
             return match u16::from_be_bytes(header) % 31 {
-                0 => Ok(Sum::Zlib(adler2::Adler32::new())),
-                _ => Err(invalid(NO_FORM)),
+                0 => Ok(Checksum::Zlib(adler2::Adler32::new())),
+                _ => Err(invalid(UNKNOWN_FORMAT)),
             };
         }
-        match self.or_bare {
-            true => Ok(Sum::None),
-            false => Err(invalid(NO_FORM)),
+        match self.or_raw {
+            true => Ok(Checksum::None),
+            false => Err(invalid(UNKNOWN_FORMAT)),
         }
     }
 
@@ -78,7 +79,7 @@ impl<R: BufRead> Inflate<R> {
         let mut fixed = [0; FIXED_GZIP_HEADER_BYTES];
         self.wire.read_exact(&mut fixed)?;
         let [0x1f, 0x8b, 8, flags, ..] = fixed else {
-            return Err(invalid(NO_FORM));
+            return Err(invalid(UNKNOWN_FORMAT));
         };
         if flags & HAS_EXTRA != 0 {
             let mut length = [0; 2];
@@ -100,12 +101,12 @@ impl<R: BufRead> Inflate<R> {
         io::copy(&mut self.wire.by_ref().take(bytes), &mut io::sink()).map(drop)
     }
 
-    /// Data whose trailer is missing, or a part of it, is whole all the same.
-    fn trailer(&mut self, sum: &Sum) -> io::Result<()> {
+    /// Compares the checksum. The trailer may be missing or cut off.
+    fn trailer(&mut self, sum: &Checksum) -> io::Result<()> {
         let expected = match sum {
-            Sum::None => Vec::new(),
-            Sum::Gzip(crc) => [crc.sum().to_le_bytes(), crc.amount().to_le_bytes()].concat(),
-            Sum::Zlib(sum) => sum.checksum().to_be_bytes().to_vec(),
+            Checksum::None => Vec::new(),
+            Checksum::Gzip(crc) => [crc.sum().to_le_bytes(), crc.amount().to_le_bytes()].concat(),
+            Checksum::Zlib(sum) => sum.checksum().to_be_bytes().to_vec(),
         };
         let mut found = Vec::new();
         self.wire
@@ -114,7 +115,7 @@ impl<R: BufRead> Inflate<R> {
             .read_to_end(&mut found)?;
         match expected.starts_with(&found) {
             true => Ok(()),
-            false => Err(invalid("its checksum is of other data")),
+            false => Err(invalid("its checksum is wrong")),
         }
     }
 }
@@ -123,11 +124,11 @@ impl<R: BufRead> Read for Inflate<R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             match &mut self.state {
-                State::Begin => {
+                InflateState::Begin => {
                     let sum = self.header()?;
-                    self.state = State::Data(Decompress::new(false), sum);
+                    self.state = InflateState::Data(Decompress::new(false), sum);
                 }
-                State::Data(data, sum) => {
+                InflateState::Data(data, sum) => {
                     let input = self.wire.fill_buf()?;
                     let is_end = input.is_empty();
                     let (taken, given) = (data.total_in(), data.total_out());
@@ -139,12 +140,12 @@ impl<R: BufRead> Read for Inflate<R> {
                     let given = (data.total_out() - given) as usize;
                     self.wire.consume(taken);
                     match sum {
-                        Sum::None => {}
-                        Sum::Gzip(crc) => crc.update(&into[..given]),
-                        Sum::Zlib(sum) => sum.write_slice(&into[..given]),
+                        Checksum::None => {}
+                        Checksum::Gzip(crc) => crc.update(&into[..given]),
+                        Checksum::Zlib(sum) => sum.write_slice(&into[..given]),
                     }
                     if status == Status::StreamEnd {
-                        self.state = State::Trailer(std::mem::replace(sum, Sum::None));
+                        self.state = InflateState::Trailer(std::mem::replace(sum, Checksum::None));
                     } else if is_end && given == 0 {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     }
@@ -152,16 +153,16 @@ impl<R: BufRead> Read for Inflate<R> {
                         return Ok(given);
                     }
                 }
-                State::Trailer(sum) => {
-                    let sum = std::mem::replace(sum, Sum::None);
+                InflateState::Trailer(sum) => {
+                    let sum = std::mem::replace(sum, Checksum::None);
                     self.trailer(&sum)?;
                     self.state = match (sum, self.wire.fill_buf()?.first()) {
-                        (_, None) => State::Ended,
-                        (Sum::Gzip(_), Some(0x1f)) => State::Begin,
-                        _ => return Err(invalid("bytes after its end")),
+                        (_, None) => InflateState::Ended,
+                        (Checksum::Gzip(_), Some(0x1f)) => InflateState::Begin,
+                        _ => return Err(invalid("there are bytes after its end")),
                     };
                 }
-                State::Ended => return Ok(0),
+                InflateState::Ended => return Ok(0),
             }
         }
     }
@@ -185,8 +186,8 @@ mod tests {
         finish(encoder).unwrap()
     }
 
-    fn decoded(wire: &[u8], or_bare: bool) -> Result<String, String> {
-        let mut inflate = match or_bare {
+    fn decoded(wire: &[u8], or_raw: bool) -> Result<String, String> {
+        let mut inflate = match or_raw {
             true => Inflate::deflate(wire),
             false => Inflate::gzip(wire),
         };
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_is_read_with_and_without_its_trailer() {
+    fn every_format_is_read_with_and_without_its_trailer() {
         let level = Compression::default();
         let gzip = encoded(GzEncoder::new(Vec::new(), level), GzEncoder::finish);
         let zlib = encoded(ZlibEncoder::new(Vec::new(), level), ZlibEncoder::finish);
@@ -218,7 +219,7 @@ mod tests {
             wire.splice(10..10, [0, 0]);
             wire
         };
-        for (wire, or_bare, expected) in [
+        for (wire, or_raw, expected) in [
             (&gzip, false, "hello"),
             (&named, false, "hello"),
             (&with_header_sum, false, "hello"),
@@ -228,7 +229,7 @@ mod tests {
             (&bare, true, "hello"),
             (&gzip, true, "hello"),
         ] {
-            assert_eq!(decoded(wire, or_bare).as_deref(), Ok(expected), "{wire:?}");
+            assert_eq!(decoded(wire, or_raw).as_deref(), Ok(expected), "{wire:?}");
         }
         for missing in 1..=8 {
             assert_eq!(
@@ -245,18 +246,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_or_wrong_says_so() {
+    fn truncated_and_invalid_data_are_errors() {
         let level = Compression::default();
         let gzip = encoded(GzEncoder::new(Vec::new(), level), GzEncoder::finish);
         let zlib = encoded(ZlibEncoder::new(Vec::new(), level), ZlibEncoder::finish);
         let bare = encoded(DeflateEncoder::new(Vec::new(), level), DeflateEncoder::finish);
         let with = |wire: &[u8], at_end: &[u8]| [&wire[..wire.len() - 4], at_end].concat();
         let (no_gzip, other, behind) = (
-            Err(NO_FORM.to_owned()),
-            Err("its checksum is of other data".to_owned()),
-            Err("bytes after its end".to_owned()),
+            Err(UNKNOWN_FORMAT.to_owned()),
+            Err("its checksum is wrong".to_owned()),
+            Err("there are bytes after its end".to_owned()),
         );
-        for (wire, or_bare, expected) in [
+        for (wire, or_raw, expected) in [
             (gzip[..12].to_vec(), false, Err("cut".to_owned())),
             (gzip[..5].to_vec(), false, Err("cut".to_owned())),
             (bare[..3].to_vec(), true, Err("cut".to_owned())),
@@ -268,7 +269,7 @@ mod tests {
             ([&gzip[..], &[0; 16]].concat(), false, behind.clone()),
             ([&bare[..], b"tail"].concat(), true, behind),
         ] {
-            assert_eq!(decoded(&wire, or_bare), expected, "{wire:?}");
+            assert_eq!(decoded(&wire, or_raw), expected, "{wire:?}");
         }
         assert!(decoded(b"hello hello", true).is_err());
     }

@@ -1,11 +1,11 @@
-//! One HTTP check: name, connect, TLS, request, redirects, body, regex, each phase timed and each failure named.
+//! The HTTP check: look-up, connection, TLS, request, redirects, body, regex. Times each phase and classifies each failure.
 //!
-//! Owns ureq and rustls, and the judgement. Total: whatever happens is an [`Observation`]. Scheduling and stamping are
-//! the caller's. Every connection is fresh, and every request is sent once.
+//! A check always ends with an [`Observation`], whatever happens. Every connection is new, and every request is sent once.
+//! When to check, and turning the observation into a sample, is up to the caller.
 //!
-//! ureq speaks HTTP; what it would do for a client that wants an answer, and not the truth, is done here instead: names
-//! (`resolver`), connections (`transport`), TLS (`tls`), codings (`body`), redirects. `progress` is what those parts have
-//! seen, `fault` names what went wrong.
+//! ureq implements HTTP. Its own name look-up, connections, TLS, codings and redirects are replaced, because they retry,
+//! cache and hide what a check has to report: see `resolver`, `transport`, `tls` and `body`. These parts write what they
+//! observe to `progress`, and `fault` classifies their errors.
 
 mod body;
 mod chunks;
@@ -23,25 +23,26 @@ use ureq::{Agent, Body};
 use url::Url;
 
 use crate::check::fault::classify;
-use crate::check::outcome::{Observation, Outcome};
-use crate::check::pattern::{Late, Search};
+use crate::check::observation::Observation;
+use crate::check::pattern::{DeadlinePassed, Search};
 use crate::check::progress::{Phase, SharedProgress, add, now};
 use crate::check::resolver::{CheckResolver, Lookup, Names};
 use crate::check::target::{Method, NOT_NAMED, Target, can_be_named};
 use crate::check::tls::Trust;
 use crate::config::CheckConfig;
+use crate::sample::Outcome;
 pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
-use body::{BrotliDecoders, End, Limits, Unread};
+use body::{BodyEnd, BodyFault, BodyLimits, BrotliDecoders};
 use transport::CheckConnector;
 
-/// Room for a request's longest header line beside its URL and User-Agent: `Host:` with a name of 253 bytes.
+/// Room for the longest header line of a request except the URL and User-Agent: `Host:` with a name of 253 bytes.
 const REQUEST_LINE_BYTES: usize = 1024;
 
-/// What a redirect's next host needs at least to look up its name and connect: with less time left, a timeout is the fault
-/// of those before it.
+/// The least time in which the next host of a redirect can be expected to answer. If less is left, a timeout is put down to
+/// the hosts before it.
 const LEAST_HOP_TIME: Duration = Duration::from_millis(10);
 
-/// What all checks of a process share: trust anchors, the resolver's threads, the settings. Cheap to clone.
+/// What all checks of a process share: the trust anchors, the resolver's threads and the settings. Cheap to clone.
 #[derive(Clone)]
 pub struct Checks {
     names: Names,
@@ -53,12 +54,12 @@ pub struct Checks {
 
 impl Checks {
     /// # Errors
-    /// CHECK_CA_FILE or USER_AGENT cannot be used. A machine without trust anchors is only warned about.
+    /// CHECK_CA_FILE or USER_AGENT cannot be used. That there are no trust anchors only causes a warning.
     pub fn new(config: &CheckConfig) -> anyhow::Result<Self> {
         Self::with_names(config, Names::of_the_system(config.max_threads))
     }
 
-    /// As [`Checks::new`], with another source of names than the system's.
+    /// As [`Checks::new`], but with another function for name look-ups.
     ///
     /// # Errors
     /// As [`Checks::new`].
@@ -68,7 +69,7 @@ impl Checks {
 
     fn with_names(config: &CheckConfig, names: Names) -> anyhow::Result<Self> {
         let user_agent = HeaderValue::from_bytes(config.user_agent.as_bytes())
-            .context("USER_AGENT: one line without control characters is expected")?;
+            .context("USER_AGENT: expected one line without control characters")?;
         let checks = Self {
             names,
             trust: Trust::load(config.ca_file.as_deref())?,
@@ -79,7 +80,8 @@ impl Checks {
         Ok(checks)
     }
 
-    /// A checker for one thread: an agent shared by threads walks the list of all connections in flight at every connect.
+    /// A checker for one thread. Threads do not share one, because a shared agent goes through the list of all open
+    /// connections whenever it connects.
     pub fn checker(&self) -> Checker {
         let progress = SharedProgress::new();
         let config = Agent::config_builder()
@@ -116,13 +118,13 @@ pub struct Checker {
     user_agent: HeaderValue,
     max_body_bytes: u64,
     brotli: Arc<BrotliDecoders>,
-    /// The last one: where all hosts have the same regex, its table is built once.
+    /// The last search. If the next host has the same regex, the table built for it is used again.
     search: Option<Search>,
 }
 
 impl Checker {
-    /// Checks `target` once, over fresh connections, and returns at `deadline` at the latest (plus the granularity of
-    /// the kernel's socket timeouts: 3 % of what was left when the wait began).
+    /// Checks `target` once, over new connections, and returns by `deadline`. The kernel's socket timeouts can delay that by
+    /// 3 % of the time that was left when a wait began.
     pub fn check(&mut self, target: &Target, deadline: Instant) -> Observation {
         let started_at = now();
         self.progress.begin_check(deadline, target.ip_family);
@@ -156,7 +158,7 @@ impl Checker {
         observation
     }
 
-    /// Requests the target's URL and follows redirects to the response that is the answer.
+    /// Requests the target's URL and follows redirects to the final response.
     fn final_response(
         &self,
         target: &Target,
@@ -173,7 +175,7 @@ impl Checker {
                     (Outcome::DnsTimeout | Outcome::ConnectTimeout | Outcome::TlsTimeout, _)
                         if followed > 0 && time_given < LEAST_HOP_TIME =>
                     {
-                        (Outcome::ResponseTimeout, "no answer in time".into())
+                        (Outcome::ResponseTimeout, "there was no response in time".into())
                     }
                     named => named,
                 };
@@ -197,7 +199,7 @@ impl Checker {
                 }
                 Ok(Some(next)) if target.tls_required && next.scheme() != "https" => {
                     let text = format!(
-                        "redirect (status {status}) to {}, and tls=required does not follow it",
+                        "redirect (status {status}) to {}, which tls=required does not allow",
                         origin(&next)
                     );
                     Failure::Redirect(Outcome::ProtocolError, text)
@@ -225,14 +227,14 @@ impl Checker {
             (Method::Get, None) => (self.agent.get(url.as_str()), "identity"),
             (Method::Head, _) => (self.agent.head(url.as_str()), "identity"),
         };
-        // ureq's own way writes names in lower case, and some servers know them as every other client writes them.
+        // ureq would write the names in lower case, which some servers do not accept.
         let request = request
             .header_raw("Host", authority(url).as_bytes())
             .header_raw("User-Agent", self.user_agent.as_bytes())
             .header_raw("Accept", b"*/*")
             .header_raw("Accept-Encoding", accepted.as_bytes())
             .header_raw("Connection", b"close");
-        // Where a redirect leads, another certificate is shown than the one that tls=insecure was written for.
+        // tls=insecure is about the certificate of the target's host, not of hosts that it redirects to.
         let tls_insecure = target.tls_insecure && url.host() == target.url.host();
         self.progress.lock().begin_request(tls_insecure);
         let result = request.call();
@@ -240,8 +242,7 @@ impl Checker {
         result
     }
 
-    /// Status, then body: a bad status stays the outcome whatever becomes of the body, which is read all the same, for
-    /// `regex_matched`.
+    /// Judges the status, then the body. A bad status stays the outcome; the body is still read, for `regex_matched`.
     fn judge(&mut self, target: &Target, response: &mut Response<Body>, observation: &mut Observation) {
         let status = response.status().as_u16();
         let is_good = target.is_good_status(status);
@@ -275,16 +276,16 @@ impl Checker {
         };
         let mut searching = Duration::ZERO;
         let mut body_bytes = 0;
-        let limits = Limits {
+        let limits = BodyLimits {
             max_bytes: self.max_body_bytes,
             deadline,
             brotli: &self.brotli,
         };
         let result = body::read(response, &limits, &mut body_bytes, |text| {
             let began_at = now();
-            let looked = search.look_at(text, || now() >= deadline);
+            let searched = search.search(text, || now() >= deadline);
             searching += now() - began_at;
-            looked.map_err(Unread::from)
+            searched.map_err(BodyFault::from)
         });
         add(
             &mut self.progress.lock().phases.body,
@@ -293,22 +294,26 @@ impl Checker {
         observation.body_bytes = Some(body_bytes);
 
         let failure = match result {
-            Err(Unread::Wire(error)) => Some(classify(&error, &self.progress.lock())),
-            Err(Unread::NoDecoder) => Some((
+            Err(BodyFault::Transfer(error)) => Some(classify(&error, &self.progress.lock())),
+            Err(BodyFault::NoDecoder) => Some((
                 Outcome::AgentError,
-                format!("none of this machine's {MAX_BROTLI_DECODERS} brotli decoders was free in time"),
+                format!(
+                    "all {MAX_BROTLI_DECODERS} brotli decoders of this process were busy until the deadline"
+                ),
             )),
-            Err(Unread::Late(Late)) => Some((
+            Err(BodyFault::DeadlinePassed(DeadlinePassed)) => Some((
                 Outcome::BodyTimeout,
-                "the search for the regex in the body did not end in time".into(),
+                "the search for the regex did not finish in time".into(),
             )),
             Ok(end) => {
                 let matched = search.finish();
                 observation.regex_matched = Some(matched);
                 match end {
                     _ if matched => None,
-                    End::Complete => Some((Outcome::RegexMismatch, "the regex is not in the body".into())),
-                    End::Beyond => Some((
+                    BodyEnd::Complete => {
+                        Some((Outcome::RegexMismatch, "the regex is not in the body".into()))
+                    }
+                    BodyEnd::Beyond => Some((
                         Outcome::BodyTooLarge,
                         format!(
                             "the regex is not in the first {} bytes of the body",
@@ -325,10 +330,10 @@ impl Checker {
     }
 }
 
-/// Why there is no response to judge.
+/// Why there is no final response to judge.
 enum Failure {
     Exchange(Outcome, String),
-    /// A redirect that is not followed is the final response, and bad.
+    /// A redirect that cannot be followed: it is the final response, and is not valid.
     Redirect(Outcome, String),
 }
 
@@ -337,8 +342,7 @@ fn fail(observation: &mut Observation, outcome: Outcome, error: String) {
     observation.error = Some(error);
 }
 
-/// Whether the status is a redirect that the target wants followed: `follow=0` makes it the answer, and so does its
-/// code in a written `status=`.
+/// Whether to follow a response of this status. A redirect is not followed with `follow=0`, or if `status=` names its code.
 fn is_followed(target: &Target, status: u16) -> bool {
     matches!(status, 301 | 302 | 303 | 307 | 308)
         && target.follow > 0
@@ -348,8 +352,8 @@ fn is_followed(target: &Target, status: u16) -> bool {
             .is_some_and(|written| written.contains(status))
 }
 
-/// Where a redirect leads; credentials and fragment in it are dropped. `None`: its Location is empty, so that it is an
-/// answer like any other, as in curl and browsers. The error goes on with "redirect …".
+/// The URL that a redirect leads to, without credentials and fragment. `None` if its Location is empty: it is then judged
+/// like any other response, as in curl and browsers. The error continues a text that begins with "redirect".
 fn next_url(from: &Url, headers: &HeaderMap) -> Result<Option<Url>, String> {
     if !headers.contains_key(LOCATION) {
         return Err("without a Location".into());
@@ -358,7 +362,7 @@ fn next_url(from: &Url, headers: &HeaderMap) -> Result<Option<Url>, String> {
     let Some(location) = locations.find(|location| !location.is_empty()) else {
         return Ok(None);
     };
-    // The server gets its own bytes back, whatever they meant to it.
+    // Bytes outside ASCII are sent back unchanged, because their encoding is not known.
     let location: String = location
         .iter()
         .map(|byte| match byte {
@@ -368,21 +372,21 @@ fn next_url(from: &Url, headers: &HeaderMap) -> Result<Option<Url>, String> {
         .collect();
     let mut url = from
         .join(&location)
-        .map_err(|error| format!("to a bad URL: {error}"))?;
+        .map_err(|error| format!("to an invalid URL: {error}"))?;
     if !matches!(url.scheme(), "http" | "https") {
-        return Err(format!("to a URL of scheme {}", url.scheme()));
+        return Err(format!("to a URL with the scheme {}", url.scheme()));
     }
     if !can_be_named(&url) {
         return Err(format!("to {}: {NOT_NAMED}", origin(&url)));
     }
     url.set_fragment(None);
-    // Neither fails for a URL with a host, which http and https always have.
+    // They only fail for a URL without a host, and an http or https URL always has one.
     let _ = url.set_username("");
     let _ = url.set_password(None);
     Ok(Some(url))
 }
 
-/// `, after 2 redirects`, or nothing.
+/// `, after 2 redirects`, or nothing without redirects.
 fn after_redirects(followed: u32) -> String {
     match followed {
         0 => String::new(),
@@ -391,7 +395,7 @@ fn after_redirects(followed: u32) -> String {
     }
 }
 
-/// What `Host:` says.
+/// The value of `Host:`.
 fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     match url.port() {

@@ -1,7 +1,7 @@
-//! Connections: TCP to the first address that accepts, TLS over it for https, and the buffers between it and ureq.
+//! Connections for ureq: TCP to the first address that accepts, TLS for https, and the buffers.
 //!
-//! Owns the sockets and their timeouts: every wait on a socket ends at the check's deadline, so ureq's own timeouts stay
-//! unset. One connection serves one request.
+//! Every wait on a socket ends at the check's deadline, so ureq's own timeouts are not set. A connection is used for one
+//! request.
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
@@ -12,29 +12,30 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use super::head::{self, Start};
-use crate::check::fault::{Fault, is_agents_own, is_unreachable};
+use crate::check::fault::{CheckFault, is_agents_own, is_unreachable};
 use crate::check::progress::{Phase, SharedProgress, add, now};
-use crate::check::resolver::bare;
 use crate::check::socket::{Socket, connect_one, is_cut, share};
+use crate::check::target::bare;
 use crate::check::tls;
 
-/// The largest header block that is read; a larger one is a protocol error.
+/// The largest header block that is read. A larger one is a protocol error.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
 
-/// What a connection starts with: most responses' headers fit, and hung checks, each holding one, stay cheap.
+/// The first size of the input buffer: enough for most responses' headers, and small for checks that hang.
 const FIRST_INPUT_BYTES: usize = 4 * 1024;
 
-/// As far as the buffer grows for a body, which is taken out of it after every read.
+/// The largest size of the buffer for a body, whose bytes are removed after every read.
 const BODY_INPUT_BYTES: usize = 16 * 1024;
 
-/// As far as it grows for headers, which stay in it until they are complete: with room to see that they are too large.
+/// The largest size of the buffer for headers, which stay in it until they are complete. There is room to notice that they
+/// are too large.
 const HEAD_INPUT_BYTES: usize = MAX_HEAD_BYTES + 4 * 1024;
 
 /// ureq's connector for one checker.
 pub(super) struct CheckConnector {
     pub tls: Arc<ClientConfig>,
     pub progress: SharedProgress,
-    /// The longest header line of a request, apart from its URL: the output buffer must hold it.
+    /// The longest header line of a request except the URL, for which the output buffer must have room.
     pub longest_line_bytes: usize,
 }
 
@@ -57,10 +58,14 @@ impl Connector<()> for CheckConnector {
         } else {
             Phase::Response
         };
-        let socket = self.connect_tcp(&details.addrs, next_phase).map_err(Fault::Io)?;
+        let socket = self
+            .connect_tcp(&details.addrs, next_phase)
+            .map_err(CheckFault::Io)?;
         let stream = if details.needs_tls() {
             let host = details.uri.host().unwrap_or_default();
-            Stream::Tls(Box::new(self.connect_tls(bare(host), socket).map_err(Fault::Io)?))
+            Stream::Tls(Box::new(
+                self.connect_tls(bare(host), socket).map_err(CheckFault::Io)?,
+            ))
         } else {
             Stream::Plain(socket)
         };
@@ -100,18 +105,18 @@ impl CheckConnector {
                     self.connected(*address, began_at, next_phase);
                     return Ok(Socket::new(stream, deadline));
                 }
-                // Not a refusal: the connection was made, and reset before this thread saw it. The word for that must
-                // not hang on who was faster.
+                // The peer accepted the connection and reset it at once. The outcome must be the same as for a reset that is
+                // noticed a moment later, so this is not an error of the connect phase.
                 Err(error) if is_cut(&error) => {
                     self.connected(*address, began_at, next_phase);
                     return Err(error);
                 }
-                // No other address would fare better.
+                // Other addresses would fail in the same way.
                 Err(error) if is_agents_own(&error) => {
                     failure = Some((*address, error));
                     break;
                 }
-                // "No route" (often: no IPv6 here) tells less than what an address itself answered.
+                // An answer from an address is more informative than "no route", which often only means no IPv6 here.
                 Err(error) if failure.is_none() || !is_unreachable(&error) => {
                     failure = Some((*address, error))
                 }
@@ -121,7 +126,7 @@ impl CheckConnector {
         let mut progress = self.progress.lock();
         add(&mut progress.phases.connect, now() - began_at);
         let Some((address, error)) = failure else {
-            // The resolver returns no empty list.
+            // Not reached: the resolver never returns an empty list.
             return Err(io::ErrorKind::AddrNotAvailable.into());
         };
         progress.peer = Some(address);
@@ -154,7 +159,7 @@ impl Stream {
             Self::Plain(socket) => socket.read(into),
             Self::Tls(stream) => match stream.read(into) {
                 Err(error) if error.kind() != io::ErrorKind::UnexpectedEof && is_cut(&error) => {
-                    if let Some(alert) = tls::last_word(&mut stream.conn, &mut stream.sock) {
+                    if let Some(alert) = tls::received_alert(&mut stream.conn, &mut stream.sock) {
                         return Err(alert);
                     }
                     match stream.conn.reader().read(into) {
@@ -178,7 +183,7 @@ impl Stream {
 /// One connection as ureq sees it.
 pub(super) struct Connection {
     stream: Stream,
-    /// Of the response, once its head was read.
+    /// Set once the response's head was read.
     is_http_1_0: bool,
     buffers: InOut,
     progress: SharedProgress,
@@ -191,15 +196,15 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Reads the response's head; ureq never sees those of interim ones (100, 103).
+    /// Reads the response's head. Interim responses (100, 103) are skipped, so ureq never sees them.
     fn await_head(&mut self) -> Result<(), ureq::Error> {
         let mut looked_at = 0;
         loop {
             let input = self.buffers.input();
             match head::look(input, looked_at) {
                 Start::Head(bytes) if bytes <= MAX_HEAD_BYTES => {
-                    let head = head::read(&input[..bytes]).map_err(Fault::Protocol)?;
-                    // 101 is the answer of a server that goes on in a protocol nobody asked for.
+                    let head = head::read(&input[..bytes]).map_err(CheckFault::Protocol)?;
+                    // 101 is final: the server switches to a protocol that was not requested.
                     if matches!(head.status, 100 | 102..=199) {
                         self.buffers.input_consume(bytes);
                         looked_at = 0;
@@ -215,18 +220,18 @@ impl Connection {
                 }
                 Start::Http2 => {
                     return Err(
-                        Fault::Protocol("it comes in HTTP/2 frames, and HTTP/1.1 was asked for").into(),
+                        CheckFault::Protocol("the server answered HTTP/1.1 with HTTP/2 frames").into(),
                     );
                 }
-                Start::Unknown => return Err(Fault::Protocol("it does not begin as HTTP does").into()),
+                Start::Unknown => return Err(CheckFault::Protocol("it does not begin with HTTP").into()),
             }
             if self.read_more()? == 0 {
-                return Err(Fault::Io(io::ErrorKind::UnexpectedEof.into()).into());
+                return Err(CheckFault::Io(io::ErrorKind::UnexpectedEof.into()).into());
             }
         }
     }
 
-    /// Reads what has come, or waits for it; 0 where the server has ended the connection, or the buffer is full.
+    /// Waits for bytes and reads them. Returns 0 if the server has ended the connection or the buffer is full.
     fn read_more(&mut self) -> Result<usize, ureq::Error> {
         let space = self.buffers.input_append_buf();
         if space.is_empty() {
@@ -234,12 +239,12 @@ impl Connection {
         }
         let count = match self.stream.read(space) {
             Ok(count) => count,
-            // Servers of HTTP/1.0 are too old to end TLS as they should. ureq knows whether a length is missing.
+            // HTTP/1.0 servers often end TLS without close_notify. If the body has a length, ureq notices a truncated one.
             Err(error) if self.is_http_1_0 && error.kind() == io::ErrorKind::UnexpectedEof => 0,
             Err(error) => {
                 self.progress.lock().closed_by_peer |= is_cut(&error);
-                // As a fault of ours: ureq takes a plain reset for the end of a body without a length.
-                return Err(Fault::Io(error).into());
+                // Not as an I/O error: ureq would take a reset as the end of a body without a length.
+                return Err(CheckFault::Io(error).into());
             }
         };
         let mut progress = self.progress.lock();
@@ -254,8 +259,8 @@ impl Connection {
 }
 
 impl Drop for Connection {
-    /// Closes in order where the server has closed already, which leaves no port waiting; else [`connect_one`] has seen
-    /// to it that the connection is reset.
+    /// Closes the connection in order if the server has already closed it, because no local port then stays in TIME_WAIT.
+    /// Otherwise the connection is reset: see [`connect_one`].
     fn drop(&mut self) {
         match &mut self.stream {
             Stream::Plain(socket) => {
@@ -266,7 +271,7 @@ impl Drop for Connection {
             Stream::Tls(stream) => {
                 if stream.sock.has_ended() {
                     stream.conn.send_close_notify();
-                    // Whether anybody still listens does not matter.
+                    // It does not matter whether the server still reads it.
                     let _ = stream.conn.write_tls(&mut stream.sock);
                     stream.sock.close_in_order();
                 }
@@ -283,9 +288,9 @@ impl Transport for Connection {
     fn transmit_output(&mut self, amount: usize, _timeout: NextTimeout) -> Result<(), ureq::Error> {
         match self.stream.write_all(&self.buffers.output[..amount]) {
             Ok(()) => {}
-            // The server may have answered before it closed (a refusal, a TLS alert): reading tells what it was.
+            // The server may have sent a response or a TLS alert before it closed. It will be read next.
             Err(error) if is_cut(&error) => {}
-            Err(error) => return Err(Fault::Io(error).into()),
+            Err(error) => return Err(CheckFault::Io(error).into()),
         }
         self.progress.lock().request_sent();
         Ok(())
@@ -308,19 +313,19 @@ impl Transport for Connection {
     }
 }
 
-/// ureq's buffers, small until they need to be large.
+/// The buffers that ureq uses. The input buffer grows when it has to.
 struct InOut {
     input: Vec<u8>,
     consumed: usize,
     filled: usize,
-    /// The input there is could not be used: more is needed.
+    /// ureq could not use the input and needs more.
     stuck: bool,
     output: Vec<u8>,
     progress: SharedProgress,
 }
 
 impl InOut {
-    /// Replaces the head, this many bytes at the start of the input.
+    /// Replaces the head, which is the first `bytes` bytes of the input.
     fn replace_head(&mut self, bytes: usize, by: Vec<u8>) {
         self.filled = self.filled - bytes + by.len();
         self.input.splice(self.consumed..self.consumed + bytes, by);
@@ -366,7 +371,7 @@ impl Buffers for InOut {
         }
     }
 
-    /// Only for sending request bodies, which a check has not.
+    /// Only used to send request bodies, which a check does not do.
     fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
         (&mut [], &mut self.output)
     }

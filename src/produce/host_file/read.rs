@@ -1,18 +1,19 @@
-//! Gets the bytes of a host file, from disk or standard input, and no more of them than a host file can have.
+//! Reads the bytes of a host file, from disk or standard input, up to a limit.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::{HostFileError, Hosts, parse};
+use super::fault::HostFileError;
+use super::parse::{Hosts, parse};
 
-/// A million hosts of 60 bytes; what is longer is no host file.
+/// Enough for a million hosts of 60 bytes; a longer file is not a host file.
 const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
 
 /// Reads and parses the host file at `path`; `-` is standard input.
 ///
 /// # Errors
-/// It cannot be read, is too long, or [`parse`] found it wrong.
+/// The file cannot be read, is too long, or has errors.
 pub fn read(path: &Path) -> Result<Hosts, HostFileError> {
     let (name, contents) = if is_stdin(path) {
         ("<stdin>".into(), read_bounded(io::stdin().lock()))
@@ -22,7 +23,7 @@ pub fn read(path: &Path) -> Result<Hosts, HostFileError> {
     };
     let contents = contents.map_err(|error| {
         HostFileError(format!(
-            "cannot read the host file {name:?}: {error}; -c takes a file, or - for standard input"
+            "cannot read the host file {name:?}: {error}; -c expects a file, or - for standard input"
         ))
     })?;
     parse(&name, &contents)
@@ -37,7 +38,7 @@ fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
     from.take(MAX_HOST_FILE_BYTES + 1).read_to_end(&mut contents)?;
     if contents.len() as u64 > MAX_HOST_FILE_BYTES {
         return Err(io::Error::other(format!(
-            "it is longer than {MAX_HOST_FILE_BYTES} bytes"
+            "it is larger than {MAX_HOST_FILE_BYTES} bytes"
         )));
     }
     Ok(contents)

@@ -1,31 +1,34 @@
-//! Lines that hardly mean what they say: a comment, an option or a unit where it is a part of the REGEX.
+//! Finds lines whose REGEX is probably a mistake: it contains a comment, an option or a unit.
 //!
-//! Owns which of them are refused, because nobody can mean them, and which only deserve a warning. Whoever does mean such
-//! a text writes it in a group: `(# main)`.
+//! Some of them are refused, because they are certainly mistakes; the others only cause a warning. A text that is really
+//! meant as a REGEX can be written as a group: `(# main)`.
 
 use nom::Parser;
 use nom::combinator::all_consuming;
 
-use super::report::{Fault, MAX_QUOTED_CHARS, quoted};
-use super::{MAX_REGEX_BYTES, OPTION_NAMES, Settings, Words, is_blank, option_word};
+use super::fault::LineFault;
+use super::options::{OPTION_NAMES, Options};
+use super::quote::{MAX_QUOTED_CHARS, quoted};
+use super::regexes::MAX_REGEX_BYTES;
+use super::words::{Line, is_blank, option_word, split_word};
 use crate::duration;
 
 pub(super) enum Slip {
-    Refused(Fault),
-    Warned(Fault),
+    Refused(LineFault),
+    Warned(LineFault),
 }
 
 use Slip::{Refused, Warned};
 
-/// The slip in the REGEX of a line, its place counted from the beginning of the REGEX.
-pub(super) fn in_regex(words: &Words<'_>) -> Option<Slip> {
-    let text = words.regex;
-    // What is too long is refused anyway, and not worth the time.
+/// The probable mistake in the REGEX of a line, if there is one. Its place is relative to the REGEX.
+pub(super) fn in_regex(line: &Line<'_>) -> Option<Slip> {
+    let text = line.regex;
+    // A REGEX that is too long is refused anyway.
     if text.is_empty() || text.len() > MAX_REGEX_BYTES {
         return None;
     }
     let (first, rest) = split_word(text);
-    unit(words, first, rest)
+    unit(line, first, rest)
         .or_else(|| comment(text))
         .or_else(|| spaced_option(text, first, rest))
         .or_else(|| delimiters(text))
@@ -33,8 +36,8 @@ pub(super) fn in_regex(words: &Words<'_>) -> Option<Slip> {
         .or_else(|| late_option(text))
 }
 
-/// `5 s` and `5 minutes` for `5s` and `5m`.
-fn unit(words: &Words<'_>, first: &str, rest: &str) -> Option<Slip> {
+/// `5 s` and `5 minutes` instead of `5s` and `5m`.
+fn unit(line: &Line<'_>, first: &str, rest: &str) -> Option<Slip> {
     let lower = first.to_lowercase();
     let is_letter = ["s", "m", "h", "d"].contains(&lower.as_str());
     let is_word = [
@@ -42,17 +45,21 @@ fn unit(words: &Words<'_>, first: &str, rest: &str) -> Option<Slip> {
         "day", "days",
     ]
     .contains(&lower.as_str());
-    let is_after_frequency = words.options.is_empty();
+    let is_after_frequency = line.options.is_empty();
     if !(is_letter || is_word) || !(is_after_frequency || (is_letter && rest.is_empty())) {
         return None;
     }
-    let is_number = words.frequency.bytes().all(|byte| byte.is_ascii_digit());
-    let slip = match is_after_frequency && is_number && words.frequency.len() <= MAX_QUOTED_CHARS {
-        true => format!("write `{}{}` without a blank", words.frequency, &lower[..1]),
-        false => "write a unit directly after its number, as in `5s`".to_owned(),
+    let is_number = line.frequency.bytes().all(|byte| byte.is_ascii_digit());
+    let slip = match is_after_frequency && is_number && line.frequency.len() <= MAX_QUOTED_CHARS {
+        true => format!("write `{}{}` without a space", line.frequency, &lower[..1]),
+        false => "write the unit directly after its number, as in `5s`".to_owned(),
     };
-    let fault = Fault::new(0, format!("a lone {}; {slip}", quoted(first))).or_regex(first);
-    // `minutes ago` may well stand on a page.
+    let fault = LineFault::new(
+        0,
+        format!("{} is separated from its number; {slip}", quoted(first)),
+    )
+    .or_regex(first);
+    // `minutes ago` can be a text to search for.
     let is_option = |word: &str| option(word).is_some_and(|name| OPTION_NAMES.contains(&name));
     let (next, _) = split_word(rest);
     match is_letter || rest.is_empty() || next.starts_with('#') || is_option(next) {
@@ -67,7 +74,7 @@ fn comment(text: &str) -> Option<Slip> {
             "{} is part of the REGEX; write a comment on a line of its own",
             quoted(&text[at..])
         );
-        Fault::new(at, what)
+        LineFault::new(at, what)
     };
     let (first, _) = split_word(text);
     if ["//", "--", ";", "/*", "<!--"].contains(&first) || first.starts_with('#') {
@@ -103,14 +110,20 @@ fn spaced_option(text: &str, first: &str, rest: &str) -> Option<Slip> {
         return None;
     }
     let what = match is_meant {
-        true => format!("write the option {} without blanks and dashes", quoted(&meant)),
-        false => format!("write an option as `{name}=VALUE`, without blanks and dashes"),
+        true => format!(
+            "write the option as {}, without spaces and dashes",
+            quoted(&meant)
+        ),
+        false => format!("write the option as `{name}=VALUE`, without spaces and dashes"),
     };
     Some(match is_equal {
-        true => Refused(Fault::new(0, what).or_regex(text)),
-        false => Warned(Fault::new(
+        true => Refused(LineFault::new(0, what).or_regex(text)),
+        false => Warned(LineFault::new(
             0,
-            format!("{} is a REGEX; if it is not, {what}", quoted(text)),
+            format!(
+                "{} is read as the REGEX; if an option was meant, {what}",
+                quoted(text)
+            ),
         )),
     })
 }
@@ -127,44 +140,44 @@ fn delimiters(text: &str) -> Option<Slip> {
     ];
     let (open, _) = pairs.into_iter().find(|(open, close)| {
         let inner = text.strip_prefix(open).and_then(|rest| rest.strip_suffix(close));
-        // `"status":"ok"` is JSON.
+        // `"status":"ok"` is JSON, and its quotes are meant.
         inner.is_some_and(|inner| !inner.is_empty() && !inner.contains(open))
     })?;
     let sign = if open == "/" { "slashes" } else { "quotes" };
     let what = format!(
-        "the {sign} around {} are part of the REGEX; remove them if they do not stand on the page",
+        "the {sign} around {} are part of the REGEX; remove them unless the page contains them",
         quoted(text)
     );
-    Some(Warned(Fault::new(0, what)))
+    Some(Warned(LineFault::new(0, what)))
 }
 
-/// A REGEX that is only a status, a method, a time; or another line of the file.
+/// A REGEX that is only a status, a method or a time, or that is a second host.
 fn lone_value(text: &str, first: &str, rest: &str) -> Option<Slip> {
     let (second, _) = split_word(rest);
     if first.contains("://") && duration::parse_interval(second).is_some() {
         let what = format!(
-            "{} is a REGEX; write each host on a line of its own",
+            "{} is read as the REGEX; write each host on a line of its own",
             quoted(text)
         );
-        return Some(Warned(Fault::new(0, what)));
+        return Some(Warned(LineFault::new(0, what)));
     }
     let name = ["status", "method", "timeout"]
         .into_iter()
         .find(|name| is_valid_option(&format!("{name}={text}")) || (*name == "method" && text == "POST"))?;
     let what = format!(
-        "{} is a REGEX; the option is {}",
+        "{} is read as the REGEX; the option is written {}",
         quoted(text),
         quoted(&format!("{name}={text}"))
     );
-    Some(Warned(Fault::new(0, what)))
+    Some(Warned(LineFault::new(0, what)))
 }
 
 /// `Add to basket timeout=3s`.
 fn late_option(text: &str) -> Option<Slip> {
     let word = text.split(is_blank).skip(1).find(|word| is_valid_option(word))?;
-    let what = format!("{} is part of the REGEX; options stand before it", quoted(word));
+    let what = format!("{} is part of the REGEX; write options before it", quoted(word));
     let at = word.as_ptr().addr() - text.as_ptr().addr();
-    Some(Warned(Fault::new(at, what)))
+    Some(Warned(LineFault::new(at, what)))
 }
 
 fn option(word: &str) -> Option<&str> {
@@ -174,10 +187,5 @@ fn option(word: &str) -> Option<&str> {
 
 fn is_valid_option(word: &str) -> bool {
     let option = all_consuming(option_word).parse(word);
-    option.is_ok_and(|(_, option)| Settings::default().set(&option).is_ok())
-}
-
-fn split_word(text: &str) -> (&str, &str) {
-    let (first, rest) = text.split_at(text.find(is_blank).unwrap_or(text.len()));
-    (first, rest.trim_start_matches(is_blank))
+    option.is_ok_and(|(_, option)| Options::default().set(&option).is_ok())
 }

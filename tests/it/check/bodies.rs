@@ -4,7 +4,7 @@ use std::io::Write;
 
 use flate2::Compression;
 use flate2::write::{DeflateEncoder, ZlibEncoder};
-use host_metrics::check::outcome::Outcome;
+use host_metrics::sample::Outcome;
 
 use super::{LONG, SHORT, assert_consistent, check, check_answer, checker, gzip, now, target, with_regex};
 use crate::site::{self, Site};
@@ -228,7 +228,7 @@ fn a_search_ends_at_the_deadline_whatever_the_regex() {
             (
                 Outcome::BodyTimeout,
                 None,
-                Some("the search for the regex in the body did not end in time")
+                Some("the search for the regex did not finish in time")
             ),
             "{regex}: {seen:?}"
         );

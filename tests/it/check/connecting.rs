@@ -5,8 +5,8 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr};
 use std::sync::{Arc, mpsc};
 
 use host_metrics::check::http::Checks;
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::target::{IpFamily, Target};
+use host_metrics::sample::Outcome;
 use socket2::SockRef;
 
 use super::{LONG, SHORT, check, checker_with_names, config, now, target, trusting, with_regex};

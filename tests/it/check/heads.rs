@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
-use host_metrics::check::outcome::Outcome;
+use host_metrics::sample::Outcome;
 
 use super::{check, check_answer, headers_of, with_regex};
 use crate::site::{self, Site};

@@ -4,9 +4,9 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::pattern::Pattern;
 use host_metrics::check::target::{Method, Target};
+use host_metrics::sample::Outcome;
 
 use super::{
     LONG, assert_consistent, checker, checker_with_names, good, gzip, now, target, trusting, with_regex,

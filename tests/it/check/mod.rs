@@ -21,10 +21,11 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use host_metrics::check::fault::NameError;
 use host_metrics::check::http::{Checker, Checks};
-use host_metrics::check::outcome::{Observation, Outcome};
+use host_metrics::check::observation::Observation;
 use host_metrics::check::pattern::Pattern;
 use host_metrics::check::target::{IpFamily, StatusSet, Target};
 use host_metrics::config::CheckConfig;
+use host_metrics::sample::Outcome;
 use url::Url;
 
 use crate::site::{Authority, Site};

@@ -6,8 +6,8 @@ use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::time::Duration;
 
 use host_metrics::check::fault::NameError;
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::resolver::Names;
+use host_metrics::sample::Outcome;
 
 use super::{LONG, SHORT, assert_consistent, checker, now, target};
 use crate::child;
@@ -114,7 +114,7 @@ fn without_a_thread_for_the_lookup_the_fault_is_ours_and_the_next_one_is_not_har
     assert!(
         seen.error
             .as_ref()
-            .is_some_and(|text| text.contains("no thread for the name lookup")),
+            .is_some_and(|text| text.contains("cannot start a thread for the name look-up")),
         "{seen:?}"
     );
     drop(no_threads);

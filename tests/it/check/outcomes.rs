@@ -5,8 +5,8 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::target::Target;
+use host_metrics::sample::Outcome;
 use rustls::ServerConfig;
 use rustls::server::WebPkiClientVerifier;
 
@@ -140,12 +140,12 @@ cases! {
         answer(site::response("200 OK", "X: a\0b\r\n", "hello"));
     a_status_below_100: ProtocolError, "not a valid response" => answer(b"HTTP/1.1 099 Hm\r\n\r\n");
     headers_of_70_kb: ProtocolError, "larger than 64 KiB" => answer(headers_of(70_000, 1_000));
-    an_unknown_coding: ProtocolError, "unknown content-encoding zstd" =>
+    an_unknown_coding: ProtocolError, "unsupported content-encoding zstd" =>
         answer(site::response("200 OK", "Content-Encoding: zstd\r\n", "hello")).with_regex("hello");
     a_body_that_is_not_the_gzip_it_should_be: ProtocolError, "cannot be decoded" =>
         answer(site::response("200 OK", "Content-Encoding: gzip\r\n", "hello, hello, hello"))
             .with_regex("hello");
-    bytes_behind_the_end_of_a_gzip_stream: ProtocolError, "cannot be decoded: bytes after its end" =>
+    bytes_behind_the_end_of_a_gzip_stream: ProtocolError, "cannot be decoded: there are bytes after its end" =>
         answer(site::response(
             "200 OK",
             "Content-Encoding: gzip\r\n",
@@ -166,32 +166,32 @@ cases! {
     a_location_with_a_control_character: ProtocolError, "a control character in its Location" =>
         answer(site::redirect(302, "/a\x01b"));
     a_redirect_to_a_name_that_no_certificate_can_be_for: ProtocolError,
-        "redirect (status 302) to https://foo-.test/: no certificate can be for this name" =>
+        "redirect (status 302) to https://foo-.test/: a certificate cannot contain this name" =>
         answer(site::redirect(302, "https://foo-.test/"));
     a_redirect_to_nowhere: ProtocolError, "without a Location" => answer(b"HTTP/1.1 302 Found\r\n\r\n");
     a_redirect_to_another_scheme: ProtocolError, "scheme ftp" =>
         answer(site::redirect(301, "ftp://files.test/"));
-    a_redirect_to_a_bad_url: ProtocolError, "bad URL" => answer(site::redirect(301, "http://[::1/"));
+    a_redirect_to_a_bad_url: ProtocolError, "invalid URL" => answer(site::redirect(301, "http://[::1/"));
     a_redirect_loop: TooManyRedirects, "more than 10 redirects" => answer(site::redirect(302, "/"));
     status_303_in_a_loop: TooManyRedirects, "more than 10 redirects" => answer(site::redirect(303, "?"));
 
     // Peers that do not go on.
-    silence_after_accept: ResponseTimeout, "no complete response" => hung(silent());
-    headers_that_trickle: ResponseTimeout, "no complete response" => hung(Site::plain(|stream| {
+    silence_after_accept: ResponseTimeout, "did not send a complete response in time" => hung(silent());
+    headers_that_trickle: ResponseTimeout, "did not send a complete response in time" => hung(Site::plain(|stream| {
         let start = b"HTTP/1.1 200 OK\r\nX-Slow: ".iter().copied();
         site::trickle(stream, start.chain(std::iter::repeat(b'x')));
     }));
-    only_an_interim_answer: ResponseTimeout, "no complete response" => hung(Site::plain(|stream| {
+    only_an_interim_answer: ResponseTimeout, "did not send a complete response in time" => hung(Site::plain(|stream| {
         stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap();
         site::hold(stream);
     }));
-    a_body_that_stalls_with_the_text_in_it: BodyTimeout, "did not end in time" => hung(Site::plain(|stream| {
+    a_body_that_stalls_with_the_text_in_it: BodyTimeout, "did not send the whole body in time" => hung(Site::plain(|stream| {
         stream
             .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
             .unwrap();
         site::hold(stream);
     }));
-    a_body_that_trickles: BodyTimeout, "did not end in time" => hung(Site::plain(|stream| {
+    a_body_that_trickles: BodyTimeout, "did not send the whole body in time" => hung(Site::plain(|stream| {
         stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nhello").unwrap();
         site::trickle(stream, std::iter::repeat(b'x'));
     }));
@@ -223,7 +223,7 @@ cases! {
     }));
     an_end_in_the_handshake: TlsError, "closed" =>
         tls(|_| Site::start(|mut stream, _| drop(stream.read(&mut [0; 9999]))));
-    plain_http_on_a_tls_port: TlsError, "does not speak TLS" => tls(|_| Site::start(|mut stream, _| {
+    plain_http_on_a_tls_port: TlsError, "did not answer with TLS" => tls(|_| Site::start(|mut stream, _| {
         let _ = stream.read(&mut [0; 9999]);
         stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
     }));
@@ -277,7 +277,7 @@ cases! {
     });
     the_certificate_of_other_hosts: TlsCertName, "not for site.test, only for a.test, b.test" =>
         certificate(|authority| authority.server(&["a.test", "b.test"], |_| {}));
-    a_certificate_without_names: TlsCertName, "holds no names" =>
+    a_certificate_without_names: TlsCertName, "no subject alternative names" =>
         certificate(|authority| authority.server(&[], |_| {}));
     an_unknown_issuer: TlsCertUntrusted, "not trusted" =>
         certificate(|_| Authority::new("stranger").server(&["site.test"], |_| {}));

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use host_metrics::check::http::Checks;
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::target::IpFamily;
 use host_metrics::config::CheckConfig;
+use host_metrics::sample::Outcome;
 
 use super::{LONG, SHORT, check, checker, config, now, target, trusting, with_regex};
 use crate::site::{self, Authority, Deaf, Site};

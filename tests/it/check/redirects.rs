@@ -5,8 +5,8 @@ use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::target::{Method, Target};
+use host_metrics::sample::Outcome;
 
 use super::{
     LONG, SHORT, assert_consistent, check, check_answer, checker, checker_with_names, good, now, target,
@@ -245,7 +245,7 @@ fn a_redirect_to_http_is_refused_where_tls_is_required() {
     let origin = format!("http://site.test:{}/", plain.address.port());
     assert_eq!(
         seen.error.unwrap(),
-        format!("redirect (status 301) to {origin}, and tls=required does not follow it")
+        format!("redirect (status 301) to {origin}, which tls=required does not allow")
     );
     assert_eq!(plain.requests().len(), 1, "asked by the first check only");
 }

@@ -4,9 +4,9 @@ use std::io::Write;
 use std::net::Ipv6Addr;
 
 use host_metrics::check::http::Checks;
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::target::{Method, Target};
 use host_metrics::config::CheckConfig;
+use host_metrics::sample::Outcome;
 
 use super::{check, config, target, with_regex};
 use crate::site::{self, Site};

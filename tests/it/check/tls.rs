@@ -4,9 +4,9 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 
 use host_metrics::check::http::Checks;
-use host_metrics::check::outcome::Outcome;
 use host_metrics::check::target::Target;
 use host_metrics::config::CheckConfig;
+use host_metrics::sample::Outcome;
 use host_metrics::sample::Timestamp;
 
 use super::{LONG, config, now, target, trusting, with_regex};

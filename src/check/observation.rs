@@ -1,118 +1,33 @@
-//! What a check found: the closed set of outcomes, what was observed on the way, and the stamping into a sample.
+//! What a check observed, and the sample that is made of it.
 //!
-//! Pure. `check` makes observations, `pool` and `schedule` make the ones for ticks that were not checked.
+//! Pure. Observations come from the checks, and from `pool` and `schedule` for ticks that were not checked.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::check::target::Target;
-use crate::sample::{Sample, Timestamp};
+use crate::sample::{Outcome, Sample, Timestamp};
 use crate::terminal;
 
-/// The closed set; its words are the record's `outcome`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Outcome {
-    Ok,
-    BadStatus,
-    RegexMismatch,
-    BodyTooLarge,
-    DnsNotFound,
-    DnsError,
-    DnsTimeout,
-    ConnectRefused,
-    ConnectUnreachable,
-    ConnectTimeout,
-    ConnectError,
-    TlsCertExpired,
-    TlsCertName,
-    TlsCertUntrusted,
-    TlsError,
-    TlsTimeout,
-    ResponseTimeout,
-    BodyTimeout,
-    ConnectionClosed,
-    ProtocolError,
-    TooManyRedirects,
-    AgentError,
-    Missed,
-}
-
-impl Outcome {
-    pub const ALL: [Self; 23] = [
-        Self::Ok,
-        Self::BadStatus,
-        Self::RegexMismatch,
-        Self::BodyTooLarge,
-        Self::DnsNotFound,
-        Self::DnsError,
-        Self::DnsTimeout,
-        Self::ConnectRefused,
-        Self::ConnectUnreachable,
-        Self::ConnectTimeout,
-        Self::ConnectError,
-        Self::TlsCertExpired,
-        Self::TlsCertName,
-        Self::TlsCertUntrusted,
-        Self::TlsError,
-        Self::TlsTimeout,
-        Self::ResponseTimeout,
-        Self::BodyTimeout,
-        Self::ConnectionClosed,
-        Self::ProtocolError,
-        Self::TooManyRedirects,
-        Self::AgentError,
-        Self::Missed,
-    ];
-
-    /// The record's word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::BadStatus => "bad_status",
-            Self::RegexMismatch => "regex_mismatch",
-            Self::BodyTooLarge => "body_too_large",
-            Self::DnsNotFound => "dns_not_found",
-            Self::DnsError => "dns_error",
-            Self::DnsTimeout => "dns_timeout",
-            Self::ConnectRefused => "connect_refused",
-            Self::ConnectUnreachable => "connect_unreachable",
-            Self::ConnectTimeout => "connect_timeout",
-            Self::ConnectError => "connect_error",
-            Self::TlsCertExpired => "tls_cert_expired",
-            Self::TlsCertName => "tls_cert_name",
-            Self::TlsCertUntrusted => "tls_cert_untrusted",
-            Self::TlsError => "tls_error",
-            Self::TlsTimeout => "tls_timeout",
-            Self::ResponseTimeout => "response_timeout",
-            Self::BodyTimeout => "body_timeout",
-            Self::ConnectionClosed => "connection_closed",
-            Self::ProtocolError => "protocol_error",
-            Self::TooManyRedirects => "too_many_redirects",
-            Self::AgentError => "agent_error",
-            Self::Missed => "missed",
-        }
-    }
-}
-
-/// Time spent per phase, summed over redirects; a phase not reached or not there is `None`, never zero.
+/// Time spent in each phase, summed over redirects. A phase that was not reached or does not exist is `None`, never zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Phases {
     pub dns: Option<Duration>,
     pub connect: Option<Duration>,
     pub tls: Option<Duration>,
-    /// From the request sent to the first byte of the response (interim ones not counted).
+    /// From the end of the request to the first byte of the response; interim responses do not count.
     pub ttfb: Option<Duration>,
     pub body: Option<Duration>,
 }
 
-/// What one check saw. A failed check is an observation, not an error.
+/// What one check observed. A failed check is an observation too, not an error.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Observation {
     pub outcome: Outcome,
-    /// The cause for a person; `None` exactly with [`Outcome::Ok`]. [`stamp`] makes it one clean line.
+    /// The cause in words; `None` only with [`Outcome::Ok`]. [`stamp`] turns it into one line.
     pub error: Option<String>,
-    /// Start of the check to the final response's headers.
+    /// From the start of the check to the final response's headers.
     pub latency: Option<Duration>,
     pub status_code: Option<u16>,
     pub regex_matched: Option<bool>,
@@ -124,7 +39,7 @@ pub struct Observation {
 }
 
 impl Observation {
-    /// A check that saw nothing but the cause of its failure.
+    /// A check that failed, with nothing observed but the cause.
     pub fn failed(outcome: Outcome, error: impl Into<String>) -> Self {
         Self {
             outcome,
@@ -141,11 +56,11 @@ impl Observation {
     }
 }
 
-/// When and by whom a check was made.
+/// When and where a check was made.
 #[derive(Clone, Copy, Debug)]
 pub struct Stamp<'a> {
     pub scheduled_at: Timestamp,
-    /// `None`: the check did not begin.
+    /// `None` if the check did not begin.
     pub started_at: Option<Timestamp>,
     /// `None` in the `check` command.
     pub interval: Option<Duration>,
@@ -155,9 +70,11 @@ pub struct Stamp<'a> {
 /// The longest `error` of a record.
 pub const MAX_ERROR_CHARS: usize = 200;
 
-/// Makes the sample of an observation: its word, its durations in seconds rounded to microseconds, numbers cut to what
-/// the record's types hold, and an `error` that is one line, without control characters, of [`MAX_ERROR_CHARS`] at most,
-/// null with [`Outcome::Ok`] and only then (without a cause it is the outcome's word).
+/// Turns an observation into a sample.
+///
+/// Durations become seconds, rounded to microseconds. Numbers that are too large for the record's types are set to the
+/// largest one. `error` is null with [`Outcome::Ok`]; otherwise it is one line of at most [`MAX_ERROR_CHARS`], without
+/// control characters, and the outcome's word if there is no cause.
 pub fn stamp<'a>(target: &'a Target, observation: Observation, stamp: Stamp<'a>) -> Sample<'a> {
     let Observation {
         outcome,
@@ -202,14 +119,14 @@ pub fn stamp<'a>(target: &'a Target, observation: Observation, stamp: Stamp<'a>)
     }
 }
 
-/// Rounded to the nearest microsecond.
+/// In seconds, rounded to the nearest microsecond.
 fn seconds(duration: Duration) -> f64 {
     let micros = (duration.as_nanos() + 500) / 1_000;
     micros as f64 / 1e6
 }
 
-/// The words of a text, parted by one space each, cut with an ellipsis. Hidden characters part words like white space
-/// does; bytes that a remote host sent reach people's terminals through here.
+/// The text as one line: white space and hidden characters become single spaces, and a long text ends with an ellipsis. The
+/// text can hold bytes that a remote host sent, and it is printed on terminals.
 fn one_line(text: &str) -> String {
     let mut line = String::new();
     let mut chars = 0;
@@ -217,7 +134,7 @@ fn one_line(text: &str) -> String {
         let space = if line.is_empty() { "" } else { " " };
         for char in space.chars().chain(word.chars()) {
             if chars == MAX_ERROR_CHARS {
-                // The last character that went in makes room for the ellipsis.
+                // The ellipsis replaces the last character.
                 line.pop();
                 line.push('…');
                 return line;
@@ -309,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_check_that_did_not_begin_has_its_tick_and_its_cause_only() {
+    fn a_check_that_did_not_begin_has_only_its_tick_and_its_cause() {
         let target = target();
         let when = Stamp {
             scheduled_at: at("2026-03-01T10:00:00Z"),
@@ -330,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn valid_means_ok_and_whatever_is_not_ok_has_an_error() {
+    fn a_sample_is_valid_if_its_outcome_is_ok_and_has_an_error_otherwise() {
         let words: HashSet<&str> = Outcome::ALL.iter().map(|outcome| outcome.as_str()).collect();
         assert_eq!(words.len(), Outcome::ALL.len());
         let target = target();
@@ -377,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_has_200_characters_at_most_the_ellipsis_among_them() {
+    fn an_error_has_at_most_200_characters_including_the_ellipsis() {
         let long = |error: String| stamped_error(Outcome::TlsError, &error).unwrap();
         assert_eq!(long("é".repeat(200)), "é".repeat(200));
         assert_eq!(long(format!("{}\n", "é".repeat(200))), "é".repeat(200));
@@ -408,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_beyond_the_records_types_are_cut_to_them() {
+    fn numbers_too_large_for_the_record_become_its_largest_ones() {
         let target = target();
         let observation = Observation {
             status_code: Some(u16::MAX),

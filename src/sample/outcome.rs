@@ -1,0 +1,31 @@
+//! The outcomes of a tick: the closed set of words that a record's `outcome` can be.
+
+words! {
+    /// What became of one tick of one host.
+    Outcome,
+    /// The record's `outcome`.
+    as_str:
+    Ok "ok",
+    BadStatus "bad_status",
+    RegexMismatch "regex_mismatch",
+    BodyTooLarge "body_too_large",
+    DnsNotFound "dns_not_found",
+    DnsError "dns_error",
+    DnsTimeout "dns_timeout",
+    ConnectRefused "connect_refused",
+    ConnectUnreachable "connect_unreachable",
+    ConnectTimeout "connect_timeout",
+    ConnectError "connect_error",
+    TlsCertExpired "tls_cert_expired",
+    TlsCertName "tls_cert_name",
+    TlsCertUntrusted "tls_cert_untrusted",
+    TlsError "tls_error",
+    TlsTimeout "tls_timeout",
+    ResponseTimeout "response_timeout",
+    BodyTimeout "body_timeout",
+    ConnectionClosed "connection_closed",
+    ProtocolError "protocol_error",
+    TooManyRedirects "too_many_redirects",
+    AgentError "agent_error",
+    Missed "missed",
+}
