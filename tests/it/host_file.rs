@@ -374,7 +374,7 @@ fn a_line_that_nobody_can_mean_is_refused() {
         ),
         (
             "example.com 5 timeout =3s",
-            "write the option `timeout=3s` without blanks",
+            "write the option as `timeout=3s`, without spaces",
         ),
         (
             "example.com 5 ip=4 Status = ok",

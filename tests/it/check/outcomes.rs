@@ -152,7 +152,7 @@ cases! {
             [gzip(b"hello"), vec![b'x'; 3]].concat(),
         ))
         .with_regex("hello");
-    a_brotli_window_of_1_gib: ProtocolError, "cannot be decoded: it is not brotli" =>
+    a_brotli_window_of_1_gib: ProtocolError, "cannot be decoded: it is not valid brotli" =>
         answer(site::response(
             "200 OK",
             "Content-Encoding: br\r\n",
@@ -205,7 +205,7 @@ cases! {
         let deaf = Deaf::at((Ipv4Addr::LOCALHOST, 0).into());
         Scene::new(target(&format!("http://{}/", deaf.address)), deaf).at_the_deadline()
     };
-    a_name_server_that_is_silent: DnsTimeout, "no answer from the name servers" =>
+    a_name_server_that_is_silent: DnsTimeout, "the name servers did not answer" =>
         Scene::new(target("http://silent.test/"), ()).at_the_deadline();
 
     // Connections that break.
@@ -260,7 +260,7 @@ cases! {
         let (below, leaf, key) = authority.intermediate(&["site.test"]);
         site::server_config(vec![leaf, below], key)
     });
-    an_intermediate_that_is_not_sent: TlsCertUntrusted, "without its intermediates" =>
+    an_intermediate_that_is_not_sent: TlsCertUntrusted, "does not send the intermediate certificates" =>
         certificate(|authority| {
             let (_, leaf, key) = authority.intermediate(&["site.test"]);
             site::server_config(vec![leaf], key)
@@ -275,7 +275,7 @@ cases! {
             params.not_before = rcgen::date_time_ymd(2080, 1, 1);
         })
     });
-    the_certificate_of_other_hosts: TlsCertName, "not for site.test, only for a.test, b.test" =>
+    the_certificate_of_other_hosts: TlsCertName, "not for site.test, but for a.test, b.test" =>
         certificate(|authority| authority.server(&["a.test", "b.test"], |_| {}));
     a_certificate_without_names: TlsCertName, "no subject alternative names" =>
         certificate(|authority| authority.server(&[], |_| {}));
