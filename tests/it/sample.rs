@@ -296,11 +296,26 @@ fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
             r#""ip":"example.com""#,
             r#"ip: expected a string with an IPv4 or IPv6 address (without zone and port), or null, found "example.com""#,
         ),
-        (r#""ip":"fe80::1%eth0""#, "ip: expected a string with an IPv4 or IPv6 address"),
-        (r#""ip":"10.0.0.1:80""#, "ip: expected a string with an IPv4 or IPv6 address"),
-        (r#""ip":"[::1]""#, "ip: expected a string with an IPv4 or IPv6 address"),
-        (r#""ip":"10.0.0.0/8""#, "ip: expected a string with an IPv4 or IPv6 address"),
-        (r#""ip":"010.0.0.1""#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (
+            r#""ip":"fe80::1%eth0""#,
+            "ip: expected a string with an IPv4 or IPv6 address",
+        ),
+        (
+            r#""ip":"10.0.0.1:80""#,
+            "ip: expected a string with an IPv4 or IPv6 address",
+        ),
+        (
+            r#""ip":"[::1]""#,
+            "ip: expected a string with an IPv4 or IPv6 address",
+        ),
+        (
+            r#""ip":"10.0.0.0/8""#,
+            "ip: expected a string with an IPv4 or IPv6 address",
+        ),
+        (
+            r#""ip":"010.0.0.1""#,
+            "ip: expected a string with an IPv4 or IPv6 address",
+        ),
         (r#""ip":"""#, "ip: expected a string with an IPv4 or IPv6 address"),
         (r#""ip":1"#, "ip: expected a string with an IPv4 or IPv6 address"),
         (
