@@ -150,7 +150,7 @@ fn read_answer(status: u16, body: &str) -> Result<Health, String> {
         200 => Ok(Health::Ready),
         503 => Ok(Health::NotReady(body.trim().replace(char::is_control, " "))),
         _ => Err(format!(
-            "the server there is not an agent: it answered with status {status}"
+            "there is no agent at METRICS_ADDR, but a server that answers with status {status}"
         )),
     }
 }
