@@ -1,6 +1,4 @@
-//! The command line: clap's derive and nothing else.
-//!
-//! Owns the commands, their flags and their help text; what a command does with them is the command's own module's.
+//! The command line: the commands, their flags and their help text. What a command does is in its own module.
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -35,38 +33,38 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Check the hosts of a file for ever and send a record of every check to Kafka
+    /// Check the hosts of a file until stopped, and send a record of every check to Kafka
     Produce(Produce),
-    /// Read records from Kafka and write them to Postgres for ever
+    /// Read records from Kafka and write them to Postgres until stopped
     Consume(Consume),
-    /// Check one address once, without Kafka and database
+    /// Check one address once, without Kafka or a database
     Check(Check),
-    /// Show how a host file is understood, and what its checks will cost
+    /// Check a host file and show its hosts and what their checks will cost
     Validate(Validate),
     /// Create the topics and tables that do not exist yet
     Init(Init),
     /// Remove the tables and views that `init` made
     Drop(Drop),
-    /// Show the state of the hosts, how far the table is behind Kafka, and whether it is stale
+    /// Show the state of every host, the lag behind Kafka, and whether the data is stale
     Status(Status),
-    /// Go past a batch of Kafka's that `consume` cannot read, and note which offsets were not read
+    /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
     Skip(Skip),
-    /// Ask the agent that listens at METRICS_ADDR on this machine whether it is ready
+    /// Ask the agent at METRICS_ADDR on this machine whether it is ready
     Health(Health),
-    /// Run the whole pipeline in one process, with a Kafka, a Postgres and sites of its own
+    /// Run the whole pipeline in one process, with its own Kafka, Postgres and web sites
     Demo(Demo),
 }
 
-/// The flags of every command, before its name or after it.
+/// The flags that every command has, before or after its name.
 #[derive(Debug, Args)]
-// Else a command's version would be `host-metrics-produce`'s.
+// Without this, `host-metrics produce --version` would print `host-metrics-produce`.
 #[command(display_name = "host-metrics")]
 pub struct Common {
-    /// Set a variable; wins over the environment (repeatable)
+    /// Set a variable; overrides the environment (repeatable)
     #[arg(short = 'e', value_name = "NAME=VALUE")]
     variables: Vec<String>,
 
-    /// Read variables from FILE instead of .env; the environment wins over it
+    /// Read variables from FILE instead of .env; the environment overrides FILE
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
 
@@ -81,7 +79,7 @@ pub struct Produce {
     #[arg(short = 'c', value_name = "FILE")]
     pub host_file: PathBuf,
 
-    /// Check each host once, at once, and end when Kafka has acknowledged every record
+    /// Check each host once, immediately, and exit when Kafka has acknowledged every record
     #[arg(long)]
     pub once: bool,
 
@@ -97,17 +95,17 @@ pub struct Consume {
 
 #[derive(Debug, Args)]
 pub struct Check {
-    /// A URL, or a bare domain or IP address for https
+    /// A URL, or a domain or IP address, which is checked over https
     pub address: String,
 
-    /// What the body must contain
+    /// A regex that must match somewhere in the body
     pub regex: Option<String>,
 
     /// An option as in the host file: status=404, method=HEAD, … (repeatable)
     #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
     pub options: Vec<String>,
 
-    /// Print the exact record instead
+    /// Print the record as JSON instead
     #[arg(long)]
     pub json: bool,
 
@@ -139,7 +137,7 @@ pub struct Init {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub retention: Option<Duration>,
 
-    /// Print the SQL and touch nothing
+    /// Print the SQL without connecting to any server
     #[arg(long)]
     pub print_sql: bool,
 
@@ -153,7 +151,7 @@ pub struct Drop {
     #[arg(long)]
     pub topic: bool,
 
-    /// Confirm: nothing is removed without this flag
+    /// Confirm the removal; without this flag nothing is removed
     #[arg(long)]
     pub yes: bool,
 
@@ -173,7 +171,7 @@ pub struct Status {
 
 #[derive(Debug, Args)]
 pub struct Skip {
-    /// The partition, and the offset of the batch to go past; without an offset the batch that is next is shown
+    /// The partition and the offset of the batch to skip; without an offset, only show the next batch
     #[arg(value_name = "TOPIC/PARTITION[:OFFSET]")]
     pub place: Place,
 
@@ -189,7 +187,7 @@ pub struct Health {
 
 #[derive(Debug, Args)]
 pub struct Demo {
-    /// End by itself after this time, e.g. 30s
+    /// Stop after this time, e.g. 30s
     #[arg(long = "for", value_name = "TIME", value_parser = parse_duration)]
     pub how_long: Option<Duration>,
 
@@ -202,7 +200,7 @@ pub struct Demo {
 }
 
 impl Cli {
-    /// Every `-e`, in order: those behind the command's name win.
+    /// Every `-e`, in order: one after the command's name overrides one before it.
     pub fn variables(&self) -> Vec<String> {
         [&self.common, self.command.common()]
             .iter()
@@ -210,13 +208,14 @@ impl Cli {
             .collect()
     }
 
+    /// The file of `--env-file`.
     pub fn env_file(&self) -> Option<&Path> {
         let inner = self.command.common().env_file.as_deref();
         inner.or(self.common.env_file.as_deref())
     }
 }
 
-// Not clap's global flags: of those, a `-e` behind the command's name silently drops the ones before it.
+// Not clap's global flags, because there a `-e` after the command's name drops those before it.
 impl Command {
     fn common(&self) -> &Common {
         match self {
@@ -244,7 +243,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// With the git revision where the build script found one.
+/// The version, with the git revision if the build script found one.
 static VERSION: LazyLock<String> = LazyLock::new(|| {
     let version = env!("CARGO_PKG_VERSION");
     match option_env!("HOST_METRICS_REVISION") {
@@ -257,20 +256,20 @@ static LONG_HELP: LazyLock<String> = LazyLock::new(|| format!("{VARIABLES}\n\n{E
 
 const EXAMPLES: &str = "\
 Examples:
-  host-metrics demo --for 30s                      everything in one process, nothing to set up
+  host-metrics demo --for 30s                      everything in one process, without any setup
   host-metrics check https://example.com/ 'Example'
   host-metrics validate -c producer_config
   host-metrics produce -c producer_config -e KAFKA_BOOTSTRAP_SERVERS=localhost:9092
   host-metrics consume --env-file env
   host-metrics status --env-file env
 
-Exit status: 0 done; 1 it could not go on (check: not valid; status: stale; health: not ready);
-2 the command line, a variable or the host file is wrong.";
+Exit status: 0 success; 1 failure (check: not valid; status: stale; health: not ready);
+2 an error in the command line, a variable or the host file.";
 
 const VARIABLES: &str = "\
-Variables (with -e, in the environment or in .env; an empty one has its default value):
+Variables (set with -e, in the environment or in .env; an empty value means the default):
   KAFKA_BOOTSTRAP_SERVERS   host:port,host:port
-  KAFKA_TOPIC               [host-metrics]; `consume` and `init` take several, separated by commas
+  KAFKA_TOPIC               [host-metrics]; `consume` and `init` accept several, separated by commas
   KAFKA_SECURITY_PROTOCOL   PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL
                             [SSL if a KAFKA_SSL_* file is set, else PLAINTEXT]
   KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE, KAFKA_SSL_KEY_FILE    PEM files
@@ -282,19 +281,19 @@ Variables (with -e, in the environment or in .env; an empty one has its default 
   DB_TABLE                  table or schema.table [host_metrics]
   DB_SSLMODE                disable, prefer, require, verify-ca or verify-full [prefer]
   DB_SSLROOTCERT            PEM file of the database's certificate authority
-  DB_BATCH_SIZE             records per transaction at most [100]
-  DB_BATCH_SECONDS          after how many seconds a smaller batch is written [1]
-  DB_RETENTION              e.g. 90d: older days are dropped [none]
-  DB_ROLLUP_RETENTION       e.g. 400d: how long sums by hour and incidents are kept [for ever]
-  STATE                     on or off: whether consume keeps the state beside the rows [on]
+  DB_BATCH_SIZE             the most records in a transaction [100]
+  DB_BATCH_SECONDS          how long a smaller batch waits [1]
+  DB_RETENTION              how long rows are kept, e.g. 90d [no limit]
+  DB_ROLLUP_RETENTION       how long sums by hour and incidents are kept, e.g. 400d [no limit]
+  STATE                     on or off: whether `consume` keeps the state beside the rows [on]
   DOWN_WHEN                 any, majority, all or a number of places that must see a host down [majority]
-  CHECK_TIMEOUT             one check in all [10s]
-  MAX_THREADS               checks under way at once [1024]
-  MAX_BODY_BYTES            how much of a body the regex sees [1048576]
-  USER_AGENT                one line [host-metrics/VERSION]
-  CHECK_CA_FILE             PEM file of a further authority for the checked sites
-  AGENT_NAME                who checked, in each record [the machine's host name]
-  METRICS_ADDR              e.g. 0.0.0.0:9464: serves /metrics, /healthz, /readyz [none]
+  CHECK_TIMEOUT             the longest time for one check [10s]
+  MAX_THREADS               the most checks at the same time [1024]
+  MAX_BODY_BYTES            how much of a body is searched for the regex [1048576]
+  USER_AGENT                the User-Agent header of the checks [host-metrics/VERSION]
+  CHECK_CA_FILE             PEM file of an additional authority for the checked sites
+  AGENT_NAME                the name in each record of the place that checks [the host name]
+  METRICS_ADDR              where to serve /metrics, /healthz, /readyz, e.g. 0.0.0.0:9464 [none]
   LOG_LEVEL                 OFF, ERROR, WARN, INFO, DEBUG or TRACE [INFO]
-Every user of the machine can see a secret on the command line: set DB_PASSWORD_FILE,
-KAFKA_SASL_USERNAME_FILE and KAFKA_SASL_PASSWORD_FILE to files that hold them.";
+A secret on the command line is visible to every user of the machine. Instead, set
+DB_PASSWORD_FILE, KAFKA_SASL_USERNAME_FILE and KAFKA_SASL_PASSWORD_FILE to files with the values.";

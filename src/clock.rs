@@ -1,10 +1,10 @@
-//! The one clock of a run: Unix time as it was at the start, carried on by a clock that nobody sets.
+//! The clock of a run: Unix time at the start, plus the time that a monotonic clock has counted since.
 //!
-//! Owns the difference between the two. Setting the wall clock disturbs neither the rhythm of the checks nor the times in
-//! their records; the price is that a run that began with a wrong clock keeps it until it is started again, which
-//! [`Clock::wall_clock_ahead_micros`] lets the run say. There is no re-anchoring: ticks would come twice or not at all, and
-//! where the wall clock is kept by NTP there is nothing to gain, because that steers the rate of the monotonic clocks, too.
-//! On Linux the time while the machine is suspended counts, or every later record would lie that much in the past.
+//! Setting the wall clock during a run changes neither the rhythm of the checks nor the times in their records. The cost is
+//! that a run that starts with a wrong clock keeps the error until its next start; [`Clock::wall_clock_ahead_micros`] lets
+//! the run report that. The clock is not corrected during the run, because ticks would then come twice or be lost. NTP makes
+//! a correction unnecessary, because it adjusts the rate of the monotonic clocks too. On Linux the clock also counts the time
+//! while the machine is suspended; without it every later record would be too early by that time.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -18,20 +18,20 @@ const STEADY: ClockId = ClockId::Boottime;
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 const STEADY: ClockId = ClockId::Monotonic;
 
-/// A clock that only goes forward; copies agree.
+/// A clock that only goes forward. All copies show the same time.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
-    /// What to add to the steady clock to get Unix time as it was set at the start.
+    /// Unix time at the start minus the steady clock at the start, in microseconds.
     offset_micros: i64,
 }
 
 impl Clock {
     /// # Errors
-    /// The machine's clock is set to a time before 1970 or after 9999, which no record could hold.
+    /// The machine's clock shows a year before 1970 or after 9999, which a record cannot hold.
     pub fn start() -> anyhow::Result<Self> {
         let wall_micros = wall_micros();
         Timestamp::from_unix_micros(wall_micros)
-            .context("this machine's clock lies outside the years 1970 to 9999: set it")?;
+            .context("this machine's clock shows a year outside 1970 to 9999; set the clock")?;
         Ok(Self {
             offset_micros: wall_micros - steady_micros(),
         })
@@ -42,24 +42,24 @@ impl Clock {
         steady_micros() + self.offset_micros
     }
 
-    /// When that was: microseconds since the Unix epoch at an instant that lies in the past.
+    /// A past instant in microseconds since the Unix epoch.
     pub fn micros_at(self, past: Instant) -> i64 {
         let ago = instant_now().saturating_duration_since(past);
         self.now_micros() - i64::try_from(ago.as_micros()).unwrap_or(0)
     }
 
-    /// How long until then; nothing if it is past.
+    /// The time until `micros` since the Unix epoch; zero if that is past.
     pub fn until(self, micros: i64) -> Duration {
         Duration::from_micros(u64::try_from(micros - self.now_micros()).unwrap_or(0))
     }
 
-    /// How far the wall clock has been set ahead (or, negative, back) since the start.
+    /// How many microseconds the wall clock was set ahead since the start; negative if it was set back.
     pub fn wall_clock_ahead_micros(self) -> i64 {
         wall_micros() - self.now_micros()
     }
 }
 
-/// For a record; what lies outside the years that a record can hold is moved to their end.
+/// A timestamp for a record. A time outside the years 1970 to 9999 becomes the nearest one inside.
 pub fn timestamp(micros: i64) -> Timestamp {
     const LAST_MICROS: i64 = 253_402_300_799_999_999;
     Timestamp::from_unix_micros(micros.clamp(0, LAST_MICROS)).expect("clamped into the years 1970 to 9999")

@@ -1,34 +1,34 @@
-//! What the operating system lets this process have: open files and threads.
+//! The operating system's limits for this process: open files and threads.
 //!
-//! Owns raising what may be raised, and the warnings where MAX_THREADS asks for more than there is.
+//! Raises the limit of open files, and warns where MAX_THREADS needs more than the limits allow.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
-/// Beside the checks: connections to Kafka, requests for metrics, the files that the program itself has open.
+/// Open files that the checks do not use: connections to Kafka, requests for metrics, the program's own files.
 const OTHER_FILES: u64 = 64;
 
-/// Beside the checks: librdkafka's threads and ours.
+/// Threads that do not check: librdkafka's and our own.
 const OTHER_THREADS: u64 = 32;
 
-/// Of each kind how much this process may still have; `None` where there is no limit, or it cannot be told.
+/// The limits; `None` if there is no limit, or it is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     pub files: Option<u64>,
-    /// RLIMIT_NPROC, which all processes of this user share.
+    /// RLIMIT_NPROC, for all processes of this user together.
     pub threads_of_user: Option<u64>,
-    /// What the kernel has for all processes together.
+    /// The kernel's limit, for all processes together.
     pub threads_of_kernel: Option<u64>,
-    /// What the control group leaves: pids.max without what runs there already.
+    /// What the control group leaves: pids.max minus the threads that already run in it.
     pub threads_of_cgroup: Option<u64>,
 }
 
-/// Raises the limit of open files as far as it may be raised without privileges: the soft limit is usually 1024, so that
-/// old programs that use select() do not break, and every check needs a file.
+/// Raises the soft limit of open files to the hard limit. Every check needs a file, and the soft limit is usually 1024, for
+/// the sake of old programs that use select().
 ///
-/// Where that is forbidden (a seccomp filter), the limit stays, and [`warnings`] tells whether it is enough.
+/// If a seccomp filter forbids this, the limit stays, and [`warnings`] reports whether it is enough.
 pub fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {
@@ -47,7 +47,7 @@ pub fn raise_open_files() {
 pub fn current() -> Limits {
     Limits {
         files: getrlimit(Resource::Nofile).current,
-        // The kernel does not hold root to it.
+        // The kernel does not apply it to root.
         threads_of_user: getrlimit(Resource::Nproc)
             .current
             .filter(|_| !geteuid().is_root()),
@@ -61,7 +61,7 @@ pub fn current() -> Limits {
     }
 }
 
-/// A line for each limit that `checks` at once, of which `lookups` look up a name, would exceed.
+/// A line for each limit that this many checks at the same time would exceed; `lookups` of them look up a name.
 pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
     let (checks, lookups) = (checks as u64, lookups as u64);
     let files = Need {
@@ -69,7 +69,7 @@ pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
         count: checks + OTHER_FILES,
         fits: |limit| limit.saturating_sub(OTHER_FILES),
     };
-    // A name is looked up on a thread of its own, while the check's thread waits.
+    // A name is looked up on its own thread while the check's thread waits.
     let threads = Need {
         what: "threads",
         count: checks + lookups + OTHER_THREADS,
@@ -113,7 +113,7 @@ pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
 struct Need {
     what: &'static str,
     count: u64,
-    /// How many checks a limit is enough for.
+    /// How many checks fit into a limit.
     fits: fn(u64) -> u64,
 }
 
@@ -126,20 +126,20 @@ impl Need {
         };
         let plural = if checks == 1 { "" } else { "s" };
         Some(format!(
-            "{checks} check{plural} at once may need {} {what}, but {who} {limit}; what exceeds that fails as agent_error; raise \
-             {knob}, or {lower}",
+            "{checks} check{plural} at the same time may need {} {what}, but {who} {limit}; checks beyond that fail as \
+             agent_error; raise {knob}, or {lower}",
             self.count,
             what = self.what
         ))
     }
 }
 
-/// The smallest rest of `pids.max` in our control group and those above it. `groups` is /proc/self/cgroup.
+/// The smallest remainder of `pids.max` in our control group and its ancestors. `groups` is the text of /proc/self/cgroup.
 fn pids_left(groups: &str, mounted_at: &Path) -> Option<u64> {
     let group = groups.lines().find_map(|line| {
         let (_, rest) = line.split_once(':')?;
         let (controllers, path) = rest.split_once(':')?;
-        // Version 1 has a hierarchy for pids; version 2, `0::/path`, has one for all.
+        // Version 1 has a hierarchy for pids alone; version 2 has one for everything: `0::/path`.
         match controllers.split(',').any(|controller| controller == "pids") {
             true => Some((mounted_at.join("pids"), path)),
             false => None,
@@ -150,7 +150,7 @@ fn pids_left(groups: &str, mounted_at: &Path) -> Option<u64> {
         Some((mounted_at.to_owned(), path))
     };
     let (root, path) = group.or_else(version_2)?;
-    // A container may see its own group as the root, and in /proc the path that the host knows it by.
+    // In a container, /proc may show the host's path although the container's own group is mounted as the root.
     let path = PathBuf::from(path.trim_start_matches('/'));
     path.ancestors()
         .filter_map(|group| {
@@ -161,7 +161,7 @@ fn pids_left(groups: &str, mounted_at: &Path) -> Option<u64> {
         .min()
 }
 
-/// `None` also where the file says `max`.
+/// The number in a file; `None` also for `max`.
 fn number(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_fit_is_named_with_what_to_do() {
+    fn a_limit_that_is_too_low_is_named_with_the_remedy() {
         let enough = Limits {
             files: Some(164),
             threads_of_user: Some(232),
@@ -190,7 +190,7 @@ mod tests {
         assert_eq!(lines.len(), 3, "{lines:?}");
         assert_eq!(
             lines[0],
-            "100 checks at once may need 164 open files, but this process may have 163; what exceeds that fails as \
+            "100 checks at the same time may need 164 open files, but this process may have 163; checks beyond that fail as \
              agent_error; raise the limit of open files (ulimit -n, LimitNOFILE= in a systemd unit, --ulimit nofile= for \
              a container), or set MAX_THREADS=99"
         );
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tightest_control_group_on_the_way_up_counts() {
+    fn the_lowest_limit_of_the_group_and_its_ancestors_counts() {
         let root = tempfile::tempdir().unwrap();
         let write = |file: &str, contents: &str| {
             let path = root.path().join(file);

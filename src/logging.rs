@@ -1,6 +1,6 @@
-//! Where log lines go and what they look like: one line per fact, `2026-01-31T12:00:00.000Z [INFO] flush rows=500`.
+//! The format of log lines, `2026-01-31T12:00:00.000Z [INFO] flush rows=500`, and where they go.
 //!
-//! Whatever a server put into one, no terminal obeys it: all of them lose their hidden characters here.
+//! A line may quote text from a server, so control and hidden characters are removed from every line.
 
 use std::io::{self, LineWriter, Write};
 
@@ -12,7 +12,7 @@ use crate::terminal;
 /// Logs to standard error from now on.
 ///
 /// # Errors
-/// A logger was started before.
+/// The logging was already started.
 pub fn start(level: LevelFilter) -> Result<(), SetLoggerError> {
     start_to(level, io::stderr())
 }
@@ -20,7 +20,7 @@ pub fn start(level: LevelFilter) -> Result<(), SetLoggerError> {
 /// Logs to `sink` from now on.
 ///
 /// # Errors
-/// A logger was started before.
+/// The logging was already started.
 pub fn start_to(level: LevelFilter, sink: impl Write + Send + 'static) -> Result<(), SetLoggerError> {
     let config = ConfigBuilder::new()
         .set_time_format_custom(format_description!(
@@ -30,14 +30,14 @@ pub fn start_to(level: LevelFilter, sink: impl Write + Send + 'static) -> Result
         .set_target_level(LevelFilter::Off)
         .set_location_level(LevelFilter::Off)
         .build();
-    // A line is one write: lines of several processes into one pipe do not mix.
+    // A line is one write, so that the lines of several processes into one pipe do not mix.
     let lines = WriteLogger::new(level, config, LineWriter::new(sink));
     log::set_boxed_logger(Box::new(Plain(lines)))?;
     log::set_max_level(level);
     Ok(())
 }
 
-/// Whose lines are logged. Other libraries log at DEBUG what no operator can act on, and at TRACE what goes over the wire.
+/// The sources whose lines are logged. The lines of other libraries, at DEBUG and TRACE, help no operator.
 const TARGETS: [&str; 2] = ["host_metrics", "librdkafka"];
 
 struct Plain<L>(L);
@@ -49,7 +49,8 @@ impl<L: Log> Log for Plain<L> {
     }
 
     fn log(&self, record: &Record<'_>) {
-        // Checked before the text is made: tokio-postgres logs every parameter of a statement, which can be megabytes.
+        // Checked before the text is formatted, because tokio-postgres logs every parameter of a statement, which can be
+        // megabytes.
         if self.enabled(record.metadata()) {
             let text = record.args().to_string();
             let text = terminal::plain_lines(&text);
@@ -93,12 +94,12 @@ mod tests {
         let text = Arc::clone(&kept.0);
         let logger = Plain(kept);
         for level in [log::Level::Info, log::Level::Debug] {
-            let said = "the server says \u{202e}\u{1b}[2J\nand more";
+            let text = "the server says \u{202e}\u{1b}[2J\nand more";
             logger.log(
                 &Record::builder()
                     .level(level)
                     .target("host_metrics::consume")
-                    .args(format_args!("{said}"))
+                    .args(format_args!("{text}"))
                     .build(),
             );
         }

@@ -1,4 +1,4 @@
-//! argv → configuration → logging → signals → run. Prints errors, once; everything else is the library's.
+//! The program: reads the command line and the variables, starts the logging and runs the command. Prints every error once.
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -13,43 +13,49 @@ use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
 use host_metrics::commands::{check, demo, init, skip, status, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
-use host_metrics::http::health::{self, Answer};
+use host_metrics::http::health::{self, Health};
 use host_metrics::produce::host_file::{self, HostFileError, Hosts};
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
 use host_metrics::{consume, limits, logging, terminal};
 
-const COULD_NOT_GO_ON: u8 = 1;
+const FAILURE: u8 = 1;
 const WRONG_INPUT: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(usage) => {
-            // Nobody is left to hear that standard output or error is closed.
+            // If standard output or error is closed, there is nowhere to report that.
             let _ = usage.print();
             return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(WRONG_INPUT));
         }
     };
     match run(&cli) {
-        Ok(status) => status,
-        Err(error) => {
-            let is_wrong_input = error
-                .chain()
-                .any(|cause| cause.is::<WrongInput>() || cause.is::<WrongVariables>());
-            // What is wrong with the input says so itself, and where: FILE:LINE:COLUMN begins its line.
-            let (prefix, status) = match is_wrong_input {
-                true => ("", WRONG_INPUT),
-                false => ("error: ", COULD_NOT_GO_ON),
-            };
-            let text = format!("{prefix}{error:#}");
-            let _ = writeln!(io::stderr(), "{}", terminal::plain_lines(&text));
-            ExitCode::from(status)
-        }
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(FAILURE),
+        Err(error) => report(&error),
     }
 }
 
-fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+/// Prints the error, and returns its exit status.
+fn report(error: &anyhow::Error) -> ExitCode {
+    let is_wrong_input = error
+        .chain()
+        .any(|cause| cause.is::<WrongInput>() || cause.is::<WrongVariables>());
+    // An error in the input begins with its own place, FILE:LINE:COLUMN or the variable's name.
+    let (prefix, status) = match is_wrong_input {
+        true => ("", WRONG_INPUT),
+        false => ("error: ", FAILURE),
+    };
+    let text = format!("{prefix}{error:#}");
+    // If standard error is closed, there is nowhere to report that.
+    let _ = writeln!(io::stderr(), "{}", terminal::plain_lines(&text));
+    ExitCode::from(status)
+}
+
+/// Runs the command. Returns false for a bad result, such as a check that is not valid, which is not an error.
+fn run(cli: &Cli) -> anyhow::Result<bool> {
     let variables = Variables::gather(&cli.variables(), cli.env_file());
     match &cli.command {
         Command::Produce(args) => run_produce(args, &variables),
@@ -65,10 +71,10 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<ExitCode> {
-    // Reading a large file takes a while, in which SIGHUP would end the program.
+fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<bool> {
+    // Until the signals are handled below, SIGHUP would end the program; reading a large file takes a while.
     let changed_early = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(SIGHUP, Arc::clone(&changed_early)).context("cannot listen to signals")?;
+    signal_hook::flag::register(SIGHUP, Arc::clone(&changed_early)).context("cannot handle signals")?;
     let (config, hosts) = both(config::produce(variables), host_file::read(&args.host_file))?;
     start_logging(variables, Servers::KAFKA)?;
     let targets = with_warnings(hosts);
@@ -80,18 +86,18 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<Exi
         shutdown.request_reload();
     }
     produce::run(&config, targets, host_file, rounds, &shutdown)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(true)
 }
 
-fn run_consume(variables: &Variables) -> anyhow::Result<ExitCode> {
+fn run_consume(variables: &Variables) -> anyhow::Result<bool> {
     let config = config::consume(variables)?;
     start_logging(variables, Servers::BOTH)?;
     limits::raise_open_files();
     consume::run(&config, &listen_to_signals()?)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(true)
 }
 
-fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<ExitCode> {
+fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
     let target = host_file::target(&args.address, &args.options, args.regex.as_deref());
     let (config, target) = both(config::check(variables), target)?;
     start_logging(variables, Servers::NONE)?;
@@ -101,24 +107,21 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<ExitCod
     } else {
         check::report(&sample)
     })?;
-    Ok(if sample.is_valid {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(COULD_NOT_GO_ON)
-    })
+    Ok(sample.is_valid)
 }
 
-fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<ExitCode> {
+fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<bool> {
     let (config, hosts) = both(config::validate(variables), host_file::read(&args.host_file))?;
     start_logging(variables, Servers::NONE)?;
     print(&validate::report(&config, &hosts))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(true)
 }
 
-fn run_init(args: &cli::Init, variables: &Variables) -> anyhow::Result<ExitCode> {
-    let servers = Servers {
-        kafka: !args.print_sql,
-        database: !args.print_sql,
+fn run_init(args: &cli::Init, variables: &Variables) -> anyhow::Result<bool> {
+    let servers = if args.print_sql {
+        Servers::NONE
+    } else {
+        Servers::BOTH
     };
     let config = config::init(variables, servers)?;
     start_logging(variables, servers)?;
@@ -129,10 +132,10 @@ fn run_init(args: &cli::Init, variables: &Variables) -> anyhow::Result<ExitCode>
         print_sql: args.print_sql,
     };
     init::run(&config, options)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(true)
 }
 
-fn run_drop(args: &cli::Drop, variables: &Variables) -> anyhow::Result<ExitCode> {
+fn run_drop(args: &cli::Drop, variables: &Variables) -> anyhow::Result<bool> {
     let servers = Servers {
         kafka: args.topic,
         database: true,
@@ -140,10 +143,10 @@ fn run_drop(args: &cli::Drop, variables: &Variables) -> anyhow::Result<ExitCode>
     let config = config::init(variables, servers)?;
     start_logging(variables, servers)?;
     init::drop(&config, args.topic, args.yes)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(true)
 }
 
-fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<ExitCode> {
+fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::status(variables)?;
     start_logging(variables, Servers::BOTH)?;
     let report = status::run(&config)?;
@@ -153,34 +156,26 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<ExitC
     } else {
         status::text(&report, width.map(|(width, _)| width.0.into()))
     })?;
-    Ok(if report.is_stale() {
-        ExitCode::from(COULD_NOT_GO_ON)
-    } else {
-        ExitCode::SUCCESS
-    })
+    Ok(!report.is_stale())
 }
 
-fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<ExitCode> {
+fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::consume(variables)?;
     start_logging(variables, Servers::BOTH)?;
     print(&skip::run(&config, &args.place)?)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(true)
 }
 
-fn run_health(variables: &Variables) -> anyhow::Result<ExitCode> {
-    match health::ask(config::health(variables)?).map_err(anyhow::Error::msg)? {
-        Answer::Ready => {
-            print("ready\n")?;
-            Ok(ExitCode::SUCCESS)
-        }
-        Answer::NotReady(reason) => {
-            print(&format!("not ready: {reason}\n"))?;
-            Ok(ExitCode::from(COULD_NOT_GO_ON))
-        }
-    }
+fn run_health(variables: &Variables) -> anyhow::Result<bool> {
+    let health = health::ask(config::health(variables)?).map_err(anyhow::Error::msg)?;
+    print(&match &health {
+        Health::Ready => "ready\n".to_owned(),
+        Health::NotReady(reason) => format!("not ready: {reason}\n"),
+    })?;
+    Ok(health == Health::Ready)
 }
 
-fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<ExitCode> {
+fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<bool> {
     let path = args.host_file.as_deref();
     let hosts = path.map(host_file::read).transpose();
     let (check, hosts) = both(config::demo(variables), hosts)?;
@@ -191,15 +186,10 @@ fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<ExitCode>
         how_long: args.how_long,
         log_level: config::log_level(variables)?,
     };
-    let is_balanced = demo::run(options, &listen_to_signals()?)?;
-    Ok(if is_balanced {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(COULD_NOT_GO_ON)
-    })
+    demo::run(options, &listen_to_signals()?)
 }
 
-/// Also warns of what is not an error in the variables, but probably not as it was meant.
+/// Starts the logging, and logs the warnings about the variables.
 fn start_logging(variables: &Variables, servers: Servers) -> anyhow::Result<()> {
     logging::start(config::log_level(variables)?)?;
     let secrets = [
@@ -231,11 +221,11 @@ fn prepare_limits(targets: &[Target], max_threads: usize) {
 
 fn listen_to_signals() -> anyhow::Result<Shutdown> {
     let shutdown = Shutdown::new();
-    shutdown.listen_to_signals().context("cannot listen to signals")?;
+    shutdown.listen_to_signals().context("cannot handle signals")?;
     Ok(shutdown)
 }
 
-/// Both, or everything that is wrong with either.
+/// Both values, or the errors of both.
 fn both<A, B>(one: Result<A, WrongVariables>, other: Result<B, HostFileError>) -> Result<(A, B), WrongInput> {
     match (one, other) {
         (Ok(one), Ok(other)) => Ok((one, other)),
@@ -245,7 +235,7 @@ fn both<A, B>(one: Result<A, WrongVariables>, other: Result<B, HostFileError>) -
     }
 }
 
-/// Results go to standard output; a reader that has seen enough is no error.
+/// Prints results to standard output. A reader that closes the pipe early, as `head` does, is not an error.
 fn print(results: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     let results = terminal::plain_lines(results);

@@ -1,39 +1,41 @@
-//! A trouble that is waited out: when to say so, and when to say that it is over.
+//! When to log an outage that is waited out, and its end.
 //!
-//! Pure. A server that is away for a second is nobody's business; one that stays away is said after a few seconds and
-//! then rarely, with the last reason, in one line.
+//! Pure. An outage of a second is not logged. A longer one is logged after a few seconds and then once a minute, in one
+//! line with the last reason.
 
 use std::time::{Duration, Instant};
 
-/// A trouble is said once it has lasted this long.
+/// How long an outage lasts before it is logged.
 pub const SAY_AFTER: Duration = Duration::from_secs(3);
 
-/// And again after so much longer.
+/// The time from one line about the same outage to the next.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
-/// One kind of trouble.
+/// One kind of outage, such as "Kafka cannot be reached": at present or not.
 #[derive(Debug, Default)]
-pub struct Trouble {
+pub struct Outage {
     current: Option<Current>,
 }
 
 #[derive(Debug)]
 struct Current {
     since: Instant,
-    said: Option<Instant>,
+    /// When it was last logged.
+    logged: Option<Instant>,
+    /// Whether that line named no cause.
     is_without_cause: bool,
     reason: String,
 }
 
-impl Trouble {
-    /// The trouble is there since then, or still there; only the last reason is kept.
-    pub fn is_there(&mut self, since: Instant, reason: String) {
+impl Outage {
+    /// Begins the outage at `since`, or gives the present one a new reason.
+    pub fn begin(&mut self, since: Instant, reason: String) {
         match &mut self.current {
             Some(current) => current.reason = reason,
             None => {
                 self.current = Some(Current {
                     since,
-                    said: None,
+                    logged: None,
                     is_without_cause: false,
                     reason,
                 });
@@ -41,39 +43,43 @@ impl Trouble {
         }
     }
 
-    /// The trouble is over. How long it lasted, if it was said.
-    pub fn is_over(&mut self, now: Instant) -> Option<Duration> {
+    /// Ends the outage. Returns how long it lasted if it was logged, so that its end can be logged too.
+    pub fn end(&mut self, now: Instant) -> Option<Duration> {
         let current = self.current.take()?;
-        current.said.map(|_| now.saturating_duration_since(current.since))
+        current
+            .logged
+            .map(|_| now.saturating_duration_since(current.since))
     }
 
+    /// The last reason; `None` without an outage.
     pub fn reason(&self) -> Option<&str> {
         self.current.as_ref().map(|current| current.reason.as_str())
     }
 
-    /// Whether its cause is known: what was said without one is said again, once, as soon as it is.
-    pub fn cause_is_known(&mut self, is_known: bool) {
+    /// Sets whether the last reason names a cause. An outage that was logged without a cause is logged again, once, as
+    /// soon as the cause is known.
+    pub fn set_cause_known(&mut self, is_known: bool) {
         if let Some(current) = &mut self.current {
             if is_known && current.is_without_cause {
-                current.said = None;
+                current.logged = None;
             }
-            if current.said.is_none() {
+            if current.logged.is_none() {
                 current.is_without_cause = !is_known;
             }
         }
     }
 
-    /// The reason and how long it has lasted, if that is to be said now.
-    pub fn due(&mut self, now: Instant) -> Option<(&str, Duration)> {
+    /// The reason and how long the outage has lasted, if it is time to log that; the caller then does so.
+    pub fn take_report(&mut self, now: Instant) -> Option<(&str, Duration)> {
         let current = self.current.as_mut()?;
-        let due = match current.said {
-            Some(said) => said + SAY_EVERY,
+        let due = match current.logged {
+            Some(logged) => logged + SAY_EVERY,
             None => current.since + SAY_AFTER,
         };
         if now < due {
             return None;
         }
-        current.said = Some(now);
+        current.logged = Some(now);
         Some((&current.reason, now.saturating_duration_since(current.since)))
     }
 }
@@ -90,46 +96,55 @@ mod tests {
     }
 
     #[test]
-    fn a_short_trouble_is_never_said() {
-        let mut trouble = Trouble::default();
-        trouble.is_there(at(0), "refused".into());
-        assert_eq!(trouble.due(at(2)), None);
-        assert_eq!(trouble.is_over(at(2)), None);
-        assert_eq!(trouble.due(at(10)), None);
+    fn a_short_outage_is_never_logged() {
+        let mut outage = Outage::default();
+        outage.begin(at(0), "refused".into());
+        assert_eq!(outage.take_report(at(2)), None);
+        assert_eq!(outage.end(at(2)), None);
+        assert_eq!(outage.take_report(at(10)), None);
     }
 
     #[test]
-    fn a_long_trouble_is_said_soon_then_rarely_and_its_end_once() {
-        let mut trouble = Trouble::default();
-        trouble.is_there(at(0), "refused".into());
-        trouble.is_there(at(3), "timed out".into());
-        assert_eq!(trouble.due(at(3)), Some(("timed out", Duration::from_secs(3))));
-        assert_eq!(trouble.due(at(62)), None);
-        assert_eq!(trouble.due(at(63)), Some(("timed out", Duration::from_secs(63))));
-        assert_eq!(trouble.is_over(at(70)), Some(Duration::from_secs(70)));
-        assert_eq!(trouble.is_over(at(71)), None);
+    fn a_long_outage_is_logged_soon_then_rarely_and_its_end_once() {
+        let mut outage = Outage::default();
+        outage.begin(at(0), "refused".into());
+        outage.begin(at(3), "timed out".into());
+        assert_eq!(
+            outage.take_report(at(3)),
+            Some(("timed out", Duration::from_secs(3)))
+        );
+        assert_eq!(outage.take_report(at(62)), None);
+        assert_eq!(
+            outage.take_report(at(63)),
+            Some(("timed out", Duration::from_secs(63)))
+        );
+        assert_eq!(outage.end(at(70)), Some(Duration::from_secs(70)));
+        assert_eq!(outage.end(at(71)), None);
     }
 
     #[test]
-    fn a_trouble_of_unknown_cause_is_said_once_more_when_the_cause_is_known() {
-        let mut trouble = Trouble::default();
-        trouble.is_there(at(0), "silent".into());
-        let mut said = Vec::new();
+    fn an_outage_of_unknown_cause_is_logged_once_more_when_the_cause_is_known() {
+        let mut outage = Outage::default();
+        outage.begin(at(0), "silent".into());
+        let mut logged = Vec::new();
         for second in 0..130 {
-            // It comes and goes.
-            trouble.cause_is_known([5, 7, 8, 20].contains(&second));
-            said.extend(trouble.due(at(second)).map(|_| second));
+            // The cause comes and goes.
+            outage.set_cause_known([5, 7, 8, 20].contains(&second));
+            logged.extend(outage.take_report(at(second)).map(|_| second));
         }
-        assert_eq!(said, [3, 5, 65, 125]);
+        assert_eq!(logged, [3, 5, 65, 125]);
     }
 
     #[test]
-    fn a_trouble_that_comes_back_starts_anew() {
-        let mut trouble = Trouble::default();
-        trouble.is_there(at(0), "refused".into());
-        trouble.is_over(at(1));
-        trouble.is_there(at(2), "refused".into());
-        assert_eq!(trouble.due(at(4)), None);
-        assert_eq!(trouble.due(at(5)), Some(("refused", Duration::from_secs(3))));
+    fn an_outage_that_comes_back_starts_anew() {
+        let mut outage = Outage::default();
+        outage.begin(at(0), "refused".into());
+        outage.end(at(1));
+        outage.begin(at(2), "refused".into());
+        assert_eq!(outage.take_report(at(4)), None);
+        assert_eq!(
+            outage.take_report(at(5)),
+            Some(("refused", Duration::from_secs(3)))
+        );
     }
 }

@@ -1,8 +1,8 @@
-//! One Postgres connection: made with libpq's meaning of DB_SSLMODE, every wait bounded, every error sorted.
+//! One Postgres connection, with a bound on every wait and every error classified.
 //!
-//! Owns how a `DatabaseConfig` becomes a connection, the session's settings, and what an SQLSTATE asks of us. What is
-//! asked over the connection is its users': `consume::store`, `tables`, `init`, `status`. The engine is
-//! tokio-postgres on a runtime of the caller's own thread: the blocking `postgres` crate has no bound on any wait.
+//! Owns how a `DatabaseConfig` becomes a connection (DB_SSLMODE means what libpq's sslmode means), the settings of the
+//! session, and which errors are worth a retry. The queries are in `consume::store`, `tables`, `init` and `status`. It uses
+//! tokio-postgres on a runtime of the caller's thread, because the blocking `postgres` crate has no bound on any wait.
 
 use std::error::Error as _;
 use std::future::Future;
@@ -21,25 +21,25 @@ use tokio_postgres::{Client, NoTls, SimpleQueryMessage, SimpleQueryRow};
 use crate::config::{DatabaseConfig, DbSslMode, pem};
 use crate::tables::names::{SEARCH_PATH, TableName, literal};
 
-/// How our sessions are told from others in `pg_stat_activity`.
+/// The name of our sessions in `pg_stat_activity`.
 pub const APPLICATION_NAME: &str = "host-metrics";
 
-/// Every wait of a connection; the defaults are for production, tests shorten them.
+/// The bounds on the waits of a connection. Tests shorten the defaults.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Name, TCP, TLS and login, for all addresses together. libpq has no bound; ten seconds outlast a busy server and
-    /// a lost SYN or two (1 s, then 2 s more).
+    /// Name look-up, TCP, TLS and login, for all addresses together. Ten seconds are enough for a busy server and for two
+    /// lost SYNs, which cost 1 s and 2 s.
     pub connect: Duration,
-    /// One question and its answer, and each 128 KiB of a COPY. A checkpoint on a slow disk stalls a healthy server for
-    /// seconds; a server that says nothing for this long is taken to hang.
+    /// One query and its result, and each 128 KiB of a COPY. A checkpoint on a slow disk can stall a healthy server for
+    /// seconds. A server that sends nothing for longer is assumed to hang.
     pub step: Duration,
-    /// Added to `step` for each row of a COPY where the answer comes at the end: triggers run there. A millisecond a row
-    /// is a thousand times what a plain table needs, and a bound all the same.
+    /// Added to `step` for each row of a COPY, for the user's triggers, which run at its end. A millisecond is a thousand
+    /// times what a row of a plain table needs.
     pub per_row: Duration,
-    /// Added to `step` for each byte of an INSERT, which goes in one message: a megabyte a second is what a poor line does.
+    /// Added to `step` for each byte of an INSERT, which is one message. A slow line carries a megabyte a second.
     pub per_byte: Duration,
-    /// How long a statement waits for a lock, for example of a consumer that vanished: below `step`, so that the server
-    /// can still say so itself.
+    /// How long a statement waits for a lock, such as that of a consumer that vanished. Below `step`, so that the server
+    /// reports the timeout itself.
     pub lock: Duration,
 }
 
@@ -55,29 +55,30 @@ impl Default for Bounds {
     }
 }
 
-/// What an error asks of us.
+/// What to do about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It passes: wait and try again, on a new connection.
+    /// Wait, then try again on a new connection.
     Passing,
-    /// The operator has to act; waiting does not help.
+    /// Stop: the operator has to change something.
     Operator,
-    /// What was written was refused: a row's fault, once it repeats with that row alone.
+    /// The server refused what was written. If the error repeats with one row alone, that row is the cause.
     Refused,
 }
 
-/// An error of the database or of the way to it, sorted and worded. Passwords are in none.
+/// An error of the database or of the connection to it, classified. The text never holds a password.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{text}")]
 pub struct Fault {
     pub kind: Kind,
     pub text: String,
     pub code: Option<SqlState>,
-    /// The server's context, innermost first: `COPY t, line 3`.
+    /// The server's CONTEXT field, innermost first, such as `COPY t, line 3`.
     pub context: Option<String>,
 }
 
 impl Fault {
+    /// An error to wait out.
     pub fn passing(text: impl Into<String>) -> Self {
         Self {
             kind: Kind::Passing,
@@ -87,6 +88,7 @@ impl Fault {
         }
     }
 
+    /// An error for the operator.
     pub fn operator(text: impl Into<String>) -> Self {
         Self {
             kind: Kind::Operator,
@@ -96,7 +98,7 @@ impl Fault {
         }
     }
 
-    /// Names the remedy if the error is a right that the user lacks.
+    /// Adds the GRANT to run, if the error is a missing privilege.
     pub fn with_grant(mut self, grant: &str) -> Self {
         if self.code == Some(SqlState::INSUFFICIENT_PRIVILEGE) {
             self.text = format!("{}: {grant}", self.text);
@@ -116,7 +118,7 @@ impl From<tokio_postgres::Error> for Fault {
             };
         };
         let mut text = format!("{} (SQLSTATE {})", db.message(), db.code().code());
-        // A detail repeats the whole row ("Failing row contains …"): enough of it to recognise the row.
+        // A DETAIL can repeat the whole row ("Failing row contains …"); its beginning is enough to recognise the row.
         const DETAIL_CHARS: usize = 500;
         if let Some(detail) = db.detail() {
             text.push_str(": ");
@@ -134,22 +136,25 @@ impl From<tokio_postgres::Error> for Fault {
     }
 }
 
-/// Sorts by SQLSTATE (PostgreSQL documentation, appendix A): the class tells, with a few exceptions.
+/// Classifies an SQLSTATE (PostgreSQL documentation, appendix A) by its class, with a few exceptions.
 pub fn kind_of(code: &SqlState) -> Kind {
     let code = code.code();
     match code.get(..2).unwrap_or_default() {
-        // Connection, transaction rollback (deadlock, serialization), transaction state (25006 read-only: a failover),
-        // resources (disk full, too many connections), operator intervention (restart), system error, internal error.
+        // Connection; transaction state (25006 is read-only, as after a failover); rollback (deadlock, serialization);
+        // resources (disk full, too many connections); operator intervention (restart); system error; internal error.
         "08" | "25" | "40" | "53" | "57" | "58" | "XX" => Kind::Passing,
         _ if code == "55P03" => Kind::Passing, // lock_not_available
-        // Syntax, names and rights; login; no such database or schema; not supported; configuration file.
-        // A statement whose name is not known (26): a pooler's doing.
+        // An unknown prepared statement, caused by a pooler; syntax, names and privileges; login; no such database; no such
+        // schema; not supported; configuration file.
         "26" | "42" | "28" | "3D" | "3F" | "0A" | "F0" => Kind::Operator,
         _ => Kind::Refused,
     }
 }
 
 /// Runs `future` for at most `within`.
+///
+/// # Errors
+/// Those of the future, or a passing one that names `what` after that time.
 pub async fn bounded<T, E>(
     what: &str,
     within: Duration,
@@ -167,36 +172,37 @@ where
     }
 }
 
-/// The runtime of a thread that talks to Postgres. Nothing runs on it while the thread is not waiting in it.
+/// A runtime for a thread that talks to Postgres. It runs only while that thread waits in it.
 pub fn runtime() -> std::io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-/// A server process, told from a later one with the same number.
+/// A server process. The start time distinguishes it from a later process with the same number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     pub pid: i32,
-    /// Seconds since the epoch, as the server writes them.
+    /// Seconds since the Unix epoch, as the server writes them.
     pub started: String,
 }
 
-/// A connection and the task that moves its bytes.
+/// A connection, with the task that does its input and output.
 pub struct Link {
     pub client: Client,
     pub backend: Backend,
-    /// DB_TABLE with its schema: where DB_TABLE names none, the one that the user's own search path leads to.
+    /// DB_TABLE with its schema. If DB_TABLE names no schema, it is found through the user's search path.
     pub table: TableName,
     driver: JoinHandle<()>,
 }
 
 impl Link {
-    /// Connects and sets the session up.
+    /// Connects and prepares the session.
     ///
     /// # Errors
-    /// Sorted: an unreachable server passes; a refused login, a certificate or a missing database is the operator's.
+    /// A passing one if the server cannot be reached; one for the operator if the login, the certificate or the database
+    /// is wrong.
     pub async fn open(config: &DatabaseConfig, bounds: &Bounds) -> Result<Self, Fault> {
         let place = format!("Postgres at {}:{}", config.host, config.port);
-        // Nothing was written yet that could be at fault: a refusal here is of the login or of a setting.
+        // Nothing was written yet, so a refusal concerns the login or a setting.
         let named = |fault: Fault| Fault {
             kind: if fault.kind == Kind::Refused {
                 Kind::Operator
@@ -228,42 +234,43 @@ impl Link {
         }
     }
 
-    /// Closes the socket without a word to the server: it may be frozen.
+    /// Closes the socket without a message to the server, which may be frozen.
     pub async fn close(self) {
         self.driver.abort();
-        // Aborted, or ended by itself before; either way the socket is closed when this returns.
+        // Whether the task was aborted or had ended before, the socket is closed after this.
         let _ = self.driver.await;
     }
 }
 
-/// A pooler that lends a connection for a transaction or a statement keeps neither our settings, which its other clients then
-/// have, nor our statements. Two connections show it: the same backend serves both, or one is served by two.
+/// Fails if a pooler in front of Postgres changes the backend between transactions. Our settings would then apply to its
+/// other clients, and our prepared statements would be lost.
 ///
-/// Where there cannot be a second connection (a limit of the role's), nothing is shown, and nothing is wrong yet.
+/// A second connection shows such a pooler: either one backend serves both connections, or the first is served by two. Without
+/// a second connection, because of a limit of the role, this finds nothing and succeeds.
 async fn require_session(client: &Client, config: &DatabaseConfig, bounds: &Bounds) -> Result<(), Fault> {
     const SECOND_WITHIN: Duration = Duration::from_secs(3);
     let within = SECOND_WITHIN.min(bounds.connect);
     let (second, driver) = match bounded("a second connection", within, connect(config, bounds)).await {
         Ok(connected) => connected,
         Err(fault) => {
-            log::debug!("Postgres: no second connection: {fault}");
+            log::debug!("Postgres: cannot open a second connection: {fault}");
             return Ok(());
         }
     };
     let ask = async {
-        // Whether the pooler takes the connection given back last or the one given back first.
+        // Finds the pooler whether it lends the connection returned last or the one returned first.
         let first = [backend(client).await?, backend(client).await?];
         let other = backend(&second).await?;
         Ok::<_, Fault>(first[0] == first[1] && !first.contains(&other))
     };
-    let is_kept = bounded("whose session it is", within, ask).await;
+    let is_kept = bounded("looking for a pooler", within, ask).await;
     driver.abort();
     // As in `Link::close`.
     let _ = driver.await;
     match is_kept {
         Ok(false) => {}
         Ok(true) => return Ok(()),
-        // With one connection for all, the second waits for the first.
+        // A pooler with a single backend lets the second connection wait for the first.
         Err(fault) if fault.kind == Kind::Passing => {
             log::debug!("Postgres: {fault}");
             return Ok(());
@@ -275,8 +282,8 @@ async fn require_session(client: &Client, config: &DatabaseConfig, bounds: &Boun
     Err(Fault::operator(format!("{NO_SESSION}{said}")))
 }
 
-const NO_SESSION: &str = "a pooler in front of Postgres does not keep our session from one transaction to the next; have \
-                          it keep sessions (PgBouncer: pool_mode=session) or connect to Postgres itself";
+const NO_SESSION: &str = "a pooler in front of Postgres does not keep the session from one transaction to the next; \
+                          configure it to keep sessions (PgBouncer: pool_mode=session) or connect to Postgres directly";
 
 async fn connect(config: &DatabaseConfig, bounds: &Bounds) -> Result<(Client, JoinHandle<()>), Fault> {
     let mut pg = tokio_postgres::Config::new();
@@ -285,10 +292,10 @@ async fn connect(config: &DatabaseConfig, bounds: &Bounds) -> Result<(Client, Jo
         .dbname(&config.name)
         .user(&config.user)
         .application_name(APPLICATION_NAME)
-        // Per address: one that swallows packets leaves time for the next.
+        // For each address, so that one that drops packets leaves time for the next.
         .connect_timeout(bounds.connect / 2)
-        // What we sent is not acknowledged: the peer is gone. Nothing to send: keepalives find out. Neither notices a
-        // frozen server (the kernel still acknowledges); `bounded` does.
+        // Ends a connection whose data is not acknowledged; keepalives do the same for an idle one. Neither notices a frozen
+        // server, whose kernel still acknowledges; `bounded` does.
         .tcp_user_timeout(bounds.step)
         .keepalives(true)
         .keepalives_idle(Duration::from_secs(10))
@@ -297,7 +304,7 @@ async fn connect(config: &DatabaseConfig, bounds: &Bounds) -> Result<(Client, Jo
     if let Some(password) = &config.password {
         pg.password(password.reveal());
     }
-    // As libpq: DB_SSLMODE does not concern Unix-domain sockets.
+    // As in libpq, DB_SSLMODE does not apply to Unix-domain sockets.
     let over_socket = config.host.starts_with('/');
     match config.ssl_mode {
         _ if over_socket => plain(pg.ssl_mode(SslMode::Disable)).await,
@@ -307,8 +314,8 @@ async fn connect(config: &DatabaseConfig, bounds: &Bounds) -> Result<(Client, Jo
                 Ok(connected) => return Ok(connected),
                 Err(fault) => fault,
             };
-            // As libpq: prefer falls back to no TLS if the handshake fails, or the server (pg_hba.conf) refuses this
-            // user over TLS. A wrong password stays wrong.
+            // As in libpq, `prefer` tries again without TLS if the handshake fails or pg_hba.conf refuses this user over
+            // TLS, but not after a wrong password.
             let retries = first.kind == Kind::Operator
                 && (first.code.is_none()
                     || first.code == Some(SqlState::INVALID_AUTHORIZATION_SPECIFICATION));
@@ -343,32 +350,32 @@ async fn encrypted(
 
 async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error>>) {
     if let Err(error) = connection.await {
-        // Whoever waits for an answer gets the error too; idle, nobody does.
+        // A query that is under way returns the error too; on an idle connection this line is all there is.
         log::debug!("postgres connection ended error={:?}", chain(&error));
     }
 }
 
 /// libpq's rules (its documentation, "SSL Support", and `initialize_SSL` in fe-secure-openssl.c): a root certificate, if
-/// given, is verified against in every mode, and then it is the only anchor; the name is compared by `verify-full` only.
+/// given, is used in every mode and is then the only trusted one. Only `verify-full` compares the name.
 fn tls_connector(config: &DatabaseConfig) -> Result<MakeTlsConnector, Fault> {
     let mode = config.ssl_mode;
     let root = config.ssl_root_cert.as_deref();
     let uses_system = root == Some(Path::new("system"));
     if root.is_none() && matches!(mode, DbSslMode::VerifyCa | DbSslMode::VerifyFull) {
         return Err(Fault::operator(
-            "DB_SSLMODE verifies the server's certificate, but DB_SSLROOTCERT is not set: name the CA's PEM file, or \
-             `system` for the CAs that this machine trusts (with DB_SSLMODE=verify-full)",
+            "DB_SSLMODE verifies the server's certificate, but DB_SSLROOTCERT is not set; set it to the CA's PEM file, or \
+             to `system` for the CAs that this machine trusts (with DB_SSLMODE=verify-full)",
         ));
     }
     if uses_system && mode != DbSslMode::VerifyFull {
         return Err(Fault::operator(
-            "DB_SSLROOTCERT=system needs DB_SSLMODE=verify-full: anybody can get a certificate for some name from a \
-             public CA",
+            "DB_SSLROOTCERT=system requires DB_SSLMODE=verify-full, because anyone can get a certificate for some name \
+             from a public CA",
         ));
     }
     let failed = |error: openssl::error::ErrorStack| Fault::operator(format!("OpenSSL: {error}"));
     let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(failed)?;
-    // libpq's default of ssl_min_protocol_version.
+    // libpq's default for ssl_min_protocol_version.
     builder
         .set_min_proto_version(Some(SslVersion::TLS1_2))
         .map_err(failed)?;
@@ -398,16 +405,17 @@ fn tls_connector(config: &DatabaseConfig) -> Result<MakeTlsConnector, Fault> {
     Ok(connector)
 }
 
-/// Session settings, where the server knows them, the backend's identity and the table's schema, in one round trip.
+/// Sets the session's settings, as far as the server knows them, and finds the backend and the table's schema, all in one
+/// round trip.
 ///
-/// The schema is asked for first, while the search path is still the user's. From then on names are looked up in
-/// [`SEARCH_PATH`]: where others may create functions and operators, one of theirs could fit a statement of ours better than
-/// Postgres's own, and would run with our rights. Until then every name here is qualified.
+/// The schema is found first, through the user's search path; every name in that query is qualified. After that,
+/// [`SEARCH_PATH`] replaces the user's path: in a schema where other users may create functions and operators, one of theirs
+/// could match our statements better than Postgres's own, and would run with our privileges.
 ///
-/// By `set_config` and not in the start-up packet, whose `options` some poolers refuse. A client that vanished leaves
-/// its transaction, and with it the lock on its positions, for hours by default: keepalives end it within half a minute,
-/// in a COPY that waits for data too (`statement_timeout` and the bound on an idle transaction do not); that bound ends
-/// what we ourselves forgot.
+/// The settings use `set_config` because some poolers refuse `options` in the start-up packet. By default, a client that
+/// vanished leaves its transaction, and its lock on the positions, for hours. Keepalives end it within half a minute, even in a
+/// COPY that waits for data, where neither `statement_timeout` nor `idle_in_transaction_session_timeout` applies. The latter
+/// ends a transaction that this program itself left open.
 async fn set_up(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(Backend, TableName), Fault> {
     let settings = [
         ("tcp_keepalives_idle", "10".to_owned()),
@@ -418,9 +426,9 @@ async fn set_up(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(
             format!("{}ms", 2 * bounds.step.as_millis()),
         ),
         ("lock_timeout", format!("{}ms", bounds.lock.as_millis().max(1))),
-        // "relation exists, skipping", and a user's own trigger may say something for every row.
+        // Suppresses "relation exists, skipping", and the notices of a user's trigger for every row.
         ("client_min_messages", "warning".to_owned()),
-        // The bounds of partitions are read as text: in this style with the offset of their zone.
+        // The bounds of partitions are read as text; this style includes the offset from UTC.
         ("DateStyle", "ISO".to_owned()),
     ];
     let values: Vec<String> = settings
@@ -450,7 +458,7 @@ async fn set_up(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(
         .and_then(|row| row.get(0))
         .ok_or_else(|| {
             Fault::operator(
-                "no schema of the search path exists: create one, or name it in DB_TABLE (schema.table)",
+                "no schema of the search path exists; create one, or name a schema in DB_TABLE (schema.table)",
             )
         })?;
     let table = TableName {
@@ -460,7 +468,7 @@ async fn set_up(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(
     Ok((backend_in(&messages)?, table))
 }
 
-/// Also asked before the search path is ours: every name is qualified.
+/// Every name is qualified, because this also runs before the search path is set.
 const WHO_SERVES_US: &str = "SELECT pid, extract(epoch FROM backend_start) FROM pg_catalog.pg_stat_activity \
                              WHERE pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()";
 
@@ -468,7 +476,7 @@ async fn backend(client: &Client) -> Result<Backend, Fault> {
     backend_in(&client.simple_query(WHO_SERVES_US).await?)
 }
 
-/// The answer to [`WHO_SERVES_US`], which was asked last.
+/// The result of [`WHO_SERVES_US`], which must be the last statement.
 fn backend_in(messages: &[SimpleQueryMessage]) -> Result<Backend, Fault> {
     let backend = rows_in(messages).next_back().and_then(|row| {
         Some(Backend {
@@ -476,7 +484,7 @@ fn backend_in(messages: &[SimpleQueryMessage]) -> Result<Backend, Fault> {
             started: row.get(1)?.to_owned(),
         })
     });
-    backend.ok_or_else(|| Fault::passing("Postgres did not say which of its processes serves us"))
+    backend.ok_or_else(|| Fault::passing("Postgres did not return the process ID of this session"))
 }
 
 fn rows_in(messages: &[SimpleQueryMessage]) -> impl DoubleEndedIterator<Item = &SimpleQueryRow> {
@@ -486,12 +494,12 @@ fn rows_in(messages: &[SimpleQueryMessage]) -> impl DoubleEndedIterator<Item = &
     })
 }
 
-/// Errors without an SQLSTATE: of our side, of the network, of TLS.
+/// Classifies an error without an SQLSTATE: of the network, of TLS or of this program.
 fn kind_of_client_error(error: &tokio_postgres::Error) -> Kind {
     let mut source = error.source();
     while let Some(inner) = source {
         if let Some(tls) = inner.downcast_ref::<openssl::ssl::Error>() {
-            // A server that goes away in the middle of the handshake: OpenSSL 3 calls that a protocol error too.
+            // OpenSSL 3 also reports a server that closes the connection in the handshake as a protocol error.
             const SSL_R_UNEXPECTED_EOF_WHILE_READING: i32 = 294;
             let is_protocol = tls.ssl_error().is_some_and(|stack| {
                 stack
@@ -507,8 +515,8 @@ fn kind_of_client_error(error: &tokio_postgres::Error) -> Kind {
         }
         source = inner.source();
     }
-    // tokio-postgres keeps its kinds to itself: these words are the only sign. The first is, without an OpenSSL error
-    // below it, "server does not support TLS"; the second a method of login that we do not know, or no password.
+    // tokio-postgres has no public error kinds, so the text decides. Without an OpenSSL error as its source, the first means
+    // "server does not support TLS". The second means an unknown login method or a missing password.
     let text = error.to_string();
     let is_operators = [
         "error performing TLS handshake",
@@ -534,12 +542,12 @@ fn remedy(code: &SqlState) -> Option<&'static str> {
         SqlState::INVALID_SCHEMA_NAME => "create the schema, or check DB_TABLE",
         SqlState::UNDEFINED_TABLE => "run `host-metrics init`, or check DB_TABLE",
         SqlState::DUPLICATE_PSTATEMENT | SqlState::INVALID_SQL_STATEMENT_NAME => NO_SESSION,
-        SqlState::UNDEFINED_COLUMN => "the table was changed meanwhile: start again",
+        SqlState::UNDEFINED_COLUMN => "the table was changed in the meantime; start again",
         _ => return None,
     })
 }
 
-/// An error with its causes on one line; a cause that only repeats what stands there already is left out.
+/// An error with its causes on one line, without a cause that repeats the text before it.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -558,7 +566,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_sqlstate_tells_what_to_do() {
+    fn an_sqlstate_decides_what_to_do() {
         for (code, kind) in [
             ("08006", Kind::Passing),
             ("25006", Kind::Passing),

@@ -1,7 +1,7 @@
-//! One handle through which the whole program learns that it should stop or read its host file again.
+//! The handle that tells the whole program to stop or to read its host file again.
 //!
-//! Owns the signal thread and the stop and reload flags. A request wakes every wait made through the handle, so no part
-//! of the program polls a flag or sleeps; what waits elsewhere (on a channel, in librdkafka) registers a waker.
+//! Owns the signal thread and the stop and reload flags. A request wakes every wait made through the handle, so no part of
+//! the program polls a flag or sleeps. Code that waits elsewhere, on a channel or in librdkafka, registers a waker.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// From the stop signal to the end of the process, everything in hand flushed: below the ten seconds after which
-/// container runtimes and service managers kill.
+/// The longest time from the stop signal to the end of the process, including the last flush. Container runtimes kill
+/// after ten seconds.
 pub const STOP_WITHIN: Duration = Duration::from_secs(9);
 
 /// Why a wait ended.
@@ -19,28 +19,28 @@ pub const STOP_WITHIN: Duration = Duration::from_secs(9);
 pub enum Wake {
     /// The instant was reached.
     Due,
-    /// A stop was requested; every later wait ends at once.
+    /// A stop was requested. Every later wait ends immediately.
     Stop,
-    /// The host file should be read again; said once.
+    /// A reload was requested. Each request ends one wait.
     Reload,
 }
 
 type Waker = Box<dyn Fn() + Send>;
 
 #[derive(Default)]
-struct State {
-    requested_at: Option<Instant>,
+struct Requests {
+    stop_at: Option<Instant>,
     reload: bool,
     wakers: Vec<Waker>,
 }
 
 #[derive(Default)]
 struct Shared {
-    state: Mutex<State>,
+    requests: Mutex<Requests>,
     changed: Condvar,
 }
 
-/// A clonable handle; all clones mean the same program.
+/// The handle. All clones share the same requests.
 #[derive(Clone, Default)]
 pub struct Shutdown(Arc<Shared>);
 
@@ -49,70 +49,71 @@ impl Shutdown {
         Self::default()
     }
 
-    /// Requests a clean stop, as the first SIGTERM does. Later requests change nothing.
+    /// Requests a clean stop, as the first SIGTERM does. A later request has no effect.
     pub fn request(&self) {
-        self.change(|state| {
-            state.requested_at.get_or_insert_with(now);
+        self.change(|requests| {
+            requests.stop_at.get_or_insert_with(now);
         });
     }
 
-    /// Asks for the host file to be read again, as SIGHUP does.
+    /// Requests that the host file be read again, as SIGHUP does.
     pub fn request_reload(&self) {
-        self.change(|state| state.reload = true);
+        self.change(|requests| requests.reload = true);
     }
 
+    /// Whether a stop was requested.
     pub fn requested(&self) -> bool {
         self.requested_at().is_some()
     }
 
-    /// When the stop was requested: everything must be over [`STOP_WITHIN`] after it.
+    /// When the stop was requested. The process must end within [`STOP_WITHIN`] of it.
     pub fn requested_at(&self) -> Option<Instant> {
-        self.lock().requested_at
+        self.lock().stop_at
     }
 
-    /// Whether a reload was asked for since the last call.
+    /// Whether a reload was requested since the last call.
     pub fn take_reload(&self) -> bool {
         std::mem::take(&mut self.lock().reload)
     }
 
-    /// Blocks until the instant, a stop or a reload, whichever is first.
+    /// Waits for the instant, a stop or a reload, whichever comes first.
     pub fn wait_until(&self, instant: Instant) -> Wake {
-        let mut state = self.lock();
+        let mut requests = self.lock();
         loop {
-            if state.requested_at.is_some() {
+            if requests.stop_at.is_some() {
                 return Wake::Stop;
             }
-            if std::mem::take(&mut state.reload) {
+            if std::mem::take(&mut requests.reload) {
                 return Wake::Reload;
             }
             let left = instant.saturating_duration_since(now());
             if left.is_zero() {
                 return Wake::Due;
             }
-            state = self
+            requests = self
                 .0
                 .changed
-                .wait_timeout(state, left)
+                .wait_timeout(requests, left)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
     }
 
-    /// Calls `wake` at every request from now on, on the requesting thread: for waits that this handle cannot end
-    /// itself. It must not block and must not use this handle. Called at once if a stop was already requested.
+    /// Calls `wake` at every request from now on, on the requesting thread, to end a wait elsewhere. `wake` must not block
+    /// and must not use this handle. It is called immediately if a stop was already requested.
     pub fn on_request(&self, wake: impl Fn() + Send + 'static) {
-        let mut state = self.lock();
-        if state.requested_at.is_some() {
+        let mut requests = self.lock();
+        if requests.stop_at.is_some() {
             wake();
         }
-        state.wakers.push(Box::new(wake));
+        requests.wakers.push(Box::new(wake));
     }
 
-    /// From now on SIGTERM and SIGINT request a stop and SIGHUP a reload; a second SIGTERM or SIGINT ends the process at
-    /// once with 128 + its number.
+    /// From now on SIGTERM and SIGINT request a stop, and SIGHUP requests a reload. A second SIGTERM or SIGINT ends the
+    /// process immediately, with the status 128 + its number.
     ///
     /// # Errors
-    /// The operating system refused the handlers or the thread.
+    /// The operating system did not allow the signal handlers or the thread.
     pub fn listen_to_signals(&self) -> io::Result<()> {
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
         let shutdown = self.clone();
@@ -130,16 +131,16 @@ impl Shutdown {
         Ok(())
     }
 
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        let mut state = self.lock();
-        change(&mut state);
+    fn change(&self, change: impl FnOnce(&mut Requests)) {
+        let mut requests = self.lock();
+        change(&mut requests);
         self.0.changed.notify_all();
-        state.wakers.iter().for_each(|wake| wake());
+        requests.wakers.iter().for_each(|wake| wake());
     }
 
-    // A panic in a waker must not take the ability to stop with it.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    // Ignores a poisoned lock, so that the program can be stopped after a panic in a waker.
+    fn lock(&self) -> MutexGuard<'_, Requests> {
+        self.0.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -150,7 +151,7 @@ fn now() -> Instant {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "the user asked twice: no destructor may hold the process up"
+    reason = "after the second signal no destructor may delay the end"
 )]
 fn end_at_once(status: i32) -> ! {
     std::process::exit(status)
@@ -164,10 +165,10 @@ mod tests {
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3_600);
-    /// Far more than a thread needs to wake up, far less than an hour.
+    /// Far longer than a thread needs to wake up, far shorter than an hour.
     const BOUND: Duration = Duration::from_secs(30);
 
-    /// What a wait of an hour, begun on another thread, ends with.
+    /// Starts a wait of an hour on another thread, and receives how it ends.
     fn waiting(shutdown: &Shutdown) -> mpsc::Receiver<Wake> {
         let (sender, receiver) = mpsc::channel();
         let shutdown = shutdown.clone();
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_is_said_once_and_a_stop_comes_before_it() {
+    fn a_reload_ends_one_wait_and_a_stop_comes_before_it() {
         let shutdown = Shutdown::new();
         let wait = waiting(&shutdown);
         shutdown.request_reload();
@@ -225,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn wakers_are_called_at_every_request_and_at_once_after_a_stop() {
+    fn wakers_are_called_at_every_request_and_immediately_after_a_stop() {
         let shutdown = Shutdown::new();
         let calls = Arc::new(AtomicUsize::new(0));
         let count = |calls: &Arc<AtomicUsize>| {

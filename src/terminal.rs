@@ -1,6 +1,6 @@
-//! Values as a table for a person shows them: sparklines, shares, times, what is too long. Pure.
+//! How tables for people show values: sparklines, percentages, durations, text that is too long. Pure.
 //!
-//! Shared by the demo's live table and `status`, so that the same thing looks the same in both.
+//! The demo and `status` share it, so that both look alike.
 
 use std::fmt::Write;
 use std::sync::LazyLock;
@@ -12,21 +12,22 @@ pub const SPARKLINE_CHECKS: usize = 20;
 
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
-/// A check that has no latency: no response came.
+/// Stands for a check without a response, which has no latency.
 const NO_RESPONSE: char = '×';
 
+/// A smaller difference between two latencies does not show.
 const NOISE_SECONDS: f64 = 0.02;
 
-/// Where there is no value.
+/// Stands for a value that is not there.
 pub const NONE: &str = "-";
 
-/// A bar for each check, between the lowest and the highest of the host's own, so that a fast host's changes show as well
-/// as a slow one's.
+/// A bar for each check. The scale is the host's own range, so that the changes of a fast host show as well as those of a
+/// slow one.
 pub fn sparkline(latencies: &[Option<f64>]) -> String {
     let known = || latencies.iter().flatten().copied();
     let lowest = known().fold(f64::INFINITY, f64::min);
     let highest = known().fold(0.0, f64::max);
-    // What differs by less than that or by a half of the lowest is noise: it stays near the bottom.
+    // A range below half of the lowest latency, or below NOISE_SECONDS, does not fill the scale.
     let range = (highest - lowest).max(lowest / 2.0).max(NOISE_SECONDS);
     latencies
         .iter()
@@ -40,7 +41,7 @@ pub fn sparkline(latencies: &[Option<f64>]) -> String {
         .collect()
 }
 
-/// `text` in `width` characters at most, with an ellipsis in place of what does not fit.
+/// `text` in at most `width` characters, with an ellipsis for the part that does not fit.
 pub fn cut(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
@@ -52,8 +53,8 @@ pub fn cut(text: &str, width: usize) -> String {
     short
 }
 
-/// What a terminal or an editor obeys instead of showing it, and what it shows as nothing: control characters, marks that
-/// turn the direction of writing, joiners, fillers, the empty braille pattern.
+/// Characters that a terminal or an editor obeys or does not show: control characters, marks that change the direction of
+/// writing, joiners, fillers, the empty braille pattern.
 static HIDDEN: LazyLock<ClassUnicode> = LazyLock::new(|| {
     let class = r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\x{2800}]";
     match regex_syntax::parse(class).map(|parsed| parsed.into_kind()) {
@@ -68,22 +69,22 @@ fn is_hidden(char: char) -> bool {
     ranges.get(at).is_some_and(|range| range.start() <= char)
 }
 
-/// Hidden, and no part of the shape of a text in lines.
+/// Hidden, but neither a line end nor a tab.
 fn is_hidden_in_lines(char: char) -> bool {
     is_hidden(char) && !matches!(char, '\n' | '\t')
 }
 
-/// `text` on one line, a blank for each hidden character in it: it may come from anywhere.
+/// `text` on one line, with a space for each hidden character. For text that comes from another machine.
 pub fn plain(text: &str) -> String {
     text.replace(is_hidden, " ")
 }
 
-/// As [`plain`], and lines stay lines.
+/// As [`plain`], but line ends and tabs stay.
 pub fn plain_lines(text: &str) -> String {
     text.replace(is_hidden_in_lines, " ")
 }
 
-/// The same JSON, its hidden characters written as `\u202e`.
+/// The same JSON with its hidden characters escaped, as in `\u202e`.
 pub fn plain_json(json: &str) -> String {
     let mut plain = String::with_capacity(json.len());
     for char in json.chars() {
@@ -99,18 +100,18 @@ pub fn plain_json(json: &str) -> String {
     plain
 }
 
-/// How much of `all` is `part`; `-` of nothing.
+/// `part` of `all` in percent; `-` if `all` is 0.
 pub fn percent(part: i64, all: i64) -> String {
     if all == 0 {
         return NONE.to_owned();
     }
     let percent = part as f64 / all as f64 * 100.0;
-    // Rounded up to 100 it would say that nothing ever failed.
+    // Rounded up to 100, it would hide that something failed.
     let percent = if part < all { percent.min(99.9) } else { percent };
     format!("{percent:.1} %")
 }
 
-/// The time that something took, in the unit that a person reads.
+/// A duration in milliseconds or seconds.
 pub fn seconds(seconds: f64) -> String {
     match seconds * 1000.0 {
         millis if millis < 10.0 => format!("{millis:.1} ms"),
@@ -119,7 +120,7 @@ pub fn seconds(seconds: f64) -> String {
     }
 }
 
-/// How long ago, or for how long, roughly: the largest unit of which there is at least one.
+/// A rough duration or age in the largest unit of which there are at least two.
 pub fn roughly(seconds: i64) -> String {
     match seconds {
         ..120 => format!("{seconds} s"),
@@ -129,8 +130,8 @@ pub fn roughly(seconds: i64) -> String {
     }
 }
 
-/// Columns side by side, two blanks apart, each as wide as its widest cell; the first row is the headline. A column whose
-/// headline begins with a blank is flushed right; nothing follows the last cell of a line.
+/// The rows as lines, with columns as wide as their widest cell and two spaces between them. The first row is the heading.
+/// A column whose heading begins with a space is aligned right. Lines have no trailing spaces.
 pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
     let width = |text: &str| text.chars().count();
     let count = rows.iter().map(Vec::len).max().unwrap_or_default();
@@ -144,17 +145,17 @@ pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
         .map(Option::unwrap_or_default)
         .collect();
     let is_right = |column: usize| {
-        let headline = rows.first().and_then(|row| row.get(column));
-        headline.is_some_and(|headline| headline.starts_with(' '))
+        let heading = rows.first().and_then(|row| row.get(column));
+        heading.is_some_and(|heading| heading.starts_with(' '))
     };
     let line = |row: &Vec<String>| {
         let mut line = String::new();
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
             let cell = cell.trim_start();
-            let parting = if column == 0 { "" } else { "  " };
+            let gap = if column == 0 { "" } else { "  " };
             line += &match is_right(column) {
-                true => format!("{parting}{cell:>width$}"),
-                false => format!("{parting}{cell:width$}"),
+                true => format!("{gap}{cell:>width$}"),
+                false => format!("{gap}{cell:width$}"),
             };
         }
         line.trim_end().to_owned()
@@ -167,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_a_terminal_obeys_or_hides_is_left() {
+    fn no_hidden_character_is_left() {
         let hidden = [
             '\0',
             '\u{1b}',
@@ -238,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_have_the_unit_that_a_person_reads() {
+    fn durations_are_in_milliseconds_or_seconds() {
         let shown = [0.0004, 0.0123, 0.9, 1.5, 12.0].map(seconds);
         assert_eq!(shown, ["0.4 ms", "12 ms", "900 ms", "1.50 s", "12.00 s"]);
     }

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Creates the agents' user and their database in the bundled Postgres, on its first start: a user that owns its database and
-# is not a superuser. The image runs every script in /docker-entrypoint-initdb.d once, as the superuser and before it
-# listens to others. Given: DB_USER, DB_PASSWORD and DB_NAME, the agents' own; POSTGRES_USER, the superuser.
+# Creates the agents' user and database in the bundled Postgres on its first start. The user owns the database and is not a
+# superuser. The image runs every script in /docker-entrypoint-initdb.d once, as the superuser and before it accepts other
+# connections. Variables: DB_USER, DB_PASSWORD and DB_NAME of the agents; POSTGRES_USER, the superuser.
 set -eu
 
-: "${DB_PASSWORD:?DB_PASSWORD is empty: set it in env}"
+: "${DB_PASSWORD:?DB_PASSWORD is empty; set it in env}"
 psql -v ON_ERROR_STOP=1 --no-psqlrc --quiet --username "$POSTGRES_USER" --dbname postgres <<'SQL'
--- From the environment and not from the command line, where other processes would see the password.
+-- From the environment, because other processes can see the command line.
 \set user `printf '%s' "$DB_USER"`
 \set password `printf '%s' "$DB_PASSWORD"`
 \set database `printf '%s' "$DB_NAME"`

@@ -1,4 +1,4 @@
-//! The commands that do one thing and end, a file or a folder each, named after the command.
+//! The commands that do one thing and end. Each has a file or directory with its name.
 
 pub mod check;
 pub mod demo;

@@ -1,8 +1,8 @@
-//! `host-metrics skip`: past a batch that no consumer can read, by an operator's word.
+//! `host-metrics skip`: moves a position past a batch that no consumer can read.
 //!
-//! Owns the one statement that moves a position beyond such a batch and notes in the rejected table which offsets were not
-//! read. The batch itself is not read, only its head, so that one that expands hugely is passed as well; no consumer has to
-//! run. One that does finds the position moved, as if another consumer had.
+//! Owns the statement that moves the position and notes in the rejected table which offsets were not read. Only the header
+//! of the batch is read, so a batch that expands hugely can be skipped too. No consumer has to run; a running one finds the
+//! position moved, as if another consumer had moved it.
 
 use std::str::FromStr;
 
@@ -15,12 +15,12 @@ use crate::kafka::{BatchHead, batch_head};
 use crate::postgres::{self, Bounds, Fault, Link, bounded};
 use crate::tables::names::Object;
 
-/// Where to go on behind: `TOPIC/PARTITION`, or `TOPIC/PARTITION:OFFSET`.
+/// The argument of `skip`: `TOPIC/PARTITION` or `TOPIC/PARTITION:OFFSET`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     pub topic: String,
     pub partition: i32,
-    /// Of the batch to pass. `None`: nothing is passed.
+    /// An offset of the batch to skip. `None`: only show the batch.
     pub offset: Option<i64>,
 }
 
@@ -47,15 +47,15 @@ impl FromStr for Place {
     }
 }
 
-/// Moves the position behind the batch that holds the offset; without an offset it only looks at the batch that is next.
-/// Returns what there is or was done, for a person.
+/// Moves the position past the batch that holds the offset; without an offset, only reads the header of the next batch.
+/// Returns the result as text for a person.
 ///
 /// # Errors
-/// Kafka or Postgres cannot be asked, there is no such position or batch, or that offset is behind us already.
+/// Kafka or Postgres does not answer, there is no such position or batch, or the position is already past that offset.
 pub fn run(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
     let runtime = postgres::runtime()?;
     let said = runtime.block_on(skip(config, place));
-    // A name look-up may still be under way on a thread of the runtime: not waited for.
+    // Does not wait for a name look-up that may still run on a thread of the runtime.
     runtime.shutdown_background();
     said
 }
@@ -67,7 +67,7 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
     let name = format!("{topic}/{partition}");
     let Some(position) = position(&link, &bounds, config, place).await? else {
         bail!(
-            "group {} has no position of {name} in {}: `host-metrics consume` makes it when it first reads there",
+            "group {} has no position of {name} in {}; `host-metrics consume` creates it when it first reads that partition",
             config.group_id,
             config.database.table.quoted(Object::Offsets.suffix())
         );
@@ -75,27 +75,28 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
     let offset = place.offset.unwrap_or(position);
     let head = || batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"));
     if offset < position {
-        // The state may come to the batch later, and names the very offset.
+        // The state has its own position, which may not have reached the batch yet.
         let next = head().map_or(offset, |head| head.last_offset.saturating_add(1));
         if pass_state(&link, &bounds, config, place, offset, offset, next).await? {
-            return Ok(format!("the state of {name} goes on at offset {next}\n"));
+            return Ok(format!("The position of the state of {name} is now {next}\n"));
         }
-        bail!("{name} stands at offset {position}: offset {offset} is behind it already");
+        bail!("the position of {name} is {position}, which is already past offset {offset}");
     }
     let head = head()?;
     let said = if place.offset.is_none() {
         format!(
-            "{name} stands at offset {position}. The batch there: {head}. `host-metrics skip {name}:{position}` goes past \
-             it\n"
+            "The position of {name} is {position}. The batch there: {head}. To skip it: host-metrics skip {name}:{position}\n"
         )
     } else {
         if !pass(&link, &bounds, config, place, position, &head).await? {
-            bail!("{name} moved on from offset {position} meanwhile: nothing was done");
+            bail!(
+                "nothing was changed, because the position of {name} has just moved on from {position}; run `skip` again"
+            );
         }
         let (first, last) = (head.first_offset, head.last_offset);
         pass_state(&link, &bounds, config, place, first, last, last.saturating_add(1)).await?;
         format!(
-            "{name} goes on at offset {}: offsets {position} to {} are noted in {} as not read\n",
+            "The position of {name} is now {}. Offsets {position} to {} are noted in {} as not read\n",
             head.last_offset.saturating_add(1),
             head.last_offset,
             config.database.table.quoted(Object::Rejected.suffix())
@@ -123,7 +124,7 @@ async fn position(
     .await
 }
 
-/// Compare-and-set of the position and the note, in one statement. False: the position is no longer there.
+/// Moves the position and adds the note, in one statement. False if the position is no longer the expected one.
 async fn pass(
     link: &Link,
     bounds: &Bounds,
@@ -145,7 +146,7 @@ async fn pass(
     );
     let next = head.last_offset.saturating_add(1);
     let reason = format!(
-        "offsets {position} to {} were not read: `host-metrics skip` went past the batch ({head})",
+        "offsets {position} to {} were not read, because `host-metrics skip` skipped the batch ({head})",
         head.last_offset
     );
     let params: [&(dyn ToSql + Sync); 6] = [

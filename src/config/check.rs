@@ -1,4 +1,4 @@
-//! How sites are checked, and by whom: CHECK_*, MAX_*, USER_AGENT, AGENT_NAME.
+//! The variables of the checks: CHECK_*, MAX_*, USER_AGENT, AGENT_NAME.
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use super::form::{is_line, is_quoted};
 use super::problems::{PemKind, Reader};
 use super::{DAY, MAX_LINE_BYTES};
 
-/// How a request names us where USER_AGENT does not.
+/// The User-Agent header if USER_AGENT is not set.
 pub const DEFAULT_USER_AGENT: &str = concat!(
     "host-metrics/",
     env!("CARGO_PKG_VERSION"),
@@ -20,17 +20,17 @@ pub const DEFAULT_USER_AGENT: &str = concat!(
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 const DEFAULT_MAX_THREADS: usize = 1_024;
 const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(1)..=DAY;
-/// A thread each: Linux's default limits end not far above.
+/// Linux's default limits of threads are not far above.
 const THREADS: RangeInclusive<usize> = 1..=30_000;
-/// A body is in memory once per check under way.
+/// Every check in progress may hold a body in memory.
 const BODY_BYTES: RangeInclusive<u64> = 1..=1 << 30;
 
-/// What every check needs, whichever command asks for it.
+/// What every check needs, in each command.
 #[derive(Clone, Debug)]
 pub struct CheckConfig {
-    /// One check in all; a host's `timeout=` wins, and neither exceeds 95 % of the interval.
+    /// The longest time for one check. A host's `timeout=` overrides it, and neither may exceed 95 % of the interval.
     pub timeout: Duration,
-    /// How many checks may be under way at once.
+    /// The most checks at the same time.
     pub max_threads: usize,
     pub max_body_bytes: u64,
     /// One line of printable ASCII.
@@ -39,7 +39,7 @@ pub struct CheckConfig {
     pub agent_name: String,
 }
 
-/// `is_one`: for a single check, which MAX_THREADS does not concern.
+/// `is_one`: for a single check, where MAX_THREADS has no meaning.
 pub(super) fn checks(reader: &mut Reader<'_>, is_one: bool) -> CheckConfig {
     CheckConfig {
         timeout: timeout(reader),
@@ -66,7 +66,7 @@ pub(super) fn max_body_bytes(reader: &mut Reader<'_>) -> u64 {
 }
 
 fn user_agent(reader: &mut Reader<'_>) -> String {
-    let expected = "one line of printable ASCII, at most 255 bytes, without blanks or quotes around it";
+    let expected = "one line of printable ASCII, at most 255 bytes, without spaces or quotes around it";
     let is_right = |text: &str| {
         let is_printable = text.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic());
         is_printable && text.len() <= MAX_LINE_BYTES && text.trim() == text && !is_quoted(text)
@@ -86,8 +86,7 @@ fn agent_name(reader: &mut Reader<'_>) -> String {
     match whoami::hostname() {
         Ok(name) if !name.is_empty() && is_line(&name, MAX_LINE_BYTES) => name,
         _ => {
-            let expected =
-                "a name for the place that checks, because this machine has no host name that could serve";
+            let expected = "a name for the place that checks, because this machine has no usable host name";
             reader.wrong(name, expected, None);
             String::new()
         }

@@ -1,4 +1,4 @@
-//! How to reach the database and which table of it is ours: the DB_* variables.
+//! The DB_* variables: how to connect to the database, and which table to use.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub struct DatabaseConfig {
     pub ssl_root_cert: Option<PathBuf>,
 }
 
-/// libpq's words with libpq's meaning.
+/// The values of libpq's `sslmode`, with libpq's meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DbSslMode {
     Disable,
@@ -54,22 +54,22 @@ pub(super) fn database(reader: &mut Reader<'_>) -> DatabaseConfig {
         format!("a port number from 1 to 65535; correct it, or leave it unset for {DEFAULT_PORT}");
     let port = match reader.get("DB_PORT") {
         Some(text) if port(text).is_none() => {
-            // Kubernetes sets it so for every Service of that name.
+            // Kubernetes sets DB_PORT to such a URL if there is a Service named `db`.
             let remedy = text.starts_with("tcp://").then(|| {
-                "Kubernetes sets this for a Service named `db`: set `enableServiceLinks: false`, or DB_PORT itself".to_owned()
+                "Kubernetes sets this variable for a Service named `db`: set `enableServiceLinks: false`, or set DB_PORT explicitly".to_owned()
             });
             reader.wrong("DB_PORT", port_expected, remedy);
             DEFAULT_PORT
         }
         text => text.and_then(port).unwrap_or(DEFAULT_PORT),
     };
-    // libpq accepts a whole connection string for the name.
+    // libpq also accepts a connection string here; this program does not.
     let is_name = |text: &str| is_plain_line(text, MAX_LINE_BYTES) && !text.contains("://");
-    let name = reader.required("DB_NAME", "the name of the database alone", is_name);
+    let name = reader.required("DB_NAME", "the name of the database only", is_name);
     let is_user = |text: &str| is_plain_line(text, MAX_LINE_BYTES) && !text.contains(':');
     let user = match reader.get("DB_USER") {
         Some(text) if text.contains(':') => {
-            let remedy = "write the user's name alone, and the password to DB_PASSWORD".to_owned();
+            let remedy = "set DB_USER to the user's name only, and DB_PASSWORD to the password".to_owned();
             reader.wrong_secret("DB_USER", "the name of the database's user", remedy);
             String::new()
         }
@@ -84,7 +84,7 @@ pub(super) fn database(reader: &mut Reader<'_>) -> DatabaseConfig {
             DbSslMode::from_word(&text.to_ascii_lowercase())
         })
         .unwrap_or(DbSslMode::Prefer);
-    // Without TLS it is not used.
+    // Not used without TLS.
     let ssl_root_cert = match ssl_mode {
         DbSslMode::Disable => None,
         _ => reader.pem_file("DB_SSLROOTCERT", PemKind::Certificate),
@@ -108,7 +108,7 @@ fn database_host(reader: &mut Reader<'_>) -> String {
     match value.and_then(|text| host(text).or(Some(text).filter(is_directory))) {
         Some(host) => host.to_owned(),
         None => {
-            let expected = "one host's name or IP address, or the directory of the database's socket";
+            let expected = "the name or IP address of one host, or the directory of the database's socket";
             reader.wrong(name, expected, value.and_then(host_remedy));
             String::new()
         }
@@ -119,31 +119,31 @@ fn host_remedy(text: &str) -> Option<String> {
     let others = "DB_PORT, DB_NAME, DB_USER and DB_PASSWORD";
     if text.contains("://") {
         return Some(match host_of_url(text) {
-            Some(host) => format!("it is a URL: write DB_HOST={host}, and its other parts to {others}"),
-            None => format!("it is a URL: write its host to DB_HOST, and its other parts to {others}"),
+            Some(host) => format!("this is a URL: set DB_HOST={host}, and set {others} from its other parts"),
+            None => format!("this is a URL: set DB_HOST to its host, and set {others} from its other parts"),
         });
     }
     if text.contains('=') {
         return Some(format!(
-            "it is a connection string: write its host to DB_HOST, and its other parts to {others}"
+            "this is a connection string: set DB_HOST to its host, and set {others} from its other parts"
         ));
     }
     if let Some((host, port)) = host_and_port(text) {
         return Some(format!(
-            "the port has a variable of its own: write DB_HOST={host} and DB_PORT={port}"
+            "the port has its own variable: set DB_HOST={host} and DB_PORT={port}"
         ));
     }
     if text.contains([',', ';']) {
         return Some(
-            "several hosts are not supported: name one, or a name that always leads to the primary"
+            "several hosts are not supported: name one host, or a name that always resolves to the primary"
                 .to_owned(),
         );
     }
     if text.contains('@') {
-        return Some("write the host alone, and the user and password to DB_USER and DB_PASSWORD".to_owned());
+        return Some("set DB_HOST to the host only, and set DB_USER and DB_PASSWORD".to_owned());
     }
     let (before, _) = text.split_once('/')?;
-    host(before).map(|host| format!("write DB_HOST={host}, and the name of the database to DB_NAME"))
+    host(before).map(|host| format!("set DB_HOST={host}, and set DB_NAME to the name of the database"))
 }
 
 pub(super) fn table(reader: &mut Reader<'_>) -> TableName {
@@ -151,7 +151,7 @@ pub(super) fn table(reader: &mut Reader<'_>) -> TableName {
         "`table` or `schema.table`, with at most {MAX_TABLE_BYTES} bytes for the table and {MAX_IDENTIFIER_BYTES} for \
          the schema; put a name with a dot in double quotes; correct it, or leave it unset for {DEFAULT_TABLE}"
     );
-    // Double quotes are SQL's, others are the slip of a file of variables.
+    // Double quotes are SQL syntax; other quotes were left over from a file of variables.
     let is_slip = |text: &str| (is_quoted(text) && !text.starts_with('"')) || text.trim() != text;
     reader
         .read("DB_TABLE", expected, |text| {

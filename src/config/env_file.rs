@@ -1,7 +1,7 @@
 //! The file of variables: `.env` in the working directory, or the one that `--env-file` names.
 //!
-//! Owns what a line of it means to us; the syntax is dotenvy's. A `.env` that lies in the working directory may be another
-//! program's, so there only the lines with our names matter. A file that was named is ours, every line of it.
+//! dotenvy parses the syntax; this file decides which lines matter. A `.env` in the working directory may belong to another
+//! program, so only the lines with names of our variables count. In a file named by `--env-file` every line counts.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,17 +11,17 @@ use std::path::Path;
 use super::problems::Problem;
 use super::variables::known;
 
-/// The file read where `--env-file` names none, if it is there.
+/// The file to read without `--env-file`, if it exists.
 const DEFAULT_PATH: &str = ".env";
 
-/// Far above any real file, far below what would hurt.
+/// Far above any real file, and harmless in memory.
 const MAX_BYTES: u64 = 1 << 20;
 
 #[derive(Default)]
 pub(super) struct EnvFile {
     pub values: BTreeMap<&'static str, String>,
     pub problems: Vec<Problem>,
-    /// Each with the variable that it is about.
+    /// Each with the variable that it concerns.
     pub warnings: Vec<(Option<&'static str>, String)>,
 }
 
@@ -34,7 +34,7 @@ pub(super) fn read(named: Option<&Path>) -> EnvFile {
         (Err(error), None) => EnvFile {
             warnings: vec![(
                 None,
-                format!("cannot read {path:?}: {error}; its variables, if it has any, are not used"),
+                format!("cannot read {path:?}: {error}; any variables in it are not used"),
             )],
             ..EnvFile::default()
         },
@@ -47,7 +47,7 @@ pub(super) fn read(named: Option<&Path>) -> EnvFile {
     }
 }
 
-/// `is_strict`: a line that cannot be understood is a problem whatever its name is.
+/// `is_strict`: a line that cannot be parsed is a problem even if its name is not one of ours.
 fn parse(path: &str, contents: &[u8], is_strict: bool) -> EnvFile {
     let contents = contents.strip_prefix(b"\xef\xbb\xbf").unwrap_or(contents);
     let mut file = EnvFile::default();
@@ -66,14 +66,14 @@ fn parse(path: &str, contents: &[u8], is_strict: bool) -> EnvFile {
                     None => continue,
                 };
                 file.problems.push(Problem::Source(format!(
-                    "{path}:{number}: {what} on one line, in UTF-8; put a value with blanks, quotes, `#`, `$` or `\\` in \
+                    "{path}:{number}: {what} on one line, in UTF-8; put a value with spaces, quotes, `#`, `$` or `\\` in \
                      single quotes"
                 )));
             }
         }
     }
 
-    // Once more, all together: a value may use one from a line before it.
+    // Parsed again, all lines together, because a value may refer to a variable from an earlier line.
     let lines: Vec<&str> = assignments.iter().map(|(_, line)| line.as_ref()).collect();
     let mut values = BTreeMap::new();
     let pairs = dotenvy::from_read_iter(Cursor::new(lines.join("\n") + "\n"));
@@ -82,9 +82,8 @@ fn parse(path: &str, contents: &[u8], is_strict: bool) -> EnvFile {
         if let Some(ours) = known(&variable) {
             if references(line).iter().any(|name| !is_set(name)) {
                 let warning = format!(
-                    "{path}:{number}: {ours}: a `$` in the value stands for the variable that is named behind it, and \
-                     there is none of that name, so that part of the value is gone; if the `$` belongs to the value, put \
-                     the value in single quotes: {ours}='...'"
+                    "{path}:{number}: {ours}: a `$` in the value refers to a variable that is not set, so that part of the \
+                     value is lost; if the `$` belongs to the value, put the value in single quotes: {ours}='...'"
                 );
                 file.warnings.push((Some(ours), warning));
             }
@@ -95,7 +94,7 @@ fn parse(path: &str, contents: &[u8], is_strict: bool) -> EnvFile {
     file
 }
 
-/// The name that a line sets or was meant to set.
+/// The name that a line sets, or probably should set.
 fn name(line: &str) -> &str {
     let line = line.trim_start();
     let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
@@ -103,17 +102,17 @@ fn name(line: &str) -> &str {
     &line[..end.unwrap_or(line.len())]
 }
 
-/// The names behind every `$` that dotenvy replaces in a line.
+/// The name after every `$` that dotenvy replaces in a line.
 fn references(line: &str) -> Vec<String> {
     let mut names = Vec::new();
-    let (mut is_single, mut is_double, mut is_after_blank) = (false, false, true);
+    let (mut is_single, mut is_double, mut is_after_space) = (false, false, true);
     let mut rest = line.chars().peekable();
     while let Some(c) = rest.next() {
         match c {
             '\'' if !is_double => is_single = !is_single,
             _ if is_single => {}
             '"' => is_double = !is_double,
-            '#' if is_after_blank && !is_double => break,
+            '#' if is_after_space && !is_double => break,
             '\\' => drop(rest.next()),
             '$' => {
                 let is_block = rest.next_if_eq(&'{').is_some();
@@ -125,7 +124,7 @@ fn references(line: &str) -> Vec<String> {
             }
             _ => {}
         }
-        is_after_blank = c.is_whitespace();
+        is_after_space = c.is_whitespace();
     }
     names
 }

@@ -1,22 +1,22 @@
-//! The forms that several variables share: a host, a port, `host:port`; and why a value has not the form that it should.
+//! The syntax that several variables share: a host, a port, `host:port`; and common mistakes in a value.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// What is wrong with the value itself, whatever its variable: what the place it comes from has left in it.
+/// A mistake that any variable can have, such as quotes or a line end that the source of the value has left in it.
 pub(super) fn slip(value: &str) -> Option<&'static str> {
     let is_quote = |c: char| "\"'`“”‘’".contains(c);
     Some(if value.contains("-----BEGIN") {
         "write the contents to a file, and set the variable to the file's path"
     } else if value.trim_end() != value && value.ends_with(['\r', '\n']) {
-        "it ends with a line end: remove it (a file with Windows line ends leaves it there)"
+        "it ends with a line break: remove it (it may come from a file with Windows line ends)"
     } else if value.trim() != value {
-        "it begins or ends with a blank: remove it"
+        "it begins or ends with a space: remove it"
     } else if value.contains(" #") {
-        "the comment is part of the value: move it to a line of its own (Docker's --env-file and Kubernetes do not remove it)"
+        "the comment is part of the value: move the comment to its own line (Docker's --env-file and Kubernetes do not remove it)"
     } else if value.starts_with(is_quote) || value.ends_with(is_quote) {
-        "the quotes are part of the value: remove them (a shell and Compose do that, Docker's --env-file and Kubernetes do not)"
+        "the quotes are part of the value: remove them (a shell and Compose remove quotes, Docker's --env-file and Kubernetes do not)"
     } else if value.contains("${") || value.starts_with('$') {
-        "a `$` and a name are not replaced here: write the value itself"
+        "variables are not expanded here: write the value itself"
     } else {
         return None;
     })
@@ -28,7 +28,7 @@ pub(super) fn is_quoted(value: &str) -> bool {
         .any(|(open, close)| value.strip_prefix(open).is_some_and(|rest| rest.ends_with(close)))
 }
 
-/// Text of one line that is used as it is: no control characters, no blanks or quotes around it.
+/// Whether the text is one line without control characters, and without spaces or quotes around it.
 pub(super) fn is_plain_line(text: &str, max_bytes: usize) -> bool {
     is_line(text, max_bytes) && text.trim() == text && !is_quoted(text)
 }
@@ -37,7 +37,7 @@ pub(super) fn is_line(text: &str, max_bytes: usize) -> bool {
     text.len() <= max_bytes && !text.contains(char::is_control)
 }
 
-/// A host's name or IP address, without the brackets that an IPv6 address may have.
+/// The name or IP address of a host, without the brackets that an IPv6 address may have.
 pub(super) fn host(text: &str) -> Option<&str> {
     match text.strip_prefix('[') {
         Some(rest) => rest.strip_suffix(']').filter(|address| is_ipv6(address)),
@@ -45,7 +45,7 @@ pub(super) fn host(text: &str) -> Option<&str> {
     }
 }
 
-/// From 1 to 65535.
+/// A port from 1 to 65535.
 pub(super) fn port(text: &str) -> Option<u16> {
     // `FromStr` accepts a plus sign too.
     let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
@@ -60,12 +60,12 @@ pub(super) fn host_and_port(text: &str) -> Option<(&str, u16)> {
     (host(name).filter(|_| !is_bare_ipv6)).zip(port(digits))
 }
 
-/// The host of a URL, if there is no doubt which part of it that is.
+/// The host of a URL, unless it is ambiguous.
 pub(super) fn host_of_url(text: &str) -> Option<&str> {
     let (_, rest) = text.split_once("://")?;
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let (authority, tail) = rest.split_at(end);
-    // The user's password may go on behind what looks like the host, and must not be taken for it.
+    // A password may contain `/`, `?` or `#`, so what looks like the host may be a part of it.
     if tail.contains('@') {
         return None;
     }
@@ -73,7 +73,7 @@ pub(super) fn host_of_url(text: &str) -> Option<&str> {
     host(first).or_else(|| host_and_port(first).map(|(host, _)| host))
 }
 
-/// With the name of a network interface (`fe80::1%eth0`) or without.
+/// With or without the name of a network interface (`fe80::1%eth0`).
 fn is_ipv6(text: &str) -> bool {
     let (address, zone) = text.split_once('%').unwrap_or((text, "0"));
     let is_zone = !zone.is_empty()
@@ -83,7 +83,7 @@ fn is_ipv6(text: &str) -> bool {
     is_zone && address.parse::<Ipv6Addr>().is_ok()
 }
 
-/// Whether a name server or `/etc/hosts` could know it. `5432` and `10.1` are addresses to the C library, and slips here.
+/// Whether it can be a host name. The C library reads `5432` and `10.1` as addresses; here they are mistakes.
 fn is_host_name(text: &str) -> bool {
     let name = text.strip_suffix('.').unwrap_or(text);
     let is_label = |label: &str| {
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_stands_behind_a_host() {
+    fn a_port_follows_a_host() {
         assert_eq!(host_and_port("db:1"), Some(("db", 1)));
         assert_eq!(host_and_port("[::1]:65535"), Some(("::1", 65_535)));
         for text in [

@@ -1,4 +1,4 @@
-//! How to reach Kafka and what to read or write there: the KAFKA_* variables.
+//! The KAFKA_* variables: how to connect to Kafka, and what to read or write there.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -9,17 +9,17 @@ use super::{MAX_LINE_BYTES, Secret};
 
 const DEFAULT_TOPIC: &str = "host-metrics";
 const DEFAULT_GROUP_ID: &str = "host-metrics";
-/// The consumer numbers its topics with 16 bits; nobody reads that many.
+/// The consumer numbers its topics with 16 bits. This limit is far above any real list.
 const MAX_TOPICS: usize = 1_000;
-/// Kafka's: org.apache.kafka.common.internals.Topic.
+/// Kafka's limit, in org.apache.kafka.common.internals.Topic.
 const MAX_TOPIC_BYTES: usize = 249;
 
-/// Kafka's rule for a topic's name, for messages.
-pub const TOPIC_NAME_RULE: &str = "letters, digits, `.`, `_` and `-`, 249 at most";
+/// Kafka's rule for the name of a topic, for messages.
+pub const TOPIC_NAME_RULE: &str = "at most 249 letters, digits, `.`, `_` and `-`";
 
 const MECHANISMS: [&str; 3] = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
 
-/// How to reach Kafka, checked to be consistent.
+/// How to connect to Kafka. The parts are consistent with each other.
 #[derive(Clone, Debug)]
 pub struct KafkaConfig {
     pub bootstrap_servers: String,
@@ -34,7 +34,7 @@ pub struct KafkaSecurity {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KafkaTls {
-    /// `None`: the system's authorities.
+    /// `None`: the authorities that the system trusts.
     pub ca_file: Option<PathBuf>,
     /// Set if and only if `key_file` is.
     pub cert_file: Option<PathBuf>,
@@ -49,49 +49,7 @@ pub struct KafkaSasl {
     pub password: Secret,
 }
 
-impl KafkaConfig {
-    /// The librdkafka properties that every client of ours shares: servers, security, client id.
-    pub fn client_properties(&self) -> Vec<(&'static str, String)> {
-        let KafkaSecurity { tls, sasl } = &self.security;
-        let protocol = match (tls, sasl) {
-            (None, None) => "plaintext",
-            (Some(_), None) => "ssl",
-            (None, Some(_)) => "sasl_plaintext",
-            (Some(_), Some(_)) => "sasl_ssl",
-        };
-        let mut properties = vec![
-            ("bootstrap.servers", self.bootstrap_servers.clone()),
-            ("client.id", "host-metrics".to_owned()),
-            ("security.protocol", protocol.to_owned()),
-            // The kernel notices in its own time when a path between us and the broker silently drops packets.
-            ("socket.keepalive.enable", "true".to_owned()),
-            // Every address of a server's name is tried.
-            ("client.dns.lookup", "use_all_dns_ips".to_owned()),
-        ];
-        if let Some(tls) = tls {
-            properties.push(("enable.ssl.certificate.verification", "true".to_owned()));
-            properties.push(("ssl.endpoint.identification.algorithm", "https".to_owned()));
-            let files = [
-                ("ssl.ca.location", &tls.ca_file),
-                ("ssl.certificate.location", &tls.cert_file),
-                ("ssl.key.location", &tls.key_file),
-            ];
-            for (property, file) in files {
-                if let Some(file) = file {
-                    properties.push((property, file.display().to_string()));
-                }
-            }
-        }
-        if let Some(sasl) = sasl {
-            properties.push(("sasl.mechanism", sasl.mechanism.clone()));
-            properties.push(("sasl.username", sasl.username.reveal().to_owned()));
-            properties.push(("sasl.password", sasl.password.reveal().to_owned()));
-        }
-        properties
-    }
-}
-
-/// Whether Kafka accepts it as a topic's name.
+/// Whether Kafka accepts it as the name of a topic.
 pub fn is_topic_name(name: &str) -> bool {
     (1..=MAX_TOPIC_BYTES).contains(&name.len())
         && name != "."
@@ -128,20 +86,20 @@ fn server_remedy(server: &str) -> Option<String> {
     if server.contains("://") || server.contains('@') {
         return Some(match host_of_url(server) {
             Some(host) => {
-                format!("write {host} and its port without the protocol, which KAFKA_SECURITY_PROTOCOL names")
+                format!("write {host} and its port without the protocol, which KAFKA_SECURITY_PROTOCOL sets")
             }
-            None => "write host:port alone, without a protocol, a user and a password".to_owned(),
+            None => "write only host:port, without a protocol, user or password".to_owned(),
         });
     }
     if server.is_empty() {
-        return Some("a comma separates two servers: remove the one that is too many".to_owned());
+        return Some("there is a comma without a server before or after it: remove the comma".to_owned());
     }
     if server.parse::<std::net::Ipv6Addr>().is_ok() {
         return Some(format!("put an IPv6 address in brackets: [{server}]:9092"));
     }
     if host(server).is_some() {
         return Some(format!(
-            "the port is missing, and Kafka's usual one is 9092: {server}:9092"
+            "the port is missing; Kafka's default is 9092: {server}:9092"
         ));
     }
     let is_list = |separator: char| {
@@ -154,10 +112,10 @@ fn server_remedy(server: &str) -> Option<String> {
     [';', ' ', '|']
         .into_iter()
         .any(is_list)
-        .then(|| "separate servers by commas".to_owned())
+        .then(|| "separate the servers by commas".to_owned())
 }
 
-/// Which of the two security layers a protocol has.
+/// A security protocol, with the layers that it has.
 #[derive(Clone, Copy)]
 struct Protocol {
     word: &'static str,
@@ -194,8 +152,8 @@ const FILES: [(&str, PemKind); 3] = [
     ("KAFKA_SSL_KEY_FILE", PemKind::PrivateKey),
 ];
 
-/// Every variable that is set is looked at, also where the protocol is wrong or does not use it: whatever is wrong with
-/// it would otherwise be reported only after the first correction.
+/// Checks every variable that is set, even if the protocol is wrong or does not use it, so that all errors are reported
+/// together.
 fn security(reader: &mut Reader<'_>) -> KafkaSecurity {
     let name = "KAFKA_SECURITY_PROTOCOL";
     let default = match FILES.iter().any(|(name, _)| reader.is_set(name)) {
@@ -216,12 +174,12 @@ fn security(reader: &mut Reader<'_>) -> KafkaSecurity {
     }
 }
 
-/// `protocol`: `None` where it is wrong, so that any may have been meant.
+/// `protocol` is `None` if its variable is wrong.
 fn tls(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaTls> {
     if let Some(protocol) = protocol.filter(|protocol| !protocol.tls) {
         let with_tls = if protocol.sasl { "SASL_SSL" } else { "SSL" };
         for (name, kind) in FILES {
-            // The original required these variables even where nobody had certificates.
+            // Only files that exist, because existing setups may name files that were never there.
             let Some(path) = reader.get(name).filter(|path| Path::new(path).exists()) else {
                 continue;
             };
@@ -242,9 +200,7 @@ fn tls(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaTls> 
         if reader.is_set(one) && !reader.is_set(other) {
             reader.conflict(
                 other,
-                format!(
-                    "is not set, but {one} is: a certificate and its key belong together; set both or neither"
-                ),
+                format!("is not set, but {one} is: a certificate needs its key; set both or neither"),
             );
         }
     }
@@ -273,7 +229,7 @@ fn sasl(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaSasl
     let [username, password] = [username_names, password_names].map(|(name, file)| {
         if let Some(protocol) = protocol.filter(|_| is_needed && !reader.is_set(name) && !reader.is_set(file)) {
             let what = format!(
-                "is not set, but KAFKA_SECURITY_PROTOCOL={} needs it; set it, or set {file} to a file that holds it",
+                "is not set, but KAFKA_SECURITY_PROTOCOL={} requires it; set it, or set {file} to a file with the value",
                 protocol.word
             );
             reader.conflict(name, what);
@@ -315,7 +271,8 @@ pub(super) fn topic(reader: &mut Reader<'_>) -> String {
 }
 
 pub(super) fn topics(reader: &mut Reader<'_>) -> Vec<String> {
-    let expected = format!("different names of topics, separated by commas: {TOPIC_NAME_RULE}");
+    let expected =
+        format!("the names of topics, separated by commas, without duplicates; each has {TOPIC_NAME_RULE}");
     let distinct = |topics: &Vec<String>| {
         topics.len() <= MAX_TOPICS && topics.iter().collect::<BTreeSet<_>>().len() == topics.len()
     };

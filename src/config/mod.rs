@@ -1,9 +1,9 @@
-//! Variables in, one checked configuration per command out.
+//! Turns variables into the checked configuration of a command.
 //!
-//! Owns every variable's name, default, meaning and error text, and the order in which they win: `-e NAME=VALUE`, the
-//! environment, the `.env` file. The only module that reads the environment. All problems are collected and reported at
-//! once. A file for each thing that is configured: [`kafka`], [`database`], [`check`]; here are the commands, each of which
-//! looks only at the variables that it needs.
+//! Owns the name, default, meaning and error text of every variable, and the order of the sources: `-e NAME=VALUE` overrides
+//! the environment, which overrides the `.env` file. The only module that reads the environment. All problems are collected
+//! and reported together. [`kafka`], [`database`] and [`check`] read one group of variables each; this file combines them for
+//! the commands. A command reads only the variables that it needs.
 
 mod check;
 mod database;
@@ -34,24 +34,24 @@ pub use variables::{NAMES, Variables};
 const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// For names and the like that nothing else bounds.
+/// The longest value of a variable that has no limit of its own, such as a name.
 const MAX_LINE_BYTES: usize = 255;
-/// A batch is held in memory, and so is a second one while it is written.
+/// Two batches are in memory: one is filled while the other is written.
 const BATCH_SIZES: RangeInclusive<usize> = 1..=100_000;
-/// Tables are partitioned by day; the upper bound only keeps the arithmetic in range.
+/// At least a day, because tables are partitioned by day. The upper bound keeps the arithmetic in range.
 const RETENTIONS: RangeInclusive<Duration> = DAY..=DAY.saturating_mul(36_500);
 
-/// The command line or the host file is wrong: everything that is wrong, ready to print. Exit status 2.
+/// All errors of the command line and the host file, ready to print. Exit status 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct WrongInput(pub String);
 
-/// Everything that is wrong with the variables; printed, a line each. Exit status 2.
+/// All errors of the variables, one line each. Exit status 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct WrongVariables(pub Vec<Problem>);
 
-/// The servers that a command will talk to.
+/// The servers that a command connects to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Servers {
     pub kafka: bool,
@@ -76,16 +76,16 @@ impl Servers {
 #[derive(Clone, Debug)]
 pub struct ProduceConfig {
     pub kafka: KafkaConfig,
-    /// Where records of hosts without `topic=` go.
+    /// The topic for the records of hosts without `topic=`.
     pub topic: String,
     pub check: CheckConfig,
     pub metrics_addr: Option<SocketAddr>,
 }
 
-/// For `produce`.
+/// The configuration of `produce`.
 ///
 /// # Errors
-/// Any variable that it needs is wrong: all of them.
+/// All wrong variables.
 pub fn produce(variables: &Variables) -> Result<ProduceConfig, WrongVariables> {
     read(variables, |reader| ProduceConfig {
         kafka: kafka::servers_and_security(reader),
@@ -98,13 +98,13 @@ pub fn produce(variables: &Variables) -> Result<ProduceConfig, WrongVariables> {
 #[derive(Clone, Debug)]
 pub struct ConsumeConfig {
     pub kafka: KafkaConfig,
-    /// Not empty, each once.
+    /// Not empty, without duplicates.
     pub topics: Vec<String>,
     pub group_id: String,
     pub group_instance_id: Option<String>,
     pub database: DatabaseConfig,
     pub batch_size: usize,
-    /// DB_BATCH_SECONDS: a smaller batch is written when its oldest record was read that long ago.
+    /// DB_BATCH_SECONDS: a batch that is not full is written when its oldest record has waited this long.
     pub batch_wait: Duration,
     pub retention: Option<Duration>,
     /// `None`: rows only.
@@ -112,10 +112,10 @@ pub struct ConsumeConfig {
     pub metrics_addr: Option<SocketAddr>,
 }
 
-/// For `consume`.
+/// The configuration of `consume`.
 ///
 /// # Errors
-/// Any variable that it needs is wrong: all of them.
+/// All wrong variables.
 pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
     read(variables, |reader| ConsumeConfig {
         kafka: kafka::servers_and_security(reader),
@@ -131,7 +131,7 @@ pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
     })
 }
 
-/// What `init` and `drop` need; see [`init()`] for what is left empty.
+/// The configuration of `init` and `drop`; [`init()`] describes which parts may be empty.
 #[derive(Clone, Debug)]
 pub struct InitConfig {
     pub kafka: KafkaConfig,
@@ -139,10 +139,11 @@ pub struct InitConfig {
     pub database: DatabaseConfig,
 }
 
-/// For `init` and `drop`. How to reach a server that is not among `servers` is not looked at and left empty.
+/// The configuration of `init` and `drop`. The variables of a server that is not in `servers` are not read, and its part of
+/// the result is empty.
 ///
 /// # Errors
-/// Any variable that the command needs is wrong: all of them.
+/// All wrong variables.
 pub fn init(variables: &Variables, servers: Servers) -> Result<InitConfig, WrongVariables> {
     let nothing_set = Variables::default();
     read(variables, |reader| InitConfig {
@@ -163,7 +164,7 @@ pub fn init(variables: &Variables, servers: Servers) -> Result<InitConfig, Wrong
 
 #[derive(Clone, Debug)]
 pub struct StatusConfig {
-    /// `None`: the lag is not to be told.
+    /// `None`: do not show the lag.
     pub kafka: Option<KafkaConfig>,
     pub topics: Vec<String>,
     pub group_id: String,
@@ -172,10 +173,10 @@ pub struct StatusConfig {
     pub is_state_on: bool,
 }
 
-/// For `status`. Without KAFKA_BOOTSTRAP_SERVERS it shows what the tables alone can tell.
+/// The configuration of `status`. Without KAFKA_BOOTSTRAP_SERVERS, `status` reads the tables only.
 ///
 /// # Errors
-/// Any variable that it needs is wrong: all of them.
+/// All wrong variables.
 pub fn status(variables: &Variables) -> Result<StatusConfig, WrongVariables> {
     read(variables, |reader| StatusConfig {
         kafka: reader
@@ -188,15 +189,15 @@ pub fn status(variables: &Variables) -> Result<StatusConfig, WrongVariables> {
     })
 }
 
-/// For `health`: where the agent serves its readiness.
+/// METRICS_ADDR, for `health`.
 ///
 /// # Errors
-/// METRICS_ADDR is not set, so that there is nobody to ask, or wrong.
+/// METRICS_ADDR is not set or wrong.
 pub fn health(variables: &Variables) -> Result<SocketAddr, WrongVariables> {
     read(variables, |reader| {
         if !reader.is_set(METRICS_ADDR) {
-            let what = "is not set: `health` asks the agent that listens there, so set it to the same value for the agent \
-                        and for `health`, e.g. METRICS_ADDR=127.0.0.1:9464";
+            let what = "is not set: `health` asks the agent at this address; set the same value for the agent and for \
+                        `health`, e.g. METRICS_ADDR=127.0.0.1:9464";
             reader.conflict(METRICS_ADDR, what.to_owned());
         }
         let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -204,18 +205,18 @@ pub fn health(variables: &Variables) -> Result<SocketAddr, WrongVariables> {
     })
 }
 
-/// For `check`.
+/// The configuration of `check`.
 ///
 /// # Errors
-/// Any variable that it needs is wrong: all of them.
+/// All wrong variables.
 pub fn check(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, true))
 }
 
-/// For `demo`: how it checks; its servers are its own.
+/// The configuration of the checks of `demo`, which has its own servers.
 ///
 /// # Errors
-/// Any variable that it needs is wrong: all of them.
+/// All wrong variables.
 pub fn demo(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, false))
 }
@@ -227,10 +228,10 @@ pub struct ValidateConfig {
     pub max_body_bytes: u64,
 }
 
-/// For `validate`: what a forecast depends on.
+/// The configuration of `validate`: the variables that its forecast depends on.
 ///
 /// # Errors
-/// Any variable that it needs is wrong: all of them.
+/// All wrong variables.
 pub fn validate(variables: &Variables) -> Result<ValidateConfig, WrongVariables> {
     read(variables, |reader| ValidateConfig {
         timeout: check::timeout(reader),
@@ -239,10 +240,10 @@ pub fn validate(variables: &Variables) -> Result<ValidateConfig, WrongVariables>
     })
 }
 
-/// LOG_LEVEL alone; the other functions here look at it too, so that it is reported with the rest.
+/// LOG_LEVEL. The other functions here check it too, so that it is reported together with the other variables.
 ///
 /// # Errors
-/// It is not a level, or a source of the variables was wrong.
+/// LOG_LEVEL is not a level, or a source of the variables is wrong.
 pub fn log_level(variables: &Variables) -> Result<LevelFilter, WrongVariables> {
     let mut reader = Reader::new(variables);
     let level = read_log_level(&mut reader);
@@ -284,7 +285,7 @@ fn metrics_addr_remedy(text: &str) -> Option<String> {
         .or(Some(text))
         .filter(|port| is_port(port))
     {
-        return Some(format!("for every address of this machine write 0.0.0.0:{port}"));
+        return Some(format!("write 0.0.0.0:{port} for every address of this machine"));
     }
     let (name, port) = form::host_and_port(text)?;
     (name == "localhost").then(|| format!("write 127.0.0.1:{port}"))

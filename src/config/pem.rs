@@ -1,6 +1,6 @@
-//! PEM files, read as OpenSSL reads them (its `X509_load_cert_file`, which is what curl's `--cacert` does).
+//! PEM files, read as OpenSSL's `X509_load_cert_file` reads them, which curl's `--cacert` uses too.
 //!
-//! Text around the blocks and a byte-order mark do not count, and blocks of other kinds are passed over.
+//! Text around the blocks, a byte-order mark and blocks of other kinds are ignored.
 
 use std::io::Cursor;
 
@@ -12,10 +12,10 @@ use x509_parser::pem::Pem;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// The certificates of a file, in its order; never empty.
+/// The certificates of a file, in their order; at least one.
 ///
 /// # Errors
-/// There is none, or one cannot be read: a sentence that says which and why.
+/// The file has no certificate, or one cannot be read. The text names the block and the reason.
 pub(crate) fn certificates(file: &[u8]) -> Result<Vec<X509>, String> {
     let text = file.strip_prefix(BYTE_ORDER_MARK).unwrap_or(file);
     let mut certificates = Vec::new();
@@ -46,7 +46,7 @@ pub(crate) fn certificates(file: &[u8]) -> Result<Vec<X509>, String> {
         ) {
             let certificate =
                 X509::from_der(&block.contents).map_err(|_| wrong("does not hold an X.509 certificate"))?;
-            // What follows the certificate in a TRUSTED one is what it is trusted for.
+            // In a TRUSTED CERTIFICATE, the purposes that it is trusted for follow the certificate.
             let behind = Any::from_der(&block.contents).map_or(&[][..], |(behind, _)| behind);
             if block.label.starts_with("TRUSTED") && !is_for_servers(behind) {
                 is_refused = true;
@@ -58,7 +58,7 @@ pub(crate) fn certificates(file: &[u8]) -> Result<Vec<X509>, String> {
     }
     match (certificates.is_empty(), is_refused) {
         (false, _) => Ok(certificates),
-        (true, true) => Err("the file holds only certificates that it says are not trusted for servers".into()),
+        (true, true) => Err("the file marks all its certificates as not trusted for servers".into()),
         (true, false) if X509::from_der(file).is_ok() => Err(
             "the file holds a certificate in DER format; convert it: openssl x509 -inform DER -in FILE -out NEWFILE"
                 .into(),
@@ -67,7 +67,7 @@ pub(crate) fn certificates(file: &[u8]) -> Result<Vec<X509>, String> {
     }
 }
 
-/// What keeps a file from being a private key that needs no passphrase.
+/// Why a file is not a private key without a passphrase; `None` if it is one.
 pub(crate) fn private_key_fault(file: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(file);
     if !text.contains("PRIVATE KEY-----") {
@@ -75,7 +75,7 @@ pub(crate) fn private_key_fault(file: &[u8]) -> Option<String> {
     }
     if text.contains("ENCRYPTED") {
         return Some(
-            "the key is encrypted, and an agent cannot be asked for its passphrase; \
+            "the key is encrypted, and an agent cannot ask for its passphrase; \
              decrypt it: openssl pkey -in FILE -out NEWFILE"
                 .into(),
         );
@@ -83,11 +83,11 @@ pub(crate) fn private_key_fault(file: &[u8]) -> Option<String> {
     let text = file.strip_prefix(BYTE_ORDER_MARK).unwrap_or(file);
     let key = PKey::private_key_from_pem_callback(text, |_| Ok(0));
     key.is_err()
-        .then(|| "the private key cannot be read: it is damaged or of an unknown kind".into())
+        .then(|| "the private key cannot be read: it is damaged or of an unknown type".into())
 }
 
-/// Whether the settings behind a trusted certificate (`X509_CERT_AUX` of OpenSSL's x_x509a.c) let it vouch for servers:
-/// a list of purposes that it is trusted for, then one of those that it is refused for, both optional.
+/// Whether a trusted certificate may identify servers. `settings` is `X509_CERT_AUX` of OpenSSL's x_x509a.c: a list of the
+/// purposes that the certificate is trusted for, then a list of those that it is rejected for, both optional.
 fn is_for_servers(settings: &[u8]) -> bool {
     let Ok((_, settings)) = Any::from_der(settings) else {
         return true;

@@ -1,7 +1,7 @@
-//! Everything that is wrong with the variables, and the reader that makes a value of a variable or says what is wrong.
+//! The reader that turns variables into values and collects everything that is wrong with them.
 //!
-//! A read returns `None` both for an unset and for a wrong variable: the caller goes on with a default and finds the next
-//! problem; [`Reader::finish`] then throws the half-right configuration away.
+//! A read returns `None` for an unset and for a wrong variable. In both cases the caller continues with a default, so that the
+//! next problem is found too. If there are problems, [`Reader::finish`] returns them instead of the configuration.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -16,14 +16,14 @@ use super::secret::{shown, shown_path};
 use super::{Secret, Variables, WrongVariables, pem};
 use crate::duration;
 
-/// Whole bundles of certificate authorities have some 250 KB.
+/// A system's bundle of certificate authorities has about 250 KB.
 const MAX_PEM_BYTES: u64 = 4 << 20;
 
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
 const SECRETS: [&str; 2] = ["DB_PASSWORD", "KAFKA_SASL_PASSWORD"];
 
-/// One thing that is wrong with the variables: which of them, what it is, what was expected, what to do.
+/// One problem: the variable, its value, what was expected and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
     #[error(
@@ -34,18 +34,18 @@ pub enum Problem {
     #[error("{name}={value}: expected {expected}{}", if_any("; ", remedy))]
     Wrong {
         name: &'static str,
-        /// Quoted, cut, and without secrets.
+        /// Quoted, shortened, without secrets.
         value: String,
         expected: String,
-        /// Empty where nothing more can be told.
+        /// What to do; may be empty.
         remedy: String,
     },
 
-    /// A file that a variable names cannot be what the variable needs.
+    /// The file that a variable names is not what the variable requires.
     #[error("{name}{}: {what}", if_any("=", path))]
     File {
         name: &'static str,
-        /// Empty where it may be a secret.
+        /// Empty if it may be a secret.
         path: String,
         what: String,
     },
@@ -53,11 +53,11 @@ pub enum Problem {
     #[error("{name} and {name}_FILE are both set: unset one of them")]
     SetTwice { name: &'static str },
 
-    /// Two variables do not fit together.
+    /// Two variables contradict each other.
     #[error("{name} {what}")]
     Conflict { name: &'static str, what: String },
 
-    /// A place that variables come from: `-e`, the environment, a file.
+    /// A source of variables is wrong: `-e`, the environment or a file.
     #[error("{0}")]
     Source(String),
 }
@@ -83,7 +83,7 @@ fn if_any(before: &str, text: &str) -> String {
     }
 }
 
-/// Reads variables and keeps what is wrong with them.
+/// Reads variables and collects their problems.
 pub(super) struct Reader<'a> {
     variables: &'a Variables,
     problems: Vec<Problem>,
@@ -112,7 +112,7 @@ impl<'a> Reader<'a> {
     }
 
     /// # Errors
-    /// There were problems: all of them.
+    /// All problems, if there are any.
     pub(super) fn finish<T>(self, config: T) -> Result<T, WrongVariables> {
         match self.problems.is_empty() {
             true => Ok(config),
@@ -120,7 +120,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// `remedy` is for what only this variable knows; quotes and the like around the value are named for all of them.
+    /// Adds a problem. `remedy` is what to do about this variable in particular; without it, a mistake that any variable can
+    /// have, such as quotes around the value, is named.
     pub(super) fn wrong(&mut self, name: &'static str, expected: impl Display, remedy: Option<String>) {
         let expected = expected.to_string();
         self.push(match self.get(name) {
@@ -134,15 +135,15 @@ impl<'a> Reader<'a> {
         });
     }
 
-    /// The value without what may be a secret, and without the secrets that are known.
+    /// The value without anything that may be a secret, and without the known secrets.
     fn shown(&self, value: &str) -> String {
         let secrets = SECRETS.into_iter().filter_map(|name| self.get(name));
-        // A shorter one is in too many words, and not much of a secret.
+        // A shorter secret is part of many words, and hiding it would make the message useless.
         let secrets = secrets.filter(|secret| secret.len() >= 6);
         shown(&secrets.fold(value.to_owned(), |text, secret| text.replace(secret, "***")))
     }
 
-    /// [`Self::wrong`] for a value that has a secret in it.
+    /// As [`Self::wrong`], for a value that contains a secret.
     pub(super) fn wrong_secret(&mut self, name: &'static str, expected: &str, remedy: String) {
         self.push(Problem::Wrong {
             name,
@@ -152,7 +153,7 @@ impl<'a> Reader<'a> {
         });
     }
 
-    /// What `read` makes of the value, if it can.
+    /// The result of `read` for the value; a problem if there is none.
     pub(super) fn read<T>(
         &mut self,
         name: &'static str,
@@ -166,7 +167,7 @@ impl<'a> Reader<'a> {
         read
     }
 
-    /// The value, or a problem and nothing where it is not set.
+    /// The value; a problem and an empty text if it is not set or not right.
     pub(super) fn required(
         &mut self,
         name: &'static str,
@@ -223,14 +224,14 @@ impl<'a> Reader<'a> {
     /// One line of text.
     pub(super) fn line(&mut self, name: &'static str, max_bytes: usize) -> Option<String> {
         let expected = format!(
-            "one line of at most {max_bytes} bytes, without control characters, and without blanks or quotes around it"
+            "one line of at most {max_bytes} bytes, without control characters, and without spaces or quotes around it"
         );
         self.read(name, expected, |text| {
             is_plain_line(text, max_bytes).then(|| text.to_owned())
         })
     }
 
-    /// A readable file with a PEM block of this kind.
+    /// The path of a readable file with a PEM block of this kind.
     pub(super) fn pem_file(&mut self, name: &'static str, kind: PemKind) -> Option<PathBuf> {
         let path = PathBuf::from(self.get(name)?);
         let problem = match read_file(&path, MAX_PEM_BYTES) {
@@ -241,7 +242,7 @@ impl<'a> Reader<'a> {
             Err(error) => {
                 let remedy = match slip(self.get(name)?) {
                     Some(slip) => slip,
-                    None if path.starts_with("~") => "`~` is not replaced here: write the whole path",
+                    None if path.starts_with("~") => "`~` is not expanded here: write the whole path",
                     None => "correct the path or the file's permissions",
                 };
                 format!("cannot read the file: {error}; {remedy}")
@@ -255,12 +256,12 @@ impl<'a> Reader<'a> {
         None
     }
 
-    /// A secret, given as it is or in a file (one line end at its end does not count).
+    /// A secret from a variable or from a file, without one line break at the end of the file.
     pub(super) fn secret(&mut self, name: &'static str, file: &'static str) -> Option<Secret> {
         let text = match (self.get(name), self.get(file)) {
             (Some(_), Some(_)) => {
                 self.push(Problem::SetTwice { name });
-                // What is wrong with the file is wrong whichever of them stays.
+                // Reports a problem with the file too, because either variable may stay.
                 self.secret_file(file);
                 return None;
             }
@@ -289,11 +290,11 @@ impl<'a> Reader<'a> {
         };
         let shown = shown_path(path);
         let what = match (&shown, path.to_str().is_some_and(is_quoted)) {
-            (Some(_), _) => format!("{problem}; expected a file that holds the value and nothing else"),
+            (Some(_), _) => format!("{problem}; expected a file that holds only the value"),
             (None, true) => format!("{problem}; the quotes are part of the path: remove them"),
             (None, false) => format!(
-                "{problem}; expected the path of a file that holds the value and nothing else (the path is not \
-                 shown, because it may be the secret itself)"
+                "{problem}; expected the path of a file that holds only the value (the path is not shown, because it may \
+                 be the secret itself)"
             ),
         };
         let path = shown.unwrap_or_default();
@@ -325,7 +326,7 @@ impl PemKind {
 }
 
 fn read_file(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
-    // Opening a pipe would wait for its writer, and the next reader of the file would find it empty.
+    // Opening a pipe would wait for its writer, and a second read would find it empty.
     if !path.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }

@@ -1,4 +1,4 @@
-//! Values that must not be seen: the type that hides them, and how text that may hold one is shown.
+//! Secrets: a type that hides its value, and functions that hide secrets in other text.
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{Servers, Variables};
 
-/// How much of a value is shown.
+/// The most characters of a value in a message.
 const MAX_SHOWN_CHARS: usize = 100;
 
 const HIDDEN: &str = "***";
@@ -31,10 +31,10 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A wrong value for a message: quoted, cut, and with `***` for everything in it that may be a secret.
+/// A wrong value for a message: quoted, shortened, with `***` for every part that may be a secret.
 ///
-/// A value ends up in the wrong variable as easily as it is mistyped, so every part that could be a password is hidden:
-/// what stands before an `@`, what follows a word like `password=`, a port that is not a number, the contents of a key.
+/// A secret may be in the wrong variable. Hidden are therefore the text before an `@`, the text after a word such as
+/// `password=`, a port that is not a number, and the contents of a key.
 pub(super) fn shown(value: &str) -> String {
     if value.contains("-----BEGIN") {
         return "(the contents of a PEM file)".to_owned();
@@ -50,7 +50,7 @@ pub(super) fn shown(value: &str) -> String {
     }
 }
 
-/// Where what follows `password=` or `api_key: ` begins.
+/// The index of the text after `password=`, `api_key: ` and the like.
 fn named_secret(text: &str) -> Option<usize> {
     let lower = text.to_ascii_lowercase();
     let is_name = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
@@ -61,26 +61,26 @@ fn named_secret(text: &str) -> Option<usize> {
             .iter()
             .any(|word| name.contains(word));
         let value = lower[sign + 1..].trim_start();
-        // `pass://` is a scheme.
+        // `pass://` is the scheme of a URL.
         (is_secret && !value.starts_with("//")).then(|| lower.len() - value.len())
     })
 }
 
-/// Hides what stands before the host in a URL, or in anything that may be a part of one.
+/// Hides the text before the host of a URL, or of anything that may be a part of a URL.
 fn hide_user(text: &mut String) {
     let first_at = text.find('@').unwrap_or(text.len());
     let scheme = text[..first_at].find("://");
     let start = scheme.map_or(0, |colon| colon + 3);
     let rest = &text[start..];
-    // `%40` is an `@` that was escaped for a URL.
+    // `%40` is an `@` that is escaped for a URL.
     if let Some(at) = rest.rfind('@').or_else(|| rest.rfind("%40")) {
-        // Behind a `?` it may be the password's own, and what follows the rest of the password.
+        // After a `?`, the `@` may belong to the password, whose rest then follows it.
         let is_doubtful = rest[..at].contains(['?', '#']);
         let end = if is_doubtful { text.len() } else { start + at };
         text.replace_range(start..end, HIDDEN);
         return;
     }
-    // What should be a port and is not a number may be the password of a URL that was cut before its `@`.
+    // A port that is not a number may be the password of a URL that was cut off before its `@`.
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     if let Some((host, port)) = rest[..end].rsplit_once(':')
         && !host.contains(|c: char| c.is_whitespace() || ":,;".contains(c))
@@ -94,16 +94,16 @@ fn hide_user(text: &mut String) {
     }
 }
 
-/// The path of a file with a secret, for a message; `None` where it may be the secret itself, set without a file.
+/// The path of a file with a secret, for a message; `None` if the text may be the secret itself.
 pub(super) fn shown_path(path: &Path) -> Option<String> {
     let is_place = |directory: &Path| directory.parent().is_some() && directory.is_dir();
     (path.exists() || path.parent().is_some_and(is_place)).then(|| format!("{path:?}"))
 }
 
-/// A line for each file with a secret, among those that reach these servers, that every user of the machine can read.
+/// A warning for each file with a secret for these servers that every user of the machine can read.
 ///
-/// This deserves a warning and no more, because containers mount secrets so. Reading by a group is not reported: that is
-/// how a key is shared on purpose.
+/// It is not an error, because containers mount secrets that way. A file that a group can read is not reported, because keys
+/// are shared that way on purpose.
 pub fn exposed_secrets(variables: &Variables, servers: Servers) -> Vec<String> {
     let kafka: &[&str] = &[
         "KAFKA_SSL_KEY_FILE",
@@ -126,7 +126,7 @@ fn exposed(variables: &Variables, name: &'static str) -> Option<String> {
     })
 }
 
-/// A line for each secret in quotes, among those for these servers: a shell or Compose would have removed them.
+/// A warning for each secret for these servers that is in quotes, which a shell or Compose would have removed.
 pub fn quoted_secrets(variables: &Variables, servers: Servers) -> Vec<String> {
     let kafka: &[&str] = &["KAFKA_SASL_USERNAME", "KAFKA_SASL_PASSWORD"];
     let database: &[&str] = &["DB_PASSWORD"];
@@ -136,8 +136,8 @@ pub fn quoted_secrets(variables: &Variables, servers: Servers) -> Vec<String> {
     quoted
         .map(|name| {
             format!(
-                "{name}: the value begins and ends with a quote, and the quotes are sent as part of it; remove them \
-                 where they are not (Docker's --env-file and Kubernetes do not remove quotes)"
+                "{name}: the value begins and ends with a quote, and the quotes are sent as part of it; remove them if they \
+                 do not belong to the value (Docker's --env-file and Kubernetes do not remove quotes)"
             )
         })
         .collect()
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_is_shown_without_what_may_be_a_secret() {
+    fn a_value_is_shown_without_parts_that_may_be_secret() {
         let cases = [
             ("db:5432", r#""db:5432""#),
             ("h1,h2", r#""h1,h2""#),

@@ -1,6 +1,6 @@
-//! Where the variables come from: `-e NAME=VALUE`, the environment, the `.env` file, merged into one set.
+//! The sources of the variables: `-e NAME=VALUE`, the environment and the `.env` file, merged into one set.
 //!
-//! Owns the names and which source wins; what a value means is the parent's.
+//! Owns the names of the variables and the precedence of the sources. The other files of `config` interpret the values.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::path::Path;
 use super::env_file::{self, EnvFile};
 use super::problems::Problem;
 
-/// Every variable there is. In a `.env` file or the environment others are somebody else's, after `-e` they are slips.
+/// The names of all variables. Other names are ignored in `.env` and in the environment, and are an error after `-e`.
 pub const NAMES: [&str; 36] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
@@ -48,22 +48,21 @@ pub const NAMES: [&str; 36] = [
     "LOG_LEVEL",
 ];
 
-/// All variables of a run, and what was wrong with where they came from.
+/// All variables of a run, with the problems of their sources.
 ///
-/// The latter is reported together with what is wrong with their values, by the function of the parent that makes a
-/// command's configuration of them. No `Debug`: some values are secret.
+/// Those problems are reported together with the problems of the values. There is no `Debug`, because some values are secret.
 #[derive(Clone, Default)]
 pub struct Variables {
-    /// The winning values as they came, none of them empty.
+    /// The values that take precedence, unchanged. None is empty.
     values: BTreeMap<&'static str, String>,
     pub(super) problems: Vec<Problem>,
     warnings: Vec<String>,
 }
 
 impl Variables {
-    /// Merges, from the weakest to the strongest: `env_file` (or `.env`, if there), the environment, `flags`.
+    /// Merges the sources: `flags` override the environment, which overrides `env_file` (or `.env`, if it exists).
     ///
-    /// An empty value wins as any other does: it sets a variable back to its default.
+    /// An empty value overrides too, and sets a variable back to its default.
     pub fn gather(flags: &[String], env_file: Option<&Path>) -> Self {
         let EnvFile {
             values,
@@ -72,7 +71,7 @@ impl Variables {
         } = env_file::read(env_file);
         let mut stronger = from_environment(&mut problems);
         stronger.extend(from_flags(flags, &mut problems));
-        // What a stronger source replaces may be as odd as it likes.
+        // No warning about a value that another source overrides.
         let warnings = warnings
             .into_iter()
             .filter(|(name, _)| name.is_none_or(|name| !stronger.contains_key(name)));
@@ -83,7 +82,7 @@ impl Variables {
         }
     }
 
-    /// From these pairs alone, whatever the environment says.
+    /// From these pairs only, without the environment.
     pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         Self::merged(
             pairs
@@ -92,7 +91,7 @@ impl Variables {
         )
     }
 
-    /// What is odd about where they came from, a line each, and no reason to stop.
+    /// The warnings about the sources, a line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
@@ -112,7 +111,7 @@ impl Variables {
     }
 }
 
-/// The name as it stands in [`NAMES`], if it does.
+/// The name in [`NAMES`]; `None` if there is no such variable.
 pub(super) fn known(name: &str) -> Option<&'static str> {
     NAMES.into_iter().find(|known| *known == name)
 }
@@ -130,13 +129,13 @@ fn from_flags(flags: &[String], problems: &mut Vec<Problem>) -> BTreeMap<&'stati
                 continue;
             }
             (Some(name), None) => format!("-e {name}: expected NAME=VALUE; write -e {name}=VALUE"),
-            // What is not a variable's name may be a secret, so it is repeated only if it looks like a name.
+            // An unknown name may be a misplaced secret, so the message repeats it only if it looks like a name.
             (None, Some(_)) if is_like_a_name(name) => {
-                format!("-e {name}: no such variable; `host-metrics --help` lists them")
+                format!("-e {name}: no such variable; `host-metrics --help` lists the names")
             }
             (None, Some(_)) => match known(&name.to_ascii_uppercase()) {
                 Some(meant) => format!("-e {name}: no such variable; write -e {meant}=VALUE"),
-                None => "-e: no such variable as stands before the `=`; `host-metrics --help` lists them"
+                None => "-e: the text before the `=` is not the name of a variable; `host-metrics --help` lists the names"
                     .to_owned(),
             },
             (None, None) => "-e: expected NAME=VALUE, got a word without a `=`".to_owned(),

@@ -40,7 +40,7 @@ use crate::consume::state::State;
 use crate::consume::store::{Store, StoreError};
 use crate::consume::writer::{Answer, Request, Writer};
 use crate::http::Endpoint;
-use crate::outage::Trouble;
+use crate::outage::Outage;
 use crate::postgres::Bounds;
 use crate::sample;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
@@ -186,7 +186,7 @@ struct Agent<'a, S: Sink> {
     ingest: Ingest,
     /// `None` until the store was opened: nothing is read before.
     layout: Option<S::Layout>,
-    postgres: Trouble,
+    postgres: Outage,
     rejections: Rejections,
     summary: Summary,
     stopping: bool,
@@ -213,7 +213,7 @@ impl<'a, S: Sink> Agent<'a, S> {
             writer,
             ingest: Ingest::new(limits, fastrand::u64(..)),
             layout: None,
-            postgres: Trouble::default(),
+            postgres: Outage::default(),
             rejections: Rejections::default(),
             summary: Summary::since(now),
             stopping: false,
@@ -387,7 +387,7 @@ impl<'a, S: Sink> Agent<'a, S> {
             }
         }
         if !self.ingest.store_is_away()
-            && let Some(lasted) = self.postgres.is_over(now)
+            && let Some(lasted) = self.postgres.end(now)
         {
             log::log!(
                 level::<S>(Level::Info),
@@ -401,7 +401,7 @@ impl<'a, S: Sink> Agent<'a, S> {
     fn failed(&mut self, now: Instant, reason: String) {
         log::debug!("Postgres: {reason}");
         self.counters.0.failures.fetch_add(1, Ordering::Relaxed);
-        self.postgres.is_there(now, reason);
+        self.postgres.begin(now, reason);
     }
 
     fn durable(&mut self, now: Instant, batch: &Batch, took: Duration) {
@@ -447,7 +447,7 @@ impl<'a, S: Sink> Agent<'a, S> {
         self.source.say_troubles(now);
         self.rejections.say(level::<S>(Level::Warn), now);
         let unwritten = self.ingest.unwritten();
-        if let Some((reason, lasted)) = self.postgres.due(now) {
+        if let Some((reason, lasted)) = self.postgres.take_report(now) {
             log::log!(
                 level::<S>(Level::Warn),
                 "waiting for Postgres: {reason} (for {} s, {unwritten} records in hand)",

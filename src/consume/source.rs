@@ -34,7 +34,7 @@ use crate::consume::group::{Named, Watch};
 use crate::consume::ingest::{Event, Extent};
 use crate::consume::stuck::{Look, Stuck};
 use crate::kafka::{BatchHead, Explainer, batch_head, names_a_cause};
-use crate::outage::Trouble;
+use crate::outage::Outage;
 use crate::sample::Timestamp;
 
 /// How long a question to Kafka (committed offsets, watermarks) may hold up polling: what is not answered by then is asked
@@ -344,8 +344,8 @@ impl Source {
         ];
         for (what, trouble) in waiting {
             let reason = self.explainer.explain(trouble.reason().unwrap_or_default());
-            trouble.cause_is_known(names_a_cause(&reason));
-            if let Some((_, lasted)) = trouble.due(now) {
+            trouble.set_cause_known(names_a_cause(&reason));
+            if let Some((_, lasted)) = trouble.take_report(now) {
                 log::log!(
                     level(Level::Warn),
                     "{what}: {reason} (for {} s)",
@@ -475,7 +475,7 @@ impl Source {
         if !self.topics.iter().all(is_there) {
             return;
         }
-        if let Some(lasted) = self.state().missing.is_over(now) {
+        if let Some(lasted) = self.state().missing.end(now) {
             log::log!(
                 self.level(Level::Info),
                 "the topic is there after {} s",
@@ -619,11 +619,11 @@ struct State {
     /// Partitions of ours that nobody in the group owns.
     orphans: BTreeSet<Named>,
     /// No broker can be reached, or none lets us in.
-    away: Trouble,
+    away: Outage,
     all_down_at: Option<Instant>,
     /// A broker does, but what we ask for is not allowed.
-    refused: Trouble,
-    missing: Trouble,
+    refused: Outage,
+    missing: Outage,
     stuck: Stuck,
     /// The reason that the next "all brokers are down" has.
     last_reason: Option<String>,
@@ -641,7 +641,7 @@ impl State {
 
     fn is_connected(&mut self, now: Instant) {
         self.last_reason = None;
-        if let Some(lasted) = self.away.is_over(now) {
+        if let Some(lasted) = self.away.end(now) {
             log::log!(
                 self.level(Level::Info),
                 "Kafka is back after {} s",
@@ -751,7 +751,7 @@ impl ClientContext for Context {
                 state.events.push_back(Event::OutOfRange);
             }
             Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => {
-                state.missing.is_there(now(), reason);
+                state.missing.begin(now(), reason);
             }
             Some(
                 RDKafkaErrorCode::TopicAuthorizationFailed
@@ -760,17 +760,17 @@ impl ClientContext for Context {
                 | RDKafkaErrorCode::InvalidTopic
                 | RDKafkaErrorCode::InvalidGroupId
                 | RDKafkaErrorCode::InconsistentGroupProtocol,
-            ) => state.refused.is_there(now(), reason),
+            ) => state.refused.begin(now(), reason),
             // The reasons before it said more, if there were any: of brokers that just say nothing there are none.
             Some(RDKafkaErrorCode::AllBrokersDown) => {
                 let silent = || format!("{} does not answer: {reason}", self.bootstrap_servers);
                 let reason = state.last_reason.clone().unwrap_or_else(silent);
-                state.away.is_there(now(), reason);
+                state.away.begin(now(), reason);
                 state.all_down_at = Some(now());
             }
             _ => {
                 if state.away.reason().is_some() {
-                    state.away.is_there(now(), reason.clone());
+                    state.away.begin(now(), reason.clone());
                 }
                 state.last_reason = Some(reason);
             }
@@ -808,7 +808,7 @@ impl ConsumerContext for Context {
         }
         let mut state = self.state();
         state.is_connected(now());
-        state.refused.is_over(now());
+        state.refused.end(now());
         state.is_member |= is_assigned;
         state.stuck.forget(&ours);
         state.events.push_back(match is_assigned {

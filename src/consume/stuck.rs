@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::consume::batch::Partition;
 use crate::kafka::BatchHead;
-use crate::outage::Trouble;
+use crate::outage::Outage;
 
 /// As many looks in a row, 5 s apart, have to find a partition at one place before its batch is asked for.
 const LOOKS: u32 = 3;
@@ -25,7 +25,7 @@ struct Stand {
     looks: u32,
     /// What is there. `None`: it may still be nothing but slow.
     batch: Option<BatchHead>,
-    trouble: Trouble,
+    trouble: Outage,
 }
 
 /// What a look at a partition that is being read shows.
@@ -45,7 +45,7 @@ impl Stuck {
         let is_behind = (0..look.end_offset).contains(&look.next_offset);
         let lasted = match is_behind && stands.offset == look.next_offset {
             true => None,
-            false => std::mem::take(stands).trouble.is_over(now),
+            false => std::mem::take(stands).trouble.end(now),
         };
         stands.offset = look.next_offset;
         if !is_behind {
@@ -75,7 +75,7 @@ impl Stuck {
         batch: BatchHead,
     ) {
         if let Some(stand) = self.0.get_mut(&partition).filter(|stand| stand.offset == offset) {
-            stand.trouble.is_there(now, text(&batch));
+            stand.trouble.begin(now, text(&batch));
             stand.batch = Some(batch);
         }
     }
@@ -99,7 +99,7 @@ impl Stuck {
     /// What is to be said now, and how long it has lasted.
     pub fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
         let stands = self.0.values_mut();
-        let due = stands.filter_map(|stand| stand.trouble.due(now));
+        let due = stands.filter_map(|stand| stand.trouble.take_report(now));
         due.map(|(reason, lasted)| (reason.to_owned(), lasted)).collect()
     }
 }

@@ -1,8 +1,7 @@
-//! Whether an agent is alive and able to do its work, and `host-metrics health`, which asks one from outside.
+//! Whether an agent is alive and ready, and the request of `host-metrics health` to a running agent.
 //!
-//! Owns what the two answers mean. Alive: its loop turns; one that hangs does not mend itself and should be restarted.
-//! Ready: it has what it works with; one that waits for Kafka or Postgres is alive, and a restart would only begin its
-//! waiting anew. How the answers are served is `http`'s.
+//! Alive means that the agent's loops run; an agent that hangs should be restarted. Ready means that the agent is connected
+//! to its servers. An agent that waits for Kafka or Postgres is alive, and a restart would not help it. `http` serves both.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,14 +10,13 @@ use std::time::{Duration, Instant};
 
 use ureq::Agent;
 
-/// How often an agent's loop turns at least, with nothing to do.
+/// The longest that an idle agent's loop takes for one iteration.
 pub const TURN_EVERY: Duration = Duration::from_secs(5);
 
-/// A loop that has not turned for so long hangs. The longest that one turn may take by its own bounds is a few questions
-/// to Kafka of 3 s each.
+/// A loop without an iteration for this long hangs. The longest bounded iteration is a few requests to Kafka of 3 s each.
 const HANGS_AFTER: Duration = Duration::from_secs(30);
 
-/// A loop's sign of life.
+/// When a loop last began an iteration.
 #[derive(Debug)]
 pub struct Heartbeat {
     start: Instant,
@@ -35,15 +33,15 @@ impl Default for Heartbeat {
 }
 
 impl Heartbeat {
-    /// The loop turns.
+    /// Notes that the loop runs. Call it in every iteration.
     pub fn beat(&self) {
         self.beat_at(now());
     }
 
     /// # Errors
-    /// The loop, `whose` it is, hangs: since when, for a person.
-    pub fn check(&self, whose: &str) -> Result<(), String> {
-        self.check_at(now(), whose)
+    /// The loop `name` hangs: for how long, for a person.
+    pub fn check(&self, name: &str) -> Result<(), String> {
+        self.check_at(now(), name)
     }
 
     fn beat_at(&self, now: Instant) {
@@ -52,19 +50,19 @@ impl Heartbeat {
             .store(millis.unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    fn check_at(&self, now: Instant, whose: &str) -> Result<(), String> {
+    fn check_at(&self, now: Instant, name: &str) -> Result<(), String> {
         let last_turn = Duration::from_millis(self.last_turn_millis.load(Ordering::Relaxed));
         let silent = now
             .saturating_duration_since(self.start)
             .saturating_sub(last_turn);
         if silent > HANGS_AFTER {
-            return Err(format!("{whose} has not turned for {} s", silent.as_secs()));
+            return Err(format!("{name} has hung for {} s", silent.as_secs()));
         }
         Ok(())
     }
 }
 
-/// What an agent waits for; until it is told, that it starts.
+/// Whether an agent is ready, or what it waits for. At first, it is starting.
 #[derive(Debug)]
 pub struct Readiness(Mutex<Result<(), String>>);
 
@@ -75,36 +73,37 @@ impl Default for Readiness {
 }
 
 impl Readiness {
+    /// Sets the state; an error is what the agent waits for.
     pub fn set(&self, ready: Result<(), String>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = ready;
     }
 
     /// # Errors
-    /// What it waits for, for a person.
+    /// What the agent waits for, for a person.
     pub fn check(&self) -> Result<(), String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-/// The agent that listens at METRICS_ADDR says whether it is ready.
+/// What an agent answers to `host-metrics health`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub enum Health {
     Ready,
-    /// What it waits for.
+    /// With what the agent waits for.
     NotReady(String),
 }
 
-/// Below the time after which container runtimes take a health check for failed.
+/// Below the timeout of container runtimes for a health check.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 
-/// Far more than an agent answers.
+/// The most that is read of a response. An agent sends far less.
 const MAX_ANSWER_BYTES: u64 = 16 << 10;
 
-/// Asks the agent that serves METRICS_ADDR on this machine; an unspecified address means loopback.
+/// Asks the agent that listens at METRICS_ADDR on this machine. An unspecified address such as 0.0.0.0 means loopback.
 ///
 /// # Errors
-/// Nobody answers there in time, or nobody that is an agent of ours.
-pub fn ask(metrics_addr: SocketAddr) -> Result<Answer, String> {
+/// There is no answer in time, or the answer does not come from an agent.
+pub fn ask(metrics_addr: SocketAddr) -> Result<Health, String> {
     let mut last = String::new();
     for address in from_here(metrics_addr) {
         match get_ready(address) {
@@ -113,16 +112,16 @@ pub fn ask(metrics_addr: SocketAddr) -> Result<Answer, String> {
         }
     }
     Err(format!(
-        "{last}; METRICS_ADDR has to be the agent's, and the agent on this machine"
+        "{last}; set METRICS_ADDR to the same value as for the agent, which must run on this machine"
     ))
 }
 
-/// Where what listens at `address` can be reached from the same machine.
+/// The addresses at which a listener on `address` is reached from the same machine.
 fn from_here(address: SocketAddr) -> Vec<SocketAddr> {
     let with = |ip: IpAddr| SocketAddr::new(ip, address.port());
     match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => vec![with(Ipv4Addr::LOCALHOST.into())],
-        // It listens on both families, and a container may have no loopback of the sixth.
+        // It listens on IPv4 and IPv6, and a container may have no IPv6 loopback.
         IpAddr::V6(ip) if ip.is_unspecified() => {
             vec![with(Ipv4Addr::LOCALHOST.into()), with(Ipv6Addr::LOCALHOST.into())]
         }
@@ -130,7 +129,7 @@ fn from_here(address: SocketAddr) -> Vec<SocketAddr> {
     }
 }
 
-/// The status and the body of its answer.
+/// The status and the body of the response.
 fn get_ready(address: SocketAddr) -> Result<(u16, String), ureq::Error> {
     let config = Agent::config_builder()
         .timeout_global(Some(ANSWERS_WITHIN))
@@ -146,18 +145,17 @@ fn get_ready(address: SocketAddr) -> Result<(u16, String), ureq::Error> {
     Ok((answer.status().as_u16(), body))
 }
 
-fn read_answer(status: u16, body: &str) -> Result<Answer, String> {
+fn read_answer(status: u16, body: &str) -> Result<Health, String> {
     match status {
-        200 => Ok(Answer::Ready),
-        503 => Ok(Answer::NotReady(body.trim().replace(char::is_control, " "))),
-        _ => Err(format!("what answers there is no agent: status {status}")),
+        200 => Ok(Health::Ready),
+        503 => Ok(Health::NotReady(body.trim().replace(char::is_control, " "))),
+        _ => Err(format!(
+            "there is no agent at METRICS_ADDR, but a server that answers with status {status}"
+        )),
     }
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: signs of life have their times"
-)]
+#[expect(clippy::disallowed_methods, reason = "an edge: heartbeats need the clock")]
 fn now() -> Instant {
     Instant::now()
 }
@@ -167,19 +165,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_loop_that_turns_is_alive_and_one_that_stands_still_is_not() {
+    fn a_loop_that_runs_is_alive_and_one_that_hangs_is_not() {
         let heart = Heartbeat::default();
         let start = heart.start;
         let check = |seconds| heart.check_at(start + Duration::from_secs(seconds), "its loop");
         assert_eq!(check(HANGS_AFTER.as_secs()), Ok(()));
-        assert_eq!(check(31), Err("its loop has not turned for 31 s".to_owned()));
+        assert_eq!(check(31), Err("its loop has hung for 31 s".to_owned()));
         heart.beat_at(start + Duration::from_secs(40));
         assert_eq!(check(70), Ok(()));
         assert!(check(71).is_err());
     }
 
     #[test]
-    fn nobody_is_ready_before_it_says_so() {
+    fn an_agent_is_not_ready_at_first() {
         let ready = Readiness::default();
         assert_eq!(ready.check(), Err("it is starting".to_owned()));
         ready.set(Ok(()));
@@ -201,11 +199,11 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_ready_not_ready_or_not_ours() {
-        assert_eq!(read_answer(200, "ready\n"), Ok(Answer::Ready));
+    fn an_answer_is_ready_not_ready_or_not_from_an_agent() {
+        assert_eq!(read_answer(200, "ready\n"), Ok(Health::Ready));
         assert_eq!(
             read_answer(503, "for\x1bKafka\n"),
-            Ok(Answer::NotReady("for Kafka".to_owned()))
+            Ok(Health::NotReady("for Kafka".to_owned()))
         );
         for wrong in [204, 302, 404, 500] {
             assert!(read_answer(wrong, "").is_err(), "{wrong}");

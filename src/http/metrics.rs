@@ -1,30 +1,29 @@
-//! The figures of an agent as Prometheus's metric families, and their text.
+//! An agent's counters as Prometheus's metric families, and their text format.
 //!
-//! Owns the format. The agents count in atomics of their own; what they counted becomes families when somebody asks, so
-//! that counting costs nothing that the asking could save.
+//! The agents count in plain atomics, which is cheap; families are built from them only for a request.
 
 use prometheus::core::Collector;
 use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, TextEncoder};
 
-/// What the text format is called in HTTP.
+/// The Content-Type of the text format.
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
 
-/// Upper ends in seconds for whatever a check spends its time on: from a local page to the longest usual CHECK_TIMEOUT.
+/// Bucket bounds in seconds for a check and its phases: from a local page to the longest usual CHECK_TIMEOUT.
 pub const CHECK_BUCKETS: [f64; 14] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 ];
 
-/// Upper ends in seconds for a flush: from a batch of one row on a local disk to the bound on a step.
+/// Bucket bounds in seconds for a flush: from one row on a local disk to the longest step of a database session.
 pub const FLUSH_BUCKETS: [f64; 13] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0,
 ];
 
-/// Families in the order of their making.
+/// Metric families, in the order in which they were added.
 #[derive(Default)]
 pub struct Page(Vec<MetricFamily>);
 
-/// Names and values of one metric's labels.
+/// The names and values of a metric's labels.
 pub type Labels<'a> = &'a [(&'a str, &'a str)];
 
 impl Page {
@@ -70,8 +69,8 @@ impl Page {
         self.family(name, help, MetricType::GAUGE, metrics);
     }
 
-    /// A histogram that was counted elsewhere: for each bucket its upper end and how many lie in it and in no lower one;
-    /// `count` and `sum` of all, those above the last bucket too.
+    /// A histogram. `buckets` are upper bounds, each with the number of values above the bound before it. `count` and `sum` are of
+    /// all values, including those above the last bound.
     pub fn histogram(
         &mut self,
         name: &str,
@@ -101,13 +100,13 @@ impl Page {
         self.0.extend(collector.collect());
     }
 
-    /// What every agent has: what it is, and on Linux what its process takes.
+    /// The metrics of every agent: its version and, on Linux, the resources of its process.
     pub fn of_the_process(&mut self) {
         let version = env!("CARGO_PKG_VERSION");
         let revision = option_env!("HOST_METRICS_REVISION").unwrap_or_default();
         self.gauges(
             "host_metrics_build_info",
-            "Always 1; the labels say what runs.",
+            "Always 1. The labels are the version and git revision of the running program.",
             [(&[("version", version), ("revision", revision)] as Labels, 1.0)],
         );
         #[cfg(target_os = "linux")]
@@ -116,19 +115,19 @@ impl Page {
 
             use prometheus::process_collector::ProcessCollector;
 
-            // One for all: it counts what the CPU time grew since the last call, of one caller at a time.
+            // A single one, because it keeps the CPU time of its last call.
             static PROCESS: LazyLock<Mutex<ProcessCollector>> =
                 LazyLock::new(|| Mutex::new(ProcessCollector::for_self()));
             self.collect(&*PROCESS.lock().unwrap_or_else(PoisonError::into_inner));
         }
     }
 
-    /// The text format, version 0.0.4. A family without metrics (no partition is ours) is left out.
+    /// The text format, version 0.0.4, without empty families, such as the lag of a consumer that has no partitions.
     pub fn text(&self) -> String {
         let mut text = Vec::new();
         for family in self.0.iter().filter(|family| !family.get_metric().is_empty()) {
             if let Err(error) = TextEncoder::new().encode(std::slice::from_ref(family), &mut text) {
-                // Of our own making, so a bug, but none that should cost the other figures.
+                // A bug of ours, which must not take the other metrics away.
                 log::debug!("{} cannot be encoded: {error}", family.name());
             }
         }
@@ -192,7 +191,7 @@ late_seconds_count 4
     }
 
     #[test]
-    fn the_process_says_what_it_is() {
+    fn the_process_has_its_version_and_resources() {
         let mut page = Page::default();
         page.of_the_process();
         let text = page.text();

@@ -1,9 +1,8 @@
-//! What METRICS_ADDR serves: /metrics for Prometheus, /healthz and /readyz.
+//! The HTTP server at METRICS_ADDR: /metrics for Prometheus, /healthz and /readyz.
 //!
-//! Owns the HTTP server: hyper on one thread of its own. It only reads what an agent shows of itself, so clients cannot hold
-//! the agent up, however slow, many or wrong they are; and each connection has one request, a bounded time and a bounded
-//! size, so they cannot hold each other up either. The figures are the agents' (`produce::metrics`, `consume::metrics`), their
-//! text is `metrics`'s.
+//! hyper on its own thread. The server only reads what an agent publishes, so no client can delay the agent. Each connection
+//! has one request, a bounded time and a bounded size, so no client can delay another. The agents count the values
+//! (`produce::metrics`, `consume::metrics`); [`metrics`] formats them.
 
 pub mod health;
 pub mod metrics;
@@ -28,71 +27,72 @@ use tokio::task::AbortHandle;
 
 use self::metrics::Page;
 
-/// What an agent shows of itself. Called on the server's thread: it must not wait for the agent.
+/// What an agent publishes. The functions are called on the server's thread and must not wait for the agent.
 pub trait Watched: Send + Sync + 'static {
+    /// The metrics as they are now.
     fn page(&self) -> Page;
 
     /// # Errors
-    /// Its loop hangs.
+    /// A loop of the agent hangs: which and since when.
     fn is_alive(&self) -> Result<(), String>;
 
     /// # Errors
-    /// What it waits for.
+    /// What the agent waits for.
     fn is_ready(&self) -> Result<(), String>;
 }
 
-/// Connections at the same time. One more closes the oldest, which is most likely a client that dawdles: a request that is
-/// all there is answered within milliseconds.
+/// The most connections at the same time. One more closes the oldest, which is probably a slow client, because a complete
+/// request is answered within milliseconds.
 const MAX_CONNECTIONS: usize = 512;
 
-/// Connections that wait to be accepted; a probe must not have to send its SYN again because of a burst of others.
+/// The most connections that wait to be accepted. Beyond it the kernel drops SYNs, which would delay a probe by a second.
 const BACKLOG: u32 = 1_024;
 
-/// From accepting a connection to the last byte of its answer.
+/// The time from accepting a connection to the last byte of its response.
 const CONNECTION_WITHIN: Duration = Duration::from_secs(2);
 
-/// A request's line and headers; browsers with their cookies stay below it.
+/// The most bytes of a request's line and headers. Browsers with their cookies stay below it.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 const MAX_HEADERS: usize = 64;
 
-/// After a failed accept (no file handles): the next one would fail, too.
+/// The wait after a failed accept. The usual cause, no free file handles, does not pass at once.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
-/// A running server; dropped, it ends.
+/// A running server. Dropping it ends the server.
 pub struct Endpoint {
     address: SocketAddr,
     _stop: oneshot::Sender<Infallible>,
 }
 
 impl Endpoint {
-    /// Serves from now on.
+    /// Starts the server.
     ///
     /// # Errors
-    /// The address cannot be had, or no thread.
+    /// The address is in use or not this machine's, or no thread can be started.
     pub fn start(metrics_addr: SocketAddr, watched: impl Watched) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
             .context("METRICS_ADDR")?;
         let listener = listen(&runtime, metrics_addr).with_context(|| {
-            format!("METRICS_ADDR: cannot listen on {metrics_addr}; free it, or set another address")
+            format!("METRICS_ADDR: cannot listen on {metrics_addr}; free that address or set another one")
         })?;
         let address = listener.local_addr().context("METRICS_ADDR")?;
         let (stop, stopped) = oneshot::channel();
         let run = move || {
             runtime.spawn(accept(listener, Arc::new(watched)));
-            // Ends when the sender is dropped; then the runtime is dropped, and with it the listener and all connections.
+            // Ends when the sender is dropped. Then the runtime, the listener and all connections are dropped.
             let _ = runtime.block_on(stopped);
         };
         std::thread::Builder::new()
             .name("metrics".into())
             .spawn(run)
-            .context("no thread for METRICS_ADDR")?;
+            .context("cannot start the thread that serves METRICS_ADDR")?;
         log::info!("metrics at http://{address}/metrics");
         Ok(Self { address, _stop: stop })
     }
 
-    /// Where it listens: with the port that the system chose, if METRICS_ADDR had none.
+    /// The address that it listens on, with the port that the system chose if METRICS_ADDR has port 0.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -104,7 +104,7 @@ fn listen(runtime: &Runtime, address: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
-    // Connections of an agent that was restarted do not keep the port.
+    // Otherwise the connections of an agent that has just ended would block the port.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
@@ -126,7 +126,7 @@ async fn accept(listener: TcpListener, watched: Arc<dyn Watched>) {
         while connections.front().is_some_and(AbortHandle::is_finished) {
             connections.pop_front();
         }
-        // Those that ended behind an older one that did not are counted too, for at most the older one's time.
+        // A finished connection behind an older open one still counts, for at most CONNECTION_WITHIN.
         if connections.len() > MAX_CONNECTIONS
             && let Some(oldest) = connections.pop_front()
         {
@@ -135,9 +135,9 @@ async fn accept(listener: TcpListener, watched: Arc<dyn Watched>) {
     }
 }
 
-/// One request and its answer.
+/// Serves one request.
 async fn serve(stream: TcpStream, peer: SocketAddr, watched: Arc<dyn Watched>) {
-    let service = service_fn(async |request: Request<_>| Ok::<_, Infallible>(answer(&request, &*watched)));
+    let service = service_fn(async |request: Request<_>| Ok::<_, Infallible>(respond(&request, &*watched)));
     let connection = http1::Builder::new()
         .keep_alive(false)
         .max_buf_size(MAX_HEAD_BYTES)
@@ -146,23 +146,26 @@ async fn serve(stream: TcpStream, peer: SocketAddr, watched: Arc<dyn Watched>) {
     match tokio::time::timeout(CONNECTION_WITHIN, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => log::debug!("metrics for {peer}: {error}"),
-        Err(_) => log::debug!("metrics for {peer}: not done within {CONNECTION_WITHIN:?}"),
+        Err(_) => log::debug!("metrics for {peer}: not finished within {CONNECTION_WITHIN:?}"),
     }
 }
 
-fn answer<B>(request: &Request<B>, watched: &dyn Watched) -> Response<String> {
+fn respond<B>(request: &Request<B>, watched: &dyn Watched) -> Response<String> {
     if ![Method::GET, Method::HEAD].contains(request.method()) {
-        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here");
+        return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is supported");
     }
-    let state = |state: Result<(), String>, well: &str| match state {
-        Ok(()) => text(StatusCode::OK, well),
-        Err(trouble) => text(StatusCode::SERVICE_UNAVAILABLE, &trouble),
+    let check = |result: Result<(), String>, good: &str| match result {
+        Ok(()) => text(StatusCode::OK, good),
+        Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, &reason),
     };
     match request.uri().path() {
         "/metrics" => response(StatusCode::OK, metrics::CONTENT_TYPE, watched.page().text()),
-        "/healthz" => state(watched.is_alive(), "alive"),
-        "/readyz" => state(watched.is_alive().and_then(|()| watched.is_ready()), "ready"),
-        _ => text(StatusCode::NOT_FOUND, "here are /metrics, /healthz and /readyz"),
+        "/healthz" => check(watched.is_alive(), "alive"),
+        "/readyz" => check(watched.is_alive().and_then(|()| watched.is_ready()), "ready"),
+        _ => text(
+            StatusCode::NOT_FOUND,
+            "not found; try /metrics, /healthz or /readyz",
+        ),
     }
 }
 

@@ -1,12 +1,11 @@
-//! What the batch at an offset says of itself, whether librdkafka can read its records or not.
+//! The header of the batch at an offset, whether or not librdkafka can read its records.
 //!
-//! Owns a request or two of Kafka's protocol: a Fetch of one batch, of which only the beginning of the answer is read, and
-//! in front of it the login. Needed because librdkafka hides a batch that it cannot decompress, and because one that
-//! expands hugely must not be decompressed to learn where it ends.
+//! Owns a few requests of Kafka's protocol: the login, and a Fetch of one batch, of whose response only the beginning is
+//! read. librdkafka does not report a batch that it cannot decompress, and a batch that expands hugely must not be
+//! decompressed only to learn where it ends.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use openssl::base64::{decode_block, encode_block};
 use openssl::error::ErrorStack;
@@ -16,29 +15,30 @@ use openssl::pkey::PKey;
 use openssl::rand::rand_bytes;
 use openssl::sign::Signer;
 use openssl::ssl::{SslStream, SslVerifyMode};
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::consumer::Consumer as _;
 use rdkafka::error::RDKafkaErrorCode;
 
-use super::{Listener, client_config, connect, tls_session};
+use super::connection::{Connection, now, tls_session};
+use super::{partitions, small_client};
 use crate::config::{KafkaConfig, KafkaSasl};
 
-/// All questions to the broker together.
+/// The bound on all requests to the broker together.
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// Of an answer no more is read: a batch's head comes at the beginning.
-const MAX_ANSWER_BYTES: usize = 64 << 10;
+/// How much of a response is read. The header of the batch comes at its beginning.
+const MAX_RESPONSE_BYTES: usize = 64 << 10;
 
-/// RFC 7677 asks for 4,096 at least, Kafka refuses less and makes 4,096 or 8,192; a million take half a second.
+/// RFC 7677 requires at least 4,096; Kafka uses 4,096 or 8,192. A million iterations take half a second.
 const MAX_SCRAM_ITERATIONS: usize = 1_000_000;
 
-/// A batch, by the head that it has in the log.
+/// A batch, as its header in the log describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchHead {
     pub first_offset: i64,
     pub last_offset: i64,
     pub records: i32,
     pub compression: &'static str,
-    /// As it lies in the log, compressed.
+    /// The size in the log, compressed.
     pub bytes: u64,
 }
 
@@ -52,20 +52,20 @@ impl std::fmt::Display for BatchHead {
     }
 }
 
-/// Asks the partition's leader for the head of the batch that holds `offset`.
+/// Asks the partition's leader for the header of the batch that holds `offset`.
 ///
 /// # Errors
-/// No batch is there, or the leader does not answer, does not let us in or does not know the request: why, for a person.
+/// There is no batch at the offset, or the leader does not answer, refuses the login or does not know the request. The
+/// text is for a person.
 pub fn batch_head(
     kafka: &KafkaConfig,
     topic: &str,
     partition: i32,
     offset: i64,
 ) -> Result<BatchHead, String> {
-    let deadline = now() + WITHIN;
     let server = leader(kafka, topic, partition)?;
     let ask = || -> io::Result<BatchHead> {
-        let mut broker = Broker::connect(kafka, &server, deadline)?;
+        let mut broker = Broker::connect(kafka, &server)?;
         if let Some(sasl) = &kafka.security.sasl {
             broker.log_in(sasl)?;
         }
@@ -75,59 +75,43 @@ pub fn batch_head(
 }
 
 fn leader(kafka: &KafkaConfig, topic: &str, partition: i32) -> Result<String, String> {
-    let client: BaseConsumer<Listener> = client_config(kafka)
-        .create_with_context(Listener::new(kafka))
-        .map_err(|error| error.to_string())?;
-    let metadata = client.fetch_metadata(Some(topic), WITHIN).map_err(|error| {
-        let said = client.context().last().map(|(_, reason)| reason);
-        format!(
-            "Kafka at {}: {}",
-            kafka.bootstrap_servers,
-            said.unwrap_or_else(|| client.context().explain(&error))
-        )
+    let client = small_client(kafka).map_err(|error| error.to_string())?;
+    let found = partitions(client.client(), topic, WITHIN).map_err(|error| {
+        let cause = client.context().last().map(|(_, cause)| cause);
+        let cause = cause.unwrap_or_else(|| client.context().explain(&error));
+        format!("Kafka at {}: {cause}", kafka.bootstrap_servers)
     })?;
-    let found = metadata.topics().iter().find(|found| found.name() == topic);
-    let partitions = found.map(|found| found.partitions()).unwrap_or_default();
-    let found = partitions.iter().find(|found| found.id() == partition);
-    let leader = found
+    found
+        .into_iter()
+        .find(|found| found.number == partition)
         .ok_or_else(|| format!("Kafka has no partition {topic}/{partition}"))?
-        .leader();
-    let brokers = metadata.brokers();
-    let broker = brokers.iter().find(|broker| broker.id() == leader);
-    let broker = broker.ok_or_else(|| format!("{topic}/{partition} has no leader at the moment"))?;
-    Ok(match broker.host() {
-        host if host.contains(':') => format!("[{host}]:{}", broker.port()),
-        host => format!("{host}:{}", broker.port()),
-    })
+        .leader
+        .ok_or_else(|| format!("{topic}/{partition} has no leader at the moment"))
 }
 
 enum Stream {
-    Plain(TcpStream),
-    Tls(Box<SslStream<TcpStream>>),
+    Plain(Connection),
+    Tls(Box<SslStream<Connection>>),
 }
 
-struct Broker {
-    stream: Stream,
-    deadline: Instant,
-}
+struct Broker(Stream);
 
 impl Broker {
-    fn connect(kafka: &KafkaConfig, server: &str, deadline: Instant) -> io::Result<Self> {
-        let stream = connect(server).ok_or_else(|| io::Error::other("it does not take a connection"))?;
-        let stream = match &kafka.security.tls {
-            None => Stream::Plain(stream),
+    fn connect(kafka: &KafkaConfig, server: &str) -> io::Result<Self> {
+        let connection = Connection::open(server, now() + WITHIN)?;
+        Ok(Self(match &kafka.security.tls {
+            None => Stream::Plain(connection),
             Some(tls) => {
                 let mut session = tls_session(server, Some(tls))?;
                 session.set_verify(SslVerifyMode::PEER);
-                let session = session.connect(stream).map_err(io::Error::other)?;
+                let session = session.connect(connection).map_err(io::Error::other)?;
                 Stream::Tls(Box::new(session))
             }
-        };
-        Ok(Self { stream, deadline })
+        }))
     }
 
-    /// The beginning of the answer, behind its correlation number.
-    fn ask(&mut self, api: i16, version: i16, body: &[u8]) -> io::Result<Vec<u8>> {
+    /// Sends a request and returns the beginning of the response, after its correlation number.
+    fn request(&mut self, api: i16, version: i16, body: &[u8]) -> io::Result<Vec<u8>> {
         let mut request = Vec::new();
         request.extend(api.to_be_bytes());
         request.extend(version.to_be_bytes());
@@ -136,41 +120,34 @@ impl Broker {
         request.extend(body);
         let length = u32::try_from(request.len()).map_err(io::Error::other)?;
         request.splice(..0, length.to_be_bytes());
-        match &mut self.stream {
+        match &mut self.0 {
             Stream::Plain(stream) => stream.write_all(&request)?,
             Stream::Tls(stream) => stream.write_all(&request)?,
         }
         let length = self.read(4)?;
-        let length = usize::try_from(Answer(&length).i32()?).map_err(io::Error::other)?;
-        let answer = self.read(length.min(MAX_ANSWER_BYTES))?;
-        Ok(answer.get(4..).unwrap_or_default().to_vec())
+        let length = usize::try_from(Response(&length).i32()?).map_err(io::Error::other)?;
+        let response = self.read(length.min(MAX_RESPONSE_BYTES))?;
+        Ok(response.get(4..).unwrap_or_default().to_vec())
     }
 
-    /// Every single read has a bound of its own (see [`connect`]); this is the one of all together.
     fn read(&mut self, length: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; length];
-        let mut unread = bytes.as_mut_slice();
-        while !unread.is_empty() {
-            let read = match &mut self.stream {
-                Stream::Plain(stream) => stream.read(unread)?,
-                Stream::Tls(stream) => stream.read(unread)?,
-            };
-            if read == 0 {
-                return Err(io::Error::other("it ended the connection instead of an answer"));
-            }
-            if now() > self.deadline {
-                return Err(io::Error::other("it did not answer in time"));
-            }
-            unread = unread.get_mut(read..).unwrap_or_default();
-        }
+        let read = match &mut self.0 {
+            Stream::Plain(stream) => stream.read_exact(&mut bytes),
+            Stream::Tls(stream) => stream.read_exact(&mut bytes),
+        };
+        read.map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::other("it closed the connection without an answer"),
+            _ => error,
+        })?;
         Ok(bytes)
     }
 
     fn log_in(&mut self, sasl: &KafkaSasl) -> io::Result<()> {
         let mut body = Vec::new();
         put_text(&mut body, &sasl.mechanism);
-        let answer = self.ask(SASL_HANDSHAKE, 1, &body)?;
-        Answer(&answer).code()?;
+        let response = self.request(SASL_HANDSHAKE, 1, &body)?;
+        Response(&response).code()?;
         let (user, password) = (sasl.username.reveal(), sasl.password.reveal());
         let digest = match sasl.mechanism.as_str() {
             "SCRAM-SHA-256" => MessageDigest::sha256(),
@@ -196,18 +173,18 @@ impl Broker {
         let (answer, proof_of_server) = scram.answer(&String::from_utf8_lossy(&challenge))?;
         match self.authenticate(answer.as_bytes())? == proof_of_server.as_bytes() {
             true => Ok(()),
-            false => Err(io::Error::other("it does not know our password itself")),
+            false => Err(io::Error::other("it cannot prove that it knows our password")),
         }
     }
 
     fn authenticate(&mut self, bytes: &[u8]) -> io::Result<Vec<u8>> {
         let mut body = Vec::new();
         put_bytes(&mut body, bytes);
-        let answer = self.ask(SASL_AUTHENTICATE, 0, &body)?;
-        let mut answer = Answer(&answer);
-        answer.code()?;
-        answer.text()?;
-        Ok(answer.bytes()?.to_vec())
+        let response = self.request(SASL_AUTHENTICATE, 0, &body)?;
+        let mut response = Response(&response);
+        response.code()?;
+        response.text()?;
+        Ok(response.bytes()?.to_vec())
     }
 
     fn fetch_head(&mut self, topic: &str, partition: i32, offset: i64) -> io::Result<BatchHead> {
@@ -215,52 +192,52 @@ impl Broker {
         const READ_COMMITTED: u8 = 1;
         let mut body = Vec::new();
         let put = |body: &mut Vec<u8>, number: i32| body.extend(number.to_be_bytes());
-        put(&mut body, -1); // no replica
+        put(&mut body, -1); // a consumer, not a replica
         put(&mut body, WAIT_MILLIS);
-        put(&mut body, 1); // bytes at least
-        put(&mut body, 1); // and at most, but for the first batch, which comes whole
+        put(&mut body, 1); // minimum bytes
+        put(&mut body, 1); // maximum bytes; the first batch comes whole
         body.push(READ_COMMITTED);
-        put(&mut body, 0); // no session
+        put(&mut body, 0); // no fetch session
         put(&mut body, -1);
-        put(&mut body, 1); // topic
+        put(&mut body, 1); // one topic
         put_text(&mut body, topic);
-        put(&mut body, 1); // partition
+        put(&mut body, 1); // one partition
         put(&mut body, partition);
-        put(&mut body, -1); // whatever the epoch
+        put(&mut body, -1); // any leader epoch
         body.extend(offset.to_be_bytes());
         body.extend((-1_i64).to_be_bytes());
-        put(&mut body, 1); // bytes at most, as above
-        put(&mut body, 0); // nothing to forget
-        // Version 10 is the first for zstd; every Kafka from 2.1 on has it.
-        let answer = self.ask(FETCH, 10, &body)?;
-        let mut answer = Answer(&answer);
-        answer.take(4)?; // throttled
-        answer.code()?;
-        answer.take(4 + 4)?; // session, topics
-        answer.text()?;
-        answer.take(4 + 4)?; // partitions, number
+        put(&mut body, 1); // maximum bytes of the partition
+        put(&mut body, 0); // no topics to remove from a session
+        // Version 10 is the first that returns zstd; Kafka has it since 2.1.
+        let response = self.request(FETCH, 10, &body)?;
+        let mut response = Response(&response);
+        response.take(4)?; // throttle time
+        response.code()?;
+        response.take(4 + 4)?; // session, topics
+        response.text()?;
+        response.take(4 + 4)?; // partitions, number
         let no_batch = || io::Error::other(format!("there is no batch at offset {offset}"));
-        match answer.i16()? {
+        match response.i16()? {
             OFFSET_OUT_OF_RANGE => return Err(no_batch()),
             code => no_error(code)?,
         }
-        answer.take(3 * 8)?; // high watermark, last stable offset, beginning
-        for _ in 0..answer.i32()?.max(0) {
-            answer.take(2 * 8)?; // an aborted transaction
+        response.take(3 * 8)?; // high watermark, last stable offset, beginning
+        for _ in 0..response.i32()?.max(0) {
+            response.take(2 * 8)?; // an aborted transaction
         }
-        if answer.i32()? <= 0 {
+        if response.i32()? <= 0 {
             return Err(no_batch());
         }
-        answer.head()
+        response.head()
     }
 }
 
-/// Kafka's protocol.html, "Api Keys".
+/// Kafka's protocol guide, "Api Keys".
 const FETCH: i16 = 1;
 const SASL_HANDSHAKE: i16 = 17;
 const SASL_AUTHENTICATE: i16 = 36;
 
-/// And "Error Codes".
+/// Kafka's protocol guide, "Error Codes".
 const OFFSET_OUT_OF_RANGE: i16 = 1;
 
 struct Scram<'a> {
@@ -271,9 +248,9 @@ struct Scram<'a> {
 }
 
 impl Scram<'_> {
-    /// RFC 5802: what we say to the server's challenge, and what it then says if it knows the password too.
+    /// RFC 5802: the answer to the server's challenge, and what a server that knows the password sends next.
     fn answer(&self, challenge: &str) -> io::Result<(String, String)> {
-        let wrong = || io::Error::other("its challenge is none of SCRAM's");
+        let wrong = || io::Error::other("its challenge is not valid SCRAM");
         let field = |name: &str| challenge.split(',').find_map(|field| field.strip_prefix(name));
         let nonce = field("r=")
             .filter(|nonce| nonce.starts_with(&self.nonce))
@@ -316,13 +293,13 @@ fn no_error(code: i16) -> io::Result<()> {
     }
     let known = rdkafka::types::RDKafkaRespErr::try_from(i32::from(code)).map(RDKafkaErrorCode::from);
     Err(io::Error::other(known.map_or_else(
-        |_| format!("error {code} of Kafka's protocol"),
+        |_| format!("Kafka's error code {code}"),
         |error| error.to_string(),
     )))
 }
 
 fn put_text(into: &mut Vec<u8>, text: &str) {
-    // Topics, mechanisms and our name are short.
+    // All texts written here are far shorter than 32 KiB.
     into.extend(i16::try_from(text.len()).unwrap_or(i16::MAX).to_be_bytes());
     into.extend(text.as_bytes());
 }
@@ -332,15 +309,15 @@ fn put_bytes(into: &mut Vec<u8>, bytes: &[u8]) {
     into.extend(bytes);
 }
 
-/// What of an answer is not read yet.
-struct Answer<'a>(&'a [u8]);
+/// The part of a response that is not read yet.
+struct Response<'a>(&'a [u8]);
 
-impl<'a> Answer<'a> {
+impl<'a> Response<'a> {
     fn take(&mut self, length: usize) -> io::Result<&'a [u8]> {
         let (taken, rest) = self
             .0
             .split_at_checked(length)
-            .ok_or_else(|| io::Error::other("its answer is cut"))?;
+            .ok_or_else(|| io::Error::other("its answer is cut off"))?;
         self.0 = rest;
         Ok(taken)
     }
@@ -375,14 +352,14 @@ impl<'a> Answer<'a> {
         no_error(self.i16()?)
     }
 
-    /// A batch's, of Kafka's message format 2 (0.11 and newer).
+    /// The header of a batch in Kafka's message format 2 (0.11 and newer).
     fn head(&mut self) -> io::Result<BatchHead> {
         let first_offset = self.i64()?;
         let length = self.i32()?;
         self.take(4)?; // the leader's epoch
         if self.take(1)? != [2] {
             return Err(io::Error::other(
-                "the batch has a format of before Kafka 0.11: where it ends is not known",
+                "the batch has a format older than Kafka 0.11, which does not tell where it ends",
             ));
         }
         self.take(4)?; // checksum
@@ -399,17 +376,12 @@ impl<'a> Answer<'a> {
                 2 => "snappy",
                 3 => "lz4",
                 4 => "zstd",
-                _ => "of an unknown compression",
+                _ => "unknown compression",
             },
-            // Offset and length stand in front of what is counted.
+            // The length does not count the offset and itself.
             bytes: u64::try_from(length).unwrap_or(0) + 12,
         })
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "an edge: the answers have their time")]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]
@@ -446,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_is_cut_or_of_another_format_is_an_error() {
+    fn a_header_that_is_cut_off_or_of_another_format_is_an_error() {
         let mut head = Vec::new();
         head.extend(7_i64.to_be_bytes());
         head.extend(100_i32.to_be_bytes());
@@ -457,12 +429,12 @@ mod tests {
         head.extend(3_i32.to_be_bytes());
         head.extend([0; 30]);
         head.extend(4_i32.to_be_bytes());
-        let read = Answer(&head).head().unwrap();
+        let read = Response(&head).head().unwrap();
         assert_eq!(read.to_string(), "offsets 7 to 10, 4 records, zstd, 112 bytes");
         for length in 0..head.len() {
-            assert!(Answer(&head[..length]).head().is_err(), "{length}");
+            assert!(Response(&head[..length]).head().is_err(), "{length}");
         }
         head[16] = 1;
-        assert!(Answer(&head).head().is_err());
+        assert!(Response(&head).head().is_err());
     }
 }

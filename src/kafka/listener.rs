@@ -1,9 +1,9 @@
-//! What a client of Kafka's says that asks a question or two and goes, for `init`, `drop` and `status`.
+//! What librdkafka reports to the small clients of `init`, `drop`, `status` and `skip`.
 
 use std::sync::{Mutex, PoisonError};
 
 use rdkafka::ClientContext;
-use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{DeliveryResult, ProducerContext};
@@ -11,17 +11,8 @@ use rdkafka::producer::{DeliveryResult, ProducerContext};
 use crate::config::KafkaConfig;
 use crate::kafka::Explainer;
 
-/// The settings of such a client.
-pub fn client_config(kafka: &KafkaConfig) -> ClientConfig {
-    let mut client = ClientConfig::new();
-    for (property, value) in kafka.client_properties() {
-        client.set(property, value);
-    }
-    client
-}
-
-/// Keeps librdkafka's own lines, many a second while no broker answers, for debugging, and the last error that names a
-/// cause for whoever asked.
+/// Keeps the last error that names a cause, and logs everything else at DEBUG: while no broker answers, librdkafka writes
+/// many lines a second.
 pub struct Listener {
     explainer: Explainer,
     last: Mutex<Option<(Option<RDKafkaErrorCode>, String)>>,
@@ -35,14 +26,14 @@ impl Listener {
         }
     }
 
-    /// The code and the cause, explained, of the last error that named one.
+    /// The code and the explained cause of the last error that named one.
     pub fn last(&self) -> Option<(Option<RDKafkaErrorCode>, String)> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let (code, cause) = last.as_ref()?;
         Some((*code, self.explainer.explain(cause)))
     }
 
-    /// What else the client's errors say, explained.
+    /// An error that a call of the client returned, explained.
     pub fn explain(&self, error: &KafkaError) -> String {
         self.explainer.explain(&error.to_string())
     }
@@ -57,7 +48,7 @@ impl ClientContext for Listener {
         log::debug!("librdkafka {error}: {reason}");
         self.explainer.hear(&error, reason);
         let code = error.rdkafka_error_code();
-        // That all brokers are down repeats without a cause what the error before it said with one.
+        // "All brokers are down" follows an error that names the cause.
         if code != Some(RDKafkaErrorCode::AllBrokersDown) {
             let last = (code, reason.to_owned());
             *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(last);

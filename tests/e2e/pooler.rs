@@ -99,7 +99,7 @@ fn a_pooler_that_does_not_keep_sessions_is_recognised_before_anything_is_set_in_
         ] {
             let (status, said) = run(command, &pooler.variables(&case));
             assert_eq!(status, 1, "{mode} {command:?}: {said}");
-            for words in ["does not keep our session", "pool_mode=session", words] {
+            for words in ["does not keep the session", "pool_mode=session", words] {
                 assert!(said.contains(words), "{mode} {command:?}: {said}");
             }
         }

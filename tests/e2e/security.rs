@@ -254,7 +254,7 @@ fn troubles(agent: &Agent) -> Vec<String> {
 }
 
 #[test]
-fn each_bar_is_said_in_one_line_with_the_variable_to_look_at() {
+fn each_refusal_is_reported_in_one_line_with_the_variable_to_check() {
     let secured = secured();
     let wrong_password = |mechanism| {
         secured
@@ -275,21 +275,21 @@ fn each_bar_is_said_in_one_line_with_the_variable_to_look_at() {
             secured.ssl("MUTUAL", "stranger"),
             &[
                 "refuses our client certificate",
-                "\"another CA\" issued",
+                "issued by \"another CA\"",
                 "KAFKA_SSL_CERT_FILE=/",
             ],
         ),
         (
             secured.tls("MUTUAL"),
             &[
-                "wants a client certificate",
+                "requires a client certificate",
                 "KAFKA_SSL_CERT_FILE and KAFKA_SSL_KEY_FILE",
             ],
         ),
         (
             secured.ssl("EXPIRED", "client"),
             &[
-                "its certificate expired on Jan  1 00:00:00 2021 GMT",
+                "the broker's certificate expired on Jan  1 00:00:00 2021 GMT",
                 "renew it on the broker",
             ],
         ),
@@ -336,16 +336,19 @@ fn each_bar_is_said_in_one_line_with_the_variable_to_look_at() {
             &[
                 "Unsupported SASL mechanism",
                 "SCRAM-SHA-256",
-                "look at KAFKA_SASL_MECHANISM",
+                "check KAFKA_SASL_MECHANISM",
             ],
         ),
         (
             secured.tls("OPEN"),
-            &["as one does that wants SASL", "KAFKA_SECURITY_PROTOCOL"],
+            &["probably requires SASL", "KAFKA_SECURITY_PROTOCOL"],
         ),
         (
             Variables::new().kafka(&plain, TOPIC),
-            &["speaks TLS, and we do not", "KAFKA_SECURITY_PROTOCOL=SSL"],
+            &[
+                "speaks TLS, but the client does not",
+                "KAFKA_SECURITY_PROTOCOL=SSL",
+            ],
         ),
         (
             secured

@@ -61,13 +61,13 @@ fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() 
     let (status, said) = skip("refused/0");
     assert_eq!(status, 0, "{said}");
     assert!(
-        said.contains("stands at offset 10. The batch there: offsets 10 to 12"),
+        said.contains("The position of refused/0 is 10. The batch there: offsets 10 to 12"),
         "{said}"
     );
     for (place, words) in [
         (
             "refused/0:9",
-            "stands at offset 10: offset 9 is behind it already",
+            "the position of refused/0 is 10, which is already past offset 9",
         ),
         ("refused/0:1000", "there is no batch at offset 1000"),
         ("refused/7:10", "has no position of refused/7"),
@@ -82,7 +82,7 @@ fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() 
     // Any offset of the batch names it.
     let (status, said) = skip("refused/0:11");
     assert_eq!(status, 0, "{said}");
-    assert!(said.contains("goes on at offset 13"), "{said}");
+    assert!(said.contains("The position of refused/0 is now 13"), "{said}");
     case.wait_for_rows(20, &[&consumer]);
     health_becomes(&variables, 0, "ready", &consumer);
     consumer.wait_for_stderr("refused/0 is read again", SOON);
@@ -91,7 +91,7 @@ fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() 
          FROM host_metrics_rejected",
     );
     assert!(
-        rejected.starts_with("refused | refused | 0 | 10 | offsets 10 to 12 were not read: "),
+        rejected.starts_with("refused | refused | 0 | 10 | offsets 10 to 12 were not read, because "),
         "{rejected}"
     );
     consumer.stop();
@@ -102,7 +102,7 @@ fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() 
 }
 
 #[test]
-fn a_batch_is_passed_without_a_consumer_and_unread() {
+fn a_batch_is_skipped_without_a_consumer_and_without_reading_it() {
     let mut case = Case::new("passed-unread", 1);
     case.write(0, 0..10);
     let consumer = Agent::start(&["consume"], &case.variables());
@@ -124,7 +124,7 @@ fn a_batch_is_passed_without_a_consumer_and_unread() {
     assert_eq!(
         case.db
             .one("SELECT concat(kafka_offset, ' ', reason) FROM host_metrics_rejected"),
-        "10 offsets 10 to 14 were not read: `host-metrics skip` went past the batch (offsets 10 to 14, 5 records, not \
+        "10 offsets 10 to 14 were not read, because `host-metrics skip` skipped the batch (offsets 10 to 14, 5 records, not \
          compressed, 471 bytes)"
     );
 }

@@ -164,8 +164,8 @@ fn all_wrong_variables_are_told_in_one_run() {
     let remedy = |name| format!("set it in the environment, in .env or with -e {name}=VALUE");
     Place::new().run(&["consume", "-e", "DB_BATCH_SIZE=0", "-e", "DB_SSLMODE=allow"]).is_wrong(&format!(
         "KAFKA_BOOTSTRAP_SERVERS is not set: expected host:port, or several separated by commas; {}\n\
-         DB_HOST is not set: expected one host's name or IP address, or the directory of the database's socket; {}\n\
-         DB_NAME is not set: expected the name of the database alone; {}\n\
+         DB_HOST is not set: expected the name or IP address of one host, or the directory of the database's socket; {}\n\
+         DB_NAME is not set: expected the name of the database only; {}\n\
          DB_USER is not set: expected the name of the database's user; {}\n\
          DB_SSLMODE=\"allow\": expected disable, prefer, require, verify-ca or verify-full; correct it, or leave it \
          unset for prefer\n\
@@ -208,10 +208,10 @@ fn an_unknown_variable_behind_e_is_an_error_and_its_value_is_not_repeated() {
         "=secret",
     ];
     place.run(&args).is_wrong(
-        "-e DB_PASSWD: no such variable; `host-metrics --help` lists them\n\
+        "-e DB_PASSWD: no such variable; `host-metrics --help` lists the names\n\
          -e DB_PASSWORD: expected NAME=VALUE; write -e DB_PASSWORD=VALUE\n\
          -e: expected NAME=VALUE, got a word without a `=`\n\
-         -e: no such variable as stands before the `=`; `host-metrics --help` lists them\n",
+         -e: the text before the `=` is not the name of a variable; `host-metrics --help` lists the names\n",
     );
 }
 
@@ -313,7 +313,7 @@ fn common_flags_stand_before_the_command_or_behind_it() {
 }
 
 const QUOTE: &str =
-    "on one line, in UTF-8; put a value with blanks, quotes, `#`, `$` or `\\` in single quotes";
+    "on one line, in UTF-8; put a value with spaces, quotes, `#`, `$` or `\\` in single quotes";
 
 #[test]
 fn a_line_of_the_file_of_variables_that_cannot_be_understood_is_reported_with_its_number() {
@@ -384,8 +384,9 @@ fn a_foreign_env_file_stops_nothing_unless_it_was_named() {
     let ran = place.run(&["validate", "-c", "hosts"]);
     assert_eq!(ran.status, 0);
     assert!(
-        ran.stderr
-            .contains("[WARN] cannot read \".env\": Is a directory (os error 21); its variables, if it has any, are not used"),
+        ran.stderr.contains(
+            "[WARN] cannot read \".env\": Is a directory (os error 21); any variables in it are not used"
+        ),
         "{}",
         ran.stderr
     );
@@ -729,8 +730,8 @@ fn a_log_line_has_its_time_in_utc_and_its_level_and_goes_to_standard_error() {
 fn health_asks_the_agent_at_metrics_addr() {
     let place = Place::new();
     place.run(&["health"]).is_wrong(
-        "METRICS_ADDR is not set: `health` asks the agent that listens there, so set it to the same value for the \
-         agent and for `health`, e.g. METRICS_ADDR=127.0.0.1:9464\n",
+        "METRICS_ADDR is not set: `health` asks the agent at this address; set the same value for the agent and for \
+         `health`, e.g. METRICS_ADDR=127.0.0.1:9464\n",
     );
     place.run(&["health", "-e", "METRICS_ADDR=localhost"]).is_wrong(
         "METRICS_ADDR=\"localhost\": expected an IP address and a port, e.g. 0.0.0.0:9464 or [::]:9464\n",
@@ -772,7 +773,7 @@ fn an_agent_whose_metrics_addr_is_taken_does_not_start_but_once_does() {
     let address = taken.local_addr().unwrap();
     let metrics = format!("METRICS_ADDR={address}");
     let expected =
-        format!("error: METRICS_ADDR: cannot listen on {address}; free it, or set another address: ");
+        format!("error: METRICS_ADDR: cannot listen on {address}; free that address or set another one: ");
     let kafka = rdkafka::mocking::MockCluster::new(1).unwrap();
     kafka.create_topic("host-metrics", 1, 1).unwrap();
     let servers = format!("KAFKA_BOOTSTRAP_SERVERS={}", kafka.bootstrap_servers());
@@ -905,7 +906,8 @@ fn open_files_are_raised_to_the_hard_limit_and_what_does_not_fit_is_said() {
     let warnings: Vec<_> = said.lines().filter(|line| line.contains("[WARN]")).collect();
     assert_eq!(warnings.len(), 1, "{said}");
     assert!(
-        warnings[0].contains("80 checks at once may need 144 open files, but this process may have 60;"),
+        warnings[0]
+            .contains("80 checks at the same time may need 144 open files, but this process may have 60;"),
         "{said}"
     );
     assert!(warnings[0].contains("LimitNOFILE="), "{said}");

@@ -572,12 +572,12 @@ fn a_word_that_looks_like_an_option_and_is_none_is_an_error_that_says_how_to_sea
         (
             "topic=a/b",
             19,
-            "`topic=a/b`: expected letters, digits, `.`, `_` and `-`, 249 at most",
+            "`topic=a/b`: expected at most 249 letters, digits, `.`, `_` and `-`",
         ),
         (
             "topic=..",
             19,
-            "`topic=..`: expected letters, digits, `.`, `_` and `-`, 249 at most",
+            "`topic=..`: expected at most 249 letters, digits, `.`, `_` and `-`",
         ),
         ("ip=5", 16, "`ip=5`: expected `4` or `6`"),
         (

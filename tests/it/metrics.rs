@@ -12,7 +12,7 @@ use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
 use host_metrics::commands::init;
 use host_metrics::config::{self, Variables};
 use host_metrics::consume;
-use host_metrics::http::health::{self, Answer};
+use host_metrics::http::health::{self, Health};
 use host_metrics::http::metrics::Page;
 use host_metrics::http::{Endpoint, Watched};
 use host_metrics::produce::{self, Rounds, host_file};
@@ -131,13 +131,13 @@ fn a_hung_agent_is_neither_alive_nor_ready_and_a_waiting_one_is_alive() {
     assert_eq!(get(address, "/readyz"), (503, "waiting for Kafka\n".into()));
     assert_eq!(
         health::ask(address),
-        Ok(Answer::NotReady("waiting for Kafka".into()))
+        Ok(Health::NotReady("waiting for Kafka".into()))
     );
     *stub.0.lock().unwrap() = (Err("it hangs".into()), Ok(()));
     assert_eq!(get(address, "/healthz"), (503, "it hangs\n".into()));
     assert_eq!(get(address, "/readyz"), (503, "it hangs\n".into()));
     *stub.0.lock().unwrap() = (Ok(()), Ok(()));
-    assert_eq!(health::ask(address), Ok(Answer::Ready));
+    assert_eq!(health::ask(address), Ok(Health::Ready));
 }
 
 /// What a client that never ends its request sends, and how many such clients there are.
@@ -490,7 +490,7 @@ fn an_outage_of_kafka_makes_the_producer_unready_and_its_end_ready_again() {
     let unanswered = [RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT; 10_000];
     kafka.request_errors(RDKafkaApiKey::Produce, &unanswered);
     let reason = wait_for("it is not ready", || match health::ask(address) {
-        Ok(Answer::NotReady(reason)) => Some(reason),
+        Ok(Health::NotReady(reason)) => Some(reason),
         _ => None,
     });
     assert!(reason.contains("waiting for Kafka at 127.0.0.1:"), "{reason}");
@@ -523,7 +523,7 @@ fn a_consumer_without_its_database_says_what_it_waits_for() {
     ]);
     let agent = Running::consume(&variables);
     let reason = wait_for("it says so", || match health::ask(address) {
-        Ok(Answer::NotReady(reason)) if reason.contains("Postgres") => Some(reason),
+        Ok(Health::NotReady(reason)) if reason.contains("Postgres") => Some(reason),
         _ => None,
     });
     assert!(reason.contains("127.0.0.1:1"), "{reason}");
@@ -703,7 +703,7 @@ fn free_address() -> SocketAddr {
 }
 
 fn is_ready(address: SocketAddr) -> bool {
-    health::ask(address) == Ok(Answer::Ready)
+    health::ask(address) == Ok(Health::Ready)
 }
 
 /// The value of the metric with exactly this name and these labels.

@@ -1,7 +1,7 @@
-//! `host-metrics demo`: the whole pipeline in one process on embedded parts.
+//! `host-metrics demo`: the whole pipeline in one process.
 //!
-//! Owns the parts' order of starting and stopping, the live picture and the ledger. The agents are the real ones, each on a
-//! thread with a handle of its own to stop it; Kafka is librdkafka's in-process broker, Postgres a throw-away cluster.
+//! Owns the order in which the parts start and stop, the live display and the ledger. The agents are the real ones, each on
+//! its own thread. Kafka is librdkafka's in-process broker, and Postgres is a temporary cluster.
 
 pub mod postgres;
 mod rows;
@@ -19,8 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use log::LevelFilter;
-use rdkafka::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::Consumer;
 use rdkafka::error::KafkaResult;
 use rdkafka::mocking::MockCluster;
 
@@ -35,42 +34,42 @@ use crate::produce::counters::Counters;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal::cut;
-use crate::{consume, logging, produce};
+use crate::{consume, kafka, logging, produce};
 
 const TOPIC: &str = "host-metrics";
 const PARTITIONS: i32 = 4;
 
-/// How often the live table is drawn, and a line written where there is no terminal. With many rows the questions take
-/// longer; then their pause is at least [`PAUSE_PER_QUESTION`] times that.
+/// How often the live table is drawn, and how often a line is written if there is no terminal. With many rows the queries
+/// take longer; the pause after them is then at least [`PAUSE_PER_QUERY`] times as long.
 const DRAW_EVERY: Duration = Duration::from_millis(500);
 const LINE_EVERY: Duration = Duration::from_secs(3);
-const PAUSE_PER_QUESTION: u32 = 9;
+const PAUSE_PER_QUERY: u32 = 9;
 
-/// How long `consume` may take, once `produce` has stopped, to write what Kafka has.
+/// How long to wait, after `produce` has stopped, until `consume` has written all records.
 const CATCH_UP_WITHIN: Duration = Duration::from_secs(20);
 
-/// It is in this process: what takes longer hangs.
+/// Kafka runs in this process, so a longer wait means that it hangs.
 const KAFKA_ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 
-/// What the command line and the variables say.
+/// The options from the command line and the variables.
 pub struct Options<'a> {
     pub check: CheckConfig,
-    /// The user's hosts and the file they stand in (`None`: standard input); otherwise the sample site's.
+    /// The user's hosts and their file (`None`: standard input). Without it, the sample site is checked.
     pub hosts: Option<(Vec<Target>, Option<&'a Path>)>,
-    /// `None`: until a stop is requested.
+    /// `None`: run until a stop is requested.
     pub how_long: Option<Duration>,
     pub log_level: LevelFilter,
 }
 
-/// Runs the demo; whether the ledger balances.
+/// Runs the demo. Returns whether the ledger balances.
 ///
 /// # Errors
-/// A part could not start or an agent could not go on: which and why.
+/// A part did not start, or an agent failed: which and why.
 pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     let mut screen = Screen::new();
     let notices = start_logging(options.log_level, &screen)?;
     screen.print(
-        "host-metrics demo: checks hosts, sends every result through Kafka, stores each exactly once.\n",
+        "host-metrics demo: checks hosts, sends every result through Kafka and stores it in Postgres exactly once.\n",
     )?;
 
     let password = random_password()?;
@@ -112,7 +111,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     };
     view.watch(how_long, shutdown, &pipeline.produce.stop)?;
     view.screen
-        .print("\nStopping: the checks under way end, everything in hand is sent and stored ...")?;
+        .print("\nStopping: the running checks end, then all their results are sent and stored ...")?;
     let (ledger, ended) = pipeline.stop(view.rows)?;
     view.finish(&ledger)?;
     ended?;
@@ -120,7 +119,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
 }
 
 fn start_logging(level: LevelFilter, screen: &Screen) -> anyhow::Result<Notices> {
-    // Only what is worth the reader's attention; a lower LOG_LEVEL wins.
+    // At most warnings, so that the display stays readable. LOG_LEVEL can lower this.
     let level = level.min(LevelFilter::Warn);
     let notices = Notices::default();
     if screen.is_terminal() && io::stderr().is_terminal() {
@@ -131,14 +130,14 @@ fn start_logging(level: LevelFilter, screen: &Screen) -> anyhow::Result<Notices>
     Ok(notices)
 }
 
-/// The machine may have other users.
+/// A password, because the machine may have other users.
 fn random_password() -> anyhow::Result<String> {
     let mut bytes = [0; 12];
-    openssl::rand::rand_bytes(&mut bytes).context("no random bytes")?;
+    openssl::rand::rand_bytes(&mut bytes).context("cannot get random bytes")?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The agents' configurations, made from variables as for the real ones.
+/// The configurations of the agents, read from variables as usual.
 fn configure(
     bootstrap_servers: &str,
     postgres: &ThrowAwayPostgres,
@@ -160,7 +159,7 @@ fn configure(
         ("DB_PASSWORD", password),
         ("DB_NAME", postgres.database()),
         ("DB_SSLMODE", "disable"),
-        // A reader of a live table should not wait for a second.
+        // The default of 1 s would make the live table lag.
         ("DB_BATCH_SECONDS", "0.2"),
     ]))?;
     let kafka: KafkaConfig = consume.kafka.clone();
@@ -178,7 +177,7 @@ fn introduction(bootstrap_servers: &str, postgres: &ThrowAwayPostgres, host_file
     format!(
         "  hosts     {hosts}
   Kafka     {bootstrap_servers}, in this process; topic {TOPIC}
-  Postgres  {}:{}, removed at the end. Look into it while this runs:
+  Postgres  {}:{}, removed at the end. While the demo runs, you can query it:
 
     {psql} -c 'TABLE host_metrics_latest'
     {psql} -c 'TABLE host_metrics_incidents'
@@ -189,7 +188,7 @@ fn introduction(bootstrap_servers: &str, postgres: &ThrowAwayPostgres, host_file
     )
 }
 
-/// What a person sees of the running pipeline.
+/// The display of the running pipeline.
 struct View<'a> {
     screen: Screen,
     rows: &'a mut Rows,
@@ -199,7 +198,7 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    /// Shows what the table says until the time is over or a stop is requested.
+    /// Shows the contents of the table until the time is over or a stop is requested.
     fn watch(
         &mut self,
         how_long: Option<Duration>,
@@ -223,9 +222,9 @@ impl View<'_> {
                 Wake::Due if end.is_some_and(|end| now() >= end) => return Ok(()),
                 Wake::Due => {}
             }
-            let asked_at = now();
+            let queried_at = now();
             self.show()?;
-            next_look = now() + every.max(asked_at.elapsed() * PAUSE_PER_QUESTION);
+            next_look = now() + every.max(queried_at.elapsed() * PAUSE_PER_QUERY);
         }
     }
 
@@ -240,7 +239,9 @@ impl View<'_> {
         if totals.rows > 0 {
             picture.extend(self.table()?);
         } else {
-            picture.push("(the consumer joins its group: first rows in a few seconds)".to_owned());
+            picture.push(
+                "(the consumer is joining its group; the first rows appear in a few seconds)".to_owned(),
+            );
         }
         if let Some(notice) = self.notices.newest(width) {
             picture.extend([String::new(), notice]);
@@ -250,7 +251,7 @@ impl View<'_> {
 
     fn totals(&mut self) -> anyhow::Result<Totals> {
         let hosts = self.addresses.len();
-        if self.rows.are_there()? {
+        if self.rows.tables_exist()? {
             return Ok(self.rows.totals(hosts)?);
         }
         Ok(Totals {
@@ -261,7 +262,7 @@ impl View<'_> {
 
     /// The rows of the hosts that fit on the screen.
     fn table(&mut self) -> anyhow::Result<Vec<String>> {
-        // The rest: the summary, a headline, blank lines, "more", a notice, and the cursor's line.
+        // The summary, the heading, empty lines, "more", a notice, and the line of the cursor.
         const OTHER_LINES: usize = 7;
         let fitting = self.screen.height().saturating_sub(OTHER_LINES).max(1);
         let shown: Vec<&str> = self.addresses.iter().take(fitting).map(String::as_str).collect();
@@ -280,10 +281,10 @@ impl View<'_> {
             let table = self.table()?.join("\n");
             self.screen.print(&format!("\n{summary}\n\n{table}"))?;
         }
-        // What the agents had to say while the table stood in the way.
+        // The log lines that were held back while the table was shown.
         let (lines, more) = self.notices.all();
         if more > 0 {
-            writeln!(io::stderr(), "... {more} lines before these")?;
+            writeln!(io::stderr(), "... {more} earlier lines are not shown")?;
         }
         for line in lines {
             writeln!(io::stderr(), "{line}")?;
@@ -292,10 +293,10 @@ impl View<'_> {
     }
 }
 
-/// Both agents at work; dropped, they are stopped.
+/// Both running agents. Dropping it stops them.
 struct Pipeline {
-    produce: Agent,
-    consume: Agent,
+    produce: AgentThread,
+    consume: AgentThread,
     consume_config: ConsumeConfig,
     counters: Arc<Counters>,
 }
@@ -309,10 +310,10 @@ impl Pipeline {
         demo: &Shutdown,
     ) -> anyhow::Result<Self> {
         let config = consume_config.clone();
-        let consume = Agent::start("consume", demo, move |stop| consume::run(&config, stop))?;
+        let consume = AgentThread::start("consume", demo, move |stop| consume::run(&config, stop))?;
         let counters = Arc::new(Counters::default());
         let (host_file, counted) = (host_file.map(Path::to_owned), Arc::clone(&counters));
-        let produce = Agent::start("produce", demo, move |stop| {
+        let produce = AgentThread::start("produce", demo, move |stop| {
             let host_file = host_file.as_deref();
             produce::run_counted(
                 &produce_config,
@@ -331,13 +332,14 @@ impl Pipeline {
         })
     }
 
-    /// A clean stop from the source on, and the ledger of the run; then whether the agents ended well.
+    /// Stops the agents cleanly, `produce` first. Returns the ledger of the run, and the error of an agent that failed.
     ///
     /// # Errors
-    /// Kafka or Postgres could not be asked.
+    /// Kafka or Postgres does not answer.
     fn stop(mut self, rows: &mut Rows) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
         let produced = self.produce.end();
-        let in_kafka = in_kafka(&self.consume_config).context("cannot ask Kafka how many records it has")?;
+        let in_kafka =
+            in_kafka(&self.consume_config).context("cannot read from Kafka how many records it has")?;
         let counted = self.wait_for_rows(rows, in_kafka)?;
         let consumed = self.consume.end();
         let ledger = Ledger {
@@ -349,14 +351,14 @@ impl Pipeline {
         Ok((ledger, produced.and(consumed)))
     }
 
-    /// Waits until the table has what Kafka has, or gives up; what is there then.
+    /// Waits until the table has all records that Kafka has, but not longer than [`CATCH_UP_WITHIN`]. Returns the counts.
     fn wait_for_rows(&self, rows: &mut Rows, in_kafka: u64) -> anyhow::Result<Counted> {
         let deadline = now() + CATCH_UP_WITHIN;
-        // Never requested: the wait is for the table, and the program's own handle may have been by now.
+        // A new handle, because a stop may have been requested on the program's own, which then no longer waits.
         let pause = Shutdown::new();
         loop {
             let is_over = self.consume.has_ended() || now() >= deadline;
-            let counted = if rows.are_there()? {
+            let counted = if rows.tables_exist()? {
                 rows.counted()?
             } else {
                 Counted::default()
@@ -370,33 +372,28 @@ impl Pipeline {
     }
 }
 
-/// How many records the topics were given, by their ends.
+/// The number of records in the topics, from the end offsets of their partitions.
 fn in_kafka(config: &ConsumeConfig) -> KafkaResult<u64> {
-    let mut client = ClientConfig::new();
-    for (name, value) in config.kafka.client_properties() {
-        client.set(name, value);
-    }
-    let consumer: BaseConsumer = client.create()?;
+    let client = kafka::small_client(&config.kafka)?;
     let mut count = 0;
     for topic in &config.topics {
-        let metadata = consumer.fetch_metadata(Some(topic), KAFKA_ANSWERS_WITHIN)?;
-        for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
-            let (_, end) = consumer.fetch_watermarks(topic, partition.id(), KAFKA_ANSWERS_WITHIN)?;
+        for partition in kafka::partitions(client.client(), topic, KAFKA_ANSWERS_WITHIN)? {
+            let (_, end) = client.fetch_watermarks(topic, partition.number, KAFKA_ANSWERS_WITHIN)?;
             count += u64::try_from(end).unwrap_or_default();
         }
     }
     Ok(count)
 }
 
-/// One agent on a thread; dropped, it is stopped.
-struct Agent {
+/// An agent on its own thread. Dropping it stops the agent.
+struct AgentThread {
     name: &'static str,
     stop: Shutdown,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
 }
 
-impl Agent {
-    /// An agent that ends by itself, which is a fault, ends the demo.
+impl AgentThread {
+    /// Starts the agent. If it ends by itself, which is an error, the demo ends too.
     fn start(
         name: &'static str,
         demo: &Shutdown,
@@ -422,7 +419,7 @@ impl Agent {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Asks for a clean stop and waits for it.
+    /// Requests a clean stop and waits for the end of the thread.
     fn end(&mut self) -> anyhow::Result<()> {
         self.stop.request();
         let Some(thread) = self.thread.take() else {
@@ -430,19 +427,19 @@ impl Agent {
         };
         match thread.join() {
             Ok(result) => result.context(self.name),
-            Err(_) => Err(anyhow!("{} panicked: a bug", self.name)),
+            Err(_) => Err(anyhow!("{} panicked, which is a bug", self.name)),
         }
     }
 }
 
-impl Drop for Agent {
+impl Drop for AgentThread {
     fn drop(&mut self) {
-        // Only where the demo fails for a reason that it tells.
+        // Reached only when the demo fails for another reason, which it reports.
         self.end().ok();
     }
 }
 
-/// Also where its thread panics.
+/// Requests a stop when it is dropped, also by a panic.
 struct RequestOnDrop(Shutdown);
 
 impl Drop for RequestOnDrop {
@@ -451,7 +448,7 @@ impl Drop for RequestOnDrop {
     }
 }
 
-/// The whole way of the ticks, counted at every station by the one who keeps it.
+/// The number of ticks at each stage of the pipeline, as that stage counts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ledger {
     due: u64,
@@ -488,8 +485,8 @@ impl Ledger {
         };
         format!(
             "The ledger
-  {due:>8}  ticks were due           produce counted them
-  {acknowledged:>8}  records were sent        Kafka acknowledged them to produce
+  {due:>8}  ticks were due           counted by produce
+  {acknowledged:>8}  records were sent        acknowledged by Kafka
   {in_kafka:>8}  records are in Kafka     the ends of its partitions
   {rows:>8}  rows are in Postgres     SELECT count(*); {doubled} doubled, {rejected} rejected
 {verdict}"
@@ -499,7 +496,7 @@ impl Ledger {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "an edge: the demo ends and draws by the clock"
+    reason = "an edge: the demo uses the clock to draw and to end"
 )]
 fn now() -> Instant {
     Instant::now()

@@ -1,11 +1,10 @@
-//! A Postgres cluster that lives as long as a value of this program and leaves nothing behind.
+//! A temporary Postgres cluster that is removed when its value is dropped.
 //!
-//! Owns finding the programs, making the data directory, the server's start, stop and removal, and the guard that does
-//! the last two when this process dies without a chance to. Speaks no SQL.
+//! Finds Postgres's programs, creates the data directory, and starts, stops and removes the server. Uses no SQL.
 //!
-//! The guard is a small shell that reads a pipe whose only other end is ours: whatever ends us, kill -9 included, ends
-//! the pipe, and the guard stops the server and removes its directory. (A parent-death signal would need unsafe code,
-//! and exists on Linux only.)
+//! A guard process does the stop and the removal, so that they happen even if this process is killed. The guard is a shell
+//! that reads a pipe from this process. When this process ends for any reason, the pipe ends too; the guard then stops the
+//! server and removes its directory. (A parent-death signal would require unsafe code, and exists only on Linux.)
 
 use std::fs;
 use std::io;
@@ -20,17 +19,17 @@ use anyhow::{Context, bail, ensure};
 const SUPERUSER: &str = "postgres";
 const DATABASE: &str = "postgres";
 
-/// How long a server may take to start or to stop: recovery after an immediate stop on a slow disk included.
+/// The longest time for a start or stop of the server, including recovery after an immediate stop on a slow disk.
 const PATIENCE_SECONDS: &str = "60";
 
-/// Ports are drawn below the range from which systems take the ports of outgoing connections (32768 up on Linux, 49152
-/// up elsewhere), so that none of those takes ours between a stop and the start after it.
+/// Ports for the server. They are below the range for outgoing connections (from 32768 on Linux, from 49152 elsewhere), so
+/// that no outgoing connection takes the port between a stop and the next start.
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
-/// Somebody else may take the port that we just found free; that this happens many times in a row is no accident.
+/// How often a start is tried. Another program may take a free port first, but not several times in a row.
 const MAX_START_TRIES: usize = 5;
 
-/// Where packages put the programs when not on the PATH; the highest version found wins.
+/// Where packages install the programs if not on the PATH. The highest version is used.
 const PLACES: [(&str, &str, &str); 6] = [
     ("/usr/lib/postgresql", "", "bin"),                       // Debian, Ubuntu
     ("/usr", "pgsql-", "bin"),                                // PGDG on Fedora, RHEL
@@ -40,7 +39,7 @@ const PLACES: [(&str, &str, &str); 6] = [
     ("/Applications/Postgres.app/Contents/Versions", "", "bin"),
 ];
 
-/// Stops the server and removes the directory once standard input ends. `$1`: pg_ctl, `$2`: the directory.
+/// Waits for the end of standard input, then stops the server and removes its directory. `$1` is pg_ctl, `$2` the directory.
 const GUARD: &str = r#"
 while read -r _; do :; done
 "$1" -D "$2/data" -m immediate -t 10 stop >/dev/null 2>&1 ||
@@ -48,21 +47,21 @@ while read -r _; do :; done
 rm -rf -- "$2"
 "#;
 
-/// What a throw-away server may be given; the default is right for trying things out.
+/// Settings of a temporary server. The default suits a quick trial.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// The directory of `initdb`, `pg_ctl` and `postgres`; `None`: found.
+    /// The directory of `initdb`, `pg_ctl` and `postgres`. `None`: find it.
     pub programs: Option<PathBuf>,
-    /// What the superuser is asked for; `None`: everybody on this machine is trusted, as a superuser, who can run programs
-    /// as the server's user. Fine for tests on a machine of one's own.
+    /// The superuser's password. `None`: every user of this machine may connect as superuser and can then run programs as the
+    /// server's user, which is acceptable only for tests.
     pub password: Option<String>,
-    /// Whether a COMMIT waits for the disk. A crash of the server alone loses nothing without it.
+    /// Whether a COMMIT waits for the disk. Only a crash of the machine loses data without it.
     pub fsync: bool,
-    /// Further lines of `postgresql.conf`, as `("ssl", "on")`.
+    /// Additional settings of `postgresql.conf`, such as `("ssl", "on")`.
     pub configuration: Vec<(String, String)>,
 }
 
-/// A running server on 127.0.0.1; dropped, it is stopped and its directory removed.
+/// A server on 127.0.0.1. Dropping it stops the server and removes its directory.
 #[derive(Debug)]
 pub struct ThrowAwayPostgres {
     programs: Programs,
@@ -74,7 +73,7 @@ pub struct ThrowAwayPostgres {
 }
 
 impl ThrowAwayPostgres {
-    /// A new cluster with the default settings, ready for connections.
+    /// Starts a new cluster with the default settings.
     ///
     /// # Errors
     /// As for [`Self::start_with`].
@@ -82,23 +81,23 @@ impl ThrowAwayPostgres {
         Self::start_with(&Settings::default())
     }
 
-    /// A new cluster, ready for connections.
+    /// Starts a new cluster and waits until it accepts connections.
     ///
     /// # Errors
-    /// Postgres is not installed (says where it was looked for and how to get it), or it did not start (with the end of
-    /// its log).
+    /// Postgres is not installed (the text names the places searched and how to install it), or it did not start (the text
+    /// has the end of its log).
     pub fn start_with(settings: &Settings) -> anyhow::Result<Self> {
         let programs = Programs::find(settings.programs.as_deref())?;
         let (directory, account) = make_directory()?;
         let guard = match start_guard(&programs, &directory, account) {
             Ok(guard) => guard,
             Err(error) => {
-                // Nothing runs yet that could: the directory is empty.
+                // There is no guard to do this. The directory is still empty.
                 fs::remove_dir(&directory).ok();
                 return Err(error);
             }
         };
-        // From here on the drop of `server` cleans up, whatever fails.
+        // If anything fails from here on, dropping `server` cleans up.
         let mut server = Self {
             programs,
             directory,
@@ -130,17 +129,17 @@ impl ThrowAwayPostgres {
         self.port
     }
 
-    /// The superuser's name.
+    /// The name of the superuser.
     pub fn superuser(&self) -> &'static str {
         SUPERUSER
     }
 
-    /// The database that every cluster has.
+    /// The database that exists in every cluster.
     pub fn database(&self) -> &'static str {
         DATABASE
     }
 
-    /// Removed with the cluster, also if we are killed; the server's user owns it.
+    /// A directory that is removed with the cluster. It belongs to the server's user.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
@@ -149,7 +148,7 @@ impl ThrowAwayPostgres {
         self.directory.join("data")
     }
 
-    /// The server's own log so far.
+    /// The server's log so far.
     pub fn log(&self) -> String {
         fs::read(self.log_file()).map_or_else(
             |error| format!("(no log: {error})"),
@@ -157,18 +156,18 @@ impl ThrowAwayPostgres {
         )
     }
 
-    /// The user and group that own the data directory and run the server, where that is not us: files that the server
-    /// is to read (a TLS key) must be theirs.
+    /// The user and group that run the server, if not this process's own. Files for the server, such as a TLS key, must
+    /// belong to them.
     pub fn account(&self) -> Option<(u32, u32)> {
         self.account.map(|account| (account.uid, account.gid))
     }
 
-    /// A program of the same installation, e.g. `psql`.
+    /// The path of another program of the same installation, such as `psql`.
     pub fn program(&self, name: &str) -> PathBuf {
         self.programs.path(name)
     }
 
-    /// What a person types to look into the database.
+    /// The command for a person to open the database in psql.
     pub fn psql_command(&self) -> String {
         let on_path = Command::new("psql")
             .arg("--version")
@@ -191,7 +190,7 @@ impl ThrowAwayPostgres {
         )
     }
 
-    /// Appends to `postgresql.conf`; takes effect at the next start.
+    /// Appends to `postgresql.conf`, for the next start.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -209,14 +208,14 @@ impl ThrowAwayPostgres {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// Starts the stopped server on the same port and data, and returns when it accepts connections.
+    /// Starts the stopped server again, on the same port and data, and waits until it accepts connections.
     ///
     /// # Errors
-    /// It did not start, with the end of its log.
+    /// The server did not start; the text has the end of its log.
     pub fn start_again(&self) -> anyhow::Result<()> {
         let mut command = self.pg_ctl();
         command.arg("-l").arg(self.log_file()).arg("-w").arg("start");
-        // The server inherits its standard output: a pipe of ours would never end.
+        // The server inherits standard output, so reading a pipe would never end.
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let status = command
             .status()
@@ -230,26 +229,26 @@ impl ThrowAwayPostgres {
         Ok(())
     }
 
-    /// Stops the server in order: sessions are ended, everything is written.
+    /// Stops the server cleanly: ends all sessions and writes all data.
     ///
     /// # Errors
-    /// It did not stop.
+    /// The server did not stop.
     pub fn stop(&self) -> anyhow::Result<()> {
         self.stop_with("fast")
     }
 
-    /// Stops the server as a crash would: no goodbye to sessions, recovery at the next start.
+    /// Stops the server as a crash would. The next start recovers its data.
     ///
     /// # Errors
-    /// It did not stop.
+    /// The server did not stop.
     pub fn stop_immediately(&self) -> anyhow::Result<()> {
         self.stop_with("immediate")
     }
 
-    /// A crash and the start after it.
+    /// Stops the server as a crash would, and starts it again.
     ///
     /// # Errors
-    /// It did not stop or not start.
+    /// The server did not stop or did not start.
     pub fn restart_immediately(&self) -> anyhow::Result<()> {
         self.stop_immediately()?;
         self.start_again()
@@ -269,17 +268,17 @@ impl ThrowAwayPostgres {
             None => initdb.args(["-A", "trust"]),
             Some(password) => {
                 let file = self.directory.join("password");
-                // In a directory that nobody else may enter.
+                // No other user can enter this directory.
                 fs::write(&file, password).with_context(|| format!("cannot write {}", file.display()))?;
                 initdb.args(["-A", "scram-sha-256", "--pwfile"]).arg(file)
             }
         };
-        run(&mut initdb).context("cannot make a Postgres cluster")?;
+        run(&mut initdb).context("cannot create a Postgres cluster")?;
         let own = [
             ("listen_addresses", "127.0.0.1"),
             ("unix_socket_directories", ""),
             ("fsync", if settings.fsync { "on" } else { "off" }),
-            // Its memory is shared with whatever else runs here, and the data are small.
+            // The data is small.
             ("shared_buffers", "32MB"),
         ];
         self.configure(&own.map(|(name, value)| (name.into(), value.into())))?;
@@ -306,28 +305,28 @@ impl ThrowAwayPostgres {
 
 impl Drop for ThrowAwayPostgres {
     fn drop(&mut self) {
-        // The guard does the work, the same as if we had died; its own waits are bounded.
+        // Ends the pipe, so that the guard does its work. Its waits are bounded.
         drop(self.guard.stdin.take());
         self.guard.wait().ok();
     }
 }
 
-/// A port of 127.0.0.1 that is free at this moment.
+/// A port of 127.0.0.1 that is free at the moment.
 ///
 /// # Errors
-/// None was found.
+/// No free port was found.
 pub fn free_port() -> anyhow::Result<u16> {
     (0..100)
         .map(|_| fastrand::u16(PORTS))
         .find(|port| !port_is_taken(*port))
-        .context("no free port on 127.0.0.1 among 100 tried")
+        .context("found no free port on 127.0.0.1 in 100 tries")
 }
 
 fn port_is_taken(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err()
 }
 
-/// Where the programs are; `None`: on the PATH.
+/// The directory of the programs; `None` if they are on the PATH.
 #[derive(Clone, Debug)]
 struct Programs(Option<PathBuf>);
 
@@ -358,7 +357,7 @@ impl Programs {
             .map(|(parent, prefix, bin)| format!("{parent}/{prefix}VERSION/{bin}"))
             .collect();
         bail!(
-            "Postgres is not installed: no initdb and pg_ctl on the PATH or in {}. `make setup` installs it; by hand: \
+            "Postgres is not installed: no initdb and pg_ctl on the PATH or in {}. Run `make setup` to install it, or \
              `apt-get install postgresql`, `dnf install postgresql-server` or `brew install postgresql@17`",
             places.join(", ")
         )
@@ -381,7 +380,7 @@ impl Programs {
     }
 }
 
-/// The `bin` directories below `parent`, of entries that begin with `prefix` and end in a version, highest first.
+/// The `bin` directories of the entries of `parent` whose name is `prefix` and a version, highest version first.
 fn newest_first(parent: &Path, prefix: &str, bin: &str) -> Vec<PathBuf> {
     let mut found: Vec<(u32, PathBuf)> = fs::read_dir(parent)
         .into_iter()
@@ -396,7 +395,7 @@ fn newest_first(parent: &Path, prefix: &str, bin: &str) -> Vec<PathBuf> {
     found.into_iter().map(|(_, directory)| directory).collect()
 }
 
-/// The account that the server runs under where we are root, which Postgres refuses.
+/// The account that runs the server if this process is root, because Postgres refuses to run as root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Account {
     uid: u32,
@@ -404,11 +403,11 @@ struct Account {
 }
 
 impl Account {
-    /// `nobody`, which every system has, from the text of `/etc/passwd`.
+    /// The account `nobody`, which every system has, from the text of `/etc/passwd`.
     fn nobody(passwd: &str) -> Option<Self> {
         let line = passwd.lines().find(|line| line.starts_with("nobody:"))?;
         let mut fields = line.split(':').skip(2);
-        // macOS writes -2 for 4294967294.
+        // macOS writes 4294967294 as -2.
         let mut number = || fields.next()?.parse::<i64>().ok().map(|id| id as u32);
         Some(Self {
             uid: number()?,
@@ -417,20 +416,20 @@ impl Account {
     }
 }
 
-/// A directory that the server's account owns, and that account where it is not ours.
+/// Creates a directory for the server. Returns it with the account that owns it, if that is not this process's own.
 fn make_directory() -> anyhow::Result<(PathBuf, Option<Account>)> {
     let make_in = |parent: &Path| {
         tempfile::Builder::new()
             .prefix("host-metrics-postgres-")
             .tempdir_in(parent)
-            .with_context(|| format!("cannot make a directory in {}", parent.display()))
+            .with_context(|| format!("cannot create a directory in {}", parent.display()))
     };
     let temporary = std::env::temp_dir();
     let mut directory = make_in(&temporary)?;
     let is_root = directory
         .path()
         .metadata()
-        .context("cannot read what was just made")?
+        .context("cannot read the new directory")?
         .uid()
         == 0;
     if !is_root {
@@ -443,19 +442,19 @@ fn make_directory() -> anyhow::Result<(PathBuf, Option<Account>)> {
             .filter(|path| others_may_enter(path));
         let parent = open_to_others.next().with_context(|| {
             let place = temporary.display();
-            format!("Postgres refuses to run as root, and no other user may enter {place}, /tmp or /var/tmp")
+            format!("Postgres refuses to run as root, and no other user can enter {place}, /tmp or /var/tmp")
         })?;
         directory = make_in(parent)?;
     }
     let passwd = fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")?;
     let account = Account::nobody(&passwd)
-        .context("Postgres refuses to run as root, and /etc/passwd knows no user \"nobody\"")?;
+        .context("Postgres refuses to run as root, and /etc/passwd has no user \"nobody\"")?;
     chown(directory.path(), Some(account.uid), Some(account.gid))
         .with_context(|| format!("cannot give {} to nobody", directory.path().display()))?;
     Ok((directory.keep(), Some(account)))
 }
 
-/// Whether a user without any rights of his own can reach what lies in `directory`.
+/// Whether every user can reach the files in `directory`.
 fn others_may_enter(directory: &Path) -> bool {
     directory.canonicalize().is_ok_and(|path| {
         path.ancestors().all(|part| {
@@ -484,12 +483,12 @@ fn start_guard(programs: &Programs, directory: &Path, account: Option<Account>) 
 
 fn command_as(account: Option<Account>, working_directory: &Path, program: &Path) -> Command {
     let mut command = Command::new(program);
-    // Ours may be one that the account cannot enter.
+    // The account may be unable to enter the current directory.
     command.current_dir(working_directory).stdin(Stdio::null());
-    // Ctrl-C in a terminal is for us, who stop them in order.
+    // Its own process group, so that Ctrl-C reaches only this process, which stops the others in order.
     command.process_group(0);
     if let Some(Account { uid, gid }) = account {
-        // As root this leaves the supplementary groups behind, too.
+        // As root, this also drops the supplementary groups.
         command.uid(uid).gid(gid);
     }
     command
@@ -541,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_installation_comes_first_by_number_not_by_letter() {
+    fn installations_are_sorted_by_version_number_and_not_as_text() {
         let parent = tempfile::tempdir().unwrap();
         for name in [
             "postgresql@9",
@@ -559,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_without_the_programs_is_an_error_that_names_it() {
+    fn a_directory_without_the_programs_is_named_in_the_error() {
         let settings = Settings {
             programs: Some("/no/such/place".into()),
             ..Settings::default()

@@ -1,4 +1,4 @@
-//! What the demo asks the database: the truth that the live table and the ledger show.
+//! The demo's queries, for the live table and the ledger.
 
 use std::time::Duration;
 
@@ -10,21 +10,21 @@ use crate::tables::names::TableName;
 use crate::tables::views::FAILED;
 use crate::terminal::SPARKLINE_CHECKS;
 
-/// The database runs on this machine: what takes longer hangs.
+/// The database runs on this machine, so a longer wait means that it hangs.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
-/// A connection of the demo's own, beside the agents'.
+/// The demo's own connection, besides those of the agents.
 pub struct Rows {
     client: Client,
     table: TableName,
 }
 
-/// The table's side of the ledger.
+/// The counts of the table, for the ledger.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
     pub rows: i64,
-    /// Rows less different ticks, and rows less different records: zero, or something was stored twice.
+    /// The number of rows that repeat a tick, plus the number of rows that repeat a record.
     pub doubled: i64,
     pub rejected: i64,
 }
@@ -52,16 +52,16 @@ impl Rows {
         })
     }
 
-    /// Whether `consume` has made its tables yet; nothing else here may be asked before.
-    pub fn are_there(&mut self) -> Result<bool, postgres::Error> {
-        // The last object that is made: the others are there with it.
+    /// Whether `consume` has created its tables. The other queries need them.
+    pub fn tables_exist(&mut self) -> Result<bool, postgres::Error> {
+        // The object that is created last.
         let last = self.table.quoted("_certificates");
         self.client
             .query_one("SELECT to_regclass($1) IS NOT NULL", &[&last])?
             .try_get(0)
     }
 
-    /// What is known of each address, in the order of `addresses`.
+    /// The state of each address, in the order of `addresses`.
     pub fn hosts(&mut self, addresses: &[&str]) -> Result<Vec<Host>, postgres::Error> {
         let sql = format!(
             "SELECT host.address, counts.checks, counts.valid, recent.latencies, recent.is_valid,

@@ -1,4 +1,4 @@
-//! Standard output as the demo uses it, a terminal or not, and what the agents have to say meanwhile.
+//! The demo's output on a terminal or elsewhere, and the log lines that are held back meanwhile.
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
@@ -8,14 +8,14 @@ use terminal_size::{Height, Width, terminal_size};
 
 use crate::terminal::{cut, plain};
 
-/// Where there is no terminal, or one that does not say its size: a log file's lines may be long.
+/// The size if there is no terminal, or if it does not report its size. Lines in a file may be long.
 const DEFAULT_WIDTH: usize = 160;
 const DEFAULT_HEIGHT: usize = 50;
 
-/// How many log lines are kept for the end.
+/// The most log lines that are kept for the end.
 const MAX_NOTICES: usize = 100;
 
-/// Writes plain lines, and a picture that is drawn over the one before where that is possible.
+/// Writes plain lines and, on a terminal, a picture that replaces the one before.
 pub struct Screen {
     is_terminal: bool,
     drawn_lines: usize,
@@ -37,12 +37,12 @@ impl Screen {
         self.size().0
     }
 
-    /// Lines that a picture may have without scrolling.
+    /// The most lines of a picture that does not scroll.
     pub fn height(&self) -> usize {
         self.size().1.saturating_sub(1).max(1)
     }
 
-    /// Text that stays, below everything written so far.
+    /// Writes text that stays.
     pub fn print(&mut self, text: &str) -> io::Result<()> {
         self.drawn_lines = 0;
         let mut out = io::stdout().lock();
@@ -50,10 +50,10 @@ impl Screen {
         out.flush()
     }
 
-    /// A picture in place of the last one.
+    /// Draws a picture in place of the last one.
     pub fn draw(&mut self, lines: &[String]) -> io::Result<()> {
         let mut out = io::stdout().lock();
-        // ECMA-48: up, erase to the end of the line, erase to the end of the screen. In one write: no flicker.
+        // ECMA-48: move up, erase to the end of the line, erase to the end of the screen. One write avoids flicker.
         let mut picture = String::from("\r");
         if self.drawn_lines > 0 {
             picture.push_str(&format!("\x1b[{}A", self.drawn_lines));
@@ -76,26 +76,26 @@ impl Screen {
     }
 }
 
-/// The agents' log lines. On a terminal that also shows the live table they would spoil it: there the newest stands
-/// below the table, and the last ones are told at the end.
+/// The log lines of the agents. On a terminal they would disturb the live table, so only the newest is shown below it, and the
+/// last ones are printed at the end.
 #[derive(Clone, Default)]
 pub struct Notices(Arc<Mutex<Kept>>);
 
 #[derive(Default)]
 struct Kept {
     lines: VecDeque<String>,
-    /// Lines that came, kept or not.
+    /// The number of all lines, including those no longer kept.
     count: usize,
     unfinished: Vec<u8>,
 }
 
 impl Notices {
-    /// The newest in at most `width` characters.
+    /// The newest line, in at most `width` characters.
     pub fn newest(&self, width: usize) -> Option<String> {
         self.kept().lines.back().map(|line| cut(line, width))
     }
 
-    /// All that were kept, and how many were not.
+    /// All lines that are kept, and the number of earlier ones.
     pub fn all(&self) -> (Vec<String>, usize) {
         let kept = self.kept();
         (
@@ -118,7 +118,7 @@ impl Write for Notices {
                 continue;
             }
             let line = std::mem::take(&mut kept.unfinished);
-            // An address may hold anything; an escape must not reach the terminal.
+            // A line may quote an address with escapes, which must not reach the terminal.
             let line = plain(&String::from_utf8_lossy(&line));
             if kept.lines.len() == MAX_NOTICES {
                 kept.lines.pop_front();
@@ -139,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn notices_are_kept_by_whole_lines_without_controls_and_bounded() {
+    fn notices_are_whole_lines_without_control_characters_and_bounded() {
         let mut notices = Notices::default();
         write!(notices, "one \x1b[31mred\npart").unwrap();
         assert_eq!(notices.newest(80).as_deref(), Some("one  [31mred"));

@@ -1,7 +1,7 @@
-//! The sample site: a web server on loopback that misbehaves in the ways that real ones do.
+//! The sample site: a web server on loopback that fails in the ways that real sites do.
 //!
-//! Owns its listeners, its certificates (of a certificate authority made for the occasion) and what each path does. Just
-//! enough HTTP for the checks of this program.
+//! Owns the listeners, the certificates and their authority, and the behaviour of each path. Supports just enough HTTP for the
+//! checks of this program.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -21,32 +21,32 @@ use time::OffsetDateTime;
 
 use crate::shutdown::{Shutdown, Wake};
 
-/// Far more than the demo's own checks hold at a time; who else knocks is turned away.
+/// The most connections at the same time, far more than the demo's checks need. Further ones are closed.
 const MAX_CONNECTIONS: usize = 64;
 
-/// The headers of one check are a tenth of that.
+/// The most bytes of a request. A check sends about a tenth of that.
 const MAX_REQUEST_BYTES: usize = 8 * 1024;
 
-/// A client that says nothing, or that the hanging page keeps waiting, is let go after this.
+/// How long to wait for a silent client, and how long the hanging page keeps a client.
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 
-/// The flapping page: up for the first part of every period, down for the rest of it.
+/// The flapping page is up for the first part of every period and down for the rest.
 const FLAPPING_PERIOD: Duration = Duration::from_secs(12);
 const FLAPPING_UP: Duration = Duration::from_secs(8);
 
-/// The slow page takes at least the first and less than the sum.
+/// The slow page takes SLOW plus a random time below the spread.
 const SLOW: Duration = Duration::from_millis(150);
 const SLOW_SPREAD_MILLIS: u64 = 350;
 
-/// How long the certificates that are in order are valid.
+/// The remaining days of the valid certificates.
 const VALID_DAYS: i64 = 21;
 
-/// The running site; dropped, it takes no more connections.
+/// The running site. Dropping it stops the listeners.
 pub struct SampleSite {
     host_file: String,
     shutdown: Shutdown,
     listeners: Vec<(SocketAddr, JoinHandle<()>)>,
-    // Bound but not listening: as long as we hold it, a connection to its port is refused, whoever else runs here.
+    // Bound but not listening, so that connections to its port are refused and no other program can use it.
     _refusing: Socket,
 }
 
@@ -54,7 +54,7 @@ impl SampleSite {
     /// Starts the site and writes the certificate of its authority to `ca_file`.
     ///
     /// # Errors
-    /// No free port, no thread, or the file cannot be written.
+    /// There is no free port, a thread cannot be started, or the file cannot be written.
     pub fn start(ca_file: &Path) -> anyhow::Result<Self> {
         let certificates = Certificates::new()?;
         fs::write(ca_file, &certificates.authority_pem)
@@ -75,13 +75,14 @@ impl SampleSite {
         Ok(site)
     }
 
-    /// The pages as a host file, each with what is the matter with it.
+    /// A host file with the pages of the site.
     pub fn host_file(&self) -> &str {
         &self.host_file
     }
 
     fn listen(&mut self, tls: Option<Arc<ServerConfig>>) -> anyhow::Result<SocketAddr> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("no free port on 127.0.0.1")?;
+        let listener =
+            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("found no free port on 127.0.0.1")?;
         let address = listener.local_addr()?;
         let shutdown = self.shutdown.clone();
         let thread = thread::Builder::new()
@@ -96,7 +97,7 @@ impl Drop for SampleSite {
     fn drop(&mut self) {
         self.shutdown.request();
         for (address, thread) in self.listeners.drain(..) {
-            // Its wait for a connection ends with one.
+            // A connection ends the wait in `accept`.
             TcpStream::connect(address).ok();
             thread.join().ok();
         }
@@ -135,7 +136,7 @@ fn accept(listener: &TcpListener, tls: Option<&Arc<ServerConfig>>, shutdown: &Sh
             Ok(_) => continue,
             Err(error) => {
                 log::warn!("the sample site cannot accept a connection: {error}");
-                // Out of file handles, most likely: the next try at once would fail as well.
+                // Probably there are no free file handles, so an immediate retry would fail too.
                 if shutdown.wait_until(now() + Duration::from_millis(100)) == Wake::Stop {
                     return;
                 }
@@ -146,7 +147,7 @@ fn accept(listener: &TcpListener, tls: Option<&Arc<ServerConfig>>, shutdown: &Sh
         open.fetch_add(1, Ordering::Relaxed);
         let counted = Arc::clone(&open);
         let spawned = thread::Builder::new().name("sample-site".into()).spawn(move || {
-            // The clients of this site go away in the middle by design.
+            // Checks close connections early by design.
             if let Err(error) = serve(stream, tls, start, &shutdown) {
                 log::trace!("the sample site: {error}");
             }
@@ -228,7 +229,10 @@ fn read_path(stream: &mut impl Read) -> io::Result<String> {
     while !request.windows(4).any(|window| window == b"\r\n\r\n") {
         let count = stream.read(&mut buffer)?;
         if count == 0 || request.len() > MAX_REQUEST_BYTES {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "no whole request"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the request is incomplete or too long",
+            ));
         }
         request.extend_from_slice(&buffer[..count]);
     }
@@ -291,14 +295,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_flapping_page_is_up_first_then_down_then_up_again() {
+    fn the_flapping_page_is_up_then_down_then_up_again() {
         let up = [0, 7, 12, 19].map(|seconds| is_up(Duration::from_secs(seconds)));
         let down = [8, 11, 20].map(|seconds| is_up(Duration::from_secs(seconds)));
         assert_eq!((up, down), ([true; 4], [false; 3]));
     }
 
     #[test]
-    fn a_request_is_read_to_the_end_of_its_headers_and_not_beyond_bounds() {
+    fn a_request_is_read_to_the_end_of_its_headers_within_a_bound() {
         assert_eq!(
             read_path(&mut &b"GET /up HTTP/1.1\r\nHost: x\r\n\r\n"[..]).unwrap(),
             "/up"

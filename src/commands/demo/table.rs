@@ -1,25 +1,25 @@
-//! The live table as text: a row per host. Pure: what is known in, lines out, none wider than asked.
+//! The live table as lines of text, one row per host, none wider than the given width. Pure.
 
 use std::time::Duration;
 
 use crate::terminal::{SPARKLINE_CHECKS, cut, percent, seconds, sparkline};
 
-/// Of those, how many on a terminal of the common 80 columns.
+/// The length of a sparkline on a terminal narrower than WIDE, such as one of 80 columns.
 const FEWER_CHECKS: usize = 8;
 const WIDE: usize = 110;
 
-/// State, checks, uptime, latency, and the blanks between all columns.
+/// The width of state, checks, uptime, latency and the spaces between all columns.
 const FIXED_WIDTH: usize = 38;
 const MIN_ADDRESS_WIDTH: usize = 16;
 
-/// What the database knows about a host.
+/// A host's data in the database.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Host {
     pub address: String,
-    /// Rows; the view `…_uptime` has the same share of valid ones.
+    /// The number of rows. `valid` of them are valid, the same share as in the view `…_uptime`.
     pub checks: i64,
     pub valid: i64,
-    /// Of the newest checks, oldest first, in seconds; `None`: no response came.
+    /// The latencies of the newest checks in seconds, oldest first. `None`: there was no response.
     pub latencies: Vec<Option<f64>>,
     pub newest: Option<Newest>,
 }
@@ -32,7 +32,7 @@ pub struct Newest {
     pub error: Option<String>,
 }
 
-/// The whole of it.
+/// The totals over all hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     pub hosts: usize,
@@ -41,7 +41,7 @@ pub struct Totals {
     pub rows: i64,
 }
 
-/// One line about everything.
+/// The totals as one line.
 pub fn summary(totals: Totals, elapsed: Duration) -> String {
     let Totals {
         hosts,
@@ -58,10 +58,10 @@ pub fn summary(totals: Totals, elapsed: Duration) -> String {
     )
 }
 
-/// The headline and a line per host, each at most `width` characters wide, escapes for colours not counted.
+/// The heading and a line per host, each at most `width` characters wide without the escapes for colours.
 pub fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<String> {
     let columns = Columns::of(hosts, width);
-    let headline = columns.join([
+    let heading = columns.join([
         "HOST",
         "STATE",
         "CHECKS",
@@ -70,12 +70,12 @@ pub fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<String> {
         "NEWEST",
         "LAST OUTCOME",
     ]);
-    let mut lines = vec![paint(&cut(&headline, width), Colour::Bold, is_coloured)];
+    let mut lines = vec![paint(&cut(&heading, width), Colour::Bold, is_coloured)];
     lines.extend(hosts.iter().map(|host| line(host, columns, width, is_coloured)));
     lines
 }
 
-/// The widths that depend on the terminal's.
+/// The column widths that depend on the width of the terminal.
 #[derive(Clone, Copy)]
 struct Columns {
     address: usize,
@@ -94,7 +94,7 @@ impl Columns {
             .map(|host| host.address.chars().count())
             .max()
             .unwrap_or_default();
-        // What the other columns leave is shared with the last outcome.
+        // The address gets up to three fifths of the rest; the last outcome gets what remains.
         let most = (width.saturating_sub(FIXED_WIDTH + checks) * 3 / 5).max(MIN_ADDRESS_WIDTH);
         Self {
             address: longest.clamp(MIN_ADDRESS_WIDTH, most),
@@ -110,7 +110,7 @@ impl Columns {
     }
 }
 
-/// As [`cut`], but the end stays: it tells the pages of a site apart.
+/// As [`cut`], but keeps the end, which distinguishes the pages of a site.
 fn cut_front(text: &str, width: usize) -> String {
     let count = text.chars().count();
     if count <= width {
@@ -124,7 +124,7 @@ fn line(host: &Host, columns: Columns, width: usize, is_coloured: bool) -> Strin
     let (state, colour) = match &host.newest {
         None => ("…", Colour::Dim),
         Some(newest) if newest.is_valid => ("up", Colour::Green),
-        // Not checked: that says nothing about the host.
+        // The host was not checked, so its state is unknown.
         Some(newest) if ["missed", "agent_error", "agent_offline"].contains(&newest.outcome.as_str()) => {
             ("?", Colour::Dim)
         }
@@ -158,7 +158,7 @@ fn line(host: &Host, columns: Columns, width: usize, is_coloured: bool) -> Strin
         &outcome,
     ]);
     let plain = cut(plain.trim_end(), width);
-    // Coloured after cutting: an escape takes no room and must not be cut in two.
+    // Colours are added after cutting, because an escape has no width and must not be cut.
     let state_at = columns.address + 2;
     let painted: Vec<char> = plain.chars().collect();
     if painted.len() < state_at + state.chars().count() {
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_says_state_checks_uptime_latency_and_the_last_outcome() {
+    fn a_row_shows_state_checks_uptime_latency_and_the_last_outcome() {
         let hosts = [
             host("http://a.example/up", newest("ok", None)),
             host(
@@ -252,7 +252,7 @@ http://a.example/new      …           0        -         -                    
     }
 
     #[test]
-    fn in_eighty_columns_the_end_of_an_address_and_the_beginning_of_an_outcome_can_be_read() {
+    fn eighty_columns_show_the_end_of_an_address_and_the_beginning_of_an_outcome() {
         let hosts = [Host {
             latencies: vec![Some(0.1); SPARKLINE_CHECKS],
             ..host(

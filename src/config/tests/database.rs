@@ -1,4 +1,4 @@
-//! DB_HOST in all the forms that people give it, and DB_TABLE.
+//! The forms of DB_HOST and DB_TABLE.
 
 use super::*;
 
@@ -27,52 +27,53 @@ fn a_database_host_is_a_name_an_address_or_a_directory() {
 }
 
 #[test]
-fn what_is_not_a_database_host_is_answered_with_what_to_write() {
+fn a_value_that_is_not_a_database_host_is_answered_with_the_remedy() {
     let cases = [
         (
             "postgres://me:hunter2@db.example:6432/metrics",
-            "write DB_HOST=db.example, and its other parts to DB_PORT",
+            "set DB_HOST=db.example, and set DB_PORT",
         ),
         (
             "postgresql://me:hunter2@[::1]/metrics",
-            "write DB_HOST=::1, and its other parts to DB_PORT",
+            "set DB_HOST=::1, and set DB_PORT",
         ),
         (
             "postgresql://me:hun/ter2@db/metrics",
-            "it is a URL: write its host to DB_HOST",
+            "this is a URL: set DB_HOST to its host",
         ),
         (
             "postgres://db/metrics?user=me&password=hun@ter2",
-            "it is a URL: write its host to DB_HOST",
+            "this is a URL: set DB_HOST to its host",
         ),
         (
             "jdbc:postgresql://db/metrics?password=hunter2",
-            "write DB_HOST=db, and its other parts to DB_PORT",
+            "set DB_HOST=db, and set DB_PORT",
         ),
-        ("postgres://me:hunter2", "it is a URL: write its host to DB_HOST"),
-        ("host=db password=hunter2", "it is a connection string"),
-        ("db:5432", "write DB_HOST=db and DB_PORT=5432"),
-        ("[::1]:5432", "write DB_HOST=::1 and DB_PORT=5432"),
+        ("postgres://me:hunter2", "this is a URL: set DB_HOST to its host"),
+        ("host=db password=hunter2", "this is a connection string"),
+        ("db:5432", "set DB_HOST=db and DB_PORT=5432"),
+        ("[::1]:5432", "set DB_HOST=::1 and DB_PORT=5432"),
         ("h1,h2", "several hosts are not supported"),
         ("h1:5432,h2:5432", "several hosts are not supported"),
         (
             "me:hunter2@db",
-            "and the user and password to DB_USER and DB_PASSWORD",
+            "set DB_HOST to the host only, and set DB_USER and DB_PASSWORD",
         ),
         (
             "db/metrics",
-            "write DB_HOST=db, and the name of the database to DB_NAME",
+            "set DB_HOST=db, and set DB_NAME to the name of the database",
         ),
         ("\"localhost\"", "the quotes are part of the value: remove them"),
         ("'localhost'", "the quotes are part of the value: remove them"),
-        ("$DB", "are not replaced here"),
+        ("$DB", "variables are not expanded here"),
         ("5432", ""),
         ("[db]", ""),
         ("a b", ""),
     ];
     for (host, remedy) in cases {
         let line = wrong_database(("DB_HOST", host));
-        let expected = ": expected one host's name or IP address, or the directory of the database's socket";
+        let expected =
+            ": expected the name or IP address of one host, or the directory of the database's socket";
         assert!(line.starts_with("DB_HOST=") && line.contains(expected), "{line}");
         assert!(line.contains(remedy), "{line}");
         assert!(!line.contains("hunter2") && !line.contains("ter2"), "{line}");
@@ -80,17 +81,17 @@ fn what_is_not_a_database_host_is_answered_with_what_to_write() {
 }
 
 #[test]
-fn other_parts_of_a_connection_that_stand_in_the_wrong_variable_are_named() {
+fn parts_of_a_connection_in_the_wrong_variable_are_named() {
     let line = wrong_database(("DB_PORT", "tcp://10.0.0.7:5432"));
     assert!(line.contains("set `enableServiceLinks: false`"), "{line}");
     let line = wrong_database(("DB_NAME", "postgres://me:hunter2@db/metrics"));
     assert!(
-        line.contains("the name of the database alone") && !line.contains("hunter2"),
+        line.contains("the name of the database only") && !line.contains("hunter2"),
         "{line}"
     );
     let line = wrong_database(("DB_USER", "me:hunter2"));
     assert!(
-        line.contains("the password to DB_PASSWORD") && !line.contains("hunter2"),
+        line.contains("DB_PASSWORD to the password") && !line.contains("hunter2"),
         "{line}"
     );
     let line = wrong_database(("DB_TABLE", "'host_metrics'"));

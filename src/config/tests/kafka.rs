@@ -1,9 +1,9 @@
-//! The KAFKA_* variables together.
+//! Combinations of the KAFKA_* variables.
 
 use super::*;
 
 #[test]
-fn the_files_alone_make_it_ssl() {
+fn a_certificate_file_alone_selects_ssl() {
     let pems = Pems::new();
     let config = produced(&[
         ("KAFKA_SSL_CA_FILE", &pems.path("ca.pem")),
@@ -28,7 +28,7 @@ fn the_files_alone_make_it_ssl() {
 }
 
 #[test]
-fn the_four_protocols_are_librdkafkas() {
+fn librdkafka_accepts_the_four_protocols() {
     let sasl = [
         ("KAFKA_SASL_MECHANISM", "scram-sha-512"),
         ("KAFKA_SASL_USERNAME", "me"),
@@ -52,7 +52,7 @@ fn the_four_protocols_are_librdkafkas() {
         assert_eq!(property("sasl.mechanism"), is_sasl.then_some("SCRAM-SHA-512"));
         assert_eq!(property("sasl.username"), is_sasl.then_some("me"));
         assert_eq!(property("sasl.password"), is_sasl.then_some("secret"));
-        // librdkafka knows each of them.
+        // librdkafka accepts every property.
         let mut client = rdkafka::ClientConfig::new();
         for (name, value) in &properties {
             client.set(*name, value);
@@ -62,7 +62,7 @@ fn the_four_protocols_are_librdkafkas() {
 }
 
 #[test]
-fn certificates_that_would_not_be_used_are_an_error() {
+fn certificates_that_the_protocol_does_not_use_are_an_error() {
     let pems = Pems::new();
     let ca = pems.path("ca.pem");
     assert_eq!(
@@ -75,7 +75,7 @@ fn certificates_that_would_not_be_used_are_an_error() {
              it; set KAFKA_SECURITY_PROTOCOL=SSL or unset KAFKA_SSL_CA_FILE"
         )]
     );
-    // The original required the variables even where nobody had certificates.
+    // Existing setups may name files that were never there.
     let config = produced(&[
         ("KAFKA_SECURITY_PROTOCOL", "PLAINTEXT"),
         ("KAFKA_SSL_CA_FILE", &pems.path("none.pem")),
@@ -84,7 +84,7 @@ fn certificates_that_would_not_be_used_are_an_error() {
 }
 
 #[test]
-fn sasl_needs_all_three_and_a_protocol_that_uses_them() {
+fn sasl_needs_three_variables_and_a_protocol_that_uses_them() {
     let names = wrong_names(produce(&variables(
         &[SERVERS],
         &[
@@ -115,7 +115,7 @@ fn sasl_needs_all_three_and_a_protocol_that_uses_them() {
 }
 
 #[test]
-fn everything_wrong_is_reported_in_one_run_whatever_the_protocol() {
+fn all_problems_are_reported_in_one_run_with_every_protocol() {
     let pems = Pems::new();
     let (cert, empty) = (pems.path("cert.pem"), pems.path("empty"));
     fs::write(&empty, "").unwrap();
@@ -158,7 +158,7 @@ fn everything_wrong_is_reported_in_one_run_whatever_the_protocol() {
         .chain(others)
         .collect();
     assert_eq!(names(Some("SASL_SSL")), expected);
-    // What the protocol does not use is wrong for that, and for its value.
+    // A variable that the protocol does not use is reported for that, and for its value.
     for protocol in [None, Some("PLAINTEXT"), Some("SSL")] {
         let names = names(protocol);
         for name in sasl.iter().chain(&others).chain([&servers]) {

@@ -1,4 +1,4 @@
-//! Every variable, right and wrong, from pairs: no environment.
+//! Right and wrong values of every variable, without the environment.
 
 mod database;
 mod kafka;
@@ -36,12 +36,12 @@ fn problems<T>(result: Result<T, WrongVariables>) -> Vec<Problem> {
     }
 }
 
-/// The lines about what is wrong.
+/// The lines of the error.
 fn wrong<T>(result: Result<T, WrongVariables>) -> Vec<String> {
     problems(result).iter().map(Problem::to_string).collect()
 }
 
-/// The variables that are wrong.
+/// The names of the wrong variables.
 fn wrong_names<T>(result: Result<T, WrongVariables>) -> Vec<&'static str> {
     problems(result).iter().filter_map(Problem::name).collect()
 }
@@ -90,7 +90,7 @@ impl Pems {
 }
 
 #[test]
-fn without_more_than_the_required_variables_the_rest_has_its_defaults() {
+fn variables_that_are_not_set_have_their_defaults() {
     let config = produced(&[]);
     assert_eq!(config.kafka.bootstrap_servers, "kafka:9092");
     assert_eq!(
@@ -128,7 +128,7 @@ fn without_more_than_the_required_variables_the_rest_has_its_defaults() {
 }
 
 #[test]
-fn an_empty_variable_takes_its_default() {
+fn an_empty_variable_has_its_default() {
     let config = consumed(&[
         ("DB_PORT", ""),
         ("DB_PASSWORD", ""),
@@ -141,7 +141,7 @@ fn an_empty_variable_takes_its_default() {
 }
 
 #[test]
-fn every_variable_arrives() {
+fn every_variable_is_read() {
     let config = consumed(&[
         ("KAFKA_TOPIC", "a, b"),
         ("KAFKA_GROUP_ID", "copy"),
@@ -204,7 +204,7 @@ fn every_variable_arrives() {
 }
 
 #[test]
-fn a_wrong_value_is_told_by_name_with_the_value_and_what_was_expected() {
+fn a_wrong_value_is_reported_with_its_name_and_what_was_expected() {
     let long = "x".repeat(300);
     let consumers = [
         ("KAFKA_BOOTSTRAP_SERVERS", "kafka"),
@@ -276,13 +276,13 @@ fn a_wrong_value_is_told_by_name_with_the_value_and_what_was_expected() {
 }
 
 #[test]
-fn every_problem_is_told_at_once_in_the_order_of_the_help() {
+fn all_problems_are_reported_together_in_the_order_of_the_help() {
     let names = wrong_names(consume(&Variables::from_pairs([
         ("DB_PORT", "x"),
         ("DB_BATCH_SIZE", "0"),
         ("LOG_LEVEL", "x"),
         ("KAFKA_TOPIC", "/"),
-        // Not looked at by `consume`.
+        // Not read by `consume`.
         ("CHECK_TIMEOUT", "x"),
         ("MAX_THREADS", "x"),
     ])));
@@ -302,7 +302,7 @@ fn every_problem_is_told_at_once_in_the_order_of_the_help() {
 }
 
 #[test]
-fn a_command_looks_only_at_the_variables_that_it_needs() {
+fn a_command_reads_only_the_variables_that_it_needs() {
     let all_wrong = || NAMES.iter().map(|name| (*name, "\u{1}"));
     let variables = Variables::from_pairs(all_wrong());
     assert_eq!(
@@ -332,18 +332,19 @@ fn a_command_looks_only_at_the_variables_that_it_needs() {
         kafka: false,
         database: true,
     };
-    let told = wrong_names(init(&variables, database).map(drop));
+    let names = wrong_names(init(&variables, database).map(drop));
     assert!(
-        told.iter()
+        names
+            .iter()
             .all(|name| !name.starts_with("KAFKA_") || *name == "KAFKA_TOPIC"),
-        "{told:?}"
+        "{names:?}"
     );
-    assert!(told.contains(&"DB_HOST"));
+    assert!(names.contains(&"DB_HOST"));
     assert!(init(&Variables::from_pairs([]), neither).is_ok());
 }
 
 #[test]
-fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
+fn a_wrong_pem_file_is_named_in_the_error() {
     let pems = Pems::new();
     let directory = pems.directory.path().display().to_string();
     let cases = [
@@ -400,8 +401,7 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
     assert_eq!(
         lines,
         [
-            "KAFKA_SSL_KEY_FILE is not set, but KAFKA_SSL_CERT_FILE is: a certificate and its key belong together; \
-             set both or neither"
+            "KAFKA_SSL_KEY_FILE is not set, but KAFKA_SSL_CERT_FILE is: a certificate needs its key; set both or neither"
         ]
     );
     for (name, expected) in [
@@ -412,7 +412,7 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
         ),
         (
             "half-a-key.pem",
-            "the private key cannot be read: it is damaged or of an unknown kind",
+            "the private key cannot be read: it is damaged or of an unknown type",
         ),
         ("scratched-key.pem", "the private key cannot be read"),
     ] {
@@ -427,7 +427,7 @@ fn a_pem_file_that_cannot_be_one_is_an_error_naming_it() {
 }
 
 #[test]
-fn every_name_arrives_alone() {
+fn every_name_can_be_set_alone() {
     for name in NAMES {
         let variables = Variables::from_pairs([(name, "value")]);
         for other in NAMES {
@@ -441,7 +441,7 @@ fn every_name_arrives_alone() {
 }
 
 #[test]
-fn what_a_file_of_variables_leaves_around_a_value_is_named_as_the_cause() {
+fn a_mistake_around_a_value_is_named_as_the_cause() {
     let pems = Pems::new();
     let (ca, level) = (pems.path("ca.pem"), ("LOG_LEVEL", "INFO"));
     let right = [
@@ -475,12 +475,12 @@ fn what_a_file_of_variables_leaves_around_a_value_is_named_as_the_cause() {
     let slips: [(&str, &str, &str); 5] = [
         ("\"", "\"", "the quotes are part of the value"),
         ("'", "'", "the quotes are part of the value"),
-        ("", "\r", "it ends with a line end"),
-        (" ", "", "it begins or ends with a blank"),
-        ("", "\t", "it begins or ends with a blank"),
+        ("", "\r", "it ends with a line break"),
+        (" ", "", "it begins or ends with a space"),
+        ("", "\t", "it begins or ends with a space"),
     ];
     for (before, after, cause) in slips {
-        // Blanks in a list are nobody's mistake.
+        // Spaces around the items of a list are accepted.
         let is_fine = |name: &str| {
             cause != "the quotes are part of the value"
                 && ["KAFKA_BOOTSTRAP_SERVERS", "KAFKA_TOPIC"].contains(&name)
@@ -508,24 +508,32 @@ fn what_a_file_of_variables_leaves_around_a_value_is_named_as_the_cause() {
 }
 
 #[test]
-fn a_form_that_is_nearly_right_is_answered_with_the_right_one() {
+fn a_nearly_right_value_is_answered_with_the_right_form() {
     let cases = [
         (
             "KAFKA_BOOTSTRAP_SERVERS",
             "kafka",
-            "and Kafka's usual one is 9092: kafka:9092",
+            "Kafka's default is 9092: kafka:9092",
         ),
         (
             "KAFKA_BOOTSTRAP_SERVERS",
             "PLAINTEXT://kafka:9092",
             "write kafka and its port without the protocol",
         ),
-        ("KAFKA_BOOTSTRAP_SERVERS", "a:1;b:2", "separate servers by commas"),
-        ("KAFKA_BOOTSTRAP_SERVERS", "a:1 b:2", "separate servers by commas"),
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "a:1;b:2",
+            "separate the servers by commas",
+        ),
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "a:1 b:2",
+            "separate the servers by commas",
+        ),
         (
             "KAFKA_BOOTSTRAP_SERVERS",
             "a:1,",
-            "remove the one that is too many",
+            "there is a comma without a server before or after it",
         ),
         (
             "KAFKA_BOOTSTRAP_SERVERS",
@@ -535,14 +543,14 @@ fn a_form_that_is_nearly_right_is_answered_with_the_right_one() {
         (
             "KAFKA_BOOTSTRAP_SERVERS",
             "${KAFKA}:9092",
-            "are not replaced here",
+            "variables are not expanded here",
         ),
         ("METRICS_ADDR", "9464", "write 0.0.0.0:9464"),
         ("METRICS_ADDR", ":9464", "write 0.0.0.0:9464"),
         ("METRICS_ADDR", "*:9464", "write 0.0.0.0:9464"),
         ("METRICS_ADDR", "localhost:9464", "write 127.0.0.1:9464"),
         ("LOG_LEVEL", "INFO # or DEBUG", "the comment is part of the value"),
-        ("CHECK_CA_FILE", "~/ca.pem", "`~` is not replaced here"),
+        ("CHECK_CA_FILE", "~/ca.pem", "`~` is not expanded here"),
         (
             "CHECK_CA_FILE",
             "-----BEGIN CERTIFICATE-----\nhunter2",

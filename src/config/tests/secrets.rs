@@ -1,9 +1,9 @@
-//! Secrets, and that no message shows one.
+//! Secrets; no message shows one.
 
 use super::*;
 
 #[test]
-fn a_secret_may_stand_in_a_file_of_its_own() {
+fn a_secret_can_come_from_a_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("password");
     let name = path.to_str().unwrap();
@@ -44,7 +44,7 @@ fn a_secret_may_stand_in_a_file_of_its_own() {
 }
 
 #[test]
-fn a_secret_that_every_user_can_read_is_warned_of_by_its_variable() {
+fn a_file_that_every_user_can_read_causes_a_warning_with_its_variable() {
     use std::os::unix::fs::PermissionsExt;
 
     let directory = tempfile::tempdir().unwrap();
@@ -101,7 +101,7 @@ fn a_secret_that_every_user_can_read_is_warned_of_by_its_variable() {
 }
 
 #[test]
-fn a_secret_where_its_file_should_be_named_is_not_shown() {
+fn a_secret_in_place_of_its_file_is_not_shown() {
     let directory = tempfile::tempdir().unwrap();
     let missing = directory.path().join("missing");
     for (name, is_kafka) in [
@@ -130,7 +130,7 @@ fn a_secret_where_its_file_should_be_named_is_not_shown() {
 }
 
 #[test]
-fn a_secret_in_quotes_is_warned_of_without_being_shown() {
+fn a_secret_in_quotes_causes_a_warning_that_does_not_show_it() {
     let variables = Variables::from_pairs([
         ("DB_PASSWORD", "\"hunter2\""),
         ("KAFKA_SASL_USERNAME", "'me'"),
@@ -150,7 +150,7 @@ fn a_secret_in_quotes_is_warned_of_without_being_shown() {
 }
 
 #[test]
-fn a_secret_that_is_known_is_hidden_wherever_it_was_written_to() {
+fn a_known_secret_is_hidden_in_every_variable() {
     let secret = ("DB_PASSWORD", "hunter2!");
     for (name, value) in [
         ("DB_PORT", "hunter2!"),

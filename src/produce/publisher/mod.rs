@@ -25,7 +25,7 @@ use crate::clock::{instant_now, wall_micros};
 use crate::config::KafkaConfig;
 use crate::http::health::{Heartbeat, Readiness};
 use crate::kafka::{Explainer, names_a_cause};
-use crate::outage::{SAY_AFTER, Trouble};
+use crate::outage::{Outage, SAY_AFTER};
 use search::{QUESTIONS_WITHIN, Search, is_forbidden};
 
 /// How much is kept for Kafka, give or take a record for each check under way: about 50 seconds of 2,000 checks a second, or an hour of 8,000 hosts at five minutes.
@@ -342,7 +342,7 @@ struct Worker {
     unreachable: Option<String>,
     acknowledged_at: Instant,
     said_at: Instant,
-    silence: Trouble,
+    silence: Outage,
     /// Refused records since they were last said: how many, and the first one.
     refused: Option<(u64, String)>,
     refused_said_at: Option<Instant>,
@@ -359,7 +359,7 @@ struct Topic {
     /// When the oldest one of those was sent that Kafka may have all the same: Unix time in milliseconds.
     in_doubt_since: Option<i64>,
     in_flight: usize,
-    missing: Trouble,
+    missing: Outage,
 }
 
 impl Worker {
@@ -384,7 +384,7 @@ impl Worker {
             unreachable: None,
             acknowledged_at: instant_now(),
             said_at: instant_now(),
-            silence: Trouble::default(),
+            silence: Outage::default(),
             refused: None,
             refused_said_at: None,
             shared,
@@ -469,7 +469,7 @@ impl Worker {
             waiting: BTreeMap::new(),
             in_doubt_since: None,
             in_flight: 0,
-            missing: Trouble::default(),
+            missing: Outage::default(),
         });
         self.topic_indices.insert(name.to_owned(), self.topics.len() - 1);
         self.looked_for_topics_at = None;
@@ -807,7 +807,7 @@ impl Worker {
         let (servers, room) = (&self.servers, self.shared.bounds.records);
         let kept = self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed);
         let Some(since) = since else {
-            if let Some(lasted) = self.silence.is_over(now) {
+            if let Some(lasted) = self.silence.end(now) {
                 let seconds = lasted.as_secs();
                 log::info!(
                     "kafka={servers} answers again after {seconds} s; {kept} records are on their way"
@@ -819,9 +819,9 @@ impl Worker {
         let reason = reason.or_else(|| self.producer.context().last_error());
         let has_cause = reason.as_deref().is_some_and(names_a_cause);
         let reason = reason.unwrap_or_else(|| "it acknowledges nothing".to_owned());
-        self.silence.is_there(since, reason);
-        self.silence.cause_is_known(has_cause);
-        if let Some((reason, lasted)) = self.silence.due(now) {
+        self.silence.begin(since, reason);
+        self.silence.set_cause_known(has_cause);
+        if let Some((reason, lasted)) = self.silence.take_report(now) {
             log::warn!(
                 "kafka={servers} waiting for it for {} s: {reason}; {kept} records are kept, {room} can be",
                 lasted.as_secs()
@@ -833,13 +833,13 @@ impl Worker {
         for topic in &mut self.topics {
             let (name, kept) = (&topic.name, topic.waiting.len());
             let Some(why_not) = &topic.why_not else {
-                if let Some(lasted) = topic.missing.is_over(now) {
+                if let Some(lasted) = topic.missing.end(now) {
                     log::info!("topic={name} is there after {} s", lasted.as_secs());
                 }
                 continue;
             };
-            topic.missing.is_there(now, why_not.clone());
-            if let Some((why_not, lasted)) = topic.missing.due(now) {
+            topic.missing.begin(now, why_not.clone());
+            if let Some((why_not, lasted)) = topic.missing.take_report(now) {
                 log::warn!(
                     "topic={name} waiting for it for {} s: {why_not}; `host-metrics init` creates topics; {kept} of its \
                      records are kept",
