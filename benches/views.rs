@@ -18,6 +18,7 @@ use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition
 use host_metrics::consume::sink::Sink;
 use host_metrics::consume::state::{self, State};
 use host_metrics::consume::store::Store;
+use host_metrics::sample::epoch::Epochs;
 use host_metrics::sample::{Sample, Timestamp, encode};
 use postgres::{Client, NoTls};
 
@@ -185,7 +186,7 @@ fn batch(base: i64, samples: impl Iterator<Item = Sample<'static>>) -> Batch {
                 value: Some(&value),
                 ..record
             };
-            State::encode(&(), "", &record, into)
+            State::encode(&(), "", &record, &mut Epochs::default(), into)
         });
     }
     batch

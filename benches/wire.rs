@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{NextOffset, Offset, Partition, Read, Record};
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::DownWhen;
 use host_metrics::consume::ingest::{Action, Event, Ingest, Limits};
@@ -125,9 +125,10 @@ impl Machine {
             value: Some(value),
         };
         self.next = record.offset.next();
-        let taken = self.ingest.record(self.now, record, |into| {
+        let taken = self.ingest.record(self.now, record, |epochs, into| {
+            epochs.judge("fra-1", 18).map_err(|void| void.to_string())?;
             into.extend_from_slice(row);
-            Ok(())
+            Ok(Read::Row)
         });
         assert!(taken, "the partition is being read, and there is room");
         if !self.ingest.has_room() {
@@ -139,7 +140,9 @@ impl Machine {
         loop {
             let event = match self.ingest.next_action(self.now) {
                 Action::Open => Event::Opened { same_layout: true },
-                Action::Locate { .. } => Event::Located(BTreeMap::from([(Self::PARTITION, self.next)])),
+                Action::Locate { .. } => {
+                    Event::Located(BTreeMap::from([(Self::PARTITION, self.next.into())]))
+                }
                 Action::Flush(batch) => Event::Flushed(batch, Flushed::Durable),
                 Action::Poll { .. } | Action::Hold { .. } => return,
                 _ => continue,

@@ -292,7 +292,9 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   MAX_BODY_BYTES            how much of a body is searched for the regex [1048576]
   USER_AGENT                the User-Agent header of the checks [host-metrics/VERSION]
   CHECK_CA_FILE             PEM file of an additional authority for the checked sites
-  AGENT_NAME                the name in each record of the place that checks [the host name]
+  AGENT_NAME                the name in each record of the place that checks
+                            [PRODUCE_GROUP, else the host name]
+  PRODUCE_GROUP             producers with the same group share their hosts [none]
   METRICS_ADDR              where to serve /metrics, /healthz, /readyz, e.g. 0.0.0.0:9464 [none]
   LOG_LEVEL                 OFF, ERROR, WARN, INFO, DEBUG or TRACE [INFO]
 A secret on the command line is visible to every user of the machine. Instead, set

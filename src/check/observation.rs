@@ -116,6 +116,8 @@ pub fn stamp<'a>(target: &'a Target, observation: Observation, stamp: Stamp<'a>)
         body_bytes: body_bytes.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
         cert_expires_at,
         agent: Some(Cow::Borrowed(stamp.agent)),
+        // Known only when the record is sent: `sample::epoch::write_into`.
+        epoch: None,
     }
 }
 
@@ -221,6 +223,7 @@ mod tests {
             body_bytes: Some(18_231),
             cert_expires_at: Some(at("2026-05-30T23:59:59Z")),
             agent: Some("fra-1".into()),
+            epoch: None,
         };
         assert_eq!(stamped(&target(), observation), expected);
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::form::{is_line, is_quoted};
+use super::kafka::PRODUCE_GROUP;
 use super::problems::{PemKind, Reader};
 use super::{DAY, MAX_LINE_BYTES};
 
@@ -82,6 +83,10 @@ fn agent_name(reader: &mut Reader<'_>) -> String {
     let name = "AGENT_NAME";
     if reader.is_set(name) {
         return reader.line(name, MAX_LINE_BYTES).unwrap_or_default();
+    }
+    // All producers of a group are one place.
+    if let Some(group) = reader.get(PRODUCE_GROUP) {
+        return group.to_owned();
     }
     match whoami::hostname() {
         Ok(name) if !name.is_empty() && is_line(&name, MAX_LINE_BYTES) => name,

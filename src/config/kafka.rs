@@ -9,6 +9,7 @@ use super::{MAX_LINE_BYTES, Secret};
 
 const DEFAULT_TOPIC: &str = "host-metrics";
 const DEFAULT_GROUP_ID: &str = "host-metrics";
+pub(super) const PRODUCE_GROUP: &str = "PRODUCE_GROUP";
 /// The consumer numbers its topics with 16 bits. This limit is far above any real list.
 const MAX_TOPICS: usize = 1_000;
 /// Kafka's limit, in org.apache.kafka.common.internals.Topic.
@@ -18,6 +19,15 @@ const MAX_TOPIC_BYTES: usize = 249;
 pub const TOPIC_NAME_RULE: &str = "at most 249 letters, digits, `.`, `_` and `-`";
 
 const MECHANISMS: [&str; 3] = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
+
+/// The group of producers that share their hosts.
+#[derive(Clone, Debug)]
+pub struct GroupConfig {
+    /// PRODUCE_GROUP.
+    pub name: String,
+    /// KAFKA_GROUP_INSTANCE_ID.
+    pub instance_id: Option<String>,
+}
 
 /// How to connect to Kafka. The parts are consistent with each other.
 #[derive(Clone, Debug)]
@@ -292,4 +302,19 @@ pub(super) fn group_id(reader: &mut Reader<'_>) -> String {
 
 pub(super) fn group_instance_id(reader: &mut Reader<'_>) -> Option<String> {
     reader.read("KAFKA_GROUP_INSTANCE_ID", TOPIC_NAME_RULE, topic_name)
+}
+
+pub(super) fn produce_group(reader: &mut Reader<'_>) -> Option<GroupConfig> {
+    let name = reader.line(PRODUCE_GROUP, MAX_LINE_BYTES)?;
+    if name == reader.get("KAFKA_GROUP_ID").unwrap_or(DEFAULT_GROUP_ID) {
+        let what = format!(
+            "is {name:?}, the group of the consumers (KAFKA_GROUP_ID): producers need a group of their own, e.g. \
+             PRODUCE_GROUP={name}-produce"
+        );
+        reader.conflict(PRODUCE_GROUP, what);
+    }
+    Some(GroupConfig {
+        name,
+        instance_id: group_instance_id(reader),
+    })
 }

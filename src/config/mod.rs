@@ -24,7 +24,9 @@ use log::LevelFilter;
 
 pub use check::{CheckConfig, DEFAULT_USER_AGENT};
 pub use database::{DatabaseConfig, DbSslMode};
-pub use kafka::{KafkaConfig, KafkaSasl, KafkaSecurity, KafkaTls, TOPIC_NAME_RULE, is_topic_name};
+pub use kafka::{
+    GroupConfig, KafkaConfig, KafkaSasl, KafkaSecurity, KafkaTls, TOPIC_NAME_RULE, is_topic_name,
+};
 pub use problems::Problem;
 use problems::Reader;
 pub use secret::{Secret, exposed_secrets, quoted_secrets};
@@ -78,6 +80,7 @@ pub struct ProduceConfig {
     pub kafka: KafkaConfig,
     /// The topic for the records of hosts without `topic=`.
     pub topic: String,
+    pub group: Option<GroupConfig>,
     pub check: CheckConfig,
     pub metrics_addr: Option<SocketAddr>,
 }
@@ -90,6 +93,7 @@ pub fn produce(variables: &Variables) -> Result<ProduceConfig, WrongVariables> {
     read(variables, |reader| ProduceConfig {
         kafka: kafka::servers_and_security(reader),
         topic: kafka::topic(reader),
+        group: kafka::produce_group(reader),
         check: check::checks(reader, false),
         metrics_addr: metrics_addr(reader),
     })

@@ -9,7 +9,7 @@ use super::env_file::{self, EnvFile};
 use super::problems::Problem;
 
 /// The names of all variables. Other names are ignored in `.env` and in the environment, and are an error after `-e`.
-pub const NAMES: [&str; 36] = [
+pub const NAMES: [&str; 37] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
     "KAFKA_SECURITY_PROTOCOL",
@@ -44,6 +44,7 @@ pub const NAMES: [&str; 36] = [
     "USER_AGENT",
     "CHECK_CA_FILE",
     "AGENT_NAME",
+    "PRODUCE_GROUP",
     "METRICS_ADDR",
     "LOG_LEVEL",
 ];

@@ -8,6 +8,7 @@ use std::ops::Range;
 use openssl::sha::sha256;
 
 use crate::sample::Timestamp;
+use crate::sample::epoch::Epochs;
 
 /// The longest key and the longest value that are read. A record of ours has less than 10 KiB, and whoever may write to the
 /// topic can have a few kilobytes expand to a gigabyte: of what is longer no copy is made.
@@ -87,6 +88,33 @@ pub enum Form {
     Row(Range<usize>),
     /// It goes to the rejected table, with the reason.
     Rejected(String),
+    /// A claim: it is stored nowhere.
+    Claim,
+}
+
+/// What a record is, as far as it is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// Its row was appended.
+    Row,
+    Claim,
+}
+
+/// How far a partition is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub next: NextOffset,
+    /// The highest epochs before it.
+    pub epochs: Epochs,
+}
+
+impl From<NextOffset> for Position {
+    fn from(next: NextOffset) -> Self {
+        Self {
+            next,
+            epochs: Epochs::default(),
+        }
+    }
 }
 
 /// One record of a batch.
@@ -107,6 +135,8 @@ pub struct Entry {
 pub struct Batch {
     pub entries: Vec<Entry>,
     pub spans: BTreeMap<Partition, Span>,
+    /// The highest epochs behind the last record of each partition in which this batch has a higher one.
+    pub epochs: BTreeMap<Partition, Epochs>,
     /// Keys and values as Kafka delivered them.
     pub record_bytes: Vec<u8>,
     /// Rows in COPY's binary format, without header and trailer. Rows of a forgotten partition leave holes.
@@ -134,7 +164,7 @@ impl Batch {
         &mut self,
         base: NextOffset,
         record: Record<'_>,
-        encode: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
+        encode: impl FnOnce(&mut Vec<u8>) -> Result<Read, String>,
     ) {
         let span = self
             .spans
@@ -150,7 +180,8 @@ impl Batch {
         let too_long = too_long("key", record.key).or_else(|| too_long("value", record.value));
         let encoded = too_long.map_or_else(|| encode(&mut self.copy_bytes), Err);
         let form = match encoded {
-            Ok(()) => Form::Row(row_start..self.copy_bytes.len()),
+            Ok(Read::Row) => Form::Row(row_start..self.copy_bytes.len()),
+            Ok(Read::Claim) => Form::Claim,
             Err(reason) => {
                 self.copy_bytes.truncate(row_start);
                 Form::Rejected(reason)
@@ -185,6 +216,7 @@ impl Batch {
         if self.spans.remove(&partition).is_none() {
             return 0;
         }
+        self.epochs.remove(&partition);
         let before = self.entries.len();
         self.entries.retain(|entry| entry.partition != partition);
         let forgotten = before - self.entries.len();
@@ -205,6 +237,7 @@ impl Batch {
         keep_bytes(&mut self.copy_bytes);
         self.entries.clear();
         self.spans.clear();
+        self.epochs.clear();
     }
 
     fn keep(&mut self, bytes: &[u8]) -> Range<usize> {
@@ -250,7 +283,7 @@ mod tests {
         };
         batch.push(NextOffset(base), record, |into| {
             into.extend_from_slice(row.unwrap_or(b"half a row"));
-            row.map(|_| ()).map_err(String::from)
+            row.map(|_| Read::Row).map_err(String::from)
         });
     }
 
@@ -308,7 +341,7 @@ mod tests {
             };
             batch.push(NextOffset(0), record, |_| {
                 assert_eq!(said, None, "it is not read");
-                Ok(())
+                Ok(Read::Row)
             });
             let entry = &batch.entries[0];
             for (bytes, kept) in [(key, &entry.key), (value, &entry.value)] {

@@ -21,7 +21,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Record, Span};
+use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position, Read, Record, Span};
+use crate::sample::epoch::Epochs;
 
 /// A batch is full at DB_BATCH_SIZE KiB, even if it holds fewer records: two batches, the one being written and the one
 /// being filled, must fit into memory also when every record is as long as they are read. Records of the usual size and
@@ -99,7 +100,7 @@ pub enum Event {
     /// The answer to [`Action::Open`]. With another layout than before, the rows encoded so far do not fit the table.
     Opened { same_layout: bool },
     /// The answer to [`Action::Locate`].
-    Located(BTreeMap<Partition, NextOffset>),
+    Located(BTreeMap<Partition, Position>),
     /// The answer to [`Action::Flush`]: the batch comes back with how it ended.
     Flushed(Batch, Flushed),
     /// The answer to [`Action::Open`] or [`Action::Locate`] where the store could not give it: a passing fault.
@@ -173,6 +174,9 @@ pub struct Ingest {
     limits: Limits,
     jitter: fastrand::Rng,
     partitions: BTreeMap<Partition, Progress>,
+    /// The judge: the highest epochs before the next record of each partition. They are read with its position and move in the
+    /// same transaction.
+    epochs: BTreeMap<Partition, Epochs>,
 
     filling: Batch,
     /// When the oldest record of `filling` was read.
@@ -290,6 +294,7 @@ impl Ingest {
             limits,
             jitter: fastrand::Rng::with_seed(seed),
             partitions: BTreeMap::new(),
+            epochs: BTreeMap::new(),
             filling: Batch::default(),
             filling_since: None,
             full_since: None,
@@ -334,7 +339,7 @@ impl Ingest {
         &mut self,
         now: Instant,
         record: Record<'_>,
-        encode: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
+        encode: impl FnOnce(&mut Epochs, &mut Vec<u8>) -> Result<Read, String>,
     ) -> bool {
         let room = self.has_room();
         let Some(located) = self
@@ -353,7 +358,12 @@ impl Ingest {
             return false;
         }
         located.next = record.offset.next();
-        self.filling.push(located.tail, record, encode);
+        let epochs = self.epochs.entry(record.partition).or_default();
+        let before = epochs.sum();
+        self.filling.push(located.tail, record, |row| encode(epochs, row));
+        if epochs.sum() != before || located.restarted {
+            self.filling.epochs.insert(record.partition, epochs.clone());
+        }
         self.filling_since.get_or_insert(now);
         if !self.has_room() {
             self.full_since.get_or_insert(now);
@@ -641,6 +651,7 @@ impl Ingest {
     fn revoked(&mut self, partitions: &[Partition]) {
         for partition in partitions {
             if self.partitions.remove(partition).is_some() {
+                self.epochs.remove(partition);
                 self.forget(*partition);
             }
         }
@@ -693,6 +704,7 @@ impl Ingest {
                     located.committed = None;
                     located.restarted = true;
                 });
+                self.epochs.remove(&partition);
             } else {
                 // Starting over stores the whole partition again, so one answer, which may come from a replica that
                 // is behind, does not suffice.
@@ -758,12 +770,12 @@ impl Ingest {
         }
     }
 
-    fn located(&mut self, now: Instant, positions: &BTreeMap<Partition, NextOffset>) {
+    fn located(&mut self, now: Instant, positions: &BTreeMap<Partition, Position>) {
         self.store = StoreState::Open;
         if let Some(flight) = self.flight.as_mut().filter(|flight| flight.in_doubt) {
             flight.in_doubt = false;
             for (partition, span) in flight.spans.clone() {
-                self.resolve(partition, span, positions.get(&partition).copied());
+                self.resolve(partition, span, positions.get(&partition));
             }
             self.drop_empty_flight();
         }
@@ -773,7 +785,10 @@ impl Ingest {
         for (partition, progress) in &mut self.partitions {
             if let Progress::Unlocated { start } = progress {
                 match positions.get(partition) {
-                    Some(position) => *progress = Progress::Located(Located::at(*position)),
+                    Some(position) => {
+                        *progress = Progress::Located(Located::at(position.next));
+                        self.epochs.insert(*partition, position.epochs.clone());
+                    }
                     // Either the table has none, or it was assigned while the question was under way: then the start
                     // that is looked for now will not be used.
                     None => {
@@ -788,7 +803,8 @@ impl Ingest {
     }
 
     /// What became of a flight's partition, told by the table's position.
-    fn resolve(&mut self, partition: Partition, span: Span, position: Option<NextOffset>) {
+    fn resolve(&mut self, partition: Partition, span: Span, found: Option<&Position>) {
+        let position = found.map(|found| found.next);
         if position == Some(span.base) {
             return;
         }
@@ -809,6 +825,10 @@ impl Ingest {
             None => Progress::Startless,
         };
         self.partitions.insert(partition, progress);
+        self.epochs.insert(
+            partition,
+            found.map_or_else(Epochs::default, |found| found.epochs.clone()),
+        );
     }
 
     fn flushed(&mut self, now: Instant, mut batch: Batch, flushed: Flushed) {
@@ -1055,7 +1075,7 @@ mod tests {
             missing_from: BTreeMap::new(),
         };
         assert_eq!(ingest.next_action(at(0)), locate);
-        ingest.handle(at(0), Event::Located(all_at(partitions, 100)));
+        ingest.handle(at(0), Event::Located(found_at(partitions, 100)));
         let starts: Vec<_> = all_at(partitions, 100).into_iter().collect();
         assert_eq!(ingest.next_action(at(0)), Action::Read(starts.clone()));
         assert_eq!(ingest.next_action(at(0)), Action::Commit(starts));
@@ -1067,6 +1087,12 @@ mod tests {
         partitions.iter().map(place).collect()
     }
 
+    /// As the table says it.
+    fn found_at(partitions: &[Partition], position: i64) -> BTreeMap<Partition, Position> {
+        let place = |partition: &Partition| (*partition, Position::from(NextOffset(position)));
+        partitions.iter().map(place).collect()
+    }
+
     fn read(ingest: &mut Ingest, millis: u64, partition: Partition, offset: i64) -> bool {
         let record = Record {
             partition,
@@ -1075,9 +1101,9 @@ mod tests {
             key: None,
             value: Some(b"value"),
         };
-        ingest.record(at(millis), record, |row| {
+        ingest.record(at(millis), record, |_, row| {
             row.extend_from_slice(b"row");
-            Ok(())
+            Ok(Read::Row)
         })
     }
 
@@ -1207,7 +1233,7 @@ mod tests {
             missing_from: BTreeMap::new(),
         };
         assert_eq!(ingest.next_action(at(400)), expected);
-        ingest.handle(at(400), Event::Located(BTreeMap::from([(P, NextOffset(150))])));
+        ingest.handle(at(400), Event::Located(found_at(&[P], 150)));
         assert_eq!(
             ingest.next_action(at(400)),
             Action::Read(vec![(P, NextOffset(150))])
@@ -1225,13 +1251,54 @@ mod tests {
                 key: None,
                 value: None,
             };
-            let half = |row: &mut Vec<u8>| {
+            let half = |_: &mut Epochs, row: &mut Vec<u8>| {
                 row.resize(row.len() + LEAST_BATCH_BYTES / 2, 0);
-                Ok(())
+                Ok(Read::Row)
             };
             assert!(ingest.record(at(0), record, half));
         }
         assert_eq!(flush(&mut ingest, 0).len(), 2);
+    }
+
+    #[test]
+    fn a_batch_moves_the_highest_epochs_with_the_position_and_the_table_has_the_last_word() {
+        let mut ingest = reading(&[P, Q]);
+        let judge = |ingest: &mut Ingest, offset, epoch| {
+            let record = Record {
+                partition: P,
+                offset: Offset(offset),
+                timestamp: None,
+                key: None,
+                value: None,
+            };
+            let mut is_valid = false;
+            ingest.record(at(0), record, |epochs, _| {
+                is_valid = epochs.judge("eu", epoch).is_ok();
+                Ok(Read::Row)
+            });
+            is_valid
+        };
+        assert!(judge(&mut ingest, 100, 7));
+        read(&mut ingest, 0, Q, 100);
+        assert!(!judge(&mut ingest, 101, 6));
+        let batch = flush(&mut ingest, 200);
+        assert_eq!(batch.epochs, BTreeMap::from([(P, Epochs::of("eu", 7))]));
+        // Somebody else was there, and has seen more.
+        ingest.handle(at(200), Event::Flushed(batch, Flushed::Fenced));
+        let elsewhere = Position {
+            next: NextOffset(150),
+            epochs: Epochs::of("eu", 9),
+        };
+        assert!(matches!(ingest.next_action(at(200)), Action::Locate { .. }));
+        let found = BTreeMap::from([(P, elsewhere)])
+            .into_iter()
+            .chain(found_at(&[Q], 101));
+        ingest.handle(at(200), Event::Located(found.collect()));
+        while !matches!(ingest.next_action(at(200)), Action::Poll { .. }) {}
+        assert!(!judge(&mut ingest, 150, 8));
+        assert!(judge(&mut ingest, 151, 9));
+        // Nothing was raised: nothing has to be written.
+        assert_eq!(flush(&mut ingest, 400).epochs, BTreeMap::new());
     }
 
     #[test]
@@ -1277,7 +1344,7 @@ mod tests {
             assert_eq!(ingest.next_action(at(400)), Action::Open);
             ingest.handle(at(400), Event::Opened { same_layout: true });
             assert!(matches!(ingest.next_action(at(400)), Action::Locate { .. }));
-            ingest.handle(at(400), Event::Located(all_at(&[P], position)));
+            ingest.handle(at(400), Event::Located(found_at(&[P], position)));
             assert_eq!(ingest.unwritten(), usize::from(!is_written));
             match is_written {
                 false => assert_eq!(flush(&mut ingest, 400).spans[&P], span(100, 101)),
@@ -1299,7 +1366,10 @@ mod tests {
         read(&mut ingest, 200, Q, 101);
         ingest.handle(at(200), Event::Flushed(batch, Flushed::Fenced));
         assert!(matches!(ingest.next_action(at(200)), Action::Locate { .. }));
-        let positions = BTreeMap::from([(P, NextOffset(150)), (Q, NextOffset(100))]);
+        let positions = found_at(&[P], 150)
+            .into_iter()
+            .chain(found_at(&[Q], 100))
+            .collect();
         ingest.handle(at(200), Event::Located(positions));
         let fenced = Notice::Fenced {
             partition: P,
@@ -1434,7 +1504,7 @@ mod tests {
             missing_from: all_at(&[P], 42),
         };
         assert_eq!(ingest.next_action(at(1_000)), locate);
-        ingest.handle(at(1_000), Event::Located(all_at(&[P], 42)));
+        ingest.handle(at(1_000), Event::Located(found_at(&[P], 42)));
         assert_eq!(
             ingest.next_action(at(1_000)),
             Action::Read(vec![(P, NextOffset(42))])
@@ -1510,7 +1580,7 @@ mod tests {
         let notice = Action::Tell(Notice::OtherLayout { forgotten: 1 });
         assert_eq!(ingest.next_action(at(400)), notice);
         assert!(matches!(ingest.next_action(at(400)), Action::Locate { .. }));
-        ingest.handle(at(400), Event::Located(all_at(&[P], 100)));
+        ingest.handle(at(400), Event::Located(found_at(&[P], 100)));
         assert_eq!(
             ingest.next_action(at(400)),
             Action::Read(vec![(P, NextOffset(100))])

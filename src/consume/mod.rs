@@ -331,8 +331,9 @@ impl<'a, S: Sink> Agent<'a, S> {
                         ..record
                     },
                 };
-                self.ingest
-                    .record(now, kept, |into| S::encode(layout, topic, &record, into));
+                self.ingest.record(now, kept, |epochs, into| {
+                    S::encode(layout, topic, &record, epochs, into)
+                });
             }
             if !self.ingest.has_room() {
                 return Ok(());

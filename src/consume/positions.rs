@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 
 use tokio_postgres::{Client, Statement};
 
-use crate::consume::batch::{Batch, NextOffset, Partition};
+use crate::consume::batch::{Batch, NextOffset, Partition, Position};
 use crate::postgres::{Bounds, Fault, Kind, bounded};
+use crate::sample::epoch::Epochs;
 use crate::tables::names::{Object, TableName};
 
 /// What identifies this consumer's positions, and its patience.
@@ -44,9 +45,9 @@ impl Positions {
         Ok(Self {
             advance: client
                 .prepare(&format!(
-                    "UPDATE {offsets} o SET next_offset = s.next \
-                     FROM unnest($2::pg_catalog.text[], $3::int[], $4::bigint[], $5::bigint[]) \
-                         s (topic, number, base, next) \
+                    "UPDATE {offsets} o SET next_offset = s.next, epochs = coalesce(s.epochs::pg_catalog.jsonb, o.epochs) \
+                     FROM unnest($2::pg_catalog.text[], $3::int[], $4::bigint[], $5::bigint[], $6::pg_catalog.text[]) \
+                         s (topic, number, base, next, epochs) \
                      WHERE o.group_id OPERATOR(pg_catalog.=) $1 AND o.topic OPERATOR(pg_catalog.=) s.topic \
                      AND o.\"partition\" OPERATOR(pg_catalog.=) s.number \
                      AND o.next_offset OPERATOR(pg_catalog.=) s.base"
@@ -54,7 +55,7 @@ impl Positions {
                 .await?,
             read: client
                 .prepare(&format!(
-                    "SELECT o.topic, o.\"partition\", o.next_offset FROM {offsets} o \
+                    "SELECT o.topic, o.\"partition\", o.next_offset, o.epochs::text FROM {offsets} o \
                      JOIN unnest($2::text[], $3::int[]) s (topic, number) \
                      ON o.topic = s.topic AND o.\"partition\" = s.number WHERE o.group_id = $1"
                 ))
@@ -77,7 +78,7 @@ impl Positions {
         keys: &Keys,
         partitions: &[Partition],
         missing_from: &BTreeMap<Partition, NextOffset>,
-    ) -> Result<BTreeMap<Partition, NextOffset>, Fault> {
+    ) -> Result<BTreeMap<Partition, Position>, Fault> {
         let mut found = self.read(client, keys, partitions).await?;
         let missing: Vec<(Partition, NextOffset)> = missing_from
             .iter()
@@ -108,7 +109,7 @@ impl Positions {
         client: &Client,
         keys: &Keys,
         partitions: &[Partition],
-    ) -> Result<BTreeMap<Partition, NextOffset>, Fault> {
+    ) -> Result<BTreeMap<Partition, Position>, Fault> {
         let topics = partitions
             .iter()
             .map(|p| keys.topic(*p))
@@ -127,10 +128,15 @@ impl Positions {
             {
                 let (topic, number): (&str, i32) = (row.try_get(0)?, row.try_get(1)?);
                 if let Some(&partition) = by_name.get(&(topic, number)) {
-                    found.insert(partition, NextOffset(row.try_get(2)?));
+                    let epochs = serde_json::from_str(row.try_get(3)?);
+                    let position = Position {
+                        next: NextOffset(row.try_get(2)?),
+                        epochs: epochs.map_err(|error| not_epochs(topic, number, &error))?,
+                    };
+                    found.insert(partition, position);
                 }
             }
-            Ok::<_, tokio_postgres::Error>(found)
+            Ok::<_, Fault>(found)
         })
         .await
     }
@@ -145,16 +151,28 @@ impl Positions {
             .collect::<Result<Vec<_>, _>>()?;
         let numbers: Vec<i32> = spans.clone().map(|(p, _)| p.number).collect();
         let bases: Vec<i64> = spans.clone().map(|(_, span)| span.base.0).collect();
-        let nexts: Vec<i64> = spans.map(|(_, span)| span.next.0).collect();
+        let nexts: Vec<i64> = spans.clone().map(|(_, span)| span.next.0).collect();
+        let epochs: Vec<Option<String>> = spans.map(|(p, _)| batch.epochs.get(p).map(json)).collect();
         let moved = client
             .execute(
                 &self.advance,
-                &[&keys.group_id, &topics, &numbers, &bases, &nexts],
+                &[&keys.group_id, &topics, &numbers, &bases, &nexts, &epochs],
             )
             .await
             .map_err(|error| not_a_rows(error.into(), &self.offsets, "SELECT, INSERT, UPDATE"))?;
         Ok(usize::try_from(moved) == Ok(batch.spans.len()))
     }
+}
+
+/// As the table holds them.
+fn json(epochs: &Epochs) -> String {
+    serde_json::to_string(epochs).expect("names and numbers are JSON")
+}
+
+fn not_epochs(topic: &str, partition: i32, error: &serde_json::Error) -> Fault {
+    Fault::operator(format!(
+        "the epochs of {topic}/{partition} in the offsets table are not an object of numbers: {error}"
+    ))
 }
 
 /// Names the table (quoted) of a fault that is no record's, because none was sent yet.

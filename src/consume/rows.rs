@@ -15,12 +15,13 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, CopyInSink, Statement};
 
 use crate::config::ConsumeConfig;
-use crate::consume::batch::{Batch, Form, Record};
+use crate::consume::batch::{Batch, Form, Read, Record};
 use crate::consume::positions::{Keys, Positions, not_a_rows};
 use crate::consume::refused::Search;
-use crate::consume::sink::{Sink, Written};
+use crate::consume::sink::{Sink, Written, judge};
 use crate::postgres::{Bounds, Fault, Kind, Link, bounded};
-use crate::sample::{self, Timestamp};
+use crate::sample::Timestamp;
+use crate::sample::epoch::Epochs;
 use crate::tables::destination::{self, Found};
 use crate::tables::names::{Object, TableName};
 use crate::tables::row::{HEADER, Layout, Origin, TRAILER};
@@ -70,9 +71,16 @@ impl Sink for Rows {
     type Layout = Layout;
     type Session = RowsSession;
 
-    fn encode(layout: &Layout, topic: &str, record: &Record<'_>, row: &mut Vec<u8>) -> Result<(), String> {
-        let value = record.value.unwrap_or_default();
-        let mut sample = sample::decode(value).map_err(|rejection| rejection.0)?;
+    fn encode(
+        layout: &Layout,
+        topic: &str,
+        record: &Record<'_>,
+        epochs: &mut Epochs,
+        row: &mut Vec<u8>,
+    ) -> Result<Read, String> {
+        let Some(mut sample) = judge(record.value.unwrap_or_default(), epochs)? else {
+            return Ok(Read::Claim);
+        };
         if sample.scheduled_at.is_none() {
             // The original's records: when Kafka got it is the best that there is.
             let timestamp = record.timestamp;
@@ -84,7 +92,8 @@ impl Sink for Rows {
             partition: record.partition.number,
             offset: record.offset,
         };
-        layout.encode_row(&sample, origin, row)
+        layout.encode_row(&sample, origin, row)?;
+        Ok(Read::Row)
     }
 
     async fn prepare(&mut self, link: &Link, bounds: &Bounds) -> Result<(Layout, RowsSession), Fault> {

@@ -1,9 +1,33 @@
 //! What a pipeline writes, as the store sees it: `rows` and `state` are the two.
 
-use crate::consume::batch::{Batch, Record};
+use crate::consume::batch::{Batch, Read, Record};
 use crate::consume::positions::{Keys, Positions};
 use crate::postgres::{Bounds, Fault, Link};
-use crate::sample::Timestamp;
+use crate::sample::epoch::{Claim, Epochs, Void};
+use crate::sample::{self, Sample, Timestamp};
+
+/// The record, or `None` for a claim. Every sink judges with this, so all of them find the same.
+///
+/// # Errors
+/// It is not a record, or it was superseded.
+pub fn judge<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'a>>, String> {
+    let sample = match sample::decode(value) {
+        Ok(sample) => sample,
+        Err(rejection) => {
+            let claim = Claim::decode(value).ok_or(rejection.0)?;
+            // A claim that is void says nothing; one of too many places is rejected.
+            return match epochs.judge(claim.place(), claim.epoch) {
+                Ok(()) | Err(Void::Superseded { .. }) => Ok(None),
+                Err(void) => Err(void.to_string()),
+            };
+        }
+    };
+    if let Some(epoch) = sample.epoch {
+        let place = sample.agent.as_deref().unwrap_or_default();
+        epochs.judge(place, epoch).map_err(|void| void.to_string())?;
+    }
+    Ok(Some(sample))
+}
 
 /// What a pipeline writes.
 #[expect(
@@ -27,8 +51,9 @@ pub trait Sink: Send + 'static {
         layout: &Self::Layout,
         topic: &str,
         record: &Record<'_>,
+        epochs: &mut Epochs,
         into: &mut Vec<u8>,
-    ) -> Result<(), String>;
+    ) -> Result<Read, String>;
 
     /// Makes the tables that are missing where the user may, and prepares the statements.
     async fn prepare(&mut self, link: &Link, bounds: &Bounds)

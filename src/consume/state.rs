@@ -12,15 +12,16 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
 use crate::config::{ConsumeConfig, StateConfig};
-use crate::consume::batch::{Batch, Form, MAX_READ_BYTES, Record};
+use crate::consume::batch::{Batch, Form, MAX_READ_BYTES, Read, Record};
 use crate::consume::counters::Counters;
 use crate::consume::fold::host::{Certificate, Checks, Host, Incident, Series, Verdict};
 use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
 use crate::consume::fold::{Fold, Hosts};
 use crate::consume::positions::{Keys, Positions};
-use crate::consume::sink::{Sink, Written};
+use crate::consume::sink::{Sink, Written, judge};
 use crate::postgres::{Bounds, Fault, Kind, Link, bounded};
 use crate::sample::Timestamp;
+use crate::sample::epoch::Epochs;
 use crate::tables::names::{Object, TableName};
 use crate::tables::state::{
     INCIDENTS, ROLLUPS, SERIES, add_series, delete_old, delete_rollups, read_incidents, read_rollups,
@@ -124,13 +125,22 @@ impl Sink for State {
     type Session = StateSession;
 
     /// The fold reads the record itself, when the stored state is there.
-    fn encode((): &(), _: &str, record: &Record<'_>, into: &mut Vec<u8>) -> Result<(), String> {
+    fn encode(
+        (): &(),
+        _: &str,
+        record: &Record<'_>,
+        epochs: &mut Epochs,
+        into: &mut Vec<u8>,
+    ) -> Result<Read, String> {
         let value = record.value.unwrap_or_default();
         if value.len() > MAX_READ_BYTES {
             return Err("too long, as for the rows".to_owned());
         }
+        if judge(value, epochs)?.is_none() {
+            return Ok(Read::Claim);
+        }
         into.extend_from_slice(value);
-        Ok(())
+        Ok(Read::Row)
     }
 
     async fn prepare(&mut self, link: &Link, bounds: &Bounds) -> Result<((), StateSession), Fault> {

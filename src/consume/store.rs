@@ -15,7 +15,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
 use crate::config::{ConsumeConfig, DatabaseConfig};
-use crate::consume::batch::{Batch, Flushed, NextOffset, Partition};
+use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
 use crate::consume::positions::{Keys, Positions};
 use crate::consume::rows::Rows;
 use crate::consume::sink::{Sink, Written};
@@ -97,7 +97,7 @@ impl<S: Sink> Store<S> {
         &mut self,
         partitions: &[Partition],
         missing_from: &BTreeMap<Partition, NextOffset>,
-    ) -> Result<BTreeMap<Partition, NextOffset>, StoreError> {
+    ) -> Result<BTreeMap<Partition, Position>, StoreError> {
         let result = self.on_session(async |session, keys, _| {
             let client = &session.link.client;
             session

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::bail;
 
-use crate::consume::batch::{Batch, Flushed, NextOffset, Partition};
+use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
 use crate::consume::sink::Sink;
 use crate::consume::store::{Store, StoreError};
 use crate::sample::Timestamp;
@@ -33,7 +33,7 @@ pub enum Request {
 #[derive(Debug)]
 pub enum Answer<L> {
     Opened(Result<L, StoreError>),
-    Located(Result<BTreeMap<Partition, NextOffset>, StoreError>),
+    Located(Result<BTreeMap<Partition, Position>, StoreError>),
     Flushed(Batch, Flushed, Duration),
 }
 

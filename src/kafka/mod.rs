@@ -9,6 +9,8 @@ mod client;
 mod connection;
 mod explain;
 mod listener;
+pub mod member;
+pub mod reader;
 mod settings;
 mod topics;
 

@@ -147,6 +147,11 @@ impl Figures {
             deliveries.failed.load(Ordering::Relaxed),
         );
         page.counter(
+            "host_metrics_records_superseded_total",
+            "Records that were kept until another producer of the group had recorded their ticks: dropped.",
+            deliveries.superseded.load(Ordering::Relaxed),
+        );
+        page.counter(
             "host_metrics_records_refused_total",
             "Records that Kafka refused for good: lost.",
             deliveries.refused.load(Ordering::Relaxed),

@@ -4,33 +4,41 @@
 //! `clock` are the edges. This file owns the run: it lets the timer loop, the pool and the publisher meet, and nothing else.
 
 pub mod counters;
+mod fleet;
 pub mod host_file;
+mod mailbox;
 mod metrics;
+pub mod outbox;
 pub mod pool;
 pub mod publisher;
+mod result;
 pub mod schedule;
+pub mod share;
+mod shared_hosts;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
 use crate::check::http::Checks;
-use crate::check::observation::{Observation, Stamp, stamp};
+use crate::check::observation::Observation;
 use crate::check::target::Target;
-use crate::clock::{Clock, instant_now, timestamp};
+use crate::clock::{Clock, instant_now};
 use crate::config::ProduceConfig;
 use crate::http::Endpoint;
 use crate::http::health;
-use crate::produce::counters::{Counters, Snapshot, Timing};
+use crate::produce::counters::{Counters, Snapshot};
 use crate::produce::host_file::{HostFileError, Hosts};
+use crate::produce::mailbox::Mailbox;
 use crate::produce::metrics::Figures;
-use crate::produce::pool::{Done, Pool};
+use crate::produce::pool::Pool;
 use crate::produce::publisher::{Bounds, END_WITHIN, Publisher, Record, Unacknowledged};
-use crate::produce::schedule::{Late, Limits, Missed, MissedTick, Next, Schedule, Tick, Why};
-use crate::sample;
+use crate::produce::result::{CheckResult, missed_record};
+use crate::produce::schedule::{Late, Limits, Missed, Next, Schedule, Why};
+use crate::produce::shared_hosts::{Joining, SharedHosts};
 use crate::sample::Outcome;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
 
@@ -126,13 +134,6 @@ const LATE_AT_A_TIME: usize = 100;
 /// How long late records wait before the publisher is asked again whether it has room for them.
 const LOOK_FOR_ROOM_EVERY: Duration = Duration::from_millis(10);
 
-/// Results wait for the timer loop's next turn if that is no further off: from 50 checks a second on nothing but the
-/// ticks wakes it. Their records then wait four times as long for others, in `publisher`.
-const RESULTS_WAIT: Duration = Duration::from_millis(20);
-
-/// A wait does not count the time for which the machine was suspended; the ticks after that must not be late for it.
-const LOOK_AT_CLOCK_EVERY: Duration = Duration::from_millis(250);
-
 impl Agent<'_> {
     /// Checks `targets` with what `make_check` makes for each thread.
     ///
@@ -162,14 +163,35 @@ impl Agent<'_> {
         };
         let deliveries = Arc::clone(&self.counters.deliveries);
         let (kafka, topic) = (&self.config.kafka, &self.config.topic);
-        let publisher = Publisher::start(kafka, topic, self.bounds, deliveries)?;
+        // Each host once is nobody else's business.
+        let group = self
+            .config
+            .group
+            .as_ref()
+            .filter(|_| self.rounds == Rounds::Endless);
+        let group_name = group.map_or("none", |group| group.name.as_str());
         log::info!(
-            "produce hosts={} kafka={} topic={topic} max_threads={}",
+            "produce hosts={} kafka={} topic={topic} group={group_name} max_threads={}",
             targets.len(),
             kafka.bootstrap_servers,
             check.max_threads,
         );
         self.counters.hosts.store(targets.len(), Ordering::Relaxed);
+        let (joining, targets) = match group {
+            Some(_) => (Some(Joining::new(targets)), Vec::new()),
+            None => (None, targets),
+        };
+        let membership = joining
+            .as_ref()
+            .and_then(|joining| joining.membership(self.config));
+        let publisher = Publisher::start(kafka, topic, self.bounds, deliveries, membership)?;
+        let orders = Arc::clone(&mailbox);
+        let shared_hosts = match joining {
+            Some(joining) => joining.join(self.config, clock, publisher.letter_box(), move |order| {
+                orders.put_order(order);
+            })?,
+            None => None,
+        };
         let now = clock.now_micros();
         let schedule = match self.rounds {
             Rounds::Once => Schedule::once(targets, limits, now),
@@ -177,6 +199,8 @@ impl Agent<'_> {
         };
         let run = Run {
             schedule,
+            looked_at: now,
+            shared_hosts,
             pool,
             publisher,
             clock,
@@ -199,6 +223,10 @@ impl Agent<'_> {
 struct Run<'a> {
     agent: Agent<'a>,
     schedule: Schedule<Record>,
+    /// When the schedule was last asked what is due.
+    looked_at: i64,
+    /// With PRODUCE_GROUP.
+    shared_hosts: Option<SharedHosts>,
     pool: Pool,
     publisher: Publisher,
     clock: Clock,
@@ -235,6 +263,7 @@ impl Run<'_> {
             }
             let next_tick = self.start_due();
             let drained = self.write_late();
+            let shares_look_at = self.look_at_shares();
             self.count();
             if self.agent.rounds == Rounds::Once && self.schedule.is_over() {
                 if self.publisher.on_the_way() == 0 {
@@ -249,8 +278,17 @@ impl Run<'_> {
                 Drained::NoRoom => now + micros(LOOK_FOR_ROOM_EVERY),
                 Drained::Nothing => self.summary_due_at,
             };
+            let wake_at = wake_at.min(shares_look_at);
             self.wait_until(next_tick.map_or(wake_at, |tick| tick.min(wake_at)));
         }
+    }
+
+    /// Returns when they have to be looked at again.
+    fn look_at_shares(&mut self) -> i64 {
+        let shared_hosts = self.shared_hosts.as_mut();
+        shared_hosts.map_or(i64::MAX, |shared_hosts| {
+            shared_hosts.turn(&mut self.schedule, &self.publisher, self.looked_at)
+        })
     }
 
     /// Begins every check that is due; returns the next tick to come.
@@ -258,6 +296,7 @@ impl Run<'_> {
         loop {
             let publisher = &self.publisher;
             let now = self.clock.now_micros();
+            self.looked_at = now;
             match self.schedule.next(now, |target| publisher.has_room(target)) {
                 Next::Wait(until) => return until,
                 Next::Start(tick) => {
@@ -279,9 +318,15 @@ impl Run<'_> {
     }
 
     fn take_mail(&mut self) {
-        let (results, reloaded) = self.mailbox.take();
+        let (results, orders, reloaded) = self.mailbox.take();
         for result in results {
             self.take_result(result);
+        }
+        for order in orders {
+            if let Some(shared_hosts) = &mut self.shared_hosts {
+                let now = self.clock.now_micros();
+                shared_hosts.obey(order, &mut self.schedule, &self.publisher, now);
+            }
         }
         if let Some(reloaded) = reloaded {
             self.end_reload(reloaded);
@@ -358,7 +403,14 @@ impl Run<'_> {
                 }
                 log::info!("reload hosts={}", targets.len());
                 self.agent.counters.hosts.store(targets.len(), Ordering::Relaxed);
-                self.schedule.reload(targets, self.clock.now_micros());
+                let now = self.clock.now_micros();
+                match &mut self.shared_hosts {
+                    Some(shared_hosts) => shared_hosts.reload(targets, &mut self.schedule, now),
+                    None => {
+                        let targets = targets.into_iter().map(Arc::new).collect();
+                        self.schedule.reload(targets, |_| None, now);
+                    }
+                }
             }
             Err(error) => log::error!("reload: the hosts stay as they were: {error}"),
         }
@@ -372,6 +424,9 @@ impl Run<'_> {
     fn count(&mut self) {
         let missed = self.schedule.missed();
         let counters = &self.agent.counters;
+        if self.shared_hosts.is_some() {
+            counters.hosts.store(self.schedule.hosts(), Ordering::Relaxed);
+        }
         counters.set_ticks(self.schedule.ticks_due(), missed);
         counters
             .under_way
@@ -428,7 +483,9 @@ impl Run<'_> {
     /// No tick is due any more: waits for the checks under way, delivers everything, in time.
     fn stop(mut self, requested_at: Instant) -> anyhow::Result<()> {
         let from = self.clock.micros_at(requested_at);
-        self.schedule.stop(from);
+        self.leave_group(from);
+        self.schedule
+            .stop(self.clock.now_micros().min(from.max(self.looked_at)));
         log::info!(
             "stopping under_way={} on_the_way={}",
             self.schedule.under_way(),
@@ -454,6 +511,31 @@ impl Run<'_> {
         }
         let left = self.clock.until(deliver_until);
         self.end(left)
+    }
+
+    /// Hands the shares over while their hosts are still checked.
+    fn leave_group(&mut self, from: i64) {
+        let until = from + micros(CHECKS_END_WITHIN);
+        match &mut self.shared_hosts {
+            Some(shared_hosts) => shared_hosts.stop(until),
+            None => return,
+        }
+        while self
+            .shared_hosts
+            .as_ref()
+            .is_some_and(|shared_hosts| !shared_hosts.has_left())
+            && self.clock.now_micros() < until + micros(health::TURN_EVERY)
+        {
+            let next_tick = self.start_due();
+            let drained = self.write_late();
+            let look_at = self.look_at_shares();
+            let wake_at = match drained {
+                Drained::Some => self.clock.now_micros(),
+                Drained::NoRoom | Drained::Nothing => self.clock.now_micros() + micros(LOOK_FOR_ROOM_EVERY),
+            };
+            self.wait_until(next_tick.unwrap_or(wake_at).min(wake_at).min(look_at));
+            self.take_mail();
+        }
     }
 
     fn end(mut self, deliver_within: Duration) -> anyhow::Result<()> {
@@ -531,175 +613,6 @@ impl AgentErrors {
             );
         }
         self.count = 0;
-    }
-}
-
-/// A finished check, ready to be written.
-struct CheckResult {
-    tick: Tick,
-    outcome: Outcome,
-    /// What went wrong on this machine.
-    agent_error: Option<String>,
-    /// `None`: it did not begin.
-    timing: Option<Timing>,
-    record: Record,
-}
-
-impl CheckResult {
-    fn of(done: Done, ended_at_micros: i64, agent_name: &str) -> Self {
-        let Done {
-            tick,
-            started_at_micros,
-            observation,
-        } = done;
-        Self {
-            outcome: observation.outcome,
-            agent_error: agent_error(&observation),
-            timing: Some(Timing {
-                late_micros: started_at_micros - tick.scheduled_at_micros,
-                took: Duration::from_micros(u64::try_from(ended_at_micros - started_at_micros).unwrap_or(0)),
-                phases: observation.phases,
-            }),
-            record: record(
-                &tick.target,
-                observation,
-                tick.scheduled_at_micros,
-                Some(started_at_micros),
-                agent_name,
-            ),
-            tick,
-        }
-    }
-
-    fn not_begun(tick: Tick, fault: Observation, agent_name: &str) -> Self {
-        Self {
-            outcome: fault.outcome,
-            agent_error: agent_error(&fault),
-            timing: None,
-            record: record(&tick.target, fault, tick.scheduled_at_micros, None, agent_name),
-            tick,
-        }
-    }
-}
-
-fn agent_error(observation: &Observation) -> Option<String> {
-    let error = observation.error.as_deref().unwrap_or("unknown");
-    (observation.outcome == Outcome::AgentError).then(|| error.to_owned())
-}
-
-fn missed_record(missed: MissedTick, agent_name: &str) -> Record {
-    let MissedTick {
-        target,
-        scheduled_at_micros,
-        started_at_micros,
-        why,
-    } = missed;
-    let observation = Observation::failed(Outcome::Missed, why.as_str());
-    record(
-        &target,
-        observation,
-        scheduled_at_micros,
-        started_at_micros,
-        agent_name,
-    )
-}
-
-fn record(
-    target: &Arc<Target>,
-    observation: Observation,
-    scheduled_at_micros: i64,
-    started_at_micros: Option<i64>,
-    agent_name: &str,
-) -> Record {
-    let when = Stamp {
-        scheduled_at: timestamp(scheduled_at_micros),
-        started_at: started_at_micros.map(timestamp),
-        interval: Some(target.interval),
-        agent: agent_name,
-    };
-    let mut value = Vec::with_capacity(1_024);
-    sample::encode(&stamp(target, observation, when), &mut value);
-    value.shrink_to_fit();
-    Record {
-        target: Arc::clone(target),
-        value,
-    }
-}
-
-/// Where the timer loop waits, and where others leave what it should know. Holds at most a result for each check under way.
-struct Mailbox {
-    clock: Clock,
-    mail: Mutex<Mail>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Mail {
-    results: Vec<CheckResult>,
-    reloaded: Option<Result<Hosts, HostFileError>>,
-    is_urgent: bool,
-    /// Ticks wait for a thread that a result sets free.
-    results_are_urgent: bool,
-    /// When the loop, if it waits, will look by itself.
-    wakes_at: i64,
-}
-
-impl Mailbox {
-    fn new(clock: Clock) -> Self {
-        Self {
-            clock,
-            mail: Mutex::default(),
-            changed: Condvar::new(),
-        }
-    }
-
-    fn put_result(&self, result: CheckResult) {
-        let mut mail = self.mail();
-        mail.results.push(result);
-        if self.must_look(&mail) {
-            self.changed.notify_one();
-        }
-    }
-
-    fn put_reloaded(&self, reloaded: Result<Hosts, HostFileError>) {
-        self.mail().reloaded = Some(reloaded);
-        self.wake();
-    }
-
-    fn wake(&self) {
-        self.mail().is_urgent = true;
-        self.changed.notify_one();
-    }
-
-    /// Waits, at the longest until then.
-    fn wait_until(&self, wakes_at: i64, results_are_urgent: bool) {
-        let mut mail = self.mail();
-        mail.wakes_at = wakes_at;
-        mail.results_are_urgent = results_are_urgent;
-        while !self.must_look(&mail) {
-            let left = self.clock.until(wakes_at);
-            if left.is_zero() {
-                return;
-            }
-            let waited = self.changed.wait_timeout(mail, left.min(LOOK_AT_CLOCK_EVERY));
-            mail = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    fn must_look(&self, mail: &Mail) -> bool {
-        let looks_soon = || mail.wakes_at - self.clock.now_micros() <= micros(RESULTS_WAIT);
-        let results_wait = mail.results.is_empty() || (!mail.results_are_urgent && looks_soon());
-        mail.is_urgent || !results_wait
-    }
-
-    fn take(&self) -> (Vec<CheckResult>, Option<Result<Hosts, HostFileError>>) {
-        let mut mail = self.mail();
-        mail.is_urgent = false;
-        (std::mem::take(&mut mail.results), mail.reloaded.take())
-    }
-
-    fn mail(&self) -> MutexGuard<'_, Mail> {
-        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -205,6 +205,7 @@ impl<'de> RecordReader<'de> {
             Field::BodyBytes => sample.body_bytes = value.integer(i64::MIN, i64::MAX)?,
             Field::CertExpiresAt => sample.cert_expires_at = value.timestamp()?,
             Field::Agent => sample.agent = value.text()?,
+            Field::Epoch => sample.epoch = value.integer(0, i64::MAX)?,
         }
         Ok(())
     }

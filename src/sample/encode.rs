@@ -39,6 +39,7 @@ pub fn encode(sample: &Sample<'_>, into: &mut Vec<u8>) {
             Field::BodyBytes => put_or_null(into, sample.body_bytes, put_integer),
             Field::CertExpiresAt => put_or_null(into, sample.cert_expires_at, put_time),
             Field::Agent => put_or_null(into, sample.agent.as_deref(), put_text),
+            Field::Epoch => put_or_null(into, sample.epoch, put_integer),
         }
     }
     into.push(b'}');

@@ -28,6 +28,7 @@ macro_rules! words {
 
 mod decode;
 mod encode;
+pub mod epoch;
 mod outcome;
 mod record;
 mod shortcut;

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
+use super::epoch::Epoch;
 use super::timestamp::Timestamp;
 
 /// The version of the record's format that [`encode`](super::encode) writes, and the highest that
@@ -42,6 +43,8 @@ pub struct Sample<'a> {
     pub cert_expires_at: Option<Timestamp>,
     /// The place that checked.
     pub agent: Option<Cow<'a, str>>,
+    /// The claim of a group of producers under which it was written; `None` without a group.
+    pub epoch: Option<Epoch>,
 }
 
 words! {
@@ -70,4 +73,5 @@ words! {
     BodyBytes "body_bytes",
     CertExpiresAt "cert_expires_at",
     Agent "agent",
+    Epoch "epoch",
 }

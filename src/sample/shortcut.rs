@@ -40,6 +40,7 @@ pub(super) fn read(text: &str) -> Option<Sample<'_>> {
         body_bytes: rest.next(Field::BodyBytes)?.or_null(Rest::integer)?,
         cert_expires_at: rest.next(Field::CertExpiresAt)?.or_null(Rest::parsed)?,
         agent: rest.next(Field::Agent)?.or_null(Rest::text)?,
+        epoch: rest.next(Field::Epoch)?.or_null(Rest::integer)?,
     };
     (rest.0 == "}").then_some(sample)
 }
@@ -212,8 +213,8 @@ mod tests {
             ("203.0.113.7", "203.0.113.7:443"),
             (",\"outcome\"", ", \"outcome\""),
             (",\"outcome\"", ",\"of_tomorrow\":1,\"outcome\""),
-            ("fra-1\"}", "fra-1\""),
-            ("fra-1\"}", "fra-1\"} "),
+            ("\"epoch\":null}", "\"epoch\":null"),
+            ("\"epoch\":null}", "\"epoch\":null} "),
         ] {
             let other = ok.replacen(from, to, 1);
             assert_ne!(other, ok, "{from} is there");

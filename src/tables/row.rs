@@ -90,11 +90,11 @@ impl Layout {
         self.cells.iter().map(|cell| cell.source.name()).collect()
     }
 
-    /// The fields of a sample that the table has no column for.
+    /// The fields of a sample that the table has no column for, but for those that nobody misses.
     pub fn not_stored(&self) -> Vec<&'static str> {
         let is_stored = |field| self.cells.iter().any(|cell| cell.source == Source::Field(field));
         stored_fields()
-            .filter(|field| !is_stored(*field))
+            .filter(|field| !is_stored(*field) && *field != Field::Epoch)
             .map(Field::name)
             .collect()
     }
@@ -185,6 +185,7 @@ impl Source {
                 Field::BodyBytes => Value::Integer(sample.body_bytes),
                 Field::CertExpiresAt => Value::Time(sample.cert_expires_at),
                 Field::Agent => Value::Text(sample.agent.as_deref()),
+                Field::Epoch => Value::Integer(sample.epoch),
             },
             Self::KafkaTopic => Value::Text(Some(origin.topic)),
             Self::KafkaPartition => Value::Integer(Some(origin.partition.into())),
@@ -512,6 +513,7 @@ mod tests {
             body_bytes: Some(3_000_000_000),
             cert_expires_at: at("1999-12-31T23:59:59Z"),
             agent: Some("fra-1".into()),
+            epoch: Some(18),
         }
     }
 

@@ -134,7 +134,7 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
         // Every flush updates its rows: with free space on the page the new version stays there, off the index.
         Object::Offsets => format!(
             "CREATE TABLE IF NOT EXISTS {name} (\n    group_id text,\n    topic text,\n    \"partition\" integer,\n    \
-             next_offset bigint NOT NULL,\n    PRIMARY KEY (group_id, topic, \"partition\")\n\
+             next_offset bigint NOT NULL,\n    epochs jsonb NOT NULL DEFAULT '{{}}',\n    PRIMARY KEY (group_id, topic, \"partition\")\n\
              ) WITH (fillfactor = 50);\n"
         ),
         Object::Rejected => format!(

@@ -11,6 +11,7 @@ mod database;
 mod demo;
 mod existing_tables;
 mod faults;
+mod fleet;
 mod harness;
 mod init;
 mod kafka;

@@ -9,6 +9,7 @@ use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition
 use host_metrics::consume::sink::Sink;
 use host_metrics::consume::state::State;
 use host_metrics::consume::store::Store;
+use host_metrics::sample::epoch::Epochs;
 use host_metrics::sample::{Sample, Timestamp, encode};
 
 use crate::agent::{Agent, run};
@@ -31,7 +32,7 @@ pub fn state_store(db: &Database, table: &str, config: StateConfig) -> Store<Sta
 
 fn locate(store: &mut Store<State>, partition: Partition, next: i64) -> i64 {
     let found = store.positions(&[partition], &BTreeMap::from([(partition, NextOffset(next))]));
-    found.unwrap()[&partition].0
+    found.unwrap()[&partition].next.0
 }
 
 pub fn batch(partition: Partition, base: i64, samples: &[Sample<'_>]) -> Batch {
@@ -47,7 +48,7 @@ pub fn batch(partition: Partition, base: i64, samples: &[Sample<'_>]) -> Batch {
             value: Some(&value),
         };
         batch.push(NextOffset(base), record, |into| {
-            State::encode(&(), "t", &record, into)
+            State::encode(&(), "t", &record, &mut Epochs::default(), into)
         });
     }
     batch

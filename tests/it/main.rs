@@ -7,6 +7,8 @@ mod command_line;
 mod consume;
 mod demo;
 mod deployment;
+mod fleet;
+mod fleet_walk;
 mod host_file;
 mod metrics;
 #[cfg(target_os = "linux")]

@@ -763,6 +763,7 @@ fn config(servers: &str, topic: &str) -> ProduceConfig {
             },
         },
         topic: topic.to_owned(),
+        group: None,
         check: CheckConfig {
             timeout: Duration::from_secs(10),
             max_threads: 1_024,

@@ -42,7 +42,7 @@ fn a_record_with_every_field_is_read_whole() {
         "outcome":"bad_status","error":"expected 200, got 301","scheduled_at":"2026-03-01T10:00:00.000001Z",
         "started_at":"2026-03-01T10:00:00.5Z","interval_seconds":30.0,"regex_matched":false,"dns_seconds":0.001,
         "connect_seconds":0.002,"tls_seconds":0.003,"ttfb_seconds":0.004,"body_seconds":0.005,"ip":"2001:db8::1",
-        "redirects":2,"body_bytes":1048576,"cert_expires_at":"2026-06-01T00:00:00Z","agent":"fra-1"}"#;
+        "redirects":2,"body_bytes":1048576,"cert_expires_at":"2026-06-01T00:00:00Z","agent":"fra-1","epoch":18}"#;
     let expected = Sample {
         address: "https://example.com".into(),
         latency: Some(0.25),
@@ -64,6 +64,7 @@ fn a_record_with_every_field_is_read_whole() {
         body_bytes: Some(1_048_576),
         cert_expires_at: at("2026-06-01T00:00:00Z"),
         agent: Some("fra-1".into()),
+        epoch: Some(18),
     };
     let sample = decode(value).unwrap();
     assert_eq!(sample, expected);
@@ -979,6 +980,8 @@ fn the_schema_refuses_what_the_encoder_never_writes() {
         (GOLDEN_OK, "body_bytes", "0.5"),
         (GOLDEN_OK, "agent", "null"),
         (GOLDEN_OK, "agent", r#""\u0000""#),
+        (GOLDEN_OK, "epoch", "0"),
+        (GOLDEN_OK, "epoch", "1.5"),
         (GOLDEN_OK, "another", "1"),
     ] {
         let mut changed = golden(document);

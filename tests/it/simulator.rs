@@ -11,7 +11,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record, Span};
+use host_metrics::consume::batch::{
+    Batch, Form, NextOffset, Offset, Partition, Position, Read, Record, Span,
+};
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::{DownWhen, Host};
 use host_metrics::consume::fold::rollup::{Key, Rollup};
@@ -766,13 +768,13 @@ impl History {
                 key: None,
                 value: Some(&bytes),
             };
-            let taken = member.ingest.record(now, record, |row| {
+            let taken = member.ingest.record(now, record, |_, row| {
                 row.extend_from_slice(&layout.to_be_bytes());
                 if stored.kind == Kind::Undecodable {
                     return Err("undecodable".into());
                 }
                 row.extend_from_slice(&bytes);
-                Ok(())
+                Ok(Read::Row)
             });
             if zombie && taken {
                 self.saw("zombie record");
@@ -955,7 +957,7 @@ impl History {
                         self.postgres.positions.entry(partition).or_insert(*start);
                     }
                     if let Some(position) = self.postgres.positions.get(&partition) {
-                        found.insert(partition, *position);
+                        found.insert(partition, Position::from(*position));
                     }
                 }
                 Event::Located(found)
@@ -1154,6 +1156,7 @@ fn transaction(batch: &Batch) -> Transaction {
                 transaction.rows.push(id);
             }
             Form::Rejected(_) => transaction.rejected.push(id),
+            Form::Claim => {}
         }
     }
     transaction

@@ -166,6 +166,7 @@ fn configure(
     let produce = ProduceConfig {
         kafka,
         topic: TOPIC.to_owned(),
+        group: None,
         check,
         metrics_addr: None,
     };

@@ -166,3 +166,29 @@ fn all_problems_are_reported_in_one_run_with_every_protocol() {
         }
     }
 }
+
+#[test]
+fn producers_of_a_group_are_one_place_and_no_consumers() {
+    let config = produced(&[("PRODUCE_GROUP", "eu"), ("KAFKA_GROUP_INSTANCE_ID", "one")]);
+    let group = config.group.unwrap();
+    assert_eq!(
+        (group.name.as_str(), group.instance_id.as_deref()),
+        ("eu", Some("one"))
+    );
+    assert_eq!(config.check.agent_name, "eu");
+    let config = produced(&[("PRODUCE_GROUP", "eu"), ("AGENT_NAME", "Frankfurt")]);
+    assert_eq!(config.check.agent_name, "Frankfurt");
+    assert!(produced(&[]).group.is_none());
+
+    for (name, group_of_consumers) in [("host-metrics", ""), ("copy", "copy")] {
+        let pairs = [
+            SERVERS,
+            ("PRODUCE_GROUP", name),
+            ("KAFKA_GROUP_ID", group_of_consumers),
+        ];
+        let pairs = pairs.into_iter().filter(|(_, value)| !value.is_empty());
+        let lines = wrong(produce(&Variables::from_pairs(pairs)));
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].contains("the group of the consumers"), "{lines:?}");
+    }
+}

@@ -1,21 +1,23 @@
-//! Finds out which records Kafka holds of those that it never acknowledged.
+//! Finds out which records Kafka holds of those that it never acknowledged, for a producer without a group.
 //!
-//! Owns the reading of a topic's end. A broker remembers the last few requests of a producer and knows a repeated one by
-//! that; of the time before a restart it may remember only the last (Kafka writes no more into its snapshots). A
-//! producer that was given no answer to more than one is then refused, and whoever sends its records anew has to look first.
+//! A broker remembers the last few requests of a producer and knows a repeated one by that; of the time before a restart it
+//! may remember only the last (Kafka writes no more into its snapshots). A producer that was given no answer to more than one
+//! is then refused, and whoever sends its records anew has to look first. With a group a new claim tells the same: see
+//! `share`.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
-use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::consumer::Consumer;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::{ClientContext, Message, Offset, TopicPartitionList};
+use rdkafka::{Offset, TopicPartitionList};
 
 use super::Record;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
+use crate::kafka::reader::{Part, Quiet, Reader};
+use crate::produce::outbox::{Kept, Sequence};
 
 /// How long one question to Kafka may take: the publisher's thread does nothing else meanwhile. There are two of them.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
@@ -26,13 +28,12 @@ const CLOCKS_DIFFER_MILLIS: i64 = 60_000;
 
 /// One look at one topic.
 pub struct Search {
-    consumer: BaseConsumer<Quiet>,
+    reader: Reader,
     topic: String,
     since_millis: i64,
-    /// Partitions that were not read to their end yet; `None` before Kafka has said which there are.
-    open: Option<HashSet<i32>>,
+    has_begun: bool,
     /// The values that are looked for, by hash: a value names its host and its tick, so no two are alike.
-    wanted: HashMap<u64, u64>,
+    wanted: HashMap<u64, Sequence>,
     hasher: RandomState,
     /// When reading began.
     begun: Instant,
@@ -47,35 +48,17 @@ impl Search {
         kafka: &KafkaConfig,
         topic: &str,
         since_millis: i64,
-        wanted: &BTreeMap<u64, Record>,
+        wanted: &BTreeMap<Sequence, Kept<Record>>,
     ) -> KafkaResult<Self> {
-        let mut config = ClientConfig::new();
-        for (name, value) in kafka.client_properties() {
-            config.set(name, value);
-        }
-        let consumer = config
-            // librdkafka reads nothing without one. It is not joined, and nothing is committed.
-            .set("group.id", "host-metrics-produce")
-            .set("enable.auto.commit", "false")
-            .set("enable.auto.offset.store", "false")
-            // What retention or a new topic took away is not there.
-            .set("auto.offset.reset", "earliest")
-            .set("isolation.level", "read_uncommitted")
-            .set("enable.partition.eof", "true")
-            .set("fetch.wait.max.ms", "50")
-            .set("fetch.queue.backoff.ms", "10")
-            .set("queued.max.messages.kbytes", "2048")
-            .set_log_level(RDKafkaLogLevel::Warning)
-            .create_with_context(Quiet)?;
         let hasher = RandomState::new();
         Ok(Self {
-            consumer,
+            reader: Reader::new(kafka)?,
             topic: topic.to_owned(),
             since_millis,
-            open: None,
+            has_begun: false,
             wanted: wanted
                 .iter()
-                .map(|(sequence, record)| (hasher.hash_one(&record.value), *sequence))
+                .map(|(sequence, kept)| (hasher.hash_one(&kept.record.value), *sequence))
                 .collect(),
             hasher,
             begun: instant_now(),
@@ -90,36 +73,25 @@ impl Search {
     pub fn go_on(
         &mut self,
         until: Instant,
-        wanted: &BTreeMap<u64, Record>,
-        mut found: impl FnMut(u64),
+        wanted: &BTreeMap<Sequence, Kept<Record>>,
+        mut found: impl FnMut(Sequence),
     ) -> KafkaResult<bool> {
-        let open = match &mut self.open {
-            Some(open) => open,
-            none => {
-                let partitions = begin(&self.consumer, &self.topic, self.since_millis)?;
-                self.begun = instant_now();
-                none.insert(partitions)
-            }
-        };
-        while !open.is_empty() && instant_now() < until {
-            match self.consumer.poll(Duration::from_millis(10)) {
-                Some(Ok(message)) => {
-                    let value = message.payload().unwrap_or_default();
-                    if let Some(sequence) = self.wanted.get(&self.hasher.hash_one(value))
-                        && wanted.get(sequence).is_some_and(|record| record.value == value)
-                    {
-                        found(*sequence);
-                    }
-                }
-                Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    open.remove(&partition);
-                }
-                Some(Err(error)) if is_forbidden(&error) => return Err(error),
-                Some(Err(error)) => log::debug!("looking for what is stored: {error}"),
-                None => {}
-            }
+        if !self.has_begun {
+            let parts = parts_since(self.reader.consumer(), &self.topic, self.since_millis)?;
+            self.reader.begin(&self.topic, &parts)?;
+            self.has_begun = true;
+            self.begun = instant_now();
         }
-        Ok(open.is_empty())
+        let (by_hash, hasher) = (&self.wanted, &self.hasher);
+        self.reader.go_on(until, |_, value| {
+            if let Some(sequence) = by_hash.get(&hasher.hash_one(value))
+                && wanted
+                    .get(sequence)
+                    .is_some_and(|kept| kept.record.value == value)
+            {
+                found(*sequence);
+            }
+        })
     }
 
     pub fn begun(&self) -> Instant {
@@ -127,8 +99,8 @@ impl Search {
     }
 }
 
-/// Begins to read all partitions from that time on; says which.
-fn begin(consumer: &BaseConsumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<HashSet<i32>> {
+/// All partitions from that time on.
+fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
     let metadata = consumer.fetch_metadata(Some(topic), ANSWER_WITHIN)?;
     let found = metadata.topics().iter().find(|found| found.name() == topic);
     match found.and_then(|found| found.error()).map(RDKafkaErrorCode::from) {
@@ -142,32 +114,24 @@ fn begin(consumer: &BaseConsumer<Quiet>, topic: &str, since_millis: i64) -> Kafk
         times.add_partition_offset(topic, partition.id(), since)?;
     }
     if times.count() == 0 {
-        return Ok(HashSet::new());
+        return Ok(Vec::new());
     }
     let starts = consumer.offsets_for_times(times, ANSWER_WITHIN)?;
-    for start in starts.elements() {
+    let part = |start: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
         start.error()?;
-    }
-    consumer.assign(&starts)?;
-    Ok(starts.elements().iter().map(|start| start.partition()).collect())
+        Ok(match start.offset() {
+            Offset::Offset(from) => Some(Part {
+                partition: start.partition(),
+                from,
+                to: None,
+            }),
+            // No record is as late as that.
+            _ => None,
+        })
+    };
+    starts
+        .elements()
+        .iter()
+        .filter_map(|start| part(start).transpose())
+        .collect()
 }
-
-/// Whether waiting does not help. A right to the group is not needed, though librdkafka asks for it.
-pub fn is_forbidden(error: &KafkaError) -> bool {
-    error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed)
-}
-
-/// The producer's context says what is wrong with Kafka.
-struct Quiet;
-
-impl ClientContext for Quiet {
-    fn log(&self, _level: RDKafkaLogLevel, facility: &str, text: &str) {
-        log::debug!("librdkafka {facility} {text}");
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        log::debug!("librdkafka {error}: {reason}");
-    }
-}
-
-impl ConsumerContext for Quiet {}

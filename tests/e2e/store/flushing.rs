@@ -165,5 +165,6 @@ fn full_sample() -> Sample<'static> {
         body_bytes: Some(4_096),
         cert_expires_at: at(1_799_999_999_000_000),
         agent: Some("agent-1".into()),
+        epoch: None,
     }
 }

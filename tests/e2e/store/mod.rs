@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use host_metrics::config::{ConsumeConfig, InitConfig};
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Read, Record};
 use host_metrics::consume::store::{Store, StoreError};
 use host_metrics::sample::{Sample, Timestamp};
 use host_metrics::tables::days;
@@ -88,7 +88,7 @@ fn positions(store: &mut Store, partitions: &[Partition]) -> Vec<(Partition, i64
     let found = store.positions(partitions, &BTreeMap::new()).unwrap();
     found
         .into_iter()
-        .map(|(partition, next)| (partition, next.0))
+        .map(|(partition, position)| (partition, position.next.0))
         .collect()
 }
 
@@ -114,7 +114,7 @@ pub fn row(
         offset,
     };
     batch.push(NextOffset(base), record, |into| {
-        layout.encode_row(sample, origin, into)
+        layout.encode_row(sample, origin, into).map(|()| Read::Row)
     });
     assert!(matches!(batch.entries.last().unwrap().form, Form::Row(_)));
 }

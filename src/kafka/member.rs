@@ -1,0 +1,322 @@
+//! A member of a consumer group that is dealt partitions and reads none of them.
+//!
+//! Owns the group's consumer; decides nothing. What librdkafka is told to read is nothing at all: so being dealt a partition
+//! costs no fetch. The group waits with what it takes away from us until [`Member::give_back`], unless it put us out already.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{Offset, TopicPartitionList};
+
+use crate::clock::instant_now;
+use crate::config::KafkaConfig;
+use crate::kafka::{Explainer, client_config};
+use crate::outage::Outage;
+
+/// How long a question to Kafka may take: the member hears of nothing else meanwhile.
+const ASK_WITHIN: Duration = Duration::from_secs(2);
+
+/// The least that brokers allow unless they are told otherwise: so long a dead member keeps its partitions.
+const SESSION_MS: &str = "6000";
+
+/// A partition by its topic's name.
+pub type Named = (String, i32);
+
+/// What the group did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// We have these in addition to those that we had.
+    Assigned(Vec<Named>),
+    /// It wants these back, and waits for [`Member::give_back`].
+    Revoked(Vec<Named>),
+    /// We are no member any more. These were ours.
+    Lost(Vec<Named>),
+}
+
+/// A committed offset with its metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Committed {
+    pub offset: i64,
+    pub metadata: String,
+}
+
+/// Why a commit did not take place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotCommitted {
+    /// We are no member, or of an earlier generation.
+    Refused(String),
+    /// Nobody knows whether it took place.
+    Failed(String),
+}
+
+pub struct Member {
+    consumer: BaseConsumer<Context>,
+}
+
+impl Member {
+    /// Joins the group, as soon as Kafka can be reached. With an `instance_id` it is a static member (KIP-345).
+    ///
+    /// # Errors
+    /// librdkafka refuses the settings.
+    pub fn join(
+        kafka: &KafkaConfig,
+        group: &str,
+        instance_id: Option<&str>,
+        topics: &[&str],
+    ) -> anyhow::Result<Self> {
+        let mut config = client_config(kafka);
+        config
+            .set("group.id", group)
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            // Members keep what they have during a rebalance.
+            .set("partition.assignment.strategy", "cooperative-sticky")
+            .set("session.timeout.ms", SESSION_MS)
+            // How soon a member hears that it has to give something back, or that it may have something.
+            .set("heartbeat.interval.ms", "500")
+            // A coordinator that was restarted keeps dead members for so long. It has to be longer than a question to Kafka.
+            .set("max.poll.interval.ms", "10000")
+            .set("socket.timeout.ms", "5000")
+            .set("topic.metadata.refresh.interval.ms", "30000")
+            .set("allow.auto.create.topics", "false")
+            .set("log.connection.close", "false")
+            .set_log_level(RDKafkaLogLevel::Warning);
+        if let Some(instance_id) = instance_id {
+            config.set("group.instance.id", instance_id);
+        }
+        let context = Context {
+            explainer: Explainer::new(kafka),
+            heard: Mutex::default(),
+        };
+        let consumer: BaseConsumer<Context> = config
+            .create_with_context(context)
+            .context("cannot make a Kafka consumer for PRODUCE_GROUP")?;
+        let member = Self { consumer };
+        member.subscribe(topics)?;
+        Ok(member)
+    }
+
+    /// The partitions of these topics are dealt out from now on.
+    ///
+    /// # Errors
+    /// librdkafka refuses the names.
+    pub fn subscribe(&self, topics: &[&str]) -> anyhow::Result<()> {
+        self.consumer
+            .subscribe(topics)
+            .context("cannot subscribe to the topics of the hosts")
+    }
+
+    /// What the group did since. Has to be called every few seconds at least, or the group puts us out.
+    pub fn changes(&self) -> Vec<Change> {
+        loop {
+            let before = self.heard().changes.len();
+            // One event a call, and no record: nothing is read.
+            if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
+                log::debug!("the group of producers: {error}");
+                continue;
+            }
+            let mut heard = self.heard();
+            if heard.changes.len() == before {
+                return std::mem::take(&mut heard.changes);
+            }
+        }
+    }
+
+    /// What the group wants back is free.
+    pub fn give_back(&self) {
+        self.heard().owes = false;
+        if let Err(error) = self.consumer.incremental_unassign(&TopicPartitionList::new()) {
+            log::debug!("librdkafka does not take the answer to a rebalance: {error}");
+        }
+    }
+
+    /// Leaves the group, as a static member too.
+    pub fn leave(&self) {
+        self.heard().is_leaving = true;
+        if std::mem::take(&mut self.heard().owes) {
+            self.give_back();
+        }
+        self.consumer.unsubscribe();
+    }
+
+    /// The group's committed offsets; `None` for a partition that has none.
+    ///
+    /// # Errors
+    /// Kafka does not answer in time, or does not allow it.
+    pub fn committed(&self, partitions: &[Named]) -> KafkaResult<Vec<(Named, Option<Committed>)>> {
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for (topic, partition) in partitions {
+            list.add_partition(topic, *partition);
+        }
+        let answer = self.consumer.committed_offsets(list, ASK_WITHIN)?;
+        let mut committed = Vec::with_capacity(partitions.len());
+        for element in answer.elements() {
+            element.error()?;
+            let found = match element.offset() {
+                Offset::Offset(offset) => Some(Committed {
+                    offset,
+                    metadata: element.metadata().to_owned(),
+                }),
+                _ => None,
+            };
+            committed.push(((element.topic().to_owned(), element.partition()), found));
+        }
+        Ok(committed)
+    }
+
+    /// Commits these as a member of the group's present generation, and waits for the answer.
+    ///
+    /// # Errors
+    /// It did not take place, or may not have.
+    pub fn commit(&self, commits: &[(Named, Committed)]) -> Result<(), NotCommitted> {
+        // Without a membership librdkafka would commit as somebody who is in no group, which an empty group allows.
+        if self.consumer.assignment_lost() {
+            return Err(NotCommitted::Refused("the group put us out".to_owned()));
+        }
+        let failed = |error: KafkaError| NotCommitted::Failed(error.to_string());
+        let mut list = TopicPartitionList::with_capacity(commits.len());
+        for ((topic, partition), commit) in commits {
+            let mut element = list.add_partition(topic, *partition);
+            element
+                .set_offset(Offset::Offset(commit.offset))
+                .map_err(failed)?;
+            element.set_metadata(&commit.metadata);
+        }
+        self.consumer
+            .commit(&list, CommitMode::Sync)
+            .map_err(|error| match error.rdkafka_error_code() {
+                Some(
+                    RDKafkaErrorCode::IllegalGeneration
+                    | RDKafkaErrorCode::UnknownMemberId
+                    | RDKafkaErrorCode::FencedInstanceId,
+                ) => NotCommitted::Refused(error.to_string()),
+                _ => failed(error),
+            })
+    }
+
+    /// The offsets that a partition holds: the first one, and the one behind the last.
+    ///
+    /// # Errors
+    /// Kafka does not answer in time.
+    pub fn extent(&self, topic: &str, partition: i32) -> KafkaResult<(i64, i64)> {
+        self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN)
+    }
+
+    /// How many partitions a topic has.
+    ///
+    /// # Errors
+    /// Kafka does not answer in time, or there is no such topic.
+    pub fn partitions(&self, topic: &str) -> KafkaResult<i32> {
+        let metadata = self.consumer.fetch_metadata(Some(topic), ASK_WITHIN)?;
+        let found = metadata.topics().iter().find(|found| found.name() == topic);
+        let fault = found.and_then(|found| found.error()).map(RDKafkaErrorCode::from);
+        let count = found.map_or(0, |found| found.partitions().len());
+        match (fault, i32::try_from(count)) {
+            (None, Ok(count)) if count > 0 => Ok(count),
+            (fault, _) => Err(KafkaError::MetadataFetch(
+                fault.unwrap_or(RDKafkaErrorCode::UnknownTopicOrPartition),
+            )),
+        }
+    }
+
+    /// Why Kafka does not let us be a member, if it is time to say so, and for how long already.
+    pub fn trouble(&self, now: Instant) -> Option<(String, Duration)> {
+        let mut heard = self.heard();
+        let (reason, lasted) = heard.refused.take_report(now)?;
+        let reason = reason.to_owned();
+        drop(heard);
+        Some((self.consumer.context().explainer.explain(&reason), lasted))
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.consumer.context().heard()
+    }
+}
+
+#[derive(Default)]
+struct Heard {
+    changes: Vec<Change>,
+    /// The group waits for [`Member::give_back`].
+    owes: bool,
+    is_leaving: bool,
+    /// What we ask for is not allowed.
+    refused: Outage,
+}
+
+struct Context {
+    explainer: Explainer,
+    heard: Mutex<Heard>,
+}
+
+impl Context {
+    /// Nothing here is left half done by a panic.
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, _level: RDKafkaLogLevel, facility: &str, line: &str) {
+        log::debug!("librdkafka {facility} {line}");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        log::debug!("librdkafka {error}: {reason}");
+        self.explainer.hear(&error, reason);
+        if let Some(
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::GroupAuthorizationFailed
+            | RDKafkaErrorCode::InvalidGroupId
+            | RDKafkaErrorCode::InconsistentGroupProtocol
+            | RDKafkaErrorCode::FencedInstanceId,
+        ) = error.rdkafka_error_code()
+        {
+            self.heard().refused.begin(instant_now(), reason.to_owned());
+        }
+    }
+}
+
+impl ConsumerContext for Context {
+    fn rebalance(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        error: RDKafkaRespErr,
+        partitions: &mut TopicPartitionList,
+    ) {
+        let elements = partitions.elements();
+        let named = elements
+            .iter()
+            .map(|element| (element.topic().to_owned(), element.partition()))
+            .collect();
+        let nothing = TopicPartitionList::new();
+        let is_assigned = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
+        let is_lost = consumer.assignment_lost();
+        let mut heard = self.heard();
+        let answered = match (is_assigned, is_lost) {
+            (true, _) => {
+                heard.refused.end(instant_now());
+                heard.changes.push(Change::Assigned(named));
+                consumer.incremental_assign(&nothing)
+            }
+            (false, true) => {
+                heard.changes.push(Change::Lost(named));
+                consumer.incremental_unassign(&nothing)
+            }
+            (false, false) if heard.is_leaving => consumer.incremental_unassign(&nothing),
+            (false, false) => {
+                heard.owes = true;
+                heard.changes.push(Change::Revoked(named));
+                Ok(())
+            }
+        };
+        if let Err(error) = answered {
+            log::debug!("librdkafka does not take the answer to a rebalance: {error}");
+        }
+    }
+}

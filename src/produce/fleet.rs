@@ -1,0 +1,471 @@
+//! The thread of a producer that is a member of a group (PRODUCE_GROUP): it does what [`Shares`] says.
+//!
+//! Owns the membership and the reading of partitions. What the machine wants of the hosts it hands to the timer loop as
+//! [`Order`]s, what it wants of the records to the publisher.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use crate::clock::{Clock, instant_now};
+use crate::config::{GroupConfig, KafkaConfig};
+use crate::kafka::member::{self, Change, Member, Named, NotCommitted};
+use crate::kafka::reader::{Part, Reader};
+use crate::outage::Outage;
+use crate::produce::publisher::{Letter, LetterBox};
+use crate::produce::share::ledger::Ledger;
+use crate::produce::share::shares::{Action, Committed, Event, Found, Range, Shares};
+use crate::produce::share::tail::{Tail, Takeover};
+use crate::produce::share::{Share, partition_of};
+
+/// How soon the group's decisions are heard.
+const LISTEN_EVERY: Duration = Duration::from_millis(50);
+
+/// How long one step of reading a partition goes on before the group is listened to again.
+const READ_STEP: Duration = Duration::from_millis(50);
+
+/// A partition that is not read up to a claim by then is asked for again.
+const READ_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long the end waits for librdkafka to tell the group.
+const LEAVE_WITHIN: Duration = Duration::from_millis(300);
+
+/// What the timer loop has to do with the hosts of a share.
+#[derive(Debug)]
+pub(super) enum Order {
+    Take(Takeover),
+    Release(Share),
+    Forget(Share),
+    /// We have left the group: nothing follows.
+    Left,
+}
+
+/// How many partitions each topic has. What is known first stays: members that count differently would check a host twice.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Partitions(Arc<Mutex<HashMap<Arc<str>, i32>>>);
+
+impl Partitions {
+    /// The share of a host; `None` while the number of partitions of its topic is not known.
+    pub(super) fn share_of(&self, topic: &str, address: &str) -> Option<Share> {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (topic, count) = counts.get_key_value(topic)?;
+        Some(Share {
+            topic: Arc::clone(topic),
+            partition: partition_of(address.as_bytes(), *count),
+        })
+    }
+
+    fn of(&self, topic: &str) -> Option<i32> {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.get(topic).copied()
+    }
+
+    fn add(&self, topic: &str, count: i32) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.entry(topic.into()).or_insert(count);
+    }
+}
+
+/// The timer loop's end of the thread.
+pub(super) struct Fleet {
+    events: Sender<Event>,
+    topics: Sender<Vec<String>>,
+}
+
+impl Fleet {
+    /// `events` are what the publisher says of shares, too.
+    ///
+    /// # Errors
+    /// librdkafka refuses the settings, or no thread can be had.
+    pub(super) fn start(
+        config: &Config<'_>,
+        topics: &[String],
+        (events, heard): (Sender<Event>, Receiver<Event>),
+        letters: LetterBox,
+        orders: impl Fn(Order) + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let names: Vec<&str> = topics.iter().map(String::as_str).collect();
+        let GroupConfig { name, instance_id } = config.group;
+        let member = Member::join(config.kafka, name, instance_id.as_deref(), &names)?;
+        let (send_topics, new_topics) = channel();
+        let thread = Thread {
+            member,
+            kafka: config.kafka.clone(),
+            group: name.clone(),
+            place: config.place.to_owned(),
+            partitions: config.partitions.clone(),
+            clock: config.clock,
+            shares: Shares::default(),
+            heard,
+            new_topics,
+            letters,
+            orders: Box::new(orders),
+            to_read: Vec::new(),
+            reading: None,
+            is_idle: None,
+            trouble: Outage::default(),
+        };
+        std::thread::Builder::new()
+            .name("fleet".into())
+            .spawn(move || thread.run())
+            .context("cannot start the thread of PRODUCE_GROUP")?;
+        Ok(Self {
+            events,
+            topics: send_topics,
+        })
+    }
+
+    /// Gives all shares back and leaves the group, by then at the latest (Unix time in microseconds).
+    pub(super) fn stop(&self, until: i64) {
+        // A thread that is gone has left.
+        let _ = self.events.send(Event::Stop { until });
+    }
+
+    /// The hosts belong to these topics now.
+    pub(super) fn subscribe(&self, topics: Vec<String>) {
+        let _ = self.topics.send(topics);
+    }
+}
+
+/// What the thread has to know.
+pub(super) struct Config<'a> {
+    pub(super) kafka: &'a KafkaConfig,
+    pub(super) group: &'a GroupConfig,
+    /// AGENT_NAME.
+    pub(super) place: &'a str,
+    pub(super) partitions: &'a Partitions,
+    pub(super) clock: Clock,
+}
+
+struct Thread {
+    member: Member,
+    kafka: KafkaConfig,
+    group: String,
+    place: String,
+    partitions: Partitions,
+    clock: Clock,
+    shares: Shares,
+    heard: Receiver<Event>,
+    new_topics: Receiver<Vec<String>>,
+    letters: LetterBox,
+    orders: Box<dyn Fn(Order) + Send>,
+    to_read: Vec<Range>,
+    reading: Option<Reading>,
+    /// Whether the group has no share for us, as far as that was said.
+    is_idle: Option<bool>,
+    /// What keeps us from taking shares.
+    trouble: Outage,
+}
+
+/// Partitions of one topic that are being read.
+struct Reading {
+    reader: Reader,
+    tails: HashMap<i32, (Range, Tail)>,
+    until: Instant,
+}
+
+impl Thread {
+    fn run(mut self) {
+        while !self.shares.has_left() {
+            self.listen_to_group();
+            for topics in self.new_topics.try_iter() {
+                let names: Vec<&str> = topics.iter().map(String::as_str).collect();
+                if let Err(error) = self.member.subscribe(&names) {
+                    log::error!("{error:#}");
+                }
+            }
+            while let Ok(event) = self.heard.try_recv() {
+                self.handle(event);
+            }
+            self.say_troubles();
+            match self.shares.next_action(self.clock.now_micros()) {
+                Action::Wait { until } if !self.read() => self.wait(until),
+                Action::Wait { .. } => {}
+                action => self.act(action),
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        self.shares.handle(self.clock.now_micros(), event);
+    }
+
+    fn wait(&mut self, until: Option<i64>) {
+        let longest = until.map_or(LISTEN_EVERY, |until| self.clock.until(until).min(LISTEN_EVERY));
+        match self.heard.recv_timeout(longest) {
+            Ok(event) => self.handle(event),
+            Err(RecvTimeoutError::Timeout) => {}
+            // The timer loop and the publisher are gone: so are we soon.
+            Err(RecvTimeoutError::Disconnected) => self.handle(Event::Stop { until: 0 }),
+        }
+    }
+
+    fn listen_to_group(&mut self) {
+        for change in self.member.changes() {
+            let shares = |named: Vec<Named>| -> Vec<Share> {
+                let share = |(topic, partition): Named| Share {
+                    topic: topic.into(),
+                    partition,
+                };
+                named.into_iter().map(share).collect()
+            };
+            let event = match change {
+                Change::Assigned(named) => Event::Assigned(shares(named)),
+                Change::Revoked(named) => Event::Revoked(shares(named)),
+                Change::Lost(named) => {
+                    log::warn!(
+                        "group={} we are no member any more: {} shares may go to others; their hosts are checked on, and what is measured is kept",
+                        self.group,
+                        named.len()
+                    );
+                    Event::Lost(shares(named))
+                }
+            };
+            let is_assigned = matches!(event, Event::Assigned(_));
+            self.handle(event);
+            if is_assigned {
+                self.say_idle();
+            }
+        }
+    }
+
+    fn say_idle(&mut self) {
+        let (_, ours) = self.shares.owned_of();
+        let is_idle = ours == 0;
+        if self.is_idle.replace(is_idle) != Some(is_idle) {
+            if is_idle {
+                log::info!(
+                    "group={} has no share for this producer at present: it stands by for the others",
+                    self.group
+                );
+            } else {
+                log::info!("group={} shares={ours}", self.group);
+            }
+        }
+    }
+
+    fn say_troubles(&mut self) {
+        let now = instant_now();
+        if let Some((reason, lasted)) = self.member.trouble(now) {
+            log::error!(
+                "group={} Kafka does not let us in for {} s: {reason}; PRODUCE_GROUP needs READ on the group and READ on the topics",
+                self.group,
+                lasted.as_secs()
+            );
+        }
+        if let Some((reason, lasted)) = self.trouble.take_report(now) {
+            log::warn!(
+                "group={} no share can be taken for {} s: {reason}",
+                self.group,
+                lasted.as_secs()
+            );
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::ReadLedgers(shares) => {
+                let found = self.read_ledgers(&shares);
+                match &found {
+                    Ok(_) => _ = self.trouble.end(instant_now()),
+                    Err(error) => self.trouble.begin(instant_now(), format!("{error:#}")),
+                }
+                self.handle(Event::Ledgers(found.unwrap_or_default()));
+            }
+            Action::ReadTail(range) => self.to_read.push(range),
+            Action::Commit(ledgers) => {
+                let outcome = self.commit(&ledgers);
+                self.handle(Event::Committed(outcome));
+            }
+            Action::Claim { share, epoch } => self.letters.tell(Letter::Claim { share, epoch }),
+            Action::Hold(share) => self.letters.tell(Letter::Hold(share)),
+            Action::Take(takeover) => {
+                let Takeover {
+                    share,
+                    ledger,
+                    is_unbroken,
+                    ..
+                } = &takeover;
+                log::info!(
+                    "share={share} epoch={} taken{}",
+                    ledger.epoch,
+                    if *is_unbroken { " again" } else { "" }
+                );
+                (self.orders)(Order::Take(takeover));
+            }
+            Action::Release(share) => (self.orders)(Order::Release(share)),
+            Action::Forget(share) => {
+                log::info!("share={share} belongs to another producer");
+                (self.orders)(Order::Forget(share));
+            }
+            Action::GiveBack => self.member.give_back(),
+            Action::Leave => {
+                self.member.leave();
+                let until = instant_now() + LEAVE_WITHIN;
+                while instant_now() < until {
+                    self.member.changes();
+                    if let Err(RecvTimeoutError::Disconnected) = self.heard.recv_timeout(READ_STEP / 5) {
+                        break;
+                    }
+                }
+                (self.orders)(Order::Left);
+            }
+            Action::Wait { .. } => {}
+        }
+    }
+
+    fn read_ledgers(&self, shares: &[Share]) -> anyhow::Result<BTreeMap<Share, Found>> {
+        for share in shares {
+            if self.partitions.of(&share.topic).is_none() {
+                let count = self.member.partitions(&share.topic)?;
+                self.partitions.add(&share.topic, count);
+            }
+        }
+        let named: Vec<Named> = shares.iter().map(named).collect();
+        let committed = self.member.committed(&named)?;
+        let mut found = BTreeMap::new();
+        for ((topic, partition), committed) in committed {
+            let share = Share {
+                topic: topic.as_str().into(),
+                partition,
+            };
+            let ledger = match committed {
+                Some(member::Committed { offset, metadata }) => {
+                    let ledger = Ledger::parse(offset, &metadata);
+                    Found::Ledger(ledger.with_context(|| format!("group {}, {share}", self.group))?)
+                }
+                None => {
+                    let (low, high) = self.member.extent(&topic, partition)?;
+                    if high > 0 {
+                        log::warn!(
+                            "share={share} has no ledger in group {}: its hosts go on from the last records of the partition, and what was missed before them cannot be told",
+                            self.group
+                        );
+                    }
+                    Found::Nothing { low, high }
+                }
+            };
+            found.insert(share, ledger);
+        }
+        Ok(found)
+    }
+
+    fn commit(&self, ledgers: &[(Share, Ledger)]) -> Committed {
+        let commits: Vec<_> = ledgers
+            .iter()
+            .map(|(share, ledger)| {
+                let committed = member::Committed {
+                    offset: ledger.from,
+                    metadata: ledger.metadata(),
+                };
+                (named(share), committed)
+            })
+            .collect();
+        match self.member.commit(&commits) {
+            Ok(()) => Committed::Done,
+            Err(NotCommitted::Refused(why)) => {
+                log::info!("group={} refuses a commit of this producer: {why}", self.group);
+                Committed::Refused
+            }
+            Err(NotCommitted::Failed(why)) => {
+                log::debug!("group={} not committed: {why}", self.group);
+                Committed::Failed
+            }
+        }
+    }
+
+    /// Goes on reading; false: there is nothing to read.
+    fn read(&mut self) -> bool {
+        if self.reading.is_none() {
+            self.begin_to_read();
+        }
+        let Some(reading) = &mut self.reading else {
+            return false;
+        };
+        let tails = &mut reading.tails;
+        let is_over = reading
+            .reader
+            .go_on(instant_now() + READ_STEP, |partition, value| {
+                if let Some((_, tail)) = tails.get_mut(&partition) {
+                    tail.read_value(value);
+                }
+            });
+        let is_over = match is_over {
+            Ok(is_over) => is_over,
+            Err(error) => {
+                self.trouble.begin(
+                    instant_now(),
+                    format!("{error}; PRODUCE_GROUP needs READ on the topic"),
+                );
+                return self.end_reading(false);
+            }
+        };
+        if is_over || instant_now() > reading.until {
+            return self.end_reading(is_over);
+        }
+        true
+    }
+
+    /// All of one topic that is asked for.
+    fn begin_to_read(&mut self) {
+        let Some(topic) = self.to_read.first().map(|range| Arc::clone(&range.share.topic)) else {
+            return;
+        };
+        let mut tails = HashMap::new();
+        for range in self.to_read.extract_if(.., |range| range.share.topic == topic) {
+            let tail = Tail::new(&self.place, range.epoch_at_from);
+            tails.insert(range.share.partition, (range, tail));
+        }
+        let parts: Vec<Part> = tails
+            .values()
+            .map(|(range, _)| Part {
+                partition: range.share.partition,
+                from: range.from,
+                to: Some(range.to),
+            })
+            .collect();
+        let reader = Reader::new(&self.kafka).and_then(|mut reader| {
+            reader.begin(&topic, &parts)?;
+            Ok(reader)
+        });
+        match reader {
+            Ok(reader) => {
+                self.reading = Some(Reading {
+                    reader,
+                    tails,
+                    until: instant_now() + READ_WITHIN,
+                });
+            }
+            Err(error) => {
+                log::error!("cannot read {topic}: {error}");
+                for (range, _) in tails.into_values() {
+                    self.handle(Event::TailRead {
+                        share: range.share,
+                        epoch: range.epoch,
+                        tail: None,
+                    });
+                }
+            }
+        }
+    }
+
+    fn end_reading(&mut self, is_over: bool) -> bool {
+        if let Some(reading) = self.reading.take() {
+            for (range, tail) in reading.tails.into_values() {
+                self.handle(Event::TailRead {
+                    share: range.share,
+                    epoch: range.epoch,
+                    tail: is_over.then_some(tail),
+                });
+            }
+        }
+        true
+    }
+}
+
+fn named(share: &Share) -> Named {
+    (share.topic.to_string(), share.partition)
+}

@@ -1,0 +1,106 @@
+//! Where the timer loop waits.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::produce::fleet::Order;
+use crate::produce::host_file::{HostFileError, Hosts};
+use crate::produce::micros;
+use crate::produce::result::CheckResult;
+
+/// Results wait for the timer loop's next turn if that is no further off: from 50 checks a second on nothing but the
+/// ticks wakes it. Their records then wait four times as long for others, in `publisher`.
+const RESULTS_WAIT: Duration = Duration::from_millis(20);
+
+/// A wait does not count the time for which the machine was suspended; the ticks after that must not be late for it.
+const LOOK_AT_CLOCK_EVERY: Duration = Duration::from_millis(250);
+
+/// Where the timer loop waits, and where others leave what it should know. Holds at most a result for each check under way.
+pub(super) struct Mailbox {
+    clock: Clock,
+    mail: Mutex<Mail>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Mail {
+    results: Vec<CheckResult>,
+    orders: Vec<Order>,
+    reloaded: Option<Result<Hosts, HostFileError>>,
+    is_urgent: bool,
+    /// Ticks wait for a thread that a result sets free.
+    results_are_urgent: bool,
+    /// When the loop, if it waits, will look by itself.
+    wakes_at: i64,
+}
+
+pub(super) type Taken = (Vec<CheckResult>, Vec<Order>, Option<Result<Hosts, HostFileError>>);
+
+impl Mailbox {
+    pub(super) fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            mail: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn put_result(&self, result: CheckResult) {
+        let mut mail = self.mail();
+        mail.results.push(result);
+        if self.must_look(&mail) {
+            self.changed.notify_one();
+        }
+    }
+
+    pub(super) fn put_order(&self, order: Order) {
+        self.mail().orders.push(order);
+        self.wake();
+    }
+
+    pub(super) fn put_reloaded(&self, reloaded: Result<Hosts, HostFileError>) {
+        self.mail().reloaded = Some(reloaded);
+        self.wake();
+    }
+
+    pub(super) fn wake(&self) {
+        self.mail().is_urgent = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits, at the longest until then.
+    pub(super) fn wait_until(&self, wakes_at: i64, results_are_urgent: bool) {
+        let mut mail = self.mail();
+        mail.wakes_at = wakes_at;
+        mail.results_are_urgent = results_are_urgent;
+        while !self.must_look(&mail) {
+            let left = self.clock.until(wakes_at);
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.changed.wait_timeout(mail, left.min(LOOK_AT_CLOCK_EVERY));
+            mail = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn must_look(&self, mail: &Mail) -> bool {
+        let looks_soon = || mail.wakes_at - self.clock.now_micros() <= micros(RESULTS_WAIT);
+        let results_wait = mail.results.is_empty() || (!mail.results_are_urgent && looks_soon());
+        mail.is_urgent || !results_wait
+    }
+
+    pub(super) fn take(&self) -> Taken {
+        let mut mail = self.mail();
+        mail.is_urgent = false;
+        let (results, orders) = (
+            std::mem::take(&mut mail.results),
+            std::mem::take(&mut mail.orders),
+        );
+        (results, orders, mail.reloaded.take())
+    }
+
+    fn mail(&self) -> MutexGuard<'_, Mail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,124 @@
+//! The topics that records go to: whether they are there, and what happens while one is not.
+
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::producer::Producer;
+
+use super::worker::Worker;
+use super::{PART_OF_A_MISSING_TOPIC, lock};
+use crate::clock::instant_now;
+use crate::outage::Outage;
+
+/// How often a missing topic is looked for, and the longest that one look takes.
+const LOOK_FOR_TOPIC_EVERY: Duration = Duration::from_secs(1);
+const LOOK_FOR_TOPIC_WITHIN: Duration = Duration::from_millis(500);
+
+pub(super) struct Topic {
+    pub(super) name: String,
+    /// Whether it is known to exist; until then its records wait.
+    pub(super) is_there: bool,
+    /// What is wrong with it. Once Kafka has refused its records, only an acknowledged one proves that all is well again.
+    pub(super) why_not: Option<String>,
+    pub(super) was_refused: bool,
+    /// Without a group: when the oldest record was sent that came back and that Kafka may have all the same. Unix time in
+    /// milliseconds.
+    pub(super) in_doubt_since: Option<i64>,
+    /// Of its records and claims.
+    pub(super) in_flight: usize,
+    pub(super) missing: Outage,
+}
+
+impl Topic {
+    pub(super) fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            is_there: false,
+            why_not: None,
+            was_refused: false,
+            in_doubt_since: None,
+            in_flight: 0,
+            missing: Outage::default(),
+        }
+    }
+
+    pub(super) fn is_not_there(&mut self, why: String) {
+        self.is_there = false;
+        self.why_not = Some(why);
+    }
+}
+
+impl Worker {
+    pub(super) fn topic_index(&mut self, name: &str) -> usize {
+        if let Some(index) = self.topic_indices.get(name) {
+            return *index;
+        }
+        self.topics.push(Topic::new(name));
+        self.topic_indices.insert(name.to_owned(), self.topics.len() - 1);
+        self.looked_for_topics_at = None;
+        self.topics.len() - 1
+    }
+
+    /// Asks the servers for the topics that are not known to exist. Only once all their reports are in: what was on the
+    /// way when a topic vanished comes back, and must not be overtaken.
+    pub(super) fn look_for_topics(&mut self) {
+        let missing = |topic: &Topic| !topic.is_there && topic.in_flight == 0;
+        let now = instant_now();
+        let is_early = |at: Instant| now.duration_since(at) < LOOK_FOR_TOPIC_EVERY;
+        if !self.topics.iter().any(missing) || self.looked_for_topics_at.is_some_and(is_early) {
+            return;
+        }
+        self.looked_for_topics_at = Some(now);
+        self.unreachable = None;
+        for topic in self.topics.iter_mut().filter(|topic| missing(topic)) {
+            let client = self.producer.client();
+            match client.fetch_metadata(Some(&topic.name), LOOK_FOR_TOPIC_WITHIN) {
+                Ok(metadata) => {
+                    let found = metadata.topics().iter().find(|found| found.name() == topic.name);
+                    let fault = found.and_then(|found| found.error());
+                    let has_partitions = found.is_some_and(|found| !found.partitions().is_empty());
+                    topic.is_there = fault.is_none() && has_partitions;
+                    if let Some(fault) = fault {
+                        topic.why_not = Some(RDKafkaErrorCode::from(fault).to_string());
+                    } else if !has_partitions {
+                        topic.why_not = Some("it has no partitions".to_owned());
+                    } else if !topic.was_refused {
+                        topic.why_not = None;
+                    }
+                }
+                // What cannot be reached for one topic cannot for the next.
+                Err(error) => {
+                    let last = self.producer.context().last_error();
+                    let unknown = || self.explainer.explain(&error.to_string());
+                    self.unreachable = Some(last.unwrap_or_else(unknown));
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Says to those who ask for room which missing topics have used up theirs.
+    pub(super) fn mark_crowded_topics(&self) {
+        let share = self.shared.bounds.records / PART_OF_A_MISSING_TOPIC;
+        // Not while Kafka cannot be asked: then all wait for the same thing.
+        let is_missing = |topic: &Topic| !topic.is_there && topic.why_not.is_some();
+        let is_crowded = |index: &usize| is_missing(&self.topics[*index]) && self.waiting_of(*index) >= share;
+        let crowded: HashSet<String> = (0..self.topics.len())
+            .filter(is_crowded)
+            .map(|index| self.topics[index].name.clone())
+            .collect();
+        let any = !crowded.is_empty();
+        if any || self.shared.any_crowded.load(Ordering::Relaxed) {
+            *lock(&self.shared.crowded) = crowded;
+            self.shared.any_crowded.store(any, Ordering::Relaxed);
+        }
+    }
+
+    /// Records that wait for this topic.
+    pub(super) fn waiting_of(&self, topic: usize) -> usize {
+        let lanes = self.ways.iter().filter(|way| way.topic == topic);
+        lanes.map(|way| self.outbox.waiting(way.lane).len()).sum()
+    }
+}

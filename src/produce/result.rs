@@ -1,0 +1,119 @@
+//! What the timer loop makes of a finished or a missed tick: a record.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::check::observation::{Observation, Stamp, stamp};
+use crate::check::target::Target;
+use crate::clock::timestamp;
+use crate::produce::counters::Timing;
+use crate::produce::pool::Done;
+use crate::produce::publisher::Record;
+use crate::produce::schedule::{MissedTick, Tick};
+use crate::produce::share::Share;
+use crate::sample::{self, Outcome};
+
+/// A finished check, ready to be written.
+pub(super) struct CheckResult {
+    pub(super) tick: Tick,
+    pub(super) outcome: Outcome,
+    /// What went wrong on this machine.
+    pub(super) agent_error: Option<String>,
+    /// `None`: it did not begin.
+    pub(super) timing: Option<Timing>,
+    pub(super) record: Record,
+}
+
+impl CheckResult {
+    pub(super) fn of(done: Done, ended_at_micros: i64, agent_name: &str) -> Self {
+        let Done {
+            tick,
+            started_at_micros,
+            observation,
+        } = done;
+        Self {
+            outcome: observation.outcome,
+            agent_error: agent_error(&observation),
+            timing: Some(Timing {
+                late_micros: started_at_micros - tick.scheduled_at_micros,
+                took: Duration::from_micros(u64::try_from(ended_at_micros - started_at_micros).unwrap_or(0)),
+                phases: observation.phases,
+            }),
+            record: record(
+                &tick.target,
+                tick.share.clone(),
+                observation,
+                tick.scheduled_at_micros,
+                Some(started_at_micros),
+                agent_name,
+            ),
+            tick,
+        }
+    }
+
+    pub(super) fn not_begun(tick: Tick, fault: Observation, agent_name: &str) -> Self {
+        Self {
+            outcome: fault.outcome,
+            agent_error: agent_error(&fault),
+            timing: None,
+            record: record(
+                &tick.target,
+                tick.share.clone(),
+                fault,
+                tick.scheduled_at_micros,
+                None,
+                agent_name,
+            ),
+            tick,
+        }
+    }
+}
+
+fn agent_error(observation: &Observation) -> Option<String> {
+    let error = observation.error.as_deref().unwrap_or("unknown");
+    (observation.outcome == Outcome::AgentError).then(|| error.to_owned())
+}
+
+pub(super) fn missed_record(missed: MissedTick, agent_name: &str) -> Record {
+    let MissedTick {
+        target,
+        share,
+        scheduled_at_micros,
+        started_at_micros,
+        why,
+    } = missed;
+    let observation = Observation::failed(Outcome::Missed, why.as_str());
+    record(
+        &target,
+        share,
+        observation,
+        scheduled_at_micros,
+        started_at_micros,
+        agent_name,
+    )
+}
+
+fn record(
+    target: &Arc<Target>,
+    share: Option<Share>,
+    observation: Observation,
+    scheduled_at_micros: i64,
+    started_at_micros: Option<i64>,
+    agent_name: &str,
+) -> Record {
+    let when = Stamp {
+        scheduled_at: timestamp(scheduled_at_micros),
+        started_at: started_at_micros.map(timestamp),
+        interval: Some(target.interval),
+        agent: agent_name,
+    };
+    let mut value = Vec::with_capacity(1_024);
+    sample::encode(&stamp(target, observation, when), &mut value);
+    value.shrink_to_fit();
+    Record {
+        target: Arc::clone(target),
+        share,
+        tick: scheduled_at_micros,
+        value,
+    }
+}

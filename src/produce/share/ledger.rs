@@ -1,0 +1,107 @@
+//! The ledger of a share: what its owner tells the next one.
+//!
+//! It is the group's committed offset of the partition, with a line of text. It is committed only after Kafka has
+//! acknowledged the records that it speaks of, so it may be behind what is true and is never ahead of it.
+
+use crate::sample::epoch::Epoch;
+
+/// The version of the text.
+const VERSION: &str = "1";
+
+/// How far a share is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ledger {
+    /// Of the latest owner.
+    pub epoch: Epoch,
+    /// Every tick before this time (Unix time in microseconds) has its record. Zero: nothing is known.
+    pub whole_before: i64,
+    /// The records of all ticks since then lie at this offset or behind it.
+    pub from: i64,
+    /// The highest epoch in front of that offset: reading from there on, the judge begins with it.
+    pub epoch_at_from: Epoch,
+}
+
+/// The group's committed offset has another text than ours.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "its committed offset {offset} has the metadata {metadata:?}, which is not a ledger of host-metrics: another program \
+     uses this group, or its offsets were reset. Set another PRODUCE_GROUP, or delete the group's offsets"
+)]
+pub struct NotALedger {
+    pub offset: i64,
+    pub metadata: String,
+}
+
+impl Ledger {
+    /// What is committed beside the offset.
+    pub fn metadata(&self) -> String {
+        let Self {
+            epoch,
+            whole_before,
+            epoch_at_from,
+            ..
+        } = self;
+        format!("{VERSION} {epoch} {whole_before} {epoch_at_from}")
+    }
+
+    /// # Errors
+    /// Somebody else has committed this.
+    pub fn parse(offset: i64, metadata: &str) -> Result<Self, NotALedger> {
+        let numbers = || {
+            let mut words = metadata.split(' ');
+            if words.next() != Some(VERSION) {
+                return None;
+            }
+            let mut number = || words.next()?.parse::<i64>().ok().filter(|number| *number >= 0);
+            let ledger = Self {
+                epoch: number()?,
+                whole_before: number()?,
+                from: offset,
+                epoch_at_from: number()?,
+            };
+            words.next().is_none().then_some(ledger)
+        };
+        numbers().ok_or_else(|| NotALedger {
+            offset,
+            metadata: metadata.chars().take(100).collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ledger_is_read_as_it_was_written() {
+        let ledger = Ledger {
+            epoch: 18,
+            whole_before: 1_764_335_293_000_000,
+            from: 77,
+            epoch_at_from: 17,
+        };
+        assert_eq!(ledger.metadata(), "1 18 1764335293000000 17");
+        assert_eq!(Ledger::parse(77, &ledger.metadata()), Ok(ledger));
+    }
+
+    #[test]
+    fn what_somebody_else_committed_is_not_taken_for_one() {
+        for metadata in [
+            "",
+            "1",
+            "2 18 0 0",
+            "1 18 0",
+            "1 18 0 0 0",
+            "1 -1 0 0",
+            "1 x 0 0",
+            "1  0 0",
+        ] {
+            let error = Ledger::parse(3, metadata).unwrap_err();
+            assert_eq!(error.metadata, metadata);
+        }
+        assert_eq!(
+            Ledger::parse(0, &"x".repeat(5_000)).unwrap_err().metadata.len(),
+            100
+        );
+    }
+}

@@ -1,0 +1,196 @@
+//! What a partition holds from the ledger's offset up to a claim, and what the new owner makes of it.
+
+use std::collections::HashMap;
+
+use crate::produce::share::Share;
+use crate::produce::share::ledger::Ledger;
+use crate::sample;
+use crate::sample::epoch::{Claim, Epoch, Epochs};
+
+/// What of a Kafka record matters here.
+#[derive(Clone, Copy, Debug)]
+pub enum Entry<'a> {
+    Claim {
+        place: &'a str,
+        epoch: Epoch,
+    },
+    Result {
+        place: &'a str,
+        /// `None` where its producer is in no group.
+        epoch: Option<Epoch>,
+        address: &'a str,
+        scheduled_at_micros: i64,
+    },
+}
+
+/// The part of a partition that was read so far.
+#[derive(Clone, Debug)]
+pub struct Tail {
+    place: String,
+    epochs: Epochs,
+    /// The latest tick of each host that has a valid record.
+    latest: HashMap<String, i64>,
+    last_tick: i64,
+}
+
+impl Tail {
+    /// Nothing is read yet. `place` is the `agent` of the group's records.
+    pub fn new(place: &str, epoch_before: Epoch) -> Self {
+        Self {
+            place: place.to_owned(),
+            epochs: Epochs::of(place, epoch_before),
+            latest: HashMap::new(),
+            last_tick: 0,
+        }
+    }
+
+    /// Reads the next value; what is neither a record nor a claim is passed over.
+    pub fn read_value(&mut self, value: &[u8]) {
+        if let Ok(sample) = sample::decode(value) {
+            if let (Some(place), Some(scheduled_at)) = (&sample.agent, sample.scheduled_at) {
+                self.read(Entry::Result {
+                    place,
+                    epoch: sample.epoch,
+                    address: &sample.address,
+                    scheduled_at_micros: scheduled_at.unix_micros(),
+                });
+            }
+        } else if let Some(claim) = Claim::decode(value) {
+            self.read(Entry::Claim {
+                place: claim.place(),
+                epoch: claim.epoch,
+            });
+        }
+    }
+
+    pub fn read(&mut self, entry: Entry<'_>) {
+        match entry {
+            Entry::Claim { place, epoch } if place == self.place => {
+                // A claim that is void says nothing.
+                let _ = self.epochs.judge(place, epoch);
+            }
+            Entry::Result {
+                place,
+                epoch,
+                address,
+                scheduled_at_micros,
+            } if place == self.place => {
+                let counts = epoch.is_none_or(|epoch| self.epochs.judge(place, epoch).is_ok());
+                if !counts {
+                    return;
+                }
+                self.last_tick = self.last_tick.max(scheduled_at_micros);
+                match self.latest.get_mut(address) {
+                    Some(latest) => *latest = scheduled_at_micros.max(*latest),
+                    None => drop(self.latest.insert(address.to_owned(), scheduled_at_micros)),
+                }
+            }
+            Entry::Claim { .. } | Entry::Result { .. } => {}
+        }
+    }
+
+    /// The highest epoch of the group.
+    pub fn epoch(&self) -> Epoch {
+        self.epochs.highest(&self.place)
+    }
+}
+
+/// A share is ours: what its hosts go on from.
+#[derive(Clone, Debug)]
+pub struct Takeover {
+    pub share: Share,
+    /// Ours from now on, committed and claimed.
+    pub ledger: Ledger,
+    /// The offset of our claim: what was valid before it is in `tail`.
+    pub claim: i64,
+    /// Nobody else has claimed the share since we last owned it: what we kept since then still has its place behind what is
+    /// recorded, and the hosts go on as if nothing had happened.
+    pub is_unbroken: bool,
+    pub tail: Tail,
+}
+
+impl Takeover {
+    /// The latest tick of a host that is recorded; `None`: nothing is known of the host.
+    pub fn recorded(&self, address: &str) -> Option<i64> {
+        let of_ledger = (self.ledger.whole_before > 0).then(|| self.ledger.whole_before - 1);
+        self.tail.latest.get(address).copied().max(of_ledger)
+    }
+
+    /// No record before the claim is of a later tick than this.
+    pub fn last_tick(&self) -> i64 {
+        self.tail.last_tick
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn result(
+        place: &str,
+        epoch: Option<Epoch>,
+        address: &'static str,
+        tick: i64,
+    ) -> (String, Option<Epoch>, &'static str, i64) {
+        (place.to_owned(), epoch, address, tick)
+    }
+
+    #[test]
+    fn only_valid_records_of_the_own_place_count() {
+        let mut tail = Tail::new("eu", 4);
+        for (place, epoch, address, scheduled_at_micros) in [
+            result("eu", Some(4), "a", 10),
+            result("us", Some(9), "a", 90),
+            result("eu", Some(3), "a", 30),
+            result("eu", Some(5), "b", 20),
+            result("eu", Some(4), "a", 40),
+            result("eu", None, "c", 15),
+        ] {
+            tail.read(Entry::Result {
+                place: &place,
+                epoch,
+                address,
+                scheduled_at_micros,
+            });
+        }
+        tail.read(Entry::Claim {
+            place: "us",
+            epoch: 12,
+        });
+        assert_eq!(tail.epoch(), 5);
+        let takeover = |whole_before| Takeover {
+            share: Share {
+                topic: "t".into(),
+                partition: 0,
+            },
+            ledger: Ledger {
+                epoch: 6,
+                whole_before,
+                from: 0,
+                epoch_at_from: 4,
+            },
+            claim: 99,
+            is_unbroken: false,
+            tail: tail.clone(),
+        };
+        let recorded = |whole_before| ["a", "b", "c", "d"].map(|host| takeover(whole_before).recorded(host));
+        assert_eq!(recorded(0), [Some(10), Some(20), Some(15), None]);
+        assert_eq!(recorded(16), [Some(15), Some(20), Some(15), Some(15)]);
+        assert_eq!(takeover(0).last_tick(), 20);
+    }
+
+    #[test]
+    fn values_are_read_as_the_consumer_reads_them() {
+        let mut tail = Tail::new("eu", 0);
+        for value in [
+            r#"{"v":1,"claim":"eu","epoch":7}"#,
+            r#"{"address":"a","is_valid":true,"scheduled_at":"1970-01-01T00:00:01Z","agent":"eu","epoch":7}"#,
+            r#"{"address":"a","is_valid":true,"scheduled_at":"1970-01-01T00:00:02Z","agent":"eu","epoch":6}"#,
+            r#"{"address":"a","is_valid":true,"scheduled_at":"1970-01-01T00:00:03Z"}"#,
+            "no JSON",
+        ] {
+            tail.read_value(value.as_bytes());
+        }
+        assert_eq!((tail.epoch(), tail.last_tick), (7, 1_000_000));
+    }
+}

@@ -1,0 +1,220 @@
+//! Epochs and claims: who may write for a group of producers, and the judge that says which records count.
+//!
+//! Producers of one group (PRODUCE_GROUP) write every record under the epoch of their latest claim. Two of them may write
+//! to the same partition for a while, because one does not know yet that it was replaced. The order of the partition
+//! decides between them: a record whose epoch is lower than one that stands before it was superseded. Whoever reads the
+//! whole partition finds the same, so the consumer and the next producer agree. A group is one place: its name, or
+//! AGENT_NAME where that is set, is the `agent` of its records, by which the judge tells groups apart.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The number of a claim; a later claim has a higher one.
+pub type Epoch = i64;
+
+/// Different places in one partition that are told apart. Far more than anybody has; it bounds what records that name
+/// ever new places can make the judge remember.
+pub const MAX_PLACES: usize = 256;
+
+/// The highest epoch so far of each place in one partition.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "BTreeMap<String, Epoch>", into = "BTreeMap<String, Epoch>")]
+pub struct Epochs(Vec<(String, Epoch)>);
+
+/// Why a record does not count.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Void {
+    #[error("superseded by epoch {by} of {place}")]
+    Superseded { by: Epoch, place: String },
+    #[error("more than {MAX_PLACES} agents with an epoch write to this partition")]
+    TooManyPlaces,
+}
+
+impl From<BTreeMap<String, Epoch>> for Epochs {
+    fn from(epochs: BTreeMap<String, Epoch>) -> Self {
+        Self(epochs.into_iter().collect())
+    }
+}
+
+impl From<Epochs> for BTreeMap<String, Epoch> {
+    fn from(epochs: Epochs) -> Self {
+        epochs.0.into_iter().collect()
+    }
+}
+
+impl Epochs {
+    /// Nothing but this is known.
+    pub fn of(place: &str, epoch: Epoch) -> Self {
+        match epoch {
+            0 => Self::default(),
+            _ => Self(vec![(place.to_owned(), epoch)]),
+        }
+    }
+
+    /// Takes note of the epoch of the next record, or claim, of a partition.
+    ///
+    /// # Errors
+    /// It does not count.
+    pub fn judge(&mut self, place: &str, epoch: Epoch) -> Result<(), Void> {
+        if let Some((_, highest)) = self.0.iter_mut().find(|(known, _)| known == place) {
+            if epoch < *highest {
+                return Err(Void::Superseded {
+                    by: *highest,
+                    place: place.to_owned(),
+                });
+            }
+            *highest = epoch;
+            return Ok(());
+        }
+        if self.0.len() >= MAX_PLACES {
+            return Err(Void::TooManyPlaces);
+        }
+        self.0.push((place.to_owned(), epoch));
+        Ok(())
+    }
+
+    /// Grows whenever an epoch does.
+    pub fn sum(&self) -> Epoch {
+        self.0.iter().fold(0, |sum, (_, epoch)| sum.wrapping_add(*epoch))
+    }
+
+    /// Zero where the place has none.
+    pub fn highest(&self, place: &str) -> Epoch {
+        let known = self.0.iter().find(|(known, _)| known == place);
+        known.map_or(0, |(_, epoch)| *epoch)
+    }
+}
+
+/// Writes the epoch into the value of a record that [`super::encode`] made: which one it is is known only when the record is
+/// sent. It is the last field.
+pub fn write_into(value: &mut Vec<u8>, epoch: Epoch) {
+    if let Some(colon) = value.iter().rposition(|byte| *byte == b':') {
+        value.truncate(colon + 1);
+        value.extend_from_slice(epoch.to_string().as_bytes());
+        value.push(b'}');
+    }
+}
+
+/// What a producer appends to a partition before it writes to it under a new epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Claim {
+    v: u64,
+    /// PRODUCE_GROUP.
+    #[serde(rename = "claim")]
+    group: String,
+    pub epoch: Epoch,
+    /// Only where it is not the group's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    agent: Option<String>,
+}
+
+impl Claim {
+    pub fn new(group: &str, place: &str, epoch: Epoch) -> Self {
+        Self {
+            v: super::VERSION,
+            group: group.to_owned(),
+            epoch,
+            agent: (place != group).then(|| place.to_owned()),
+        }
+    }
+
+    /// The `agent` of the records that it speaks of.
+    pub fn place(&self) -> &str {
+        self.agent.as_deref().unwrap_or(&self.group)
+    }
+
+    /// The value of its Kafka record.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings and numbers are JSON")
+    }
+
+    /// `None`: this is no claim.
+    pub fn decode(value: &[u8]) -> Option<Self> {
+        let claim: Self = serde_json::from_slice(value).ok()?;
+        let is_ours = claim.v == super::VERSION && claim.epoch > 0 && !claim.place().is_empty();
+        is_ours.then_some(claim)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::{Sample, decode, encode};
+
+    #[test]
+    fn a_lower_epoch_of_the_same_place_is_void_and_an_equal_or_higher_one_counts() {
+        let mut epochs = Epochs::default();
+        for (place, epoch, counts) in [
+            ("eu", 2, true),
+            ("us", 1, true),
+            ("eu", 1, false),
+            ("eu", 2, true),
+            ("eu", 5, true),
+            ("eu", 4, false),
+            ("us", 1, true),
+        ] {
+            assert_eq!(epochs.judge(place, epoch).is_ok(), counts, "{place} {epoch}");
+        }
+        assert_eq!(
+            epochs.judge("eu", 3).unwrap_err().to_string(),
+            "superseded by epoch 5 of eu"
+        );
+        assert_eq!((epochs.highest("eu"), epochs.highest("asia")), (5, 0));
+    }
+
+    #[test]
+    fn ever_new_places_take_no_more_memory_than_a_bound() {
+        let mut epochs = Epochs::default();
+        for place in 0..MAX_PLACES {
+            assert_eq!(epochs.judge(&place.to_string(), 1), Ok(()));
+        }
+        assert_eq!(epochs.judge("one more", 1), Err(Void::TooManyPlaces));
+        assert_eq!(epochs.judge("7", 2), Ok(()));
+    }
+
+    #[test]
+    fn a_record_gets_its_epoch_when_it_is_sent_and_another_one_when_it_is_sent_again() {
+        let sample = Sample {
+            address: "https://a.example/:7".into(),
+            agent: Some("eu:1".into()),
+            ..Sample::default()
+        };
+        let mut value = Vec::new();
+        encode(&sample, &mut value);
+        for epoch in [7, 1_764_335_293, 8] {
+            write_into(&mut value, epoch);
+            let expected = Sample {
+                epoch: Some(epoch),
+                ..sample.clone()
+            };
+            assert_eq!(decode(&value), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn a_claim_is_the_document_of_the_contract_and_names_its_place_where_that_is_not_the_group() {
+        let claim = Claim::new("eu", "eu", 18);
+        assert_eq!(claim.encode(), br#"{"v":1,"claim":"eu","epoch":18}"#);
+        assert_eq!(Claim::decode(&claim.encode()).unwrap(), claim);
+        let claim = Claim::new("eu", "Frankfurt", 18);
+        assert_eq!(Claim::decode(&claim.encode()).unwrap().place(), "Frankfurt");
+    }
+
+    #[test]
+    fn nothing_else_is_a_claim() {
+        for value in [
+            r#"{"v":2,"claim":"eu","epoch":18}"#,
+            r#"{"v":1,"claim":"","epoch":18}"#,
+            r#"{"v":1,"claim":"eu","epoch":0}"#,
+            r#"{"v":1,"claim":"eu"}"#,
+            r#"{"v":1,"claim":"eu","epoch":1,"address":"a","is_valid":true}"#,
+            r#"{"address":"a","is_valid":true}"#,
+            "",
+            "claim",
+        ] {
+            assert_eq!(Claim::decode(value.as_bytes()), None, "{value}");
+        }
+    }
+}
