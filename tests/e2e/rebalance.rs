@@ -5,7 +5,7 @@ use std::time::Duration;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 
 use crate::agent::Agent;
-use crate::case::{Case, InProcess, SOON, Stream, write};
+use crate::case::{Case, InProcess, SOON, Stream, wait_for_count_within, write};
 use crate::database::{config, server};
 use crate::kafka::Kafka;
 use crate::scratch::wait_for;
@@ -337,7 +337,8 @@ fn several_topics_are_read_at_once_and_one_that_comes_later_holds_up_none() {
     case.kafka.create_topic("several-late", 2);
     write(case.kafka, "several-late", 1, 0..10);
     write(case.kafka, "several", 0, 10..20);
-    case.wait_for_rows(40, &[&consumer]);
+    // Topics are looked for every 30 s.
+    wait_for_count_within(2 * SOON, &mut case.db, "host_metrics", 40, &[&consumer]);
     consumer.stop();
     case.assert_exactly_once(&["several", "several-more", "several-late"]);
     let by_topic = case.db.many(
