@@ -66,6 +66,8 @@ pub struct Source {
     look_for_topics_at: Option<Instant>,
     /// Where the answer of [`batch_head`] comes that was last asked for.
     head_asked: Option<Receiver<HeadFound>>,
+    /// As in [`State`], so that a log line does not need its lock.
+    is_second: bool,
 }
 
 type HeadFound = (Partition, i64, Result<BatchHead, String>);
@@ -145,12 +147,11 @@ impl Source {
     /// # Errors
     /// As [`Source::join`].
     pub fn rejoin(&self) -> anyhow::Result<Self> {
-        let is_second = self.state().is_second;
         Self::subscribe(
             self.client.clone(),
             self.explainer.clone(),
             self.topics.clone(),
-            is_second,
+            self.is_second,
         )
     }
 
@@ -198,6 +199,7 @@ impl Source {
             client,
             explainer,
             consumer,
+            is_second,
             commits,
             committer,
             watching,
@@ -419,7 +421,7 @@ impl Source {
     }
 
     fn level(&self, level: Level) -> Level {
-        self.state().level(level)
+        level_of(self.is_second, level)
     }
 
     fn stop_reading(&self, which: impl Fn(Partition) -> bool) -> KafkaResult<()> {
@@ -475,7 +477,8 @@ impl Source {
         if !self.topics.iter().all(is_there) {
             return;
         }
-        if let Some(lasted) = self.state().missing.end(now) {
+        let lasted = self.state().missing.end(now);
+        if let Some(lasted) = lasted {
             log::log!(
                 self.level(Level::Info),
                 "the topic is there after {} s",
@@ -639,7 +642,7 @@ impl State {
         level_of(self.is_second, level)
     }
 
-    fn is_connected(&mut self, now: Instant) {
+    fn connected(&mut self, now: Instant) {
         self.last_reason = None;
         if let Some(lasted) = self.away.end(now) {
             log::log!(
@@ -680,7 +683,7 @@ impl Context {
         let mut state = self.state();
         state.commits_under_way = state.commits_under_way.saturating_sub(1);
         match result {
-            Ok(()) => state.is_connected(now()),
+            Ok(()) => state.connected(now()),
             Err(reason) => {
                 log::debug!("not committed: {reason}");
                 let partitions = commits.iter().map(|(partition, _)| *partition).collect();
@@ -707,7 +710,7 @@ impl ClientContext for Context {
     fn stats(&self, statistics: Statistics) {
         let mut state = self.state();
         if statistics.brokers.values().any(|broker| broker.state == "UP") {
-            state.is_connected(now());
+            state.connected(now());
         }
         let now = now();
         let mut ends = BTreeMap::new();
@@ -807,7 +810,7 @@ impl ConsumerContext for Context {
             log::debug!("librdkafka does not take the answer to a rebalance: {error}");
         }
         let mut state = self.state();
-        state.is_connected(now());
+        state.connected(now());
         state.refused.end(now());
         state.is_member |= is_assigned;
         state.stuck.forget(&ours);
