@@ -366,6 +366,15 @@ fn a_unit_in_a_word_of_its_own_is_refused_unless_it_may_begin_a_text() {
 }
 
 #[test]
+fn an_options_name_before_any_character_is_a_regex() {
+    // The first one was found by fuzzing: it is two bytes long.
+    for sign in ["\u{337}", "\u{2028}x", "🦀", "!"] {
+        let line = format!("example.com 5 tls{sign} and more");
+        assert_eq!(warnings(&line), [""; 0], "{line}");
+    }
+}
+
+#[test]
 fn a_line_that_nobody_can_mean_is_refused() {
     for (line, expected) in [
         (

@@ -97,7 +97,7 @@ fn spaced_option(text: &str, first: &str, rest: &str) -> Option<Slip> {
             .strip_prefix('=')
             .unwrap_or(rest)
             .trim_start_matches(is_blank),
-        sign => match &sign[1..] {
+        sign => match sign.strip_prefix(['=', ':'])? {
             "" => rest,
             value => value,
         },
