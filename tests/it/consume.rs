@@ -21,7 +21,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Produc
 const PACE: &[(&str, &str)] = &[("session.timeout.ms", "6000"), ("heartbeat.interval.ms", "500")];
 
 /// No wait of these tests is longer: what has not happened by then has failed.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 const TOPIC: &str = "host-metrics";
 const P0: Partition = Partition { topic: 0, number: 0 };
