@@ -84,17 +84,20 @@ impl Socket {
     }
 }
 
+/// By a signal or the kernel's timeout: [`Socket::time_left`] decides whether the wait goes on.
+fn is_interrupted(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+    )
+}
+
 impl Read for Socket {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             self.stream.set_read_timeout(Some(self.time_left()?))?;
             match self.stream.read(into) {
-                // A signal or the kernel's timeout: `time_left` decides.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                    ) => {}
+                Err(error) if is_interrupted(&error) => {}
                 result => return result,
             }
         }
@@ -111,11 +114,7 @@ impl Write for Socket {
         loop {
             self.stream.set_write_timeout(Some(self.time_left()?))?;
             match self.stream.write_vectored(slices) {
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                    ) => {}
+                Err(error) if is_interrupted(&error) => {}
                 result => return result,
             }
         }

@@ -439,13 +439,13 @@ impl<'a, S: Sink> Agent<'a, S> {
         self.rejections.say(level::<S>(Level::Warn), now);
     }
 
-    /// What is done every second: troubles, lag, the summary.
+    /// What is done every second: outages, lag, the summary.
     fn watch(&mut self, now: Instant) {
         if now < self.watch_at {
             return;
         }
         self.watch_at = now + Duration::from_secs(1);
-        self.source.say_troubles(now);
+        self.source.report_outages(now);
         self.rejections.say(level::<S>(Level::Warn), now);
         let unwritten = self.ingest.unwritten();
         if let Some((reason, lasted)) = self.postgres.take_report(now) {

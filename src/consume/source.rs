@@ -213,7 +213,7 @@ impl Source {
     /// Waits for a record, an event or the timeout. Events come first: see [`Source::take_event`] before taking the record.
     ///
     /// # Errors
-    /// The consumer cannot go on. Everything else is waited out, and said by [`Source::say_troubles`].
+    /// The consumer cannot go on. Everything else is waited out, and said by [`Source::report_outages`].
     pub fn poll(&self, timeout: Duration) -> Result<Option<Delivered<'_>>, Ended> {
         match self.consumer.poll(timeout) {
             Some(Ok(message)) => {
@@ -331,7 +331,7 @@ impl Source {
 
     /// Says what is wrong with Kafka, looks whether a missing topic is there by now, and has partitions without an owner given
     /// out. To be called every second or so.
-    pub fn say_troubles(&mut self, now: Instant) {
+    pub fn report_outages(&mut self, now: Instant) {
         self.look_for_topics(now);
         self.adopt_orphans();
         self.look_for_stuck(now);
@@ -344,10 +344,10 @@ impl Source {
             ("waiting for Kafka to allow it", &mut state.refused),
             ("waiting for the topic", &mut state.missing),
         ];
-        for (what, trouble) in waiting {
-            let reason = self.explainer.explain(trouble.reason().unwrap_or_default());
-            trouble.set_cause_known(names_a_cause(&reason));
-            if let Some((_, lasted)) = trouble.take_report(now) {
+        for (what, outage) in waiting {
+            let reason = self.explainer.explain(outage.reason().unwrap_or_default());
+            outage.set_cause_known(names_a_cause(&reason));
+            if let Some((_, lasted)) = outage.take_report(now) {
                 log::log!(
                     level(Level::Warn),
                     "{what}: {reason} (for {} s)",
@@ -371,8 +371,8 @@ impl Source {
             ("waiting for Kafka to allow it", &state.refused),
             ("waiting for the topic", &state.missing),
         ];
-        for (what, trouble) in waiting {
-            if let Some(reason) = trouble.reason() {
+        for (what, outage) in waiting {
+            if let Some(reason) = outage.reason() {
                 return Err(format!("{what}: {}", self.explainer.explain(reason)));
             }
         }
@@ -599,7 +599,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("fetch.message.max.bytes", "131072"),
     // For the lag, and for which brokers are there.
     ("statistics.interval.ms", "5000"),
-    // A broker that closes an idle connection is no trouble.
+    // A broker that closes an idle connection is no outage.
     ("log.connection.close", "false"),
 ];
 
@@ -889,7 +889,7 @@ fn partition(topics: &[String], topic: &str, number: i32) -> Option<Partition> {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "an edge: troubles and deadlines need the clock"
+    reason = "an edge: outages and deadlines need the clock"
 )]
 fn now() -> Instant {
     Instant::now()

@@ -25,7 +25,7 @@ struct Stand {
     looks: u32,
     /// What is there. `None`: it may still be nothing but slow.
     batch: Option<BatchHead>,
-    trouble: Outage,
+    outage: Outage,
 }
 
 /// What a look at a partition that is being read shows.
@@ -45,7 +45,7 @@ impl Stuck {
         let is_behind = (0..look.end_offset).contains(&look.next_offset);
         let lasted = match is_behind && stands.offset == look.next_offset {
             true => None,
-            false => std::mem::take(stands).trouble.end(now),
+            false => std::mem::take(stands).outage.end(now),
         };
         stands.offset = look.next_offset;
         if !is_behind {
@@ -75,7 +75,7 @@ impl Stuck {
         batch: BatchHead,
     ) {
         if let Some(stand) = self.0.get_mut(&partition).filter(|stand| stand.offset == offset) {
-            stand.trouble.begin(now, text(&batch));
+            stand.outage.begin(now, text(&batch));
             stand.batch = Some(batch);
         }
     }
@@ -93,13 +93,13 @@ impl Stuck {
 
     /// What is wrong, one text a partition.
     pub fn reasons(&self) -> impl Iterator<Item = &str> {
-        self.0.values().filter_map(|stand| stand.trouble.reason())
+        self.0.values().filter_map(|stand| stand.outage.reason())
     }
 
     /// What is to be said now, and how long it has lasted.
     pub fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
         let stands = self.0.values_mut();
-        let due = stands.filter_map(|stand| stand.trouble.take_report(now));
+        let due = stands.filter_map(|stand| stand.outage.take_report(now));
         due.map(|(reason, lasted)| (reason.to_owned(), lasted)).collect()
     }
 }

@@ -180,7 +180,7 @@ impl Thread {
             while let Ok(event) = self.heard.try_recv() {
                 self.handle(event);
             }
-            self.say_troubles();
+            self.report_outages();
             match self.shares.next_action(self.clock.now_micros()) {
                 Action::Wait { until } if !self.read() => self.wait(until),
                 Action::Wait { .. } => {}
@@ -247,7 +247,7 @@ impl Thread {
         }
     }
 
-    fn say_troubles(&mut self) {
+    fn report_outages(&mut self) {
         let now = instant_now();
         if let Some((reason, lasted)) = self.member.trouble(now) {
             log::error!(

@@ -1,7 +1,7 @@
 //! The `produce` agent: from the host file to acknowledged records.
 //!
-//! `host_file`, `target`, `schedule` and `outcome` are pure; `check` (HTTP), `pool` (threads), `publisher` (Kafka) and
-//! `clock` are the edges. This file owns the run: it lets the timer loop, the pool and the publisher meet, and nothing else.
+//! `host_file`, `schedule`, `outbox` and `share` are pure; `pool` (threads), `publisher` and `fleet` (Kafka) are the edges.
+//! This file runs the timer loop and connects these parts.
 
 pub mod counters;
 mod fleet;

@@ -100,12 +100,12 @@ fn a_topic_that_is_made_later_is_taken_up() {
     while now() < until {
         let (offset, events) = poll(&source);
         assert!(offset.is_none() && events.is_empty(), "there is nothing yet");
-        source.say_troubles(now());
+        source.report_outages(now());
     }
     broker.create_topic(TOPIC, 1, 1).unwrap();
     produce(&broker, 0, 0..3);
     wait_for(|| {
-        source.say_troubles(now());
+        source.report_outages(now());
         let (_, events) = poll(&source);
         events
             .iter()

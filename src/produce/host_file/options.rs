@@ -50,8 +50,13 @@ pub(super) fn read_frequency(text: &str) -> Result<Duration, LineFault> {
     Ok(interval)
 }
 
-pub(super) const KNOWN_OPTIONS: &str = "the options are timeout, status, method, follow, topic, ip and tls";
 pub(super) const OPTION_NAMES: [&str; 7] = ["timeout", "status", "method", "follow", "topic", "ip", "tls"];
+
+/// For messages: `the options are timeout, status, … and tls`.
+pub(super) fn known_options() -> String {
+    let [names @ .., last] = OPTION_NAMES;
+    format!("the options are {} and {last}", names.join(", "))
+}
 
 /// The options that were given so far.
 #[derive(Default)]
@@ -85,7 +90,7 @@ impl Options {
             "tls" => option.once(&mut self.tls, read_tls, "`insecure` or `required`"),
             name => Err(LineFault::new(
                 0,
-                format!("{} is not an option; {KNOWN_OPTIONS}", quoted(name)),
+                format!("{} is not an option; {}", quoted(name), known_options()),
             )),
         }
     }

@@ -9,7 +9,7 @@ use nom::{Offset, Parser};
 
 use super::address::read_address;
 use super::fault::{HostFileError, LineFault};
-use super::options::{INTERVALS, KNOWN_OPTIONS, Options, read_frequency};
+use super::options::{INTERVALS, Options, known_options, read_frequency};
 use super::regexes::{Regexes, compile};
 use super::report::ErrorReport;
 use super::slips::{self, Slip};
@@ -91,7 +91,10 @@ pub fn target(address: &str, options: &[String], regex: Option<&str>) -> Result<
     for option in options {
         let set = match all_consuming(option_word).parse(option) {
             Ok((_, word)) => settings.set(&word),
-            Err(_) => Err(LineFault::new(0, format!("expected NAME=VALUE; {KNOWN_OPTIONS}"))),
+            Err(_) => Err(LineFault::new(
+                0,
+                format!("expected NAME=VALUE; {}", known_options()),
+            )),
         };
         report.keep("OPTION", option, set);
     }
