@@ -185,22 +185,24 @@ pub struct Backend {
     pub started: String,
 }
 
-/// A connection, with the task that does its input and output.
-pub struct Link {
+/// A session on a connection of its own, with the bounds on its waits.
+pub struct Session {
     pub client: Client,
+    pub bounds: Bounds,
     pub backend: Backend,
     /// DB_TABLE with its schema. If DB_TABLE names no schema, it is found through the user's search path.
     pub table: TableName,
+    /// Does the input and output of the connection.
     driver: JoinHandle<()>,
 }
 
-impl Link {
+impl Session {
     /// Connects and prepares the session.
     ///
     /// # Errors
     /// A passing one if the server cannot be reached; one for the operator if the login, the certificate or the database
     /// is wrong.
-    pub async fn open(config: &DatabaseConfig, bounds: &Bounds) -> Result<Self, Fault> {
+    pub async fn open(config: &DatabaseConfig, bounds: Bounds) -> Result<Self, Fault> {
         let place = format!("Postgres at {}:{}", config.host, config.port);
         // Nothing was written yet, so a refusal concerns the login or a setting.
         let named = |fault: Fault| Fault {
@@ -212,17 +214,18 @@ impl Link {
             text: format!("{place}: {}", fault.text),
             ..fault
         };
-        let (client, driver) = bounded("connecting", bounds.connect, connect(config, bounds))
+        let (client, driver) = bounded("connecting", bounds.connect, connect(config, &bounds))
             .await
             .map_err(named)?;
         let opened = async {
-            require_session(&client, config, bounds).await?;
-            let set_up = set_up(&client, bounds, &config.table);
+            require_session(&client, config, &bounds).await?;
+            let set_up = set_up(&client, &bounds, &config.table);
             bounded("session settings", bounds.step, set_up).await
         };
         match opened.await {
             Ok((backend, table)) => Ok(Self {
                 client,
+                bounds,
                 backend,
                 table,
                 driver,
@@ -232,6 +235,21 @@ impl Link {
                 Err(named(fault))
             }
         }
+    }
+
+    /// Runs `future` for at most one step of the bounds.
+    ///
+    /// # Errors
+    /// As [`bounded`].
+    pub async fn bounded<T, E>(
+        &self,
+        what: &str,
+        future: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Fault>
+    where
+        Fault: From<E>,
+    {
+        bounded(what, self.bounds.step, future).await
     }
 
     /// Closes the socket without a message to the server, which may be frozen.
@@ -265,7 +283,7 @@ async fn require_session(client: &Client, config: &DatabaseConfig, bounds: &Boun
     };
     let is_kept = bounded("looking for a pooler", within, ask).await;
     driver.abort();
-    // As in `Link::close`.
+    // As in `Session::close`.
     let _ = driver.await;
     match is_kept {
         Ok(false) => {}

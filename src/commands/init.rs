@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
-use crate::postgres::{self, Bounds, Fault, Kind, Link};
+use crate::postgres::{self, Bounds, Fault, Kind, Session};
 use crate::tables::names::Object;
 use crate::tables::{days, destination, migrate, schema};
 
@@ -66,10 +66,9 @@ pub fn run(config: &InitConfig, options: Options) -> anyhow::Result<()> {
 /// Something that waiting does not mend.
 pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
-    let bounds = Bounds::default();
     let mut waiting = Waiting::new();
     loop {
-        match runtime.block_on(make_tables_once(config, &bounds)) {
+        match runtime.block_on(make_tables_once(config)) {
             Ok(()) => break,
             Err(fault) if fault.kind == Kind::Passing => waiting.say(&fault.text),
             Err(fault) => bail!("{fault}"),
@@ -314,20 +313,19 @@ fn made(
     Ok(again)
 }
 
-async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<(), Fault> {
-    let link = Link::open(config, bounds).await?;
+async fn make_tables_once(config: &DatabaseConfig) -> Result<(), Fault> {
+    let session = Session::open(config, Bounds::default()).await?;
     let result = async {
-        let client = &link.client;
         let today = days::today();
-        let made = migrate::make(&link, bounds, today).await.map_err(|fault| {
+        let made = migrate::make(&session, today).await.map_err(|fault| {
             fault.with_grant(&format!(
                 "GRANT CREATE ON SCHEMA {} to {}, or let its owner run init",
-                link.table.schema.as_deref().unwrap_or_default(),
+                session.table.schema.as_deref().unwrap_or_default(),
                 config.user
             ))
         })?;
-        let found = destination::find(&link, bounds).await?;
-        days::keep_days(client, bounds, &found, today, None).await?;
+        let found = destination::find(&session).await?;
+        days::keep_days(&session, &found, today, None).await?;
         if let Some(version) = found.newer_version() {
             log::warn!(
                 "{} was made by a newer version of host-metrics (schema {version}), and is left as it is",
@@ -349,7 +347,7 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
             }
         }
         if found.has(Object::Main) && !found.is_ours(Object::Main) {
-            let not_stored = destination::not_stored(client, bounds, &found).await?;
+            let not_stored = destination::not_stored(&session, &found).await?;
             if !not_stored.is_empty() {
                 log::warn!(
                     "{} has no column for, so these are not stored: {}",
@@ -361,18 +359,17 @@ async fn make_tables_once(config: &DatabaseConfig, bounds: &Bounds) -> Result<()
         Ok(())
     }
     .await;
-    link.close().await;
+    session.close().await;
     result
 }
 
 fn drop_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
-    let bounds = Bounds::default();
     let (dropped, left) = runtime
         .block_on(async {
-            let link = Link::open(config, &bounds).await?;
-            let result = migrate::drop_ours(&link, &bounds).await;
-            link.close().await;
+            let session = Session::open(config, Bounds::default()).await?;
+            let result = migrate::drop_ours(&session).await;
+            session.close().await;
             result
         })
         .map_err(|fault: Fault| anyhow::anyhow!("nothing dropped: {fault}"))?;

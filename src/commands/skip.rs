@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use crate::config::ConsumeConfig;
 use crate::consume::state;
 use crate::kafka::{BatchHead, batch_head};
-use crate::postgres::{self, Bounds, Fault, Link, bounded};
+use crate::postgres::{self, Bounds, Fault, Session};
 use crate::tables::names::Object;
 
 /// The argument of `skip`: `TOPIC/PARTITION` or `TOPIC/PARTITION:OFFSET`.
@@ -61,11 +61,10 @@ pub fn run(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
 }
 
 async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
-    let bounds = Bounds::default();
-    let link = Link::open(&config.database, &bounds).await?;
+    let session = Session::open(&config.database, Bounds::default()).await?;
     let Place { topic, partition, .. } = place;
     let name = format!("{topic}/{partition}");
-    let Some(position) = position(&link, &bounds, config, place).await? else {
+    let Some(position) = position(&session, config, place).await? else {
         bail!(
             "group {} has no position of {name} in {}; `host-metrics consume` creates it when it first reads that partition",
             config.group_id,
@@ -77,7 +76,7 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
     if offset < position {
         // The state has its own position, which may not have reached the batch yet.
         let next = head().map_or(offset, |head| head.last_offset.saturating_add(1));
-        if pass_state(&link, &bounds, config, place, offset, offset, next).await? {
+        if pass_state(&session, config, place, offset, offset, next).await? {
             return Ok(format!("The position of the state of {name} is now {next}\n"));
         }
         bail!("the position of {name} is {position}, which is already past offset {offset}");
@@ -88,13 +87,13 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
             "The position of {name} is {position}. The batch there: {head}. To skip it: host-metrics skip {name}:{position}\n"
         )
     } else {
-        if !pass(&link, &bounds, config, place, position, &head).await? {
+        if !pass(&session, config, place, position, &head).await? {
             bail!(
                 "nothing was changed, because the position of {name} has just moved on from {position}; run `skip` again"
             );
         }
         let (first, last) = (head.first_offset, head.last_offset);
-        pass_state(&link, &bounds, config, place, first, last, last.saturating_add(1)).await?;
+        pass_state(&session, config, place, first, last, last.saturating_add(1)).await?;
         format!(
             "The position of {name} is now {}. Offsets {position} to {} are noted in {} as not read\n",
             head.last_offset.saturating_add(1),
@@ -102,38 +101,33 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
             config.database.table.quoted(Object::Rejected.suffix())
         )
     };
-    link.close().await;
+    session.close().await;
     Ok(said)
 }
 
-async fn position(
-    link: &Link,
-    bounds: &Bounds,
-    config: &ConsumeConfig,
-    place: &Place,
-) -> Result<Option<i64>, Fault> {
-    let offsets = link.table.quoted(Object::Offsets.suffix());
+async fn position(session: &Session, config: &ConsumeConfig, place: &Place) -> Result<Option<i64>, Fault> {
+    let offsets = session.table.quoted(Object::Offsets.suffix());
     let sql = format!(
         "SELECT next_offset FROM {offsets} WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3"
     );
     let params: [&(dyn ToSql + Sync); 3] = [&config.group_id, &place.topic, &place.partition];
-    bounded("reading the position", bounds.step, async {
-        let row = link.client.query_opt(&sql, &params).await?;
-        row.map(|row| row.try_get(0)).transpose()
-    })
-    .await
+    session
+        .bounded("reading the position", async {
+            let row = session.client.query_opt(&sql, &params).await?;
+            row.map(|row| row.try_get(0)).transpose()
+        })
+        .await
 }
 
 /// Moves the position and adds the note, in one statement. False if the position is no longer the expected one.
 async fn pass(
-    link: &Link,
-    bounds: &Bounds,
+    session: &Session,
     config: &ConsumeConfig,
     place: &Place,
     position: i64,
     head: &BatchHead,
 ) -> Result<bool, Fault> {
-    let table = &link.table;
+    let table = &session.table;
     let (offsets, rejected) = (
         table.quoted(Object::Offsets.suffix()),
         table.quoted(Object::Rejected.suffix()),
@@ -157,38 +151,31 @@ async fn pass(
         &next,
         &reason,
     ];
-    let noted = bounded(
-        "moving the position",
-        bounds.step,
-        link.client.execute(&sql, &params),
-    )
-    .await?;
+    let noted = session
+        .bounded("moving the position", session.client.execute(&sql, &params))
+        .await?;
     Ok(noted == 1)
 }
 
 /// Has the state go on at `next`, if it stands between `first` and `last`.
 async fn pass_state(
-    link: &Link,
-    bounds: &Bounds,
+    session: &Session,
     config: &ConsumeConfig,
     place: &Place,
     first: i64,
     last: i64,
     next: i64,
 ) -> Result<bool, Fault> {
-    let offsets = link.table.quoted(Object::Offsets.suffix());
+    let offsets = session.table.quoted(Object::Offsets.suffix());
     let sql = format!(
         "UPDATE {offsets} SET next_offset = $6 WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3 \
          AND next_offset BETWEEN $4 AND $5 AND next_offset < $6"
     );
     let group_id = state::config_of(config).group_id;
     let params: [&(dyn ToSql + Sync); 6] = [&group_id, &place.topic, &place.partition, &first, &last, &next];
-    let moved = bounded(
-        "moving the position",
-        bounds.step,
-        link.client.execute(&sql, &params),
-    )
-    .await?;
+    let moved = session
+        .bounded("moving the position", session.client.execute(&sql, &params))
+        .await?;
     Ok(moved == 1)
 }
 

@@ -4,18 +4,17 @@
 
 use std::collections::BTreeMap;
 
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::Statement;
 
 use crate::consume::batch::{Batch, NextOffset, Partition, Position};
-use crate::postgres::{Bounds, Fault, Kind, bounded};
+use crate::postgres::{Fault, Kind, Session};
 use crate::sample::epoch::Epochs;
-use crate::tables::names::{Object, TableName};
+use crate::tables::names::Object;
 
-/// What identifies this consumer's positions, and its patience.
+/// The names under which the offsets table has this consumer's positions.
 pub struct Keys {
     pub group_id: String,
     pub topics: Vec<String>,
-    pub bounds: Bounds,
 }
 
 impl Keys {
@@ -40,8 +39,9 @@ pub struct Positions {
 }
 
 impl Positions {
-    pub async fn prepare(client: &Client, table: &TableName) -> Result<Self, tokio_postgres::Error> {
-        let offsets = table.quoted(Object::Offsets.suffix());
+    pub async fn prepare(session: &Session) -> Result<Self, tokio_postgres::Error> {
+        let client = &session.client;
+        let offsets = session.table.quoted(Object::Offsets.suffix());
         Ok(Self {
             advance: client
                 .prepare(&format!(
@@ -74,12 +74,12 @@ impl Positions {
     /// The positions of `partitions`; one that is missing is made from `missing_from`, if there.
     pub async fn locate(
         &self,
-        client: &Client,
+        session: &Session,
         keys: &Keys,
         partitions: &[Partition],
         missing_from: &BTreeMap<Partition, NextOffset>,
     ) -> Result<BTreeMap<Partition, Position>, Fault> {
-        let mut found = self.read(client, keys, partitions).await?;
+        let mut found = self.read(session, keys, partitions).await?;
         let missing: Vec<(Partition, NextOffset)> = missing_from
             .iter()
             .filter(|(partition, _)| partitions.contains(partition) && !found.contains_key(partition))
@@ -92,21 +92,23 @@ impl Positions {
                 .collect::<Result<Vec<_>, _>>()?;
             let numbers: Vec<i32> = missing.iter().map(|(p, _)| p.number).collect();
             let nexts: Vec<i64> = missing.iter().map(|(_, next)| next.0).collect();
-            bounded(
-                "adding positions",
-                keys.bounds.step,
-                client.execute(&self.add, &[&keys.group_id, &topics, &numbers, &nexts]),
-            )
-            .await?;
+            session
+                .bounded(
+                    "adding positions",
+                    session
+                        .client
+                        .execute(&self.add, &[&keys.group_id, &topics, &numbers, &nexts]),
+                )
+                .await?;
             // If another consumer was quicker, its position counts.
-            found = self.read(client, keys, partitions).await?;
+            found = self.read(session, keys, partitions).await?;
         }
         Ok(found)
     }
 
     async fn read(
         &self,
-        client: &Client,
+        session: &Session,
         keys: &Keys,
         partitions: &[Partition],
     ) -> Result<BTreeMap<Partition, Position>, Fault> {
@@ -120,30 +122,32 @@ impl Positions {
             .zip(partitions)
             .map(|(&topic, &p)| ((topic, p.number), p))
             .collect();
-        bounded("reading positions", keys.bounds.step, async {
-            let mut found = BTreeMap::new();
-            for row in client
-                .query(&self.read, &[&keys.group_id, &topics, &numbers])
-                .await?
-            {
-                let (topic, number): (&str, i32) = (row.try_get(0)?, row.try_get(1)?);
-                if let Some(&partition) = by_name.get(&(topic, number)) {
-                    let epochs = serde_json::from_str(row.try_get(3)?);
-                    let position = Position {
-                        next: NextOffset(row.try_get(2)?),
-                        epochs: epochs.map_err(|error| not_epochs(topic, number, &error))?,
-                    };
-                    found.insert(partition, position);
+        session
+            .bounded("reading positions", async {
+                let mut found = BTreeMap::new();
+                for row in session
+                    .client
+                    .query(&self.read, &[&keys.group_id, &topics, &numbers])
+                    .await?
+                {
+                    let (topic, number): (&str, i32) = (row.try_get(0)?, row.try_get(1)?);
+                    if let Some(&partition) = by_name.get(&(topic, number)) {
+                        let epochs = serde_json::from_str(row.try_get(3)?);
+                        let position = Position {
+                            next: NextOffset(row.try_get(2)?),
+                            epochs: epochs.map_err(|error| not_epochs(topic, number, &error))?,
+                        };
+                        found.insert(partition, position);
+                    }
                 }
-            }
-            Ok::<_, Fault>(found)
-        })
-        .await
+                Ok::<_, Fault>(found)
+            })
+            .await
     }
 
     /// Moves the positions of the batch's partitions from its bases. False: one of them is not there, so it is somebody else's,
     /// and the transaction has to be rolled back.
-    pub async fn advance(&self, client: &Client, keys: &Keys, batch: &Batch) -> Result<bool, Fault> {
+    pub async fn advance(&self, session: &Session, keys: &Keys, batch: &Batch) -> Result<bool, Fault> {
         let spans = batch.spans.iter();
         let topics = spans
             .clone()
@@ -153,7 +157,8 @@ impl Positions {
         let bases: Vec<i64> = spans.clone().map(|(_, span)| span.base.0).collect();
         let nexts: Vec<i64> = spans.clone().map(|(_, span)| span.next.0).collect();
         let epochs: Vec<Option<String>> = spans.map(|(p, _)| batch.epochs.get(p).map(json)).collect();
-        let moved = client
+        let moved = session
+            .client
             .execute(
                 &self.advance,
                 &[&keys.group_id, &topics, &numbers, &bases, &nexts, &epochs],

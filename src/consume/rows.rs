@@ -19,7 +19,7 @@ use crate::consume::batch::{Batch, Form, Read, Record};
 use crate::consume::positions::{Keys, Positions, not_a_rows};
 use crate::consume::refused::Search;
 use crate::consume::sink::{Sink, Written, judge};
-use crate::postgres::{Bounds, Fault, Kind, Link, bounded};
+use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
 use crate::tables::destination::{self, Found};
@@ -69,7 +69,7 @@ impl Sink for Rows {
     const IS_FIRST: bool = true;
     const KEEPS_RECORDS: bool = true;
     type Layout = Layout;
-    type Session = RowsSession;
+    type Prepared = PreparedRows;
 
     fn encode(
         layout: &Layout,
@@ -96,23 +96,23 @@ impl Sink for Rows {
         Ok(Read::Row)
     }
 
-    async fn prepare(&mut self, link: &Link, bounds: &Bounds) -> Result<(Layout, RowsSession), Fault> {
-        let client = &link.client;
+    async fn prepare(&mut self, session: &Session) -> Result<(Layout, PreparedRows), Fault> {
+        let client = &session.client;
         let today = days::today();
-        let made = migrate::make(link, bounds, today).await;
+        let made = migrate::make(session, today).await;
         // Many may write and not create: only where something is really missed is that a fault, with both reasons.
         let not_made = match made {
             Ok(made) => {
                 for object in made {
-                    log::info!("made {}", link.table.quoted(object.suffix()));
+                    log::info!("made {}", session.table.quoted(object.suffix()));
                 }
                 None
             }
             Err(fault) if fault.kind == Kind::Operator => Some(fault),
             Err(fault) => return Err(fault),
         };
-        let found = destination::find(link, bounds).await?;
-        let destination = destination::destination(client, bounds, &found, &self.user)
+        let found = destination::find(session).await?;
+        let destination = destination::destination(session, &found, &self.user)
             .await
             .map_err(|fault| match &not_made {
                 Some(why) if fault.kind == Kind::Operator => Fault {
@@ -133,29 +133,26 @@ impl Sink for Rows {
             }
             self.said_not_stored = Some(not_stored);
         }
-        days::keep_days(client, bounds, &found, today, self.retention_days).await?;
-        let statements = bounded(
-            "preparing",
-            bounds.step,
-            Statements::prepare(client, &found.table, &layout),
-        )
-        .await?;
-        Ok((layout, RowsSession { found, statements }))
+        days::keep_days(session, &found, today, self.retention_days).await?;
+        let statements = session
+            .bounded("preparing", Statements::prepare(client, &found.table, &layout))
+            .await?;
+        Ok((layout, PreparedRows { found, statements }))
     }
 
     async fn flush(
         &mut self,
-        link: &Link,
+        session: &Session,
         keys: &Keys,
         positions: &Positions,
-        session: &RowsSession,
+        prepared: &PreparedRows,
         batch: &Batch,
     ) -> Result<Written, Fault> {
         let flush = Flush {
-            link,
+            session,
             keys,
             positions,
-            session,
+            prepared,
         };
         flush.flush(batch).await
     }
@@ -164,23 +161,15 @@ impl Sink for Rows {
     /// and the user may; otherwise says what is missing.
     async fn maintain(
         &mut self,
-        link: &Link,
-        bounds: &Bounds,
-        session: &RowsSession,
+        session: &Session,
+        prepared: &PreparedRows,
         now: Timestamp,
     ) -> Result<(), Fault> {
-        days::keep_days(
-            &link.client,
-            bounds,
-            &session.found,
-            Day::of(now),
-            self.retention_days,
-        )
-        .await
+        days::keep_days(session, &prepared.found, Day::of(now), self.retention_days).await
     }
 }
 
-pub struct RowsSession {
+pub struct PreparedRows {
     found: Found,
     statements: Statements,
 }
@@ -229,26 +218,25 @@ impl Statements {
 
 /// One flush: what it needs.
 struct Flush<'a> {
-    link: &'a Link,
+    session: &'a Session,
     keys: &'a Keys,
     positions: &'a Positions,
-    session: &'a RowsSession,
+    prepared: &'a PreparedRows,
 }
 
 impl Flush<'_> {
     async fn flush(&self, batch: &Batch) -> Result<Written, Fault> {
-        let keys = self.keys;
         let rows: Vec<usize> = rows_of(batch);
-        let Some(sink) = self.begin(keys, batch, !rows.is_empty()).await? else {
-            self.rollback(keys).await?;
+        let Some(sink) = self.begin(batch, !rows.is_empty()).await? else {
+            self.rollback().await?;
             return Ok(Written::Fenced);
         };
         let end = "SET CONSTRAINTS ALL IMMEDIATE; COMMIT";
-        match self.write(keys, batch, &rows, sink, end).await {
+        match self.write(batch, &rows, sink, end).await {
             Ok(()) => Ok(Written::Durable),
             Err(fault) if fault.kind == Kind::Refused && !rows.is_empty() => {
-                self.rollback(keys).await?;
-                self.find_refused(keys, batch, &rows, fault).await
+                self.rollback().await?;
+                self.find_refused(batch, &rows, fault).await
             }
             Err(fault) => Err(fault),
         }
@@ -256,15 +244,10 @@ impl Flush<'_> {
 
     /// Begins a transaction, moves the positions, inserts the rejected and starts the COPY (the inner `None`: there are
     /// no rows). The outer `None`: the positions are not where the batch says; the transaction is still open.
-    async fn begin(
-        &self,
-        keys: &Keys,
-        batch: &Batch,
-        has_rows: bool,
-    ) -> Result<Option<Option<CopyInSink<Bytes>>>, Fault> {
-        let client = &self.link.client;
-        let step = keys.bounds.step;
-        let rejected = Rejected::chunks(keys, batch)?;
+    async fn begin(&self, batch: &Batch, has_rows: bool) -> Result<Option<Option<CopyInSink<Bytes>>>, Fault> {
+        let client = &self.session.client;
+        let step = self.session.bounds.step;
+        let rejected = Rejected::chunks(self.keys, batch)?;
         // While a COPY is open nothing else may be asked: what is inserted goes before it, at the price of a round trip.
         let copies_at_once = has_rows && rejected.is_empty();
 
@@ -274,10 +257,10 @@ impl Flush<'_> {
             Ok::<_, Fault>(
                 join3(
                     client.batch_execute(BEGIN),
-                    self.positions.advance(client, keys, batch),
+                    self.positions.advance(self.session, self.keys, batch),
                     async {
                         match copies_at_once {
-                            true => client.copy_in(&self.session.statements.copy).await.map(Some),
+                            true => client.copy_in(&self.prepared.statements.copy).await.map(Some),
                             false => Ok(None),
                         }
                     },
@@ -289,7 +272,7 @@ impl Flush<'_> {
         began?;
         // A statement after a failed one only says that the transaction is aborted: the first error is the cause.
         let is_ours = moved?;
-        let name = |object: Object| self.session.found.table.quoted(object.suffix());
+        let name = |object: Object| self.prepared.found.table.quoted(object.suffix());
         let into_main = |fault| not_a_rows(fault, &name(Object::Main), "INSERT");
         let mut sink = copy.map_err(|error| into_main(error.into()))?;
         if !is_ours {
@@ -299,14 +282,14 @@ impl Flush<'_> {
             let bytes = u32::try_from(chunk.bytes).unwrap_or(u32::MAX);
             bounded(
                 "INSERT of the rejected",
-                step + keys.bounds.per_byte.saturating_mul(bytes),
-                chunk.insert(client, &self.session.statements.reject, keys),
+                step + self.session.bounds.per_byte.saturating_mul(bytes),
+                chunk.insert(client, &self.prepared.statements.reject, self.keys),
             )
             .await
             .map_err(|fault| not_a_rows(fault, &name(Object::Rejected), "INSERT"))?;
         }
         if has_rows && sink.is_none() {
-            let copy = bounded("COPY", step, client.copy_in(&self.session.statements.copy)).await;
+            let copy = bounded("COPY", step, client.copy_in(&self.prepared.statements.copy)).await;
             sink = Some(copy.map_err(into_main)?);
         }
         Ok(Some(sink))
@@ -315,15 +298,15 @@ impl Flush<'_> {
     /// Sends `rows` (entries of the batch) and the end of the COPY, and `then`, in one round trip.
     async fn write(
         &self,
-        keys: &Keys,
         batch: &Batch,
         rows: &[usize],
         sink: Option<CopyInSink<Bytes>>,
         then: &str,
     ) -> Result<(), Fault> {
-        let client = &self.link.client;
-        let within = keys.bounds.step
-            + keys
+        let client = &self.session.client;
+        let within = self.session.bounds.step
+            + self
+                .session
                 .bounds
                 .per_row
                 .saturating_mul(u32::try_from(rows.len()).unwrap_or(u32::MAX));
@@ -363,27 +346,21 @@ impl Flush<'_> {
     /// The rows are copied in their order, good ones stay, so that each is judged in the company in which it would stand
     /// (two rows with the same unique key: the second one is refused). A row is given up only when it fails alone in its
     /// COPY, after it was already part of one that failed.
-    async fn find_refused(
-        &self,
-        keys: &Keys,
-        batch: &Batch,
-        rows: &[usize],
-        first: Fault,
-    ) -> Result<Written, Fault> {
+    async fn find_refused(&self, batch: &Batch, rows: &[usize], first: Fault) -> Result<Written, Fault> {
         let until = clock() + MAX_SEARCH;
-        let table = &self.session.found.table.name;
-        if self.begin(keys, &without_entries(batch), false).await?.is_none() {
-            self.rollback(keys).await?;
+        let table = &self.prepared.found.table.name;
+        if self.begin(&without_entries(batch), false).await?.is_none() {
+            self.rollback().await?;
             return Ok(Written::Fenced);
         }
         let mut refused = Vec::new();
         let mut search = Search::new(rows.len(), line_in(&first, table));
         if line_in(&first, table).is_none() {
             // A statement trigger that refuses whatever comes is not a row's fault: no row, same answer.
-            if let Err(fault) = self.trial(keys, batch, &[]).await? {
+            if let Err(fault) = self.trial(batch, &[]).await? {
                 let text = format!(
                     "{} refuses every COPY: {fault}",
-                    self.session.found.table.quoted("")
+                    self.prepared.found.table.quoted("")
                 );
                 return Err(Fault {
                     kind: Kind::Operator,
@@ -395,7 +372,7 @@ impl Flush<'_> {
         for _ in 0..MAX_TRIALS {
             let Some(range) = search.next() else { break };
             let tried = rows.get(range.clone()).unwrap_or_default();
-            match self.trial(keys, batch, tried).await? {
+            match self.trial(batch, tried).await? {
                 Ok(()) => search.good(),
                 Err(fault) => {
                     if let Some(row) = search.bad(line_in(&fault, table)) {
@@ -407,7 +384,7 @@ impl Flush<'_> {
                 break;
             }
         }
-        self.rollback(keys).await?;
+        self.rollback().await?;
         if refused.is_empty() {
             return Err(Fault::passing(format!(
                 "{first}; it did not happen again with the rows one by one"
@@ -418,38 +395,39 @@ impl Flush<'_> {
 
     /// One COPY within the open transaction: its rows stay if they are good, and are undone if they are refused (the
     /// inner error). Every other fault is the outer error.
-    async fn trial(&self, keys: &Keys, batch: &Batch, rows: &[usize]) -> Result<Result<(), Fault>, Fault> {
-        let client = &self.link.client;
-        let (saved, copy) = bounded("SAVEPOINT to COPY", keys.bounds.step, async {
-            Ok::<_, Fault>(
-                join(
-                    client.batch_execute("SAVEPOINT host_metrics"),
-                    client.copy_in(&self.session.statements.copy),
+    async fn trial(&self, batch: &Batch, rows: &[usize]) -> Result<Result<(), Fault>, Fault> {
+        let client = &self.session.client;
+        let (saved, copy) = self
+            .session
+            .bounded("SAVEPOINT to COPY", async {
+                Ok::<_, Fault>(
+                    join(
+                        client.batch_execute("SAVEPOINT host_metrics"),
+                        client.copy_in(&self.prepared.statements.copy),
+                    )
+                    .await,
                 )
-                .await,
-            )
-        })
-        .await?;
+            })
+            .await?;
         saved?;
         let end = "SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT host_metrics";
-        match self.write(keys, batch, rows, Some(copy?), end).await {
+        match self.write(batch, rows, Some(copy?), end).await {
             Ok(()) => Ok(Ok(())),
             Err(fault) if fault.kind == Kind::Refused => {
                 let undo = "ROLLBACK TO SAVEPOINT host_metrics; RELEASE SAVEPOINT host_metrics";
-                bounded("ROLLBACK", keys.bounds.step, client.batch_execute(undo)).await?;
+                self.session
+                    .bounded("ROLLBACK", client.batch_execute(undo))
+                    .await?;
                 Ok(Err(fault))
             }
             Err(fault) => Err(fault),
         }
     }
 
-    async fn rollback(&self, keys: &Keys) -> Result<(), Fault> {
-        bounded(
-            "ROLLBACK",
-            keys.bounds.step,
-            self.link.client.batch_execute("ROLLBACK"),
-        )
-        .await
+    async fn rollback(&self) -> Result<(), Fault> {
+        self.session
+            .bounded("ROLLBACK", self.session.client.batch_execute("ROLLBACK"))
+            .await
     }
 }
 

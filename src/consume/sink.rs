@@ -2,7 +2,7 @@
 
 use crate::consume::batch::{Batch, Read, Record};
 use crate::consume::positions::{Keys, Positions};
-use crate::postgres::{Bounds, Fault, Link};
+use crate::postgres::{Fault, Session};
 use crate::sample::epoch::{Claim, Epochs, Void};
 use crate::sample::{self, Sample, Timestamp};
 
@@ -44,7 +44,7 @@ pub trait Sink: Send + 'static {
     /// What encoded records have to fit. With another one than before they are encoded anew.
     type Layout: Clone + PartialEq + Send + std::fmt::Debug;
     /// What is prepared on a connection.
-    type Session: Send;
+    type Prepared: Send;
 
     /// Appends what the batch holds of the record, or says why there can be nothing.
     fn encode(
@@ -56,25 +56,23 @@ pub trait Sink: Send + 'static {
     ) -> Result<Read, String>;
 
     /// Makes the tables that are missing where the user may, and prepares the statements.
-    async fn prepare(&mut self, link: &Link, bounds: &Bounds)
-    -> Result<(Self::Layout, Self::Session), Fault>;
+    async fn prepare(&mut self, session: &Session) -> Result<(Self::Layout, Self::Prepared), Fault>;
 
     /// Writes the batch and moves the positions in one transaction, or does nothing.
     async fn flush(
         &mut self,
-        link: &Link,
+        session: &Session,
         keys: &Keys,
         positions: &Positions,
-        session: &Self::Session,
+        prepared: &Self::Prepared,
         batch: &Batch,
     ) -> Result<Written, Fault>;
 
     /// Upkeep, once an hour.
     async fn maintain(
         &mut self,
-        link: &Link,
-        bounds: &Bounds,
-        session: &Self::Session,
+        session: &Session,
+        prepared: &Self::Prepared,
         now: Timestamp,
     ) -> Result<(), Fault>;
 }

@@ -19,7 +19,7 @@ use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
 use crate::consume::fold::{Fold, Hosts};
 use crate::consume::positions::{Keys, Positions};
 use crate::consume::sink::{Sink, Written, judge};
-use crate::postgres::{Bounds, Fault, Kind, Link, bounded};
+use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
 use crate::tables::names::{Object, TableName};
@@ -89,15 +89,16 @@ impl State {
     }
 
     /// Removes what is too old.
-    async fn prune(&self, link: &Link, bounds: &Bounds, session: &StateSession) -> Result<(), Fault> {
+    async fn prune(&self, session: &Session) -> Result<(), Fault> {
         let now = wall_clock();
         let time = |micros: i64| format!("to_timestamp({})", micros / 1_000_000);
         for seconds in WIDTHS {
             let oldest = self.oldest(seconds, now);
             let sql = delete_rollups(&session.table, seconds, &time(oldest), DELETE_ROWS);
             for _ in 0..DELETE_TIMES {
-                let removed =
-                    bounded("removing old sums", bounds.step, link.client.execute(&sql, &[])).await?;
+                let removed = session
+                    .bounded("removing old sums", session.client.execute(&sql, &[]))
+                    .await?;
                 if removed < DELETE_ROWS as u64 {
                     break;
                 }
@@ -105,7 +106,9 @@ impl State {
         }
         if self.config.rollup_retention.is_some() {
             let sql = delete_old(&session.table, &time(self.oldest(WIDTHS[1], now)));
-            bounded("removing old state", bounds.step, link.client.batch_execute(&sql)).await?;
+            session
+                .bounded("removing old state", session.client.batch_execute(&sql))
+                .await?;
         }
         Ok(())
     }
@@ -122,7 +125,7 @@ impl Sink for State {
     const IS_FIRST: bool = false;
     const KEEPS_RECORDS: bool = false;
     type Layout = ();
-    type Session = StateSession;
+    type Prepared = Statements;
 
     /// The fold reads the record itself, when the stored state is there.
     fn encode(
@@ -143,19 +146,19 @@ impl Sink for State {
         Ok(Read::Row)
     }
 
-    async fn prepare(&mut self, link: &Link, bounds: &Bounds) -> Result<((), StateSession), Fault> {
-        let made = migrate::make(link, bounds, days::today()).await;
+    async fn prepare(&mut self, session: &Session) -> Result<((), Statements), Fault> {
+        let made = migrate::make(session, days::today()).await;
         let not_made = match made {
             Ok(_) => None,
             Err(fault) if fault.kind == Kind::Operator => Some(fault),
             Err(fault) => return Err(fault),
         };
-        let found = destination::find(link, bounds).await?;
+        let found = destination::find(session).await?;
         if let Some(object) = Object::STATE
             .into_iter()
             .find(|object| !found.is_current(*object))
         {
-            let name = link.table.quoted(object.suffix());
+            let name = session.table.quoted(object.suffix());
             return Err(Fault::operator(match not_made {
                 Some(fault) => format!("{name} is missing, and this user could not make it: {fault}"),
                 None => format!(
@@ -163,26 +166,23 @@ impl Sink for State {
                 ),
             }));
         }
-        let statements = Statements::prepare(&link.client, &link.table);
-        let statements = bounded("preparing", bounds.step, statements).await;
+        let statements = Statements::prepare(&session.client, &session.table);
+        let statements = session.bounded("preparing", statements).await;
         let tables = Object::STATE
-            .map(|object| link.table.quoted(object.suffix()))
+            .map(|object| session.table.quoted(object.suffix()))
             .join(", ");
         let grant = format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} to this user");
-        let session = StateSession {
-            table: link.table.clone(),
-            statements: statements.map_err(|fault| fault.with_grant(&grant))?,
-        };
-        self.prune(link, bounds, &session).await?;
-        Ok(((), session))
+        let statements = statements.map_err(|fault| fault.with_grant(&grant))?;
+        self.prune(session).await?;
+        Ok(((), statements))
     }
 
     async fn flush(
         &mut self,
-        link: &Link,
+        session: &Session,
         keys: &Keys,
         positions: &Positions,
-        session: &StateSession,
+        prepared: &Statements,
         batch: &Batch,
     ) -> Result<Written, Fault> {
         self.make_way().await;
@@ -203,16 +203,16 @@ impl Sink for State {
                 .all(|(seconds, oldest)| key.seconds != *seconds || *oldest <= key.starts_at)
         });
 
-        let client = &link.client;
+        let client = &session.client;
         let records = u32::try_from(batch.len()).unwrap_or(u32::MAX);
-        let within = keys.bounds.step + keys.bounds.per_row.saturating_mul(records).saturating_mul(4);
+        let within = session.bounds.step + session.bounds.per_row.saturating_mul(records).saturating_mul(4);
         // Polled in this order, so sent in this order.
         let (began, moved, stored) = bounded("BEGIN to the stored state", within, async {
             Ok::<_, Fault>(
                 join3(
                     client.batch_execute(BEGIN),
-                    positions.advance(client, keys, batch),
-                    read(client, &session.statements, &hosts, &rollups),
+                    positions.advance(session, keys, batch),
+                    read(client, prepared, &hosts, &rollups),
                 )
                 .await,
             )
@@ -220,7 +220,9 @@ impl Sink for State {
         .await?;
         began?;
         if !moved? {
-            bounded("ROLLBACK", keys.bounds.step, client.batch_execute("ROLLBACK")).await?;
+            session
+                .bounded("ROLLBACK", client.batch_execute("ROLLBACK"))
+                .await?;
             return Ok(Written::Fenced);
         }
         let stored = stored?;
@@ -231,7 +233,7 @@ impl Sink for State {
                 rollup.merge(stored);
             }
         }
-        let write = write(client, &session.statements, &stored.hosts, &changed, &rollups);
+        let write = write(client, prepared, &stored.hosts, &changed, &rollups);
         bounded("writing the state", within, write)
             .await
             .map_err(|fault| match fault.kind {
@@ -248,14 +250,8 @@ impl Sink for State {
         Ok(Written::Durable)
     }
 
-    async fn maintain(
-        &mut self,
-        link: &Link,
-        bounds: &Bounds,
-        session: &StateSession,
-        _: Timestamp,
-    ) -> Result<(), Fault> {
-        self.prune(link, bounds, session).await
+    async fn maintain(&mut self, session: &Session, _: &Statements, _: Timestamp) -> Result<(), Fault> {
+        self.prune(session).await
     }
 }
 
@@ -263,13 +259,8 @@ impl Sink for State {
 const BEGIN: &str =
     "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL enable_seqscan = off; SET LOCAL jit = off";
 
-pub struct StateSession {
-    table: TableName,
-    statements: Statements,
-}
-
 /// The statements of a flush.
-struct Statements {
+pub struct Statements {
     add_series: Statement,
     read_series: Statement,
     read_incidents: Statement,

@@ -10,7 +10,6 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
@@ -19,9 +18,9 @@ use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
 use crate::consume::positions::{Keys, Positions};
 use crate::consume::rows::Rows;
 use crate::consume::sink::{Sink, Written};
-use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Link, bounded};
+use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Session};
 use crate::sample::Timestamp;
-use crate::tables::names::{Object, TableName};
+use crate::tables::names::Object;
 
 /// Why the store could not answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,21 +36,22 @@ pub enum StoreError {
 /// One connection to the database, made anew when it breaks or hangs.
 pub struct Store<S: Sink = Rows> {
     database: DatabaseConfig,
+    bounds: Bounds,
     keys: Keys,
     sink: S,
     /// `None` only while the store is dropped.
     runtime: Option<Runtime>,
-    session: Option<Session<S>>,
+    opened: Option<Opened<S>>,
     /// The backend of the last connection, until it is known to be gone.
     old_backend: Option<Backend>,
     /// The last flush waited in vain for a lock: see [`end_silent`].
     was_locked_out: bool,
 }
 
-struct Session<S: Sink> {
-    link: Link,
+struct Opened<S: Sink> {
+    session: Session,
     positions: Positions,
-    prepared: S::Session,
+    prepared: S::Prepared,
 }
 
 impl Store {
@@ -71,11 +71,11 @@ impl<S: Sink> Store<S> {
             keys: Keys {
                 group_id: config.group_id.clone(),
                 topics: config.topics.clone(),
-                bounds,
             },
+            bounds,
             sink,
             runtime: Some(postgres::runtime()?),
-            session: None,
+            opened: None,
             old_backend: None,
             was_locked_out: false,
         })
@@ -98,11 +98,10 @@ impl<S: Sink> Store<S> {
         partitions: &[Partition],
         missing_from: &BTreeMap<Partition, NextOffset>,
     ) -> Result<BTreeMap<Partition, Position>, StoreError> {
-        let result = self.on_session(async |session, keys, _| {
-            let client = &session.link.client;
-            session
+        let result = self.on_session(async |opened, keys, _| {
+            opened
                 .positions
-                .locate(client, keys, partitions, missing_from)
+                .locate(&opened.session, keys, partitions, missing_from)
                 .await
         });
         result.map_err(StoreError::from)
@@ -110,13 +109,13 @@ impl<S: Sink> Store<S> {
 
     /// Writes the batch in one transaction.
     pub fn flush(&mut self, batch: &Batch) -> Flushed {
-        let written = self.on_session(async |session, keys, sink| {
-            let Session {
-                link,
+        let written = self.on_session(async |opened, keys, sink| {
+            let Opened {
+                session,
                 positions,
                 prepared,
-            } = session;
-            sink.flush(link, keys, positions, prepared, batch).await
+            } = opened;
+            sink.flush(session, keys, positions, prepared, batch).await
         });
         match written {
             Ok(Written::Durable) => Flushed::Durable,
@@ -137,30 +136,28 @@ impl<S: Sink> Store<S> {
     /// # Errors
     /// [`StoreError::Retry`]: the connection broke. Everything else is said and left for the next time.
     pub fn maintain(&mut self, now: Timestamp) -> Result<(), StoreError> {
-        let result = self.on_session(async |session, keys, sink| {
-            sink.maintain(&session.link, &keys.bounds, &session.prepared, now)
-                .await
-        });
+        let result = self
+            .on_session(async |opened, _, sink| sink.maintain(&opened.session, &opened.prepared, now).await);
         result.map_err(StoreError::from)
     }
 
     /// Drops the connection; the backend is ended by the next [`Store::open`].
     fn close(&mut self) {
-        if let (Some(session), Some(runtime)) = (self.session.take(), &self.runtime) {
-            self.old_backend = Some(session.link.backend.clone());
-            runtime.block_on(session.link.close());
+        if let (Some(opened), Some(runtime)) = (self.opened.take(), &self.runtime) {
+            self.old_backend = Some(opened.session.backend.clone());
+            runtime.block_on(opened.session.close());
         }
     }
 
     /// Runs `work` on the open session, and drops that if its state is unknown afterwards.
     fn on_session<T>(
         &mut self,
-        work: impl AsyncFnOnce(&Session<S>, &Keys, &mut S) -> Result<T, Fault>,
+        work: impl AsyncFnOnce(&Opened<S>, &Keys, &mut S) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
-        let (Some(session), Some(runtime)) = (&self.session, &self.runtime) else {
+        let (Some(opened), Some(runtime)) = (&self.opened, &self.runtime) else {
             return Err(Fault::passing("not connected to Postgres"));
         };
-        let result = runtime.block_on(work(session, &self.keys, &mut self.sink));
+        let result = runtime.block_on(work(opened, &self.keys, &mut self.sink));
         if result.is_err() {
             self.close();
         }
@@ -168,18 +165,17 @@ impl<S: Sink> Store<S> {
     }
 
     async fn open_session(&mut self) -> Result<S::Layout, Fault> {
-        let bounds = self.keys.bounds;
-        let link = Link::open(&self.database, &bounds).await?;
-        // From here on a failure leaves this backend behind, but an idle one: dropping the link closes its socket.
+        let session = Session::open(&self.database, self.bounds).await?;
+        // From here on a failure leaves this backend behind, but an idle one: dropping the session closes its socket.
         let opened = async {
             if let Some(old) = &self.old_backend {
-                terminate(&link.client, &bounds, old).await?;
+                terminate(&session, old).await?;
             }
-            let (layout, prepared) = self.sink.prepare(&link, &bounds).await?;
-            let positions = Positions::prepare(&link.client, &link.table);
-            let positions = bounded("preparing", bounds.step, positions).await?;
+            let (layout, prepared) = self.sink.prepare(&session).await?;
+            let positions = Positions::prepare(&session);
+            let positions = session.bounded("preparing", positions).await?;
             if std::mem::take(&mut self.was_locked_out) {
-                end_silent(&link.client, &bounds, &link.table).await?;
+                end_silent(&session).await?;
             }
             Ok((layout, prepared, positions))
         }
@@ -187,15 +183,15 @@ impl<S: Sink> Store<S> {
         match opened {
             Ok((layout, prepared, positions)) => {
                 self.old_backend = None;
-                self.session = Some(Session {
-                    link,
+                self.opened = Some(Opened {
+                    session,
                     positions,
                     prepared,
                 });
                 Ok(layout)
             }
             Err(fault) => {
-                link.close().await;
+                session.close().await;
                 Err(fault)
             }
         }
@@ -224,19 +220,19 @@ impl From<Fault> for StoreError {
 
 /// Ends a backend that may still hold locks, or a COMMIT in doubt, and waits until it is gone or clearly does not go (a
 /// frozen one): the fence holds all the same, `lock_timeout` bounds what remains.
-async fn terminate(client: &Client, bounds: &Bounds, old: &Backend) -> Result<(), Fault> {
+async fn terminate(session: &Session, old: &Backend) -> Result<(), Fault> {
     const SQL: &str = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
                        WHERE pid = $1 AND extract(epoch FROM backend_start)::text = $2";
     const PATIENCE: Duration = Duration::from_secs(2);
     const PAUSE: Duration = Duration::from_millis(20);
     let until = clock() + PATIENCE;
     while clock() < until {
-        let rows = bounded(
-            "ending the old backend",
-            bounds.step,
-            client.query(SQL, &[&old.pid, &old.started]),
-        )
-        .await?;
+        let rows = session
+            .bounded(
+                "ending the old backend",
+                session.client.query(SQL, &[&old.pid, &old.started]),
+            )
+            .await?;
         if rows.is_empty() {
             return Ok(());
         }
@@ -256,7 +252,7 @@ async fn terminate(client: &Client, bounds: &Bounds, old: &Backend) -> Result<()
 /// are ours by now, but its transaction would keep us out for as long as it sleeps: its kernel still answers keepalives, and
 /// no timeout of the server covers a COPY that waits for rows. If it is only slow, it loses one try: its rows were in doubt
 /// anyhow, and the fence decides.
-async fn end_silent(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(), Fault> {
+async fn end_silent(session: &Session) -> Result<(), Fault> {
     const SQL: &str = "SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a \
                        WHERE a.pid <> pg_catalog.pg_backend_pid() AND a.usename = session_user \
                        AND a.application_name = $2 AND a.wait_event = 'ClientRead' \
@@ -264,14 +260,16 @@ async fn end_silent(client: &Client, bounds: &Bounds, table: &TableName) -> Resu
                        AND EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = a.pid AND l.granted \
                        AND l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' \
                        AND l.database = a.datid AND l.relation = pg_catalog.to_regclass($1))";
-    let offsets = table.quoted(Object::Offsets.suffix());
-    let params: [&(dyn ToSql + Sync); 3] = [&offsets, &APPLICATION_NAME, &bounds.lock.as_secs_f64()];
-    let ended = bounded("ending silent backends", bounds.step, client.query(SQL, &params)).await?;
+    let offsets = session.table.quoted(Object::Offsets.suffix());
+    let params: [&(dyn ToSql + Sync); 3] = [&offsets, &APPLICATION_NAME, &session.bounds.lock.as_secs_f64()];
+    let ended = session
+        .bounded("ending silent backends", session.client.query(SQL, &params))
+        .await?;
     for row in ended {
         let pid: i32 = row.try_get(0)?;
         log::warn!(
             "ended backend {pid} of another consumer: it held a position, and its client said nothing for {} s",
-            bounds.lock.as_secs_f64()
+            session.bounds.lock.as_secs_f64()
         );
     }
     Ok(())

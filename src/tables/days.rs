@@ -5,9 +5,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio_postgres::Client;
-
-use crate::postgres::{Bounds, Fault, bounded};
+use crate::postgres::{Fault, Session};
 use crate::tables::ddl::{DDL_LOCK, execute, say};
 use crate::tables::destination::Found;
 use crate::tables::schema::{self, DAYS_AHEAD, Day};
@@ -24,7 +22,7 @@ const DROP_PARTITIONS: usize = 50;
 const DELETE_ROWS: i64 = 10_000;
 const DELETE_TIMES: usize = 20;
 
-/// A statement that reads all of a partition gets this long, less than the [`Bounds`] of a step: what takes longer ends
+/// A statement that reads all of a partition gets this long, less than the session's bound of a step: what takes longer ends
 /// with the server's word, and not with a connection that is given up.
 const READ_PARTITION: Duration = Duration::from_secs(10);
 
@@ -46,8 +44,7 @@ pub fn today() -> Day {
 /// # Errors
 /// Passing only: the connection is of no further use.
 pub async fn keep_days(
-    client: &Client,
-    bounds: &Bounds,
+    session: &Session,
     found: &Found,
     today: Day,
     retention_days: Option<i64>,
@@ -61,7 +58,7 @@ pub async fn keep_days(
         }
         return Ok(());
     };
-    let partitions = partitions(client, bounds, main).await?;
+    let partitions = partitions(session, main).await?;
     let missing: Vec<Day> = Day::ahead(today, false)
         .filter(|&day| !partitions.days.iter().any(|p| p.from <= day && day < p.to))
         .collect();
@@ -92,24 +89,17 @@ pub async fn keep_days(
         return Ok(());
     }
     for day in missing {
-        let made = make_day(client, bounds, found, partitions.default.as_deref(), day).await;
+        let made = make_day(session, found, partitions.default.as_deref(), day).await;
         say(
-            client,
-            bounds,
+            session,
             made,
             &format!("partition {} not made", found.table.quoted(&day.suffix())),
         )
         .await?;
     }
     if let (Some(days), Some(default)) = (retention_days, &partitions.default) {
-        let deleted = delete_before(client, bounds, default, today.plus(-days)).await;
-        say(
-            client,
-            bounds,
-            deleted,
-            &format!("old rows of {default} not removed"),
-        )
-        .await?;
+        let deleted = delete_before(session, default, today.plus(-days)).await;
+        say(session, deleted, &format!("old rows of {default} not removed")).await?;
     }
     for partition in too_old.into_iter().take(DROP_PARTITIONS) {
         let sql = format!(
@@ -117,13 +107,12 @@ pub async fn keep_days(
             DDL_LOCK.as_millis(),
             partition.name
         );
-        let dropped = execute(client, bounds, &sql).await;
+        let dropped = execute(session, &sql).await;
         if dropped.is_ok() {
             log::info!("dropped partition {} (DB_RETENTION)", partition.name);
         }
         say(
-            client,
-            bounds,
+            session,
             dropped,
             &format!("partition {} not dropped", partition.name),
         )
@@ -149,7 +138,7 @@ struct Partition {
     to: Day,
 }
 
-async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partitions, Fault> {
+async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
     // The bounds are text in the catalogue, written by pg_get_expr in the session's time zone and read by the cast in
     // the same one. An unbounded side (MINVALUE, MAXVALUE) has no quotes, does not match, and is left alone.
     const DAYS: &str = "WITH bounds AS ( \
@@ -168,40 +157,36 @@ async fn partitions(client: &Client, bounds: &Bounds, oid: u32) -> Result<Partit
                 FROM pg_catalog.pg_partitioned_table p JOIN pg_catalog.pg_class d ON d.oid = p.partdefid \
                 JOIN pg_catalog.pg_namespace n ON n.oid = d.relnamespace WHERE p.partrelid = c.oid) \
         FROM pg_catalog.pg_class c WHERE c.oid = $1";
-    bounded("reading the partitions", bounds.step, async {
-        let mut days = Vec::new();
-        for row in client.query(DAYS, &[&oid]).await? {
-            days.push(Partition {
-                name: row.try_get(0)?,
-                from: Day::from_unix(row.try_get(1)?),
-                to: Day::from_unix(row.try_get(2)?),
-            });
-        }
-        let row = client.query_one(RIGHTS, &[&oid]).await?;
-        Ok::<_, tokio_postgres::Error>(Partitions {
-            days,
-            may_change: row.try_get(0)?,
-            default: row.try_get(1)?,
+    session
+        .bounded("reading the partitions", async {
+            let mut days = Vec::new();
+            for row in session.client.query(DAYS, &[&oid]).await? {
+                days.push(Partition {
+                    name: row.try_get(0)?,
+                    from: Day::from_unix(row.try_get(1)?),
+                    to: Day::from_unix(row.try_get(2)?),
+                });
+            }
+            let row = session.client.query_one(RIGHTS, &[&oid]).await?;
+            Ok::<_, tokio_postgres::Error>(Partitions {
+                days,
+                may_change: row.try_get(0)?,
+                default: row.try_get(1)?,
+            })
         })
-    })
-    .await
+        .await
 }
 
 /// Makes one day's partition; what the default partition holds of that day moves.
-async fn make_day(
-    client: &Client,
-    bounds: &Bounds,
-    found: &Found,
-    default: Option<&str>,
-    day: Day,
-) -> Result<(), Fault> {
+async fn make_day(session: &Session, found: &Found, default: Option<&str>, day: Day) -> Result<(), Fault> {
     let mut rows = 0;
     if let Some(default) = default {
         let sql = schema::count_day(default, day, MOVE_ROWS + 1);
-        rows = bounded("reading the default partition", bounds.step, async {
-            client.query_one(&sql, &[]).await?.try_get::<_, i64>(0)
-        })
-        .await?;
+        rows = session
+            .bounded("reading the default partition", async {
+                session.client.query_one(&sql, &[]).await?.try_get::<_, i64>(0)
+            })
+            .await?;
         if rows > MOVE_ROWS {
             return Err(Fault::operator(format!(
                 "{default} holds more than {MOVE_ROWS} rows of that day, too many to move while others write; they \
@@ -225,7 +210,7 @@ async fn make_day(
     }
     sql.push_str(&schema::attach_day(&found.table, day));
     sql.push_str("COMMIT");
-    execute(client, bounds, &sql).await?;
+    execute(session, &sql).await?;
     log::info!(
         "made partition {} moved_rows={rows}",
         found.table.quoted(&day.suffix())
@@ -235,7 +220,7 @@ async fn make_day(
 
 /// Removes what is older than `day` from the default partition, where no whole day can be dropped, in short transactions
 /// that lock nothing but those rows.
-async fn delete_before(client: &Client, bounds: &Bounds, default: &str, day: Day) -> Result<(), Fault> {
+async fn delete_before(session: &Session, default: &str, day: Day) -> Result<(), Fault> {
     let sql = schema::delete_before(default, day, DELETE_ROWS);
     let mut removed = 0;
     let begin = format!(
@@ -243,9 +228,11 @@ async fn delete_before(client: &Client, bounds: &Bounds, default: &str, day: Day
         READ_PARTITION.as_millis()
     );
     for _ in 0..DELETE_TIMES {
-        execute(client, bounds, &begin).await?;
-        let rows = bounded("removing old rows", bounds.step, client.execute(&sql, &[])).await?;
-        execute(client, bounds, "COMMIT").await?;
+        execute(session, &begin).await?;
+        let rows = session
+            .bounded("removing old rows", session.client.execute(&sql, &[]))
+            .await?;
+        execute(session, "COMMIT").await?;
         removed += rows;
         if rows < DELETE_ROWS as u64 {
             break;

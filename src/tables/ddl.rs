@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use crate::postgres::{Bounds, Fault, Kind, bounded};
+use crate::postgres::{Fault, Kind, Session};
 use crate::tables::names::TableName;
 use crate::tables::schema;
 
@@ -20,46 +19,44 @@ pub(super) fn lock(table: &TableName) -> String {
 
 /// Runs `work` in a transaction, as the only maker of the objects of `table`; nothing of it stays if it fails.
 pub(super) async fn alone<T>(
-    client: &Client,
-    bounds: &Bounds,
+    session: &Session,
     table: &TableName,
     work: impl AsyncFnOnce() -> Result<T, Fault>,
 ) -> Result<T, Fault> {
     let result = async {
-        execute(client, bounds, "BEGIN").await?;
-        execute(client, bounds, &lock(table)).await?;
+        execute(session, "BEGIN").await?;
+        execute(session, &lock(table)).await?;
         let done = work().await?;
-        execute(client, bounds, "COMMIT").await?;
+        execute(session, "COMMIT").await?;
         Ok(done)
     }
     .await;
     if result.is_err() {
-        rollback(client, bounds).await?;
+        rollback(session).await?;
     }
     result
 }
 
-pub(super) async fn execute(client: &Client, bounds: &Bounds, sql: &str) -> Result<(), Fault> {
-    bounded("changing the tables", bounds.step, client.batch_execute(sql)).await
+pub(super) async fn execute(session: &Session, sql: &str) -> Result<(), Fault> {
+    session
+        .bounded("changing the tables", session.client.batch_execute(sql))
+        .await
 }
 
-pub(super) async fn rollback(client: &Client, bounds: &Bounds) -> Result<(), Fault> {
-    bounded("rolling back", bounds.step, client.batch_execute("ROLLBACK")).await
+pub(super) async fn rollback(session: &Session) -> Result<(), Fault> {
+    session
+        .bounded("rolling back", session.client.batch_execute("ROLLBACK"))
+        .await
 }
 
 /// After a piece of upkeep: its failure is said, the connection is made usable again.
-pub(super) async fn say(
-    client: &Client,
-    bounds: &Bounds,
-    result: Result<(), Fault>,
-    what: &str,
-) -> Result<(), Fault> {
+pub(super) async fn say(session: &Session, result: Result<(), Fault>, what: &str) -> Result<(), Fault> {
     let Err(fault) = result else { return Ok(()) };
     // Without an SQLSTATE a passing fault is a hang or a broken connection: no answer can be told from another now.
     if fault.kind == Kind::Passing && fault.code.is_none() {
         return Err(fault);
     }
-    rollback(client, bounds).await?;
+    rollback(session).await?;
     match fault.code {
         // Another consumer made or dropped it at the same moment.
         Some(SqlState::DUPLICATE_TABLE | SqlState::UNDEFINED_TABLE) => log::debug!("{what}: {fault}"),

@@ -2,9 +2,7 @@
 //!
 //! Owns the questions to the catalogue. It changes nothing: making what is missing is `migrate`'s.
 
-use tokio_postgres::Client;
-
-use crate::postgres::{Bounds, Fault, Link, bounded};
+use crate::postgres::{Fault, Session};
 use crate::tables::names::{Object, TableName};
 use crate::tables::row::{Column, Layout};
 use crate::tables::schema::{MARK, SCHEMA_VERSION};
@@ -81,62 +79,63 @@ impl Found {
 ///
 /// # Errors
 /// This user may not use the schema, or the database does not answer.
-pub async fn find(link: &Link, bounds: &Bounds) -> Result<Found, Fault> {
+pub async fn find(session: &Session) -> Result<Found, Fault> {
     const SCHEMA: &str = "SELECT pg_catalog.has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace \
                           WHERE nspname = $1::text";
     const OBJECTS: &str = "SELECT c.relname::text, c.oid, c.relkind::text, \
                 pg_catalog.obj_description(c.oid, 'pg_class'), pg_catalog.pg_has_role(c.relowner, 'USAGE') \
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
          WHERE n.nspname = $1::text AND c.relname = ANY ($2::text[])";
-    let (client, table) = (&link.client, link.table.clone());
-    bounded("reading the catalogue", bounds.step, async {
-        if let Some(schema) = client.query_opt(SCHEMA, &[&table.schema]).await?
-            && !schema.try_get::<_, bool>(0)?
-        {
-            let schema = table.schema.as_deref().unwrap_or_default();
-            return Err(Fault::operator(format!(
-                "permission denied for schema {schema}: GRANT USAGE ON SCHEMA {schema} to this user"
-            )));
-        }
-        let names = Object::ALL.map(|object| format!("{}{}", table.name, object.suffix()));
-        let mut objects = Vec::new();
-        for row in client.query(OBJECTS, &[&table.schema, &names.as_slice()]).await? {
-            let name: String = row.try_get(0)?;
-            let kind: String = row.try_get(2)?;
-            let comment: Option<String> = row.try_get(3)?;
-            let object = Object::ALL
-                .into_iter()
-                .zip(&names)
-                .find(|(_, known)| **known == name);
-            if let Some((object, _)) = object {
-                objects.push(FoundObject {
-                    object,
-                    oid: row.try_get(1)?,
-                    kind: kind.chars().next().unwrap_or_default(),
-                    version: comment.as_deref().and_then(version_in),
-                    is_owned: row.try_get(4)?,
-                });
+    let table = session.table.clone();
+    session
+        .bounded("reading the catalogue", async {
+            if let Some(schema) = session.client.query_opt(SCHEMA, &[&table.schema]).await?
+                && !schema.try_get::<_, bool>(0)?
+            {
+                let schema = table.schema.as_deref().unwrap_or_default();
+                return Err(Fault::operator(format!(
+                    "permission denied for schema {schema}: GRANT USAGE ON SCHEMA {schema} to this user"
+                )));
             }
-        }
-        Ok(Found { table, objects })
-    })
-    .await
+            let names = Object::ALL.map(|object| format!("{}{}", table.name, object.suffix()));
+            let mut objects = Vec::new();
+            for row in session
+                .client
+                .query(OBJECTS, &[&table.schema, &names.as_slice()])
+                .await?
+            {
+                let name: String = row.try_get(0)?;
+                let kind: String = row.try_get(2)?;
+                let comment: Option<String> = row.try_get(3)?;
+                let object = Object::ALL
+                    .into_iter()
+                    .zip(&names)
+                    .find(|(_, known)| **known == name);
+                if let Some((object, _)) = object {
+                    objects.push(FoundObject {
+                        object,
+                        oid: row.try_get(1)?,
+                        kind: kind.chars().next().unwrap_or_default(),
+                        version: comment.as_deref().and_then(version_in),
+                        is_owned: row.try_get(4)?,
+                    });
+                }
+            }
+            Ok(Found { table, objects })
+        })
+        .await
 }
 
 /// The owner of an object, quoted.
-pub(super) async fn owner(
-    client: &Client,
-    bounds: &Bounds,
-    found: &Found,
-    object: Object,
-) -> Result<String, Fault> {
+pub(super) async fn owner(session: &Session, found: &Found, object: Object) -> Result<String, Fault> {
     const SQL: &str = "SELECT pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(relowner)) \
                        FROM pg_catalog.pg_class WHERE oid = $1";
     let oid = found.get(object).map_or(0, |found| found.oid);
-    bounded("reading the catalogue", bounds.step, async {
-        client.query_one(SQL, &[&oid]).await?.try_get(0)
-    })
-    .await
+    session
+        .bounded("reading the catalogue", async {
+            session.client.query_one(SQL, &[&oid]).await?.try_get(0)
+        })
+        .await
 }
 
 /// The table that `consume` writes to.
@@ -151,12 +150,7 @@ pub struct Destination {
 /// # Errors
 /// The operator's: a column of an unfit type, a column that we do not write but that must not be null, a view that takes
 /// no rows, a right that is missing: all of them at once.
-pub async fn destination(
-    client: &Client,
-    bounds: &Bounds,
-    found: &Found,
-    user: &str,
-) -> Result<Destination, Fault> {
+pub async fn destination(session: &Session, found: &Found, user: &str) -> Result<Destination, Fault> {
     let main = found.table.quoted("");
     let Some(object) = found.get(Object::Main) else {
         return Err(Fault::operator(format!(
@@ -170,13 +164,13 @@ pub async fn destination(
         );
     }
     let mut problems = Vec::new();
-    if object.kind == 'v' && !has_insert_trigger(client, bounds, object.oid).await? {
+    if object.kind == 'v' && !has_insert_trigger(session, object.oid).await? {
         problems.push(format!(
             "view {main} has no INSTEAD OF INSERT trigger: COPY cannot write to it otherwise; create the trigger, or \
              name the table itself in DB_TABLE"
         ));
     }
-    let columns = columns(client, bounds, object.oid).await?;
+    let columns = columns(session, object.oid).await?;
     let ours: Vec<Column> = columns
         .iter()
         .filter(|c| !c.is_generated)
@@ -214,7 +208,7 @@ pub async fn destination(
     ] {
         match found.get(object) {
             Some(there) => {
-                grants.push((object, lacking(client, bounds, there.oid, rights).await?));
+                grants.push((object, lacking(session, there.oid, rights).await?));
             }
             None => problems.push(format!(
                 "table {} does not exist: run `host-metrics init`",
@@ -241,11 +235,11 @@ pub async fn destination(
 
 /// The fields of a record that an existing table has no column for; none where the table cannot take records at all,
 /// which [`destination`] says.
-pub async fn not_stored(client: &Client, bounds: &Bounds, found: &Found) -> Result<Vec<&'static str>, Fault> {
+pub async fn not_stored(session: &Session, found: &Found) -> Result<Vec<&'static str>, Fault> {
     let Some(object) = found.get(Object::Main) else {
         return Ok(Vec::new());
     };
-    let columns = columns(client, bounds, object.oid).await?;
+    let columns = columns(session, object.oid).await?;
     let ours: Vec<Column> = columns
         .into_iter()
         .filter(|c| !c.is_generated)
@@ -255,15 +249,10 @@ pub async fn not_stored(client: &Client, bounds: &Bounds, found: &Found) -> Resu
 }
 
 /// Whether the object is there and this user may SELECT from it.
-pub async fn may_read(
-    client: &Client,
-    bounds: &Bounds,
-    found: &Found,
-    object: Object,
-) -> Result<bool, Fault> {
+pub async fn may_read(session: &Session, found: &Found, object: Object) -> Result<bool, Fault> {
     match found.get(object) {
         None => Ok(false),
-        Some(there) => Ok(lacking(client, bounds, there.oid, &["SELECT"]).await?.is_empty()),
+        Some(there) => Ok(lacking(session, there.oid, &["SELECT"]).await?.is_empty()),
     }
 }
 
@@ -276,7 +265,7 @@ struct CatalogueColumn {
 }
 
 /// The columns in the table's order; of a domain the base type, and NOT NULL from wherever it comes.
-async fn columns(client: &Client, bounds: &Bounds, oid: u32) -> Result<Vec<CatalogueColumn>, Fault> {
+async fn columns(session: &Session, oid: u32) -> Result<Vec<CatalogueColumn>, Fault> {
     const SQL: &str = "WITH RECURSIVE base (attnum, oid, typtype, typbasetype, not_null, has_default) AS ( \
             SELECT a.attnum, t.oid, t.typtype, t.typbasetype, t.typnotnull, t.typdefault IS NOT NULL \
             FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid \
@@ -290,54 +279,53 @@ async fn columns(client: &Client, bounds: &Bounds, oid: u32) -> Result<Vec<Catal
                pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT') \
         FROM pg_catalog.pg_attribute a JOIN base b ON b.attnum = a.attnum AND b.typtype <> 'd' \
         WHERE a.attrelid = $1 ORDER BY a.attnum";
-    bounded("reading the catalogue", bounds.step, async {
-        let mut columns = Vec::new();
-        for row in client.query(SQL, &[&oid]).await? {
-            let is_generated = row.try_get(3)?;
-            columns.push(CatalogueColumn {
-                column: Column {
-                    name: row.try_get(0)?,
-                    type_oid: row.try_get(1)?,
-                    type_name: row.try_get(2)?,
-                },
-                is_generated,
-                needs_value: row.try_get::<_, bool>(4)? && !is_generated,
-                may_insert: row.try_get(5)?,
-            });
-        }
-        Ok::<_, tokio_postgres::Error>(columns)
-    })
-    .await
+    session
+        .bounded("reading the catalogue", async {
+            let mut columns = Vec::new();
+            for row in session.client.query(SQL, &[&oid]).await? {
+                let is_generated = row.try_get(3)?;
+                columns.push(CatalogueColumn {
+                    column: Column {
+                        name: row.try_get(0)?,
+                        type_oid: row.try_get(1)?,
+                        type_name: row.try_get(2)?,
+                    },
+                    is_generated,
+                    needs_value: row.try_get::<_, bool>(4)? && !is_generated,
+                    may_insert: row.try_get(5)?,
+                });
+            }
+            Ok::<_, tokio_postgres::Error>(columns)
+        })
+        .await
 }
 
-async fn has_insert_trigger(client: &Client, bounds: &Bounds, oid: u32) -> Result<bool, Fault> {
+async fn has_insert_trigger(session: &Session, oid: u32) -> Result<bool, Fault> {
     // pg_trigger.h: TRIGGER_TYPE_INSERT is 4, TRIGGER_TYPE_INSTEAD 64.
     const SQL: &str =
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = $1 AND tgtype & 68 = 68)";
-    bounded("reading the catalogue", bounds.step, async {
-        client.query_one(SQL, &[&oid]).await?.try_get(0)
-    })
-    .await
+    session
+        .bounded("reading the catalogue", async {
+            session.client.query_one(SQL, &[&oid]).await?.try_get(0)
+        })
+        .await
 }
 
-async fn lacking(
-    client: &Client,
-    bounds: &Bounds,
-    oid: u32,
-    rights: &[&'static str],
-) -> Result<Vec<&'static str>, Fault> {
+async fn lacking(session: &Session, oid: u32, rights: &[&'static str]) -> Result<Vec<&'static str>, Fault> {
     let mut lacking = Vec::new();
     for &right in rights {
-        let has: bool = bounded("reading the catalogue", bounds.step, async {
-            client
-                .query_one(
-                    "SELECT pg_catalog.has_table_privilege($1::oid, $2::text)",
-                    &[&oid, &right],
-                )
-                .await?
-                .try_get(0)
-        })
-        .await?;
+        let has: bool = session
+            .bounded("reading the catalogue", async {
+                session
+                    .client
+                    .query_one(
+                        "SELECT pg_catalog.has_table_privilege($1::oid, $2::text)",
+                        &[&oid, &right],
+                    )
+                    .await?
+                    .try_get(0)
+            })
+            .await?;
         if !has {
             lacking.push(right);
         }

@@ -2,9 +2,7 @@
 //!
 //! An existing table is respected: nothing here alters one that does not carry our comment, or that of a newer version.
 
-use tokio_postgres::Client;
-
-use crate::postgres::{Bounds, Fault, Link, bounded};
+use crate::postgres::{Fault, Session};
 use crate::tables::ddl::{alone, execute};
 use crate::tables::destination::{Found, find, owner};
 use crate::tables::names::Object;
@@ -17,24 +15,23 @@ const POSTGRES_NEEDED: i32 = 140_000;
 ///
 /// # Errors
 /// A right is missing, a name is taken, or the database does not answer. Steps that were finished before stay finished.
-pub async fn make(link: &Link, bounds: &Bounds, today: Day) -> Result<Vec<Object>, Fault> {
-    let client = &link.client;
-    migrate(link, bounds, STEPS).await?;
-    let found = find(link, bounds).await?;
+pub async fn make(session: &Session, today: Day) -> Result<Vec<Object>, Fault> {
+    migrate(session, STEPS).await?;
+    let found = find(session).await?;
     if missing(&found).is_empty() {
         return Ok(Vec::new());
     }
     if !found.has(Object::Main) {
-        check_server(client, bounds).await?;
+        check_server(session).await?;
     }
-    alone(client, bounds, &found.table, async || {
+    alone(session, &found.table, async || {
         // Somebody may have been quicker while we waited for the lock.
-        let found = find(link, bounds).await?;
+        let found = find(session).await?;
         let missing = missing(&found);
         for &object in &missing {
             let sql = schema::create(object, &found.table, Day::ahead(today, true));
-            execute(client, bounds, &sql).await?;
-            give_to_owner(client, bounds, &found, object).await?;
+            execute(session, &sql).await?;
+            give_to_owner(session, &found, object).await?;
         }
         Ok(missing)
     })
@@ -63,10 +60,9 @@ fn missing(found: &Found) -> Vec<Object> {
 ///
 /// # Errors
 /// A statement of a step fails, for example because a lock is not to be had in time.
-pub async fn migrate(link: &Link, bounds: &Bounds, steps: &[Step]) -> Result<(), Fault> {
-    let client = &link.client;
+pub async fn migrate(session: &Session, steps: &[Step]) -> Result<(), Fault> {
     for (step, version) in steps.iter().zip(2..) {
-        let found = find(link, bounds).await?;
+        let found = find(session).await?;
         let older = found.older_than(version);
         if older.is_empty() {
             continue;
@@ -79,14 +75,14 @@ pub async fn migrate(link: &Link, bounds: &Bounds, steps: &[Step]) -> Result<(),
             );
             return Ok(());
         }
-        alone(client, bounds, &found.table, async || {
+        alone(session, &found.table, async || {
             // Somebody may have been quicker while we waited for the lock.
-            let found = find(link, bounds).await?;
+            let found = find(session).await?;
             for object in found.older_than(version) {
                 if let Some(sql) = step(object, &found.table) {
-                    execute(client, bounds, &sql).await?;
+                    execute(session, &sql).await?;
                 }
-                execute(client, bounds, &schema::mark(object, &found.table, version)).await?;
+                execute(session, &schema::mark(object, &found.table, version)).await?;
             }
             Ok(())
         })
@@ -97,23 +93,20 @@ pub async fn migrate(link: &Link, bounds: &Bounds, steps: &[Step]) -> Result<(),
 }
 
 /// What belongs to a table that was there before belongs to its owner, whoever we are: views read with their owner's rights.
-async fn give_to_owner(client: &Client, bounds: &Bounds, found: &Found, object: Object) -> Result<(), Fault> {
+async fn give_to_owner(session: &Session, found: &Found, object: Object) -> Result<(), Fault> {
     if !found.is_ours(Object::Main) || found.has(object) {
         return Ok(());
     }
-    let owner = owner(client, bounds, found, Object::Main).await?;
+    let owner = owner(session, found, Object::Main).await?;
     let name = found.table.quoted(object.suffix());
-    execute(client, bounds, &format!("ALTER TABLE {name} OWNER TO {owner}")).await
+    execute(session, &format!("ALTER TABLE {name} OWNER TO {owner}")).await
 }
 
-async fn check_server(client: &Client, bounds: &Bounds) -> Result<(), Fault> {
+async fn check_server(session: &Session) -> Result<(), Fault> {
     let sql = "SELECT current_setting('server_version_num')::integer, current_setting('server_version')";
-    let row = bounded(
-        "asking the server's version",
-        bounds.step,
-        client.query_one(sql, &[]),
-    )
-    .await?;
+    let row = session
+        .bounded("asking the server's version", session.client.query_one(sql, &[]))
+        .await?;
     match too_old(row.try_get(0)?, row.try_get(1)?) {
         Some(text) => Err(Fault::operator(text)),
         None => Ok(()),
@@ -134,15 +127,14 @@ fn too_old(version_number: i32, version: &str) -> Option<String> {
 ///
 /// # Errors
 /// Something that a user built upon ours depends on it, a right is missing, or the database does not answer.
-pub async fn drop_ours(link: &Link, bounds: &Bounds) -> Result<(Vec<String>, Vec<String>), Fault> {
-    let client = &link.client;
-    alone(client, bounds, &link.table, async || {
+pub async fn drop_ours(session: &Session) -> Result<(Vec<String>, Vec<String>), Fault> {
+    alone(session, &session.table, async || {
         let (mut dropped, mut left) = (Vec::new(), Vec::new());
-        let found = find(link, bounds).await?;
+        let found = find(session).await?;
         for object in Object::ALL.into_iter().rev().filter(|&object| found.has(object)) {
             let name = found.table.quoted(object.suffix());
             if found.is_ours(object) {
-                execute(client, bounds, &schema::drop(object, &found.table)).await?;
+                execute(session, &schema::drop(object, &found.table)).await?;
                 dropped.push(name);
             } else {
                 left.push(name);

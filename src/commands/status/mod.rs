@@ -15,7 +15,7 @@ use crate::commands::status::lag::{Lag, lag};
 use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
 use crate::config::StatusConfig;
 use crate::consume::state::GROUP_SUFFIX;
-use crate::postgres::{self, Bounds, Link};
+use crate::postgres::{self, Bounds, Session};
 use crate::sample::Timestamp;
 use crate::tables::destination;
 use crate::terminal::{NONE, columns, cut, percent, plain, plain_json, roughly, seconds, sparkline};
@@ -40,24 +40,14 @@ pub struct Report {
 /// The database cannot be asked, or there is no such table.
 pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
     let runtime = postgres::runtime()?;
-    let bounds = Bounds::default();
     let rows = runtime.block_on(async {
-        let link = Link::open(&config.database, &bounds).await?;
-        let found = destination::find(&link, &bounds).await;
+        let session = Session::open(&config.database, Bounds::default()).await?;
+        let found = destination::find(&session).await;
         let rows = match found {
-            Ok(found) => {
-                rows::read(
-                    &link.client,
-                    &bounds,
-                    &found,
-                    &config.group_id,
-                    config.is_state_on,
-                )
-                .await
-            }
+            Ok(found) => rows::read(&session, &found, &config.group_id, config.is_state_on).await,
             Err(fault) => Err(fault),
         };
-        link.close().await;
+        session.close().await;
         rows
     });
     let rows = rows.map_err(|fault| anyhow!("{fault}"))?;

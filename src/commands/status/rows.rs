@@ -7,10 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use tokio_postgres::{Client, Row};
+use tokio_postgres::Row;
 
 use crate::consume::state::GROUP_SUFFIX;
-use crate::postgres::{Bounds, Fault, bounded};
+use crate::postgres::{Fault, Session, bounded};
 use crate::sample::Timestamp;
 use crate::tables::destination::{self, Found};
 use crate::tables::names::Object;
@@ -106,14 +106,13 @@ pub struct LastError {
 /// # Errors
 /// There is no table, a right is missing, or the database does not answer in time.
 pub async fn read(
-    client: &Client,
-    bounds: &Bounds,
+    session: &Session,
     found: &Found,
     group_id: &str,
     is_state_on: bool,
 ) -> Result<Rows, Fault> {
     let main = found.table.quoted("");
-    let columns = columns(client, bounds, &main).await?;
+    let columns = columns(session, &main).await?;
     if columns.is_empty() {
         return Err(Fault::operator(format!(
             "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
@@ -129,22 +128,30 @@ pub async fn read(
         .map(|(name, _)| *name)
         .filter(|name| !columns.contains(*name))
         .collect();
-    bounded("session settings", bounds.step, client.batch_execute(SETTINGS)).await?;
+    session
+        .bounded("session settings", session.client.batch_execute(SETTINGS))
+        .await?;
     let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
-    let now_micros = bounded("asking the time", bounds.step, client.query_one(sql, &[])).await?;
+    let now_micros = session
+        .bounded("asking the time", session.client.query_one(sql, &[]))
+        .await?;
     let now_micros = now_micros.try_get(0)?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
-    let counted_because = no_state(client, bounds, found, is_state_on).await?;
+    let counted_because = no_state(session, found, is_state_on).await?;
     let sql = match (&counted_because, has_time) {
         (None, _) => of_the_state(found),
         (Some(_), true) => of_a_foreign_table(&source(&main, &columns), &times),
         (Some(_), false) => of_a_table_without_time(&source(&main, &columns)),
     };
     let grant = |fault: Fault| fault.with_grant(&format!("GRANT SELECT ON {main} TO this user"));
-    let rows = bounded("reading the table", ANSWERS_WITHIN, client.query(&sql, &[]))
-        .await
-        .map_err(grant)?;
+    let rows = bounded(
+        "reading the table",
+        ANSWERS_WITHIN,
+        session.client.query(&sql, &[]),
+    )
+    .await
+    .map_err(grant)?;
     let mut hosts = Vec::with_capacity(rows.len());
     for row in &rows {
         hosts.push(host(row)?);
@@ -157,7 +164,7 @@ pub async fn read(
         .filter_map(|host| host.newest)
         .max_by_key(|newest| newest.at);
     let newest = match newest_of_hosts {
-        None if has_time => newest_ever(client, &source(&main, &columns)).await?,
+        None if has_time => newest_ever(session, &source(&main, &columns)).await?,
         newest => newest,
     };
     Ok(Rows {
@@ -165,25 +172,20 @@ pub async fn read(
         hosts,
         newest,
         missing_columns,
-        positions: positions(client, bounds, found, group_id).await?,
+        positions: positions(session, found, group_id).await?,
         state_positions: match counted_because {
-            None => positions(client, bounds, found, &format!("{group_id}{GROUP_SUFFIX}"))
+            None => positions(session, found, &format!("{group_id}{GROUP_SUFFIX}"))
                 .await?
                 .unwrap_or_default(),
             Some(_) => BTreeMap::new(),
         },
         counted_because,
-        rejected: rejected(client, bounds, found).await?,
+        rejected: rejected(session, found).await?,
     })
 }
 
 /// Why the state cannot be asked.
-async fn no_state(
-    client: &Client,
-    bounds: &Bounds,
-    found: &Found,
-    is_on: bool,
-) -> Result<Option<String>, Fault> {
+async fn no_state(session: &Session, found: &Found, is_on: bool) -> Result<Option<String>, Fault> {
     if !is_on {
         return Ok(Some("STATE=off".to_owned()));
     }
@@ -195,13 +197,15 @@ async fn no_state(
         if !found.is_current(object) {
             return Ok(Some(format!("there is no {name} of this version")));
         }
-        if !destination::may_read(client, bounds, found, object).await? {
+        if !destination::may_read(session, found, object).await? {
             return Ok(Some(format!("this user may not SELECT from {name}")));
         }
     }
     let series = found.table.quoted(Object::Series.suffix());
     let sql = format!("SELECT EXISTS (SELECT FROM {series})");
-    let row = bounded("reading the state", bounds.step, client.query_one(&sql, &[])).await?;
+    let row = session
+        .bounded("reading the state", session.client.query_one(&sql, &[]))
+        .await?;
     let has_any: bool = row.try_get(0)?;
     Ok((!has_any).then(|| format!("{series} is empty: `consume` keeps no state here")))
 }
@@ -493,22 +497,29 @@ fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
     Ok(micros.and_then(Timestamp::from_unix_micros))
 }
 
-async fn columns(client: &Client, bounds: &Bounds, main: &str) -> Result<BTreeSet<String>, Fault> {
+async fn columns(session: &Session, main: &str) -> Result<BTreeSet<String>, Fault> {
     let sql = "SELECT attname::text FROM pg_catalog.pg_attribute \
                WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";
-    let rows = bounded("reading the catalogue", bounds.step, client.query(sql, &[&main])).await?;
+    let rows = session
+        .bounded("reading the catalogue", session.client.query(sql, &[&main]))
+        .await?;
     let names: Result<_, _> = rows.iter().map(|row| row.try_get(0)).collect();
     Ok(names?)
 }
 
 /// The newest row where none is of the last seven days.
-async fn newest_ever(client: &Client, source: &str) -> Result<Option<Newest>, Fault> {
+async fn newest_ever(session: &Session, source: &str) -> Result<Option<Newest>, Fault> {
     let sql = format!(
         "SELECT {} AS newest_at, interval_seconds FROM {source} \
          WHERE scheduled_at IS NOT NULL ORDER BY scheduled_at DESC LIMIT 1",
         micros("scheduled_at")
     );
-    let row = bounded("reading the table", ANSWERS_WITHIN, client.query_opt(&sql, &[])).await?;
+    let row = bounded(
+        "reading the table",
+        ANSWERS_WITHIN,
+        session.client.query_opt(&sql, &[]),
+    )
+    .await?;
     let Some(row) = row else {
         return Ok(None);
     };
@@ -520,24 +531,20 @@ async fn newest_ever(client: &Client, source: &str) -> Result<Option<Newest>, Fa
 }
 
 async fn positions(
-    client: &Client,
-    bounds: &Bounds,
+    session: &Session,
     found: &Found,
     group_id: &str,
 ) -> Result<Option<BTreeMap<(String, i32), i64>>, Fault> {
-    if !destination::may_read(client, bounds, found, Object::Offsets).await? {
+    if !destination::may_read(session, found, Object::Offsets).await? {
         return Ok(None);
     }
     let sql = format!(
         "SELECT topic, \"partition\", next_offset FROM {} WHERE group_id = $1",
         found.table.quoted(Object::Offsets.suffix())
     );
-    let rows = bounded(
-        "reading the positions",
-        bounds.step,
-        client.query(&sql, &[&group_id]),
-    )
-    .await?;
+    let rows = session
+        .bounded("reading the positions", session.client.query(&sql, &[&group_id]))
+        .await?;
     let mut positions = BTreeMap::new();
     for row in rows {
         positions.insert((row.try_get(0)?, row.try_get(1)?), row.try_get(2)?);
@@ -545,8 +552,8 @@ async fn positions(
     Ok(Some(positions))
 }
 
-async fn rejected(client: &Client, bounds: &Bounds, found: &Found) -> Result<Option<i64>, Fault> {
-    if !destination::may_read(client, bounds, found, Object::Rejected).await? {
+async fn rejected(session: &Session, found: &Found) -> Result<Option<i64>, Fault> {
+    if !destination::may_read(session, found, Object::Rejected).await? {
         return Ok(None);
     }
     let sql = format!(
@@ -554,11 +561,11 @@ async fn rejected(client: &Client, bounds: &Bounds, found: &Found) -> Result<Opt
         found.table.quoted(Object::Rejected.suffix()),
         MAX_COUNTED + 1
     );
-    let row = bounded(
-        "counting the rejected records",
-        bounds.step,
-        client.query_one(&sql, &[]),
-    )
-    .await?;
+    let row = session
+        .bounded(
+            "counting the rejected records",
+            session.client.query_one(&sql, &[]),
+        )
+        .await?;
     Ok(Some(row.try_get(0)?))
 }

@@ -10,7 +10,7 @@ use host_metrics::config::{DbSslMode, Secret};
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::store::Store;
-use host_metrics::postgres::{self as bounded, Bounds, Link};
+use host_metrics::postgres::{self as bounded, Bounds, Session};
 use postgres::{Client, NoTls};
 
 use super::{P0, fatal, fatal_of, ok, reject, retry_of, row, start_at};
@@ -149,13 +149,13 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
         let case = format!("{mode:?} {root:?} {host}");
         let runtime = bounded::runtime().unwrap();
         let encrypted = runtime.block_on(async {
-            let link = Link::open(&config, &Bounds::default()).await?;
-            let row = link
+            let session = Session::open(&config, Bounds::default()).await?;
+            let row = session
                 .client
                 .query_one("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", &[])
                 .await?;
             let encrypted: bool = row.get(0);
-            link.close().await;
+            session.close().await;
             Ok::<_, bounded::Fault>(encrypted)
         });
         match (encrypted, expected) {
@@ -172,7 +172,7 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
         let mut plain = config(server(), "postgres", "m").database;
         plain.ssl_mode = mode;
         let runtime = bounded::runtime().unwrap();
-        let opened = runtime.block_on(Link::open(&plain, &Bounds::default()));
+        let opened = runtime.block_on(Session::open(&plain, Bounds::default()));
         match opened {
             Ok(_) => assert!(is_fine, "{mode:?}"),
             Err(fault) => {
@@ -189,11 +189,11 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
     only_plain.user = "plain".into();
     let runtime = bounded::runtime().unwrap();
     runtime
-        .block_on(Link::open(&only_plain, &Bounds::default()))
+        .block_on(Session::open(&only_plain, Bounds::default()))
         .unwrap();
     only_plain.ssl_mode = Require;
     let fault = runtime
-        .block_on(Link::open(&only_plain, &Bounds::default()))
+        .block_on(Session::open(&only_plain, Bounds::default()))
         .err()
         .unwrap();
     assert!(fault.text.contains("pg_hba.conf"), "{fault}");

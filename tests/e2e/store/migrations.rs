@@ -6,7 +6,7 @@ use host_metrics::commands::init;
 use host_metrics::config::{DatabaseConfig, WrongInput};
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::batch::Flushed;
-use host_metrics::postgres::{self as bounded, Bounds, Link};
+use host_metrics::postgres::{self as bounded, Bounds, Session};
 use host_metrics::tables::names::Object;
 use host_metrics::tables::schema;
 use host_metrics::tables::{days, migrate};
@@ -23,11 +23,10 @@ fn tables_are_made_once_by_many_at_the_same_time() {
         .map(|_| {
             let (config, ready) = (db.config().database, std::sync::Arc::clone(&makers_ready));
             thread::spawn(move || {
-                let bounds = Bounds::default();
                 bounded::runtime().unwrap().block_on(async {
-                    let link = Link::open(&config, &bounds).await?;
+                    let session = Session::open(&config, Bounds::default()).await?;
                     ready.wait();
-                    migrate::make(&link, &bounds, days::today()).await
+                    migrate::make(&session, days::today()).await
                 })
             })
         })
@@ -92,10 +91,9 @@ const MADE_UP_STEPS: [schema::Step; 2] = [
 
 /// Takes the steps.
 fn migrate_made_up(config: &DatabaseConfig, steps: &[schema::Step]) -> Result<(), bounded::Fault> {
-    let bounds = Bounds::default();
     bounded::runtime().unwrap().block_on(async {
-        let link = Link::open(config, &bounds).await?;
-        migrate::migrate(&link, &bounds, steps).await
+        let session = Session::open(config, Bounds::default()).await?;
+        migrate::migrate(&session, steps).await
     })
 }
 
