@@ -3,7 +3,7 @@
 SHELL_SCRIPTS = .ci/run scripts/* deploy/postgres/*.sh tests/docker/run tests/docker/stand-ins tests/docker/kafka-run tests/docker/postgres-run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check unit e2e test soak test-docker fuzz mutants coverage bench-consume bench-views bench-produce soak-produce setup lint deny config image start stop restart status logs reload validate clean
+.PHONY: help demo check unit e2e test soak test-docker fuzz mutants coverage bench-consume bench-views bench-produce soak-produce setup lint deny install config image start stop restart status logs reload validate clean
 
 # $(call require,PROGRAM,COMMAND): stops with the command that installs the program, if it is missing.
 require = command -v $(1) >/dev/null || { echo "$(1) is not installed; to install it: $(2)" >&2; exit 1; }
@@ -91,6 +91,11 @@ lint: ## format, clippy, shellcheck and promtool; warnings are errors
 deny: ## check the dependencies: licences, sources, duplicates, advisories; ARGS="licenses bans sources" works without GitHub
 	@$(call require,cargo-deny,cargo install cargo-deny --locked)
 	cargo deny --locked check $(ARGS)
+
+PREFIX ?= /usr/local
+install: ## install the program, its manual pages and shell completions under PREFIX=/usr/local
+	cargo build --release --locked
+	scripts/install "$(DESTDIR)$(PREFIX)" "$${CARGO_TARGET_DIR:-target}/release/host-metrics"
 
 ## Deploy
 

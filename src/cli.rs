@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::skip::Place;
 use crate::duration;
@@ -47,12 +47,18 @@ pub enum Command {
     Drop(Drop),
     /// Show the state of every host, the lag behind Kafka, and whether the data is stale
     Status(Status),
+    /// Print records as they arrive in Kafka
+    Tail(Tail),
     /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
     Skip(Skip),
     /// Ask the agent at METRICS_ADDR on this machine whether it is ready
     Health(Health),
     /// Run the whole pipeline in one process, with its own Kafka, Postgres and web sites
     Demo(Demo),
+    /// Print a script that completes commands and flags in a shell
+    Completions(Completions),
+    /// Write the manual pages to a directory
+    Man(Man),
 }
 
 /// The flags that every command has, before or after its name.
@@ -68,9 +74,22 @@ pub struct Common {
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
 
+    /// When to use colours
+    #[arg(long, value_name = "WHEN", value_enum)]
+    color: Option<When>,
+
     /// Print version
     #[arg(short = 'v', long, action = ArgAction::Version)]
     version: Option<bool>,
+}
+
+/// The values of `--color`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum When {
+    /// On a terminal, unless NO_COLOR or TERM=dumb is set
+    Auto,
+    Always,
+    Never,
 }
 
 #[derive(Debug, Args)]
@@ -170,6 +189,28 @@ pub struct Status {
 }
 
 #[derive(Debug, Args)]
+pub struct Tail {
+    /// Begin with the records of this long ago, e.g. 10m [default: only new records]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub since: Option<Duration>,
+
+    /// Only records of this address, as written in the host file (repeatable)
+    #[arg(long = "host", value_name = "ADDRESS")]
+    pub hosts: Vec<String>,
+
+    /// Only failed checks
+    #[arg(long)]
+    pub failed: bool,
+
+    /// Print the records as JSON, one a line
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
 pub struct Skip {
     /// The partition and the offset of the batch to skip; without an offset, only show the next batch
     #[arg(value_name = "TOPIC/PARTITION[:OFFSET]")]
@@ -199,6 +240,25 @@ pub struct Demo {
     common: Common,
 }
 
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Man {
+    /// The directory, e.g. /usr/local/share/man/man1
+    pub directory: PathBuf,
+
+    #[command(flatten)]
+    common: Common,
+}
+
 impl Cli {
     /// Every `-e`, in order: one after the command's name overrides one before it.
     pub fn variables(&self) -> Vec<String> {
@@ -206,6 +266,12 @@ impl Cli {
             .iter()
             .flat_map(|common| common.variables.iter().cloned())
             .collect()
+    }
+
+    /// `--color`.
+    pub fn color(&self) -> When {
+        let inner = self.command.common().color;
+        inner.or(self.common.color).unwrap_or(When::Auto)
     }
 
     /// The file of `--env-file`.
@@ -226,9 +292,12 @@ impl Command {
             | Self::Init(Init { common, .. })
             | Self::Drop(Drop { common, .. })
             | Self::Status(Status { common, .. })
+            | Self::Tail(Tail { common, .. })
             | Self::Skip(Skip { common, .. })
             | Self::Health(Health { common })
-            | Self::Demo(Demo { common, .. }) => common,
+            | Self::Demo(Demo { common, .. })
+            | Self::Completions(Completions { common, .. })
+            | Self::Man(Man { common, .. }) => common,
         }
     }
 }
@@ -262,6 +331,7 @@ Examples:
   host-metrics produce -c producer_config -e KAFKA_BOOTSTRAP_SERVERS=localhost:9092
   host-metrics consume --env-file env
   host-metrics status --env-file env
+  host-metrics tail --failed --since 10m --env-file env
 
 Exit status: 0 success; 1 failure (check: not valid; status: stale; health: not ready);
 2 an error in the command line, a variable or the host file.";

@@ -1,17 +1,19 @@
 //! The program: reads the command line and the variables, starts the logging and runs the command. Prints every error once.
 
+use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anstream::ColorChoice;
 use anyhow::Context;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use signal_hook::consts::SIGHUP;
 
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
-use host_metrics::commands::{check, demo, init, skip, status, validate};
+use host_metrics::commands::{check, demo, init, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
 use host_metrics::produce::host_file::{self, HostFileError, Hosts};
@@ -19,6 +21,7 @@ use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
 use host_metrics::{consume, limits, logging, terminal};
 
+const PROGRAM: &str = env!("CARGO_PKG_NAME");
 const FAILURE: u8 = 1;
 const WRONG_INPUT: u8 = 2;
 
@@ -31,6 +34,12 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(WRONG_INPUT));
         }
     };
+    match cli.color() {
+        cli::When::Auto => ColorChoice::Auto,
+        cli::When::Always => ColorChoice::Always,
+        cli::When::Never => ColorChoice::Never,
+    }
+    .write_global();
     match run(&cli) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(FAILURE),
@@ -65,9 +74,12 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Init(args) => run_init(args, &variables),
         Command::Drop(args) => run_drop(args, &variables),
         Command::Status(args) => run_status(args, &variables),
+        Command::Tail(args) => run_tail(args, &variables),
         Command::Skip(args) => run_skip(args, &variables),
         Command::Health(_) => run_health(&variables),
         Command::Demo(args) => run_demo(args, &variables),
+        Command::Completions(args) => run_completions(args),
+        Command::Man(args) => run_man(args),
     }
 }
 
@@ -159,6 +171,20 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool>
     Ok(!report.is_stale())
 }
 
+fn run_tail(args: &cli::Tail, variables: &Variables) -> anyhow::Result<bool> {
+    let config = config::tail(variables)?;
+    start_logging(variables, Servers::KAFKA)?;
+    let options = tail::Options {
+        since: args.since,
+        hosts: args.hosts.clone(),
+        failed: args.failed,
+        json: args.json,
+    };
+    // Leaves colours out where standard output is not a terminal, or NO_COLOR or TERM=dumb is set.
+    tail::run(&config, &options, &listen_to_signals()?, &mut anstream::stdout())?;
+    Ok(true)
+}
+
 fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::consume(variables)?;
     start_logging(variables, Servers::BOTH)?;
@@ -187,6 +213,26 @@ fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<bool> {
         log_level: config::log_level(variables)?,
     };
     demo::run(options, &listen_to_signals()?)
+}
+
+fn run_completions(args: &cli::Completions) -> anyhow::Result<bool> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), PROGRAM, &mut script);
+    print(&String::from_utf8(script)?)?;
+    Ok(true)
+}
+
+fn run_man(args: &cli::Man) -> anyhow::Result<bool> {
+    let directory = &args.directory;
+    // The name of each page, because all commands share the display name of their common flags.
+    let command = Cli::command().mut_subcommands(|command| {
+        let name = format!("{PROGRAM}-{}", command.get_name());
+        command.display_name(name)
+    });
+    fs::create_dir_all(directory)
+        .and_then(|()| clap_mangen::generate_to(command, directory))
+        .with_context(|| format!("cannot write manual pages to {}", directory.display()))?;
+    Ok(true)
 }
 
 /// Starts the logging, and logs the warnings about the variables.

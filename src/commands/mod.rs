@@ -5,4 +5,5 @@ pub mod demo;
 pub mod init;
 pub mod skip;
 pub mod status;
+pub mod tail;
 pub mod validate;

@@ -193,6 +193,23 @@ pub fn status(variables: &Variables) -> Result<StatusConfig, WrongVariables> {
     })
 }
 
+#[derive(Clone, Debug)]
+pub struct TailConfig {
+    pub kafka: KafkaConfig,
+    pub topics: Vec<String>,
+}
+
+/// The configuration of `tail`.
+///
+/// # Errors
+/// All wrong variables.
+pub fn tail(variables: &Variables) -> Result<TailConfig, WrongVariables> {
+    read(variables, |reader| TailConfig {
+        kafka: kafka::servers_and_security(reader),
+        topics: kafka::topics(reader),
+    })
+}
+
 /// METRICS_ADDR, for `health`.
 ///
 /// # Errors

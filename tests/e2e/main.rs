@@ -30,5 +30,6 @@ mod site;
 mod state;
 mod store;
 mod table;
+mod tail;
 mod unreadable;
 mod watching;

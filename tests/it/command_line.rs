@@ -949,3 +949,28 @@ fn a_host_file_with_slips_is_warned_of_by_validate_and_at_the_start() {
         ran.stderr
     );
 }
+
+#[test]
+fn man_writes_a_page_for_every_command_and_completions_a_script() {
+    let place = Place::new();
+    let ran = place.run(&["man", "pages"]);
+    assert_eq!(
+        (ran.status, ran.stdout.as_str(), ran.stderr.as_str()),
+        (0, "", "")
+    );
+    let help = place.run(&["-h"]).stdout;
+    let (_, commands) = help.split_once("Commands:\n").unwrap();
+    let commands: Vec<_> = commands
+        .lines()
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert!(commands.contains(&"produce"), "{commands:?}");
+    let bash = place.run(&["completions", "bash"]).stdout;
+    for command in commands {
+        let page = place.path().join(format!("pages/host-metrics-{command}.1"));
+        assert!(page.exists(), "{}", page.display());
+        assert!(bash.contains(command), "{command}");
+    }
+    assert!(place.path().join("pages/host-metrics.1").exists());
+}

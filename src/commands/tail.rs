@@ -1,0 +1,349 @@
+//! `host-metrics tail`: prints records as they arrive in Kafka.
+//!
+//! Owns a client that reads every partition of the topics, joins no group and commits nothing, and the line that a record is
+//! printed as.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use anstyle::{AnsiColor, Style};
+use anyhow::Context;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaResult;
+use rdkafka::{Message, Offset, TopicPartitionList};
+
+use crate::clock::instant_now;
+use crate::config::TailConfig;
+use crate::kafka::{self, Listener, client_config};
+use crate::outage::Outage;
+use crate::sample::epoch::Claim;
+use crate::sample::{self, Outcome, Sample};
+use crate::shutdown::Shutdown;
+use crate::terminal;
+
+/// How often new topics and partitions are looked for, as in `consume`.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// The same while Kafka or a topic is missing.
+const RETRY_EVERY: Duration = Duration::from_secs(1);
+/// The longest wait for one answer from Kafka.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// How long a signal or a closed pipe may go unnoticed.
+const POLL_FOR: Duration = Duration::from_millis(100);
+
+/// What to print, and how.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// Begin with the records that Kafka received this long ago, instead of with the next ones.
+    pub since: Option<Duration>,
+    /// Only these hosts, by address; empty: all.
+    pub hosts: Vec<String>,
+    /// Only failed checks.
+    pub failed: bool,
+    /// Print each record's JSON.
+    pub json: bool,
+}
+
+impl Options {
+    fn wants(&self, sample: &Sample<'_>) -> bool {
+        let is_failed = || matches!(kind(sample), Kind::Failed);
+        (self.hosts.is_empty() || self.hosts.iter().any(|host| *host == sample.address))
+            && (!self.failed || is_failed())
+    }
+}
+
+/// Prints records until a signal arrives or the reader of `out` closes it. An absence of Kafka is waited out.
+///
+/// # Errors
+/// librdkafka does not accept the settings, or `out` cannot be written.
+pub fn run(
+    config: &TailConfig,
+    options: &Options,
+    shutdown: &Shutdown,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    match Tail::new(config)?.print(options, shutdown, out) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed.context("cannot write to standard output"),
+    }
+}
+
+struct Tail<'a> {
+    config: &'a TailConfig,
+    consumer: BaseConsumer<Listener>,
+    reading: BTreeSet<(String, i32)>,
+    outage: Outage,
+}
+
+impl<'a> Tail<'a> {
+    fn new(config: &'a TailConfig) -> anyhow::Result<Self> {
+        let consumer = client_config(&config.kafka)
+            // librdkafka reads nothing without one. It is not joined, and nothing is committed.
+            .set("group.id", "host-metrics-tail")
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("auto.offset.reset", "earliest")
+            .set("isolation.level", "read_committed")
+            .set("fetch.wait.max.ms", "100")
+            .set("fetch.queue.backoff.ms", "10")
+            .set("queued.max.messages.kbytes", "8192")
+            .create_with_context(Listener::new(&config.kafka))
+            .context("librdkafka does not accept the configuration")?;
+        Ok(Self {
+            config,
+            consumer,
+            reading: BTreeSet::new(),
+            outage: Outage::default(),
+        })
+    }
+
+    fn print(mut self, options: &Options, shutdown: &Shutdown, out: &mut impl Write) -> io::Result<()> {
+        let mut out = io::BufWriter::new(out);
+        let mut next_look = instant_now();
+        let mut is_first_look = true;
+        while !shutdown.requested() {
+            let now = instant_now();
+            if now >= next_look {
+                let is_complete = self.look(now, is_first_look.then_some(options.since));
+                is_first_look &= self.reading.is_empty();
+                next_look = instant_now() + if is_complete { LOOK_EVERY } else { RETRY_EVERY };
+            }
+            let mut wait = POLL_FOR;
+            while let Some(polled) = self.consumer.poll(wait) {
+                match polled {
+                    Ok(message) => {
+                        if let Some(line) = line(&message, options) {
+                            out.write_all(line.as_bytes())?;
+                        }
+                    }
+                    Err(error) => log::debug!("reading: {error}"),
+                }
+                wait = Duration::ZERO;
+                if shutdown.requested() {
+                    break;
+                }
+            }
+            out.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Starts to read partitions that are not read yet: at the first look from the place that the options name, later from
+    /// their beginning, because they are new. True if every topic was found.
+    fn look(&mut self, now: Instant, first: Option<Option<Duration>>) -> bool {
+        let mut is_complete = true;
+        for topic in &self.config.topics {
+            if let Err(error) = self.read_new_partitions(topic, first) {
+                let cause = self.consumer.context().last().map(|(_, cause)| cause);
+                let cause = cause.unwrap_or_else(|| self.consumer.context().explain(&error));
+                self.outage
+                    .begin(now, format!("cannot read topic {topic}: {cause}"));
+                is_complete = false;
+            }
+        }
+        if is_complete && self.outage.end(now).is_some() {
+            log::info!("all topics are there");
+        }
+        if let Some((reason, _)) = self.outage.take_report(now) {
+            log::warn!("{reason}; waiting for it");
+        }
+        is_complete
+    }
+
+    fn read_new_partitions(&mut self, topic: &str, first: Option<Option<Duration>>) -> KafkaResult<()> {
+        let place = match first {
+            None => Offset::Beginning,
+            Some(None) => Offset::End,
+            Some(Some(since)) => Offset::Offset(unix_millis_before(since)),
+        };
+        let mut new = TopicPartitionList::new();
+        for partition in kafka::partitions(self.consumer.client(), topic, ANSWER_WITHIN)? {
+            if !self.reading.contains(&(topic.to_owned(), partition.number)) {
+                new.add_partition_offset(topic, partition.number, place)?;
+            }
+        }
+        if new.count() == 0 {
+            return Ok(());
+        }
+        // Resolves a time or the end to an offset now, so that no record is missed that arrives from here on.
+        let starts = match place {
+            Offset::Beginning => new,
+            _ => self.consumer.offsets_for_times(new, ANSWER_WITHIN)?,
+        };
+        self.consumer.incremental_assign(&starts)?;
+        let names = starts.elements();
+        let names = names
+            .iter()
+            .map(|start| (start.topic().to_owned(), start.partition()));
+        self.reading.extend(names);
+        log::info!("reading {} partitions of topic {topic}", starts.count());
+        Ok(())
+    }
+}
+
+/// The milliseconds since 1970 of a moment in the past, as Kafka counts its timestamps.
+#[expect(clippy::disallowed_methods, reason = "an edge: --since counts from now")]
+fn unix_millis_before(since: Duration) -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let then = now.unwrap_or_default().saturating_sub(since);
+    i64::try_from(then.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The line for a message; `None` if the options do not ask for it, or it is a claim of a group of producers.
+fn line(message: &impl Message, options: &Options) -> Option<String> {
+    let value = message.payload().unwrap_or_default();
+    match sample::decode(value) {
+        Ok(sample) if !options.wants(&sample) => None,
+        Ok(_) if options.json => Some(terminal::plain_json(&String::from_utf8_lossy(value)) + "\n"),
+        Ok(sample) => Some(text(&sample, message.timestamp().to_millis())),
+        Err(_) if Claim::decode(value).is_some() => None,
+        Err(rejection) => {
+            let (topic, partition, offset) = (message.topic(), message.partition(), message.offset());
+            log::warn!(
+                "{topic}/{partition}:{offset} is not a valid record: {}",
+                rejection.0
+            );
+            None
+        }
+    }
+}
+
+/// A record as a line for people: time, outcome, status, latency, place, address, error.
+fn text(sample: &Sample<'_>, received_millis: Option<i64>) -> String {
+    let received = || sample::Timestamp::from_unix_micros(received_millis?.checked_mul(1000)?);
+    let time = sample.started_at.or(sample.scheduled_at).or_else(received);
+    // 2026-01-31T12:00:00.000000Z without the last five digits.
+    let time = time.map_or_else(String::new, |time| time.to_string());
+    let time = time.get(..21).unwrap_or(terminal::NONE).replace('T', " ");
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| terminal::NONE.to_owned());
+    let outcome = match (&sample.outcome, sample.is_valid) {
+        (Some(outcome), _) => terminal::plain(outcome),
+        (None, true) => "valid".to_owned(),
+        (None, false) => "not valid".to_owned(),
+    };
+    let status = or_none(sample.status_code.map(|code| code.to_string()));
+    let latency = or_none(sample.latency.map(terminal::seconds));
+    let place = sample.agent.as_deref().map(terminal::plain);
+    let style = style(sample);
+    let mut line = format!(
+        "{time}  {style}{outcome:<18}{style:#}  {status:>3}  {latency:>8}  {}  {}",
+        or_none(place),
+        terminal::plain(&sample.address),
+    );
+    if let Some(error) = &sample.error {
+        line += "  ";
+        line += &terminal::plain(error);
+    }
+    line.push('\n');
+    line
+}
+
+/// What a record says of its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Valid,
+    Failed,
+    /// The host was not checked.
+    NotChecked,
+}
+
+fn kind(sample: &Sample<'_>) -> Kind {
+    let not_checked = [Outcome::Missed, Outcome::AgentError].map(Outcome::as_str);
+    match &sample.outcome {
+        Some(outcome) if not_checked.contains(&outcome.as_ref()) => Kind::NotChecked,
+        _ if sample.is_valid => Kind::Valid,
+        _ => Kind::Failed,
+    }
+}
+
+fn style(sample: &Sample<'_>) -> Style {
+    match kind(sample) {
+        Kind::Valid => AnsiColor::Green.on_default(),
+        Kind::Failed => AnsiColor::Red.on_default().bold(),
+        Kind::NotChecked => AnsiColor::Yellow.on_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::Timestamp;
+    use rdkafka::message::OwnedMessage;
+
+    use super::*;
+
+    fn message(value: &str) -> OwnedMessage {
+        let value = Some(value.as_bytes().to_vec());
+        OwnedMessage::new(
+            value,
+            None,
+            "t".to_owned(),
+            Timestamp::CreateTime(1_700_000_000_000),
+            0,
+            7,
+            None,
+        )
+    }
+
+    fn plain(line: Option<String>) -> String {
+        anstream::adapter::strip_str(&line.unwrap_or_default()).to_string()
+    }
+
+    const OK: &str = r#"{"v":1,"address":"https://a.example/","is_valid":true,"outcome":"ok","latency":0.123,
+        "status_code":200,"started_at":"2026-01-31T12:00:00.123456Z","agent":"eu"}"#;
+    const REFUSED: &str = r#"{"v":1,"address":"http://b.example/","is_valid":false,"outcome":"connect_refused",
+        "error":"Connection \u001b[31m refused","scheduled_at":"2026-01-31T12:00:00.9Z"}"#;
+    const MISSED: &str = r#"{"v":1,"address":"http://b.example/","is_valid":false,"outcome":"missed","error":"no room",
+        "scheduled_at":"2026-01-31T12:00:00Z"}"#;
+    const ORIGINAL: &str = r#"{"address":"c.example","latency":0.1,"status_code":503,"is_valid":false}"#;
+
+    #[test]
+    fn a_record_is_a_line_with_time_outcome_status_latency_place_address_and_error() {
+        let lines =
+            [OK, REFUSED, MISSED, ORIGINAL].map(|value| plain(line(&message(value), &Options::default())));
+        assert_eq!(
+            lines,
+            [
+                "2026-01-31 12:00:00.1  ok                  200    123 ms  eu  https://a.example/\n",
+                "2026-01-31 12:00:00.9  connect_refused       -         -  -  http://b.example/  Connection  [31m refused\n",
+                "2026-01-31 12:00:00.0  missed                -         -  -  http://b.example/  no room\n",
+                "2023-11-14 22:13:20.0  not valid           503    100 ms  -  c.example\n",
+            ]
+        );
+    }
+
+    #[test]
+    fn only_failed_checks_and_only_some_hosts_are_printed_on_request() {
+        let lines = |options: &Options| {
+            [OK, REFUSED, MISSED, ORIGINAL].map(|value| line(&message(value), options).is_some())
+        };
+        let failed = Options {
+            failed: true,
+            ..Options::default()
+        };
+        assert_eq!(lines(&failed), [false, true, false, true]);
+        let hosts = Options {
+            hosts: vec!["http://b.example/".to_owned(), "c.example".to_owned()],
+            ..Options::default()
+        };
+        assert_eq!(lines(&hosts), [false, true, true, true]);
+    }
+
+    #[test]
+    fn json_is_the_records_own_value_without_hidden_characters() {
+        let options = Options {
+            json: true,
+            ..Options::default()
+        };
+        let value = "{\"address\":\"a\u{202e}\",\"is_valid\":true}";
+        let printed = line(&message(value), &options).unwrap();
+        assert_eq!(printed, "{\"address\":\"a\\u202e\",\"is_valid\":true}\n");
+    }
+
+    #[test]
+    fn claims_and_values_that_are_not_records_are_not_printed() {
+        let claim = String::from_utf8(Claim::new("eu", "eu", 3).encode()).unwrap();
+        for value in [claim.as_str(), "", "{}", "nonsense"] {
+            assert_eq!(line(&message(value), &Options::default()), None, "{value}");
+        }
+    }
+}
