@@ -115,6 +115,9 @@ pub fn stamp<'a>(target: &'a Target, observation: Observation, stamp: Stamp<'a>)
         redirects: redirects.map(|count| i32::try_from(count).unwrap_or(i32::MAX)),
         body_bytes: body_bytes.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
         cert_expires_at,
+        slow: target.slow.zip(latency).map(|(limit, latency)| latency > limit),
+        name: target.name.as_deref().map(Cow::Borrowed),
+        group: target.group.as_deref().map(Cow::Borrowed),
         agent: Some(Cow::Borrowed(stamp.agent)),
         // Known only when the record is sent: `sample::epoch::write_into`.
         epoch: None,
@@ -222,10 +225,19 @@ mod tests {
             redirects: Some(1),
             body_bytes: Some(18_231),
             cert_expires_at: Some(at("2026-05-30T23:59:59Z")),
+            slow: Some(true),
+            name: Some("Shop front".into()),
+            group: Some("Shops".into()),
             agent: Some("fra-1".into()),
             epoch: None,
         };
-        assert_eq!(stamped(&target(), observation), expected);
+        let target = Target {
+            slow: Some(Duration::from_micros(131_481)),
+            name: Some("Shop front".to_owned()),
+            group: Some("Shops".to_owned()),
+            ..target()
+        };
+        assert_eq!(stamped(&target, observation), expected);
     }
 
     #[test]
@@ -247,6 +259,25 @@ mod tests {
             ..Sample::default()
         };
         assert_eq!(stamp(&target, observation, when), expected);
+    }
+
+    #[test]
+    fn a_response_is_slow_if_it_takes_longer_than_the_host_says() {
+        let slow = |limit: Option<u64>, latency: Option<u64>| {
+            let target = Target {
+                slow: limit.map(Duration::from_millis),
+                ..target()
+            };
+            let observation = Observation {
+                latency: latency.map(Duration::from_millis),
+                ..Observation::failed(Outcome::Ok, "")
+            };
+            stamped(&target, observation).slow
+        };
+        assert_eq!(slow(None, Some(900)), None);
+        assert_eq!(slow(Some(800), None), None);
+        assert_eq!(slow(Some(800), Some(800)), Some(false));
+        assert_eq!(slow(Some(800), Some(801)), Some(true));
     }
 
     #[test]

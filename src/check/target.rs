@@ -36,6 +36,11 @@ pub struct Target {
     pub method: Method,
     /// How many redirects are followed. With 0 the redirect itself is the response that is judged.
     pub follow: u32,
+    /// `slow=`: a response that takes longer is marked as slow in the record. It is still valid.
+    pub slow: Option<Duration>,
+    /// `name=` and `group=`, for people: they are copied to the record.
+    pub name: Option<String>,
+    pub group: Option<String>,
     /// `topic=`; `None` means KAFKA_TOPIC.
     pub topic: Option<String>,
     pub ip_family: Option<IpFamily>,
@@ -110,6 +115,9 @@ impl Target {
             status: None,
             method: Method::Get,
             follow: DEFAULT_FOLLOW,
+            slow: None,
+            name: None,
+            group: None,
             topic: None,
             ip_family: None,
             tls_insecure: false,

@@ -424,19 +424,9 @@ mod tests {
     }
 
     fn ticks(count: usize) -> Vec<Tick> {
-        let target = |i| Target {
-            address: format!("h{i}.example"),
-            url: url::Url::parse("http://example.com/").unwrap(),
-            interval: Duration::from_secs(1),
-            timeout: None,
-            status: None,
-            method: crate::check::target::Method::Get,
-            follow: 10,
-            topic: None,
-            ip_family: None,
-            tls_insecure: false,
-            tls_required: false,
-            regex: None,
+        let target = |i| {
+            let url = url::Url::parse("http://example.com/").unwrap();
+            Target::new(format!("h{i}.example"), url, Duration::from_secs(1))
         };
         let limits = Limits {
             max_under_way: count,

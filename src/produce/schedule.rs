@@ -1509,20 +1509,8 @@ mod tests {
     }
 
     fn host(address: &str, interval_seconds: u64) -> Target {
-        Target {
-            address: address.to_owned(),
-            url: url::Url::parse(&format!("https://{address}/")).unwrap(),
-            interval: Duration::from_secs(interval_seconds),
-            timeout: None,
-            status: None,
-            method: crate::check::target::Method::Get,
-            follow: 10,
-            topic: None,
-            ip_family: None,
-            tls_insecure: false,
-            tls_required: false,
-            regex: None,
-        }
+        let url = url::Url::parse(&format!("https://{address}/")).unwrap();
+        Target::new(address.to_owned(), url, Duration::from_secs(interval_seconds))
     }
 
     /// Waits for the next check and begins it.

@@ -204,6 +204,9 @@ impl<'de> RecordReader<'de> {
             Field::Redirects => sample.redirects = value.integer(i32::MIN, i32::MAX)?,
             Field::BodyBytes => sample.body_bytes = value.integer(i64::MIN, i64::MAX)?,
             Field::CertExpiresAt => sample.cert_expires_at = value.timestamp()?,
+            Field::Slow => sample.slow = value.boolean()?,
+            Field::Name => sample.name = value.text()?,
+            Field::Group => sample.group = value.text()?,
             Field::Agent => sample.agent = value.text()?,
             Field::Epoch => sample.epoch = value.integer(0, i64::MAX)?,
         }

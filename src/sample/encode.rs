@@ -38,6 +38,9 @@ pub fn encode(sample: &Sample<'_>, into: &mut Vec<u8>) {
             Field::Redirects => put_or_null(into, sample.redirects, put_integer),
             Field::BodyBytes => put_or_null(into, sample.body_bytes, put_integer),
             Field::CertExpiresAt => put_or_null(into, sample.cert_expires_at, put_time),
+            Field::Slow => put_or_null(into, sample.slow, put_boolean),
+            Field::Name => put_or_null(into, sample.name.as_deref(), put_text),
+            Field::Group => put_or_null(into, sample.group.as_deref(), put_text),
             Field::Agent => put_or_null(into, sample.agent.as_deref(), put_text),
             Field::Epoch => put_or_null(into, sample.epoch, put_integer),
         }

@@ -8,6 +8,7 @@ words! {
     Ok "ok",
     BadStatus "bad_status",
     RegexMismatch "regex_mismatch",
+    JsonMismatch "json_mismatch",
     BodyTooLarge "body_too_large",
     DnsNotFound "dns_not_found",
     DnsError "dns_error",
@@ -19,6 +20,7 @@ words! {
     TlsCertExpired "tls_cert_expired",
     TlsCertName "tls_cert_name",
     TlsCertUntrusted "tls_cert_untrusted",
+    TlsCertExpiring "tls_cert_expiring",
     TlsError "tls_error",
     TlsTimeout "tls_timeout",
     ResponseTimeout "response_timeout",
@@ -26,6 +28,7 @@ words! {
     ConnectionClosed "connection_closed",
     ProtocolError "protocol_error",
     TooManyRedirects "too_many_redirects",
+    ProxyError "proxy_error",
     AgentError "agent_error",
     Missed "missed",
 }

@@ -41,6 +41,11 @@ pub struct Sample<'a> {
     pub redirects: Option<i32>,
     pub body_bytes: Option<i64>,
     pub cert_expires_at: Option<Timestamp>,
+    /// Whether the response took longer than the host's `slow=`.
+    pub slow: Option<bool>,
+    /// The host's `name=` and `group=`.
+    pub name: Option<Cow<'a, str>>,
+    pub group: Option<Cow<'a, str>>,
     /// The place that checked.
     pub agent: Option<Cow<'a, str>>,
     /// The claim of a group of producers under which it was written; `None` without a group.
@@ -72,6 +77,9 @@ words! {
     Redirects "redirects",
     BodyBytes "body_bytes",
     CertExpiresAt "cert_expires_at",
+    Slow "slow",
+    Name "name",
+    Group "group",
     Agent "agent",
     Epoch "epoch",
 }

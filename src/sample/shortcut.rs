@@ -39,6 +39,9 @@ pub(super) fn read(text: &str) -> Option<Sample<'_>> {
         redirects: rest.next(Field::Redirects)?.or_null(Rest::integer)?,
         body_bytes: rest.next(Field::BodyBytes)?.or_null(Rest::integer)?,
         cert_expires_at: rest.next(Field::CertExpiresAt)?.or_null(Rest::parsed)?,
+        slow: rest.next(Field::Slow)?.or_null(Rest::boolean)?,
+        name: rest.next(Field::Name)?.or_null(Rest::text)?,
+        group: rest.next(Field::Group)?.or_null(Rest::text)?,
         agent: rest.next(Field::Agent)?.or_null(Rest::text)?,
         epoch: rest.next(Field::Epoch)?.or_null(Rest::integer)?,
     };

@@ -90,11 +90,11 @@ impl Layout {
         self.cells.iter().map(|cell| cell.source.name()).collect()
     }
 
-    /// The fields of a sample that the table has no column for, but for those that nobody misses.
+    /// The fields of a sample that the table has no column for, except those without a column in the tables of `init`.
     pub fn not_stored(&self) -> Vec<&'static str> {
         let is_stored = |field| self.cells.iter().any(|cell| cell.source == Source::Field(field));
         stored_fields()
-            .filter(|field| !is_stored(*field) && *field != Field::Epoch)
+            .filter(|field| !is_stored(*field) && !WITHOUT_A_COLUMN.contains(field))
             .map(Field::name)
             .collect()
     }
@@ -137,6 +137,9 @@ enum Source {
     KafkaPartition,
     KafkaOffset,
 }
+
+/// The fields that are stored only if the user has added a column of that name.
+const WITHOUT_A_COLUMN: [Field; 4] = [Field::Slow, Field::Name, Field::Group, Field::Epoch];
 
 /// The version is the wire's business, not the table's.
 fn stored_fields() -> impl Iterator<Item = Field> {
@@ -184,6 +187,9 @@ impl Source {
                 Field::Redirects => Value::Integer(sample.redirects.map(i64::from)),
                 Field::BodyBytes => Value::Integer(sample.body_bytes),
                 Field::CertExpiresAt => Value::Time(sample.cert_expires_at),
+                Field::Slow => Value::Boolean(sample.slow),
+                Field::Name => Value::Text(sample.name.as_deref()),
+                Field::Group => Value::Text(sample.group.as_deref()),
                 Field::Agent => Value::Text(sample.agent.as_deref()),
                 Field::Epoch => Value::Integer(sample.epoch),
             },
@@ -512,6 +518,9 @@ mod tests {
             redirects: Some(2),
             body_bytes: Some(3_000_000_000),
             cert_expires_at: at("1999-12-31T23:59:59Z"),
+            slow: Some(true),
+            name: Some("Shop front".into()),
+            group: Some("Shops".into()),
             agent: Some("fra-1".into()),
             epoch: Some(18),
         }
@@ -605,6 +614,25 @@ mod tests {
         assert_eq!(get::<&str>(of("kafka_topic")), "host-metrics");
         assert_eq!(get::<i32>(of("kafka_partition")), 3);
         assert_eq!(get::<i64>(of("kafka_offset")), 1 << 40);
+    }
+
+    #[test]
+    fn columns_that_the_user_has_added_take_their_fields() {
+        let columns = [
+            ("slow", PostgresType::BOOL),
+            ("name", PostgresType::VARCHAR),
+            ("group", PostgresType::TEXT),
+            ("epoch", PostgresType::INT8),
+        ];
+        let mut row = Vec::new();
+        layout(&columns)
+            .encode_row(&full_sample(), ORIGIN, &mut row)
+            .unwrap();
+        let fields = fields(&row);
+        assert!(read::<bool>(&columns[0].1, fields[0]));
+        assert_eq!(read::<&str>(&columns[1].1, fields[1]), "Shop front");
+        assert_eq!(read::<&str>(&columns[2].1, fields[2]), "Shops");
+        assert_eq!(read::<i64>(&columns[3].1, fields[3]), 18);
     }
 
     #[test]

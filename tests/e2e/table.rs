@@ -127,8 +127,8 @@ pub fn assert_equals_topic(client: &mut Client, records: &[Record], topic: &str)
     );
     assert_eq!(
         fields,
-        // And `v` and `epoch`, for which there is no column.
-        2 + COLUMNS.len() as i64,
+        // And `v`, `slow`, `name`, `group` and `epoch`, for which there are no columns.
+        5 + COLUMNS.len() as i64,
         "every field of the format is always written"
     );
     for (column, kind) in COLUMNS {

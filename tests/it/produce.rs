@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use host_metrics::check::observation::Observation;
-use host_metrics::check::target::{Method, Target};
+use host_metrics::check::target::Target;
 use host_metrics::config::{CheckConfig, KafkaConfig, KafkaSecurity, ProduceConfig};
 use host_metrics::produce::counters::Counters;
 use host_metrics::produce::publisher::Bounds;
@@ -777,20 +777,8 @@ fn config(servers: &str, topic: &str) -> ProduceConfig {
 }
 
 fn host(address: &str, interval_seconds: u64) -> Target {
-    Target {
-        address: address.to_owned(),
-        url: url::Url::parse(&format!("https://{address}/")).unwrap(),
-        interval: Duration::from_secs(interval_seconds),
-        timeout: None,
-        status: None,
-        method: Method::Get,
-        follow: 10,
-        topic: None,
-        ip_family: None,
-        tls_insecure: false,
-        tls_required: false,
-        regex: None,
-    }
+    let url = url::Url::parse(&format!("https://{address}/")).unwrap();
+    Target::new(address.to_owned(), url, Duration::from_secs(interval_seconds))
 }
 
 fn ok() -> Observation {

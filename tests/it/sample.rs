@@ -42,7 +42,8 @@ fn a_record_with_every_field_is_read_whole() {
         "outcome":"bad_status","error":"expected 200, got 301","scheduled_at":"2026-03-01T10:00:00.000001Z",
         "started_at":"2026-03-01T10:00:00.5Z","interval_seconds":30.0,"regex_matched":false,"dns_seconds":0.001,
         "connect_seconds":0.002,"tls_seconds":0.003,"ttfb_seconds":0.004,"body_seconds":0.005,"ip":"2001:db8::1",
-        "redirects":2,"body_bytes":1048576,"cert_expires_at":"2026-06-01T00:00:00Z","agent":"fra-1","epoch":18}"#;
+        "redirects":2,"body_bytes":1048576,"cert_expires_at":"2026-06-01T00:00:00Z",
+        "slow":true,"name":"Shop front","group":"Shops","agent":"fra-1","epoch":18}"#;
     let expected = Sample {
         address: "https://example.com".into(),
         latency: Some(0.25),
@@ -63,6 +64,9 @@ fn a_record_with_every_field_is_read_whole() {
         redirects: Some(2),
         body_bytes: Some(1_048_576),
         cert_expires_at: at("2026-06-01T00:00:00Z"),
+        slow: Some(true),
+        name: Some("Shop front".into()),
+        group: Some("Shops".into()),
         agent: Some("fra-1".into()),
         epoch: Some(18),
     };
@@ -830,17 +834,15 @@ fn target(address: &str, interval: Duration) -> Target {
 /// What `produce` writes for `observation`, next to the document that other programs were shown.
 fn assert_golden(
     golden: &str,
-    address: &str,
+    target: Target,
     agent: &str,
-    interval: Duration,
     [scheduled_at, started_at]: [Option<Timestamp>; 2],
     observation: Observation,
 ) {
-    let target = target(address, interval);
     let when = Stamp {
         scheduled_at: scheduled_at.unwrap(),
         started_at,
-        interval: Some(interval),
+        interval: Some(target.interval),
         agent,
     };
     let sample = stamp(&target, observation, when);
@@ -856,9 +858,13 @@ fn the_golden_documents_are_written_byte_by_byte() {
     let blank = Observation::failed(Outcome::Ok, "");
     assert_golden(
         GOLDEN_OK,
-        "https://shop.example/",
+        Target {
+            slow: Some(Duration::from_millis(800)),
+            name: Some("Shop front".to_owned()),
+            group: Some("Shops".to_owned()),
+            ..target("https://shop.example/", Duration::from_secs(10))
+        },
         "fra-1",
-        Duration::from_secs(10),
         [at("2026-03-01T10:00:07.25Z"), at("2026-03-01T10:00:07.250113Z")],
         Observation {
             latency: micros(131_482),
@@ -880,9 +886,8 @@ fn the_golden_documents_are_written_byte_by_byte() {
     );
     assert_golden(
         GOLDEN_DOWN,
-        "http://10.0.0.7:8080/health",
+        target("http://10.0.0.7:8080/health", Duration::from_secs(60)),
         "fra-1",
-        Duration::from_secs(60),
         [at("2026-03-01T10:00:21Z"), at("2026-03-01T10:00:21.000094Z")],
         Observation {
             phases: Phases {
@@ -895,17 +900,19 @@ fn the_golden_documents_are_written_byte_by_byte() {
     );
     assert_golden(
         GOLDEN_MISSED,
-        "example.com",
+        target("example.com", Duration::from_millis(500)),
         "fra-1",
-        Duration::from_millis(500),
         [at("2026-03-01T10:00:30.5Z"), None],
         Observation::failed(Outcome::Missed, "the check before it\nwas still under way"),
     );
     assert_golden(
         GOLDEN_REDIRECT_CERT,
-        r#"https://bücher.example/"quoted"\"#,
+        Target {
+            slow: Some(Duration::from_millis(800)),
+            name: Some(r#"Bücher "Groß""#.to_owned()),
+            ..target(r#"https://bücher.example/"quoted"\"#, Duration::from_secs(300))
+        },
         "monitoring.example.org",
-        Duration::from_secs(300),
         [at("2026-03-01T10:05:00Z"), at("2026-03-01T10:05:00.000001Z")],
         Observation {
             latency: micros(1_250_000),
@@ -978,6 +985,9 @@ fn the_schema_refuses_what_the_encoder_never_writes() {
         (GOLDEN_OK, "ip", "\"10.0.0.0/8\""),
         (GOLDEN_OK, "redirects", "-1"),
         (GOLDEN_OK, "body_bytes", "0.5"),
+        (GOLDEN_OK, "slow", "0"),
+        (GOLDEN_OK, "name", "1"),
+        (GOLDEN_OK, "group", r#""\u0000""#),
         (GOLDEN_OK, "agent", "null"),
         (GOLDEN_OK, "agent", r#""\u0000""#),
         (GOLDEN_OK, "epoch", "0"),

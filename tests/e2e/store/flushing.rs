@@ -164,6 +164,9 @@ fn full_sample() -> Sample<'static> {
         redirects: Some(2),
         body_bytes: Some(4_096),
         cert_expires_at: at(1_799_999_999_000_000),
+        slow: Some(true),
+        name: None,
+        group: None,
         agent: Some("agent-1".into()),
         epoch: None,
     }
