@@ -1,6 +1,6 @@
-//! The figures of a run: what became of the ticks, how late checks begin, and what they spend their time on.
+//! The counters of a run: what became of the ticks, how late checks begin, and where their time goes.
 //!
-//! Owns counting and the summary's words. Whoever shows them (the log, the demo, metrics) reads them while the run goes on.
+//! The log, the demo and the metrics read them during the run.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -13,22 +13,22 @@ use crate::check::observation::Phases;
 use crate::http::health::Heartbeat;
 use crate::http::metrics::CHECK_BUCKETS;
 use crate::produce::publisher::Deliveries;
-use crate::produce::schedule::{Missed, Why};
+use crate::produce::schedule::{MissedCounts, MissedReason};
 use crate::sample::Outcome;
 
-/// Since the start of the run. Every tick due is a check under way, a result, or missed; every result and every missed
-/// tick makes a record, which is on its way, delivered, refused, or at the end left.
+/// Counts since the start of the run. Every due tick is a check under way, a result or a missed tick. Every result and every
+/// missed tick becomes a record, which is on its way, delivered, refused, or left at the end.
 #[derive(Debug, Default)]
 pub struct Counters {
     pub ticks_due: AtomicU64,
     /// Results of checks, in the order of [`Outcome::ALL`].
     results: [AtomicU64; Outcome::ALL.len()],
-    /// In the order of [`Why::ALL`].
-    missed: [AtomicU64; Why::ALL.len()],
+    /// In the order of [`MissedReason::ALL`].
+    missed: [AtomicU64; MissedReason::ALL.len()],
     pub deliveries: Arc<Deliveries>,
     /// Records that Kafka had not acknowledged when the run ended.
     pub left: AtomicU64,
-    /// Hosts of the host file, checks under way and threads for them: at the loop's last turn.
+    /// Hosts that are checked, checks under way and their threads, at the last turn of the timer loop.
     pub hosts: AtomicUsize,
     pub under_way: AtomicUsize,
     pub threads: AtomicUsize,
@@ -38,7 +38,7 @@ pub struct Counters {
     pub(super) spent: Spent,
 }
 
-/// How a check lay in time.
+/// When a check began, and how long it took.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     pub late_micros: i64,
@@ -51,8 +51,8 @@ impl Counters {
         self.results[outcome as usize].load(Ordering::Relaxed)
     }
 
-    pub fn missed(&self, why: Why) -> u64 {
-        self.missed[why as usize].load(Ordering::Relaxed)
+    pub fn missed(&self, reason: MissedReason) -> u64 {
+        self.missed[reason as usize].load(Ordering::Relaxed)
     }
 
     /// Records acknowledged by Kafka.
@@ -60,12 +60,12 @@ impl Counters {
         self.deliveries.delivered.load(Ordering::Relaxed)
     }
 
-    /// Ticks whose record is known not to be in Kafka: refused for good, or left at the end.
+    /// Records that are not in Kafka: refused for good, or left at the end.
     pub fn lost(&self) -> u64 {
         self.deliveries.refused.load(Ordering::Relaxed) + self.left.load(Ordering::Relaxed)
     }
 
-    /// `timing` is `None` for a check that did not begin.
+    /// `timing` is `None` if the check did not begin.
     pub(super) fn count_result(&self, outcome: Outcome, timing: Option<&Timing>) {
         self.results[outcome as usize].fetch_add(1, Ordering::Relaxed);
         if let Some(timing) = timing {
@@ -74,10 +74,10 @@ impl Counters {
         }
     }
 
-    pub(super) fn set_ticks(&self, due: u64, missed: &Missed) {
+    pub(super) fn set_ticks(&self, due: u64, missed: &MissedCounts) {
         self.ticks_due.store(due, Ordering::Relaxed);
-        for why in Why::ALL {
-            self.missed[why as usize].store(missed.count(why), Ordering::Relaxed);
+        for reason in MissedReason::ALL {
+            self.missed[reason as usize].store(missed.count(reason), Ordering::Relaxed);
         }
     }
 
@@ -85,7 +85,7 @@ impl Counters {
         Snapshot {
             ticks_due: self.ticks_due.load(Ordering::Relaxed),
             results: Outcome::ALL.map(|outcome| self.results(outcome)),
-            missed: Why::ALL.map(|why| self.missed(why)),
+            missed: MissedReason::ALL.map(|reason| self.missed(reason)),
             delivered: self.delivered(),
             lost: self.lost(),
             late_by: self.late_by.classes(),
@@ -93,19 +93,19 @@ impl Counters {
     }
 }
 
-/// The figures at one moment.
+/// The counters at one moment.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot {
     ticks_due: u64,
     results: [u64; Outcome::ALL.len()],
-    missed: [u64; Why::ALL.len()],
+    missed: [u64; MissedReason::ALL.len()],
     delivered: u64,
     lost: u64,
     late_by: [u64; LATENESS_CLASSES],
 }
 
 impl Snapshot {
-    /// What happened since an earlier moment, as `name=value` words; what did not happen is left out.
+    /// What happened since an earlier moment, as `name=value` words without zeros.
     pub(super) fn since(&self, earlier: &Self) -> String {
         let mut words = format!("ticks={}", self.ticks_due - earlier.ticks_due);
         let mut say = |name: &str, now: u64, before: u64| {
@@ -118,9 +118,9 @@ impl Snapshot {
             let at = outcome as usize;
             say(outcome.as_str(), self.results[at], earlier.results[at]);
         }
-        for why in Why::ALL {
-            let at = why as usize;
-            let name = format!("missed_{}", why.as_word());
+        for reason in MissedReason::ALL {
+            let at = reason as usize;
+            let name = format!("missed_{}", reason.as_word());
             say(&name, self.missed[at], earlier.missed[at]);
         }
         say("delivered", self.delivered, earlier.delivered);
@@ -133,8 +133,8 @@ impl Snapshot {
     }
 }
 
-/// Class i holds what is at most 2^i microseconds late and no earlier class does; the last one all the rest (over half a
-/// minute).
+/// Class i counts checks that began at most 2^i microseconds late, without those of the classes before it. The last class
+/// counts the rest, which began more than half a minute late.
 pub(super) const LATENESS_CLASSES: usize = 26;
 
 #[derive(Debug, Default)]
@@ -163,12 +163,12 @@ impl Lateness {
     }
 }
 
-/// Where checks spend their time.
+/// Where the time of checks goes.
 #[derive(Debug)]
 pub(super) struct Spent {
     pub(super) durations: Histogram,
     pub(super) phases: HistogramVec,
-    /// Of `phases`, in the order of [`Spent::PHASES`]: looked up once.
+    /// The histograms of `phases`, in the order of [`Spent::PHASES`].
     of_phase: [Histogram; 5],
 }
 
@@ -198,12 +198,12 @@ impl Default for Spent {
         let options = |name, help| HistogramOpts::new(name, help).buckets(CHECK_BUCKETS.to_vec());
         let durations = Histogram::with_opts(options(
             "host_metrics_check_duration_seconds",
-            "From the start of a check to its end, whatever came of it.",
+            "From the start of a check to its end, for every outcome.",
         ));
         let phases = HistogramVec::new(
             options(
                 "host_metrics_check_phase_seconds",
-                "What checks spent in each phase that they reached.",
+                "The time that checks spent in each phase that they reached.",
             ),
             &["phase"],
         )
@@ -216,7 +216,7 @@ impl Default for Spent {
     }
 }
 
-/// The upper end of the class in which the quantile lies; `None` of nothing.
+/// The upper end of the class that contains the quantile. `None` if nothing was counted.
 fn quantile_ms(classes: &[u64; LATENESS_CLASSES], share: f64) -> Option<f64> {
     let all: u64 = classes.iter().sum();
     let rank = (all as f64 * share).ceil().max(1.0) as u64;
@@ -237,8 +237,8 @@ mod tests {
         for (at, outcome) in Outcome::ALL.into_iter().enumerate() {
             assert_eq!(outcome as usize, at);
         }
-        for (at, why) in Why::ALL.into_iter().enumerate() {
-            assert_eq!(why as usize, at);
+        for (at, reason) in MissedReason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, at);
         }
     }
 

@@ -1,7 +1,7 @@
-//! The thread of a producer that is a member of a group (PRODUCE_GROUP): it does what [`Shares`] says.
+//! The thread of a group member (PRODUCE_GROUP): it does what the state machine [`Shares`] says.
 //!
-//! Owns the membership and the reading of partitions. What the machine wants of the hosts it hands to the timer loop as
-//! [`Order`]s, what it wants of the records to the publisher.
+//! Owns the membership and reads partitions. It tells the timer loop about hosts with [`Order`]s, and the publisher about records
+//! with [`Letter`]s.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -17,38 +17,39 @@ use crate::kafka::reader::{Part, Reader};
 use crate::outage::Outage;
 use crate::produce::publisher::{Letter, LetterBox};
 use crate::produce::share::ledger::Ledger;
-use crate::produce::share::shares::{Action, Committed, Event, Found, Range, Shares};
+use crate::produce::share::shares::{Action, CommitOutcome, Event, Range, Shares, StoredLedger};
 use crate::produce::share::tail::{Tail, Takeover};
 use crate::produce::share::{Share, partition_of};
 
-/// How soon the group's decisions are heard.
+/// How often the thread asks for the group's decisions.
 const LISTEN_EVERY: Duration = Duration::from_millis(50);
 
-/// How long one step of reading a partition goes on before the group is listened to again.
+/// How long the thread reads partitions before it asks again for the group's decisions.
 const READ_STEP: Duration = Duration::from_millis(50);
 
-/// A partition that is not read up to a claim by then is asked for again.
+/// Reading up to a claim is given up after this time, and tried again.
 const READ_WITHIN: Duration = Duration::from_secs(30);
 
-/// How long the end waits for librdkafka to tell the group.
+/// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 
-/// What the timer loop has to do with the hosts of a share.
+/// What the timer loop has to do with the hosts of a share. See [`Action`] for the meanings.
 #[derive(Debug)]
 pub(super) enum Order {
     Take(Takeover),
     Release(Share),
     Forget(Share),
-    /// We have left the group: nothing follows.
+    /// We have left the group. No order follows.
     Left,
 }
 
-/// How many partitions each topic has. What is known first stays: members that count differently would check a host twice.
+/// The number of partitions of each topic. The first number that we hear of stays in use until a restart: members with different
+/// numbers would check a host twice.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Partitions(Arc<Mutex<HashMap<Arc<str>, i32>>>);
 
 impl Partitions {
-    /// The share of a host; `None` while the number of partitions of its topic is not known.
+    /// The share of a host. `None`: the number of partitions of its topic is not known yet.
     pub(super) fn share_of(&self, topic: &str, address: &str) -> Option<Share> {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (topic, count) = counts.get_key_value(topic)?;
@@ -76,28 +77,28 @@ pub(super) struct Fleet {
 }
 
 impl Fleet {
-    /// `events` are what the publisher says of shares, too.
+    /// The publisher sends events to the same channel.
     ///
     /// # Errors
-    /// librdkafka refuses the settings, or no thread can be had.
+    /// librdkafka rejects the settings, or the thread does not start.
     pub(super) fn start(
-        config: &Config<'_>,
+        settings: &Settings<'_>,
         topics: &[String],
         (events, heard): (Sender<Event>, Receiver<Event>),
         letters: LetterBox,
         orders: impl Fn(Order) + Send + 'static,
     ) -> anyhow::Result<Self> {
         let names: Vec<&str> = topics.iter().map(String::as_str).collect();
-        let GroupConfig { name, instance_id } = config.group;
-        let member = Member::join(config.kafka, name, instance_id.as_deref(), &names)?;
+        let GroupConfig { name, instance_id } = settings.group;
+        let member = Member::join(settings.kafka, name, instance_id.as_deref(), &names)?;
         let (send_topics, new_topics) = channel();
         let thread = Thread {
             member,
-            kafka: config.kafka.clone(),
+            kafka: settings.kafka.clone(),
             group: name.clone(),
-            place: config.place.to_owned(),
-            partitions: config.partitions.clone(),
-            clock: config.clock,
+            place: settings.place.to_owned(),
+            partitions: settings.partitions.clone(),
+            clock: settings.clock,
             shares: Shares::default(),
             heard,
             new_topics,
@@ -106,7 +107,7 @@ impl Fleet {
             to_read: Vec::new(),
             reading: None,
             is_idle: None,
-            trouble: Outage::default(),
+            outage: Outage::default(),
         };
         std::thread::Builder::new()
             .name("fleet".into())
@@ -118,20 +119,19 @@ impl Fleet {
         })
     }
 
-    /// Gives all shares back and leaves the group, by then at the latest (Unix time in microseconds).
+    /// Gives all shares back and leaves the group, at the latest then (Unix time in microseconds).
     pub(super) fn stop(&self, until: i64) {
-        // A thread that is gone has left.
+        // If the thread has ended, we have left the group.
         let _ = self.events.send(Event::Stop { until });
     }
 
-    /// The hosts belong to these topics now.
+    /// Changes the topics of the hosts.
     pub(super) fn subscribe(&self, topics: Vec<String>) {
         let _ = self.topics.send(topics);
     }
 }
 
-/// What the thread has to know.
-pub(super) struct Config<'a> {
+pub(super) struct Settings<'a> {
     pub(super) kafka: &'a KafkaConfig,
     pub(super) group: &'a GroupConfig,
     /// AGENT_NAME.
@@ -154,13 +154,13 @@ struct Thread {
     orders: Box<dyn Fn(Order) + Send>,
     to_read: Vec<Range>,
     reading: Option<Reading>,
-    /// Whether the group has no share for us, as far as that was said.
+    /// Whether we have no share, as logged last.
     is_idle: Option<bool>,
-    /// What keeps us from taking shares.
-    trouble: Outage,
+    /// Why shares cannot be taken.
+    outage: Outage,
 }
 
-/// Partitions of one topic that are being read.
+/// The partitions of one topic that are being read.
 struct Reading {
     reader: Reader,
     tails: HashMap<i32, (Range, Tail)>,
@@ -198,7 +198,7 @@ impl Thread {
         match self.heard.recv_timeout(longest) {
             Ok(event) => self.handle(event),
             Err(RecvTimeoutError::Timeout) => {}
-            // The timer loop and the publisher are gone: so are we soon.
+            // The timer loop and the publisher have ended.
             Err(RecvTimeoutError::Disconnected) => self.handle(Event::Stop { until: 0 }),
         }
     }
@@ -217,7 +217,8 @@ impl Thread {
                 Change::Revoked(named) => Event::Revoked(shares(named)),
                 Change::Lost(named) => {
                     log::warn!(
-                        "group={} we are no member any more: {} shares may go to others; their hosts are checked on, and what is measured is kept",
+                        "group={} this producer is no longer a member: other producers may take its {} shares; until then it \
+                         goes on checking their hosts and keeps the records",
                         self.group,
                         named.len()
                     );
@@ -227,18 +228,18 @@ impl Thread {
             let is_assigned = matches!(event, Event::Assigned(_));
             self.handle(event);
             if is_assigned {
-                self.say_idle();
+                self.log_idle();
             }
         }
     }
 
-    fn say_idle(&mut self) {
+    fn log_idle(&mut self) {
         let (_, ours) = self.shares.owned_of();
         let is_idle = ours == 0;
         if self.is_idle.replace(is_idle) != Some(is_idle) {
             if is_idle {
                 log::info!(
-                    "group={} has no share for this producer at present: it stands by for the others",
+                    "group={} this producer has no share: it waits until another one leaves",
                     self.group
                 );
             } else {
@@ -251,14 +252,15 @@ impl Thread {
         let now = instant_now();
         if let Some((reason, lasted)) = self.member.trouble(now) {
             log::error!(
-                "group={} Kafka does not let us in for {} s: {reason}; PRODUCE_GROUP needs READ on the group and READ on the topics",
+                "group={} Kafka has refused the membership for {} s: {reason}; PRODUCE_GROUP needs the right READ on the group and \
+                 on the topics",
                 self.group,
                 lasted.as_secs()
             );
         }
-        if let Some((reason, lasted)) = self.trouble.take_report(now) {
+        if let Some((reason, lasted)) = self.outage.take_report(now) {
             log::warn!(
-                "group={} no share can be taken for {} s: {reason}",
+                "group={} no share could be taken for {} s: {reason}",
                 self.group,
                 lasted.as_secs()
             );
@@ -270,8 +272,8 @@ impl Thread {
             Action::ReadLedgers(shares) => {
                 let found = self.read_ledgers(&shares);
                 match &found {
-                    Ok(_) => _ = self.trouble.end(instant_now()),
-                    Err(error) => self.trouble.begin(instant_now(), format!("{error:#}")),
+                    Ok(_) => _ = self.outage.end(instant_now()),
+                    Err(error) => self.outage.begin(instant_now(), format!("{error:#}")),
                 }
                 self.handle(Event::Ledgers(found.unwrap_or_default()));
             }
@@ -298,7 +300,7 @@ impl Thread {
             }
             Action::Release(share) => (self.orders)(Order::Release(share)),
             Action::Forget(share) => {
-                log::info!("share={share} belongs to another producer");
+                log::info!("share={share} given up: it belongs to another producer now");
                 (self.orders)(Order::Forget(share));
             }
             Action::GiveBack => self.member.give_back(),
@@ -317,7 +319,7 @@ impl Thread {
         }
     }
 
-    fn read_ledgers(&self, shares: &[Share]) -> anyhow::Result<BTreeMap<Share, Found>> {
+    fn read_ledgers(&self, shares: &[Share]) -> anyhow::Result<BTreeMap<Share, StoredLedger>> {
         for share in shares {
             if self.partitions.of(&share.topic).is_none() {
                 let count = self.member.partitions(&share.topic)?;
@@ -335,17 +337,18 @@ impl Thread {
             let ledger = match committed {
                 Some(member::Committed { offset, metadata }) => {
                     let ledger = Ledger::parse(offset, &metadata);
-                    Found::Ledger(ledger.with_context(|| format!("group {}, {share}", self.group))?)
+                    StoredLedger::Ledger(ledger.with_context(|| format!("group {}, {share}", self.group))?)
                 }
                 None => {
                     let (low, high) = self.member.extent(&topic, partition)?;
                     if high > 0 {
                         log::warn!(
-                            "share={share} has no ledger in group {}: its hosts go on from the last records of the partition, and what was missed before them cannot be told",
+                            "share={share} has no ledger in group {}: its hosts continue from the last records of the partition, \
+                             and ticks that are missing before them stay missing",
                             self.group
                         );
                     }
-                    Found::Nothing { low, high }
+                    StoredLedger::Missing { low, high }
                 }
             };
             found.insert(share, ledger);
@@ -353,7 +356,7 @@ impl Thread {
         Ok(found)
     }
 
-    fn commit(&self, ledgers: &[(Share, Ledger)]) -> Committed {
+    fn commit(&self, ledgers: &[(Share, Ledger)]) -> CommitOutcome {
         let commits: Vec<_> = ledgers
             .iter()
             .map(|(share, ledger)| {
@@ -365,19 +368,19 @@ impl Thread {
             })
             .collect();
         match self.member.commit(&commits) {
-            Ok(()) => Committed::Done,
+            Ok(()) => CommitOutcome::Done,
             Err(NotCommitted::Refused(why)) => {
-                log::info!("group={} refuses a commit of this producer: {why}", self.group);
-                Committed::Refused
+                log::info!("group={} refused a commit of this producer: {why}", self.group);
+                CommitOutcome::Refused
             }
             Err(NotCommitted::Failed(why)) => {
-                log::debug!("group={} not committed: {why}", self.group);
-                Committed::Failed
+                log::debug!("group={} a commit failed: {why}", self.group);
+                CommitOutcome::Failed
             }
         }
     }
 
-    /// Goes on reading; false: there is nothing to read.
+    /// Reads for a while. Returns false if there is nothing to read.
     fn read(&mut self) -> bool {
         if self.reading.is_none() {
             self.begin_to_read();
@@ -396,9 +399,9 @@ impl Thread {
         let is_over = match is_over {
             Ok(is_over) => is_over,
             Err(error) => {
-                self.trouble.begin(
+                self.outage.begin(
                     instant_now(),
-                    format!("{error}; PRODUCE_GROUP needs READ on the topic"),
+                    format!("{error}; PRODUCE_GROUP needs the right READ on the topic"),
                 );
                 return self.end_reading(false);
             }
@@ -409,7 +412,7 @@ impl Thread {
         true
     }
 
-    /// All of one topic that is asked for.
+    /// Begins to read all ranges of one topic.
     fn begin_to_read(&mut self) {
         let Some(topic) = self.to_read.first().map(|range| Arc::clone(&range.share.topic)) else {
             return;

@@ -1,4 +1,4 @@
-//! Where the timer loop waits.
+//! The mailbox of the timer loop: other threads leave results and orders in it, and the loop waits for them here.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,14 +9,14 @@ use crate::produce::host_file::{HostFileError, Hosts};
 use crate::produce::micros;
 use crate::produce::result::CheckResult;
 
-/// Results wait for the timer loop's next turn if that is no further off: from 50 checks a second on nothing but the
-/// ticks wakes it. Their records then wait four times as long for others, in `publisher`.
+/// A result does not wake the timer loop if its next turn is this close. With 50 checks a second and more, only ticks wake it.
+/// The delay does not matter, because records wait four times as long in `publisher`.
 const RESULTS_WAIT: Duration = Duration::from_millis(20);
 
-/// A wait does not count the time for which the machine was suspended; the ticks after that must not be late for it.
+/// A wait does not count the time for which the machine was suspended, so it may end late after a suspension.
 const LOOK_AT_CLOCK_EVERY: Duration = Duration::from_millis(250);
 
-/// Where the timer loop waits, and where others leave what it should know. Holds at most a result for each check under way.
+/// Holds at most one result for each check under way.
 pub(super) struct Mailbox {
     clock: Clock,
     mail: Mutex<Mail>,
@@ -29,9 +29,9 @@ struct Mail {
     orders: Vec<Order>,
     reloaded: Option<Result<Hosts, HostFileError>>,
     is_urgent: bool,
-    /// Ticks wait for a thread that a result sets free.
+    /// Ticks wait for a thread, and every result frees one.
     results_are_urgent: bool,
-    /// When the loop, if it waits, will look by itself.
+    /// When the loop's wait ends by itself.
     wakes_at: i64,
 }
 
@@ -69,7 +69,7 @@ impl Mailbox {
         self.changed.notify_one();
     }
 
-    /// Waits, at the longest until then.
+    /// Waits for mail, until `wakes_at` at the latest.
     pub(super) fn wait_until(&self, wakes_at: i64, results_are_urgent: bool) {
         let mut mail = self.mail();
         mail.wakes_at = wakes_at;

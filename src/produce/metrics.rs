@@ -1,4 +1,4 @@
-//! What `produce` shows of itself at METRICS_ADDR. Owns the names, and nothing that is counted.
+//! The metrics of `produce` at METRICS_ADDR: their names and help texts.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -6,15 +6,15 @@ use std::sync::atomic::Ordering;
 use crate::http::Watched;
 use crate::http::metrics::{Labels, Page};
 use crate::produce::counters::Counters;
-use crate::produce::schedule::Why;
+use crate::produce::schedule::MissedReason;
 use crate::sample::Outcome;
 
-/// The counters of a run, and what bounds it.
+/// The counters of a run, and its limits.
 pub struct Figures {
     pub counters: Arc<Counters>,
-    /// Checks under way at most.
+    /// The most checks under way, MAX_THREADS.
     pub max_threads: usize,
-    /// Records kept for Kafka at most.
+    /// The most records that the buffer holds.
     pub max_records: usize,
 }
 
@@ -26,7 +26,7 @@ impl Watched for Figures {
         let ready = f64::from(u8::from(self.is_ready().is_ok()));
         page.gauge(
             "host_metrics_ready",
-            "1 while Kafka takes what is produced, else 0.",
+            "1 while Kafka takes records, else 0.",
             ready,
         );
         self.ticks_and_checks(&mut page);
@@ -58,13 +58,14 @@ impl Figures {
         );
         page.counter(
             "host_metrics_ticks_due_total",
-            "Ticks that were due: each is checked or missed.",
+            "Ticks that were due. Each is checked or missed.",
             counters.ticks_due.load(Ordering::Relaxed),
         );
-        let missed = Why::ALL.map(|why| ([("reason", why.as_word())], counters.missed(why)));
+        let missed =
+            MissedReason::ALL.map(|reason| ([("reason", reason.as_word())], counters.missed(reason)));
         page.counters(
             "host_metrics_ticks_missed_total",
-            "Ticks that were not checked, and are recorded as missed.",
+            "Ticks that were not checked and are recorded as missed.",
             missed.iter().map(|(labels, count)| (labels as Labels, *count)),
         );
         let checked = Outcome::ALL
@@ -85,18 +86,18 @@ impl Figures {
         );
         page.gauge(
             "host_metrics_check_threads",
-            "Threads that check, busy or idle.",
+            "Threads for checks, busy or idle.",
             gauge(counters.threads.load(Ordering::Relaxed)),
         );
         page.gauge(
             "host_metrics_check_threads_limit",
-            "MAX_THREADS: checks under way at most.",
+            "MAX_THREADS, the most checks under way.",
             gauge(self.max_threads),
         );
     }
 
     fn lateness(&self, page: &mut Page) {
-        /// Every other class is fine enough, from the first that a quiet machine reaches.
+        /// Of the classes that a quiet machine reaches, every second one is fine enough.
         const FIRST: usize = 7;
         let late_by = &self.counters.late_by;
         let classes = late_by.classes();
@@ -104,7 +105,7 @@ impl Figures {
         let mut count = 0;
         for (class, counted) in classes.iter().enumerate() {
             count += counted;
-            // The last class has no upper end.
+            // The last class has no upper bound.
             if class >= FIRST && (class - FIRST).is_multiple_of(2) && class < classes.len() - 1 {
                 buckets.push((f64::from(1_u32 << class) / 1e6, count));
                 count = 0;
@@ -112,7 +113,7 @@ impl Figures {
         }
         page.histogram(
             "host_metrics_check_late_seconds",
-            "How long after their tick checks begin.",
+            "The time from a tick to the start of its check.",
             buckets,
             classes.iter().sum(),
             late_by.sum_seconds(),
@@ -123,17 +124,17 @@ impl Figures {
         let deliveries = &self.counters.deliveries;
         page.gauge(
             "host_metrics_buffer_records",
-            "Records that Kafka has not acknowledged yet.",
+            "Records in the buffer, because Kafka has not acknowledged them yet.",
             deliveries.records_on_the_way.load(Ordering::Relaxed) as f64,
         );
         page.gauge(
             "host_metrics_buffer_bytes",
-            "Keys and values of those records.",
+            "Size of the keys and values in the buffer.",
             deliveries.bytes_on_the_way.load(Ordering::Relaxed) as f64,
         );
         page.gauge(
             "host_metrics_buffer_records_limit",
-            "Records kept for Kafka at most: beyond that, hosts are not checked.",
+            "The most records in the buffer. When it is full, hosts are not checked.",
             self.max_records as f64,
         );
         page.counter(
@@ -143,17 +144,17 @@ impl Figures {
         );
         page.counter(
             "host_metrics_deliveries_failed_total",
-            "Records that Kafka gave back, and that are sent again.",
+            "Failed attempts to deliver a record. The record is sent again.",
             deliveries.failed.load(Ordering::Relaxed),
         );
         page.counter(
             "host_metrics_records_superseded_total",
-            "Records that were kept until another producer of the group had recorded their ticks: dropped.",
+            "Records dropped because another producer of the group had recorded their ticks meanwhile.",
             deliveries.superseded.load(Ordering::Relaxed),
         );
         page.counter(
             "host_metrics_records_refused_total",
-            "Records that Kafka refused for good: lost.",
+            "Records lost because Kafka refused them for good.",
             deliveries.refused.load(Ordering::Relaxed),
         );
     }

@@ -1,11 +1,11 @@
-//! The outbox: records that were taken and that Kafka has not acknowledged yet.
+//! The outbox: records that Kafka has not acknowledged yet.
 //!
-//! Owns what is kept, in which order it goes out, what goes out again, and up to which time everything is acknowledged.
-//! Pure: a record is whatever the edge makes of it, and the edge says what became of each.
+//! Decides which records are sent, in which order, which are sent again, and up to which time everything is acknowledged.
+//! Pure: `publisher` sends the records and reports what became of each.
 //!
-//! Records stand in lanes. The records of a lane go out in the order in which they were taken, and what comes back is sorted
-//! in again by that order: so a lane is what has to be closed, and waited for, when some of its records may have to go out
-//! again. Without PRODUCE_GROUP that is a topic, with it a share.
+//! Records are kept in lanes. The records of a lane are sent in the order in which they were taken. A record that comes back
+//! returns to its place in that order, so a lane is closed until all records that may come back have done so. A lane is a topic
+//! without PRODUCE_GROUP, and a share with it.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -13,24 +13,24 @@ use crate::produce::share::ledger::Ledger;
 use crate::produce::share::tail::Takeover;
 use crate::sample::epoch::Epoch;
 
-/// A record's place in the order in which records were taken.
+/// The position of a record in the order in which records were taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Sequence(u64);
 
-/// A lane of the outbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LaneId(usize);
 
 impl LaneId {
-    /// Lanes are numbered from zero on, in the order in which they were added.
+    /// Lanes are numbered from zero, in the order in which they were added.
     pub fn index(self) -> usize {
         self.0
     }
 }
 
-/// A record, and its tick: Unix time in microseconds.
+/// A record in the outbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept<R> {
+    /// Unix time in microseconds.
     pub tick: i64,
     pub record: R,
 }
@@ -47,30 +47,30 @@ struct Lane<R> {
     is_open: bool,
     waiting: BTreeMap<Sequence, Kept<R>>,
     in_flight: usize,
-    /// How many records of each tick are waiting or in flight.
+    /// The number of records of each tick that are waiting or in flight.
     ticks: BTreeMap<i64, usize>,
-    /// With PRODUCE_GROUP: how far the lane's share is recorded.
+    /// How far the lane's share is recorded, while we own it.
     account: Option<Account>,
-    /// The epoch of the last claim that was sent, unless something that was sent before or behind it has come back since.
+    /// The epoch of the last claim that was sent. `None` if a record came back after that.
     claimed: Option<Epoch>,
-    /// The share is given back: its ticks since then are not ours.
+    /// The share is being given back: ticks from this time on belong to the next owner.
     ends_at: Option<i64>,
 }
 
-/// What the owner of a share knows of its partition.
+/// What the owner of a share knows about its partition.
 #[derive(Clone, Debug)]
 struct Account {
     ledger: Ledger,
-    /// Its latest tick is no later than this, as far as it was not we who wrote it.
+    /// The records of other owners have no later tick than this.
     last_tick: i64,
-    /// Behind the last record that Kafka has acknowledged.
+    /// The offset after the last record that Kafka has acknowledged.
     end: i64,
-    /// Moments (Unix time in microseconds) with the end as it was then: records of later ticks lie behind it.
+    /// Times (Unix time in microseconds), each with `end` at that time: records of later ticks have this offset or a higher one.
     moments: VecDeque<(i64, i64)>,
 }
 
-/// A check may take as long as its host's timeout, and keeps the ledger where its tick is: moments are thinned out when there
-/// are so many of them.
+/// A slow check holds the ledger at its tick, and the moments after it accumulate. Above this number, every second one is
+/// dropped.
 const MOST_MOMENTS: usize = 64;
 
 impl<R> Default for Outbox<R> {
@@ -84,7 +84,7 @@ impl<R> Default for Outbox<R> {
 }
 
 impl<R> Outbox<R> {
-    /// A further lane, closed.
+    /// Adds a closed lane.
     pub fn add_lane(&mut self) -> LaneId {
         self.lanes.push(Lane {
             is_open: false,
@@ -98,7 +98,6 @@ impl<R> Outbox<R> {
         LaneId(self.lanes.len() - 1)
     }
 
-    /// Takes a record.
     pub fn take(&mut self, lane: LaneId, tick: i64, record: R) {
         let sequence = Sequence(self.next);
         self.next += 1;
@@ -107,7 +106,7 @@ impl<R> Outbox<R> {
         lane.waiting.insert(sequence, Kept { tick, record });
     }
 
-    /// The next record to send, which is in flight from now on. `None`: there is none, or the lane is closed.
+    /// The next record to send, which is in flight from now on. `None`: no record waits, or the lane is closed.
     pub fn next_to_send(&mut self, lane: LaneId) -> Option<(Sequence, Kept<R>)> {
         let lane = &mut self.lanes[lane.0];
         if !lane.is_open {
@@ -119,7 +118,7 @@ impl<R> Outbox<R> {
         Some(next)
     }
 
-    /// A record in flight comes back, to be sent again.
+    /// A record in flight was not delivered. It waits to be sent again.
     pub fn came_back(&mut self, lane: LaneId, sequence: Sequence, kept: Kept<R>) {
         let lane = &mut self.lanes[lane.0];
         lane.in_flight -= 1;
@@ -127,7 +126,7 @@ impl<R> Outbox<R> {
         lane.waiting.insert(sequence, kept);
     }
 
-    /// A record in flight is done with: at this offset, or refused for good.
+    /// A record in flight was stored at this offset, or (`None`) refused for good.
     pub fn done(&mut self, lane: LaneId, tick: i64, offset: Option<i64>) {
         let lane = &mut self.lanes[lane.0];
         lane.in_flight -= 1;
@@ -138,17 +137,17 @@ impl<R> Outbox<R> {
         }
     }
 
-    /// What waits in the lane goes out from now on.
+    /// The records of the lane may be sent.
     pub fn open(&mut self, lane: LaneId) {
         self.lanes[lane.0].is_open = true;
     }
 
-    /// Nothing more goes out, what comes is kept.
+    /// The records of the lane are kept.
     pub fn close(&mut self, lane: LaneId) {
         self.lanes[lane.0].is_open = false;
     }
 
-    /// Takes out what is not to be sent, in the order of sending.
+    /// Removes the selected records from those that wait, and returns them in order.
     pub fn discard(
         &mut self,
         lane: LaneId,
@@ -167,20 +166,20 @@ impl<R> Outbox<R> {
         out
     }
 
-    /// A claim is sent now, behind all that was sent in this lane before.
+    /// A claim is sent now, after all earlier records of this lane.
     pub fn claim(&mut self, lane: LaneId, epoch: Epoch) {
         self.close(lane);
         self.lanes[lane.0].claimed = Some(epoch);
     }
 
-    /// Nobody knows whether what came back is in the partition: nothing goes out before a new claim has told.
+    /// Records that came back may be stored all the same. The lane stays closed until a new claim has shown which ones are.
     pub fn doubt(&mut self, lane: LaneId) {
         self.close(lane);
         self.lanes[lane.0].claimed = None;
     }
 
-    /// The lane's share is ours: opens it, unless a later claim is under way already. What waits is kept where it still has its place behind what the partition holds,
-    /// and given back where it is recorded already or somebody else recorded those ticks as missed.
+    /// We own the lane's share: opens the lane, unless a later claim is under way. Returns the waiting records that must not be
+    /// sent, because the partition has records of their ticks already.
     pub fn take_share(
         &mut self,
         lane: LaneId,
@@ -207,8 +206,8 @@ impl<R> Outbox<R> {
         out
     }
 
-    /// How far the lane's share is recorded, which is remembered. `open_since`: all of its ticks before that have been taken
-    /// into this outbox, and no tick from `now` on has been yet. `None`: the share is not ours.
+    /// Brings the ledger of the lane's share up to date and returns it. The records of all ticks before `open_since` were taken
+    /// into this outbox, and none of a tick from `now` on. `None`: we do not own the share.
     pub fn ledger(&mut self, lane: LaneId, open_since: i64, now: i64) -> Option<Ledger> {
         let lane = &mut self.lanes[lane.0];
         let oldest = lane.ticks.first_key_value().map(|(tick, _)| *tick);
@@ -217,12 +216,12 @@ impl<R> Outbox<R> {
         Some(account.bring_forward(bounds.into_iter().flatten().min().unwrap_or(now), now))
     }
 
-    /// The share is given back: no record of its ticks since then will come.
+    /// The share is being given back: no record of a tick from `ends_at` on will be taken.
     pub fn end_share(&mut self, lane: LaneId, ends_at: i64) {
         self.lanes[lane.0].ends_at.get_or_insert(ends_at);
     }
 
-    /// The last ledger of a share that is given back, once everything is acknowledged; the lane is closed then.
+    /// The last ledger of a share that is being given back, once everything is acknowledged. This closes the lane.
     pub fn last_ledger(&mut self, lane: LaneId) -> Option<Ledger> {
         let Lane {
             waiting,
@@ -239,7 +238,7 @@ impl<R> Outbox<R> {
         Some(ledger)
     }
 
-    /// The share is not ours any more: what waits is given back.
+    /// We no longer own the share. Returns the records that wait.
     pub fn forget_share(&mut self, lane: LaneId) -> Vec<Kept<R>> {
         self.close(lane);
         self.lanes[lane.0].account = None;
@@ -247,7 +246,7 @@ impl<R> Outbox<R> {
         self.discard(lane, |_, _| true)
     }
 
-    /// The epoch under which the lane's records go out.
+    /// The epoch of the lane's records. `None`: we do not own its share.
     pub fn epoch(&self, lane: LaneId) -> Option<Epoch> {
         self.lanes[lane.0]
             .account
@@ -259,17 +258,17 @@ impl<R> Outbox<R> {
         self.lanes[lane.0].is_open
     }
 
-    /// What waits in the lane, in the order of sending.
+    /// The records that wait, in order.
     pub fn waiting(&self, lane: LaneId) -> &BTreeMap<Sequence, Kept<R>> {
         &self.lanes[lane.0].waiting
     }
 
-    /// Records in flight.
+    /// The number of records in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Nothing waits that could be sent.
+    /// Whether no record can be sent now.
     pub fn is_idle(&self) -> bool {
         self.lanes
             .iter()
@@ -289,9 +288,10 @@ impl<R> Lane<R> {
 }
 
 impl Account {
-    /// Everything before `open_since` is acknowledged. The records of ticks since `now` are still to be sent.
+    /// Every tick before `open_since` has its record acknowledged, and no record of a tick from `now` on was sent.
     fn bring_forward(&mut self, open_since: i64, now: i64) -> Ledger {
-        // The clock of an earlier owner may be ahead of ours: until we are there, we do not know where its records end.
+        // The clock of an earlier owner may be ahead of ours. Until our clock has passed its last tick, the offset after which
+        // all later ticks lie is not known.
         if now > self.last_tick && self.moments.back().is_none_or(|(at, _)| *at < now) {
             self.moments.push_back((now, self.end));
         }

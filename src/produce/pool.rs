@@ -1,8 +1,7 @@
-//! The thread pool: as many threads as checks are under way, and no more.
+//! Threads for checks: as many as there are checks under way.
 //!
-//! Owns the threads. It grows with every check that finds no idle thread and shrinks when threads stay idle; how many
-//! checks may be under way is the schedule's to say. The thread that fell idle last is used first, so that the others can
-//! end and the busy ones stay warm. What a check is and where its result goes are arguments.
+//! A check begins on the thread that became idle last, or on a new one, so a check never waits for another. Unused threads end
+//! after a while, and used ones stay warm. What a check is and where its result goes are arguments.
 
 use std::any::Any;
 use std::io;
@@ -17,13 +16,13 @@ use crate::clock::{Clock, instant_now};
 use crate::produce::schedule::Tick;
 use crate::sample::Outcome;
 
-/// A thread idle for so long ends: longer than most pauses between ticks, shorter than an operator's patience.
+/// A thread that was idle for this long ends. It is longer than most pauses between ticks.
 const IDLE: Duration = Duration::from_secs(15);
 
-/// Reserved, not used: the deepest call found, a TLS handshake in a debug build, needs 192 KiB.
+/// The deepest call found, a TLS handshake in a debug build, needs 192 KiB. The rest is reserved address space, not memory.
 const STACK_BYTES: usize = 512 * 1024;
 
-/// A check that came to its end.
+/// A check that ended.
 #[derive(Debug)]
 pub struct Done {
     pub tick: Tick,
@@ -31,7 +30,7 @@ pub struct Done {
     pub observation: Observation,
 }
 
-/// A check that could not begin, and why.
+/// A check that could not begin.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot start a thread: {reason}")]
 pub struct NoThread {
@@ -40,7 +39,7 @@ pub struct NoThread {
     pub reason: io::Error,
 }
 
-/// Dropping it ends the idle threads at once and the others after their check; it does not wait for them.
+/// Dropping it ends the idle threads at once and the others after their check, without waiting for them.
 pub struct Pool(Arc<Shared>);
 
 type Check = Box<dyn FnMut(&Target, Instant) -> Observation>;
@@ -57,26 +56,26 @@ struct Shared {
 
 #[derive(Default)]
 struct Idle {
-    /// The last one fell idle last.
-    threads: Vec<Arc<Desk>>,
+    /// The thread that became idle last is at the end.
+    threads: Vec<Arc<JobSlot>>,
     is_closed: bool,
 }
 
-/// Where a thread finds what it should do next.
+/// Holds the next job of one thread.
 #[derive(Default)]
-struct Desk {
-    order: Mutex<Option<Order>>,
+struct JobSlot {
+    job: Mutex<Option<Job>>,
     changed: Condvar,
 }
 
-enum Order {
+enum Job {
     Check(Tick),
     End,
 }
 
 impl Pool {
-    /// `make_check` makes the check of one thread, on that thread; `check_timeout` is for hosts without their own;
-    /// `report` is called on the check's thread.
+    /// `make_check` is called on each thread, for its checks. `check_timeout` applies to hosts without a timeout of their own.
+    /// `report` is called on the thread of the check.
     pub fn new<C>(
         clock: Clock,
         check_timeout: Duration,
@@ -97,24 +96,24 @@ impl Pool {
         }))
     }
 
-    /// Begins a check at once, on an idle thread or a new one.
+    /// Begins a check on an idle thread or a new one.
     ///
     /// # Errors
-    /// No thread is idle and the operating system gives no further one.
+    /// No thread is idle, and the operating system does not start another one.
     pub fn start(&self, tick: Tick) -> Result<(), Box<NoThread>> {
         let idle = self.0.idle().threads.pop();
-        if let Some(desk) = idle {
-            desk.put(Order::Check(tick));
+        if let Some(slot) = idle {
+            slot.put(Job::Check(tick));
             return Ok(());
         }
-        let desk = Arc::new(Desk::default());
-        desk.put(Order::Check(tick.clone()));
+        let slot = Arc::new(JobSlot::default());
+        slot.put(Job::Check(tick.clone()));
         let shared = Arc::clone(&self.0);
         self.0.threads.fetch_add(1, Ordering::Relaxed);
         let spawned = std::thread::Builder::new()
             .name("check".into())
             .stack_size(STACK_BYTES)
-            .spawn(move || shared.work(&desk));
+            .spawn(move || shared.work(&slot));
         match spawned {
             Ok(_) => Ok(()),
             Err(reason) => {
@@ -124,7 +123,7 @@ impl Pool {
         }
     }
 
-    /// Threads that live, busy or idle.
+    /// The number of threads, busy or idle.
     pub fn threads(&self) -> usize {
         self.0.threads.load(Ordering::Relaxed)
     }
@@ -134,19 +133,19 @@ impl Drop for Pool {
     fn drop(&mut self) {
         let mut idle = self.0.idle();
         idle.is_closed = true;
-        for desk in idle.threads.drain(..) {
-            desk.put(Order::End);
+        for slot in idle.threads.drain(..) {
+            slot.put(Job::End);
         }
     }
 }
 
 impl Shared {
-    fn work(self: &Arc<Self>, desk: &Arc<Desk>) {
+    fn work(self: &Arc<Self>, slot: &Arc<JobSlot>) {
         let mut check = None;
-        while let Some(Order::Check(tick)) = self.next_order(desk) {
+        while let Some(Job::Check(tick)) = self.next_job(slot) {
             let done = self.check(&mut check, tick);
-            // Idle before its result is known, or who hears of the result would start another thread for the next check.
-            let is_open = self.fall_idle(desk);
+            // The thread is idle before the result is reported. Otherwise the next check would start another thread.
+            let is_open = self.become_idle(slot);
             (self.report)(done);
             if !is_open {
                 break;
@@ -163,7 +162,7 @@ impl Shared {
             check(&tick.target, deadline)
         }));
         let observation = observation.unwrap_or_else(|panic| {
-            // Whatever state the panic left it in, the next check gets a new one.
+            // The panic may have left it in any state.
             *check = None;
             let message = panic_message(&*panic);
             let bug = format!("a bug in host-metrics: the check panicked: {message}");
@@ -176,27 +175,27 @@ impl Shared {
         }
     }
 
-    fn fall_idle(&self, desk: &Arc<Desk>) -> bool {
+    fn become_idle(&self, slot: &Arc<JobSlot>) -> bool {
         let mut idle = self.idle();
         if !idle.is_closed {
-            idle.threads.push(Arc::clone(desk));
+            idle.threads.push(Arc::clone(slot));
         }
         !idle.is_closed
     }
 
-    /// Waits for something to do; `None` after idling for long enough.
-    fn next_order(&self, desk: &Arc<Desk>) -> Option<Order> {
-        if let Some(order) = desk.take_within(self.idle_time) {
-            return Some(order);
+    /// Waits for the next job. `None`: the thread was idle for too long.
+    fn next_job(&self, slot: &Arc<JobSlot>) -> Option<Job> {
+        if let Some(job) = slot.take_within(self.idle_time) {
+            return Some(job);
         }
         let mut idle = self.idle();
-        if let Some(at) = idle.threads.iter().position(|other| Arc::ptr_eq(other, desk)) {
+        if let Some(at) = idle.threads.iter().position(|other| Arc::ptr_eq(other, slot)) {
             idle.threads.remove(at);
             return None;
         }
         drop(idle);
-        // Taken from the idle ones in this moment: the order is on its way.
-        Some(desk.take())
+        // `start` has just removed this thread from the idle ones, and will put a job into the slot.
+        Some(slot.take())
     }
 
     fn idle(&self) -> MutexGuard<'_, Idle> {
@@ -204,34 +203,34 @@ impl Shared {
     }
 }
 
-impl Desk {
-    fn put(&self, order: Order) {
-        *self.order() = Some(order);
+impl JobSlot {
+    fn put(&self, job: Job) {
+        *self.job() = Some(job);
         self.changed.notify_one();
     }
 
-    fn take_within(&self, time: Duration) -> Option<Order> {
-        let nothing = |order: &mut Option<Order>| order.is_none();
+    fn take_within(&self, time: Duration) -> Option<Job> {
+        let nothing = |job: &mut Option<Job>| job.is_none();
         let waited = self
             .changed
-            .wait_timeout_while(self.order(), time, nothing)
+            .wait_timeout_while(self.job(), time, nothing)
             .unwrap_or_else(PoisonError::into_inner);
-        let (mut order, _) = waited;
-        order.take()
+        let (mut job, _) = waited;
+        job.take()
     }
 
-    fn take(&self) -> Order {
-        let mut order = self.order();
+    fn take(&self) -> Job {
+        let mut job = self.job();
         loop {
-            if let Some(order) = order.take() {
-                return order;
+            if let Some(job) = job.take() {
+                return job;
             }
-            order = self.changed.wait(order).unwrap_or_else(PoisonError::into_inner);
+            job = self.changed.wait(job).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn order(&self) -> MutexGuard<'_, Option<Order>> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    fn job(&self) -> MutexGuard<'_, Option<Job>> {
+        self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -409,7 +408,7 @@ mod tests {
                 ok()
             }
         };
-        // Who hears no more of it does not mind.
+        // The receiver may be gone.
         let report = move |done| drop(report.send((done, std::thread::current().id())));
         let mut pool = Pool::new(Clock::start().unwrap(), BOUND, make, report);
         Arc::get_mut(&mut pool.0).unwrap().idle_time = idle_time;
@@ -424,10 +423,8 @@ mod tests {
     }
 
     fn ticks(count: usize) -> Vec<Tick> {
-        let target = |i| {
-            let url = url::Url::parse("http://example.com/").unwrap();
-            Target::new(format!("h{i}.example"), url, Duration::from_secs(1))
-        };
+        let url = url::Url::parse("http://example.com/").unwrap();
+        let target = |i| Target::new(format!("h{i}.example"), url.clone(), Duration::from_secs(1));
         let limits = Limits {
             max_under_way: count,
             check_timeout: BOUND,

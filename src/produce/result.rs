@@ -1,4 +1,4 @@
-//! What the timer loop makes of a finished or a missed tick: a record.
+//! Turns a finished check or a missed tick into a record.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use crate::produce::schedule::{MissedTick, Tick};
 use crate::produce::share::Share;
 use crate::sample::{self, Outcome};
 
-/// A finished check, ready to be written.
+/// A check that ended or could not begin, with its record.
 pub(super) struct CheckResult {
     pub(super) tick: Tick,
     pub(super) outcome: Outcome,
-    /// What went wrong on this machine.
+    /// The cause, if the outcome is `agent_error`.
     pub(super) agent_error: Option<String>,
-    /// `None`: it did not begin.
+    /// `None`: the check did not begin.
     pub(super) timing: Option<Timing>,
     pub(super) record: Record,
 }
@@ -51,15 +51,15 @@ impl CheckResult {
         }
     }
 
-    pub(super) fn not_begun(tick: Tick, fault: Observation, agent_name: &str) -> Self {
+    pub(super) fn not_begun(tick: Tick, failed: Observation, agent_name: &str) -> Self {
         Self {
-            outcome: fault.outcome,
-            agent_error: agent_error(&fault),
+            outcome: failed.outcome,
+            agent_error: agent_error(&failed),
             timing: None,
             record: record(
                 &tick.target,
                 tick.share.clone(),
-                fault,
+                failed,
                 tick.scheduled_at_micros,
                 None,
                 agent_name,
@@ -80,9 +80,9 @@ pub(super) fn missed_record(missed: MissedTick, agent_name: &str) -> Record {
         share,
         scheduled_at_micros,
         started_at_micros,
-        why,
+        reason,
     } = missed;
-    let observation = Observation::failed(Outcome::Missed, why.as_str());
+    let observation = Observation::failed(Outcome::Missed, reason.as_str());
     record(
         &target,
         share,

@@ -1,7 +1,4 @@
-//! The hosts of a producer that is a member of a group: which of them are in the schedule.
-//!
-//! The timer loop's side of PRODUCE_GROUP. Owns the whole list of hosts and which shares are ours; the schedule holds the
-//! hosts of those.
+//! The timer loop's part of PRODUCE_GROUP: the list of all hosts, and the shares whose hosts are in the schedule.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,13 +15,13 @@ use crate::produce::schedule::Schedule;
 use crate::produce::share::Share;
 use crate::produce::share::shares::Event;
 
-/// What is under way when a share has to be given back may take so much longer; the next owner records the rest as missed.
+/// When a share is given back, its checks under way may go on for this long. The next owner records the rest as missed.
 const FINISH_WITHIN: Duration = Duration::from_millis(300);
 
-/// How often the ledgers are brought forward.
+/// How often the ledgers are updated.
 const MARK_EVERY: Duration = Duration::from_secs(2);
 
-/// Before the publisher has started.
+/// The part that exists before the publisher has started.
 pub(super) struct Joining {
     events: (std::sync::mpsc::Sender<Event>, std::sync::mpsc::Receiver<Event>),
     targets: Vec<Arc<Target>>,
@@ -48,7 +45,7 @@ impl Joining {
         })
     }
 
-    /// `orders` leaves an order where the timer loop finds it.
+    /// `orders` passes an order to the timer loop.
     pub(super) fn join(
         self,
         config: &ProduceConfig,
@@ -60,7 +57,7 @@ impl Joining {
             return Ok(None);
         };
         let partitions = Partitions::default();
-        let settings = fleet::Config {
+        let settings = fleet::Settings {
             kafka: &config.kafka,
             group,
             place: &config.check.agent_name,
@@ -92,7 +89,7 @@ pub(super) struct SharedHosts {
     topics: Vec<String>,
     /// Shares whose hosts are in the schedule.
     ours: BTreeSet<Share>,
-    /// Of these, those that go back, and until when what is under way may take.
+    /// Those of `ours` that are being given back, each with the time at which its checks are abandoned.
     finishing: BTreeMap<Share, i64>,
     mark_at: i64,
     is_stopping: bool,
@@ -111,12 +108,12 @@ impl SharedHosts {
             Order::Take(takeover) => {
                 let share = &takeover.share;
                 if !takeover.is_unbroken {
-                    schedule.hand_out(share);
+                    schedule.remove_share(share);
                     let hosts = self
                         .targets
                         .iter()
                         .filter(|target| self.share_of(target).as_ref() == Some(share));
-                    schedule.take_in(share, hosts.cloned(), |address| takeover.recorded(address), now);
+                    schedule.add_share(share, hosts.cloned(), |address| takeover.recorded(address), now);
                 }
                 self.ours.insert(share.clone());
                 publisher.tell(Letter::Open(takeover));
@@ -126,10 +123,10 @@ impl SharedHosts {
                 self.finishing.insert(share, now + micros(FINISH_WITHIN));
             }
             Order::Forget(share) => {
-                schedule.hand_out(&share);
+                schedule.remove_share(&share);
                 self.ours.remove(&share);
                 self.finishing.remove(&share);
-                // What is left at a stop is told as such.
+                // At a stop, the publisher reports these records as not acknowledged.
                 if !self.is_stopping {
                     publisher.tell(Letter::Forget(share));
                 }
@@ -138,8 +135,8 @@ impl SharedHosts {
         }
     }
 
-    /// What is to be done at a turn of the loop; returns when it has to turn again. `looked_at` is when the schedule last
-    /// looked for what is due.
+    /// Called at every turn of the timer loop. Returns the time of the next turn. `looked_at` is the time of the last call of
+    /// [`Schedule::next`].
     pub(super) fn turn(
         &mut self,
         schedule: &mut Schedule<Record>,
@@ -153,7 +150,7 @@ impl SharedHosts {
         if !finished.is_empty() {
             let open_since = schedule.open_since();
             for share in finished {
-                schedule.hand_out(&share);
+                schedule.remove_share(&share);
                 self.ours.remove(&share);
                 self.finishing.remove(&share);
                 let ends_at = open_since.get(&share).copied().unwrap_or(looked_at);
@@ -171,7 +168,7 @@ impl SharedHosts {
         finishing.unwrap_or(i64::MAX).min(self.mark_at.max(looked_at + 1))
     }
 
-    /// From now on these are the hosts of the group.
+    /// Replaces the hosts of the group.
     pub(super) fn reload(&mut self, targets: Vec<Target>, schedule: &mut Schedule<Record>, now: i64) {
         self.targets = targets.into_iter().map(Arc::new).collect();
         let topics = topics_of(&self.targets, &self.default_topic);
@@ -187,7 +184,7 @@ impl SharedHosts {
         schedule.reload(ours, |target| self.share_of(target), now);
     }
 
-    /// Gives everything back, by then at the latest.
+    /// Gives all shares back, at the latest then.
     pub(super) fn stop(&mut self, until: i64) {
         self.is_stopping = true;
         self.fleet.stop(until);
@@ -203,7 +200,7 @@ impl SharedHosts {
     }
 }
 
-/// The topics that the records of these hosts go to.
+/// The topics of the records of these hosts.
 fn topics_of(targets: &[Arc<Target>], default_topic: &str) -> Vec<String> {
     let topics: BTreeSet<&str> = targets
         .iter()

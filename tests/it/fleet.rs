@@ -15,9 +15,9 @@ use std::time::Duration;
 use host_metrics::check::target::Target;
 use host_metrics::produce::host_file;
 use host_metrics::produce::outbox::{Kept, LaneId, Outbox, Sequence};
-use host_metrics::produce::schedule::{Late, Limits, Next, Schedule, Tick, phase_micros};
+use host_metrics::produce::schedule::{BacklogItem, Limits, Next, Schedule, Tick, phase_micros};
 use host_metrics::produce::share::ledger::Ledger;
-use host_metrics::produce::share::shares::{Action, Committed, Event, Found, Range, Shares};
+use host_metrics::produce::share::shares::{Action, CommitOutcome, Event, Range, Shares, StoredLedger};
 use host_metrics::produce::share::tail::{Entry, Tail, Takeover};
 use host_metrics::produce::share::{Share, partition_of};
 use host_metrics::sample::epoch::{Epoch, Epochs};
@@ -723,9 +723,9 @@ impl World {
                     .map(|share| {
                         let found = match self.coordinator.offsets.get(&share) {
                             Some((offset, metadata)) => {
-                                Found::Ledger(Ledger::parse(*offset, metadata).unwrap())
+                                StoredLedger::Ledger(Ledger::parse(*offset, metadata).unwrap())
                             }
-                            None => Found::Nothing {
+                            None => StoredLedger::Missing {
                                 low: 0,
                                 high: self.logs[&share].len() as i64,
                             },
@@ -744,17 +744,17 @@ impl World {
                     && self.coordinator.generation == producer.generation;
                 let takes_it = is_member || self.mutant == Some(Mutant::NoGeneration);
                 let outcome = match (fails, takes_it) {
-                    (true, _) => Committed::Failed,
-                    (false, false) => Committed::Refused,
-                    (false, true) => Committed::Done,
+                    (true, _) => CommitOutcome::Failed,
+                    (false, false) => CommitOutcome::Refused,
+                    (false, true) => CommitOutcome::Done,
                 };
                 self.saw(match outcome {
-                    Committed::Done => "committed",
-                    Committed::Refused => "commit refused",
-                    Committed::Failed => "commit failed",
+                    CommitOutcome::Done => "committed",
+                    CommitOutcome::Refused => "commit refused",
+                    CommitOutcome::Failed => "commit failed",
                 });
                 // Of one that failed nobody knows.
-                if outcome == Committed::Done
+                if outcome == CommitOutcome::Done
                     || (fails && takes_it && !self.kafka_is_away && self.random.bool())
                 {
                     self.log(format_args!("{} commits {ledgers:?}", producer.name));
@@ -813,12 +813,12 @@ impl World {
             match order {
                 ToTimer::Take(takeover) => {
                     if !takeover.is_unbroken {
-                        producer.schedule.hand_out(&takeover.share);
+                        producer.schedule.remove_share(&takeover.share);
                         let hosts = self
                             .hosts
                             .iter()
                             .filter(|host| share_of(&host.address) == takeover.share);
-                        producer.schedule.take_in(
+                        producer.schedule.add_share(
                             &takeover.share,
                             hosts.cloned().map(Arc::new),
                             |address| takeover.recorded(address),
@@ -833,7 +833,7 @@ impl World {
                 }
                 ToTimer::Forget(share) => {
                     producer.releasing.retain(|(releasing, ..)| *releasing != share);
-                    producer.schedule.hand_out(&share);
+                    producer.schedule.remove_share(&share);
                     producer.letters.push_back(Letter::Forget(share));
                 }
             }
@@ -868,7 +868,7 @@ impl World {
                 continue;
             }
             let ends_at = producer.schedule.open_since()[&share];
-            producer.schedule.hand_out(&share);
+            producer.schedule.remove_share(&share);
             producer.letters.push_back(Letter::Close(share, ends_at));
         }
         if now >= producer.mark_at {
@@ -1280,18 +1280,18 @@ impl World {
 
 fn drain_late(producer: &mut Producer) {
     let mut late = Vec::new();
-    while producer.schedule.has_late() {
+    while producer.schedule.has_backlog() {
         producer.schedule.drain(1_000, |_| true, &mut late);
     }
     for late in late {
         producer.letters.push_back(Letter::Record(match late {
-            Late::Missed(missed) => Draft {
+            BacklogItem::Missed(missed) => Draft {
                 share: missed.share.clone().unwrap(),
                 tick: missed.scheduled_at_micros,
                 address: missed.target.address.clone(),
                 is_missed: true,
             },
-            Late::Result(draft) => draft,
+            BacklogItem::Result(draft) => draft,
         }));
     }
 }

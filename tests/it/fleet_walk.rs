@@ -10,7 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use host_metrics::produce::outbox::{LaneId, Outbox};
 use host_metrics::produce::share::Share;
 use host_metrics::produce::share::ledger::Ledger;
-use host_metrics::produce::share::shares::{Action, Committed, Event, Found, Shares};
+use host_metrics::produce::share::shares::{Action, CommitOutcome, Event, Shares, StoredLedger};
 use host_metrics::produce::share::tail::{Entry, Tail};
 use host_metrics::sample::epoch::{Epoch, Epochs};
 
@@ -354,8 +354,10 @@ impl World {
         let event = match producer.shares.next_action(LATE) {
             Action::ReadLedgers(_) => {
                 let found = match &self.ledger {
-                    Some((offset, metadata)) => Found::Ledger(Ledger::parse(*offset, metadata).unwrap()),
-                    None => Found::Nothing {
+                    Some((offset, metadata)) => {
+                        StoredLedger::Ledger(Ledger::parse(*offset, metadata).unwrap())
+                    }
+                    None => StoredLedger::Missing {
                         low: 0,
                         high: self.log.len() as i64,
                     },
@@ -392,9 +394,9 @@ impl World {
                     for (_, ledger) in ledgers {
                         self.ledger = Some((ledger.from, ledger.metadata()));
                     }
-                    Event::Committed(Committed::Done)
+                    Event::Committed(CommitOutcome::Done)
                 } else {
-                    Event::Committed(Committed::Refused)
+                    Event::Committed(CommitOutcome::Refused)
                 }
             }
             Action::Claim { share, epoch } => {

@@ -17,8 +17,8 @@ use host_metrics::check::target::Target;
 use host_metrics::config::{CheckConfig, KafkaConfig, KafkaSecurity, ProduceConfig};
 use host_metrics::produce::counters::Counters;
 use host_metrics::produce::publisher::Bounds;
-use host_metrics::produce::schedule::Why;
-use host_metrics::produce::{self, Agent, Rounds};
+use host_metrics::produce::schedule::MissedReason;
+use host_metrics::produce::{self, Rounds, Setup};
 use host_metrics::sample::{self, Outcome, Sample, Timestamp};
 use host_metrics::shutdown::{STOP_WITHIN, Shutdown};
 use rdkafka::config::ClientConfig;
@@ -173,7 +173,9 @@ fn a_full_buffer_stops_the_checks_and_every_tick_still_gets_its_record() {
     let run = Running::start(&kafka, hosts, bounds, |_| ok());
     run.wait_for("a start", |counters| counters.delivered() > 20);
     kafka.cluster.broker_down(1).unwrap();
-    run.wait_for("a full buffer", |counters| counters.missed(Why::NoRoom) > 60);
+    run.wait_for("a full buffer", |counters| {
+        counters.missed(MissedReason::NoRoom) > 60
+    });
     kafka.cluster.broker_up(1).unwrap();
     let results = run.counters.results(Outcome::Ok);
     run.wait_for("checks again", |counters| {
@@ -279,7 +281,9 @@ fn a_slip_in_one_hosts_topic_does_not_stop_the_others() {
         bytes: 1 << 20,
     };
     let run = Running::start(&kafka, hosts, bounds, |_| ok());
-    run.wait_for("a full share", |counters| counters.missed(Why::NoRoom) >= 20);
+    run.wait_for("a full share", |counters| {
+        counters.missed(MissedReason::NoRoom) >= 20
+    });
     let delivered = run.counters.delivered();
     run.wait_for("the others", |counters| counters.delivered() >= delivered + 60);
     let there = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
@@ -290,7 +294,7 @@ fn a_slip_in_one_hosts_topic_does_not_stop_the_others() {
     let mut records = kafka.records(TOPIC);
     let for_want_of_room = |record: &Record| {
         let error = record.sample().error.map(|error| error.into_owned());
-        error.as_deref() == Some(Why::NoRoom.as_str())
+        error.as_deref() == Some(MissedReason::NoRoom.as_str())
     };
     assert!(!records.iter().any(for_want_of_room));
     records.extend(kafka.records("slip"));
@@ -379,7 +383,7 @@ fn with_fewer_threads_than_hosts_every_tick_has_its_record() {
         },
     );
     run.wait_for("ticks without a thread", |counters| {
-        counters.missed(Why::NoThread) >= 3
+        counters.missed(MissedReason::NoThread) >= 3
     });
     let counters = run.stop().expect("a clean stop");
     let records = kafka.records(TOPIC);
@@ -596,7 +600,7 @@ impl Running {
         let host_file = host_file.map(Path::to_owned);
         let (seen, stop) = (Arc::clone(&counters), shutdown.clone());
         let thread = std::thread::spawn(move || {
-            let agent = Agent {
+            let setup = Setup {
                 config: &config,
                 host_file: host_file.as_deref(),
                 rounds,
@@ -604,7 +608,7 @@ impl Running {
                 counters: seen,
                 bounds,
             };
-            agent.run(hosts, move || check.clone())
+            setup.run(hosts, move || check.clone())
         });
         Self {
             shutdown,
@@ -737,7 +741,10 @@ fn assert_balanced(counters: &Counters, records: &[Record]) {
         .iter()
         .filter(|record| record.outcome() == "missed")
         .count();
-    let counted: u64 = Why::ALL.map(|why| counters.missed(why)).iter().sum();
+    let counted: u64 = MissedReason::ALL
+        .map(|reason| counters.missed(reason))
+        .iter()
+        .sum();
     assert_eq!(counted, missed as u64);
 }
 

@@ -1,4 +1,4 @@
-//! The publisher's producer: its settings, what it calls back with, and who is to blame for a record that did not get through.
+//! The Kafka producer: its settings, its callbacks, and the causes of failed deliveries.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -18,7 +18,7 @@ use crate::produce::outbox::{LaneId, Sequence};
 use crate::produce::share::Share;
 use crate::sample::epoch::Epoch;
 
-/// Everything that matters is said, the library's default or not.
+/// Contains every setting that matters, even if it is librdkafka's default.
 pub(super) fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig {
     let mut config = ClientConfig::new();
     for (name, value) in kafka.client_properties() {
@@ -26,17 +26,17 @@ pub(super) fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig
     }
     config
         .set("acks", "all")
-        // No record twice after a retry, and none overtakes another of its partition.
+        // Retries neither duplicate nor reorder the records of a partition.
         .set("enable.idempotence", "true")
         .set("max.in.flight.requests.per.connection", "5")
-        // What Kafka's own clients do: other producers' records of a host land in the same partition.
+        // As in Kafka's own clients, so that they choose the same partition for a host.
         .set("partitioner", "murmur2_random")
-        // Every broker and reader knows lz4, and it needs no state per connection as zstd does.
+        // Every broker and reader supports it, and unlike zstd it needs no state per connection.
         .set("compression.type", "lz4")
-        // librdkafka sends a request for every partition that has a record: the longer they gather, the fewer requests, and
-        // records so alike compress well. A record's way to the table takes a second in any case.
+        // librdkafka sends one request per partition. A longer wait means fewer requests and better compression, and the way
+        // to the table takes a second in any case.
         .set("linger.ms", "80")
-        // Never: an outage is waited out. What is kept is bounded by `Bounds`, which librdkafka's own limits must not cut.
+        // Never give up: `Bounds` limits the records, and librdkafka's own limits have to be higher.
         .set("message.timeout.ms", "0")
         .set("queue.buffering.max.messages", (2 * bounds.records).to_string())
         .set(
@@ -49,9 +49,9 @@ pub(super) fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig
         .set("retry.backoff.max.ms", "1000")
         .set("request.timeout.ms", "10000")
         .set("topic.metadata.refresh.interval.ms", "30000")
-        // A topic just made is not known to all brokers at once.
+        // Not all brokers know a new topic at once.
         .set("topic.metadata.propagation.max.ms", "30000")
-        // A line for each failed attempt is what an outage does not need: `Context` keeps the last one.
+        // Without a line for each failed attempt: `Context` keeps the last error.
         .set_log_level(RDKafkaLogLevel::Warning);
     config
 }
@@ -65,19 +65,19 @@ pub(super) fn new_producer(
         .context("cannot create the Kafka producer")
 }
 
-/// Who is to blame for a record that did not get through.
-pub(super) enum Fault {
-    /// The record itself: it never will.
+/// Why a record was not delivered.
+pub(super) enum SendFailure {
+    /// Kafka will never take this record.
     Record,
-    /// Its topic: missing, or forbidden. It may be there later.
+    /// Its topic is missing or forbidden.
     Topic(String),
-    /// The producer, or something unforeseen: another one may get it through.
+    /// The producer has failed. A new one may deliver the record.
     Producer(String),
-    /// Nobody: it was taken back, or there was no room.
-    HandedBack,
+    /// It was returned on request, or the queue was full.
+    Returned,
 }
 
-impl Fault {
+impl SendFailure {
     pub(super) fn of(error: &KafkaError) -> Self {
         use RDKafkaErrorCode as Code;
         match error.rdkafka_error_code() {
@@ -96,39 +96,38 @@ impl Fault {
                 | Code::InvalidTopic
                 | Code::TopicAuthorizationFailed),
             ) => Self::Topic(code.to_string()),
-            Some(Code::PurgeQueue | Code::PurgeInflight | Code::QueueFull | Code::Fatal) => Self::HandedBack,
+            Some(Code::PurgeQueue | Code::PurgeInflight | Code::QueueFull | Code::Fatal) => Self::Returned,
             _ => Self::Producer(error.to_string()),
         }
     }
 }
 
-/// What librdkafka keeps for us with everything that is sent and hands back with its report.
+/// What librdkafka returns with the report about a record or claim.
 pub(super) enum Sent {
-    Record {
-        lane: LaneId,
-        sequence: Sequence,
-        target: Arc<Target>,
-        tick: i64,
-        bytes: usize,
-        /// Unix time: librdkafka does not tell the timestamp of a record that failed.
-        at_millis: i64,
-    },
-    Claim {
-        share: Share,
-        epoch: Epoch,
-    },
+    Record(SentRecord),
+    Claim { share: Share, epoch: Epoch },
+}
+
+pub(super) struct SentRecord {
+    pub(super) lane: LaneId,
+    pub(super) sequence: Sequence,
+    pub(super) target: Arc<Target>,
+    pub(super) tick: i64,
+    pub(super) bytes: usize,
+    /// When it was sent (Unix time): the report of a failed record has no timestamp.
+    pub(super) at_millis: i64,
 }
 
 pub(super) struct Report {
     pub(super) sent: Box<Sent>,
-    /// The offset; or why it failed, and the value back.
+    /// The offset, or the error and the value.
     pub(super) outcome: Result<i64, (KafkaError, Vec<u8>)>,
 }
 
-/// Collects what librdkafka calls back with, all on the publisher's thread, from within `poll`.
+/// Collects what librdkafka reports. All callbacks run on the publisher's thread, during `poll`.
 pub(super) struct Context {
     explainer: Explainer,
-    /// Callbacks so far.
+    /// The number of callbacks so far.
     pub(super) events: AtomicUsize,
     reports: Mutex<Vec<Report>>,
     last_error: Mutex<Option<String>>,
@@ -148,7 +147,7 @@ impl Context {
         std::mem::take(&mut lock(&self.reports))
     }
 
-    /// With what it means for the operator.
+    /// The last error, explained to the operator.
     pub(super) fn last_error(&self) -> Option<String> {
         let last = lock(&self.last_error).clone();
         last.map(|reason| self.explainer.explain(&reason))
@@ -169,7 +168,7 @@ impl ClientContext for Context {
         self.events.fetch_add(1, Ordering::Relaxed);
         log::debug!("librdkafka {error}: {reason}");
         self.explainer.hear(&error, reason);
-        // "all brokers are down" says nothing that the reasons before it do not say better.
+        // It follows errors that name the cause.
         if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
             *lock(&self.last_error) = Some(reason.to_owned());
         }
@@ -194,24 +193,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_the_records_own_fault_is_given_up() {
+    fn only_a_record_that_kafka_never_takes_is_given_up() {
         use RDKafkaErrorCode as Code;
-        let of = |code| Fault::of(&KafkaError::MessageProduction(code));
+        let of = |code| SendFailure::of(&KafkaError::MessageProduction(code));
         for code in [Code::MessageSizeTooLarge, Code::InvalidRecord] {
-            assert!(matches!(of(code), Fault::Record), "{code}");
+            assert!(matches!(of(code), SendFailure::Record), "{code}");
         }
         for code in [Code::UnknownTopic, Code::TopicAuthorizationFailed] {
-            assert!(matches!(of(code), Fault::Topic(_)), "{code}");
+            assert!(matches!(of(code), SendFailure::Topic(_)), "{code}");
         }
         for code in [
             Code::OutOfOrderSequenceNumber,
             Code::ClusterAuthorizationFailed,
             Code::MessageTimedOut,
         ] {
-            assert!(matches!(of(code), Fault::Producer(_)), "{code}");
+            assert!(matches!(of(code), SendFailure::Producer(_)), "{code}");
         }
         for code in [Code::PurgeQueue, Code::QueueFull] {
-            assert!(matches!(of(code), Fault::HandedBack), "{code}");
+            assert!(matches!(of(code), SendFailure::Returned), "{code}");
         }
     }
 }

@@ -1,14 +1,15 @@
-//! The publisher: one thread that owns the Kafka producer, its queue and its delivery reports.
+//! The publisher: a thread that owns the Kafka producer.
 //!
-//! Owns what lies between a finished check and Kafka's acknowledgement. A record that was taken is kept until Kafka has
-//! acknowledged it: through broker outages of any length, through a topic that does not exist (yet, or any more), and in
-//! the order of its host. What is kept is bounded; [`Publisher::has_room`] says so before a check begins, so nothing that
-//! was measured is ever thrown away. Only what Kafka itself refuses for good is given up, counted and said.
+//! It keeps every record until Kafka has acknowledged it, through outages of any length and while a topic is missing, and keeps
+//! the records of each host in order. The buffer is bounded. Because [`Publisher::has_room`] is asked before a check begins, no
+//! result is thrown away. Only records that Kafka refuses for good are given up; they are counted and logged.
 
+mod claims;
 mod client;
-mod doubt;
-mod says;
+mod log_lines;
+mod reports;
 mod search;
+mod stored;
 mod topics;
 mod worker;
 
@@ -31,12 +32,12 @@ use crate::produce::share::tail::Takeover;
 use crate::sample::epoch::Epoch;
 use worker::Worker;
 
-/// How much is kept for Kafka, give or take a record for each check under way: about 50 seconds of 2,000 checks a second, or an hour of 8,000 hosts at five minutes.
-/// A record is about 650 bytes; librdkafka adds some 200 of its own.
+/// The size of the buffer: about 50 seconds of 2,000 checks a second, or an hour of 8,000 hosts at five minutes. Every check under
+/// way may exceed it by one record. A record has about 650 bytes, and librdkafka adds about 200.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     pub records: usize,
-    /// Keys and values.
+    /// Of keys and values.
     pub bytes: usize,
 }
 
@@ -49,81 +50,82 @@ impl Default for Bounds {
     }
 }
 
-/// One record: its key is the target's address, its topic the target's or the default one.
+/// A record. Its key is the address of the target, and its topic that of the target or the default one.
 #[derive(Clone, Debug)]
 pub struct Record {
     pub target: Arc<Target>,
-    /// With PRODUCE_GROUP: its partition.
+    /// The share of the host, with PRODUCE_GROUP.
     pub share: Option<Share>,
-    /// Its tick: Unix time in microseconds.
+    /// Unix time in microseconds.
     pub tick: i64,
-    /// As [`crate::sample::encode`] made it, without an epoch.
+    /// From [`crate::sample::encode`], without an epoch.
     pub value: Vec<u8>,
 }
 
-/// What the publisher is told; it takes letters in the order in which they were sent.
+/// A message to the publisher. Letters are processed in the order in which they were sent.
 #[derive(Debug)]
 pub enum Letter {
     Record(Record),
-    /// All records of ticks before `now` were sent, but for those of the shares named here since the time that is given.
+    /// All records of ticks before `now` were sent, except those of the shares in `open_since` from the time given there.
     Mark {
         now: i64,
         open_since: HashMap<Share, i64>,
     },
-    /// Keep the records of this share.
+    /// Keep the records of this share for now.
     Hold(Share),
-    /// Append a claim; the answer is [`Event::Claimed`].
+    /// Append a claim. The answer is [`Event::Claimed`].
     Claim {
         share: Share,
         epoch: Epoch,
     },
     /// Send the records of this share.
     Open(Takeover),
-    /// No record of this share's ticks since then will come; the answer is [`Event::Released`].
+    /// No record of this share with a tick from `ends_at` on will be sent. The answer is [`Event::Released`].
     End {
         share: Share,
         ends_at: i64,
     },
-    /// The share is somebody else's.
+    /// Another producer owns the share.
     Forget(Share),
 }
 
-/// What the members of a group of producers have beside their hosts.
+/// What the publisher of a group member needs.
 #[derive(Clone, Debug)]
 pub struct Membership {
     /// PRODUCE_GROUP.
     pub group: String,
     /// AGENT_NAME.
     pub place: String,
-    /// Where the publisher says what became of shares.
+    /// Receives what happens to shares.
     pub events: Sender<Event>,
 }
 
-/// What became of the records so far.
+/// Counts of what became of the records.
 #[derive(Debug, Default)]
 pub struct Deliveries {
     /// Acknowledged by Kafka.
     pub delivered: AtomicU64,
-    /// Given back by Kafka, and sent again.
+    /// Failed attempts. The record is sent again.
     pub failed: AtomicU64,
     /// Refused by Kafka for good.
     pub refused: AtomicU64,
-    /// Taken and neither acknowledged nor refused.
+    /// Neither acknowledged nor refused yet.
     pub records_on_the_way: AtomicUsize,
-    /// Measured, but somebody else had recorded those ticks by the time that Kafka was back.
+    /// Dropped, because another producer had recorded their ticks meanwhile.
     pub superseded: AtomicU64,
-    /// Keys and values of those on the way.
+    /// The size of the keys and values on the way.
     pub bytes_on_the_way: AtomicUsize,
     /// Of the publisher's thread.
     pub heartbeat: Heartbeat,
-    /// Whether Kafka takes what is published.
+    /// Whether Kafka takes records.
     pub readiness: Readiness,
 }
 
-/// Records that Kafka had not acknowledged when the publisher had to end, per address, and why as far as it is known.
+/// Records that Kafka had not acknowledged when the publisher had to end.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Unacknowledged {
     pub per_address: BTreeMap<String, u64>,
+    /// `None`: unknown.
     pub reason: Option<String>,
 }
 
@@ -132,11 +134,11 @@ pub struct Publisher {
     ended: Receiver<Unacknowledged>,
 }
 
-/// The part of the bounds that the records of a topic that is not there may take: a slip in one `topic=` must not stop
-/// the others.
+/// The records of a missing topic may use the buffer divided by this number. A typing error in one `topic=` must not stop the
+/// other hosts.
 const PART_OF_A_MISSING_TOPIC: usize = 4;
 
-/// The longest that the end takes after its deadline: a look for a topic, a pause, the handing back.
+/// How long after its deadline the publisher may end: it may be asking for a topic, pausing, or taking back records.
 pub const END_WITHIN: Duration = Duration::from_millis(800);
 
 struct Shared {
@@ -145,7 +147,7 @@ struct Shared {
     inbox: Mutex<Inbox>,
     changed: Condvar,
     deliveries: Arc<Deliveries>,
-    /// Missing topics that have used up their share.
+    /// Missing topics that have used up their part of the buffer.
     crowded: Mutex<HashSet<String>>,
     any_crowded: AtomicBool,
 }
@@ -158,10 +160,10 @@ struct Inbox {
 }
 
 impl Publisher {
-    /// Starts the thread; whether Kafka can be reached is found out there, and waited for.
+    /// Starts the thread, which waits for Kafka if it cannot be reached.
     ///
     /// # Errors
-    /// librdkafka refuses the settings (a certificate file that cannot be read, for instance), or no thread can be had.
+    /// librdkafka rejects the settings, for example because it cannot read a certificate file, or the thread does not start.
     pub fn start(
         kafka: &KafkaConfig,
         default_topic: &str,
@@ -179,17 +181,17 @@ impl Publisher {
         Ok(Self { shared, ended })
     }
 
-    /// Whether the result of one more check of this target can be kept until Kafka takes it.
+    /// Whether the buffer has room for one more result of this target.
     pub fn has_room(&self, target: &Target) -> bool {
-        self.has_share_of_room(target, 1)
+        self.has_part_of_room(target, 1)
     }
 
-    /// The same for what costs nothing to keep elsewhere, ticks that were missed: they leave half of the room to results.
+    /// The same for missed ticks. They leave half of the buffer to results, because the schedule keeps them at no cost.
     pub fn has_spare_room(&self, target: &Target) -> bool {
-        self.has_share_of_room(target, 2)
+        self.has_part_of_room(target, 2)
     }
 
-    fn has_share_of_room(&self, target: &Target, part: usize) -> bool {
+    fn has_part_of_room(&self, target: &Target, part: usize) -> bool {
         let Shared { bounds, .. } = *self.shared;
         self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed) < bounds.records / part
             && self.shared.deliveries.bytes_on_the_way.load(Ordering::Relaxed) < bounds.bytes / part
@@ -197,7 +199,7 @@ impl Publisher {
                 && lock(&self.shared.crowded).contains(self.shared.topic_of(target)))
     }
 
-    /// Takes a record and never refuses it: the bounds are kept by asking [`Publisher::has_room`] before a check begins.
+    /// Takes a record, even if the buffer is full: [`Publisher::has_room`] is asked before a check begins.
     pub fn publish(&self, record: Record) {
         self.shared
             .deliveries
@@ -210,31 +212,31 @@ impl Publisher {
         self.tell(Letter::Record(record));
     }
 
-    /// A letter that is no record.
+    /// Sends a letter other than [`Letter::Record`].
     pub fn tell(&self, letter: Letter) {
         self.shared.tell(letter);
     }
 
-    /// For the thread that knows of the group.
+    /// For other threads.
     pub fn letter_box(&self) -> LetterBox {
         LetterBox(Arc::clone(&self.shared))
     }
 
-    /// Records taken and not acknowledged yet.
+    /// The number of records that are not acknowledged yet.
     pub fn on_the_way(&self) -> usize {
         self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed)
     }
 
-    /// Waits until Kafka has acknowledged everything, until `deadline` at the latest, and ends.
+    /// Ends the thread when Kafka has acknowledged everything, or at `deadline`.
     ///
     /// # Errors
-    /// Something was never acknowledged.
-    pub fn stop(self, deadline: Instant) -> Result<(), Unacknowledged> {
+    /// The records that were not acknowledged.
+    pub fn stop(&self, deadline: Instant) -> Result<(), Unacknowledged> {
         lock(&self.shared.inbox).stop_by = Some(deadline);
         self.shared.changed.notify_one();
         let patience = deadline.saturating_duration_since(instant_now()) + END_WITHIN;
         let left = self.ended.recv_timeout(patience).unwrap_or_else(|gone| {
-            // Whose they are is known to the thread alone, and that hangs or is gone.
+            // Only the thread knows whose records they are.
             let left = self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed);
             Unacknowledged {
                 per_address: BTreeMap::from([("any host".to_owned(), left as u64)]),
@@ -254,7 +256,7 @@ impl Unacknowledged {
     }
 }
 
-/// Hosts named in one line; the rest are counted.
+/// The most hosts named in one line. The others are counted.
 const NAMED_HOSTS: usize = 10;
 
 impl fmt::Display for Unacknowledged {
@@ -263,10 +265,10 @@ impl fmt::Display for Unacknowledged {
         let plural = |count: u64| if count == 1 { "" } else { "s" };
         let (s_records, s_hosts) = (plural(records), plural(hosts as u64));
         write!(f, "{records} record{s_records} of {hosts} host{s_hosts}: ")?;
-        let mut parting = "";
+        let mut separator = "";
         for (address, count) in self.per_address.iter().take(NAMED_HOSTS) {
-            write!(f, "{parting}{address} ({count})")?;
-            parting = ", ";
+            write!(f, "{separator}{address} ({count})")?;
+            separator = ", ";
         }
         if hosts > NAMED_HOSTS {
             write!(f, " and {} more", hosts - NAMED_HOSTS)?;
@@ -284,7 +286,7 @@ impl Record {
     }
 }
 
-/// Where other threads than the one that has the publisher leave letters.
+/// Lets other threads send letters to the publisher.
 #[derive(Clone)]
 pub struct LetterBox(Arc<Shared>);
 
@@ -327,7 +329,7 @@ impl Shared {
     }
 }
 
-/// Nothing here is left half done by a panic.
+/// The mutexes here protect values that a panic cannot leave in an invalid state.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

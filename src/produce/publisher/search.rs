@@ -1,9 +1,9 @@
-//! Finds out which records Kafka holds of those that it never acknowledged, for a producer without a group.
+//! Finds the unacknowledged records that Kafka has stored, for a producer without a group.
 //!
-//! A broker remembers the last few requests of a producer and knows a repeated one by that; of the time before a restart it
-//! may remember only the last (Kafka writes no more into its snapshots). A producer that was given no answer to more than one
-//! is then refused, and whoever sends its records anew has to look first. With a group a new claim tells the same: see
-//! `share`.
+//! A broker recognizes repeated requests because it remembers the last few requests of each producer. After a restart it may
+//! remember only the last one, because its snapshots contain no more. If a producer waits for more than one answer at that time,
+//! the broker rejects it. Before its records are sent again, the stored ones have to be found. With a group, a claim does that:
+//! see `share`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -19,20 +19,20 @@ use crate::config::KafkaConfig;
 use crate::kafka::reader::{Part, Quiet, Reader};
 use crate::produce::outbox::{Kept, Sequence};
 
-/// How long one question to Kafka may take: the publisher's thread does nothing else meanwhile. There are two of them.
+/// How long one question to Kafka may take. The publisher's thread waits for the answer. There are two questions.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 pub const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
 
-/// Where a topic has the broker's times instead of ours, its clock may differ from ours by as much.
+/// How much the clocks may differ if a topic's records have the broker's time instead of ours.
 const CLOCKS_DIFFER_MILLIS: i64 = 60_000;
 
-/// One look at one topic.
+/// A search in one topic.
 pub struct Search {
     reader: Reader,
     topic: String,
     since_millis: i64,
     has_begun: bool,
-    /// The values that are looked for, by hash: a value names its host and its tick, so no two are alike.
+    /// The wanted records by the hash of their values, which are unique: a value contains its host and its tick.
     wanted: HashMap<u64, Sequence>,
     hasher: RandomState,
     /// When reading began.
@@ -40,10 +40,10 @@ pub struct Search {
 }
 
 impl Search {
-    /// Will read from the first record at that time (Unix time in milliseconds) on; `wanted` are the records by their sequence.
+    /// A search for `wanted` that begins with the first record after `since_millis` (Unix time).
     ///
     /// # Errors
-    /// librdkafka refuses the settings.
+    /// librdkafka rejects the settings.
     pub fn new(
         kafka: &KafkaConfig,
         topic: &str,
@@ -65,11 +65,11 @@ impl Search {
         })
     }
 
-    /// Goes on until then at the latest, but for the first questions. Found sequences are told to `found`; true: there are
-    /// no more.
+    /// Searches until then at the latest; the first call may take longer by two questions. `found` gets the sequence of each
+    /// stored record. Returns whether the search is over.
     ///
     /// # Errors
-    /// Kafka does not allow it, or has not answered the first questions yet. Everything else is waited out.
+    /// Kafka does not allow it, or did not answer the questions. Other errors are retried.
     pub fn go_on(
         &mut self,
         until: Instant,
@@ -99,12 +99,12 @@ impl Search {
     }
 }
 
-/// All partitions from that time on.
+/// All partitions of the topic, from that time on.
 fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
     let metadata = consumer.fetch_metadata(Some(topic), ANSWER_WITHIN)?;
     let found = metadata.topics().iter().find(|found| found.name() == topic);
     match found.and_then(|found| found.error()).map(RDKafkaErrorCode::from) {
-        // It was deleted, and nothing is stored.
+        // A deleted topic contains nothing.
         None | Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {}
         Some(error) => return Err(KafkaError::MetadataFetch(error)),
     }
@@ -125,7 +125,7 @@ fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) 
                 from,
                 to: None,
             }),
-            // No record is as late as that.
+            // There is no later record.
             _ => None,
         })
     };

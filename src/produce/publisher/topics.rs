@@ -1,4 +1,4 @@
-//! The topics that records go to: whether they are there, and what happens while one is not.
+//! The topics of the records: whether they exist, and what happens while one is missing.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
@@ -12,21 +12,21 @@ use super::{PART_OF_A_MISSING_TOPIC, lock};
 use crate::clock::instant_now;
 use crate::outage::Outage;
 
-/// How often a missing topic is looked for, and the longest that one look takes.
+/// How often Kafka is asked for a missing topic, and how long the answer may take.
 const LOOK_FOR_TOPIC_EVERY: Duration = Duration::from_secs(1);
 const LOOK_FOR_TOPIC_WITHIN: Duration = Duration::from_millis(500);
 
 pub(super) struct Topic {
     pub(super) name: String,
-    /// Whether it is known to exist; until then its records wait.
-    pub(super) is_there: bool,
-    /// What is wrong with it. Once Kafka has refused its records, only an acknowledged one proves that all is well again.
+    /// Whether it is known to exist. Its records wait until then.
+    pub(super) exists: bool,
+    /// Why it cannot be used. After Kafka has refused its records, only an acknowledged one resets this.
     pub(super) why_not: Option<String>,
     pub(super) was_refused: bool,
-    /// Without a group: when the oldest record was sent that came back and that Kafka may have all the same. Unix time in
-    /// milliseconds.
+    /// Without a group: the time at which the oldest record was sent that came back and that Kafka may have stored. Unix time
+    /// in milliseconds.
     pub(super) in_doubt_since: Option<i64>,
-    /// Of its records and claims.
+    /// Its records and claims that librdkafka has.
     pub(super) in_flight: usize,
     pub(super) missing: Outage,
 }
@@ -35,7 +35,7 @@ impl Topic {
     pub(super) fn new(name: &str) -> Self {
         Self {
             name: name.to_owned(),
-            is_there: false,
+            exists: false,
             why_not: None,
             was_refused: false,
             in_doubt_since: None,
@@ -44,8 +44,8 @@ impl Topic {
         }
     }
 
-    pub(super) fn is_not_there(&mut self, why: String) {
-        self.is_there = false;
+    pub(super) fn mark_missing(&mut self, why: String) {
+        self.exists = false;
         self.why_not = Some(why);
     }
 }
@@ -61,10 +61,10 @@ impl Worker {
         self.topics.len() - 1
     }
 
-    /// Asks the servers for the topics that are not known to exist. Only once all their reports are in: what was on the
-    /// way when a topic vanished comes back, and must not be overtaken.
+    /// Asks Kafka for the topics that are not known to exist. A topic whose records are in flight has to wait: the records come
+    /// back, and must be sent before later ones.
     pub(super) fn look_for_topics(&mut self) {
-        let missing = |topic: &Topic| !topic.is_there && topic.in_flight == 0;
+        let missing = |topic: &Topic| !topic.exists && topic.in_flight == 0;
         let now = instant_now();
         let is_early = |at: Instant| now.duration_since(at) < LOOK_FOR_TOPIC_EVERY;
         if !self.topics.iter().any(missing) || self.looked_for_topics_at.is_some_and(is_early) {
@@ -79,7 +79,7 @@ impl Worker {
                     let found = metadata.topics().iter().find(|found| found.name() == topic.name);
                     let fault = found.and_then(|found| found.error());
                     let has_partitions = found.is_some_and(|found| !found.partitions().is_empty());
-                    topic.is_there = fault.is_none() && has_partitions;
+                    topic.exists = fault.is_none() && has_partitions;
                     if let Some(fault) = fault {
                         topic.why_not = Some(RDKafkaErrorCode::from(fault).to_string());
                     } else if !has_partitions {
@@ -88,7 +88,7 @@ impl Worker {
                         topic.why_not = None;
                     }
                 }
-                // What cannot be reached for one topic cannot for the next.
+                // Kafka cannot be reached, so asking for the next topic is useless.
                 Err(error) => {
                     let last = self.producer.context().last_error();
                     let unknown = || self.explainer.explain(&error.to_string());
@@ -99,11 +99,11 @@ impl Worker {
         }
     }
 
-    /// Says to those who ask for room which missing topics have used up theirs.
+    /// Publishes which missing topics have used up their part of the buffer.
     pub(super) fn mark_crowded_topics(&self) {
         let share = self.shared.bounds.records / PART_OF_A_MISSING_TOPIC;
-        // Not while Kafka cannot be asked: then all wait for the same thing.
-        let is_missing = |topic: &Topic| !topic.is_there && topic.why_not.is_some();
+        // While Kafka cannot be reached, no topic counts as missing.
+        let is_missing = |topic: &Topic| !topic.exists && topic.why_not.is_some();
         let is_crowded = |index: &usize| is_missing(&self.topics[*index]) && self.waiting_of(*index) >= share;
         let crowded: HashSet<String> = (0..self.topics.len())
             .filter(is_crowded)
@@ -116,9 +116,9 @@ impl Worker {
         }
     }
 
-    /// Records that wait for this topic.
+    /// The number of records that wait for this topic.
     pub(super) fn waiting_of(&self, topic: usize) -> usize {
-        let lanes = self.ways.iter().filter(|way| way.topic == topic);
-        lanes.map(|way| self.outbox.waiting(way.lane).len()).sum()
+        let routes = self.routes.iter().filter(|route| route.topic == topic);
+        routes.map(|way| self.outbox.waiting(way.lane).len()).sum()
     }
 }

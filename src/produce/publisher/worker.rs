@@ -1,15 +1,14 @@
-//! The publisher's thread: hands to librdkafka what the outbox says, and to the outbox what librdkafka says.
+//! The publisher's thread: takes letters, and gives librdkafka the records that the outbox selects.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::config::ClientConfig;
-use rdkafka::error::KafkaError;
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer, PurgeConfig};
+use rdkafka::producer::{BaseProducer, BaseRecord};
 
-use super::client::{Context, Fault, Report, Sent, client_config, new_producer};
+use super::client::{Context, SendFailure, Sent, SentRecord, client_config, new_producer};
 use super::search::Search;
 use super::topics::Topic;
 use super::{Inbox, Letter, Membership, Record, Shared, Unacknowledged, lock};
@@ -20,62 +19,59 @@ use crate::kafka::Explainer;
 use crate::outage::Outage;
 use crate::produce::outbox::{Kept, LaneId, Outbox, Sequence};
 use crate::produce::share::Share;
-use crate::produce::share::shares::Event;
-use crate::sample::epoch::{self, Claim, Epoch};
+use crate::sample::epoch;
 
-/// How often the thread looks for new records and reports while there are any on the way: no record wakes it, so 2,000
-/// a second cost 50 wake-ups.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How often the thread looks for letters and reports while records are in flight. No record wakes it, so 2,000 records a second
+/// cost 50 wake-ups.
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// The same while it can only wait for a topic.
+/// The same while all records wait for a topic.
 const LOOK_EVERY_WAITING: Duration = Duration::from_millis(50);
 
-/// The longest sleep of a thread with nothing to do; the first letter wakes it.
+/// The longest sleep without any records. The first letter ends it.
 pub(super) const LOOK_EVERY_IDLE: Duration = Duration::from_secs(1);
-
-/// How long the end waits for librdkafka to hand back what it holds.
-const HAND_BACK_WITHIN: Duration = Duration::from_millis(200);
 
 /// The thread's state.
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) kafka: KafkaConfig,
-    config: ClientConfig,
+    pub(super) config: ClientConfig,
     pub(super) explainer: Explainer,
     pub(super) servers: String,
     pub(super) producer: BaseProducer<Context>,
-    membership: Option<Membership>,
+    pub(super) membership: Option<Membership>,
     pub(super) outbox: Outbox<Record>,
-    /// Of each lane, by its index.
-    pub(super) ways: Vec<Way>,
-    lane_of_share: HashMap<Share, LaneId>,
+    /// By the index of the lane.
+    pub(super) routes: Vec<Route>,
+    pub(super) lane_of_share: HashMap<Share, LaneId>,
     pub(super) topics: Vec<Topic>,
     pub(super) topic_indices: HashMap<String, usize>,
-    claims_in_flight: usize,
-    /// Why the producer cannot be relied on any more: nothing is sent until it is replaced.
+    pub(super) claims_in_flight: usize,
+    /// Why the producer has failed. Nothing is sent until it is replaced.
     pub(super) spoiled: Option<String>,
-    /// Before it is: the look at the first topic with records in doubt.
+    /// The search in the first topic with records in doubt.
     pub(super) search: Option<Search>,
-    /// What it has found so far.
+    /// How many stored records were found.
     pub(super) found_stored: usize,
     pub(super) search_failed_at: Option<Instant>,
     pub(super) stop_by: Option<Instant>,
     pub(super) looked_for_topics_at: Option<Instant>,
-    /// Why the servers could not be asked for topics; `None`: they could, or were not asked.
+    /// Why Kafka could not be asked for topics. `None`: it answered, or was not asked.
     pub(super) unreachable: Option<String>,
     pub(super) acknowledged_at: Instant,
-    pub(super) said_at: Instant,
+    pub(super) reported_at: Instant,
     pub(super) silence: Outage,
-    /// Refused records since they were last said: how many, and the first one.
+    /// The number of refused records since the last log line, and the first of them.
     pub(super) refused: Option<(u64, String)>,
-    pub(super) refused_said_at: Option<Instant>,
+    pub(super) refused_reported_at: Option<Instant>,
 }
 
-/// Where the records of a lane go.
-pub(super) struct Way {
+/// The destination of a lane's records.
+pub(super) struct Route {
     pub(super) lane: LaneId,
+    /// The index in [`Worker::topics`].
     pub(super) topic: usize,
-    /// With a group; without one librdkafka computes the partition of each key.
+    /// Without a group, librdkafka computes the partition from the key.
     pub(super) share: Option<Share>,
 }
 
@@ -95,7 +91,7 @@ impl Worker {
             servers: kafka.bootstrap_servers.clone(),
             membership,
             outbox: Outbox::default(),
-            ways: Vec::new(),
+            routes: Vec::new(),
             lane_of_share: HashMap::new(),
             topics: Vec::new(),
             topic_indices: HashMap::new(),
@@ -108,13 +104,13 @@ impl Worker {
             looked_for_topics_at: None,
             unreachable: None,
             acknowledged_at: instant_now(),
-            said_at: instant_now(),
+            reported_at: instant_now(),
             silence: Outage::default(),
             refused: None,
-            refused_said_at: None,
+            refused_reported_at: None,
             shared,
         };
-        // Looked for at once, so that an absent Kafka or topic is said before the first record is due.
+        // Ask for the topic at once, so that a missing topic or an absent Kafka is logged before the first record is due.
         let shared = Arc::clone(&worker.shared);
         worker.topic_index(&shared.default_topic);
         Ok(worker)
@@ -131,31 +127,31 @@ impl Worker {
             self.serve();
             self.release_shares();
             self.replace_spoiled_producer();
-            self.say();
+            self.report_state();
             if let Some(stop_by) = self.stop_by
                 && (self.on_the_way() == 0 || instant_now() >= stop_by)
             {
                 break;
             }
         }
-        end(self.hand_back());
-        // Only now the producer goes: ending its connections may take longer than there is time.
+        end(self.return_records());
+        // The producer is dropped after the answer, because closing its connections may take longer than the stop may.
     }
 
-    /// Records and claims that librdkafka has.
+    /// The number of records and claims that librdkafka has.
     pub(super) fn in_flight(&self) -> usize {
         self.outbox.in_flight() + self.claims_in_flight
     }
 
-    fn on_the_way(&self) -> usize {
+    pub(super) fn on_the_way(&self) -> usize {
         self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed)
     }
 
     fn is_idle(&self) -> bool {
-        self.outbox.is_idle() && self.topics.iter().all(|topic| topic.is_there)
+        self.outbox.is_idle() && self.topics.iter().all(|topic| topic.exists)
     }
 
-    /// What was sent here since, after a pause.
+    /// The new letters, after a pause.
     fn take_inbox(&mut self) -> Vec<Letter> {
         let is_idle = self.in_flight() == 0 && self.is_idle();
         let pause = match self.in_flight() {
@@ -197,7 +193,7 @@ impl Worker {
                 let out = self
                     .outbox
                     .take_share(lane, &takeover, |record| &record.target.address);
-                // Where nobody came between, it was stored without an answer.
+                // If no other producer had the share, the records were stored without an answer.
                 let count = match takeover.is_unbroken {
                     true => &self.shared.deliveries.delivered,
                     false => &self.shared.deliveries.superseded,
@@ -225,20 +221,20 @@ impl Worker {
         }
     }
 
-    /// Without a group.
+    /// The lane of a record without a share.
     fn lane_of_topic(&mut self, target: &Target) -> LaneId {
         let shared = Arc::clone(&self.shared);
         let topic = self.topic_index(shared.topic_of(target));
         let known = self
-            .ways
+            .routes
             .iter()
-            .find(|way| way.topic == topic && way.share.is_none());
-        if let Some(way) = known {
-            return way.lane;
+            .find(|route| route.topic == topic && route.share.is_none());
+        if let Some(route) = known {
+            return route.lane;
         }
         let lane = self.outbox.add_lane();
         self.outbox.open(lane);
-        self.ways.push(Way {
+        self.routes.push(Route {
             lane,
             topic,
             share: None,
@@ -246,129 +242,49 @@ impl Worker {
         lane
     }
 
-    fn lane_of_share(&mut self, share: &Share) -> LaneId {
-        if let Some(lane) = self.lane_of_share.get(share) {
-            return *lane;
-        }
-        let topic = self.topic_index(&share.topic);
-        let lane = self.outbox.add_lane();
-        self.ways.push(Way {
-            lane,
-            topic,
-            share: Some(share.clone()),
-        });
-        self.lane_of_share.insert(share.clone(), lane);
-        lane
-    }
-
-    fn tell_shares(&self, event: Event) {
-        if let Some(membership) = &self.membership {
-            // At the end nobody listens any more.
-            let _ = membership.events.send(event);
-        }
-    }
-
-    fn mark(&mut self, now: i64, open_since: &HashMap<Share, i64>) {
-        for index in 0..self.ways.len() {
-            let Way {
-                lane,
-                share: Some(share),
-                ..
-            } = &self.ways[index]
-            else {
-                continue;
-            };
-            let open_since = open_since.get(share).copied().unwrap_or(i64::MAX);
-            if let Some(ledger) = self.outbox.ledger(*lane, open_since, now) {
-                let share = share.clone();
-                self.tell_shares(Event::Progress { share, ledger });
-            }
-        }
-    }
-
-    fn release_shares(&mut self) {
-        for index in 0..self.ways.len() {
-            let way = &self.ways[index];
-            if let Some(share) = way.share.clone()
-                && let Some(ledger) = self.outbox.last_ledger(way.lane)
-            {
-                self.tell_shares(Event::Released { share, ledger });
-            }
-        }
-    }
-
-    fn claim(&mut self, share: Share, epoch: Epoch) {
-        let Some(membership) = &self.membership else {
-            return;
-        };
-        let value = Claim::new(&membership.group, &membership.place, epoch).encode();
-        let lane = self.lane_of_share(&share);
-        let topic = self.ways[lane.index()].topic;
-        if self.spoiled.is_none() && self.topics[topic].is_there {
-            let sent = Box::new(Sent::Claim {
-                share: share.clone(),
-                epoch,
-            });
-            let message = BaseRecord::<(), [u8], _>::with_opaque_to(&share.topic, sent)
-                .partition(share.partition)
-                .payload(&value);
-            if self.producer.send(message).is_ok() {
-                self.outbox.claim(lane, epoch);
-                self.claims_in_flight += 1;
-                self.note_sent(topic);
-                return;
-            }
-        }
-        self.tell_shares(Event::Claimed {
-            share,
-            epoch,
-            offset: None,
-        });
-    }
-
-    /// Of what is counted as in flight already.
-    fn note_sent(&mut self, topic: usize) {
+    /// Call it after the record or claim was counted as in flight.
+    pub(super) fn note_sent(&mut self, topic: usize) {
         if self.in_flight() == 1 {
-            // The silence before was nobody's fault.
+            // Until now there was nothing to acknowledge.
             self.acknowledged_at = instant_now();
         }
         self.topics[topic].in_flight += 1;
     }
 
-    /// Sends what waits in topics that are there, in the order in which it was taken.
+    /// Sends the records that wait for topics that exist, in order.
     fn send_waiting(&mut self) {
-        for index in 0..self.ways.len() {
-            let (lane, topic) = (self.ways[index].lane, self.ways[index].topic);
+        for index in 0..self.routes.len() {
+            let (lane, topic) = (self.routes[index].lane, self.routes[index].topic);
             while self.spoiled.is_none()
-                && self.topics[topic].is_there
+                && self.topics[topic].exists
                 && let Some((sequence, kept)) = self.outbox.next_to_send(lane)
             {
                 if !self.send(index, sequence, kept) {
                     break;
                 }
             }
-            if self.outbox.waiting(lane).is_empty() && self.ways[index].share.is_none() {
+            if self.outbox.waiting(lane).is_empty() && self.routes[index].share.is_none() {
                 self.topics[topic].in_doubt_since = None;
             }
         }
     }
 
-    /// Gives a record to librdkafka. What that does not take now waits on: false.
-    fn send(&mut self, way: usize, sequence: Sequence, mut kept: Kept<Record>) -> bool {
-        let Way { lane, topic, share } = &self.ways[way];
+    /// Gives a record to librdkafka. Returns false if the record has to wait.
+    fn send(&mut self, route: usize, sequence: Sequence, mut kept: Kept<Record>) -> bool {
+        let Route { lane, topic, share } = &self.routes[route];
         let (lane, topic) = (*lane, *topic);
         if let Some(epoch) = self.outbox.epoch(lane) {
             epoch::write_into(&mut kept.record.value, epoch);
         }
         let record = &kept.record;
-        let sent = Box::new(Sent::Record {
+        let sent = Box::new(Sent::Record(SentRecord {
             lane,
             sequence,
             target: Arc::clone(&record.target),
             tick: kept.tick,
             bytes: record.bytes(),
             at_millis: wall_micros() / 1_000,
-        });
+        }));
         let mut message = BaseRecord::with_opaque_to(&self.topics[topic].name, sent)
             .key(record.target.address.as_str())
             .payload(record.value.as_slice());
@@ -379,229 +295,26 @@ impl Worker {
             self.note_sent(topic);
             return true;
         };
-        match Fault::of(&error) {
-            Fault::Record => {
+        match SendFailure::of(&error) {
+            SendFailure::Record => {
                 self.outbox.done(lane, kept.tick, None);
                 let Record { target, .. } = &kept.record;
                 self.refuse(&Arc::clone(target), kept.record.bytes(), &error);
                 return true;
             }
-            Fault::Topic(why) => self.topics[topic].is_not_there(why),
-            // A full queue empties; what else there is librdkafka reports as a fatal error, too.
-            Fault::Producer(_) | Fault::HandedBack => {}
+            SendFailure::Topic(why) => self.topics[topic].mark_missing(why),
+            // A full queue becomes empty again, and librdkafka reports a failed producer as a fatal error too.
+            SendFailure::Producer(_) | SendFailure::Returned => {}
         }
         self.outbox.came_back(lane, sequence, kept);
         false
-    }
-
-    /// Takes all that librdkafka has to say, without waiting: a poll with a timeout spins through its last millisecond. One
-    /// poll takes the reports of one request, of which there may be hundreds between two looks.
-    fn serve(&mut self) {
-        let events = &Arc::clone(self.producer.context()).events;
-        loop {
-            let before = events.load(Ordering::Relaxed);
-            self.producer.poll(Duration::ZERO);
-            if events.load(Ordering::Relaxed) == before {
-                break;
-            }
-        }
-        let reports = self.producer.context().take_reports();
-        if reports.iter().any(|report| report.outcome.is_ok()) {
-            self.acknowledged_at = instant_now();
-            self.producer.context().forget_error();
-        }
-        for report in reports {
-            self.take_report(report);
-        }
-        if let Some((code, reason)) = self.producer.client().fatal_error() {
-            self.spoil(format!("{code}: {reason}"));
-        }
-    }
-
-    fn take_report(&mut self, report: Report) {
-        let Report { sent, outcome } = report;
-        match *sent {
-            Sent::Record {
-                lane,
-                sequence,
-                target,
-                tick,
-                bytes,
-                at_millis,
-            } => {
-                let topic = self.ways[lane.index()].topic;
-                self.topics[topic].in_flight -= 1;
-                let (error, value) = match outcome {
-                    Ok(offset) => {
-                        self.topic_takes(topic);
-                        self.outbox.done(lane, tick, Some(offset));
-                        self.shared.deliveries.delivered.fetch_add(1, Ordering::Relaxed);
-                        return self.shared.release(bytes);
-                    }
-                    Err(failure) => failure,
-                };
-                let fault = Fault::of(&error);
-                if matches!(fault, Fault::Record) {
-                    self.outbox.done(lane, tick, None);
-                    return self.refuse(&target, bytes, &error);
-                }
-                self.shared.deliveries.failed.fetch_add(1, Ordering::Relaxed);
-                let share = self.ways[lane.index()].share.clone();
-                let is_in_group = share.is_some();
-                let record = Record {
-                    target,
-                    share,
-                    tick,
-                    value,
-                };
-                self.outbox.came_back(lane, sequence, Kept { tick, record });
-                if !is_in_group {
-                    let since = &mut self.topics[topic].in_doubt_since;
-                    *since = Some(since.map_or(at_millis, |since| since.min(at_millis)));
-                }
-                self.blame(topic, fault);
-            }
-            Sent::Claim { share, epoch } => {
-                let lane = self.lane_of_share(&share);
-                let topic = self.ways[lane.index()].topic;
-                self.claims_in_flight -= 1;
-                self.topics[topic].in_flight -= 1;
-                let offset = match outcome {
-                    Ok(offset) => {
-                        self.topic_takes(topic);
-                        Some(offset)
-                    }
-                    Err((error, _)) => {
-                        self.blame(topic, Fault::of(&error));
-                        None
-                    }
-                };
-                self.tell_shares(Event::Claimed { share, epoch, offset });
-            }
-        }
-    }
-
-    fn topic_takes(&mut self, topic: usize) {
-        self.topics[topic].why_not = None;
-        self.topics[topic].was_refused = false;
-    }
-
-    fn blame(&mut self, topic: usize, fault: Fault) {
-        match fault {
-            Fault::Topic(why) => {
-                self.topics[topic].is_not_there(why);
-                self.topics[topic].was_refused = true;
-                self.doubt(|way| way.topic == topic);
-            }
-            Fault::Producer(why) => self.spoil(why),
-            Fault::Record | Fault::HandedBack => {}
-        }
-    }
-
-    /// What came back of these shares may be stored all the same: only a new claim tells.
-    fn doubt(&mut self, which: impl Fn(&Way) -> bool) {
-        let mut shares = Vec::new();
-        for way in self.ways.iter().filter(|way| which(way)) {
-            if let Some(share) = &way.share {
-                self.outbox.doubt(way.lane);
-                shares.push(share.clone());
-            }
-        }
-        if !shares.is_empty() {
-            self.tell_shares(Event::InDoubt(shares));
-        }
-    }
-
-    fn refuse(&mut self, target: &Target, bytes: usize, error: &KafkaError) {
-        self.shared.deliveries.refused.fetch_add(1, Ordering::Relaxed);
-        self.shared.release(bytes);
-        let first = || (0, format!("{}: {error}", target.address));
-        self.refused.get_or_insert_with(first).0 += 1;
-    }
-
-    /// A record came back that librdkafka cannot get through, though nothing is wrong with it: the broker lost track of
-    /// what this producer sent, say. Everything not sent yet is taken back, so that nothing overtakes it.
-    fn spoil(&mut self, why: String) {
-        if self.spoiled.is_none() {
-            self.spoiled = Some(why);
-            self.producer.purge(PurgeConfig::default().queue().non_blocking());
-            self.doubt(|_| true);
-        }
-    }
-
-    /// Once the reports of all that was on its way are in, and it is known what Kafka has of that, all the rest goes out by a
-    /// new producer, in order.
-    fn replace_spoiled_producer(&mut self) {
-        if self.in_flight() > 0 || self.spoiled.is_none() || !self.has_looked_for_stored() {
-            return;
-        }
-        let Some(why) = &self.spoiled else {
-            return;
-        };
-        match new_producer(&self.config, &self.explainer) {
-            Ok(producer) => {
-                let (servers, kept, found) = (&self.servers, self.on_hand(), self.found_stored);
-                log::error!(
-                    "kafka={servers} a new producer takes over, {kept} records go out again, {found} were stored already: {why}"
-                );
-                self.found_stored = 0;
-                self.producer = producer;
-                self.spoiled = None;
-            }
-            Err(error) => log::error!("kafka={} {error:#}; it is tried again", self.servers),
-        }
-    }
-
-    fn on_hand(&self) -> usize {
-        self.ways
-            .iter()
-            .map(|way| self.outbox.waiting(way.lane).len())
-            .sum()
-    }
-
-    /// Whatever is still here: librdkafka's queue, what waits for a topic or a share, what was not even looked at.
-    fn hand_back(&mut self) -> Unacknowledged {
-        let missing = (0..self.topics.len())
-            .find(|index| !self.topics[*index].is_there && self.waiting_of(*index) > 0)
-            .map(|index| format!("topic {} is not there", self.topics[index].name));
-        let reason = self.unreachable.clone().or(missing);
-        let reason = reason.or_else(|| self.producer.context().last_error());
-        if self.in_flight() > 0 {
-            self.producer
-                .purge(PurgeConfig::default().queue().inflight().non_blocking());
-            let deadline = instant_now() + HAND_BACK_WITHIN;
-            while self.in_flight() > 0 && instant_now() < deadline {
-                self.producer.poll(LOOK_EVERY);
-                self.serve();
-            }
-        }
-        let mut per_address = BTreeMap::new();
-        let mut count = |record: &Record| {
-            *per_address.entry(record.target.address.clone()).or_insert(0) += 1;
-        };
-        for way in &self.ways {
-            self.outbox
-                .waiting(way.lane)
-                .values()
-                .for_each(|kept| count(&kept.record));
-        }
-        for letter in &lock(&self.shared.inbox).letters {
-            if let Letter::Record(record) = letter {
-                count(record);
-            }
-        }
-        let named: u64 = per_address.values().sum();
-        let left = self.on_the_way() as u64;
-        if left > named {
-            per_address.insert("hosts that librdkafka did not name".to_owned(), left - named);
-        }
-        Unacknowledged { per_address, reason }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use rdkafka::mocking::MockCluster;
+    use rdkafka::producer::Producer;
 
     use super::super::Bounds;
     use super::*;
@@ -609,7 +322,7 @@ mod tests {
     use crate::produce::host_file;
 
     #[test]
-    fn one_look_takes_the_reports_of_all_requests_that_were_answered() {
+    fn the_reports_of_all_answered_requests_are_taken_at_once() {
         const PARTITIONS: i32 = 64;
         const BOUND: Duration = Duration::from_secs(60);
         let cluster = MockCluster::new(1).unwrap();
@@ -645,7 +358,7 @@ mod tests {
         }
         worker.send_waiting();
         assert_eq!(worker.in_flight(), 256);
-        // Each partition that has a record gets a request of its own; here all of them are stored.
+        // librdkafka sends one request for each partition.
         let stored = |worker: &Worker| -> i64 {
             let client = worker.producer.client();
             let ends =

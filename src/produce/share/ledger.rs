@@ -1,31 +1,31 @@
-//! The ledger of a share: what its owner tells the next one.
+//! The ledger of a share: what its owner leaves for the next one.
 //!
-//! It is the group's committed offset of the partition, with a line of text. It is committed only after Kafka has
-//! acknowledged the records that it speaks of, so it may be behind what is true and is never ahead of it.
+//! It is the group's committed offset of the partition, with a line of metadata. It is committed after Kafka has acknowledged the
+//! records that it covers, so it may lag, but it never leads.
 
 use crate::sample::epoch::Epoch;
 
-/// The version of the text.
+/// The version of the metadata.
 const VERSION: &str = "1";
 
 /// How far a share is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ledger {
-    /// Of the latest owner.
+    /// The epoch of the latest owner.
     pub epoch: Epoch,
-    /// Every tick before this time (Unix time in microseconds) has its record. Zero: nothing is known.
+    /// Every tick before this time (Unix time in microseconds) has its record. Zero: not known.
     pub whole_before: i64,
-    /// The records of all ticks since then lie at this offset or behind it.
+    /// The records of all later ticks have this offset or a higher one.
     pub from: i64,
-    /// The highest epoch in front of that offset: reading from there on, the judge begins with it.
+    /// The highest epoch before that offset. A reader that begins there starts with it.
     pub epoch_at_from: Epoch,
 }
 
-/// The group's committed offset has another text than ours.
+/// The metadata of the group's committed offset is not a ledger.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "its committed offset {offset} has the metadata {metadata:?}, which is not a ledger of host-metrics: another program \
-     uses this group, or its offsets were reset. Set another PRODUCE_GROUP, or delete the group's offsets"
+    "its committed offset {offset} has the metadata {metadata:?}, which host-metrics did not write: another program uses this \
+     group, or somebody reset its offsets; set another PRODUCE_GROUP, or delete the offsets of the group"
 )]
 pub struct NotALedger {
     pub offset: i64,
@@ -33,7 +33,7 @@ pub struct NotALedger {
 }
 
 impl Ledger {
-    /// What is committed beside the offset.
+    /// The metadata to commit with the offset.
     pub fn metadata(&self) -> String {
         let Self {
             epoch,
@@ -45,7 +45,7 @@ impl Ledger {
     }
 
     /// # Errors
-    /// Somebody else has committed this.
+    /// Another program has committed this.
     pub fn parse(offset: i64, metadata: &str) -> Result<Self, NotALedger> {
         let numbers = || {
             let mut words = metadata.split(' ');
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ledger_is_read_as_it_was_written() {
+    fn a_ledger_survives_the_round_trip() {
         let ledger = Ledger {
             epoch: 18,
             whole_before: 1_764_335_293_000_000,
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_else_committed_is_not_taken_for_one() {
+    fn metadata_of_another_program_is_no_ledger() {
         for metadata in [
             "",
             "1",

@@ -1,23 +1,33 @@
-//! Shares: which producer of a group checks which hosts, and what it finds recorded when it begins.
+//! Shares: how producers of one group (PRODUCE_GROUP) divide the hosts and take them over from each other.
 //!
-//! A share is a partition of a topic for results; the hosts whose keys hash to it belong to it. This folder owns the
-//! protocol by which producers of one group (PRODUCE_GROUP) take shares over from one another, so that every tick of every
-//! host has exactly one valid record: [`ledger`] is what the next owner is told, [`tail`] what it finds in the topic, and
-//! [`shares`] the order of the steps. Pure: no Kafka, no thread, no clock.
+//! A share is a partition of a results topic. A host belongs to the share that its key hashes to. This folder owns the protocol
+//! by which every tick of every host gets exactly one valid record: [`ledger`] is what an owner leaves for the next one, [`tail`]
+//! is what the next one finds in the partition, and [`shares`] is the order of the steps. Pure.
 //!
-//! A share is taken in this order: read the ledger (epoch n); commit epoch n + 1 to it, which the coordinator of the group
-//! refuses if we are no member any more; append a claim of that epoch to the partition; read from the ledger's offset up to
-//! the claim; record as missed what nobody checked; go on. Why that suffices:
+//! A producer takes a share in these steps:
 //!
-//! - No tick has two valid records: what an earlier owner writes behind the claim is void, for its epoch is lower, and what
-//!   it wrote before the claim is found by reading up to it.
-//! - No tick has none: the records of a host that one owner writes have no gap, and the first of them is of the first tick
-//!   without a valid record before the claim.
-//! - Two that take the share at the same time have different epochs, because the later one reads the number that the earlier
-//!   one committed. If the claims come in the other order, the later claim is void, and its owner finds the higher epoch
-//!   when it reads up to its claim.
-//! - The ledger is never wrong: only a member of the group can commit, so nobody whose records are void already can say that
-//!   ticks are recorded.
+//! 1. Read the ledger. Its epoch is n.
+//! 2. Commit epoch n + 1 to the ledger. The group's coordinator refuses this if the producer is no longer a member.
+//! 3. Append a claim with epoch n + 1 to the partition.
+//! 4. Read the partition from the ledger's offset up to the claim.
+//! 5. Record the ticks without a valid record as missed, and continue with the next ticks.
+//!
+//! Why this is sufficient:
+//!
+//! - No tick has two valid records. The records that an earlier owner appends after the claim are void, because their epoch is
+//!   lower. Those before the claim are found in step 4.
+//! - No tick is without a record. The records that one owner writes for a host have no gap, and the first one is for the first
+//!   tick that has no valid record before the claim.
+//! - Two producers that take the same share have different epochs, because the later one reads the epoch that the earlier one
+//!   committed. If their claims are appended in the opposite order, the claim with the lower epoch is void, and its owner finds
+//!   the higher epoch in step 4.
+//! - The ledger is never wrong. Only a member of the group can commit, so a producer whose records are void cannot report ticks
+//!   as recorded.
+//!
+//! One commit cannot be refused: Kafka accepts a commit without a member id while the group has no members, and librdkafka sends
+//! one if its session ends during the call. Its ledger is true all the same, unless it covers void records. We could have
+//! written void records only if another producer took the share and left the group while this process was suspended, so after
+//! a suspension `fleet` takes every share again from its ledger.
 
 pub mod ledger;
 pub mod shares;
@@ -26,7 +36,7 @@ pub mod tail;
 use std::fmt;
 use std::sync::Arc;
 
-/// A partition of a topic for results, and all hosts whose keys hash to it.
+/// A partition of a results topic, and the hosts whose keys hash to it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Share {
     pub topic: Arc<str>,
@@ -39,12 +49,12 @@ impl fmt::Display for Share {
     }
 }
 
-/// The partition of a key, as Kafka's own clients compute it (murmur2, seed 0x9747b28c, the sign bit masked out).
-/// `partitions` is at least 1.
+/// The partition of a key, as Kafka's own clients compute it: murmur2 with seed 0x9747b28c, without the sign bit, modulo
+/// `partitions`, which is at least 1.
 pub fn partition_of(key: &[u8], partitions: i32) -> i32 {
     const MASK: u32 = 0x7fff_ffff;
     let hash = murmur2(key) & MASK;
-    // Both lie below 2^31.
+    // Below 2^31.
     (hash % partitions.max(1).unsigned_abs()) as i32
 }
 

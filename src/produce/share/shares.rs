@@ -1,11 +1,10 @@
-//! The machine of a member: what it does with which share next, given what happened.
+//! The state machine of a group member: what it does next with which share.
 //!
-//! Owns the order of the protocol's steps (see [`super`]) and what becomes of a share that goes elsewhere. The edges, and
-//! the simulated world of the tests, report what happened ([`Shares::handle`]) and do what [`Shares::next_action`] says.
-//! `now` is Unix time in microseconds.
+//! Owns the order of the protocol's steps (see [`super`]), and how a share is given back. The edges and the simulator of the tests
+//! report what happened ([`Shares::handle`]) and do what [`Shares::next_action`] says. `now` is Unix time in microseconds.
 //!
-//! Every share that the group gave us is at every moment owned or on its way to that: whatever fails on the way, a refused
-//! commit too, makes us begin again at the ledger. So a share can have no owner only while the group gives it to nobody.
+//! After any failure, including a refused commit, a share starts again at its ledger. So every share that the group assigned to
+//! us is owned, or on its way to be.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -14,86 +13,85 @@ use crate::produce::share::ledger::Ledger;
 use crate::produce::share::tail::{Tail, Takeover};
 use crate::sample::epoch::Epoch;
 
-/// After something failed it is tried again so much later.
+/// The wait before a step that failed is tried again.
 const RETRY_MICROS: i64 = 500_000;
 
-/// The same where the claim was not appended, because the topic is missing, say. Each try takes an epoch, and those must not grow
-/// by more than one a second: see `Shares::tail_read`.
+/// The wait after a claim was not appended, for example because the topic is missing. Every attempt uses an epoch, and epochs must
+/// not grow by more than one a second: see `Shares::tail_read`.
 const CLAIM_AGAIN_MICROS: i64 = 2_000_000;
 
-/// How long a share that we have to give back may take to finish what is under way and to have it acknowledged: the group
-/// waits for it.
+/// How long giving back a share may take: the checks under way end, and Kafka acknowledges their records. The group waits
+/// meanwhile.
 const RELEASE_WITHIN_MICROS: i64 = 2_000_000;
 
-/// Where a share has no ledger, so many of its last records are read for what its hosts were last recorded at.
+/// If a share has no ledger, its hosts continue from what this many records at the end of the partition say.
 const RECORDS_WITHOUT_LEDGER: i64 = 10_000;
 
-/// What the group's committed offset says.
+/// The ledger that the group has committed for a share.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum StoredLedger {
     Ledger(Ledger),
-    /// There is none; the partition holds the offsets from `low` to before `high`.
-    Nothing {
+    /// The group has no offset for the partition, which contains the offsets from `low` up to, but not including, `high`.
+    Missing {
         low: i64,
         high: i64,
     },
 }
 
-/// How a commit ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Committed {
+pub enum CommitOutcome {
     Done,
-    /// The coordinator does not take it from us: we are no member, or of an earlier generation.
+    /// The coordinator refused it, because we are not a member, or one of an earlier generation.
     Refused,
-    /// Nobody knows whether it took place.
+    /// It is not known whether it took place.
     Failed,
 }
 
 /// What happened.
 #[derive(Debug)]
 pub enum Event {
-    /// The group gave us these, in addition to those that we have.
+    /// The group assigned these to us, in addition to those that we have.
     Assigned(Vec<Share>),
-    /// The group wants these back; it waits for [`Action::GiveBack`].
+    /// The group wants these back, and waits for [`Action::GiveBack`].
     Revoked(Vec<Share>),
-    /// We are no member any more, and these may belong to somebody else already.
+    /// We are no longer a member. Other producers may own these already.
     Lost(Vec<Share>),
-    /// The answer to [`Action::ReadLedgers`]; for what is not in it, it failed.
-    Ledgers(BTreeMap<Share, Found>),
-    /// The answer to [`Action::ReadTail`]; `None`: it failed.
+    /// The answer to [`Action::ReadLedgers`], without the shares for which it failed.
+    Ledgers(BTreeMap<Share, StoredLedger>),
+    /// The answer to [`Action::ReadTail`]. `None`: it failed.
     TailRead {
         share: Share,
         epoch: Epoch,
         tail: Option<Tail>,
     },
     /// The answer to [`Action::Commit`].
-    Committed(Committed),
-    /// The answer to [`Action::Claim`]: the claim's offset; `None`: it was not appended.
+    Committed(CommitOutcome),
+    /// The answer to [`Action::Claim`]: the offset of the claim. `None`: it was not appended.
     Claimed {
         share: Share,
         epoch: Epoch,
         offset: Option<i64>,
     },
-    /// So far is a share of ours recorded.
+    /// How far a share is recorded.
     Progress { share: Share, ledger: Ledger },
-    /// The answer to [`Action::Release`]: nothing more is written, and so far it is recorded.
+    /// The answer to [`Action::Release`]: the last ledger. Nothing more is written.
     Released { share: Share, ledger: Ledger },
-    /// What was on its way to Kafka may or may not have arrived: only a new claim tells.
+    /// Records on their way to Kafka may or may not be stored. A new claim shows which ones are.
     InDoubt(Vec<Share>),
-    /// Give everything back, until then at the latest.
+    /// Give everything back, at the latest then.
     Stop { until: i64 },
 }
 
-/// A part of a partition that is to be read.
+/// A part of a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Range {
     pub share: Share,
     pub from: i64,
-    /// The first offset that is not read.
+    /// The offset after the last one.
     pub to: i64,
-    /// The highest epoch in front of `from`.
+    /// The highest epoch before `from`.
     pub epoch_at_from: Epoch,
-    /// Ours; zero before we have one.
+    /// Our epoch, for the answer. Zero: we have none yet.
     pub epoch: Epoch,
 }
 
@@ -104,67 +102,68 @@ pub enum Action {
     ReadLedgers(Vec<Share>),
     /// Read this part of a partition into a [`Tail`].
     ReadTail(Range),
-    /// Commit these as a member of the group, in one request. One is under way at a time.
+    /// Commit these as a member of the group, in one request. There is one request at a time.
     Commit(Vec<(Share, Ledger)>),
-    /// Append a claim to the partition, behind everything that was sent to it before.
+    /// Append a claim to the partition, after everything that was sent to it before.
     Claim { share: Share, epoch: Epoch },
-    /// Send nothing more of this share, but go on checking its hosts and keep their records.
+    /// Stop sending records of this share, but go on checking its hosts and keep the records.
     Hold(Share),
-    /// The share is ours: check its hosts and send their records under this epoch.
+    /// We own the share: check its hosts and send their records with this epoch.
     Take(Takeover),
-    /// Begin no more checks of this share, finish what is under way, and say so.
+    /// Begin no more checks of this share, finish those under way, and report [`Event::Released`].
     Release(Share),
-    /// The share is somebody else's: forget its hosts and their records.
+    /// Another producer owns the share: forget its hosts and their records.
     Forget(Share),
-    /// Tell the group that what it wants back is free.
+    /// Tell the group that the shares that it wants back are free.
     GiveBack,
-    /// Leave the group; nothing follows.
+    /// Leave the group. No action follows.
     Leave,
-    /// Nothing is to be done until then (`None`: at all), unless something happens.
+    /// Nothing to do until then (`None`: for ever), unless something happens.
     Wait { until: Option<i64> },
 }
 
-/// Where a share stands on its way to us or from us.
+/// How far we are with taking or giving back a share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Stage {
-    /// The group has not given it to us again yet; we go on checking, in case it does.
+    /// We lost the membership. We go on checking the hosts, in case the group assigns the share to us again.
     Shadow,
-    /// Its ledger is to be read.
+    /// Its ledger has to be read.
     ToRead,
     Reading,
-    /// It has no ledger: the end of the partition is to be read.
-    Endless {
+    /// It has no ledger: the end of the partition has to be read.
+    WithoutLedger {
         low: i64,
         high: i64,
         is_asked: bool,
     },
-    /// Our epoch is to be committed.
-    ToNumber(Ledger),
-    Numbering(Ledger),
+    /// Our epoch has to be committed.
+    ToCommitEpoch(Ledger),
+    CommittingEpoch(Ledger),
     ToClaim(Ledger),
     Claiming(Ledger),
-    /// The claim stands at this offset: read up to it.
+    /// The partition has to be read up to our claim, which has this offset.
     ToCatchUp(Ledger, i64),
     CatchingUp(Ledger, i64),
     Owned,
-    /// The group wants it back: it is being finished until then.
+    /// The group wants it back. The checks under way may go on until then.
     Releasing {
         until: i64,
     },
-    /// It is finished, and its last ledger is to be committed until then.
+    /// Everything is acknowledged, and the last ledger has to be committed until then.
     ToClose {
         ledger: Ledger,
         until: i64,
     },
 }
 
+/// One share at this member.
 #[derive(Clone, Debug)]
 struct Tenure {
     stage: Stage,
-    /// The epoch under which we own it or last owned it, while its hosts are still checked.
+    /// The epoch under which we own it or last owned it, as long as we check its hosts.
     epoch: Option<Epoch>,
-    /// What is committed, and what could be.
     committed: Option<Ledger>,
+    /// A later ledger, to be committed next.
     progress: Option<Ledger>,
     not_before: i64,
 }
@@ -181,13 +180,13 @@ impl Tenure {
     }
 }
 
-/// All shares of a member. See the module's page.
+/// All shares of a member.
 #[derive(Clone, Debug, Default)]
 pub struct Shares {
     tenures: BTreeMap<Share, Tenure>,
-    /// What was already decided.
+    /// Actions for the next calls of [`Shares::next_action`].
     decided: VecDeque<Action>,
-    /// Of these the group waits to hear that they are free.
+    /// Shares that the group wants back and that are not free yet.
     revoking: BTreeSet<Share>,
     committing: Vec<(Share, Ledger)>,
     is_stopping: bool,
@@ -195,7 +194,7 @@ pub struct Shares {
 }
 
 impl Shares {
-    /// Takes note of what happened.
+    /// Tells the machine what happened.
     pub fn handle(&mut self, now: i64, event: Event) {
         match event {
             Event::Assigned(shares) => self.assigned(now, shares),
@@ -224,7 +223,7 @@ impl Shares {
             }
             Event::InDoubt(shares) => {
                 for share in shares {
-                    // One that the group has not given us again must not be taken.
+                    // A share that the group has not assigned to us again must not be taken.
                     if self.tenures.get(&share).is_some_and(Tenure::is_ours) {
                         self.take_anew(now, &share);
                     }
@@ -238,7 +237,7 @@ impl Shares {
         }
     }
 
-    /// What to do next. Every action but [`Action::Wait`] is said once and counts as begun.
+    /// What to do next. Every action except [`Action::Wait`] is returned once, and the machine assumes that it begins.
     pub fn next_action(&mut self, now: i64) -> Action {
         self.end_overdue(now);
         if let Some(action) = self.decided.pop_front() {
@@ -257,14 +256,14 @@ impl Shares {
             .unwrap_or_else(|| self.wait(now))
     }
 
-    /// Shares that we own, and those that the group gave us.
+    /// The number of shares that we own, and of those that the group assigned to us.
     pub fn owned_of(&self) -> (usize, usize) {
         let ours = self.tenures.values().filter(|tenure| tenure.is_ours());
         let owned = ours.clone().filter(|tenure| tenure.stage == Stage::Owned);
         (owned.count(), ours.count())
     }
 
-    /// Whether everything that was to be done before the end is done.
+    /// Whether [`Action::Leave`] was returned.
     pub fn has_left(&self) -> bool {
         self.has_left
     }
@@ -291,9 +290,9 @@ impl Shares {
                 continue;
             }
             let ledger = match &tenure.stage {
-                Stage::ToNumber(ledger) => {
+                Stage::ToCommitEpoch(ledger) => {
                     let ledger = *ledger;
-                    tenure.stage = Stage::Numbering(ledger);
+                    tenure.stage = Stage::CommittingEpoch(ledger);
                     Some(ledger)
                 }
                 Stage::ToClose { ledger, .. } => Some(*ledger),
@@ -333,19 +332,19 @@ impl Shares {
                         epoch: ledger.epoch,
                     }));
                 }
-                Stage::Endless {
+                Stage::WithoutLedger {
                     low,
                     high,
                     is_asked: false,
                 } => {
-                    tenure.stage = Stage::Endless {
+                    tenure.stage = Stage::WithoutLedger {
                         low,
                         high,
                         is_asked: true,
                     };
                     return Some(Action::ReadTail(Range {
                         share: share.clone(),
-                        from: end_begins_at(low, high),
+                        from: start_without_ledger(low, high),
                         to: high,
                         epoch_at_from: 0,
                         epoch: 0,
@@ -382,7 +381,7 @@ impl Shares {
                 not_before: now,
             });
         }
-        // What the group does not give back to us now, it gave to somebody else.
+        // The group has assigned the shares that it does not name here to other members.
         let others: Vec<_> = self
             .tenures
             .iter()
@@ -396,7 +395,7 @@ impl Shares {
         self.revoking.extend(shares.iter().cloned());
         for share in shares {
             let Some(tenure) = self.tenures.get_mut(share) else {
-                self.is_free(share);
+                self.mark_free(share);
                 continue;
             };
             if let Stage::Releasing { .. } | Stage::ToClose { .. } = tenure.stage {
@@ -432,7 +431,7 @@ impl Shares {
         }
     }
 
-    /// We may have it, but what we know of it may be out of date: begin again, and keep what was measured meanwhile.
+    /// The share is ours, but what we know about it may be out of date. Starts again at its ledger, and keeps the records meanwhile.
     fn take_anew(&mut self, now: i64, share: &Share) {
         let Some(tenure) = self.tenures.get_mut(share) else {
             return;
@@ -445,20 +444,20 @@ impl Shares {
         tenure.begin_again(now);
     }
 
-    fn ledgers(&mut self, now: i64, found: &BTreeMap<Share, Found>) {
+    fn ledgers(&mut self, now: i64, found: &BTreeMap<Share, StoredLedger>) {
         for (share, tenure) in &mut self.tenures {
             if tenure.stage != Stage::Reading {
                 continue;
             }
             match found.get(share) {
-                Some(Found::Ledger(ledger)) => {
-                    tenure.stage = Stage::ToNumber(Ledger {
+                Some(StoredLedger::Ledger(ledger)) => {
+                    tenure.stage = Stage::ToCommitEpoch(Ledger {
                         epoch: ledger.epoch + 1,
                         ..*ledger
                     });
                 }
-                Some(Found::Nothing { low, high }) => {
-                    tenure.stage = Stage::Endless {
+                Some(StoredLedger::Missing { low, high }) => {
+                    tenure.stage = Stage::WithoutLedger {
                         low: *low,
                         high: *high,
                         is_asked: false,
@@ -469,32 +468,32 @@ impl Shares {
         }
     }
 
-    fn committed(&mut self, now: i64, outcome: Committed) {
+    fn committed(&mut self, now: i64, outcome: CommitOutcome) {
         for (share, ledger) in std::mem::take(&mut self.committing) {
             let Some(tenure) = self.tenures.get_mut(&share) else {
                 continue;
             };
             match (tenure.stage.clone(), outcome) {
-                (Stage::Numbering(numbered), Committed::Done) if numbered == ledger => {
+                (Stage::CommittingEpoch(with_epoch), CommitOutcome::Done) if with_epoch == ledger => {
                     tenure.stage = Stage::ToClaim(ledger);
                     tenure.committed = Some(ledger);
                 }
-                (Stage::Numbering(numbered), _) if numbered == ledger => {
+                (Stage::CommittingEpoch(with_epoch), _) if with_epoch == ledger => {
                     tenure.begin_again(now + RETRY_MICROS);
                 }
-                (Stage::Owned, Committed::Done) if tenure.epoch == Some(ledger.epoch) => {
+                (Stage::Owned, CommitOutcome::Done) if tenure.epoch == Some(ledger.epoch) => {
                     tenure.committed = Some(ledger);
                 }
-                (Stage::Owned, Committed::Refused) if tenure.epoch == Some(ledger.epoch) => {
+                (Stage::Owned, CommitOutcome::Refused) if tenure.epoch == Some(ledger.epoch) => {
                     self.decided.push_back(Action::Hold(share.clone()));
                     tenure.begin_again(now + RETRY_MICROS);
                 }
-                (Stage::ToClose { ledger: last, .. }, Committed::Done | Committed::Refused)
+                (Stage::ToClose { ledger: last, .. }, CommitOutcome::Done | CommitOutcome::Refused)
                     if last == ledger =>
                 {
                     self.forget(&share);
                 }
-                (Stage::ToClose { .. }, Committed::Failed) => tenure.not_before = now + RETRY_MICROS / 5,
+                (Stage::ToClose { .. }, CommitOutcome::Failed) => tenure.not_before = now + RETRY_MICROS / 5,
                 _ => {}
             }
         }
@@ -520,7 +519,7 @@ impl Shares {
         };
         match (&tenure.stage, tail) {
             (
-                Stage::Endless {
+                Stage::WithoutLedger {
                     low,
                     high,
                     is_asked: true,
@@ -528,11 +527,11 @@ impl Shares {
                 tail,
             ) if epoch == 0 => match tail {
                 Some(tail) => {
-                    let (low, from) = (*low, end_begins_at(*low, *high));
-                    tenure.stage = Stage::ToNumber(Ledger {
+                    let (low, from) = (*low, start_without_ledger(*low, *high));
+                    tenure.stage = Stage::ToCommitEpoch(Ledger {
                         epoch: 1 + match tail.epoch() {
-                            // The judge may know epochs that the partition does not show any more; this is above them all,
-                            // because nobody takes a share once a second.
+                            // The consumer may know epochs that the partition no longer shows. Seconds since 1970 are above
+                            // all of them, because a share is taken less than once a second.
                             0 if from > 0 || low > 0 => now / 1_000_000,
                             highest => highest,
                         },
@@ -545,8 +544,8 @@ impl Shares {
             },
             (Stage::CatchingUp(ledger, claim), tail) if ledger.epoch == epoch => match tail {
                 Some(tail) if tail.epoch() >= epoch => {
-                    // Our claim came too late, or the ledger is not the latest one: ours has to be higher.
-                    tenure.stage = Stage::ToNumber(Ledger {
+                    // Another claim came first, or the ledger was not the latest one. We need a higher epoch.
+                    tenure.stage = Stage::ToCommitEpoch(Ledger {
                         epoch: tail.epoch() + 1,
                         ..*ledger
                     });
@@ -569,7 +568,7 @@ impl Shares {
         }
     }
 
-    /// What cannot be finished in time goes back unfinished: the next owner finds what is missing.
+    /// Gives back shares whose time is over. The next owner records the rest as missed.
     fn end_overdue(&mut self, now: i64) {
         let is_overdue = |tenure: &Tenure| match tenure.stage {
             Stage::Releasing { until } | Stage::ToClose { until, .. } => until <= now,
@@ -590,16 +589,16 @@ impl Shares {
         {
             self.decided.push_back(Action::Forget(share.clone()));
         }
-        self.is_free(share);
+        self.mark_free(share);
     }
 
-    fn is_free(&mut self, share: &Share) {
+    fn mark_free(&mut self, share: &Share) {
         if self.revoking.remove(share) && self.revoking.is_empty() && !self.is_stopping {
             self.decided.push_back(Action::GiveBack);
         }
     }
 }
 
-fn end_begins_at(low: i64, high: i64) -> i64 {
+fn start_without_ledger(low: i64, high: i64) -> i64 {
     low.max(high - RECORDS_WITHOUT_LEDGER)
 }

@@ -1,4 +1,4 @@
-//! What a partition holds from the ledger's offset up to a claim, and what the new owner makes of it.
+//! What a new owner finds in a partition between the ledger's offset and its claim.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use crate::produce::share::ledger::Ledger;
 use crate::sample;
 use crate::sample::epoch::{Claim, Epoch, Epochs};
 
-/// What of a Kafka record matters here.
+/// The fields of a Kafka record that matter here.
 #[derive(Clone, Copy, Debug)]
 pub enum Entry<'a> {
     Claim {
@@ -16,25 +16,25 @@ pub enum Entry<'a> {
     },
     Result {
         place: &'a str,
-        /// `None` where its producer is in no group.
+        /// `None` if its producer is in no group.
         epoch: Option<Epoch>,
         address: &'a str,
         scheduled_at_micros: i64,
     },
 }
 
-/// The part of a partition that was read so far.
+/// The part of a partition that was read so far, summarized.
 #[derive(Clone, Debug)]
 pub struct Tail {
     place: String,
     epochs: Epochs,
-    /// The latest tick of each host that has a valid record.
+    /// The latest tick with a valid record, for each host.
     latest: HashMap<String, i64>,
     last_tick: i64,
 }
 
 impl Tail {
-    /// Nothing is read yet. `place` is the `agent` of the group's records.
+    /// `place` is the `agent` of the group's records.
     pub fn new(place: &str, epoch_before: Epoch) -> Self {
         Self {
             place: place.to_owned(),
@@ -44,7 +44,7 @@ impl Tail {
         }
     }
 
-    /// Reads the next value; what is neither a record nor a claim is passed over.
+    /// Reads the next value. Values that are neither a record nor a claim are skipped.
     pub fn read_value(&mut self, value: &[u8]) {
         if let Ok(sample) = sample::decode(value) {
             if let (Some(place), Some(scheduled_at)) = (&sample.agent, sample.scheduled_at) {
@@ -66,7 +66,7 @@ impl Tail {
     pub fn read(&mut self, entry: Entry<'_>) {
         match entry {
             Entry::Claim { place, epoch } if place == self.place => {
-                // A claim that is void says nothing.
+                // A void claim changes nothing.
                 let _ = self.epochs.judge(place, epoch);
             }
             Entry::Result {
@@ -89,34 +89,34 @@ impl Tail {
         }
     }
 
-    /// The highest epoch of the group.
+    /// The group's highest epoch so far.
     pub fn epoch(&self) -> Epoch {
         self.epochs.highest(&self.place)
     }
 }
 
-/// A share is ours: what its hosts go on from.
+/// A share that we own from now on, and what its hosts continue from.
 #[derive(Clone, Debug)]
 pub struct Takeover {
     pub share: Share,
-    /// Ours from now on, committed and claimed.
+    /// Committed and claimed.
     pub ledger: Ledger,
-    /// The offset of our claim: what was valid before it is in `tail`.
+    /// The offset of our claim. `tail` ends there.
     pub claim: i64,
-    /// Nobody else has claimed the share since we last owned it: what we kept since then still has its place behind what is
-    /// recorded, and the hosts go on as if nothing had happened.
+    /// No other producer has claimed the share since we last owned it. The records that we kept meanwhile are still valid, and
+    /// the hosts continue without a gap.
     pub is_unbroken: bool,
     pub tail: Tail,
 }
 
 impl Takeover {
-    /// The latest tick of a host that is recorded; `None`: nothing is known of the host.
+    /// The latest recorded tick of a host. `None`: the host is unknown.
     pub fn recorded(&self, address: &str) -> Option<i64> {
         let of_ledger = (self.ledger.whole_before > 0).then(|| self.ledger.whole_before - 1);
         self.tail.latest.get(address).copied().max(of_ledger)
     }
 
-    /// No record before the claim is of a later tick than this.
+    /// The latest tick of all valid records before the claim.
     pub fn last_tick(&self) -> i64 {
         self.tail.last_tick
     }

@@ -1,4 +1,4 @@
-//! What the publisher says of Kafka and of topics: what is wrong, at most once in a while, and that it is over.
+//! What the publisher logs about Kafka and topics: each outage when it begins, from time to time, and when it ends.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -11,18 +11,19 @@ use crate::clock::instant_now;
 use crate::kafka::names_a_cause;
 use crate::outage::SAY_AFTER;
 
+const NO_ANSWER: &str = "it does not acknowledge any record";
+
 impl Worker {
-    /// Tells what is wrong, at most once in a while, and that it is over.
-    pub(super) fn say(&mut self) {
+    pub(super) fn report_state(&mut self) {
         let now = instant_now();
-        if now.duration_since(self.said_at) > 2 * LOOK_EVERY_IDLE {
-            // Not Kafka was silent, we did not listen.
+        if now.duration_since(self.reported_at) > 2 * LOOK_EVERY_IDLE {
+            // This process was suspended, so the silence does not mean that Kafka is away.
             self.acknowledged_at = now;
         }
-        self.said_at = now;
-        self.say_silence(now);
-        self.say_missing_topics(now);
-        self.say_refused(now);
+        self.reported_at = now;
+        self.report_silence(now);
+        self.report_missing_topics(now);
+        self.report_refused(now);
         let Deliveries {
             heartbeat, readiness, ..
         } = &*self.shared.deliveries;
@@ -30,18 +31,18 @@ impl Worker {
         readiness.set(self.is_ready(now));
     }
 
-    /// Whether records get through, or what is waited for. With nothing on the way nobody knows, and nobody minds.
+    /// Whether Kafka takes records; if not, what the publisher waits for. Without records on their way it counts as ready.
     fn is_ready(&self, now: Instant) -> Result<(), String> {
         let is_silent = self.in_flight() > 0 && now.duration_since(self.acknowledged_at) >= SAY_AFTER;
         let reason = if let Some(reason) = &self.unreachable {
             reason.clone()
         } else if is_silent {
             let last = self.producer.context().last_error();
-            last.unwrap_or_else(|| "it acknowledges nothing".to_owned())
+            last.unwrap_or_else(|| NO_ANSWER.to_owned())
         } else if let Some(reason) = &self.spoiled {
             reason.clone()
         } else {
-            let Some(topic) = self.topics.iter().find(|topic| !topic.is_there) else {
+            let Some(topic) = self.topics.iter().find(|topic| !topic.exists) else {
                 return Ok(());
             };
             let why_not = topic.why_not.as_deref().unwrap_or("Kafka has not answered yet");
@@ -50,7 +51,7 @@ impl Worker {
         Err(format!("waiting for Kafka at {}: {reason}", self.servers))
     }
 
-    fn say_silence(&mut self, now: Instant) {
+    fn report_silence(&mut self, now: Instant) {
         let is_silent = |since: &Instant| self.in_flight() > 0 && now.duration_since(*since) >= SAY_AFTER;
         let since = match self.unreachable {
             Some(_) => Some(now),
@@ -70,18 +71,18 @@ impl Worker {
         let reason = self.unreachable.clone();
         let reason = reason.or_else(|| self.producer.context().last_error());
         let has_cause = reason.as_deref().is_some_and(names_a_cause);
-        let reason = reason.unwrap_or_else(|| "it acknowledges nothing".to_owned());
+        let reason = reason.unwrap_or_else(|| NO_ANSWER.to_owned());
         self.silence.begin(since, reason);
         self.silence.set_cause_known(has_cause);
         if let Some((reason, lasted)) = self.silence.take_report(now) {
             log::warn!(
-                "kafka={servers} waiting for it for {} s: {reason}; {kept} records are kept, {room} can be",
+                "kafka={servers} waiting for {} s: {reason}; {kept} of {room} records are buffered",
                 lasted.as_secs()
             );
         }
     }
 
-    fn say_missing_topics(&mut self, now: Instant) {
+    fn report_missing_topics(&mut self, now: Instant) {
         let kept: Vec<usize> = (0..self.topics.len())
             .map(|index| self.waiting_of(index))
             .collect();
@@ -89,31 +90,31 @@ impl Worker {
             let (name, kept) = (&topic.name, kept[index]);
             let Some(why_not) = &topic.why_not else {
                 if let Some(lasted) = topic.missing.end(now) {
-                    log::info!("topic={name} is there after {} s", lasted.as_secs());
+                    log::info!("topic={name} exists after {} s", lasted.as_secs());
                 }
                 continue;
             };
             topic.missing.begin(now, why_not.clone());
             if let Some((why_not, lasted)) = topic.missing.take_report(now) {
                 log::warn!(
-                    "topic={name} waiting for it for {} s: {why_not}; `host-metrics init` creates topics; {kept} of its \
-                     records are kept",
+                    "topic={name} waiting for {} s: {why_not}; `host-metrics init` creates topics; {kept} of its records are \
+                     buffered",
                     lasted.as_secs()
                 );
             }
         }
     }
 
-    fn say_refused(&mut self, now: Instant) {
+    fn report_refused(&mut self, now: Instant) {
         let is_early = |at: Instant| now.duration_since(at) < SAY_AFTER;
-        if self.refused_said_at.is_some_and(is_early) {
+        if self.refused_reported_at.is_some_and(is_early) {
             return;
         }
         if let Some((count, first)) = self.refused.take() {
             log::error!(
-                "refused={count} records that Kafka will never take are lost, the first of them {first}"
+                "refused={count} records are lost because Kafka refused them for good, the first one of {first}"
             );
-            self.refused_said_at = Some(now);
+            self.refused_reported_at = Some(now);
         }
     }
 }

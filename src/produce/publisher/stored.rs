@@ -1,4 +1,4 @@
-//! Without a group: what came back from Kafka and may be stored all the same is looked for before it is sent again.
+//! Without a group: looks for records that came back although Kafka has stored them, before they are sent again.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -10,17 +10,16 @@ use super::worker::Worker;
 use crate::clock::instant_now;
 use crate::kafka::reader::is_forbidden;
 
-/// How long a look for records that Kafka may have goes on before the thread sees to everything else again, how long after
-/// one that failed the next one comes, and after how long it is given up.
+/// How long the thread searches before it does something else, how long it waits after a failed attempt, and after how long it
+/// gives up.
 const SEARCH_STEP: Duration = Duration::from_millis(100);
 const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(1);
 const SEARCH_WITHIN: Duration = Duration::from_secs(60);
 
 impl Worker {
-    /// Takes out of what waits what Kafka has stored without saying so; false: that is not over yet. Where Kafka does not
-    /// let us look, or not within a bound, those records go out again: twice is better than not at all, and both have the
-    /// same `scheduled_at`.
-    pub(super) fn has_looked_for_stored(&mut self) -> bool {
+    /// Removes the records that Kafka has stored from those that wait. Returns whether the search is over. If Kafka does not let
+    /// us read, or not in time, the records are sent again: two records of a tick are better than none.
+    pub(super) fn search_stored(&mut self) -> bool {
         let now = instant_now();
         let is_early = |at: Instant| now.duration_since(at) < SEARCH_AGAIN_AFTER;
         let is_late = |stop_by: Instant| now + QUESTIONS_WITHIN > stop_by;
@@ -32,13 +31,13 @@ impl Worker {
             .iter()
             .position(|topic| topic.in_doubt_since.is_some())
         {
-            match self.look_for_stored(index) {
+            match self.search_topic(index) {
                 Ok(true) => {}
                 Ok(false) => return false,
-                Err(error) if is_forbidden(&error) => self.give_up_looking(index, &error.to_string()),
+                Err(error) if is_forbidden(&error) => self.give_up_search(index, &error.to_string()),
                 Err(error) => {
-                    // Asked again by the same client, which connects meanwhile.
-                    log::debug!("cannot look for what is stored: {error}");
+                    // The client stays, and may connect before the next attempt.
+                    log::debug!("cannot search for stored records: {error}");
                     self.search_failed_at = Some(now);
                     return false;
                 }
@@ -47,17 +46,17 @@ impl Worker {
         true
     }
 
-    fn look_for_stored(&mut self, index: usize) -> Result<bool, KafkaError> {
+    fn search_topic(&mut self, index: usize) -> Result<bool, KafkaError> {
         let topic = &mut self.topics[index];
-        let way = self
-            .ways
+        let route = self
+            .routes
             .iter()
-            .find(|way| way.topic == index && way.share.is_none());
-        let (Some(since), Some(way)) = (topic.in_doubt_since, way) else {
+            .find(|route| route.topic == index && route.share.is_none());
+        let (Some(since), Some(route)) = (topic.in_doubt_since, route) else {
             topic.in_doubt_since = None;
             return Ok(true);
         };
-        let waiting = self.outbox.waiting(way.lane);
+        let waiting = self.outbox.waiting(route.lane);
         let search = match &mut self.search {
             Some(search) => search,
             none => none.insert(Search::new(&self.kafka, &topic.name, since, waiting)?),
@@ -69,7 +68,7 @@ impl Worker {
         let took = instant_now().duration_since(search.begun());
         let stored = self
             .outbox
-            .discard(way.lane, |sequence, _| found.contains(&sequence));
+            .discard(route.lane, |sequence, _| found.contains(&sequence));
         self.found_stored += stored.len();
         let delivered = &self.shared.deliveries.delivered;
         delivered.fetch_add(stored.len() as u64, Ordering::Relaxed);
@@ -78,16 +77,16 @@ impl Worker {
             self.search = None;
             self.topics[index].in_doubt_since = None;
         } else if took > SEARCH_WITHIN {
-            self.give_up_looking(index, "Kafka did not let us read it to its end in time");
+            self.give_up_search(index, "reading it took too long");
             return Ok(true);
         }
         Ok(is_over)
     }
 
-    fn give_up_looking(&mut self, index: usize, why: &str) {
+    fn give_up_search(&mut self, index: usize, why: &str) {
         let topic = &mut self.topics[index];
         log::warn!(
-            "topic={} records that Kafka stored without saying so may be there twice, because we cannot look: {why}",
+            "topic={} may contain some records twice, because it cannot be searched for those that Kafka stored without an answer: {why}",
             topic.name
         );
         topic.in_doubt_since = None;

@@ -1,0 +1,212 @@
+//! What librdkafka reports about records, what follows from it, and how a failed producer is replaced.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{Producer, PurgeConfig};
+
+use super::client::{Report, SendFailure, Sent, SentRecord, new_producer};
+use super::worker::{LOOK_EVERY, Worker};
+use super::{Letter, Record, Unacknowledged, lock};
+use crate::check::target::Target;
+use crate::clock::instant_now;
+use crate::produce::outbox::Kept;
+use crate::produce::share::shares::Event;
+
+/// How long the thread waits at the end until librdkafka returns its records.
+const RETURN_WITHIN: Duration = Duration::from_millis(200);
+
+impl Worker {
+    /// Takes all reports of librdkafka without waiting, because a poll with a timeout spins during its last millisecond. One poll
+    /// takes the reports of one request, and there may be hundreds of requests.
+    pub(super) fn serve(&mut self) {
+        let events = &Arc::clone(self.producer.context()).events;
+        loop {
+            let before = events.load(Ordering::Relaxed);
+            self.producer.poll(Duration::ZERO);
+            if events.load(Ordering::Relaxed) == before {
+                break;
+            }
+        }
+        let reports = self.producer.context().take_reports();
+        if reports.iter().any(|report| report.outcome.is_ok()) {
+            self.acknowledged_at = instant_now();
+            self.producer.context().forget_error();
+        }
+        for report in reports {
+            self.take_report(report);
+        }
+        if let Some((code, reason)) = self.producer.client().fatal_error() {
+            self.spoil(format!("{code}: {reason}"));
+        }
+    }
+
+    fn take_report(&mut self, report: Report) {
+        match *report.sent {
+            Sent::Record(sent) => self.take_record_report(sent, report.outcome),
+            Sent::Claim { share, epoch } => {
+                let lane = self.lane_of_share(&share);
+                let topic = self.routes[lane.index()].topic;
+                self.claims_in_flight -= 1;
+                self.topics[topic].in_flight -= 1;
+                let offset = match report.outcome {
+                    Ok(offset) => {
+                        self.topic_takes(topic);
+                        Some(offset)
+                    }
+                    Err((error, _)) => {
+                        self.blame(topic, SendFailure::of(&error));
+                        None
+                    }
+                };
+                self.tell_shares(Event::Claimed { share, epoch, offset });
+            }
+        }
+    }
+
+    fn take_record_report(&mut self, sent: SentRecord, outcome: Result<i64, (KafkaError, Vec<u8>)>) {
+        let SentRecord {
+            lane,
+            sequence,
+            target,
+            tick,
+            bytes,
+            at_millis,
+        } = sent;
+        let topic = self.routes[lane.index()].topic;
+        self.topics[topic].in_flight -= 1;
+        let (error, value) = match outcome {
+            Ok(offset) => {
+                self.topic_takes(topic);
+                self.outbox.done(lane, tick, Some(offset));
+                self.shared.deliveries.delivered.fetch_add(1, Ordering::Relaxed);
+                return self.shared.release(bytes);
+            }
+            Err(returned) => returned,
+        };
+        let failure = SendFailure::of(&error);
+        if matches!(failure, SendFailure::Record) {
+            self.outbox.done(lane, tick, None);
+            return self.refuse(&target, bytes, &error);
+        }
+        self.shared.deliveries.failed.fetch_add(1, Ordering::Relaxed);
+        let share = self.routes[lane.index()].share.clone();
+        if share.is_none() {
+            let since = &mut self.topics[topic].in_doubt_since;
+            *since = Some(since.map_or(at_millis, |since| since.min(at_millis)));
+        }
+        let record = Record {
+            target,
+            share,
+            tick,
+            value,
+        };
+        self.outbox.came_back(lane, sequence, Kept { tick, record });
+        self.blame(topic, failure);
+    }
+
+    fn topic_takes(&mut self, topic: usize) {
+        self.topics[topic].why_not = None;
+        self.topics[topic].was_refused = false;
+    }
+
+    pub(super) fn blame(&mut self, topic: usize, failure: SendFailure) {
+        match failure {
+            SendFailure::Topic(why) => {
+                self.topics[topic].mark_missing(why);
+                self.topics[topic].was_refused = true;
+                self.doubt(|route| route.topic == topic);
+            }
+            SendFailure::Producer(why) => self.spoil(why),
+            SendFailure::Record | SendFailure::Returned => {}
+        }
+    }
+
+    pub(super) fn refuse(&mut self, target: &Target, bytes: usize, error: &KafkaError) {
+        self.shared.deliveries.refused.fetch_add(1, Ordering::Relaxed);
+        self.shared.release(bytes);
+        let first = || (0, format!("{}: {error}", target.address));
+        self.refused.get_or_insert_with(first).0 += 1;
+    }
+
+    /// The producer cannot deliver valid records, for example because the broker has forgotten what it sent. Takes back
+    /// everything that is not sent yet, to keep the order.
+    pub(super) fn spoil(&mut self, why: String) {
+        if self.spoiled.is_none() {
+            self.spoiled = Some(why);
+            self.producer.purge(PurgeConfig::default().queue().non_blocking());
+            self.doubt(|_| true);
+        }
+    }
+
+    /// Replaces a failed producer once all its records have come back and the stored ones among them were found.
+    pub(super) fn replace_spoiled_producer(&mut self) {
+        if self.in_flight() > 0 || self.spoiled.is_none() || !self.search_stored() {
+            return;
+        }
+        let Some(why) = &self.spoiled else {
+            return;
+        };
+        match new_producer(&self.config, &self.explainer) {
+            Ok(producer) => {
+                let (servers, kept, found) = (&self.servers, self.waiting_records(), self.found_stored);
+                log::error!(
+                    "kafka={servers} the producer failed and is replaced; {kept} records are sent again, {found} were stored already: {why}"
+                );
+                self.found_stored = 0;
+                self.producer = producer;
+                self.spoiled = None;
+            }
+            Err(error) => log::error!("kafka={} {error:#}; trying again", self.servers),
+        }
+    }
+
+    fn waiting_records(&self) -> usize {
+        self.routes
+            .iter()
+            .map(|route| self.outbox.waiting(route.lane).len())
+            .sum()
+    }
+
+    /// The records that are left: those of librdkafka, those that wait for a topic or a share, and those in the inbox.
+    pub(super) fn return_records(&mut self) -> Unacknowledged {
+        let missing = (0..self.topics.len())
+            .find(|index| !self.topics[*index].exists && self.waiting_of(*index) > 0)
+            .map(|index| format!("topic {} does not exist", self.topics[index].name));
+        let reason = self.unreachable.clone().or(missing);
+        let reason = reason.or_else(|| self.producer.context().last_error());
+        if self.in_flight() > 0 {
+            self.producer
+                .purge(PurgeConfig::default().queue().inflight().non_blocking());
+            let deadline = instant_now() + RETURN_WITHIN;
+            while self.in_flight() > 0 && instant_now() < deadline {
+                self.producer.poll(LOOK_EVERY);
+                self.serve();
+            }
+        }
+        let mut per_address = BTreeMap::new();
+        let mut count = |record: &Record| {
+            *per_address.entry(record.target.address.clone()).or_insert(0) += 1;
+        };
+        for route in &self.routes {
+            self.outbox
+                .waiting(route.lane)
+                .values()
+                .for_each(|kept| count(&kept.record));
+        }
+        for letter in &lock(&self.shared.inbox).letters {
+            if let Letter::Record(record) = letter {
+                count(record);
+            }
+        }
+        let named: u64 = per_address.values().sum();
+        let left = self.on_the_way() as u64;
+        if left > named {
+            per_address.insert("hosts that librdkafka did not name".to_owned(), left - named);
+        }
+        Unacknowledged { per_address, reason }
+    }
+}

@@ -1,0 +1,301 @@
+//! One host of the schedule: its grid, its state and its backlog of records.
+
+use std::collections::VecDeque;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{BacklogItem, Limits, MissedCounts, MissedReason, MissedTick, Rhythm, micros};
+use crate::check::target::Target;
+use crate::produce::share::Share;
+
+/// How late a check may begin after a delay of the program or a takeover: a tenth of the interval, within these bounds. A
+/// later tick is missed, which bounds the burst of checks after a stall. The lower bound is half of the shortest interval, so
+/// that a late check usually ends before the next tick.
+pub(super) const MAX_LATE: RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(10);
+
+/// A host with a longer interval than this is also checked once soon after the start, so that its first row does not take
+/// an interval to appear. These first checks are spread over this time.
+pub(super) const FIRST_CHECK_WITHIN: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub(super) struct Host<R> {
+    pub(super) target: Arc<Target>,
+    pub(super) share: Option<Share>,
+    /// It was taken over, and its ticks since the last recorded one have not been looked at yet.
+    pub(super) was_unattended: bool,
+    pub(super) interval_micros: i64,
+    pub(super) phase_micros: i64,
+    /// The next tick to fall due. `None`: the host was removed, or had its only tick.
+    pub(super) next: Option<i64>,
+    pub(super) state: HostState,
+    /// Records that are not written yet, in the order of their ticks.
+    pub(super) backlog: VecDeque<BacklogEntry<R>>,
+    /// It has an entry in [`Schedule::waiting`].
+    pub(super) in_waiting: bool,
+    /// It has an entry in [`Schedule::backlogged`].
+    pub(super) in_backlogged: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HostState {
+    Idle,
+    /// This tick waits for a thread.
+    Waiting(i64),
+    UnderWay {
+        tick: i64,
+        started_at: i64,
+        /// [`Tick::number`].
+        number: u64,
+    },
+}
+
+impl HostState {
+    /// The tick whose record is still to come. No record of a later tick may be written before it.
+    pub(super) fn open_tick(self) -> Option<i64> {
+        match self {
+            Self::Idle => None,
+            Self::Waiting(tick) | Self::UnderWay { tick, .. } => Some(tick),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum BacklogEntry<R> {
+    /// All ticks from `first` to `last`, one interval apart.
+    Missed {
+        first: i64,
+        last: i64,
+        target: Arc<Target>,
+        started_at: Option<i64>,
+        reason: MissedReason,
+    },
+    Result {
+        tick: i64,
+        result: R,
+    },
+}
+
+impl<R> BacklogEntry<R> {
+    pub(super) fn first(&self) -> i64 {
+        match self {
+            Self::Missed { first, .. } => *first,
+            Self::Result { tick, .. } => *tick,
+        }
+    }
+
+    pub(super) fn ticks(&self) -> u64 {
+        match self {
+            Self::Missed {
+                first, last, target, ..
+            } => ((last - first) / micros(target.interval).max(1)).unsigned_abs() + 1,
+            Self::Result { .. } => 1,
+        }
+    }
+}
+
+impl<R> Host<R> {
+    pub(super) fn new(target: Arc<Target>) -> Self {
+        let interval_micros = micros(target.interval).max(1);
+        Self {
+            interval_micros,
+            phase_micros: phase_micros(&target.address, interval_micros),
+            target,
+            share: None,
+            was_unattended: false,
+            next: None,
+            state: HostState::Idle,
+            backlog: VecDeque::new(),
+            in_waiting: false,
+            in_backlogged: false,
+        }
+    }
+
+    pub(super) fn become_like(&mut self, target: Arc<Target>, rhythm: Rhythm, limits: Limits, now: i64) {
+        let was_gone = self.next.is_none();
+        let other_interval = self.target.interval != target.interval;
+        self.interval_micros = micros(target.interval).max(1);
+        self.phase_micros = phase_micros(&target.address, self.interval_micros);
+        self.target = target;
+        if was_gone {
+            self.next = Some(self.first_tick(rhythm, limits, now));
+        } else if other_interval {
+            self.next = Some(self.first_on_grid_after(now));
+        }
+    }
+
+    /// The first tick of a host that is new at `now`: its first tick on the grid, or an additional one before it if that is more
+    /// than [`FIRST_CHECK_WITHIN`] away.
+    pub(super) fn first_tick(&self, rhythm: Rhythm, limits: Limits, now: i64) -> i64 {
+        let on_grid = self.first_on_grid_after(now);
+        let spread = micros(FIRST_CHECK_WITHIN);
+        if rhythm == Rhythm::Once {
+            return now;
+        }
+        let least_late = *MAX_LATE.start();
+        if on_grid - now <= spread + micros(least_late) {
+            return on_grid;
+        }
+        // Even a check that hangs should end before the first tick on the grid. That is impossible only if the timeout is
+        // longer than the time until then.
+        let longest = self.target.timeout(limits.check_timeout) + least_late;
+        let quiet = on_grid - now - micros(longest);
+        let spread = if quiet > 1 { quiet.min(spread) } else { spread };
+        now + 1 + phase_micros(&self.target.address, spread - 1)
+    }
+
+    pub(super) fn first_on_grid_after(&self, now: i64) -> i64 {
+        now + self.interval_micros - (now - self.phase_micros).rem_euclid(self.interval_micros)
+    }
+
+    /// Moves to the first tick after `now`. If several ticks fell due since `tick`, all but the latest are missed for this
+    /// reason. Returns the latest one and how many fell due.
+    pub(super) fn catch_up(
+        &mut self,
+        tick: i64,
+        now: i64,
+        reason: MissedReason,
+        counts: &mut MissedCounts,
+    ) -> (i64, u64) {
+        let following = self.first_on_grid_after(tick);
+        let next = self.first_on_grid_after(now.max(tick));
+        self.next = Some(next);
+        if following == next {
+            return (tick, 1);
+        }
+        let latest = next - self.interval_micros;
+        let skipped = (latest - following) / self.interval_micros;
+        self.give_up_waiting(counts, MissedReason::NoThread);
+        self.miss(counts, tick, None, reason);
+        if skipped > 0 {
+            self.miss_all(counts, following, latest - self.interval_micros, reason);
+        }
+        (latest, skipped.unsigned_abs() + 2)
+    }
+
+    pub(super) fn give_up_waiting(&mut self, counts: &mut MissedCounts, reason: MissedReason) {
+        if let HostState::Waiting(tick) = self.state {
+            self.state = HostState::Idle;
+            self.miss(counts, tick, None, reason);
+        }
+    }
+
+    pub(super) fn miss(
+        &mut self,
+        counts: &mut MissedCounts,
+        tick: i64,
+        started_at: Option<i64>,
+        reason: MissedReason,
+    ) {
+        counts.add(reason, 1);
+        self.miss_range(tick, tick, started_at, reason);
+    }
+
+    pub(super) fn miss_all(
+        &mut self,
+        counts: &mut MissedCounts,
+        first: i64,
+        last: i64,
+        reason: MissedReason,
+    ) {
+        counts.add(reason, (last - first) / self.interval_micros + 1);
+        self.miss_range(first, last, None, reason);
+    }
+
+    pub(super) fn miss_range(&mut self, from: i64, to: i64, started_at: Option<i64>, reason: MissedReason) {
+        // A range has consecutive ticks, so no other entry can lie within it.
+        let later = self.backlog.partition_point(|entry| entry.first() < from);
+        if let Some(BacklogEntry::Missed {
+            last,
+            target,
+            started_at: None,
+            reason: last_reason,
+            ..
+        }) = later.checked_sub(1).and_then(|i| self.backlog.get_mut(i))
+            && *last_reason == reason
+            && started_at.is_none()
+            && *last + self.interval_micros == from
+            && Arc::ptr_eq(target, &self.target)
+        {
+            *last = to;
+            return;
+        }
+        let missed = BacklogEntry::Missed {
+            first: from,
+            last: to,
+            target: Arc::clone(&self.target),
+            started_at,
+            reason,
+        };
+        self.backlog.insert(later, missed);
+    }
+
+    pub(super) fn oldest_open(&self) -> Option<i64> {
+        let late = self.backlog.front().map(BacklogEntry::first);
+        late.into_iter().chain(self.state.open_tick()).min()
+    }
+
+    pub(super) fn may_write(&self) -> bool {
+        match (self.backlog.front(), self.state.open_tick()) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(entry), Some(open)) => entry.first() < open,
+        }
+    }
+
+    pub(super) fn take_from_backlog(&mut self, has_room: impl Fn(&Target) -> bool) -> Option<BacklogItem<R>> {
+        if !self.may_write() {
+            return None;
+        }
+        if let BacklogEntry::Missed {
+            first,
+            last,
+            target,
+            started_at,
+            reason,
+        } = self.backlog.front_mut()?
+        {
+            if !has_room(target) {
+                return None;
+            }
+            let missed = MissedTick {
+                target: Arc::clone(target),
+                share: self.share.clone(),
+                scheduled_at_micros: *first,
+                started_at_micros: *started_at,
+                reason: *reason,
+            };
+            if first == last {
+                self.backlog.pop_front();
+            } else {
+                *first += micros(target.interval);
+            }
+            return Some(BacklogItem::Missed(missed));
+        }
+        match self.backlog.pop_front()? {
+            BacklogEntry::Result { result, .. } => Some(BacklogItem::Result(result)),
+            // Returned above.
+            BacklogEntry::Missed { .. } => None,
+        }
+    }
+}
+
+/// How late a check may begin if its host has this interval.
+pub(super) fn max_late(interval: Duration) -> Duration {
+    (interval / 10).clamp(*MAX_LATE.start(), *MAX_LATE.end())
+}
+
+/// The position of a host's ticks on its grid: all times whose microseconds since the Unix epoch, modulo the interval, equal
+/// this number. It spreads hosts evenly, and is the same after a restart and on every machine.
+///
+/// It is the 64-bit FNV-1a hash of the address as written in the host file, modulo the interval
+/// (<https://datatracker.ietf.org/doc/html/draft-eastlake-fnv>).
+pub fn phase_micros(address: &str, interval_micros: i64) -> i64 {
+    const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    let hash = address.bytes().fold(OFFSET_BASIS, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(PRIME)
+    });
+    let interval = interval_micros.max(1).unsigned_abs();
+    i64::try_from(hash % interval).unwrap_or(0)
+}

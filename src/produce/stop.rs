@@ -1,0 +1,101 @@
+//! How a run ends: no more ticks, the checks under way, the last records. All of it within [`STOP_WITHIN`].
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+
+use super::micros;
+use super::publisher::{END_WITHIN, Unacknowledged};
+use super::timer::{Backlog, LOOK_FOR_ROOM_EVERY, TimerLoop};
+use crate::clock::instant_now;
+use crate::http::health;
+use crate::shutdown::STOP_WITHIN;
+
+/// Checks that have not ended this long after the signal are cut off.
+const CHECKS_END_WITHIN: Duration = Duration::from_secs(6);
+
+/// Records that Kafka has not acknowledged this long after the signal are given up. The rest of [`STOP_WITHIN`] is for the
+/// end of the process.
+const DELIVER_WITHIN: Duration = Duration::from_millis(8_000);
+const _: () = assert!(DELIVER_WITHIN.as_millis() + END_WITHIN.as_millis() < STOP_WITHIN.as_millis());
+
+impl TimerLoop<'_> {
+    pub(super) fn stop(mut self, requested_at: Instant) -> anyhow::Result<()> {
+        let from = self.clock.micros_at(requested_at);
+        self.leave_group(from);
+        self.schedule
+            .stop(self.clock.now_micros().min(from.max(self.looked_at)));
+        log::info!(
+            "stopping under_way={} on_the_way={}",
+            self.schedule.under_way(),
+            self.publisher.on_the_way(),
+        );
+        let checks_end_at = from + micros(CHECKS_END_WITHIN);
+        while self.schedule.under_way() > 0 && self.clock.now_micros() < checks_end_at {
+            let backlog = self.write_backlog();
+            let now = self.clock.now_micros();
+            self.wait_until(match backlog {
+                Backlog::NotEmpty => now,
+                Backlog::NoRoom => now + micros(LOOK_FOR_ROOM_EVERY),
+                Backlog::Empty => checks_end_at,
+            });
+            self.take_mail();
+        }
+        self.schedule.cut_off();
+        let deliver_until = from + micros(DELIVER_WITHIN);
+        while self.schedule.has_backlog() && self.clock.now_micros() < deliver_until {
+            if self.write_backlog() == Backlog::NoRoom {
+                self.wait_until(self.clock.now_micros() + micros(LOOK_FOR_ROOM_EVERY));
+            }
+        }
+        let left = self.clock.until(deliver_until);
+        self.end(left)
+    }
+
+    /// With PRODUCE_GROUP: gives the shares back, and checks their hosts until then.
+    fn leave_group(&mut self, from: i64) {
+        let until = from + micros(CHECKS_END_WITHIN);
+        match &mut self.shared_hosts {
+            Some(shared_hosts) => shared_hosts.stop(until),
+            None => return,
+        }
+        let gives_up_at = until + micros(health::TURN_EVERY);
+        while self.is_member() && self.clock.now_micros() < gives_up_at {
+            let next_tick = self.start_due();
+            let backlog = self.write_backlog();
+            let shares_due_at = self.look_at_shares();
+            let backlog_due_at = match backlog {
+                Backlog::NotEmpty => self.clock.now_micros(),
+                Backlog::NoRoom | Backlog::Empty => self.clock.now_micros() + micros(LOOK_FOR_ROOM_EVERY),
+            };
+            let wakes_at = backlog_due_at.min(shares_due_at);
+            self.wait_until(next_tick.map_or(wakes_at, |tick| tick.min(wakes_at)));
+            self.take_mail();
+        }
+    }
+
+    fn is_member(&self) -> bool {
+        let shared_hosts = self.shared_hosts.as_ref();
+        shared_hosts.is_some_and(|shared_hosts| !shared_hosts.has_left())
+    }
+
+    pub(super) fn end(mut self, deliver_within: Duration) -> anyhow::Result<()> {
+        let deadline = instant_now() + deliver_within;
+        let mut left = match self.publisher.stop(deadline) {
+            Ok(()) => Unacknowledged::default(),
+            Err(left) => left,
+        };
+        for (address, ticks) in self.schedule.left() {
+            *left.per_address.entry(address.to_owned()).or_insert(0) += ticks;
+        }
+        let counters = &self.setup.counters;
+        counters.set_ticks(self.schedule.ticks_due(), self.schedule.missed());
+        counters.left.store(left.records(), Ordering::Relaxed);
+        self.log_stopped();
+        if !left.per_address.is_empty() {
+            bail!("stopped, but Kafka never acknowledged {left}");
+        }
+        Ok(())
+    }
+}

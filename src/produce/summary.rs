@@ -1,0 +1,163 @@
+//! What the timer loop counts and logs: a summary every minute, and conditions that an operator should know of.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::counters::Snapshot;
+use super::micros;
+use super::schedule::{MissedCounts, MissedReason};
+use super::timer::TimerLoop;
+
+const SUMMARY_EVERY: Duration = Duration::from_secs(60);
+
+/// A change of the wall clock by more than this is logged.
+const CLOCK_DEVIATION: Duration = Duration::from_secs(1);
+
+/// What was logged so far.
+pub(super) struct Summary {
+    /// The counters at the last summary.
+    last: Snapshot,
+    due_at: i64,
+    clock_deviation: i64,
+    no_room_count: u64,
+    no_room_line: OnceAMinute,
+    agent_errors: AgentErrors,
+}
+
+impl Summary {
+    pub(super) fn new(counters: Snapshot, now: i64) -> Self {
+        Self {
+            last: counters,
+            due_at: now + micros(SUMMARY_EVERY),
+            clock_deviation: 0,
+            no_room_count: 0,
+            no_room_line: OnceAMinute::default(),
+            agent_errors: AgentErrors::default(),
+        }
+    }
+
+    pub(super) fn due_at(&self) -> i64 {
+        self.due_at
+    }
+
+    pub(super) fn add_agent_error(&mut self, address: &str, error: &str) {
+        self.agent_errors.add(address, error);
+    }
+}
+
+impl TimerLoop<'_> {
+    /// Updates the counters, and logs what is due.
+    pub(super) fn count(&mut self) {
+        let missed = *self.schedule.missed();
+        let counters = &self.setup.counters;
+        if self.shared_hosts.is_some() {
+            counters.hosts.store(self.schedule.hosts(), Ordering::Relaxed);
+        }
+        counters.set_ticks(self.schedule.ticks_due(), &missed);
+        counters
+            .under_way
+            .store(self.schedule.under_way(), Ordering::Relaxed);
+        counters.threads.store(self.pool.threads(), Ordering::Relaxed);
+        self.log_no_room(missed);
+        let now = self.clock.now_micros();
+        self.summary.agent_errors.log_if_due(now);
+        if now >= self.summary.due_at {
+            self.summary.due_at = now + micros(SUMMARY_EVERY);
+            self.log_summary();
+            self.log_clock_deviation();
+        }
+    }
+
+    /// When the buffer becomes full, and once a minute while ticks are missed for that reason.
+    fn log_no_room(&mut self, missed: MissedCounts) {
+        let count = missed.count(MissedReason::NoRoom);
+        if count == self.summary.no_room_count {
+            return;
+        }
+        self.summary.no_room_count = count;
+        if self.summary.no_room_line.is_due(self.clock.now_micros()) {
+            log::error!(
+                "Kafka takes no records, and the buffer is full with {} of them: until Kafka takes them, hosts are not \
+                 checked and their ticks ({count} so far) are recorded as missed",
+                self.publisher.on_the_way(),
+            );
+        }
+    }
+
+    fn log_summary(&mut self) {
+        let now = self.setup.counters.snapshot();
+        log::info!(
+            "produce {} under_way={} threads={} on_the_way={}",
+            now.since(&self.summary.last),
+            self.schedule.under_way(),
+            self.pool.threads(),
+            self.publisher.on_the_way(),
+        );
+        self.summary.last = now;
+    }
+
+    fn log_clock_deviation(&mut self) {
+        let ahead = self.clock.wall_clock_ahead_micros();
+        if (ahead - self.summary.clock_deviation).abs() > micros(CLOCK_DEVIATION) {
+            self.summary.clock_deviation = ahead;
+            log::warn!(
+                "the machine's clock was set by {:.3} s since the start; ticks and records keep the old time until a restart",
+                ahead as f64 / 1e6,
+            );
+        }
+    }
+
+    pub(super) fn log_stopped(&mut self) {
+        self.summary.agent_errors.log();
+        let counters = self.setup.counters.snapshot();
+        log::info!("stopped {}", counters.since(&self.summary.last));
+    }
+}
+
+/// Limits a log line to one a minute.
+#[derive(Default)]
+struct OnceAMinute {
+    not_before: i64,
+}
+
+impl OnceAMinute {
+    fn is_due(&mut self, now: i64) -> bool {
+        let is_due = now >= self.not_before;
+        if is_due {
+            self.not_before = now + micros(SUMMARY_EVERY);
+        }
+        is_due
+    }
+}
+
+/// The `agent_error` results since the last log line.
+#[derive(Default)]
+struct AgentErrors {
+    count: u64,
+    newest: String,
+    line: OnceAMinute,
+}
+
+impl AgentErrors {
+    fn add(&mut self, address: &str, error: &str) {
+        self.count += 1;
+        self.newest = format!("address={address:?} {error}");
+    }
+
+    fn log_if_due(&mut self, now: i64) {
+        if self.count > 0 && self.line.is_due(now) {
+            self.log();
+        }
+    }
+
+    fn log(&mut self) {
+        if self.count > 0 {
+            log::error!(
+                "agent_error count={} {}: this machine could not check, which says nothing about the host",
+                self.count,
+                self.newest,
+            );
+        }
+        self.count = 0;
+    }
+}

@@ -1,0 +1,263 @@
+//! The timer loop: one thread that waits for the next tick, a result, a signal or a reload, and acts on it.
+//!
+//! Connects the schedule, the pool, the publisher and, with PRODUCE_GROUP, the shares. `stop` ends the loop, and `summary`
+//! counts and logs.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::mailbox::Mailbox;
+use super::pool::Pool;
+use super::publisher::{Publisher, Record};
+use super::result::{CheckResult, missed_record};
+use super::schedule::{BacklogItem, Next, Schedule};
+use super::shared_hosts::SharedHosts;
+use super::summary::Summary;
+use super::{Rounds, Setup, host_file, micros};
+use crate::check::observation::Observation;
+use crate::check::target::Target;
+use crate::clock::Clock;
+use crate::http::health;
+use crate::produce::host_file::{HostFileError, Hosts};
+use crate::sample::Outcome;
+
+/// How many records of the backlog are written before the loop looks again at what is due: 0.2 ms of work.
+const BACKLOG_AT_A_TIME: usize = 100;
+
+/// How often the publisher is asked for room while the backlog waits for it.
+pub(super) const LOOK_FOR_ROOM_EVERY: Duration = Duration::from_millis(10);
+
+pub(super) struct TimerLoop<'a> {
+    pub(super) setup: Setup<'a>,
+    pub(super) schedule: Schedule<Record>,
+    /// When the schedule was last asked what is due.
+    pub(super) looked_at: i64,
+    /// With PRODUCE_GROUP.
+    pub(super) shared_hosts: Option<SharedHosts>,
+    pub(super) pool: Pool,
+    pub(super) publisher: Publisher,
+    pub(super) clock: Clock,
+    mailbox: Arc<Mailbox>,
+    reload: Reload,
+    pub(super) summary: Summary,
+    /// Empty between turns; kept for its capacity.
+    backlog: Vec<BacklogItem<Record>>,
+}
+
+/// The host file is read on a thread of its own, because a hundred thousand lines take longer than a tick may be late.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reload {
+    Idle,
+    Reading,
+    /// Another reload was requested meanwhile. The file may have changed since it was read.
+    ReadAgain,
+}
+
+/// What is left of the backlog.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Backlog {
+    Empty,
+    NotEmpty,
+    /// Not empty, and the publisher has no room.
+    NoRoom,
+}
+
+impl<'a> TimerLoop<'a> {
+    pub(super) fn new(
+        setup: Setup<'a>,
+        schedule: Schedule<Record>,
+        shared_hosts: Option<SharedHosts>,
+        pool: Pool,
+        publisher: Publisher,
+        clock: Clock,
+        mailbox: Arc<Mailbox>,
+    ) -> Self {
+        let now = clock.now_micros();
+        Self {
+            schedule,
+            looked_at: now,
+            shared_hosts,
+            pool,
+            publisher,
+            clock,
+            mailbox,
+            reload: Reload::Idle,
+            summary: Summary::new(setup.counters.snapshot(), now),
+            backlog: Vec::with_capacity(BACKLOG_AT_A_TIME),
+            setup,
+        }
+    }
+
+    pub(super) fn run(mut self) -> anyhow::Result<()> {
+        loop {
+            self.take_mail();
+            if let Some(requested_at) = self.setup.shutdown.requested_at() {
+                return self.stop(requested_at);
+            }
+            if self.setup.shutdown.take_reload() {
+                self.begin_reload();
+            }
+            let next_tick = self.start_due();
+            let backlog = self.write_backlog();
+            let shares_due_at = self.look_at_shares();
+            self.count();
+            let now = self.clock.now_micros();
+            if self.setup.rounds == Rounds::Once && self.schedule.is_over() {
+                if self.publisher.on_the_way() == 0 {
+                    return self.end(Duration::ZERO);
+                }
+                self.wait_until(now + micros(LOOK_FOR_ROOM_EVERY));
+                continue;
+            }
+            let backlog_due_at = match backlog {
+                Backlog::NotEmpty => now,
+                Backlog::NoRoom => now + micros(LOOK_FOR_ROOM_EVERY),
+                Backlog::Empty => self.summary.due_at(),
+            };
+            let wakes_at = backlog_due_at.min(shares_due_at);
+            self.wait_until(next_tick.map_or(wakes_at, |tick| tick.min(wakes_at)));
+        }
+    }
+
+    /// Returns when the shares have to be looked at again.
+    pub(super) fn look_at_shares(&mut self) -> i64 {
+        let shared_hosts = self.shared_hosts.as_mut();
+        shared_hosts.map_or(i64::MAX, |shared_hosts| {
+            shared_hosts.turn(&mut self.schedule, &self.publisher, self.looked_at)
+        })
+    }
+
+    /// Begins every check that is due. Returns the next tick.
+    pub(super) fn start_due(&mut self) -> Option<i64> {
+        loop {
+            let publisher = &self.publisher;
+            let now = self.clock.now_micros();
+            self.looked_at = now;
+            match self.schedule.next(now, |target| publisher.has_room(target)) {
+                Next::Wait(until) => return until,
+                Next::Start(tick) => {
+                    if let Err(no_thread) = self.pool.start(tick) {
+                        let failed = Observation::failed(Outcome::AgentError, no_thread.to_string());
+                        let name = &self.setup.config.check.agent_name;
+                        self.take_result(CheckResult::not_begun(no_thread.tick, failed, name));
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn wait_until(&self, wakes_at: i64) {
+        self.setup.counters.heartbeat.beat();
+        let turns_at = self.clock.now_micros() + micros(health::TURN_EVERY);
+        self.mailbox
+            .wait_until(wakes_at.min(turns_at), self.schedule.is_short_of_threads());
+    }
+
+    pub(super) fn take_mail(&mut self) {
+        let (results, orders, reloaded) = self.mailbox.take();
+        for result in results {
+            self.take_result(result);
+        }
+        for order in orders {
+            if let Some(shared_hosts) = &mut self.shared_hosts {
+                let now = self.clock.now_micros();
+                shared_hosts.obey(order, &mut self.schedule, &self.publisher, now);
+            }
+        }
+        if let Some(reloaded) = reloaded {
+            self.end_reload(reloaded);
+        }
+    }
+
+    fn take_result(&mut self, result: CheckResult) {
+        let CheckResult {
+            tick,
+            outcome,
+            agent_error,
+            timing,
+            record,
+        } = result;
+        // A check that was cut off has its record already.
+        if self.schedule.is_under_way(&tick) {
+            self.setup.counters.count_result(outcome, timing.as_ref());
+            if let Some(error) = agent_error {
+                self.summary.add_agent_error(&tick.target.address, &error);
+            }
+        }
+        if let Some(record) = self.schedule.finished(&tick, record) {
+            self.publisher.publish(record);
+        }
+    }
+
+    pub(super) fn write_backlog(&mut self) -> Backlog {
+        if !self.schedule.has_backlog() {
+            return Backlog::Empty;
+        }
+        let publisher = &self.publisher;
+        let has_room = |target: &Target| publisher.has_spare_room(target);
+        self.schedule
+            .drain(BACKLOG_AT_A_TIME, has_room, &mut self.backlog);
+        let left = match (self.schedule.has_backlog(), self.backlog.is_empty()) {
+            (false, _) => Backlog::Empty,
+            (true, true) => Backlog::NoRoom,
+            (true, false) => Backlog::NotEmpty,
+        };
+        for item in self.backlog.drain(..) {
+            self.publisher.publish(match item {
+                BacklogItem::Result(record) => record,
+                BacklogItem::Missed(missed) => missed_record(missed, &self.setup.config.check.agent_name),
+            });
+        }
+        left
+    }
+
+    fn begin_reload(&mut self) {
+        let Some(path) = self.setup.host_file else {
+            log::warn!(
+                "reload: the host file was read from standard input and cannot be read again; the hosts stay as they were"
+            );
+            return;
+        };
+        if self.reload != Reload::Idle {
+            self.reload = Reload::ReadAgain;
+            return;
+        }
+        let (path, mailbox) = (path.to_owned(), Arc::clone(&self.mailbox));
+        let reading = std::thread::Builder::new()
+            .name("reload".into())
+            .spawn(move || mailbox.put_reloaded(host_file::read(&path)));
+        match reading {
+            Ok(_) => self.reload = Reload::Reading,
+            Err(error) => log::error!(
+                "reload: cannot start a thread to read the host file: {error}; the hosts stay as they were"
+            ),
+        }
+    }
+
+    fn end_reload(&mut self, reloaded: Result<Hosts, HostFileError>) {
+        match reloaded {
+            Ok(Hosts { targets, warnings }) => {
+                for line in warnings {
+                    log::warn!("reload: {line}");
+                }
+                log::info!("reload hosts={}", targets.len());
+                self.setup.counters.hosts.store(targets.len(), Ordering::Relaxed);
+                let now = self.clock.now_micros();
+                match &mut self.shared_hosts {
+                    Some(shared_hosts) => shared_hosts.reload(targets, &mut self.schedule, now),
+                    None => {
+                        let targets = targets.into_iter().map(Arc::new).collect();
+                        self.schedule.reload(targets, |_| None, now);
+                    }
+                }
+            }
+            Err(error) => log::error!("reload: the hosts stay as they were: {error}"),
+        }
+        let again = self.reload == Reload::ReadAgain;
+        self.reload = Reload::Idle;
+        if again {
+            self.begin_reload();
+        }
+    }
+}
