@@ -16,7 +16,7 @@ use host_metrics::config::{self, StateConfig, Variables};
 use host_metrics::consume::Counters;
 use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::sink::Sink;
-use host_metrics::consume::state::{self, State};
+use host_metrics::consume::state::{self, StateSink};
 use host_metrics::consume::store::Store;
 use host_metrics::sample::epoch::Epochs;
 use host_metrics::sample::{Sample, Timestamp, encode};
@@ -57,7 +57,7 @@ fn main() {
         ("DB_USER", server.superuser()),
     ]);
     let settings = state::config_of(&config::consume(&variables).expect("these are right"));
-    let sink = State::new(StateConfig::default(), Counters::default());
+    let sink = StateSink::new(StateConfig::default(), Counters::default());
     let mut store = Store::of(sink, &settings, Default::default()).expect("a store");
     store.open().expect("the tables are made");
     let start = BTreeMap::from([(PARTITION, NextOffset(0))]);
@@ -186,7 +186,7 @@ fn batch(base: i64, samples: impl Iterator<Item = Sample<'static>>) -> Batch {
                 value: Some(&value),
                 ..record
             };
-            State::encode(&(), "", &record, &mut Epochs::default(), into)
+            StateSink::encode(&(), "", &record, &mut Epochs::default(), into)
         });
     }
     batch

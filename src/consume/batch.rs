@@ -1,6 +1,6 @@
-//! A batch: records of one transaction, from Kafka's bytes to the rows and rejected records they become.
+//! A batch: the records of one transaction, as Kafka's bytes and as the rows or rejected records that they become.
 //!
-//! Owns the bytes of its records (a record that Postgres refuses is kept as it came) and the words for positions. Pure.
+//! Owns the bytes of its records, because a record that Postgres refuses is stored unchanged, and the types for positions. Pure.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,11 +10,11 @@ use openssl::sha::sha256;
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
 
-/// The longest key and the longest value that are read. A record of ours has less than 10 KiB, and whoever may write to the
-/// topic can have a few kilobytes expand to a gigabyte: of what is longer no copy is made.
+/// The longest key and value that are read. Our records have less than 10 KiB, but anybody who can write to the topic can
+/// compress a gigabyte into a few kilobytes. Longer ones are not copied.
 pub const MAX_READ_BYTES: usize = 1 << 20;
 
-/// What is kept of a longer one, to recognise it by.
+/// How many bytes of a longer key or value are kept, so that it can be recognised.
 pub const PREFIX_BYTES: usize = 64 << 10;
 
 /// A partition of one of the configured topics.
@@ -29,44 +29,44 @@ pub struct Partition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Offset(pub i64);
 
-/// The next record to read: what the offsets table and Kafka's commits hold.
+/// The offset of the next record to read, as in the offsets table and in Kafka's commits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NextOffset(pub i64);
 
 impl Offset {
-    /// The one place where an offset becomes the next one to read.
+    /// The only place that adds 1 to an offset.
     pub fn next(self) -> NextOffset {
         NextOffset(self.0.saturating_add(1))
     }
 }
 
 impl NextOffset {
-    /// Whether a record at `offset` was already read when this is the next one to read.
+    /// Whether the record at `offset` is before the next one to read.
     pub fn is_past(self, offset: Offset) -> bool {
         offset.0 < self.0
     }
 }
 
-/// A partition's way through a flush: the transaction moves its position from `base` to `next`, or does nothing.
+/// A partition's part of a batch. The transaction moves its position from `base` to `next`, or does nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// The position the machine holds, not the first record's offset: offsets have gaps.
+    /// The position before the batch. Offsets have gaps, so the first record's offset may be higher.
     pub base: NextOffset,
     pub next: NextOffset,
 }
 
-/// How a try to flush ended.
+/// The result of a flush.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Flushed {
     /// Rows, rejected records and positions are committed.
     Durable,
-    /// A position was not where the batch says it is: somebody else moved it. Nothing was written.
+    /// Another consumer moved a position. Nothing was written.
     Fenced,
-    /// These entries (by index) are refused by the table itself, with the reason; nothing was written.
-    Poison(Vec<(usize, String)>),
-    /// A passing fault; nothing was written, unless the answer to COMMIT was lost: read the positions.
+    /// The table refuses these entries (by index) for the given reasons. Nothing was written.
+    Refused(Vec<(usize, String)>),
+    /// A passing error. Nothing was written, unless the answer to COMMIT was lost; the positions tell.
     Retry(String),
-    /// The operator has to act: what and how.
+    /// An error that the operator has to correct; the text says how.
     Fatal(String),
 }
 
@@ -75,7 +75,7 @@ pub enum Flushed {
 pub struct Record<'a> {
     pub partition: Partition,
     pub offset: Offset,
-    /// Kafka's timestamp of the record, if it has a usable one.
+    /// Kafka's timestamp of the record, if it has a valid one.
     pub timestamp: Option<Timestamp>,
     pub key: Option<&'a [u8]>,
     pub value: Option<&'a [u8]>,
@@ -84,19 +84,20 @@ pub struct Record<'a> {
 /// What becomes of a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// What the sink made of it, a range of [`Batch::copy_bytes`]: a row in COPY's binary format, or what the fold reads.
+    /// It is written, as this range of [`Batch::encoded`].
     Row(Range<usize>),
-    /// It goes to the rejected table, with the reason.
+    /// It is stored in the rejected table, with this reason.
     Rejected(String),
-    /// A claim: it is stored nowhere.
+    /// It is a claim, which is not stored.
     Claim,
 }
 
-/// What a record is, as far as it is one.
+/// What a sink made of a valid record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Read {
-    /// Its row was appended.
+pub enum Encoded {
+    /// It was appended.
     Row,
+    /// It is a claim, which is not stored.
     Claim,
 }
 
@@ -122,7 +123,7 @@ impl From<NextOffset> for Position {
 pub struct Entry {
     pub partition: Partition,
     pub offset: Offset,
-    /// Kafka's timestamp of the record, if it has a usable one.
+    /// Kafka's timestamp of the record, if it has a valid one.
     pub timestamp: Option<Timestamp>,
     /// Ranges of [`Batch::record_bytes`]; `None` is Kafka's null.
     pub key: Option<Range<usize>>,
@@ -135,16 +136,17 @@ pub struct Entry {
 pub struct Batch {
     pub entries: Vec<Entry>,
     pub spans: BTreeMap<Partition, Span>,
-    /// The highest epochs behind the last record of each partition in which this batch has a higher one.
+    /// The highest epochs after this batch, of the partitions in which it raises one.
     pub epochs: BTreeMap<Partition, Epochs>,
     /// Keys and values as Kafka delivered them.
     pub record_bytes: Vec<u8>,
-    /// Rows in COPY's binary format, without header and trailer. Rows of a forgotten partition leave holes.
-    pub copy_bytes: Vec<u8>,
+    /// What the sink encoded: for the rows, COPY's binary format without header and trailer. A partition that was removed leaves a
+    /// gap.
+    pub encoded: Vec<u8>,
 }
 
 impl Batch {
-    /// Records, rejected ones included.
+    /// The number of records, including rejected ones.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
@@ -153,18 +155,18 @@ impl Batch {
         self.entries.is_empty()
     }
 
-    /// The memory that its records take.
+    /// The memory of its records.
     pub fn bytes(&self) -> usize {
-        self.record_bytes.len() + self.copy_bytes.len()
+        self.record_bytes.len() + self.encoded.len()
     }
 
-    /// Appends a record. `base` is the partition's position in front of this batch: used if it is the partition's first
-    /// record here. `encode` appends the row; its error is the reason why the record goes to the rejected table instead.
+    /// Appends a record. `base` is the partition's position before this batch. `encode` appends what is written; its error is the
+    /// reason why the record is rejected.
     pub fn push(
         &mut self,
         base: NextOffset,
         record: Record<'_>,
-        encode: impl FnOnce(&mut Vec<u8>) -> Result<Read, String>,
+        encode: impl FnOnce(&mut Vec<u8>) -> Result<Encoded, String>,
     ) {
         let span = self
             .spans
@@ -176,14 +178,14 @@ impl Batch {
         );
         span.next = record.offset.next();
 
-        let row_start = self.copy_bytes.len();
+        let row_start = self.encoded.len();
         let too_long = too_long("key", record.key).or_else(|| too_long("value", record.value));
-        let encoded = too_long.map_or_else(|| encode(&mut self.copy_bytes), Err);
+        let encoded = too_long.map_or_else(|| encode(&mut self.encoded), Err);
         let form = match encoded {
-            Ok(Read::Row) => Form::Row(row_start..self.copy_bytes.len()),
-            Ok(Read::Claim) => Form::Claim,
+            Ok(Encoded::Row) => Form::Row(row_start..self.encoded.len()),
+            Ok(Encoded::Claim) => Form::Claim,
             Err(reason) => {
-                self.copy_bytes.truncate(row_start);
+                self.encoded.truncate(row_start);
                 Form::Rejected(reason)
             }
         };
@@ -199,7 +201,7 @@ impl Batch {
         });
     }
 
-    /// Sends a row that the table refused to the rejected table. False: there is no such row in this batch.
+    /// Rejects a record whose row the table refused. False if the entry has no row.
     pub fn reject(&mut self, index: usize, reason: String) -> bool {
         match self.entries.get_mut(index) {
             Some(entry) if matches!(entry.form, Form::Row(_)) => {
@@ -210,7 +212,7 @@ impl Batch {
         }
     }
 
-    /// Removes a partition's records and its span; says how many records those were. Their bytes stay until the batch is
+    /// Removes a partition's records and span, and returns how many records there were. Their bytes stay until the batch is
     /// cleared.
     pub fn forget(&mut self, partition: Partition) -> usize {
         if self.spans.remove(&partition).is_none() {
@@ -226,7 +228,7 @@ impl Batch {
         forgotten
     }
 
-    /// Empties the batch and keeps its memory for the next one, unless that is far more than this one needed.
+    /// Empties the batch. Keeps its memory for the next one, unless that is much more than this one needed.
     pub fn clear(&mut self) {
         let keep_bytes = |bytes: &mut Vec<u8>| {
             let used = bytes.len();
@@ -234,7 +236,7 @@ impl Batch {
             bytes.shrink_to(used.saturating_mul(2).max(KEPT_BYTES));
         };
         keep_bytes(&mut self.record_bytes);
-        keep_bytes(&mut self.copy_bytes);
+        keep_bytes(&mut self.encoded);
         self.entries.clear();
         self.spans.clear();
         self.epochs.clear();
@@ -251,7 +253,7 @@ impl Batch {
     }
 }
 
-/// Why a key or value is not read, and what tells it from another one with the same beginning.
+/// Why a key or value is too long to read, with a hash that distinguishes it from others with the same beginning.
 fn too_long(what: &str, bytes: Option<&[u8]>) -> Option<String> {
     let bytes = bytes.filter(|bytes| bytes.len() > MAX_READ_BYTES)?;
     let hash: String = sha256(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -262,8 +264,8 @@ fn too_long(what: &str, bytes: Option<&[u8]>) -> Option<String> {
     ))
 }
 
-/// Capacity that an empty batch may keep whatever it last held: a few thousand records of the usual size, so that small
-/// batches do not allocate, while the memory of a burst of huge records is given back.
+/// The memory that an empty batch may always keep. It holds a few thousand usual records, so small batches do not allocate, and
+/// the memory of a burst of huge records is still released.
 const KEPT_BYTES: usize = 1 << 20;
 
 #[cfg(test)]
@@ -283,7 +285,7 @@ mod tests {
         };
         batch.push(NextOffset(base), record, |into| {
             into.extend_from_slice(row.unwrap_or(b"half a row"));
-            row.map(|_| Read::Row).map_err(String::from)
+            row.map(|_| Encoded::Row).map_err(String::from)
         });
     }
 
@@ -314,7 +316,7 @@ mod tests {
                 &Form::Row(1..2)
             ]
         );
-        assert_eq!(batch.copy_bytes, b"ac");
+        assert_eq!(batch.encoded, b"ac");
         let value = batch.entries[1].value.clone().unwrap();
         assert_eq!(&batch.record_bytes[value], b"value");
     }
@@ -341,7 +343,7 @@ mod tests {
             };
             batch.push(NextOffset(0), record, |_| {
                 assert_eq!(said, None, "it is not read");
-                Ok(Read::Row)
+                Ok(Encoded::Row)
             });
             let entry = &batch.entries[0];
             for (bytes, kept) in [(key, &entry.key), (value, &entry.value)] {

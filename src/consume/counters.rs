@@ -1,4 +1,4 @@
-//! What a pipeline did and where it stands: for /metrics, tests and the demo.
+//! What a pipeline has done and where it is: for /metrics, tests and the demo.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ use prometheus::{Histogram, HistogramOpts};
 use crate::http::health::{Heartbeat, Readiness};
 use crate::http::metrics::FLUSH_BUCKETS;
 
-/// What was done so far, and where things stand: for /metrics, tests and the demo.
+/// The counters of a pipeline. Clones share them.
 #[derive(Debug, Default, Clone)]
 pub struct Counters(pub(super) Arc<Counts>);
 
@@ -23,7 +23,7 @@ pub(super) struct Counts {
     pub(super) fences: AtomicU64,
     pub(super) revoked: AtomicU64,
     pub(super) delay_millis: AtomicU64,
-    /// When the last flush became durable, by the wall clock; zero: there was none yet.
+    /// The time of the last durable flush, by the wall clock. Zero before the first one.
     pub(super) flushed_at_millis: AtomicU64,
     pub(super) flush_seconds: FlushSeconds,
     pub(super) assigned: AtomicUsize,
@@ -35,27 +35,27 @@ pub(super) struct Counts {
 }
 
 impl Counters {
-    /// Those of the pipeline that keeps the state.
+    /// The counters of the state's pipeline.
     pub fn state(&self) -> &Self {
         self.0.state.get_or_init(Self::default)
     }
 
-    /// Rows that are durable.
+    /// Durable rows.
     pub fn rows(&self) -> u64 {
         self.0.rows.load(Ordering::Relaxed)
     }
 
-    /// Rejected records that are durable.
+    /// Durable rejected records.
     pub fn rejected(&self) -> u64 {
         self.0.rejected.load(Ordering::Relaxed)
     }
 
-    /// Transactions that were committed.
+    /// Committed transactions.
     pub fn flushes(&self) -> u64 {
         self.0.flushes.load(Ordering::Relaxed)
     }
 
-    /// Requests that Postgres did not answer or answered with a passing fault.
+    /// Requests that Postgres did not answer, or answered with a passing error.
     pub fn failures(&self) -> u64 {
         self.0.failures.load(Ordering::Relaxed)
     }
@@ -65,17 +65,17 @@ impl Counters {
         self.0.fences.load(Ordering::Relaxed)
     }
 
-    /// Partitions that the group took away, one by one.
+    /// Partitions that the group took away, counted each time.
     pub fn revoked(&self) -> u64 {
         self.0.revoked.load(Ordering::Relaxed)
     }
 
-    /// How old the oldest record of the last flush was when it became durable, by Kafka's timestamp.
+    /// The age of the oldest record of the last flush when it became durable, by Kafka's timestamp.
     pub fn delay(&self) -> Duration {
         Duration::from_millis(self.0.delay_millis.load(Ordering::Relaxed))
     }
 
-    /// Records in front of the end that are not durable, of each partition that is ours: by topic and number.
+    /// The records that are not durable, of each assigned partition by topic and number.
     pub fn lags(&self) -> BTreeMap<(String, i32), u64> {
         self.0.lags.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -85,7 +85,7 @@ impl Counters {
     }
 }
 
-/// How long flushes took.
+/// The duration of flushes.
 #[derive(Debug)]
 pub(super) struct FlushSeconds(pub(super) Histogram);
 
@@ -93,7 +93,7 @@ impl Default for FlushSeconds {
     fn default() -> Self {
         let options = HistogramOpts::new(
             "host_metrics_flush_seconds",
-            "Transactions that were committed: from BEGIN to COMMIT.",
+            "The duration of committed transactions, from BEGIN to COMMIT.",
         );
         Self(
             Histogram::with_opts(options.buckets(FLUSH_BUCKETS.to_vec()))

@@ -1,33 +1,32 @@
 //! Whether every partition has an owner in the consumer group.
 //!
-//! A rebalance of the cooperative protocol takes two rounds: in the first, members are asked to give back what somebody else
-//! is to get; once they have and join again, the second gives it out. If a static member dies between the two and comes back
-//! within its session, the broker hands it the first round's assignment and starts no second one: what was given back belongs
-//! to nobody, every member is content, and nothing is read there until something else happens to the group. So members look.
+//! A cooperative rebalance takes two rounds. In the first, members give back the partitions that others will get; in the second
+//! these are assigned. If a static member dies between the two and comes back within its session, the broker repeats the first
+//! round's assignment and starts no second round. What was given back then has no owner and is not read until the group changes
+//! again. So every member looks for such partitions.
 //!
-//! Pure: what the group and the topics look like is `source`'s to ask.
+//! Pure: `source` asks Kafka about the group and the topics.
 
 use std::collections::BTreeSet;
 
-/// A partition by its names.
-pub type Named = (String, i32);
+use crate::kafka::Named;
 
-/// Looks at the group, one after the other.
+/// Compares each look at the group with the one before.
 #[derive(Debug, Default)]
 pub struct Watch {
-    missed: BTreeSet<Named>,
+    without_owner: BTreeSet<Named>,
 }
 
 impl Watch {
-    /// A further look: all the partitions of our topics, and the assignment of every member, as Kafka keeps it. Returns the
-    /// partitions that had no owner in the look before either: a single one may have met a change on its way. `None`: an
-    /// assignment cannot be read, or everything is in order.
+    /// Takes all partitions of our topics and the assignment of each member, in Kafka's encoding. Returns the partitions that have
+    /// had no owner in two looks, because a single look may fall into a change. `None` if there are none, or if an assignment
+    /// cannot be read.
     pub fn look<'a>(
         &mut self,
         all: &BTreeSet<Named>,
         assignments: impl IntoIterator<Item = &'a [u8]>,
     ) -> Option<BTreeSet<Named>> {
-        let before = std::mem::take(&mut self.missed);
+        let before = std::mem::take(&mut self.without_owner);
         let mut missing = all.clone();
         for assignment in assignments {
             for owned in partitions_in(assignment)? {
@@ -36,20 +35,20 @@ impl Watch {
         }
         let still: BTreeSet<Named> = before.intersection(&missing).cloned().collect();
         if still.is_empty() {
-            self.missed = missing;
+            self.without_owner = missing;
             return None;
         }
         Some(still)
     }
 
-    /// The group could not be looked at, or was in the middle of a rebalance: what was seen before does not count.
+    /// Forgets the last look. Has to be called when the group could not be looked at, or was rebalancing.
     pub fn forget(&mut self) {
-        self.missed.clear();
+        self.without_owner.clear();
     }
 }
 
-/// What a member owns (Kafka's clients/src/main/resources/common/message/ConsumerProtocolAssignment.json: a version, then an
-/// array of topics, each a string and an array of int32, all big-endian; what follows is not ours). `None`: it is cut short.
+/// The partitions in an assignment (Kafka's ConsumerProtocolAssignment.json: a version, then an array of topics, each a string
+/// and an array of int32, all big-endian; the rest is not needed). `None` if it is cut off.
 fn partitions_in(assignment: &[u8]) -> Option<Vec<Named>> {
     if assignment.is_empty() {
         return Some(Vec::new());

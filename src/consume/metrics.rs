@@ -1,4 +1,4 @@
-//! What `consume` shows of itself at METRICS_ADDR. Owns the names, and nothing that is counted.
+//! The metrics of `consume` at METRICS_ADDR: their names and help texts.
 
 use std::sync::atomic::Ordering;
 
@@ -13,29 +13,29 @@ impl Watched for Counters {
         page.of_the_process();
         page.gauge(
             "host_metrics_ready",
-            "1 while Kafka and Postgres are both there, else 0.",
+            "1 if Kafka and Postgres are both available, else 0.",
             f64::from(u8::from(self.is_ready().is_ok())),
         );
-        page.counter("host_metrics_rows_total", "Rows that are durable.", self.rows());
+        page.counter("host_metrics_rows_total", "Durable rows.", self.rows());
         page.counter(
             "host_metrics_rejected_total",
-            "Records that could not be stored, and are kept in the table of rejected ones.",
+            "Records that could not be stored as rows and are in the rejected table.",
             self.rejected(),
         );
         page.counter(
             "host_metrics_batches_total",
-            "Transactions that were committed.",
+            "Committed transactions.",
             self.flushes(),
         );
         page.collect(&counts.flush_seconds.0);
         page.counter(
             "host_metrics_store_failures_total",
-            "Requests that Postgres did not answer, or answered with a fault that passes; tried again.",
+            "Requests that Postgres did not answer, or answered with a passing error. They are repeated.",
             self.failures(),
         );
         page.counter(
             "host_metrics_fences_total",
-            "Batches refused because another consumer had moved a position; read again.",
+            "Batches that were refused because another consumer had moved a position. Their records are read again.",
             self.fences(),
         );
         page.gauge(
@@ -50,12 +50,12 @@ impl Watched for Counters {
         );
         page.gauge(
             "host_metrics_assigned_partitions",
-            "Partitions that are ours.",
+            "Partitions that are assigned to this consumer.",
             counts.assigned.load(Ordering::Relaxed) as f64,
         );
         page.counter(
             "host_metrics_revoked_partitions_total",
-            "Partitions that the group took away, for another consumer to read.",
+            "Partitions that the group took away from this consumer.",
             self.revoked(),
         );
         page.gauge(
@@ -66,7 +66,7 @@ impl Watched for Counters {
         self.lag(&mut page);
         page.gauge(
             "host_metrics_state_lag_records",
-            "Records in front of the ends of the partitions that are not in the state, 0 with STATE=off.",
+            "Records in the assigned partitions that are not in the state yet. 0 with STATE=off.",
             self.state().lags().values().sum::<u64>() as f64,
         );
         page
@@ -94,7 +94,7 @@ impl Counters {
             .collect();
         page.gauges(
             "host_metrics_lag_records",
-            "Records in front of a partition's end that are not durable, of each partition that is ours.",
+            "Records in each assigned partition that are not durable yet.",
             labels.iter().map(|(labels, lag)| (labels as Labels, *lag)),
         );
     }

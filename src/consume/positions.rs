@@ -1,6 +1,6 @@
-//! Where the group stands, in the offsets table: read, made, and moved in the transaction of what is written.
+//! The group's positions in the offsets table. The transaction that writes a batch also moves them.
 //!
-//! The same for every sink: the compare-and-set is what makes a record count once.
+//! All sinks use this compare-and-set, which makes every record count exactly once.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ impl Keys {
         let topic = self.topics.get(usize::from(partition.topic));
         topic.map(String::as_str).ok_or_else(|| {
             Fault::operator(format!(
-                "no topic has the number {}: a bug, please report it",
+                "no topic has the number {}: this is a bug, please report it",
                 partition.topic
             ))
         })
@@ -32,7 +32,7 @@ impl Keys {
 /// The statements about positions.
 pub struct Positions {
     offsets: String,
-    /// Group, topics, partitions, bases, nexts: moves the positions that are where they should be.
+    /// Moves the positions that are at the bases of a batch.
     advance: Statement,
     read: Statement,
     add: Statement,
@@ -71,7 +71,7 @@ impl Positions {
         })
     }
 
-    /// The positions of `partitions`; one that is missing is made from `missing_from`, if there.
+    /// The positions of `partitions`. First adds those of `missing_from` that the table lacks.
     pub async fn locate(
         &self,
         session: &Session,
@@ -100,7 +100,7 @@ impl Positions {
                         .execute(&self.add, &[&keys.group_id, &topics, &numbers, &nexts]),
                 )
                 .await?;
-            // If another consumer was quicker, its position counts.
+            // Another consumer may have added one first; then that one counts.
             found = self.read(session, keys, partitions).await?;
         }
         Ok(found)
@@ -145,8 +145,8 @@ impl Positions {
             .await
     }
 
-    /// Moves the positions of the batch's partitions from its bases. False: one of them is not there, so it is somebody else's,
-    /// and the transaction has to be rolled back.
+    /// Moves the positions of the batch's partitions. False if another consumer has moved one of them; the transaction then has to
+    /// be rolled back.
     pub async fn advance(&self, session: &Session, keys: &Keys, batch: &Batch) -> Result<bool, Fault> {
         let spans = batch.spans.iter();
         let topics = spans
@@ -169,7 +169,6 @@ impl Positions {
     }
 }
 
-/// As the table holds them.
 fn json(epochs: &Epochs) -> String {
     serde_json::to_string(epochs).expect("names and numbers are JSON")
 }
@@ -180,7 +179,7 @@ fn not_epochs(topic: &str, partition: i32, error: &serde_json::Error) -> Fault {
     ))
 }
 
-/// Names the table (quoted) of a fault that is no record's, because none was sent yet.
+/// Adds the table's quoted name to an error that no record can have caused, because none was sent yet.
 pub fn not_a_rows(fault: Fault, name: &str, grant: &str) -> Fault {
     let fault = fault.with_grant(&format!("GRANT {grant} ON {name} to this user"));
     let text = format!("{name}: {}", fault.text);

@@ -1,29 +1,29 @@
-//! The search for the rows of a batch that the table refuses: which ones to try next.
+//! The search for the rows that the table refuses: which rows of a batch to try next.
 //!
-//! Pure, so that its bounds can be tested; what is tried, and how, is `rows`'.
+//! Pure, so that its bounds can be tested. `rows` makes the trials.
 
 use std::ops::Range;
 
-/// After a bad row the search goes on with this many rows at once and doubles that with every good COPY: the next bad
-/// row may be the next one as well as far away.
+/// After a bad row, the next trial has this many rows. Their number doubles with each good trial, because the next bad row may
+/// be near or far.
 const SEARCH_ROWS: usize = 16;
 
 /// Which rows to try next.
 #[derive(Debug)]
-pub(super) struct Search {
+pub(super) struct Trials {
     rows: usize,
-    /// Rows before this one are judged.
+    /// The first row that is not decided yet.
     at: usize,
-    /// The rows under trial: `at..end`.
+    /// The end of the rows under trial, which begin at `at`.
     end: usize,
-    /// Rows up to here are known to hold a bad one.
+    /// There is a bad row before this one.
     suspect: Option<usize>,
-    /// What to try after the next success, if no suspect says.
+    /// The rows of the trial after the next success, if there is no suspect.
     width: usize,
 }
 
-impl Search {
-    /// All of `rows` failed, at `line` (from 1) if the error said so.
+impl Trials {
+    /// Starts after a COPY of all rows failed, at `line` (from 1) if the error contained it.
     pub(super) fn new(rows: usize, line: Option<usize>) -> Self {
         let mut search = Self {
             rows,
@@ -36,7 +36,7 @@ impl Search {
         search
     }
 
-    /// The rows of the next trial; `None` when all are judged.
+    /// The rows of the next trial, or `None` at the end.
     pub(super) fn next(&self) -> Option<Range<usize>> {
         (self.at < self.rows).then_some(self.at..self.end)
     }
@@ -53,7 +53,7 @@ impl Search {
         }
     }
 
-    /// The trial failed, at `line` (from 1) if the error said so. Returns the row if there was only one.
+    /// The trial failed, at `line` (from 1) if the error contained it. Returns the bad row if the trial had only that one.
     pub(super) fn bad(&mut self, line: Option<usize>) -> Option<usize> {
         if self.end - self.at > 1 {
             self.narrow(line);
@@ -67,7 +67,7 @@ impl Search {
         Some(row)
     }
 
-    /// `at..end` failed: first the rows before the bad line, or half of them.
+    /// `at..end` failed: tries the rows before the bad line next, or the first half.
     fn narrow(&mut self, line: Option<usize>) {
         let bad = line.and_then(|line| self.at.checked_add(line)?.checked_sub(1));
         match bad.filter(|bad| (self.at..self.end).contains(bad)) {
@@ -99,7 +99,7 @@ mod tests {
             let row = first_bad(range.clone()).filter(|_| with_lines);
             row.map(|row| row - range.start + 1)
         };
-        let mut search = Search::new(rows, line(0..rows));
+        let mut search = Trials::new(rows, line(0..rows));
         let (mut found, mut trials) = (Vec::new(), 0);
         while let Some(range) = search.next() {
             trials += 1;

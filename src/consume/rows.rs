@@ -1,12 +1,12 @@
-//! The rows' side of Postgres: what a flush does in two round trips:
+//! The sink of the rows. A flush takes two round trips:
 //!
 //! 1. `BEGIN`, move the positions (compare-and-set over all partitions), start the COPY;
 //! 2. the rows, the end of the COPY, `SET CONSTRAINTS ALL IMMEDIATE`, `COMMIT`;
 //!
-//! and between them one or two more if records were rejected. Rows that the table refuses are found by trials.
+//! and one or two more between them if records were rejected. Rows that the table refuses are found by trials.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
@@ -14,11 +14,12 @@ use futures_util::future::{join, join3};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, CopyInSink, Statement};
 
+use crate::clock::instant_now;
 use crate::config::ConsumeConfig;
-use crate::consume::batch::{Batch, Form, Read, Record};
+use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
 use crate::consume::positions::{Keys, Positions, not_a_rows};
-use crate::consume::refused::Search;
-use crate::consume::sink::{Sink, Written, judge};
+use crate::consume::refused::Trials;
+use crate::consume::sink::{Sink, judge};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
@@ -28,31 +29,29 @@ use crate::tables::row::{HEADER, Layout, Origin, TRAILER};
 use crate::tables::schema::Day;
 use crate::tables::{days, migrate};
 
-/// What is handed to the socket at once: above 64 KiB the cost of a chunk no longer shows.
+/// The bytes that are sent at once. From 64 KiB on, larger chunks are no faster.
 const CHUNK_BYTES: usize = 128 * 1024;
 
-/// Trial COPYs in one call of [`Store::flush`] at most: finding one bad row takes about two, or as many as halving the
-/// batch needs (17 for 100,000 rows) where the error names no line. What is found by then is reported, and the next
-/// flush finds more.
+/// The most trials in one flush. To find a bad row takes about two, or 17 in 100,000 rows if the error names no line. The flush
+/// then returns what it has found, and the next one finds more.
 const MAX_TRIALS: usize = 256;
 
-/// How long the search for bad rows goes on within one call, so that a batch of nothing but bad rows makes progress at a
-/// steady pace and a stop is not kept waiting.
+/// The most time for the search in one flush, so that a batch of only bad rows makes steady progress and does not delay a stop.
 const MAX_SEARCH: Duration = Duration::from_secs(5);
 
-/// Keys and values of rejected records in one INSERT at most, unless there is only one: its message is a further copy.
+/// The most bytes of rejected records in one INSERT, unless there is only one record. The message is another copy of them.
 const REJECTED_BYTES: usize = 4 << 20;
 
 /// The rows of DB_TABLE, and the rejected records.
-pub struct Rows {
+pub struct RowsSink {
     user: String,
     /// DB_RETENTION in whole days, rounded up.
     retention_days: Option<i64>,
-    /// What was last said about fields without a column: said again only if it changes.
-    said_not_stored: Option<Vec<&'static str>>,
+    /// The fields without a column that were last logged. They are logged again only if they change.
+    logged_not_stored: Option<Vec<&'static str>>,
 }
 
-impl Rows {
+impl RowsSink {
     pub fn new(config: &ConsumeConfig) -> Self {
         const DAY_SECONDS: u64 = 86_400;
         Self {
@@ -60,12 +59,12 @@ impl Rows {
             retention_days: config.retention.map(|retention| {
                 i64::try_from(retention.as_secs().div_ceil(DAY_SECONDS)).unwrap_or(i64::MAX)
             }),
-            said_not_stored: None,
+            logged_not_stored: None,
         }
     }
 }
 
-impl Sink for Rows {
+impl Sink for RowsSink {
     const IS_FIRST: bool = true;
     const KEEPS_RECORDS: bool = true;
     type Layout = Layout;
@@ -77,15 +76,15 @@ impl Sink for Rows {
         record: &Record<'_>,
         epochs: &mut Epochs,
         row: &mut Vec<u8>,
-    ) -> Result<Read, String> {
+    ) -> Result<Encoded, String> {
         let Some(mut sample) = judge(record.value.unwrap_or_default(), epochs)? else {
-            return Ok(Read::Claim);
+            return Ok(Encoded::Claim);
         };
         if sample.scheduled_at.is_none() {
-            // The original's records: when Kafka got it is the best that there is.
+            // The original's records have no time of their own.
             let timestamp = record.timestamp;
             sample.scheduled_at =
-                Some(timestamp.ok_or("scheduled_at is absent, and Kafka has no timestamp of the record")?);
+                Some(timestamp.ok_or("scheduled_at is missing, and the record has no timestamp of Kafka")?);
         }
         let origin = Origin {
             topic,
@@ -93,18 +92,18 @@ impl Sink for Rows {
             offset: record.offset,
         };
         layout.encode_row(&sample, origin, row)?;
-        Ok(Read::Row)
+        Ok(Encoded::Row)
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<(Layout, PreparedRows), Fault> {
         let client = &session.client;
         let today = days::today();
         let made = migrate::make(session, today).await;
-        // Many may write and not create: only where something is really missed is that a fault, with both reasons.
+        // Many users may write but not create. That is an error only if something that is needed is missing.
         let not_made = match made {
             Ok(made) => {
                 for object in made {
-                    log::info!("made {}", session.table.quoted(object.suffix()));
+                    log::info!("created {}", session.table.quoted(object.suffix()));
                 }
                 None
             }
@@ -116,22 +115,22 @@ impl Sink for Rows {
             .await
             .map_err(|fault| match &not_made {
                 Some(why) if fault.kind == Kind::Operator => Fault {
-                    text: format!("{fault} (this user could not make what is missing: {why})"),
+                    text: format!("{fault} (this user could not create what is missing: {why})"),
                     ..fault
                 },
                 _ => fault,
             })?;
         let layout = destination.layout;
         let not_stored = layout.not_stored();
-        if self.said_not_stored.as_ref() != Some(&not_stored) {
+        if self.logged_not_stored.as_ref() != Some(&not_stored) {
             if !not_stored.is_empty() {
                 log::warn!(
-                    "not stored, for {} has no such column: {}",
+                    "{} has no columns for these fields, which are not stored: {}",
                     found.table.quoted(""),
                     not_stored.join(", ")
                 );
             }
-            self.said_not_stored = Some(not_stored);
+            self.logged_not_stored = Some(not_stored);
         }
         days::keep_days(session, &found, today, self.retention_days).await?;
         let statements = session
@@ -147,7 +146,7 @@ impl Sink for Rows {
         positions: &Positions,
         prepared: &PreparedRows,
         batch: &Batch,
-    ) -> Result<Written, Fault> {
+    ) -> Result<Flushed, Fault> {
         let flush = Flush {
             session,
             keys,
@@ -157,8 +156,7 @@ impl Sink for Rows {
         flush.flush(batch).await
     }
 
-    /// Makes the partitions of the days ahead and drops those that are older than DB_RETENTION, where the table is ours
-    /// and the user may; otherwise says what is missing.
+    /// Creates the partitions of the days ahead, and drops those that are older than DB_RETENTION.
     async fn maintain(
         &mut self,
         session: &Session,
@@ -174,8 +172,8 @@ pub struct PreparedRows {
     statements: Statements,
 }
 
-/// The transaction of a flush has the user's own search path, because a trigger of the user's table may need it. So every
-/// name in the statements of a flush is qualified (an `unnest` of several arrays is Postgres's own, by its grammar).
+/// The transaction of a flush uses the user's search path, because triggers of the user's table may need it. So its statements
+/// qualify every name. (An `unnest` of several arrays is part of the grammar, and cannot be another function.)
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path TO DEFAULT";
 
 struct Statements {
@@ -216,7 +214,7 @@ impl Statements {
     }
 }
 
-/// One flush: what it needs.
+/// What a flush needs.
 struct Flush<'a> {
     session: &'a Session,
     keys: &'a Keys,
@@ -225,15 +223,15 @@ struct Flush<'a> {
 }
 
 impl Flush<'_> {
-    async fn flush(&self, batch: &Batch) -> Result<Written, Fault> {
+    async fn flush(&self, batch: &Batch) -> Result<Flushed, Fault> {
         let rows: Vec<usize> = rows_of(batch);
         let Some(sink) = self.begin(batch, !rows.is_empty()).await? else {
             self.rollback().await?;
-            return Ok(Written::Fenced);
+            return Ok(Flushed::Fenced);
         };
         let end = "SET CONSTRAINTS ALL IMMEDIATE; COMMIT";
         match self.write(batch, &rows, sink, end).await {
-            Ok(()) => Ok(Written::Durable),
+            Ok(()) => Ok(Flushed::Durable),
             Err(fault) if fault.kind == Kind::Refused && !rows.is_empty() => {
                 self.rollback().await?;
                 self.find_refused(batch, &rows, fault).await
@@ -242,17 +240,17 @@ impl Flush<'_> {
         }
     }
 
-    /// Begins a transaction, moves the positions, inserts the rejected and starts the COPY (the inner `None`: there are
-    /// no rows). The outer `None`: the positions are not where the batch says; the transaction is still open.
+    /// Begins a transaction, moves the positions, inserts the rejected records and starts the COPY (the inner `None`: there are
+    /// no rows). The outer `None`: another consumer has moved a position; the transaction is still open.
     async fn begin(&self, batch: &Batch, has_rows: bool) -> Result<Option<Option<CopyInSink<Bytes>>>, Fault> {
         let client = &self.session.client;
         let step = self.session.bounds.step;
         let rejected = Rejected::chunks(self.keys, batch)?;
-        // While a COPY is open nothing else may be asked: what is inserted goes before it, at the price of a round trip.
+        // No other statement can run while a COPY is open, so an INSERT comes before it and costs a round trip.
         let copies_at_once = has_rows && rejected.is_empty();
 
-        // Polled in this order, so sent in this order. Read committed whatever the user's default: under repeatable read
-        // the compare-and-set would fail with 40001 where it should say "fenced".
+        // They are sent in the order in which they are polled. Under repeatable read, which may be the user's default, the
+        // compare-and-set would fail with 40001 instead of finding no row.
         let (began, moved, copy) = bounded("BEGIN to COPY", step, async {
             Ok::<_, Fault>(
                 join3(
@@ -270,7 +268,7 @@ impl Flush<'_> {
         })
         .await?;
         began?;
-        // A statement after a failed one only says that the transaction is aborted: the first error is the cause.
+        // The first error is the cause. The statements after it only report that the transaction is aborted.
         let is_ours = moved?;
         let name = |object: Object| self.prepared.found.table.quoted(object.suffix());
         let into_main = |fault| not_a_rows(fault, &name(Object::Main), "INSERT");
@@ -281,7 +279,7 @@ impl Flush<'_> {
         for chunk in &rejected {
             let bytes = u32::try_from(chunk.bytes).unwrap_or(u32::MAX);
             bounded(
-                "INSERT of the rejected",
+                "INSERT of the rejected records",
                 step + self.session.bounds.per_byte.saturating_mul(bytes),
                 chunk.insert(client, &self.prepared.statements.reject, self.keys),
             )
@@ -295,7 +293,7 @@ impl Flush<'_> {
         Ok(Some(sink))
     }
 
-    /// Sends `rows` (entries of the batch) and the end of the COPY, and `then`, in one round trip.
+    /// Sends `rows` (entries of the batch), the end of the COPY, and the statements `then`, in one round trip.
     async fn write(
         &self,
         batch: &Batch,
@@ -321,8 +319,8 @@ impl Flush<'_> {
                 let room = CHUNK_BYTES.saturating_sub(chunk.len()).min(range.len());
                 let part = range.start..range.start + room;
                 range.start = part.end;
-                chunk.extend_from_slice(batch.copy_bytes.get(part).ok_or_else(|| {
-                    Fault::operator("a row lies outside of the batch's bytes: a bug, please report it")
+                chunk.extend_from_slice(batch.encoded.get(part).ok_or_else(|| {
+                    Fault::operator("a row is outside the batch's bytes: this is a bug, please report it")
                 })?);
                 if chunk.len() >= CHUNK_BYTES {
                     bounded("COPY", within, sink.send(chunk.split().freeze())).await?;
@@ -343,20 +341,19 @@ impl Flush<'_> {
 
     /// Finds the rows that the table refuses, in a transaction that is rolled back.
     ///
-    /// The rows are copied in their order, good ones stay, so that each is judged in the company in which it would stand
-    /// (two rows with the same unique key: the second one is refused). A row is given up only when it fails alone in its
-    /// COPY, after it was already part of one that failed.
-    async fn find_refused(&self, batch: &Batch, rows: &[usize], first: Fault) -> Result<Written, Fault> {
-        let until = clock() + MAX_SEARCH;
+    /// The rows are copied in their order, and good ones stay, so each row is tried after those that come before it (of two rows
+    /// with the same unique key, the second one is refused). A row counts as refused only if it fails alone in a COPY.
+    async fn find_refused(&self, batch: &Batch, rows: &[usize], first: Fault) -> Result<Flushed, Fault> {
+        let until = instant_now() + MAX_SEARCH;
         let table = &self.prepared.found.table.name;
         if self.begin(&without_entries(batch), false).await?.is_none() {
             self.rollback().await?;
-            return Ok(Written::Fenced);
+            return Ok(Flushed::Fenced);
         }
         let mut refused = Vec::new();
-        let mut search = Search::new(rows.len(), line_in(&first, table));
+        let mut search = Trials::new(rows.len(), line_in(&first, table));
         if line_in(&first, table).is_none() {
-            // A statement trigger that refuses whatever comes is not a row's fault: no row, same answer.
+            // If a COPY without rows fails too, for example because of a statement trigger, no row is the cause.
             if let Err(fault) = self.trial(batch, &[]).await? {
                 let text = format!(
                     "{} refuses every COPY: {fault}",
@@ -380,21 +377,21 @@ impl Flush<'_> {
                     }
                 }
             }
-            if clock() > until && !refused.is_empty() {
+            if instant_now() > until && !refused.is_empty() {
                 break;
             }
         }
         self.rollback().await?;
         if refused.is_empty() {
             return Err(Fault::passing(format!(
-                "{first}; it did not happen again with the rows one by one"
+                "{first}; this did not happen again when the rows were tried one by one"
             )));
         }
-        Ok(Written::Poison(refused))
+        Ok(Flushed::Refused(refused))
     }
 
-    /// One COPY within the open transaction: its rows stay if they are good, and are undone if they are refused (the
-    /// inner error). Every other fault is the outer error.
+    /// One COPY in the open transaction. Its rows stay if they are good, and are undone if they are refused (the inner error).
+    /// All other errors are the outer one.
     async fn trial(&self, batch: &Batch, rows: &[usize]) -> Result<Result<(), Fault>, Fault> {
         let client = &self.session.client;
         let (saved, copy) = self
@@ -431,7 +428,7 @@ impl Flush<'_> {
     }
 }
 
-/// Columns of the rejected table, for one INSERT.
+/// The columns of rejected records, for one INSERT.
 #[derive(Default)]
 struct Rejected<'a> {
     topics: Vec<&'a str>,
@@ -467,7 +464,7 @@ impl<'a> Rejected<'a> {
                 chunk.offsets.push(entry.offset.0);
                 chunk.keys.push(key);
                 chunk.values.push(value);
-                // Postgres text holds no NUL, and a reason may quote one.
+                // A reason may quote a NUL, which Postgres cannot store in a text.
                 chunk.reasons.push(reason.replace('\0', "\\0"));
             }
         }
@@ -493,7 +490,7 @@ impl<'a> Rejected<'a> {
     }
 }
 
-/// The batch's positions alone: for a transaction that only tries rows.
+/// Only the batch's positions, for a transaction that tries rows.
 fn without_entries(batch: &Batch) -> Batch {
     Batch {
         spans: batch.spans.clone(),
@@ -512,7 +509,7 @@ fn rows_of(batch: &Batch) -> Vec<usize> {
         .collect()
 }
 
-/// The bytes of `rows`, neighbours joined: usually one range, more where entries were removed or rejected.
+/// The ranges of `rows` in [`Batch::encoded`]. Adjacent ones are joined, so usually there is only one.
 fn contiguous(batch: &Batch, rows: &[usize]) -> Vec<Range<usize>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
     for entry in rows.iter().filter_map(|&row| batch.entries.get(row)) {
@@ -525,8 +522,8 @@ fn contiguous(batch: &Batch, rows: &[usize]) -> Vec<Range<usize>> {
     ranges
 }
 
-/// The line that a COPY's error context names: `COPY host_metrics, line 3, column latency: "…"`. A hint only: where the
-/// server speaks another language, or an AFTER trigger failed, there is none.
+/// The line that a COPY's error context names: `COPY host_metrics, line 3, column latency: "…"`. There is none if the server
+/// uses another language, or if an AFTER trigger failed.
 fn line_in(fault: &Fault, table: &str) -> Option<usize> {
     let prefix = format!("COPY {table}, line ");
     fault.context.as_deref()?.lines().rev().find_map(|line| {
@@ -534,14 +531,6 @@ fn line_in(fault: &Fault, table: &str) -> Option<usize> {
         let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
         rest.get(..digits)?.parse().ok()
     })
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the edge: bounds on work with the server"
-)]
-fn clock() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

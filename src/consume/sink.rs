@@ -1,21 +1,21 @@
-//! What a pipeline writes, as the store sees it: `rows` and `state` are the two.
+//! What a pipeline writes. There are two sinks: `rows` and `state`.
 
-use crate::consume::batch::{Batch, Read, Record};
+use crate::consume::batch::{Batch, Encoded, Flushed, Record};
 use crate::consume::positions::{Keys, Positions};
 use crate::postgres::{Fault, Session};
 use crate::sample::epoch::{Claim, Epochs, Void};
 use crate::sample::{self, Sample, Timestamp};
 
-/// The record, or `None` for a claim. Every sink judges with this, so all of them find the same.
+/// Decodes a record and checks its epoch; `None` for a claim. All sinks use this, so they accept the same records.
 ///
 /// # Errors
-/// It is not a record, or it was superseded.
+/// The bytes are not a valid record, or a record of a higher epoch came before.
 pub fn judge<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'a>>, String> {
     let sample = match sample::decode(value) {
         Ok(sample) => sample,
         Err(rejection) => {
             let claim = Claim::decode(value).ok_or(rejection.0)?;
-            // A claim that is void says nothing; one of too many places is rejected.
+            // A superseded claim has no effect. A claim is rejected only if there are too many places.
             return match epochs.judge(claim.place(), claim.epoch) {
                 Ok(()) | Err(Void::Superseded { .. }) => Ok(None),
                 Err(void) => Err(void.to_string()),
@@ -35,27 +35,30 @@ pub fn judge<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'
     reason = "only the writer's thread waits for these, on a runtime of its own"
 )]
 pub trait Sink: Send + 'static {
-    /// Whether it says what happens; the second one of a process has nothing to add.
+    /// Whether this is the first pipeline of the process, which logs what happens.
     const IS_FIRST: bool;
 
-    /// Whether a batch keeps keys and values as they came, beside what [`Sink::encode`] makes of them.
+    /// Whether a batch keeps keys and values unchanged, in addition to what [`Sink::encode`] makes of them.
     const KEEPS_RECORDS: bool;
 
-    /// What encoded records have to fit. With another one than before they are encoded anew.
+    /// What encoded records have to fit. If it changes, they are read and encoded again.
     type Layout: Clone + PartialEq + Send + std::fmt::Debug;
-    /// What is prepared on a connection.
+    /// What is prepared in a session, such as statements.
     type Prepared: Send;
 
-    /// Appends what the batch holds of the record, or says why there can be nothing.
+    /// Appends what is written of the record.
+    ///
+    /// # Errors
+    /// Why the record is rejected.
     fn encode(
         layout: &Self::Layout,
         topic: &str,
         record: &Record<'_>,
         epochs: &mut Epochs,
         into: &mut Vec<u8>,
-    ) -> Result<Read, String>;
+    ) -> Result<Encoded, String>;
 
-    /// Makes the tables that are missing where the user may, and prepares the statements.
+    /// Creates missing tables, if the user may, and prepares the statements.
     async fn prepare(&mut self, session: &Session) -> Result<(Self::Layout, Self::Prepared), Fault>;
 
     /// Writes the batch and moves the positions in one transaction, or does nothing.
@@ -66,20 +69,13 @@ pub trait Sink: Send + 'static {
         positions: &Positions,
         prepared: &Self::Prepared,
         batch: &Batch,
-    ) -> Result<Written, Fault>;
+    ) -> Result<Flushed, Fault>;
 
-    /// Upkeep, once an hour.
+    /// Maintenance, once an hour.
     async fn maintain(
         &mut self,
         session: &Session,
         prepared: &Self::Prepared,
         now: Timestamp,
     ) -> Result<(), Fault>;
-}
-
-/// How a transaction ended that did not fail.
-pub enum Written {
-    Durable,
-    Fenced,
-    Poison(Vec<(usize, String)>),
 }

@@ -5,20 +5,21 @@
 //! and place, in one order for everybody.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::{join3, join4};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
+use crate::clock::instant_now;
 use crate::config::{ConsumeConfig, StateConfig};
-use crate::consume::batch::{Batch, Form, MAX_READ_BYTES, Read, Record};
+use crate::consume::batch::{Batch, Encoded, Flushed, Form, MAX_READ_BYTES, Record};
 use crate::consume::counters::Counters;
 use crate::consume::fold::host::{Certificate, Checks, Host, Incident, Series, Verdict};
 use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
 use crate::consume::fold::{Fold, Hosts};
 use crate::consume::positions::{Keys, Positions};
-use crate::consume::sink::{Sink, Written, judge};
+use crate::consume::sink::{Sink, judge};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
@@ -62,14 +63,14 @@ pub fn config_of(config: &ConsumeConfig) -> ConsumeConfig {
 }
 
 /// The state of DB_TABLE.
-pub struct State {
+pub struct StateSink {
     config: StateConfig,
     /// Of the pipeline of the rows, which comes first.
     rows: Counters,
     last_flush_took: Duration,
 }
 
-impl State {
+impl StateSink {
     pub fn new(config: StateConfig, rows: Counters) -> Self {
         Self {
             config,
@@ -121,7 +122,7 @@ impl State {
     }
 }
 
-impl Sink for State {
+impl Sink for StateSink {
     const IS_FIRST: bool = false;
     const KEEPS_RECORDS: bool = false;
     type Layout = ();
@@ -134,16 +135,16 @@ impl Sink for State {
         record: &Record<'_>,
         epochs: &mut Epochs,
         into: &mut Vec<u8>,
-    ) -> Result<Read, String> {
+    ) -> Result<Encoded, String> {
         let value = record.value.unwrap_or_default();
         if value.len() > MAX_READ_BYTES {
             return Err("too long, as for the rows".to_owned());
         }
         if judge(value, epochs)?.is_none() {
-            return Ok(Read::Claim);
+            return Ok(Encoded::Claim);
         }
         into.extend_from_slice(value);
-        Ok(Read::Row)
+        Ok(Encoded::Row)
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<((), Statements), Fault> {
@@ -184,13 +185,13 @@ impl Sink for State {
         positions: &Positions,
         prepared: &Statements,
         batch: &Batch,
-    ) -> Result<Written, Fault> {
+    ) -> Result<Flushed, Fault> {
         self.make_way().await;
-        let began_at = clock();
+        let began_at = instant_now();
         let mut fold = Fold::default();
         for entry in &batch.entries {
             if let Form::Row(range) = &entry.form {
-                let value = batch.copy_bytes.get(range.clone()).unwrap_or_default();
+                let value = batch.encoded.get(range.clone()).unwrap_or_default();
                 fold.record(value, entry.timestamp);
             }
         }
@@ -223,7 +224,7 @@ impl Sink for State {
             session
                 .bounded("ROLLBACK", client.batch_execute("ROLLBACK"))
                 .await?;
-            return Ok(Written::Fenced);
+            return Ok(Flushed::Fenced);
         }
         let stored = stored?;
         let mut changed = stored.hosts.clone();
@@ -246,8 +247,8 @@ impl Sink for State {
             })?;
         // Not in one round trip with the rest, because it has to follow on success only.
         bounded("COMMIT", within, client.batch_execute("COMMIT")).await?;
-        self.last_flush_took = clock().saturating_duration_since(began_at);
-        Ok(Written::Durable)
+        self.last_flush_took = instant_now().saturating_duration_since(began_at);
+        Ok(Flushed::Durable)
     }
 
     async fn maintain(&mut self, session: &Session, _: &Statements, _: Timestamp) -> Result<(), Fault> {
@@ -560,11 +561,6 @@ fn time(micros: i64) -> SystemTime {
 fn micros(time: SystemTime) -> i64 {
     let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX)
-}
-
-#[expect(clippy::disallowed_methods, reason = "an edge: how long a flush took")]
-fn clock() -> Instant {
-    Instant::now()
 }
 
 #[expect(

@@ -1,50 +1,50 @@
-//! Postgres's side of a pipeline: one transaction per flush, every wait bounded, every error sorted.
+//! Postgres's side of a pipeline: one transaction per flush, with a bound on every wait.
 //!
-//! Owns the database connection and the writer's runtime; blocking from outside. What is written is the [`Sink`]'s: the rows
-//! (`rows`) or the state (`state`).
+//! Owns the session and the runtime of the writer's thread; all functions block. A [`Sink`] decides what is written.
 //!
-//! A connection on which anything but a refused row happened is dropped: a late answer could otherwise be taken for a
-//! later question's. The next [`Store::open`] ends the old backend first.
+//! After any error except a refused row the connection is dropped, because a late answer could be taken for the answer to a
+//! later request. The next [`Store::open`] first ends the old backend.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
+use crate::clock::instant_now;
 use crate::config::{ConsumeConfig, DatabaseConfig};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
 use crate::consume::positions::{Keys, Positions};
-use crate::consume::rows::Rows;
-use crate::consume::sink::{Sink, Written};
+use crate::consume::rows::RowsSink;
+use crate::consume::sink::Sink;
 use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Session};
 use crate::sample::Timestamp;
 use crate::tables::names::Object;
 
-/// Why the store could not answer.
+/// Why a request to the store failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// Passing: wait and try again.
+    /// A passing error: wait and try again.
     #[error("{0}")]
     Retry(String),
-    /// The operator has to act: what and how.
+    /// An error that the operator has to correct; the text says how.
     #[error("{0}")]
     Fatal(String),
 }
 
-/// One connection to the database, made anew when it breaks or hangs.
-pub struct Store<S: Sink = Rows> {
+/// A connection to the database, which is replaced when it breaks or hangs.
+pub struct Store<S: Sink = RowsSink> {
     database: DatabaseConfig,
     bounds: Bounds,
     keys: Keys,
     sink: S,
-    /// `None` only while the store is dropped.
+    /// `None` only in `drop`.
     runtime: Option<Runtime>,
     opened: Option<Opened<S>>,
-    /// The backend of the last connection, until it is known to be gone.
+    /// The backend of the last connection, until it is known to have ended.
     old_backend: Option<Backend>,
-    /// The last flush waited in vain for a lock: see [`end_silent`].
+    /// Whether the last flush could not get a lock in time; see [`end_silent`].
     was_locked_out: bool,
 }
 
@@ -60,7 +60,7 @@ impl Store {
     }
 
     pub fn with_bounds(config: &ConsumeConfig, bounds: Bounds) -> anyhow::Result<Self> {
-        Self::of(Rows::new(config), config, bounds)
+        Self::of(RowsSink::new(config), config, bounds)
     }
 }
 
@@ -81,8 +81,7 @@ impl<S: Sink> Store<S> {
         })
     }
 
-    /// Connects (ending the last connection's backend if that may still be there), makes what is missing where the
-    /// user may, and reads the catalogue.
+    /// Connects, ends the backend of the last connection, creates missing tables if the user may, and reads the catalogue.
     pub fn open(&mut self) -> Result<S::Layout, StoreError> {
         self.close();
         let runtime = self.runtime.take().ok_or_else(dropped)?;
@@ -91,8 +90,7 @@ impl<S: Sink> Store<S> {
         result.map_err(StoreError::from)
     }
 
-    /// The positions of `partitions`; a partition without one in the table is given the one in `missing_from`, if there,
-    /// first.
+    /// The positions of `partitions`. First adds those of `missing_from` that the table lacks.
     pub fn positions(
         &mut self,
         partitions: &[Partition],
@@ -118,9 +116,7 @@ impl<S: Sink> Store<S> {
             sink.flush(session, keys, positions, prepared, batch).await
         });
         match written {
-            Ok(Written::Durable) => Flushed::Durable,
-            Ok(Written::Fenced) => Flushed::Fenced,
-            Ok(Written::Poison(entries)) => Flushed::Poison(entries),
+            Ok(flushed) => flushed,
             Err(fault) => {
                 self.was_locked_out = fault.code == Some(SqlState::LOCK_NOT_AVAILABLE);
                 match StoreError::from(fault) {
@@ -131,17 +127,17 @@ impl<S: Sink> Store<S> {
         }
     }
 
-    /// The sink's upkeep. To be called rarely: once an hour is plenty.
+    /// The sink's maintenance, once an hour.
     ///
     /// # Errors
-    /// [`StoreError::Retry`]: the connection broke. Everything else is said and left for the next time.
+    /// The connection broke. All other errors are logged, and the next call tries again.
     pub fn maintain(&mut self, now: Timestamp) -> Result<(), StoreError> {
         let result = self
             .on_session(async |opened, _, sink| sink.maintain(&opened.session, &opened.prepared, now).await);
         result.map_err(StoreError::from)
     }
 
-    /// Drops the connection; the backend is ended by the next [`Store::open`].
+    /// Drops the connection. The next [`Store::open`] ends its backend.
     fn close(&mut self) {
         if let (Some(opened), Some(runtime)) = (self.opened.take(), &self.runtime) {
             self.old_backend = Some(opened.session.backend.clone());
@@ -149,7 +145,7 @@ impl<S: Sink> Store<S> {
         }
     }
 
-    /// Runs `work` on the open session, and drops that if its state is unknown afterwards.
+    /// Runs `work` in the open session, and drops the session if that fails.
     fn on_session<T>(
         &mut self,
         work: impl AsyncFnOnce(&Opened<S>, &Keys, &mut S) -> Result<T, Fault>,
@@ -166,7 +162,6 @@ impl<S: Sink> Store<S> {
 
     async fn open_session(&mut self) -> Result<S::Layout, Fault> {
         let session = Session::open(&self.database, self.bounds).await?;
-        // From here on a failure leaves this backend behind, but an idle one: dropping the session closes its socket.
         let opened = async {
             if let Some(old) = &self.old_backend {
                 terminate(&session, old).await?;
@@ -201,7 +196,7 @@ impl<S: Sink> Store<S> {
 impl<S: Sink> Drop for Store<S> {
     fn drop(&mut self) {
         self.close();
-        // A name look-up may still be under way on a thread of the runtime: not waited for.
+        // Does not wait for a name look-up that may still run on a thread of the runtime.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
@@ -212,21 +207,21 @@ impl From<Fault> for StoreError {
     fn from(fault: Fault) -> Self {
         match fault.kind {
             Kind::Passing => Self::Retry(fault.text),
-            // A refusal that is no row's has a trigger or a constraint of the operator's own behind it.
+            // A refusal that no row caused comes from a trigger or constraint of the operator.
             Kind::Operator | Kind::Refused => Self::Fatal(fault.text),
         }
     }
 }
 
-/// Ends a backend that may still hold locks, or a COMMIT in doubt, and waits until it is gone or clearly does not go (a
-/// frozen one): the fence holds all the same, `lock_timeout` bounds what remains.
+/// Ends a backend that may still hold locks or be about to commit, and waits until it has ended, for a while. A frozen backend
+/// does not end; the fence still holds then, and `lock_timeout` bounds the waits.
 async fn terminate(session: &Session, old: &Backend) -> Result<(), Fault> {
     const SQL: &str = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
                        WHERE pid = $1 AND extract(epoch FROM backend_start)::text = $2";
     const PATIENCE: Duration = Duration::from_secs(2);
     const PAUSE: Duration = Duration::from_millis(20);
-    let until = clock() + PATIENCE;
-    while clock() < until {
+    let until = instant_now() + PATIENCE;
+    while instant_now() < until {
         let rows = session
             .bounded(
                 "ending the old backend",
@@ -239,19 +234,19 @@ async fn terminate(session: &Session, old: &Backend) -> Result<(), Fault> {
         tokio::time::sleep(PAUSE).await;
     }
     log::warn!(
-        "the old connection's backend {} does not end; its locks may still hold us up",
+        "backend {} of the old connection does not end; its locks may delay this consumer",
         old.pid
     );
     Ok(())
 }
 
-/// Ends the backends of other consumers that hold positions and have waited for a word of their client for longer than we
-/// wait for a lock.
+/// Ends the backends of other consumers that lock positions and have waited for their client for longer than we wait for a
+/// lock.
 ///
-/// Whoever was frozen in the middle of a flush (a stopped process, a paused container) leaves such a backend. Its partitions
-/// are ours by now, but its transaction would keep us out for as long as it sleeps: its kernel still answers keepalives, and
-/// no timeout of the server covers a COPY that waits for rows. If it is only slow, it loses one try: its rows were in doubt
-/// anyhow, and the fence decides.
+/// A consumer that was frozen in the middle of a flush (a stopped process, a paused container) leaves such a backend. Its
+/// partitions are ours by now, but its transaction would lock their positions until it wakes up: its kernel still answers
+/// keepalives, and no timeout of the server applies to a COPY that waits for rows. A consumer that is only slow loses one
+/// attempt and repeats it; the fence decides which of us writes.
 async fn end_silent(session: &Session) -> Result<(), Fault> {
     const SQL: &str = "SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a \
                        WHERE a.pid <> pg_catalog.pg_backend_pid() AND a.usename = session_user \
@@ -268,7 +263,7 @@ async fn end_silent(session: &Session) -> Result<(), Fault> {
     for row in ended {
         let pid: i32 = row.try_get(0)?;
         log::warn!(
-            "ended backend {pid} of another consumer: it held a position, and its client said nothing for {} s",
+            "ended backend {pid} of another consumer, which locked a position while its client sent nothing for {} s",
             session.bounds.lock.as_secs_f64()
         );
     }
@@ -277,12 +272,4 @@ async fn end_silent(session: &Session) -> Result<(), Fault> {
 
 fn dropped() -> StoreError {
     StoreError::Retry("the store is being dropped".into())
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the edge: bounds on work with the server"
-)]
-fn clock() -> Instant {
-    Instant::now()
 }

@@ -1,9 +1,9 @@
-//! Partitions that Kafka's client does not read on, though Kafka has more of them.
+//! Partitions that Kafka's client cannot read on, although they have more records.
 //!
 //! librdkafka refuses a batch that it cannot decompress, or that expands beyond `receive.message.max.bytes`, and fetches it
-//! again for ever without a word. What shows it is that its place stands in front of the partition's end, while nothing waits
-//! to be taken, look after look. What the batch there says of itself is then asked, which tells it from a slow or silent
-//! broker. Pure: what librdkafka and Kafka say is `source`'s to ask.
+//! again and again without reporting it. Such a partition stays at one offset before its end while no records are queued. The
+//! header of the batch at that offset is then read, which distinguishes it from a slow broker. Pure: `source` asks librdkafka
+//! and Kafka.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -12,10 +12,10 @@ use crate::consume::batch::Partition;
 use crate::kafka::BatchHead;
 use crate::outage::Outage;
 
-/// As many looks in a row, 5 s apart, have to find a partition at one place before its batch is asked for.
+/// How many looks in a row, 5 s apart, must find a partition at the same offset before the header of its batch is read.
 const LOOKS: u32 = 3;
 
-/// The partitions that stand in front of their end.
+/// The partitions that are not at their end.
 #[derive(Debug, Default)]
 pub struct Stuck(BTreeMap<Partition, Stand>);
 
@@ -23,23 +23,23 @@ pub struct Stuck(BTreeMap<Partition, Stand>);
 struct Stand {
     offset: i64,
     looks: u32,
-    /// What is there. `None`: it may still be nothing but slow.
+    /// The header of the batch. `None` until it was read; the partition may just be slow.
     batch: Option<BatchHead>,
     outage: Outage,
 }
 
-/// What a look at a partition that is being read shows.
+/// What librdkafka reports about a partition that is being read.
 #[derive(Clone, Copy, Debug)]
 pub struct Look {
-    /// What is fetched next, and the end of what can be read.
+    /// The offset that is fetched next, and the end of what can be read.
     pub next_offset: i64,
     pub end_offset: i64,
-    /// Of any partition: while records wait to be taken, librdkafka may have reason not to fetch more.
+    /// The queued records. While there are any, librdkafka may have a reason not to fetch more.
     pub records_waiting: i64,
 }
 
 impl Stuck {
-    /// A further look. How long it could not be read, if that was said and is over.
+    /// Takes a look. Returns how long the partition could not be read, if that was logged and has ended.
     pub fn look(&mut self, now: Instant, partition: Partition, look: Look) -> Option<Duration> {
         let stands = self.0.entry(partition).or_default();
         let is_behind = (0..look.end_offset).contains(&look.next_offset);
@@ -56,8 +56,8 @@ impl Stuck {
         lasted
     }
 
-    /// A partition whose batch is to be asked for, and where it stands. It has to be found there as often again before the next
-    /// time.
+    /// A partition the header of whose batch should be read, and its offset. It is returned again only after further [`LOOKS`]
+    /// at the same offset.
     pub fn next_question(&mut self) -> Option<(Partition, i64)> {
         let mut stands = self.0.iter_mut();
         let (partition, stand) = stands.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;
@@ -65,7 +65,7 @@ impl Stuck {
         Some((*partition, stand.offset))
     }
 
-    /// What is there; `text` says so.
+    /// Takes the header of the batch at `offset`. `text` describes it in the log.
     pub fn found(
         &mut self,
         now: Instant,
@@ -80,23 +80,23 @@ impl Stuck {
         }
     }
 
-    /// These are no longer ours.
+    /// These partitions are no longer ours.
     pub fn forget(&mut self, partitions: &[Partition]) {
         self.0.retain(|partition, _| !partitions.contains(partition));
     }
 
-    /// Those of which it is known.
+    /// The partitions that are known to be stuck.
     pub fn partitions(&self) -> Vec<Partition> {
         let known = self.0.iter().filter(|(_, stand)| stand.batch.is_some());
         known.map(|(partition, _)| *partition).collect()
     }
 
-    /// What is wrong, one text a partition.
+    /// One text for each partition that is stuck.
     pub fn reasons(&self) -> impl Iterator<Item = &str> {
         self.0.values().filter_map(|stand| stand.outage.reason())
     }
 
-    /// What is to be said now, and how long it has lasted.
+    /// The texts that are due to be logged, and how long each has lasted.
     pub fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
         let stands = self.0.values_mut();
         let due = stands.filter_map(|stand| stand.outage.take_report(now));

@@ -1,24 +1,23 @@
 //! The writer: the thread that owns the store, so that records are read while a batch is being written.
 //!
-//! Owns the thread and the two channels, each of one place: one request is under way at a time, and its answer is taken
-//! before the next. Nothing waits for the store without a bound of its own.
+//! One request is under way at a time, and its answer is taken before the next one is sent.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::bail;
 
+use crate::clock::{self, instant_now};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
 use crate::consume::sink::Sink;
 use crate::consume::store::{Store, StoreError};
-use crate::sample::Timestamp;
 
-/// How often the days ahead are made and the old ones dropped.
+/// How often the store is maintained: partitions of the days ahead are created, and what is too old is removed.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3_600);
 
-/// What the store is asked for.
+/// A request to the store.
 #[derive(Debug)]
 pub enum Request {
     Open,
@@ -29,7 +28,7 @@ pub enum Request {
     Flush(Batch),
 }
 
-/// What it says; of a flush also how long it took.
+/// The store's answer, for a flush with its duration.
 #[derive(Debug)]
 pub enum Answer<L> {
     Opened(Result<L, StoreError>),
@@ -37,7 +36,7 @@ pub enum Answer<L> {
     Flushed(Batch, Flushed, Duration),
 }
 
-/// The handle of the polling thread.
+/// The handle that the polling thread has.
 pub struct Writer<L> {
     requests: SyncSender<Request>,
     answers: Receiver<Answer<L>>,
@@ -46,7 +45,7 @@ pub struct Writer<L> {
 
 impl<L: Send + 'static> Writer<L> {
     /// # Errors
-    /// The operating system has no thread to give.
+    /// The thread cannot be started.
     pub fn start<S: Sink<Layout = L>>(store: Store<S>) -> io::Result<Self> {
         let (requests, requested) = sync_channel(1);
         let (answer, answers) = sync_channel(1);
@@ -60,13 +59,13 @@ impl<L: Send + 'static> Writer<L> {
         })
     }
 
-    /// Whether an answer is still to come.
+    /// Whether a request is under way.
     pub fn is_busy(&self) -> bool {
         self.is_busy
     }
 
     /// # Errors
-    /// The writer is gone: a bug.
+    /// The writer has ended: a bug.
     pub fn ask(&mut self, request: Request) -> anyhow::Result<()> {
         debug_assert!(!self.is_busy, "one request at a time");
         self.is_busy = true;
@@ -76,10 +75,10 @@ impl<L: Send + 'static> Writer<L> {
         }
     }
 
-    /// The answer, if it is there.
+    /// The answer, if it has arrived.
     ///
     /// # Errors
-    /// The writer is gone: a bug.
+    /// The writer has ended: a bug.
     pub fn answer(&mut self) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.try_recv() {
             Ok(answer) => {
@@ -91,10 +90,10 @@ impl<L: Send + 'static> Writer<L> {
         }
     }
 
-    /// The answer, if it comes in time.
+    /// The answer, if it arrives within `timeout`.
     ///
     /// # Errors
-    /// The writer is gone: a bug.
+    /// The writer has ended: a bug.
     pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.recv_timeout(timeout) {
             Ok(answer) => {
@@ -106,23 +105,21 @@ impl<L: Send + 'static> Writer<L> {
         }
     }
 
-    /// Ends the thread and closes the connection. If it is stuck in a request, it is left to the end of the process: what it
-    /// was asked to write is then in doubt, as after a crash.
+    /// Ends the thread and closes the connection. If a request takes longer, the thread ends with the process; whether its batch
+    /// was written is then unknown, as after a crash.
     pub fn close(self, within: Duration) {
         let Self {
             requests, answers, ..
         } = self;
         drop(requests);
-        #[expect(clippy::disallowed_methods, reason = "an edge: a bound on waiting")]
-        let deadline = Instant::now() + within;
+        let deadline = instant_now() + within;
         loop {
-            #[expect(clippy::disallowed_methods, reason = "an edge: a bound on waiting")]
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(instant_now());
             match answers.recv_timeout(left) {
                 Ok(_) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {
-                    log::debug!("Postgres does not answer: left without a goodbye");
+                    log::debug!("Postgres does not answer; the connection was not closed properly");
                     return;
                 }
             }
@@ -130,16 +127,16 @@ impl<L: Send + 'static> Writer<L> {
     }
 }
 
-const GONE: &str = "the writer's thread ended: a bug, please report it";
+const GONE: &str = "the writer's thread ended: this is a bug, please report it";
 
 fn write<S: Sink>(
     mut store: Store<S>,
     requests: &Receiver<Request>,
     answers: &SyncSender<Answer<S::Layout>>,
 ) {
-    let mut maintained_at = now();
+    let mut maintained_at = instant_now();
     loop {
-        let until_maintenance = (maintained_at + MAINTAIN_EVERY).saturating_duration_since(now());
+        let until_maintenance = (maintained_at + MAINTAIN_EVERY).saturating_duration_since(instant_now());
         let request = match requests.recv_timeout(until_maintenance) {
             Ok(request) => Some(request),
             Err(RecvTimeoutError::Timeout) => None,
@@ -148,8 +145,8 @@ fn write<S: Sink>(
         if let Some(request) = request {
             let answer = match request {
                 Request::Open => {
-                    // Opening does the same.
-                    maintained_at = now();
+                    // Opening includes maintenance.
+                    maintained_at = instant_now();
                     Answer::Opened(store.open())
                 }
                 Request::Locate {
@@ -157,36 +154,22 @@ fn write<S: Sink>(
                     missing_from,
                 } => Answer::Located(store.positions(&partitions, &missing_from)),
                 Request::Flush(batch) => {
-                    let started = now();
+                    let started = instant_now();
                     let flushed = store.flush(&batch);
-                    Answer::Flushed(batch, flushed, now().saturating_duration_since(started))
+                    Answer::Flushed(batch, flushed, instant_now().saturating_duration_since(started))
                 }
             };
             if answers.send(answer).is_err() {
                 return;
             }
         }
-        if maintained_at + MAINTAIN_EVERY <= now() {
-            maintained_at = now();
-            // A connection that breaks here is found broken by the next request.
-            if let Some(Err(error)) = wall_clock().map(|now| store.maintain(now)) {
-                log::debug!("the days ahead were not made: {error}");
+        if maintained_at + MAINTAIN_EVERY <= instant_now() {
+            maintained_at = instant_now();
+            // If the connection broke, the next request reports it.
+            let today = clock::timestamp(clock::wall_micros());
+            if let Err(error) = store.maintain(today) {
+                log::debug!("maintenance failed: {error}");
             }
         }
     }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: when to maintain, and how long a flush took"
-)]
-fn now() -> Instant {
-    Instant::now()
-}
-
-/// `None` where the clock is set to something that no timestamp holds.
-fn wall_clock() -> Option<Timestamp> {
-    #[expect(clippy::disallowed_methods, reason = "an edge: days are of the wall clock")]
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
-    Timestamp::from_unix_micros(i64::try_from(since_epoch.as_micros()).ok()?)
 }

@@ -18,8 +18,9 @@ use openssl::ssl::{SslStream, SslVerifyMode};
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::RDKafkaErrorCode;
 
-use super::connection::{Connection, now, tls_session};
+use super::connection::{Connection, tls_session};
 use super::{partitions, small_client};
+use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaSasl};
 
 /// The bound on all requests to the broker together.
@@ -98,7 +99,7 @@ struct Broker(Stream);
 
 impl Broker {
     fn connect(kafka: &KafkaConfig, server: &str) -> io::Result<Self> {
-        let connection = Connection::open(server, now() + WITHIN)?;
+        let connection = Connection::open(server, instant_now() + WITHIN)?;
         Ok(Self(match &kafka.security.tls {
             None => Stream::Plain(connection),
             Some(tls) => {

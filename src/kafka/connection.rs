@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use openssl::error::ErrorStack;
 use openssl::ssl::{Ssl, SslContext, SslFiletype, SslMethod};
 
+use crate::clock::instant_now;
 use crate::config::KafkaTls;
 
 /// A TCP connection. A read or write after the deadline fails.
@@ -57,7 +58,7 @@ impl Write for Connection {
 }
 
 fn left(deadline: Instant) -> io::Result<Duration> {
-    let left = deadline.saturating_duration_since(now());
+    let left = deadline.saturating_duration_since(instant_now());
     match left.is_zero() {
         true => Err(too_late()),
         false => Ok(left),
@@ -111,11 +112,6 @@ pub(super) fn host_of(server: &str) -> &str {
     host.trim_start_matches('[').trim_end_matches(']')
 }
 
-#[expect(clippy::disallowed_methods, reason = "an edge: deadlines need the clock")]
-pub(super) fn now() -> Instant {
-    Instant::now()
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
@@ -126,11 +122,11 @@ mod tests {
     fn a_server_that_says_nothing_is_left_at_the_deadline() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap().to_string();
-        let mut connection = Connection::open(&server, now() + Duration::from_secs(30)).unwrap();
-        connection.set_deadline(now() + Duration::from_millis(20));
+        let mut connection = Connection::open(&server, instant_now() + Duration::from_secs(30)).unwrap();
+        connection.set_deadline(instant_now() + Duration::from_millis(20));
         let late = "it did not answer in time";
         assert_eq!(connection.read(&mut [0]).unwrap_err().to_string(), late);
         assert_eq!(connection.write(b"x").unwrap_err().to_string(), late);
-        assert!(Connection::open(&server, now()).is_err());
+        assert!(Connection::open(&server, instant_now()).is_err());
     }
 }

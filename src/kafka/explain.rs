@@ -20,7 +20,8 @@ use openssl::ssl::{HandshakeError, SslVerifyMode};
 use openssl::x509::{X509, X509NameRef, X509Ref, X509StoreContextRef};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
-use super::connection::{Connection, host_of, now, tls_session};
+use super::connection::{Connection, host_of, tls_session};
+use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaTls};
 use crate::terminal;
 
@@ -47,12 +48,12 @@ const NO_TLS: &str = "the broker closes the connection when TLS begins, so it pr
 #[derive(Clone)]
 pub struct Explainer {
     kafka: Arc<KafkaConfig>,
-    looks: Arc<Mutex<BTreeMap<String, Look>>>,
+    handshakes: Arc<Mutex<BTreeMap<String, Handshake>>>,
 }
 
 /// The last handshake with a broker.
 #[derive(Default)]
-struct Look {
+struct Handshake {
     begun: Option<Instant>,
     is_under_way: bool,
     found: Option<String>,
@@ -62,7 +63,7 @@ impl Explainer {
     pub fn new(kafka: &KafkaConfig) -> Self {
         Self {
             kafka: Arc::new(kafka.clone()),
-            looks: Arc::default(),
+            handshakes: Arc::default(),
         }
     }
 
@@ -75,7 +76,7 @@ impl Explainer {
     pub fn hear(&self, error: &KafkaError, reason: &str) {
         if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) || is_certificate(reason) {
             let server = server_of(reason).unwrap_or_else(|| self.first_server());
-            self.look_at(server.to_owned());
+            self.shake_hands_with(server.to_owned());
         }
     }
 
@@ -123,42 +124,46 @@ impl Explainer {
 
     /// What the last handshake found, unless that was long ago and may have had another cause.
     fn found(&self, server: &str) -> Option<String> {
-        let looks = self.looks();
-        let look = looks.get(server)?;
-        let is_fresh = now().duration_since(look.begun?) < 2 * LOOK_AGAIN_AFTER;
-        look.found.clone().filter(|_| is_fresh)
+        let handshakes = self.handshakes();
+        let handshake = handshakes.get(server)?;
+        let is_fresh = instant_now().duration_since(handshake.begun?) < 2 * LOOK_AGAIN_AFTER;
+        handshake.found.clone().filter(|_| is_fresh)
     }
 
-    fn look_at(&self, server: String) {
-        let now = now();
-        let mut looks = self.looks();
-        let look = looks.entry(server.clone()).or_default();
-        let pause = match look.found {
+    fn shake_hands_with(&self, server: String) {
+        let now = instant_now();
+        let mut handshakes = self.handshakes();
+        let handshake = handshakes.entry(server.clone()).or_default();
+        let pause = match handshake.found {
             Some(_) => LOOK_AGAIN_AFTER,
             None => LOOK_AGAIN_AFTER_NOTHING,
         };
-        if look.is_under_way || look.begun.is_some_and(|begun| now.duration_since(begun) < pause) {
+        if handshake.is_under_way
+            || handshake
+                .begun
+                .is_some_and(|begun| now.duration_since(begun) < pause)
+        {
             return;
         }
         // The last finding stays until this handshake has ended.
-        look.begun = Some(now);
+        handshake.begun = Some(now);
         let this = self.clone();
         let work = move || {
             let found = examine(&server, &this.kafka);
-            if let Some(look) = this.looks().get_mut(&server) {
-                look.is_under_way = false;
-                look.found = found;
+            if let Some(handshake) = this.handshakes().get_mut(&server) {
+                handshake.is_under_way = false;
+                handshake.found = found;
             }
         };
         match thread::Builder::new().name("kafka-look".into()).spawn(work) {
-            Ok(_) => look.is_under_way = true,
+            Ok(_) => handshake.is_under_way = true,
             Err(error) => log::debug!("cannot start a thread to look at Kafka: {error}"),
         }
     }
 
     /// A panic leaves no entry half written, so a poisoned lock is still usable.
-    fn looks(&self) -> MutexGuard<'_, BTreeMap<String, Look>> {
-        self.looks.lock().unwrap_or_else(PoisonError::into_inner)
+    fn handshakes(&self) -> MutexGuard<'_, BTreeMap<String, Handshake>> {
+        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -244,7 +249,7 @@ fn name(name: &X509NameRef) -> String {
 
 /// Why this broker refuses us, as far as a handshake shows it.
 fn examine(server: &str, kafka: &KafkaConfig) -> Option<String> {
-    let connection = Connection::open(server, now() + ANSWER_WITHIN).ok()?;
+    let connection = Connection::open(server, instant_now() + ANSWER_WITHIN).ok()?;
     let shown = match shake_hands(server, connection, kafka.security.tls.as_ref()) {
         Ok(shown) => shown,
         Err(error) => {
@@ -309,7 +314,7 @@ fn shake_hands(
     };
     ssl.set_verify_callback(SslVerifyMode::PEER, callback);
     let mut is_closed = false;
-    connection.set_deadline(now() + ANSWER_WITHIN);
+    connection.set_deadline(instant_now() + ANSWER_WITHIN);
     // In TLS 1.3 the client's handshake is done before the broker has seen its certificate.
     let alert = match ssl.connect(connection) {
         Err(error) => {
@@ -318,7 +323,7 @@ fn shake_hands(
             error.to_string()
         }
         Ok(mut stream) => {
-            stream.get_mut().set_deadline(now() + ALERT_WITHIN);
+            stream.get_mut().set_deadline(instant_now() + ALERT_WITHIN);
             let read = stream.read(&mut [0]);
             read.err().map(|error| error.to_string()).unwrap_or_default()
         }

@@ -16,7 +16,7 @@ use rdkafka::{Offset, TopicPartitionList};
 
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
-use crate::kafka::{Explainer, client_config};
+use crate::kafka::{Explainer, Named, client_config, partitions};
 use crate::outage::Outage;
 
 /// How long a question to Kafka may take: the member hears of nothing else meanwhile.
@@ -24,9 +24,6 @@ const ASK_WITHIN: Duration = Duration::from_secs(2);
 
 /// The least that brokers allow unless they are told otherwise: so long a dead member keeps its partitions.
 const SESSION_MS: &str = "6000";
-
-/// A partition by its topic's name.
-pub type Named = (String, i32);
 
 /// What the group did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -213,16 +210,8 @@ impl Member {
     /// # Errors
     /// Kafka does not answer in time, or there is no such topic.
     pub fn partitions(&self, topic: &str) -> KafkaResult<i32> {
-        let metadata = self.consumer.fetch_metadata(Some(topic), ASK_WITHIN)?;
-        let found = metadata.topics().iter().find(|found| found.name() == topic);
-        let fault = found.and_then(|found| found.error()).map(RDKafkaErrorCode::from);
-        let count = found.map_or(0, |found| found.partitions().len());
-        match (fault, i32::try_from(count)) {
-            (None, Ok(count)) if count > 0 => Ok(count),
-            (fault, _) => Err(KafkaError::MetadataFetch(
-                fault.unwrap_or(RDKafkaErrorCode::UnknownTopicOrPartition),
-            )),
-        }
+        let found = partitions(self.consumer.client(), topic, ASK_WITHIN)?;
+        Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
 
     /// Why Kafka does not let us be a member, if it is time to say so, and for how long already.

@@ -19,4 +19,4 @@ pub use client::small_client;
 pub use explain::{Explainer, names_a_cause};
 pub use listener::Listener;
 pub use settings::client_config;
-pub use topics::partitions;
+pub use topics::{Named, look_up_topic, partitions};

@@ -6,6 +6,9 @@ use rdkafka::ClientContext;
 use rdkafka::client::Client;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 
+/// A partition by its topic's name.
+pub type Named = (String, i32);
+
 /// A partition and the `host:port` of the broker that leads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicPartition {
@@ -14,7 +17,7 @@ pub struct TopicPartition {
     pub leader: Option<String>,
 }
 
-/// The partitions of a topic, by number.
+/// The partitions of a topic, by number. There is at least one.
 ///
 /// # Errors
 /// No broker answered within that time, or the topic does not exist or may not be read.
@@ -23,12 +26,26 @@ pub fn partitions<C: ClientContext>(
     topic: &str,
     within: Duration,
 ) -> KafkaResult<Vec<TopicPartition>> {
+    look_up_topic(client, topic, within)?.map_err(KafkaError::MetadataFetch)
+}
+
+/// As [`partitions`], for callers that distinguish between a Kafka that does not answer and a topic that does not exist or may
+/// not be read (the inner error).
+///
+/// # Errors
+/// No broker answered within that time.
+pub fn look_up_topic<C: ClientContext>(
+    client: &Client<C>,
+    topic: &str,
+    within: Duration,
+) -> KafkaResult<Result<Vec<TopicPartition>, RDKafkaErrorCode>> {
     let metadata = client.fetch_metadata(Some(topic), within)?;
-    let unknown = KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicOrPartition);
     let found = metadata.topics().iter().find(|found| found.name() == topic);
-    let found = found.ok_or(unknown)?;
+    let Some(found) = found.filter(|found| found.error().is_some() || !found.partitions().is_empty()) else {
+        return Ok(Err(RDKafkaErrorCode::UnknownTopicOrPartition));
+    };
     if let Some(error) = found.error() {
-        return Err(KafkaError::MetadataFetch(RDKafkaErrorCode::from(error)));
+        return Ok(Err(RDKafkaErrorCode::from(error)));
     }
     let leader = |id: i32| {
         let broker = metadata.brokers().iter().find(|broker| broker.id() == id)?;
@@ -43,7 +60,7 @@ pub fn partitions<C: ClientContext>(
         })
         .collect();
     partitions.sort_unstable_by_key(|partition| partition.number);
-    Ok(partitions)
+    Ok(Ok(partitions))
 }
 
 /// `host:port`, with brackets around an IPv6 address.

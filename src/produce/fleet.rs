@@ -12,7 +12,8 @@ use anyhow::Context as _;
 
 use crate::clock::{Clock, instant_now};
 use crate::config::{GroupConfig, KafkaConfig};
-use crate::kafka::member::{self, Change, Member, Named, NotCommitted};
+use crate::kafka::Named;
+use crate::kafka::member::{self, Change, Member, NotCommitted};
 use crate::kafka::reader::{Part, Reader};
 use crate::outage::Outage;
 use crate::produce::publisher::{Letter, LetterBox};

@@ -10,19 +10,19 @@ const TABLES: [(&str, &str, &str, &str); 8] = [
         "original",
         "CREATE TABLE original (address varchar, latency numeric, status_code integer, is_valid boolean)",
         "(http://h/0,0.5,200,t)",
-        "not stored, for \"public\".\"original\" has no such column: outcome, error",
+        "\"public\".\"original\" has no columns for these fields, which are not stored: outcome, error",
     ),
     (
         "single",
         "CREATE TABLE single (address text, latency real, status_code smallint, is_valid boolean)",
         "(http://h/0,0.5,200,t)",
-        "not stored, for \"public\".\"single\" has no such column: outcome, error",
+        "\"public\".\"single\" has no columns for these fields, which are not stored: outcome, error",
     ),
     (
         "double",
         "CREATE TABLE double (address text, latency double precision, status_code bigint, is_valid boolean)",
         "(http://h/0,0.5,200,t)",
-        "not stored, for \"public\".\"double\" has no such column: outcome, error",
+        "\"public\".\"double\" has no columns for these fields, which are not stored: outcome, error",
     ),
     (
         "extended",
@@ -30,7 +30,7 @@ const TABLES: [(&str, &str, &str, &str); 8] = [
          latency numeric(8,3), status_code integer, is_valid boolean NOT NULL, \
          is_slow boolean GENERATED ALWAYS AS (latency > 0.4) STORED, outcome text)",
         "(web,http://h/0,0.500,200,t,t,)",
-        "not stored, for \"public\".\"extended\" has no such column: error",
+        "\"public\".\"extended\" has no columns for these fields, which are not stored: error",
     ),
     (
         "facade",
@@ -40,27 +40,27 @@ const TABLES: [(&str, &str, &str, &str); 8] = [
          INSERT INTO hosts VALUES (NEW.address, 1); RETURN NEW; END $$; \
          CREATE TRIGGER see INSTEAD OF INSERT ON facade FOR EACH ROW EXECUTE FUNCTION see()",
         "(http://h/0,f)",
-        "not stored, for \"public\".\"facade\" has no such column: latency",
+        "\"public\".\"facade\" has no columns for these fields, which are not stored: latency",
     ),
     (
         "\"Our Checks\".\"Host.Metrics\"",
         "CREATE SCHEMA \"Our Checks\"; CREATE TABLE \"Our Checks\".\"Host.Metrics\" (\"address\" text, \
          is_valid boolean, \"Latency\" real)",
         "(http://h/0,t,)",
-        "not stored, for \"Our Checks\".\"Host.Metrics\" has no such column: latency",
+        "\"Our Checks\".\"Host.Metrics\" has no columns for these fields, which are not stored: latency",
     ),
     (
         "Mixed.HostMetrics",
         "CREATE SCHEMA \"Mixed\"; CREATE TABLE \"Mixed\".\"HostMetrics\" (address text, \"Is_Valid\" boolean)",
         "(http://h/0,)",
-        "not stored, for \"Mixed\".\"HostMetrics\" has no such column: latency, status_code, is_valid",
+        "\"Mixed\".\"HostMetrics\" has no columns for these fields, which are not stored: latency, status_code, is_valid",
     ),
     (
         "parts",
         "CREATE TABLE parts (address text, status_code integer) PARTITION BY LIST (status_code); \
          CREATE TABLE parts_good PARTITION OF parts FOR VALUES IN (200)",
         "(http://h/0,200)",
-        "not stored, for \"public\".\"parts\" has no such column: latency, is_valid",
+        "\"public\".\"parts\" has no columns for these fields, which are not stored: latency, is_valid",
     ),
 ];
 

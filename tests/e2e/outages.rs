@@ -190,7 +190,7 @@ fn memory_stays_where_it_is_while_postgres_is_away_and_a_stop_says_what_was_in_h
         };
         kafka.write(case.name, (0..BACKLOG / 2).map(record));
     }
-    consumer.wait_for_stderr("200 records in hand", SOON);
+    consumer.wait_for_stderr("200 records not written yet", SOON);
     let pause = Shutdown::new();
     let watched_until = now() + Duration::from_secs(5);
     while now() < watched_until {

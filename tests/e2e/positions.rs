@@ -70,7 +70,7 @@ fn a_position_that_is_deleted_under_a_running_consumer_is_said_and_the_groups_co
     case.write(0, 10..20);
     case.wait_for_rows(20, &[&consumer]);
     consumer.wait_for_stderr(
-        "the position of deleted/0, 10, is gone from the offsets table",
+        "the position of deleted/0, 10, is no longer in the offsets table",
         SOON,
     );
     consumer.stop();
@@ -128,8 +128,8 @@ fn records_that_kafka_deleted_unread_are_said_and_reading_goes_on_with_the_first
     let consumer = case.consume();
     case.wait_for_rows(50, &[&consumer]);
     for words in [
-        "the records of retention/0 from 20 to 40 are gone from Kafka, unread (retention): reading goes on at 40",
-        "the records of retention/1 from 10 to 20 are gone from Kafka, unread (retention): reading goes on at 20",
+        "Kafka has deleted the records of retention/0 from 20 to 40 before they were read (retention); reading goes on at 40",
+        "Kafka has deleted the records of retention/1 from 10 to 20 before they were read (retention); reading goes on at 20",
     ] {
         consumer.wait_for_stderr(words, SOON);
         assert_eq!(consumer.said(words), 1, "{}", consumer.stderr());
@@ -159,7 +159,7 @@ fn a_topic_that_was_made_anew_is_said_and_read_from_its_beginning() {
     case.write(0, 100..110);
     let consumer = case.consume();
     consumer.wait_for_stderr(
-        "position 50 of anew/0 is beyond the end, 10: the topic was made anew; reading starts at its beginning, 0",
+        "position 50 of anew/0 is beyond the end, 10, so the topic was recreated; reading starts at its beginning, 0",
         SOON,
     );
     case.wait_for_rows(60, &[&consumer]);

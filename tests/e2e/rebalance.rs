@@ -180,8 +180,10 @@ fn a_consumer_that_is_frozen_in_the_middle_of_a_flush_holds_up_nobody_and_stores
         SOON,
         "it hears from Kafka or from Postgres what happened",
         || {
-            (sleeper.said("revoked sleeper/0") + sleeper.said("another consumer moved sleeper/0") > 0)
-                .then_some(())
+            (sleeper.said("revoked sleeper/0")
+                + sleeper.said("another consumer moved the position of sleeper/0")
+                > 0)
+            .then_some(())
         },
         || sleeper.stderr(),
     );
@@ -226,7 +228,7 @@ fn a_position_that_somebody_else_moves_under_a_flush_keeps_it_out_and_reading_go
     );
     case.db.execute("COMMIT");
     consumer.wait_for_stderr(
-        "another consumer moved fenced/0 from 10 to 15: 10 records are left to it",
+        "another consumer moved the position of fenced/0 from 10 to 15; 10 records are left to that consumer",
         SOON,
     );
     case.wait_for_rows(20, &[&consumer]);
@@ -245,7 +247,7 @@ fn of_two_consumers_with_one_instance_id_the_older_one_ends_and_says_why() {
     let younger = Agent::start(&["consume"], &variables);
     let status = older.wait(SOON);
     assert_eq!(status.code(), Some(1), "{}", older.stderr());
-    older.wait_for_stderr("each needs its own", SOON);
+    older.wait_for_stderr("each consumer needs its own", SOON);
     case.write(0, 20..30);
     case.wait_for_rows(30, &[&younger]);
     younger.stop();
@@ -307,7 +309,7 @@ fn partitions_that_a_rebalance_left_without_an_owner_are_noticed_and_read() {
         || stays.stderr() + &comes_back.stderr(),
     );
     assert!(
-        stays.said("belong to nobody") + comes_back.said("belong to nobody") > 0,
+        stays.said("are assigned to no member") + comes_back.said("are assigned to no member") > 0,
         "they were no orphans: {}{}",
         stays.stderr(),
         comes_back.stderr()

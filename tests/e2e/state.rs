@@ -7,7 +7,7 @@ use host_metrics::config::StateConfig;
 use host_metrics::consume::Counters;
 use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::sink::Sink;
-use host_metrics::consume::state::State;
+use host_metrics::consume::state::StateSink;
 use host_metrics::consume::store::Store;
 use host_metrics::sample::epoch::Epochs;
 use host_metrics::sample::{Sample, Timestamp, encode};
@@ -19,18 +19,18 @@ use crate::scratch::wait_for;
 use crate::store::{P0, row};
 
 /// A store of the state beside that of the rows.
-pub fn state_store(db: &Database, table: &str, config: StateConfig) -> Store<State> {
+pub fn state_store(db: &Database, table: &str, config: StateConfig) -> Store<StateSink> {
     let mut settings = db.config_of(table);
     settings.group_id = "g-state".into();
     Store::of(
-        State::new(config, Counters::default()),
+        StateSink::new(config, Counters::default()),
         &settings,
         Default::default(),
     )
     .unwrap()
 }
 
-fn locate(store: &mut Store<State>, partition: Partition, next: i64) -> i64 {
+fn locate(store: &mut Store<StateSink>, partition: Partition, next: i64) -> i64 {
     let found = store.positions(&[partition], &BTreeMap::from([(partition, NextOffset(next))]));
     found.unwrap()[&partition].next.0
 }
@@ -48,14 +48,14 @@ pub fn batch(partition: Partition, base: i64, samples: &[Sample<'_>]) -> Batch {
             value: Some(&value),
         };
         batch.push(NextOffset(base), record, |into| {
-            State::encode(&(), "t", &record, &mut Epochs::default(), into)
+            StateSink::encode(&(), "t", &record, &mut Epochs::default(), into)
         });
     }
     batch
 }
 
 /// Folds all of them, in batches of random size.
-fn fold(store: &mut Store<State>, samples: &[Sample<'_>], most: usize) {
+fn fold(store: &mut Store<StateSink>, samples: &[Sample<'_>], most: usize) {
     store.open().unwrap();
     let mut at = usize::try_from(locate(store, P0, 0)).unwrap();
     while at < samples.len() {
@@ -385,7 +385,7 @@ fn a_state_that_cannot_be_written_keeps_no_row_back_and_status_counts_rows() {
     let consumer = Agent::start(&["consume"], &case.variables().with("STATE", "on"));
     case.write(0, 0..10);
     case.wait_for_rows(10, &[&consumer]);
-    consumer.wait_for_stderr("the state is not kept up", SOON);
+    consumer.wait_for_stderr("the state is not being updated", SOON);
     consumer.wait_for_stderr("host_metrics_series\" was not made by this version", SOON);
     let (_, said) = run(&["status"], &case.variables().with("STATE", "on"));
     assert!(

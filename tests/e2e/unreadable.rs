@@ -41,7 +41,7 @@ fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() 
     let consumer = Agent::start(&["consume"], &variables);
     case.wait_for_rows(10, &[&consumer]);
 
-    let what = "refused/0 stands at offset 10: Kafka's client cannot read the batch there (offsets 10 to 12, 3 records, zstd, ";
+    let what = "refused/0 is stuck at offset 10: Kafka's client cannot read the batch there (offsets 10 to 12, 3 records, zstd, ";
     let said = health_becomes(&variables, 1, what, &consumer);
     assert!(said.contains("`host-metrics skip refused/0:10`"), "{said}");
     consumer.wait_for_stderr(what, SOON);
@@ -54,7 +54,7 @@ fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() 
         || consumer.stderr(),
     );
     health_becomes(&variables, 1, what, &consumer);
-    assert_eq!(consumer.said("is read again"), 0, "{}", consumer.stderr());
+    assert_eq!(consumer.said("is being read again"), 0, "{}", consumer.stderr());
     assert_eq!(case.db.count("host_metrics_rejected"), 0, "never silently");
 
     let skip = |place: &str| run(&["skip", place], &variables);
@@ -85,7 +85,7 @@ fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() 
     assert!(said.contains("The position of refused/0 is now 13"), "{said}");
     case.wait_for_rows(20, &[&consumer]);
     health_becomes(&variables, 0, "ready", &consumer);
-    consumer.wait_for_stderr("refused/0 is read again", SOON);
+    consumer.wait_for_stderr("refused/0 is being read again", SOON);
     let rejected = case.db.one(
         "SELECT concat_ws(' | ', group_id, kafka_topic, kafka_partition, kafka_offset, key, value, reason) \
          FROM host_metrics_rejected",

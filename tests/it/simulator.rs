@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::batch::{
-    Batch, Form, NextOffset, Offset, Partition, Position, Read, Record, Span,
+    Batch, Encoded, Form, NextOffset, Offset, Partition, Position, Record, Span,
 };
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::{DownWhen, Host};
@@ -774,7 +774,7 @@ impl History {
                     return Err("undecodable".into());
                 }
                 row.extend_from_slice(&bytes);
-                Ok(Read::Row)
+                Ok(Encoded::Row)
             });
             if zombie && taken {
                 self.saw("zombie record");
@@ -966,7 +966,7 @@ impl History {
                 let layout = self.members[index].layout.map(u32::to_be_bytes);
                 for entry in &batch.entries {
                     if let Form::Row(range) = &entry.form {
-                        let encoded_for = batch.copy_bytes[range.clone()].first_chunk().copied();
+                        let encoded_for = batch.encoded[range.clone()].first_chunk().copied();
                         assert_eq!(encoded_for, layout, "a row for another layout");
                     }
                 }
@@ -1024,7 +1024,7 @@ impl History {
             self.saw("poison");
             let told = self.rng.usize(1..=poison.len());
             poison.truncate(told);
-            return Flushed::Poison(poison);
+            return Flushed::Refused(poison);
         }
         let transaction = transaction(batch);
         self.apply(&transaction);
@@ -1151,7 +1151,7 @@ fn transaction(batch: &Batch) -> Transaction {
         let id = id_of(batch, index);
         match &batch.entries[index].form {
             Form::Row(range) => {
-                let id_bytes = &batch.copy_bytes[range.clone()][size_of::<u32>()..];
+                let id_bytes = &batch.encoded[range.clone()][size_of::<u32>()..];
                 assert_eq!(id_bytes, id.to_be_bytes(), "another record's row");
                 transaction.rows.push(id);
             }

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::KafkaError;
 use rdkafka::{Offset, TopicPartitionList};
 
 use crate::config::KafkaConfig;
-use crate::kafka::{Listener, client_config};
+use crate::kafka::{Listener, client_config, look_up_topic};
 
 /// All questions to Kafka together: a person waits, and what the tables say is told either way.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
@@ -77,25 +77,13 @@ fn ask(
     let left = || deadline.saturating_duration_since(now());
     let mut partitions: BTreeSet<(String, i32)> = positions.keys().cloned().collect();
     for topic in topics {
-        let metadata = client.fetch_metadata(Some(topic), left())?;
-        let found = metadata.topics().iter().find(|found| found.name() == topic);
-        match found.and_then(|found| found.error()) {
+        match look_up_topic(client.client(), topic, left())? {
             // One of the past, perhaps; what has a position is asked for below.
-            Some(error) if positions.keys().any(|(known, _)| known == topic) => {
-                log::debug!("topic {topic}: {}", RDKafkaErrorCode::from(error));
+            Err(error) if positions.keys().any(|(known, _)| known == topic) => {
+                log::debug!("topic {topic}: {error}");
             }
-            Some(error) => {
-                return Err(Ask::NoTopic(
-                    topic.clone(),
-                    RDKafkaErrorCode::from(error).to_string(),
-                ));
-            }
-            None => partitions.extend(
-                found
-                    .into_iter()
-                    .flat_map(|found| found.partitions())
-                    .map(|partition| (topic.clone(), partition.id())),
-            ),
+            Err(error) => return Err(Ask::NoTopic(topic.clone(), error.to_string())),
+            Ok(found) => partitions.extend(found.iter().map(|found| (topic.clone(), found.number))),
         }
     }
     let ends = offsets(client, partitions.iter(), Offset::End, left())?;

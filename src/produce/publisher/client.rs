@@ -20,10 +20,7 @@ use crate::sample::epoch::Epoch;
 
 /// Contains every setting that matters, even if it is librdkafka's default.
 pub(super) fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    for (name, value) in kafka.client_properties() {
-        config.set(name, value);
-    }
+    let mut config = crate::kafka::client_config(kafka);
     config
         .set("acks", "all")
         // Retries neither duplicate nor reorder the records of a partition.

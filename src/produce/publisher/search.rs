@@ -16,6 +16,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use super::Record;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
+use crate::kafka::look_up_topic;
 use crate::kafka::reader::{Part, Quiet, Reader};
 use crate::produce::outbox::{Kept, Sequence};
 
@@ -101,20 +102,16 @@ impl Search {
 
 /// All partitions of the topic, from that time on.
 fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
-    let metadata = consumer.fetch_metadata(Some(topic), ANSWER_WITHIN)?;
-    let found = metadata.topics().iter().find(|found| found.name() == topic);
-    match found.and_then(|found| found.error()).map(RDKafkaErrorCode::from) {
+    let partitions = match look_up_topic(consumer.client(), topic, ANSWER_WITHIN)? {
+        Ok(partitions) => partitions,
         // A deleted topic contains nothing.
-        None | Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {}
-        Some(error) => return Err(KafkaError::MetadataFetch(error)),
-    }
+        Err(RDKafkaErrorCode::UnknownTopicOrPartition) => return Ok(Vec::new()),
+        Err(error) => return Err(KafkaError::MetadataFetch(error)),
+    };
     let mut times = TopicPartitionList::new();
-    for partition in found.iter().flat_map(|found| found.partitions()) {
+    for partition in partitions {
         let since = Offset::Offset(since_millis - CLOCKS_DIFFER_MILLIS);
-        times.add_partition_offset(topic, partition.id(), since)?;
-    }
-    if times.count() == 0 {
-        return Ok(Vec::new());
+        times.add_partition_offset(topic, partition.number, since)?;
     }
     let starts = consumer.offsets_for_times(times, ANSWER_WITHIN)?;
     let part = |start: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {

@@ -4,12 +4,12 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rdkafka::error::RDKafkaErrorCode;
 use rdkafka::producer::Producer;
 
 use super::worker::Worker;
 use super::{PART_OF_A_MISSING_TOPIC, lock};
 use crate::clock::instant_now;
+use crate::kafka::look_up_topic;
 use crate::outage::Outage;
 
 /// How often Kafka is asked for a missing topic, and how long the answer may take.
@@ -74,18 +74,13 @@ impl Worker {
         self.unreachable = None;
         for topic in self.topics.iter_mut().filter(|topic| missing(topic)) {
             let client = self.producer.client();
-            match client.fetch_metadata(Some(&topic.name), LOOK_FOR_TOPIC_WITHIN) {
-                Ok(metadata) => {
-                    let found = metadata.topics().iter().find(|found| found.name() == topic.name);
-                    let fault = found.and_then(|found| found.error());
-                    let has_partitions = found.is_some_and(|found| !found.partitions().is_empty());
-                    topic.exists = fault.is_none() && has_partitions;
-                    if let Some(fault) = fault {
-                        topic.why_not = Some(RDKafkaErrorCode::from(fault).to_string());
-                    } else if !has_partitions {
-                        topic.why_not = Some("it has no partitions".to_owned());
-                    } else if !topic.was_refused {
-                        topic.why_not = None;
+            match look_up_topic(client, &topic.name, LOOK_FOR_TOPIC_WITHIN) {
+                Ok(found) => {
+                    topic.exists = found.is_ok();
+                    match found {
+                        Err(error) => topic.why_not = Some(error.to_string()),
+                        Ok(_) if !topic.was_refused => topic.why_not = None,
+                        Ok(_) => {}
                     }
                 }
                 // Kafka cannot be reached, so asking for the next topic is useless.

@@ -23,7 +23,7 @@ fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named()
     let text = fatal_of(poor.open());
     assert!(text.contains("does not exist: run `host-metrics init`"), "{text}");
     assert!(
-        text.contains("could not make what is missing: permission denied for schema public"),
+        text.contains("could not create what is missing: permission denied for schema public"),
         "{text}"
     );
 

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use host_metrics::config::{ConsumeConfig, InitConfig};
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Read, Record};
+use host_metrics::consume::batch::{Batch, Encoded, Form, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::store::{Store, StoreError};
 use host_metrics::sample::{Sample, Timestamp};
 use host_metrics::tables::days;
@@ -114,7 +114,7 @@ pub fn row(
         offset,
     };
     batch.push(NextOffset(base), record, |into| {
-        layout.encode_row(sample, origin, into).map(|()| Read::Row)
+        layout.encode_row(sample, origin, into).map(|()| Encoded::Row)
     });
     assert!(matches!(batch.entries.last().unwrap().form, Form::Row(_)));
 }

@@ -140,7 +140,7 @@ fn a_batch_of_nothing_but_refused_rows_is_drained_in_few_calls() {
         calls += 1;
         match store.flush(&batch) {
             Flushed::Durable => break,
-            Flushed::Poison(found) => {
+            Flushed::Refused(found) => {
                 assert!(!found.is_empty());
                 for (entry, reason) in found {
                     assert!(batch.reject(entry, reason));
@@ -201,7 +201,7 @@ fn a_refusal_that_does_not_repeat_row_by_row_names_nobody() {
 
 fn poisoned(flushed: Flushed) -> Vec<(usize, String)> {
     match flushed {
-        Flushed::Poison(found) => found,
+        Flushed::Refused(found) => found,
         other => panic!("{other:?}"),
     }
 }

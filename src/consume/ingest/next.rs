@@ -1,0 +1,210 @@
+//! The choice of the next action.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::{
+    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, Located, PAUSE_AFTER, PartitionState, StoreState,
+};
+
+impl Ingest {
+    /// What to do next. Each action except `Poll` and `Hold` is returned once, and counts as begun.
+    pub fn next_action(&mut self, now: Instant) -> Action {
+        if let Some(notice) = self.notices.pop_front() {
+            return Action::Tell(notice);
+        }
+        let action = self
+            .store_action(now)
+            .or_else(|| self.kafka_action(now))
+            .or_else(|| self.stop_action(now))
+            .unwrap_or_else(|| self.wait_action(now));
+        debug_assert_eq!(self.invariants(), Ok(()), "with {action:?}");
+        action
+    }
+
+    fn store_action(&mut self, now: Instant) -> Option<Action> {
+        match self.store {
+            StoreState::Busy => None,
+            StoreState::Closed { open_at } => {
+                let needed = self.stopping.is_none() || self.unwritten() > 0;
+                let due = open_at.is_none_or(|open_at| open_at <= now);
+                (needed && due && !self.has_given_up(now)).then(|| {
+                    self.store = StoreState::Busy;
+                    Action::Open
+                })
+            }
+            StoreState::Open if self.has_given_up(now) => None,
+            StoreState::Open => self.locate().or_else(|| self.flush(now)),
+        }
+    }
+
+    fn locate(&mut self) -> Option<Action> {
+        let mut partitions = Vec::new();
+        let mut missing_from = BTreeMap::new();
+        if let Some(flight) = self.flight.as_ref().filter(|flight| flight.in_doubt) {
+            partitions.extend(flight.spans.keys().copied());
+        }
+        if self.stopping.is_none() {
+            for (partition, progress) in &self.partitions {
+                if let PartitionState::Unlocated { start } = progress {
+                    partitions.push(*partition);
+                    missing_from.extend(start.map(|start| (*partition, start)));
+                }
+            }
+        }
+        if partitions.is_empty() {
+            return None;
+        }
+        self.store = StoreState::Busy;
+        Some(Action::Locate {
+            partitions,
+            missing_from,
+        })
+    }
+
+    fn flush(&mut self, now: Instant) -> Option<Action> {
+        if self.flight.is_none() && self.is_due(now) {
+            let batch = std::mem::replace(&mut self.filling, std::mem::take(&mut self.spare));
+            self.filling_since = None;
+            self.full_since = None;
+            for (partition, span) in &batch.spans {
+                if let Some(located) = self
+                    .partitions
+                    .get_mut(partition)
+                    .and_then(PartitionState::located_mut)
+                {
+                    located.tail = span.next;
+                }
+            }
+            self.flight = Some(Flight {
+                spans: batch.spans.clone(),
+                records: batch.len(),
+                batch: Some(batch),
+                in_doubt: false,
+            });
+        }
+        let batch = self.flight.as_mut()?.batch.take()?;
+        self.store = StoreState::Busy;
+        Some(Action::Flush(batch))
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let waited = |since| now.saturating_duration_since(since) >= self.limits.batch_wait;
+        !self.filling.is_empty()
+            && (!self.has_room() || self.stopping.is_some() || self.filling_since.is_some_and(waited))
+    }
+
+    fn kafka_action(&mut self, now: Instant) -> Option<Action> {
+        if self.stopping.is_some() {
+            return None;
+        }
+        self.find_starts(now)
+            .or_else(|| self.find_extents(now))
+            .or_else(|| self.read_or_pause(now))
+            .or_else(|| self.commit(now))
+    }
+
+    fn find_starts(&mut self, now: Instant) -> Option<Action> {
+        if self.find_starts_at.is_some_and(|at| now < at) {
+            return None;
+        }
+        let partitions = self.startless();
+        if partitions.is_empty() {
+            return None;
+        }
+        self.find_starts_at = Some(now + KAFKA_RETRY);
+        Some(Action::FindStarts(partitions))
+    }
+
+    fn find_extents(&mut self, now: Instant) -> Option<Action> {
+        self.find_extents_at.take_if(|at| *at <= now)?;
+        let partitions = self.partitions_where(|located| located.reading);
+        (!partitions.is_empty()).then_some(Action::FindExtents(partitions))
+    }
+
+    fn read_or_pause(&mut self, now: Instant) -> Option<Action> {
+        if self.has_room() {
+            if self.read_at.is_some_and(|at| now < at) {
+                return None;
+            }
+            self.read_at = None;
+            let mut starting = Vec::new();
+            for (partition, progress) in &mut self.partitions {
+                if let Some(located) = progress.located_mut().filter(|located| !located.reading) {
+                    located.reading = true;
+                    starting.push((*partition, located.next));
+                }
+            }
+            return (!starting.is_empty()).then_some(Action::Read(starting));
+        }
+        let paused_too_soon = self.full_since.is_some_and(|since| now < since + PAUSE_AFTER);
+        if paused_too_soon || !self.is_reading() {
+            return None;
+        }
+        for progress in self.partitions.values_mut() {
+            if let Some(located) = progress.located_mut() {
+                located.reading = false;
+            }
+        }
+        Some(Action::Pause)
+    }
+
+    fn commit(&mut self, now: Instant) -> Option<Action> {
+        if self.stopping.is_none() && self.commit_at.is_some_and(|at| now < at) {
+            return None;
+        }
+        let mut commits = Vec::new();
+        for (partition, progress) in &mut self.partitions {
+            let Some(located) = progress.located_mut() else {
+                continue;
+            };
+            // The position in the table is still the old topic's.
+            if located.committed != Some(located.durable) && !located.restarted {
+                located.committed = Some(located.durable);
+                commits.push((*partition, located.durable));
+            }
+        }
+        if commits.is_empty() {
+            return None;
+        }
+        self.commit_at = Some(now + COMMIT_EVERY);
+        Some(Action::Commit(commits))
+    }
+
+    fn stop_action(&mut self, now: Instant) -> Option<Action> {
+        self.stopping?;
+        let unwritten = self.unwritten();
+        if unwritten > 0 && !self.has_given_up(now) {
+            return None;
+        }
+        self.commit(now).or(Some(Action::Stop { unwritten }))
+    }
+
+    fn wait_action(&self, now: Instant) -> Action {
+        let opening = match self.store {
+            StoreState::Closed { open_at } => open_at,
+            _ => None,
+        };
+        let filled = match (self.store, &self.flight) {
+            (StoreState::Open, None) => self.filling_since.map(|since| since + self.limits.batch_wait),
+            _ => None,
+        };
+        let uncommitted =
+            |located: &Located| located.committed != Some(located.durable) && !located.restarted;
+        let committing = self.commit_at.filter(|_| self.is_any(uncommitted));
+        let starting = self.find_starts_at.filter(|_| !self.startless().is_empty());
+        let until = [opening, filled, committing, starting]
+            .into_iter()
+            .chain([self.find_extents_at, self.read_at])
+            .chain([self.full_since.map(|since| since + PAUSE_AFTER)])
+            .chain([self.stopping.map(|stopping| stopping.deadline)])
+            .flatten()
+            .filter(|at| *at > now)
+            .fold(now + IDLE, Instant::min);
+        if !self.has_room() && self.is_reading() {
+            Action::Hold { until }
+        } else {
+            Action::Poll { until }
+        }
+    }
+}

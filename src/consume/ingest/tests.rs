@@ -1,0 +1,546 @@
+use super::*;
+use crate::consume::batch::{Form, Offset};
+
+const P: Partition = Partition { topic: 0, number: 0 };
+const Q: Partition = Partition { topic: 0, number: 1 };
+
+/// The time of the tests: milliseconds since something.
+fn at(millis: u64) -> Instant {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    #[expect(clippy::disallowed_methods, reason = "an instant to count from")]
+    let start = *START.get_or_init(Instant::now);
+    start + Duration::from_millis(millis)
+}
+
+/// A machine whose store is open; batches of 3 within 200 ms.
+fn open() -> Ingest {
+    let limits = Limits {
+        batch_size: 3,
+        batch_wait: Duration::from_millis(200),
+    };
+    let mut ingest = Ingest::new(limits, 1);
+    assert_eq!(ingest.next_action(at(0)), Action::Open);
+    ingest.handle(at(0), Event::Opened { same_layout: true });
+    ingest
+}
+
+/// One that reads `partitions` from offset 100, at time 0.
+fn reading(partitions: &[Partition]) -> Ingest {
+    let mut ingest = open();
+    ingest.handle(at(0), Event::Assigned(partitions.to_vec()));
+    let locate = Action::Locate {
+        partitions: partitions.to_vec(),
+        missing_from: BTreeMap::new(),
+    };
+    assert_eq!(ingest.next_action(at(0)), locate);
+    ingest.handle(at(0), Event::Located(found_at(partitions, 100)));
+    let starts: Vec<_> = all_at(partitions, 100).into_iter().collect();
+    assert_eq!(ingest.next_action(at(0)), Action::Read(starts.clone()));
+    assert_eq!(ingest.next_action(at(0)), Action::Commit(starts));
+    ingest
+}
+
+fn all_at(partitions: &[Partition], position: i64) -> BTreeMap<Partition, NextOffset> {
+    let place = |partition: &Partition| (*partition, NextOffset(position));
+    partitions.iter().map(place).collect()
+}
+
+/// As the table says it.
+fn found_at(partitions: &[Partition], position: i64) -> BTreeMap<Partition, Position> {
+    let place = |partition: &Partition| (*partition, Position::from(NextOffset(position)));
+    partitions.iter().map(place).collect()
+}
+
+fn read(ingest: &mut Ingest, millis: u64, partition: Partition, offset: i64) -> bool {
+    let record = Record {
+        partition,
+        offset: Offset(offset),
+        timestamp: None,
+        key: None,
+        value: Some(b"value"),
+    };
+    ingest.record(at(millis), record, |_, row| {
+        row.extend_from_slice(b"row");
+        Ok(Encoded::Row)
+    })
+}
+
+fn flush(ingest: &mut Ingest, millis: u64) -> Batch {
+    match ingest.next_action(at(millis)) {
+        Action::Flush(batch) => batch,
+        action => panic!("{action:?} instead of a flush"),
+    }
+}
+
+fn span(base: i64, next: i64) -> Span {
+    Span {
+        base: NextOffset(base),
+        next: NextOffset(next),
+    }
+}
+
+/// Lets the machine do what it wants up to its next wait; the store is not to be asked for anything.
+fn wait_of(ingest: &mut Ingest, millis: u64) -> Action {
+    loop {
+        match ingest.next_action(at(millis)) {
+            action @ (Action::Poll { .. } | Action::Hold { .. }) => return action,
+            Action::Commit(_) | Action::Tell(_) | Action::Read(_) => {}
+            action => panic!("{action:?} instead of a wait"),
+        }
+    }
+}
+
+#[test]
+fn nothing_is_read_or_asked_before_the_store_is_open() {
+    let limits = Limits {
+        batch_size: 1,
+        batch_wait: Duration::ZERO,
+    };
+    let mut ingest = Ingest::new(limits, 1);
+    ingest.handle(at(0), Event::Assigned(vec![P]));
+    assert_eq!(ingest.next_action(at(0)), Action::Open);
+    assert!(matches!(ingest.next_action(at(0)), Action::Poll { .. }));
+    assert!(!read(&mut ingest, 0, P, 0), "taken before its place is known");
+}
+
+#[test]
+fn a_small_batch_is_written_when_its_oldest_record_has_waited() {
+    let mut ingest = reading(&[P, Q]);
+    assert!(read(&mut ingest, 1_000, P, 100));
+    assert!(read(&mut ingest, 1_150, Q, 107));
+    let until = at(1_200);
+    assert_eq!(wait_of(&mut ingest, 1_199), Action::Poll { until });
+    let batch = flush(&mut ingest, 1_200);
+    assert_eq!(
+        batch.spans,
+        BTreeMap::from([(P, span(100, 101)), (Q, span(100, 108))])
+    );
+}
+
+#[test]
+fn a_backlog_is_written_in_full_batches_and_the_next_one_fills_meanwhile() {
+    let mut ingest = reading(&[P]);
+    for offset in 100..103 {
+        assert!(read(&mut ingest, 0, P, offset));
+    }
+    assert!(!ingest.has_room());
+    let first = flush(&mut ingest, 0);
+    assert_eq!((first.len(), first.spans[&P]), (3, span(100, 103)));
+    for offset in 103..106 {
+        assert!(read(&mut ingest, 0, P, offset));
+    }
+    assert!(matches!(ingest.next_action(at(0)), Action::Hold { .. }));
+    ingest.handle(at(10), Event::Flushed(first, Flushed::Durable));
+    let second = flush(&mut ingest, 10);
+    assert_eq!((second.len(), second.spans[&P]), (3, span(103, 106)));
+}
+
+#[test]
+fn a_record_that_finds_no_room_is_read_again_and_not_skipped() {
+    let mut ingest = reading(&[P]);
+    for offset in 100..103 {
+        assert!(read(&mut ingest, 0, P, offset));
+    }
+    assert!(!read(&mut ingest, 0, P, 103));
+    assert!(!read(&mut ingest, 0, P, 104));
+    let _batch = flush(&mut ingest, 0);
+    assert_eq!(
+        ingest.next_action(at(0)),
+        Action::Read(vec![(P, NextOffset(103))])
+    );
+}
+
+#[test]
+fn with_both_batches_full_reading_stops_after_a_second_and_goes_on_where_it_was() {
+    let mut ingest = reading(&[P]);
+    for offset in 100..103 {
+        read(&mut ingest, 0, P, offset);
+    }
+    let batch = flush(&mut ingest, 0);
+    for offset in 103..106 {
+        read(&mut ingest, 50, P, offset);
+    }
+    let until = at(1_050);
+    assert_eq!(ingest.next_action(at(100)), Action::Hold { until });
+    assert_eq!(ingest.next_action(at(1_050)), Action::Pause);
+    assert!(matches!(ingest.next_action(at(1_050)), Action::Poll { .. }));
+    assert!(!read(&mut ingest, 1_100, P, 106), "it is paused");
+    ingest.handle(at(5_000), Event::Flushed(batch, Flushed::Durable));
+    flush(&mut ingest, 5_000);
+    assert_eq!(
+        ingest.next_action(at(5_000)),
+        Action::Read(vec![(P, NextOffset(106))])
+    );
+}
+
+#[test]
+fn where_kafkas_client_is_stuck_the_position_is_read_again_once_nothing_is_unwritten() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    ingest.handle(at(100), Event::Stuck(vec![P]));
+    let batch = flush(&mut ingest, 200);
+    ingest.handle(at(200), Event::Stuck(vec![P]));
+    ingest.handle(at(200), Event::Flushed(batch, Flushed::Durable));
+    assert!(read(&mut ingest, 200, P, 101), "it is still being read");
+    let batch = flush(&mut ingest, 400);
+    ingest.handle(at(400), Event::Flushed(batch, Flushed::Durable));
+
+    ingest.handle(at(400), Event::Stuck(vec![P]));
+    let expected = Action::Locate {
+        partitions: vec![P],
+        missing_from: BTreeMap::new(),
+    };
+    assert_eq!(ingest.next_action(at(400)), expected);
+    ingest.handle(at(400), Event::Located(found_at(&[P], 150)));
+    assert_eq!(
+        ingest.next_action(at(400)),
+        Action::Read(vec![(P, NextOffset(150))])
+    );
+}
+
+#[test]
+fn a_batch_of_huge_records_is_full_before_it_has_its_number() {
+    let mut ingest = reading(&[P]);
+    for offset in 100..102 {
+        let record = Record {
+            partition: P,
+            offset: Offset(offset),
+            timestamp: None,
+            key: None,
+            value: None,
+        };
+        let half = |_: &mut Epochs, row: &mut Vec<u8>| {
+            row.resize(row.len() + LEAST_BATCH_BYTES / 2, 0);
+            Ok(Encoded::Row)
+        };
+        assert!(ingest.record(at(0), record, half));
+    }
+    assert_eq!(flush(&mut ingest, 0).len(), 2);
+}
+
+#[test]
+fn a_batch_moves_the_highest_epochs_with_the_position_and_the_table_has_the_last_word() {
+    let mut ingest = reading(&[P, Q]);
+    let judge = |ingest: &mut Ingest, offset, epoch| {
+        let record = Record {
+            partition: P,
+            offset: Offset(offset),
+            timestamp: None,
+            key: None,
+            value: None,
+        };
+        let mut is_valid = false;
+        ingest.record(at(0), record, |epochs, _| {
+            is_valid = epochs.judge("eu", epoch).is_ok();
+            Ok(Encoded::Row)
+        });
+        is_valid
+    };
+    assert!(judge(&mut ingest, 100, 7));
+    read(&mut ingest, 0, Q, 100);
+    assert!(!judge(&mut ingest, 101, 6));
+    let batch = flush(&mut ingest, 200);
+    assert_eq!(batch.epochs, BTreeMap::from([(P, Epochs::of("eu", 7))]));
+    // Somebody else was there, and has seen more.
+    ingest.handle(at(200), Event::Flushed(batch, Flushed::Fenced));
+    let elsewhere = Position {
+        next: NextOffset(150),
+        epochs: Epochs::of("eu", 9),
+    };
+    assert!(matches!(ingest.next_action(at(200)), Action::Locate { .. }));
+    let found = BTreeMap::from([(P, elsewhere)])
+        .into_iter()
+        .chain(found_at(&[Q], 101));
+    ingest.handle(at(200), Event::Located(found.collect()));
+    while !matches!(ingest.next_action(at(200)), Action::Poll { .. }) {}
+    assert!(!judge(&mut ingest, 150, 8));
+    assert!(judge(&mut ingest, 151, 9));
+    // Nothing was raised: nothing has to be written.
+    assert_eq!(flush(&mut ingest, 400).epochs, BTreeMap::new());
+}
+
+#[test]
+fn tries_of_a_store_that_is_away_get_rarer_up_to_a_bound_and_start_anew_after_a_success() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    let mut now = 200;
+    let batch = flush(&mut ingest, now);
+    ingest.handle(at(now), Event::Flushed(batch, Flushed::Retry("gone".into())));
+    let mut waits = Vec::new();
+    for _ in 0..12 {
+        let failed_at = now;
+        loop {
+            match ingest.next_action(at(now)) {
+                Action::Open => break,
+                Action::Poll { until } | Action::Hold { until } => {
+                    now = until.duration_since(at(0)).as_millis() as u64 + 1;
+                }
+                Action::Commit(_) => {}
+                action => panic!("{action:?}"),
+            }
+        }
+        waits.push(now - failed_at);
+        ingest.handle(at(now), Event::StoreFailed);
+    }
+    assert!((50..=110).contains(&waits[0]), "{waits:?}");
+    assert!(
+        waits[8..].iter().all(|wait| (5_000..=10_100).contains(wait)),
+        "{waits:?}"
+    );
+    assert!(ingest.store_is_away());
+    assert_eq!(ingest.unwritten(), 1, "what was read is kept through the outage");
+}
+
+#[test]
+fn after_a_lost_answer_the_position_tells_what_became_of_the_rows() {
+    for (position, is_written) in [(100, false), (101, true)] {
+        let mut ingest = reading(&[P]);
+        read(&mut ingest, 0, P, 100);
+        let batch = flush(&mut ingest, 200);
+        ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("lost".into())));
+        assert!(matches!(wait_of(&mut ingest, 200), Action::Poll { .. }));
+        assert_eq!(ingest.next_action(at(400)), Action::Open);
+        ingest.handle(at(400), Event::Opened { same_layout: true });
+        assert!(matches!(ingest.next_action(at(400)), Action::Locate { .. }));
+        ingest.handle(at(400), Event::Located(found_at(&[P], position)));
+        assert_eq!(ingest.unwritten(), usize::from(!is_written));
+        match is_written {
+            false => assert_eq!(flush(&mut ingest, 400).spans[&P], span(100, 101)),
+            true => {
+                let commit = Action::Commit(vec![(P, NextOffset(101))]);
+                assert_eq!(ingest.next_action(at(1_400)), commit);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_fence_costs_only_the_partition_that_was_moved() {
+    let mut ingest = reading(&[P, Q]);
+    read(&mut ingest, 0, P, 100);
+    read(&mut ingest, 0, Q, 100);
+    let batch = flush(&mut ingest, 200);
+    read(&mut ingest, 200, P, 101);
+    read(&mut ingest, 200, Q, 101);
+    ingest.handle(at(200), Event::Flushed(batch, Flushed::Fenced));
+    assert!(matches!(ingest.next_action(at(200)), Action::Locate { .. }));
+    let positions = found_at(&[P], 150)
+        .into_iter()
+        .chain(found_at(&[Q], 100))
+        .collect();
+    ingest.handle(at(200), Event::Located(positions));
+    let fenced = Notice::Fenced {
+        partition: P,
+        base: NextOffset(100),
+        position: Some(NextOffset(150)),
+        forgotten: 2,
+    };
+    assert_eq!(ingest.next_action(at(200)), Action::Tell(fenced));
+    let batch = flush(&mut ingest, 200);
+    assert_eq!(batch.spans, BTreeMap::from([(Q, span(100, 101))]));
+    assert_eq!(
+        ingest.next_action(at(200)),
+        Action::Read(vec![(P, NextOffset(150))])
+    );
+}
+
+#[test]
+fn a_refused_row_is_rejected_and_the_others_are_written_with_it() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    read(&mut ingest, 0, P, 101);
+    let batch = flush(&mut ingest, 200);
+    let poison = Flushed::Refused(vec![(1, "refused".into())]);
+    ingest.handle(at(200), Event::Flushed(batch, poison));
+    let batch = flush(&mut ingest, 200);
+    assert!(matches!(batch.entries[0].form, Form::Row(_)));
+    assert_eq!(batch.entries[1].form, Form::Rejected("refused".into()));
+    // A store that names nothing new would make this spin: it counts as a failure.
+    let poison = Flushed::Refused(vec![(1, "refused".into())]);
+    ingest.handle(at(200), Event::Flushed(batch, poison));
+    assert!(matches!(wait_of(&mut ingest, 200), Action::Poll { .. }));
+}
+
+#[test]
+fn a_revoked_partition_is_no_longer_written_committed_or_read() {
+    let mut ingest = reading(&[P, Q]);
+    read(&mut ingest, 0, P, 100);
+    let batch = flush(&mut ingest, 200);
+    read(&mut ingest, 200, P, 101);
+    read(&mut ingest, 200, Q, 100);
+    ingest.handle(at(200), Event::Revoked(vec![P]));
+    assert!(!read(&mut ingest, 200, P, 102));
+    ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("lost".into())));
+    assert_eq!(ingest.next_action(at(400)), Action::Open);
+    ingest.handle(at(400), Event::Opened { same_layout: true });
+    let batch = flush(&mut ingest, 400);
+    assert_eq!(batch.spans, BTreeMap::from([(Q, span(100, 101))]));
+}
+
+#[test]
+fn a_stop_writes_and_commits_first_and_takes_no_more() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    ingest.handle(at(10), Event::Stop { deadline: at(5_000) });
+    assert!(!read(&mut ingest, 10, P, 101));
+    let batch = flush(&mut ingest, 10);
+    assert!(matches!(ingest.next_action(at(10)), Action::Poll { .. }));
+    ingest.handle(at(20), Event::Flushed(batch, Flushed::Durable));
+    let commit = Action::Commit(vec![(P, NextOffset(101))]);
+    assert_eq!(
+        ingest.next_action(at(20)),
+        commit,
+        "at once, though one was just made"
+    );
+    assert_eq!(ingest.next_action(at(20)), Action::Stop { unwritten: 0 });
+}
+
+#[test]
+fn a_stop_without_the_store_ends_after_a_few_tries_and_says_what_is_not_written() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    read(&mut ingest, 0, P, 101);
+    let batch = flush(&mut ingest, 200);
+    ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("gone".into())));
+    ingest.handle(at(210), Event::Stop { deadline: at(5_000) });
+    for _ in 0..TRIES_DURING_STOP {
+        assert_eq!(ingest.next_action(at(210)), Action::Open);
+        ingest.handle(at(210), Event::StoreFailed);
+    }
+    assert_eq!(ingest.next_action(at(210)), Action::Stop { unwritten: 2 });
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_store_that_hangs() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    ingest.handle(at(10), Event::Stop { deadline: at(5_000) });
+    flush(&mut ingest, 10);
+    let mut now = 10;
+    loop {
+        match ingest.next_action(at(now)) {
+            Action::Poll { until } => now = until.duration_since(at(0)).as_millis() as u64,
+            Action::Stop { unwritten } => {
+                assert_eq!((now, unwritten), (5_000, 1));
+                break;
+            }
+            action => panic!("{action:?}"),
+        }
+    }
+}
+
+#[test]
+fn commits_follow_flushes_at_most_once_a_second_and_a_failed_one_is_made_again() {
+    let mut ingest = reading(&[P]);
+    for (millis, offset) in [(100, 100), (400, 101)] {
+        read(&mut ingest, millis, P, offset);
+        let batch = flush(&mut ingest, millis + 200);
+        ingest.handle(at(millis + 200), Event::Flushed(batch, Flushed::Durable));
+    }
+    assert!(matches!(ingest.next_action(at(999)), Action::Poll { .. }));
+    let commit = Action::Commit(vec![(P, NextOffset(102))]);
+    assert_eq!(ingest.next_action(at(1_000)), commit);
+    ingest.handle(at(1_100), Event::CommitFailed(vec![P]));
+    assert!(matches!(ingest.next_action(at(1_999)), Action::Poll { .. }));
+    assert_eq!(ingest.next_action(at(2_000)), commit);
+}
+
+#[test]
+fn a_partition_without_a_position_starts_where_kafka_says() {
+    let mut ingest = open();
+    ingest.handle(at(0), Event::Assigned(vec![P]));
+    assert!(matches!(ingest.next_action(at(0)), Action::Locate { .. }));
+    ingest.handle(at(0), Event::Located(BTreeMap::new()));
+    assert_eq!(ingest.next_action(at(0)), Action::FindStarts(vec![P]));
+    // No answer: asked again, but not at once.
+    ingest.handle(at(0), Event::Starts(BTreeMap::new()));
+    assert!(matches!(wait_of(&mut ingest, 999), Action::Poll { .. }));
+    assert_eq!(ingest.next_action(at(1_000)), Action::FindStarts(vec![P]));
+    ingest.handle(at(1_000), Event::Starts(all_at(&[P], 42)));
+    let locate = Action::Locate {
+        partitions: vec![P],
+        missing_from: all_at(&[P], 42),
+    };
+    assert_eq!(ingest.next_action(at(1_000)), locate);
+    ingest.handle(at(1_000), Event::Located(found_at(&[P], 42)));
+    assert_eq!(
+        ingest.next_action(at(1_000)),
+        Action::Read(vec![(P, NextOffset(42))])
+    );
+}
+
+#[test]
+fn a_topic_made_anew_is_read_from_its_beginning_and_moves_the_position_back() {
+    let mut ingest = reading(&[P]);
+    let extent = Extent {
+        low: NextOffset(0),
+        high: NextOffset(2),
+    };
+    ingest.handle(at(0), Event::OutOfRange);
+    for millis in [0, 1_000] {
+        // One answer does not suffice for a decision that stores everything anew.
+        assert_eq!(ingest.next_action(at(millis)), Action::FindExtents(vec![P]));
+        ingest.handle(at(millis), Event::Extents(BTreeMap::from([(P, extent)])));
+    }
+    let notice = Notice::BeyondEnd {
+        partition: P,
+        position: NextOffset(100),
+        extent,
+        forgotten: 0,
+    };
+    assert_eq!(ingest.next_action(at(1_000)), Action::Tell(notice));
+    assert!(matches!(wait_of(&mut ingest, 1_000), Action::Poll { .. }));
+    assert_eq!(
+        ingest.next_action(at(2_000)),
+        Action::Read(vec![(P, NextOffset(0))])
+    );
+    assert!(read(&mut ingest, 2_000, P, 0));
+    let batch = flush(&mut ingest, 2_200);
+    assert_eq!(batch.spans[&P], span(100, 1));
+    ingest.handle(at(2_200), Event::Flushed(batch, Flushed::Durable));
+    let commit = Action::Commit(vec![(P, NextOffset(1))]);
+    assert_eq!(ingest.next_action(at(2_200)), commit);
+}
+
+#[test]
+fn what_retention_took_is_said_and_what_was_read_before_is_written() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    let extent = Extent {
+        low: NextOffset(500),
+        high: NextOffset(600),
+    };
+    ingest.handle(at(0), Event::OutOfRange);
+    assert_eq!(ingest.next_action(at(0)), Action::FindExtents(vec![P]));
+    ingest.handle(at(0), Event::Extents(BTreeMap::from([(P, extent)])));
+    let notice = Notice::BeforeBeginning {
+        partition: P,
+        position: NextOffset(101),
+        extent,
+    };
+    assert_eq!(ingest.next_action(at(0)), Action::Tell(notice));
+    let batch = flush(&mut ingest, 1_000);
+    assert_eq!(batch.spans[&P], span(100, 101));
+    assert_eq!(
+        ingest.next_action(at(1_000)),
+        Action::Read(vec![(P, NextOffset(500))])
+    );
+}
+
+#[test]
+fn rows_for_other_columns_are_forgotten_and_read_again() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    let batch = flush(&mut ingest, 200);
+    ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("lost".into())));
+    assert_eq!(ingest.next_action(at(400)), Action::Open);
+    ingest.handle(at(400), Event::Opened { same_layout: false });
+    let notice = Action::Tell(Notice::OtherLayout { forgotten: 1 });
+    assert_eq!(ingest.next_action(at(400)), notice);
+    assert!(matches!(ingest.next_action(at(400)), Action::Locate { .. }));
+    ingest.handle(at(400), Event::Located(found_at(&[P], 100)));
+    assert_eq!(
+        ingest.next_action(at(400)),
+        Action::Read(vec![(P, NextOffset(100))])
+    );
+}

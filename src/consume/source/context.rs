@@ -1,0 +1,250 @@
+//! What librdkafka's callbacks report about the consumer.
+//!
+//! librdkafka calls them in the thread that polls, and from `drop`. They only record what happened, and tell librdkafka what it
+//! waits to be told in a rebalance.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use log::Level;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::statistics::Statistics;
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
+
+use crate::clock::instant_now;
+use crate::consume::batch::{NextOffset, Partition};
+use crate::consume::ingest::Event;
+use crate::consume::stuck::{Look, Stuck};
+use crate::kafka::{Explainer, Named};
+use crate::outage::Outage;
+
+pub(super) struct Context {
+    pub(super) bootstrap_servers: String,
+    pub(super) explainer: Explainer,
+    pub(super) topics: Vec<String>,
+    pub(super) reported: Mutex<Reported>,
+}
+
+#[derive(Default)]
+pub(super) struct Reported {
+    /// Another consumer of this process reads the same topics, and logs all this.
+    pub(super) is_second: bool,
+    pub(super) events: VecDeque<Event>,
+    pub(super) commits_under_way: usize,
+    /// Whether the group has assigned our partitions, of which there may be none.
+    pub(super) is_member: bool,
+    pub(super) ends: BTreeMap<Partition, NextOffset>,
+    /// Partitions of our topics that no member of the group owns.
+    pub(super) orphans: BTreeSet<Named>,
+    /// No broker can be reached, or none accepts our login.
+    pub(super) away: Outage,
+    pub(super) all_down_at: Option<Instant>,
+    /// A broker accepts our login, but not our requests.
+    pub(super) refused: Outage,
+    pub(super) missing: Outage,
+    pub(super) stuck: Stuck,
+    /// The reason for the next "all brokers are down".
+    pub(super) last_reason: Option<String>,
+}
+
+/// The second consumer of a process does not repeat what the first one logs.
+pub(super) fn level_of(is_second: bool, level: Level) -> Level {
+    if is_second { Level::Debug } else { level }
+}
+
+impl Reported {
+    fn level(&self, level: Level) -> Level {
+        level_of(self.is_second, level)
+    }
+
+    fn connected(&mut self, now: Instant) {
+        self.last_reason = None;
+        if let Some(lasted) = self.away.end(now) {
+            log::log!(
+                self.level(Level::Info),
+                "Kafka is back after {} s",
+                lasted.as_secs()
+            );
+        }
+    }
+}
+
+impl Context {
+    /// A panic leaves nothing half written, so a poisoned lock is still usable.
+    pub(super) fn reported(&self) -> MutexGuard<'_, Reported> {
+        self.reported.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn topic(&self, partition: Partition) -> &str {
+        self.topics
+            .get(usize::from(partition.topic))
+            .map_or("?", String::as_str)
+    }
+
+    pub(super) fn name(&self, partition: Partition) -> String {
+        format!("{}/{}", self.topic(partition), partition.number)
+    }
+
+    pub(super) fn list_at(&self, positions: &[(Partition, NextOffset)]) -> KafkaResult<TopicPartitionList> {
+        let mut list = TopicPartitionList::with_capacity(positions.len());
+        for (partition, next) in positions {
+            let offset = KafkaOffset::Offset(next.0);
+            list.add_partition_offset(self.topic(*partition), partition.number, offset)?;
+        }
+        Ok(list)
+    }
+
+    pub(super) fn committed(&self, commits: &[(Partition, NextOffset)], result: Result<(), String>) {
+        let mut reported = self.reported();
+        reported.commits_under_way = reported.commits_under_way.saturating_sub(1);
+        match result {
+            Ok(()) => reported.connected(instant_now()),
+            Err(reason) => {
+                log::debug!("commit failed: {reason}");
+                let partitions = commits.iter().map(|(partition, _)| *partition).collect();
+                reported.events.push_back(Event::CommitFailed(partitions));
+            }
+        }
+    }
+
+    fn partitions(&self, list: &TopicPartitionList) -> Vec<Partition> {
+        let elements = list.elements();
+        let known = elements
+            .iter()
+            .filter_map(|element| partition(&self.topics, element.topic(), element.partition()));
+        known.collect()
+    }
+}
+
+impl ClientContext for Context {
+    /// In an outage librdkafka writes many lines. What matters of them is logged elsewhere.
+    fn log(&self, _level: RDKafkaLogLevel, facility: &str, line: &str) {
+        log::debug!("librdkafka {facility} {line}");
+    }
+
+    fn stats(&self, statistics: Statistics) {
+        let mut reported = self.reported();
+        if statistics.brokers.values().any(|broker| broker.state == "UP") {
+            reported.connected(instant_now());
+        }
+        let now = instant_now();
+        let mut ends = BTreeMap::new();
+        for (topic, statistics) in &statistics.topics {
+            for (number, statistics) in &statistics.partitions {
+                // The last readable record is before the last stable offset, because only committed records are read.
+                let partition = partition(&self.topics, topic, *number);
+                let Some(partition) = partition else { continue };
+                if statistics.ls_offset >= 0 {
+                    ends.insert(partition, NextOffset(statistics.ls_offset));
+                }
+                if statistics.fetch_state != "active" {
+                    continue;
+                }
+                let look = Look {
+                    next_offset: statistics.next_offset,
+                    end_offset: statistics.ls_offset,
+                    records_waiting: statistics.fetchq_cnt,
+                };
+                if let Some(lasted) = reported.stuck.look(now, partition, look) {
+                    let (name, lasted) = (self.name(partition), lasted.as_secs());
+                    log::log!(
+                        reported.level(Level::Info),
+                        "{name} is being read again after {lasted} s"
+                    );
+                }
+            }
+        }
+        reported.ends = ends;
+        let stuck = reported.stuck.partitions();
+        if !stuck.is_empty() {
+            reported.events.push_back(Event::Stuck(stuck));
+        }
+    }
+
+    /// Gets every error, including those that polling returns. Only here is the reason given in words.
+    fn error(&self, error: KafkaError, reason: &str) {
+        log::debug!("librdkafka {error}: {reason}");
+        self.explainer.hear(&error, reason);
+        let reason = reason.to_owned();
+        let mut reported = self.reported();
+        match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange) => {
+                reported.events.push_back(Event::OutOfRange);
+            }
+            Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => {
+                reported.missing.begin(instant_now(), reason);
+            }
+            Some(
+                RDKafkaErrorCode::TopicAuthorizationFailed
+                | RDKafkaErrorCode::GroupAuthorizationFailed
+                | RDKafkaErrorCode::ClusterAuthorizationFailed
+                | RDKafkaErrorCode::InvalidTopic
+                | RDKafkaErrorCode::InvalidGroupId
+                | RDKafkaErrorCode::InconsistentGroupProtocol,
+            ) => reported.refused.begin(instant_now(), reason),
+            // An error before this one says more. There is none if the brokers just do not answer.
+            Some(RDKafkaErrorCode::AllBrokersDown) => {
+                let silent = || format!("{} does not answer: {reason}", self.bootstrap_servers);
+                let reason = reported.last_reason.clone().unwrap_or_else(silent);
+                reported.away.begin(instant_now(), reason);
+                reported.all_down_at = Some(instant_now());
+            }
+            _ => {
+                if reported.away.reason().is_some() {
+                    reported.away.begin(instant_now(), reason.clone());
+                }
+                reported.last_reason = Some(reason);
+            }
+        }
+    }
+}
+
+impl ConsumerContext for Context {
+    fn rebalance(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        error: RDKafkaRespErr,
+        partitions: &mut TopicPartitionList,
+    ) {
+        let ours = self.partitions(partitions);
+        let is_assigned = error == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS;
+        let answered = if is_assigned {
+            // Reading starts once the positions are known.
+            consumer.incremental_assign(&TopicPartitionList::new())
+        } else {
+            consumer.assignment().and_then(|reading| {
+                let mut list = TopicPartitionList::new();
+                for element in reading.elements() {
+                    let partition = partition(&self.topics, element.topic(), element.partition());
+                    if partition.is_some_and(|partition| ours.contains(&partition)) {
+                        list.add_partition(element.topic(), element.partition());
+                    }
+                }
+                consumer.incremental_unassign(&list)
+            })
+        };
+        if let Err(error) = answered {
+            log::debug!("librdkafka refuses the answer to a rebalance: {error}");
+        }
+        let mut reported = self.reported();
+        reported.connected(instant_now());
+        reported.refused.end(instant_now());
+        reported.is_member |= is_assigned;
+        reported.stuck.forget(&ours);
+        reported.events.push_back(match is_assigned {
+            true => Event::Assigned(ours),
+            false => Event::Revoked(ours),
+        });
+    }
+}
+
+pub(super) fn partition(topics: &[String], topic: &str, number: i32) -> Option<Partition> {
+    let topic = topics.iter().position(|known| known == topic)?;
+    let topic = u16::try_from(topic).ok()?;
+    Some(Partition { topic, number })
+}

@@ -1,0 +1,598 @@
+//! Kafka's side of the consumer: polling, rebalances, where reading starts, commits.
+//!
+//! Owns the `BaseConsumer`, and makes no decisions. It differs from what librdkafka does by default in two ways:
+//!
+//! - The rebalance callback ends the rebalance without starting to read: it calls `incremental_assign` with an empty list. Once
+//!   the position in the table is known, [`Source::read`] assigns the partition with exactly that offset. So no record is
+//!   fetched from anywhere else, and nothing has to be sought. This works because in the cooperative protocol librdkafka
+//!   distinguishes between what the group assigned and what is being read (rdkafka_cgrp.c: `rkcg_group_assignment`;
+//!   rdkafka_assignment.c: `assignment.all`).
+//! - To stop reading for a while, partitions are unassigned, not paused. Reading then starts again at the given position and
+//!   not at one that librdkafka remembers. Either way, what was prefetched is lost; librdkafka drops records of an earlier
+//!   assignment that are still in its queue.
+
+mod context;
+mod threads;
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use log::Level;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{BorrowedMessage, Message};
+use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
+
+use crate::clock::instant_now;
+use crate::config::ConsumeConfig;
+use crate::consume::batch::{NextOffset, Offset, Partition, Record};
+use crate::consume::ingest::{Event, Extent};
+use crate::consume::source::context::{Context, Reported, level_of, partition};
+use crate::kafka::{BatchHead, Explainer, batch_head, client_config, names_a_cause, partitions};
+use crate::sample::Timestamp;
+
+/// How long a question to Kafka (committed offsets, watermarks) may delay polling. It is repeated later if Kafka does not
+/// answer by then.
+const ASK_WITHIN: Duration = Duration::from_secs(3);
+
+/// How often Kafka is asked about a missing topic. librdkafka joins the group when it learns that the topic exists, and would
+/// otherwise learn it only at its next refresh of the metadata.
+const LOOK_FOR_TOPICS_EVERY: Duration = Duration::from_secs(2);
+
+/// How long this may delay polling.
+const LOOK_FOR_TOPICS_WITHIN: Duration = Duration::from_secs(1);
+
+/// A member of the consumer group.
+pub struct Source {
+    client: ClientConfig,
+    explainer: Explainer,
+    consumer: Arc<BaseConsumer<Context>>,
+    /// Holds one entry, so while Kafka does not answer a commit, further ones fail immediately.
+    commits: SyncSender<Vec<(Partition, NextOffset)>>,
+    committer: JoinHandle<()>,
+    /// The watcher ends when this is dropped.
+    watching: SyncSender<()>,
+    watcher: JoinHandle<()>,
+    topics: Vec<String>,
+    look_for_topics_at: Option<Instant>,
+    /// Receives the result of the [`batch_head`] under way.
+    head_asked: Option<Receiver<HeadFound>>,
+    /// As in [`Reported`], so that a log line does not need its lock.
+    is_second: bool,
+}
+
+type HeadFound = (Partition, i64, Result<BatchHead, String>);
+
+/// Why Kafka ended this consumer. A new one may join.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Ended {
+    #[error(
+        "another consumer joined the group with the same KAFKA_GROUP_INSTANCE_ID: each consumer needs its own"
+    )]
+    InstanceTaken,
+    #[error("Kafka ended this consumer: {0}")]
+    Otherwise(String),
+}
+
+/// A record, in librdkafka's memory.
+pub struct Delivered<'a> {
+    message: BorrowedMessage<'a>,
+    partition: Partition,
+}
+
+impl Delivered<'_> {
+    pub fn record(&self) -> Record<'_> {
+        Record {
+            partition: self.partition,
+            offset: Offset(self.message.offset()),
+            timestamp: self
+                .message
+                .timestamp()
+                .to_millis()
+                .and_then(|millis| millis.checked_mul(1_000))
+                .and_then(Timestamp::from_unix_micros),
+            key: self.message.key(),
+            value: self.message.payload(),
+        }
+    }
+}
+
+impl Source {
+    /// Joins the group. Nothing is read before [`Source::read`]. Tests set librdkafka properties in `overrides`, because the
+    /// mock cluster needs shorter times.
+    ///
+    /// # Errors
+    /// librdkafka refuses the configuration, or a thread cannot be started. An unreachable Kafka is not an error.
+    pub fn join(config: &ConsumeConfig, overrides: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let mut client = client_config(&config.kafka);
+        client.set("group.id", &config.group_id);
+        if let Some(id) = &config.group_instance_id {
+            client.set("group.instance.id", id);
+        }
+        client.extend(
+            SETTINGS
+                .iter()
+                .chain(overrides)
+                .map(|(property, value)| ((*property).to_owned(), (*value).to_owned())),
+        );
+        Self::subscribe(
+            client,
+            Explainer::new(&config.kafka),
+            config.topics.clone(),
+            false,
+        )
+    }
+
+    /// Returns a function that joins another group with the same topics. Consumers that it makes leave it to this one to report
+    /// what is wrong with Kafka.
+    pub fn joiner(&self, group_id: &str) -> impl Fn() -> anyhow::Result<Self> + Send + 'static {
+        let mut client = self.client.clone();
+        client.set("group.id", group_id);
+        let (explainer, topics) = (self.explainer.clone(), self.topics.clone());
+        move || Self::subscribe(client.clone(), explainer.clone(), topics.clone(), true)
+    }
+
+    /// Makes a new consumer with the same configuration, after Kafka has ended this one.
+    ///
+    /// # Errors
+    /// As [`Source::join`].
+    pub fn rejoin(&self) -> anyhow::Result<Self> {
+        Self::subscribe(
+            self.client.clone(),
+            self.explainer.clone(),
+            self.topics.clone(),
+            self.is_second,
+        )
+    }
+
+    fn subscribe(
+        client: ClientConfig,
+        explainer: Explainer,
+        topics: Vec<String>,
+        is_second: bool,
+    ) -> anyhow::Result<Self> {
+        let context = Context {
+            bootstrap_servers: client.get("bootstrap.servers").unwrap_or_default().to_owned(),
+            explainer: explainer.clone(),
+            topics: topics.clone(),
+            reported: Mutex::new(Reported {
+                is_second,
+                ..Reported::default()
+            }),
+        };
+        let consumer: BaseConsumer<Context> = client
+            .create_with_context(context)
+            .context("cannot make a Kafka consumer")?;
+        let names: Vec<&str> = topics.iter().map(String::as_str).collect();
+        consumer
+            .subscribe(&names)
+            .context("cannot subscribe to KAFKA_TOPIC")?;
+        let consumer = Arc::new(consumer);
+        let (commits, to_commit) = sync_channel(1);
+        let committer = {
+            let consumer = Arc::clone(&consumer);
+            thread::Builder::new()
+                .name("committer".into())
+                .spawn(move || threads::commit_all(&consumer, &to_commit))
+                .context("cannot start a thread for commits")?
+        };
+        let (watching, until) = sync_channel(0);
+        let watcher = {
+            let consumer = Arc::clone(&consumer);
+            let group_id = client.get("group.id").unwrap_or_default().to_owned();
+            thread::Builder::new()
+                .name("group-watch".into())
+                .spawn(move || threads::watch_group(&consumer, &group_id, &until))
+                .context("cannot start a thread to watch the group")?
+        };
+        Ok(Self {
+            client,
+            explainer,
+            consumer,
+            is_second,
+            commits,
+            committer,
+            watching,
+            watcher,
+            topics,
+            look_for_topics_at: None,
+            head_asked: None,
+        })
+    }
+
+    /// Waits for a record, an event or the timeout. The events that [`Source::take_event`] then returns come before the record.
+    ///
+    /// # Errors
+    /// The consumer cannot go on. All other errors are waited out, and [`Source::report_outages`] logs them.
+    pub fn poll(&self, timeout: Duration) -> Result<Option<Delivered<'_>>, Ended> {
+        match self.consumer.poll(timeout) {
+            Some(Ok(message)) => {
+                let Some(partition) = self.partition(message.topic(), message.partition()) else {
+                    return Ok(None);
+                };
+                Ok(Some(Delivered { message, partition }))
+            }
+            Some(Err(KafkaError::MessageConsumptionFatal(code))) => Err(match code {
+                RDKafkaErrorCode::FencedInstanceId => Ended::InstanceTaken,
+                code => Ended::Otherwise(self.last_reason(code)),
+            }),
+            // The context has got the error too, with the reason in words.
+            Some(Err(_)) | None => Ok(None),
+        }
+    }
+
+    /// Whether there was a moment since then at which no broker could be reached.
+    pub fn lost_kafka_since(&self, since: Instant) -> bool {
+        self.reported().all_down_at.is_some_and(|at| at >= since)
+    }
+
+    /// The oldest event that occurred during polling.
+    pub fn take_event(&self) -> Option<Event> {
+        self.reported().events.pop_front()
+    }
+
+    /// Reads these from the given offsets on, whatever was read of them before.
+    ///
+    /// # Errors
+    /// librdkafka refuses. None of them is being read then.
+    pub fn read(&self, starts: &[(Partition, NextOffset)]) -> KafkaResult<()> {
+        self.stop_reading(|partition| starts.iter().any(|(starting, _)| *starting == partition))?;
+        let list = self.consumer.context().list_at(starts)?;
+        self.consumer.incremental_assign(&list)
+    }
+
+    /// Stops reading, and discards what was prefetched. The partitions stay assigned.
+    ///
+    /// # Errors
+    /// librdkafka refuses. Reading goes on then.
+    pub fn pause(&self) -> KafkaResult<()> {
+        self.stop_reading(|_| true)
+    }
+
+    /// Where reading starts if the table has no position: the group's committed offset, or the first offset if there is none.
+    /// Partitions that Kafka does not answer for in time are missing.
+    pub fn starts(&self, partitions: &[Partition]) -> BTreeMap<Partition, NextOffset> {
+        let deadline = instant_now() + ASK_WITHIN;
+        let mut starts = BTreeMap::new();
+        let committed = match self.consumer.committed_offsets(self.list(partitions), ASK_WITHIN) {
+            Ok(committed) => committed,
+            Err(error) => {
+                log::debug!("cannot ask for the committed offsets: {error}");
+                return starts;
+            }
+        };
+        for element in committed.elements() {
+            let Some(partition) = self.partition(element.topic(), element.partition()) else {
+                continue;
+            };
+            match (element.error(), element.offset()) {
+                (Ok(()), KafkaOffset::Offset(offset)) => {
+                    starts.insert(partition, NextOffset(offset));
+                }
+                (Ok(()), _) => {
+                    let extent = self.extent(partition, deadline);
+                    starts.extend(extent.map(|extent| (partition, extent.low)));
+                }
+                (Err(error), _) => log::debug!("no committed offset of {partition:?}: {error}"),
+            }
+        }
+        starts
+    }
+
+    /// The offsets that the partitions hold. Partitions that Kafka does not answer for in time are missing.
+    pub fn extents(&self, partitions: &[Partition]) -> BTreeMap<Partition, Extent> {
+        let deadline = instant_now() + ASK_WITHIN;
+        let extent = |partition: &Partition| Some((*partition, self.extent(*partition, deadline)?));
+        partitions.iter().filter_map(extent).collect()
+    }
+
+    /// Commits without waiting for the answer. A failure is reported as [`Event::CommitFailed`].
+    pub fn commit(&self, commits: Vec<(Partition, NextOffset)>) {
+        self.reported().commits_under_way += 1;
+        if let Err(TrySendError::Full(commits) | TrySendError::Disconnected(commits)) =
+            self.commits.try_send(commits)
+        {
+            self.consumer
+                .context()
+                .committed(&commits, Err("the last commit is not answered yet".into()));
+        }
+    }
+
+    /// Polls until Kafka has answered every commit, but at most until the deadline. Drops the records that arrive meanwhile.
+    pub fn wait_for_commits(&self, deadline: Instant) {
+        const POLL: Duration = Duration::from_millis(20);
+        while self.commits_under_way() > 0 && instant_now() < deadline {
+            if let Err(error) = self.poll(POLL) {
+                log::debug!("while waiting for commits: {error:#}");
+                return;
+            }
+        }
+    }
+
+    /// The number of commits that Kafka has not answered.
+    pub fn commits_under_way(&self) -> usize {
+        self.reported().commits_under_way
+    }
+
+    /// The offset after the last readable record of each partition, as Kafka last reported it.
+    pub fn ends(&self) -> BTreeMap<Partition, NextOffset> {
+        self.reported().ends.clone()
+    }
+
+    /// Logs what is wrong with Kafka, looks for missing topics, and has partitions without an owner assigned again. Has to be
+    /// called about once a second.
+    pub fn report_outages(&mut self, now: Instant) {
+        self.look_for_topics(now);
+        self.adopt_orphans();
+        self.look_for_stuck(now);
+        let mut reported = self.reported();
+        let reported = &mut *reported;
+        let waiting = [
+            ("waiting for Kafka", &mut reported.away),
+            ("waiting for Kafka's permission", &mut reported.refused),
+            ("waiting for the topic", &mut reported.missing),
+        ];
+        for (what, outage) in waiting {
+            let reason = self.explainer.explain(outage.reason().unwrap_or_default());
+            outage.set_cause_known(names_a_cause(&reason));
+            if let Some((_, lasted)) = outage.take_report(now) {
+                log::log!(
+                    self.level(Level::Warn),
+                    "{what}: {reason} (for {} s)",
+                    lasted.as_secs()
+                );
+            }
+        }
+        for (reason, lasted) in reported.stuck.due(now) {
+            log::error!("{reason} (for {} s)", lasted.as_secs());
+        }
+    }
+
+    /// Whether we are a member of the group and can reach Kafka.
+    ///
+    /// # Errors
+    /// What we are waiting for, in words.
+    pub fn is_ready(&self) -> Result<(), String> {
+        let reported = self.reported();
+        let waiting = [
+            ("waiting for Kafka", &reported.away),
+            ("waiting for Kafka's permission", &reported.refused),
+            ("waiting for the topic", &reported.missing),
+        ];
+        for (what, outage) in waiting {
+            if let Some(reason) = outage.reason() {
+                return Err(format!("{what}: {}", self.explainer.explain(reason)));
+            }
+        }
+        let stuck: Vec<&str> = reported.stuck.reasons().collect();
+        if !stuck.is_empty() {
+            return Err(stuck.join("; "));
+        }
+        match reported.is_member {
+            true => Ok(()),
+            false => Err("waiting to be admitted to the consumer group".to_owned()),
+        }
+    }
+
+    /// The name of a partition in texts: `topic/number`.
+    pub fn name(&self, partition: Partition) -> String {
+        self.consumer.context().name(partition)
+    }
+
+    pub fn topic(&self, partition: Partition) -> &str {
+        self.consumer.context().topic(partition)
+    }
+
+    /// Leaves the group and ends librdkafka's threads. If Kafka is away and this takes longer than `within`, the threads end with
+    /// the process.
+    pub fn close(self, within: Duration) {
+        let (closed, is_closed) = sync_channel(1);
+        let closing = thread::Builder::new().name("kafka-close".into()).spawn(move || {
+            // The threads also hold the consumer.
+            drop(self.commits);
+            drop(self.watching);
+            if self.committer.join().is_err() || self.watcher.join().is_err() {
+                log::debug!("the committer or the watcher of the group panicked");
+            }
+            drop(self.consumer);
+            // The receiver may be gone.
+            let _ = closed.send(());
+        });
+        match closing {
+            Ok(_) => {
+                if is_closed.recv_timeout(within).is_err() {
+                    log::debug!("Kafka does not answer; the group was not left properly");
+                }
+            }
+            Err(error) => log::debug!("cannot start a thread to close the consumer: {error}"),
+        }
+    }
+
+    fn level(&self, level: Level) -> Level {
+        level_of(self.is_second, level)
+    }
+
+    fn stop_reading(&self, which: impl Fn(Partition) -> bool) -> KafkaResult<()> {
+        // librdkafka refuses the whole list if one of the partitions is not being read.
+        let reading = self.consumer.assignment()?;
+        let mut list = TopicPartitionList::new();
+        for element in reading.elements() {
+            let partition = self.partition(element.topic(), element.partition());
+            if partition.is_some_and(&which) {
+                list.add_partition(element.topic(), element.partition());
+            }
+        }
+        if list.count() == 0 {
+            return Ok(());
+        }
+        self.consumer.incremental_unassign(&list)
+    }
+
+    fn extent(&self, partition: Partition, deadline: Instant) -> Option<Extent> {
+        let left = deadline.saturating_duration_since(instant_now());
+        if left.is_zero() {
+            return None;
+        }
+        let watermarks = self
+            .consumer
+            .fetch_watermarks(self.topic(partition), partition.number, left);
+        match watermarks {
+            Ok((low, high)) => Some(Extent {
+                low: NextOffset(low),
+                high: NextOffset(high),
+            }),
+            Err(error) => {
+                log::debug!("no watermarks of {partition:?}: {error}");
+                None
+            }
+        }
+    }
+
+    fn look_for_topics(&mut self, now: Instant) {
+        if self.reported().missing.reason().is_none() || self.look_for_topics_at.is_some_and(|at| now < at) {
+            return;
+        }
+        self.look_for_topics_at = Some(now + LOOK_FOR_TOPICS_EVERY);
+        let exists =
+            |topic: &String| partitions(self.consumer.client(), topic, LOOK_FOR_TOPICS_WITHIN).is_ok();
+        // Stops at the first topic that does not exist, so polling is delayed only once.
+        if !self.topics.iter().all(exists) {
+            return;
+        }
+        let lasted = self.reported().missing.end(now);
+        if let Some(lasted) = lasted {
+            log::log!(
+                self.level(Level::Info),
+                "the topic exists now, after {} s",
+                lasted.as_secs()
+            );
+        }
+    }
+
+    /// Reads the header of a batch that librdkafka cannot read. Uses a thread, because the broker may be slow.
+    fn look_for_stuck(&mut self, now: Instant) {
+        let answer = self.head_asked.as_ref().map(|asked| asked.try_recv());
+        if answer == Some(Err(TryRecvError::Empty)) {
+            return;
+        }
+        self.head_asked = None;
+        match answer {
+            Some(Ok((partition, offset, Ok(head)))) => {
+                let text = |head: &BatchHead| stuck_text(&self.name(partition), offset, head);
+                self.reported().stuck.found(now, partition, offset, text, head);
+            }
+            Some(Ok((partition, offset, Err(error)))) => {
+                log::debug!("{} is stuck at offset {offset}: {error}", self.name(partition));
+            }
+            _ => {}
+        }
+        let Some((partition, offset)) = self.reported().stuck.next_question() else {
+            return;
+        };
+        let (found, asked) = sync_channel(1);
+        let explainer = self.explainer.clone();
+        let topic = self.topic(partition).to_owned();
+        let work = move || {
+            let head = batch_head(explainer.kafka(), &topic, partition.number, offset);
+            // The receiver may be gone.
+            let _ = found.send((partition, offset, head));
+        };
+        match thread::Builder::new().name("kafka-look".into()).spawn(work) {
+            Ok(_) => self.head_asked = Some(asked),
+            Err(error) => log::debug!("cannot start a thread to look at a batch: {error}"),
+        }
+    }
+
+    /// Leaves the group and joins it again, which makes the group assign every partition. A new subscription alone does not,
+    /// and a static member that only joins again gets what it had.
+    fn adopt_orphans(&self) {
+        let orphans = std::mem::take(&mut self.reported().orphans);
+        if orphans.is_empty() {
+            return;
+        }
+        let names: Vec<String> = orphans
+            .iter()
+            .map(|(topic, number)| format!("{topic}/{number}"))
+            .collect();
+        log::log!(
+            self.level(Level::Warn),
+            "{} are assigned to no member of the group; joining it again, so that they are assigned",
+            names.join(" ")
+        );
+        self.consumer.unsubscribe();
+        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+        if let Err(error) = self.consumer.subscribe(&topics) {
+            log::log!(self.level(Level::Error), "cannot subscribe again: {error}");
+        }
+    }
+
+    fn last_reason(&self, code: RDKafkaErrorCode) -> String {
+        let reason = self.reported().last_reason.clone();
+        self.explainer
+            .explain(&reason.unwrap_or_else(|| code.to_string()))
+    }
+
+    fn list(&self, partitions: &[Partition]) -> TopicPartitionList {
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for partition in partitions {
+            list.add_partition(self.topic(*partition), partition.number);
+        }
+        list
+    }
+
+    fn partition(&self, topic: &str, number: i32) -> Option<Partition> {
+        partition(&self.topics, topic, number)
+    }
+
+    fn reported(&self) -> MutexGuard<'_, Reported> {
+        self.consumer.context().reported()
+    }
+}
+
+/// The properties of this consumer. All that matter are set, even to their defaults; a comment says why a default is wrong.
+const SETTINGS: &[(&str, &str)] = &[
+    // The default would skip everything written before the first start. "earliest" would silently start over where a position
+    // is out of range; `ingest` decides that.
+    ("auto.offset.reset", "error"),
+    ("enable.auto.commit", "false"),
+    ("enable.auto.offset.store", "false"),
+    ("isolation.level", "read_committed"),
+    // The only protocol in which members keep their partitions during a rebalance. See also the module's documentation.
+    ("partition.assignment.strategy", "cooperative-sticky"),
+    // How long the partitions of a killed consumer wait for another one.
+    ("session.timeout.ms", "15000"),
+    ("heartbeat.interval.ms", "3000"),
+    // librdkafka's default. Polling never stops for longer than a question to Kafka takes.
+    ("max.poll.interval.ms", "300000"),
+    // A broker that accepts connections but does not answer (frozen, or behind a firewall that drops packets) is given up after
+    // this time and another 10 s for the new connection. The default is 60 s. The longest request waits for half a second.
+    ("socket.timeout.ms", "20000"),
+    // How soon added partitions are read.
+    ("topic.metadata.refresh.interval.ms", "30000"),
+    ("allow.auto.create.topics", "false"),
+    // With the default of 1,000 ms, a consumer reads a backlog at a third of the speed.
+    ("fetch.queue.backoff.ms", "10"),
+    // These three bound the memory of a backlog: what is queued is decompressed, and a response stays in memory until its last
+    // record is read. With 8 MiB queued and the defaults of the other two (50 MiB a response, 1 MiB of it from one partition),
+    // the process took 78 MB (DB_BATCH_SIZE=1000); with these, it takes 27 MB and is as fast. A record that is larger than
+    // these limits is delivered all the same (KIP-74).
+    ("queued.max.messages.kbytes", "2048"),
+    ("fetch.max.bytes", "1000000"),
+    ("fetch.message.max.bytes", "131072"),
+    // Statistics show the lag and the state of the brokers.
+    ("statistics.interval.ms", "5000"),
+    // Brokers close idle connections, which is not an outage.
+    ("log.connection.close", "false"),
+];
+
+fn stuck_text(name: &str, offset: i64, head: &BatchHead) -> String {
+    format!(
+        "{name} is stuck at offset {offset}: Kafka's client cannot read the batch there ({head}). `host-metrics skip \
+         {name}:{offset}` skips it and records in the rejected table which offsets were not read"
+    )
+}
