@@ -137,7 +137,7 @@ impl From<tokio_postgres::Error> for Fault {
 }
 
 /// Classifies an SQLSTATE (PostgreSQL documentation, appendix A) by its class, with a few exceptions.
-pub fn kind_of(code: &SqlState) -> Kind {
+fn kind_of(code: &SqlState) -> Kind {
     let code = code.code();
     match code.get(..2).unwrap_or_default() {
         // Connection; transaction state (25006 is read-only, as after a failover); rollback (deadlock, serialization);

@@ -15,7 +15,7 @@ use crate::sample::epoch::Epochs;
 pub const MAX_READ_BYTES: usize = 1 << 20;
 
 /// How many bytes of a longer key or value are kept, so that it can be recognised.
-pub const PREFIX_BYTES: usize = 64 << 10;
+const PREFIX_BYTES: usize = 64 << 10;
 
 /// A partition of one of the configured topics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -128,16 +128,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                     let extents = self.source.extents(&partitions);
                     self.ingest.handle(now, Event::Extents(extents));
                 }
-                Action::Read(starts) => {
-                    for (partition, next) in &starts {
-                        log::debug!("reading {} from offset {}", self.source.name(*partition), next.0);
-                    }
-                    if let Err(error) = self.source.read(&starts) {
-                        log::debug!("cannot read: {error}");
-                        let partitions = starts.iter().map(|(partition, _)| *partition).collect();
-                        self.ingest.handle(now, Event::ReadFailed(partitions));
-                    }
-                }
+                Action::Read(starts) => self.read(now, &starts),
                 Action::Pause => {
                     log::debug!("pause: both batches are full");
                     // If records still arrive, the state machine drops them, and they are read again later.
@@ -162,6 +153,17 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                     return Ok(());
                 }
             }
+        }
+    }
+
+    fn read(&mut self, now: Instant, starts: &[(Partition, NextOffset)]) {
+        for (partition, next) in starts {
+            log::debug!("reading {} from offset {}", self.source.name(*partition), next.0);
+        }
+        if let Err(error) = self.source.read(starts) {
+            log::debug!("cannot read: {error}");
+            let partitions = starts.iter().map(|(partition, _)| *partition).collect();
+            self.ingest.handle(now, Event::ReadFailed(partitions));
         }
     }
 

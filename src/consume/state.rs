@@ -1,8 +1,8 @@
-//! The state's side of Postgres: one flush reads the state of the batch's hosts, folds the batch into it and writes it back,
-//! in the transaction that moves the positions.
+//! The sink of the state. A flush reads the stored state of the batch's hosts, folds the batch into it and writes it back, in the
+//! transaction that moves the positions.
 //!
-//! Three round trips: `BEGIN`, compare-and-set, the stored state; the new state; `COMMIT`. The rows are locked by host
-//! and place, in one order for everybody.
+//! It takes three round trips: `BEGIN`, compare-and-set and the stored state; the new state; `COMMIT`. All consumers lock the rows
+//! in the same order, by host and place.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,7 +11,7 @@ use futures_util::future::{join3, join4};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
-use crate::clock::instant_now;
+use crate::clock::{instant_now, wall_micros};
 use crate::config::{ConsumeConfig, StateConfig};
 use crate::consume::batch::{Batch, Encoded, Flushed, Form, MAX_READ_BYTES, Record};
 use crate::consume::counters::Counters;
@@ -30,29 +30,29 @@ use crate::tables::state::{
 };
 use crate::tables::{days, destination, migrate};
 
-/// What the group's name ends in.
+/// The end of the group's name.
 pub const GROUP_SUFFIX: &str = "-state";
 
-/// Records of a flush at most. The more, the fewer times a bucket is written; half of a batch of 100,000 rows in memory.
+/// The most records in a flush. The more there are, the less often each bucket is written.
 const BATCH_SIZE: usize = 50_000;
 
-/// How far the state is behind the records at least, and with a quick database at most.
+/// The longest wait before a flush, and so the usual delay of the state.
 const BATCH_WAIT: Duration = Duration::from_secs(3);
 
 /// How long buckets of five minutes are kept.
 const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
 
-/// Buckets removed in one statement, and statements in one go. The rest goes the next time.
+/// The most buckets that one statement removes, and the most statements at once. The rest is removed an hour later.
 const DELETE_ROWS: i64 = 50_000;
 const DELETE_TIMES: usize = 20;
 
-/// With more records than this in front of the rows, the state makes way: after a flush it rests for so many times as long as
-/// that took.
+/// While the rows have a larger backlog than this, the state pauses before each flush for this many times as long as the last one
+/// took.
 const ROWS_BEHIND: u64 = 10_000;
 const REST_TIMES: u32 = 5;
 const REST_AT_MOST: Duration = Duration::from_secs(2);
 
-/// The configuration of the second pipeline.
+/// The configuration of the state's pipeline.
 pub fn config_of(config: &ConsumeConfig) -> ConsumeConfig {
     ConsumeConfig {
         group_id: format!("{}{GROUP_SUFFIX}", config.group_id),
@@ -65,7 +65,7 @@ pub fn config_of(config: &ConsumeConfig) -> ConsumeConfig {
 /// The state of DB_TABLE.
 pub struct StateSink {
     config: StateConfig,
-    /// Of the pipeline of the rows, which comes first.
+    /// The counters of the rows' pipeline, which has priority.
     rows: Counters,
     last_flush_took: Duration,
 }
@@ -79,26 +79,26 @@ impl StateSink {
         }
     }
 
-    /// What began before is not written and not kept.
-    fn oldest(&self, seconds: i32, now: Duration) -> i64 {
+    /// The oldest start of a bucket that is kept, in microseconds since 1970.
+    fn oldest(&self, seconds: i32, now_micros: i64) -> i64 {
         let kept = match seconds {
             300 => Some(NARROW_KEPT),
             _ => self.config.rollup_retention,
         };
-        let oldest = kept.map_or(Duration::ZERO, |kept| now.saturating_sub(kept));
-        i64::try_from(oldest.as_micros()).unwrap_or(i64::MAX)
+        let micros = |kept: Duration| i64::try_from(kept.as_micros()).unwrap_or(i64::MAX);
+        kept.map_or(0, |kept| now_micros.saturating_sub(micros(kept)).max(0))
     }
 
     /// Removes what is too old.
     async fn prune(&self, session: &Session) -> Result<(), Fault> {
-        let now = wall_clock();
+        let now = wall_micros();
         let time = |micros: i64| format!("to_timestamp({})", micros / 1_000_000);
         for seconds in WIDTHS {
             let oldest = self.oldest(seconds, now);
             let sql = delete_rollups(&session.table, seconds, &time(oldest), DELETE_ROWS);
             for _ in 0..DELETE_TIMES {
                 let removed = session
-                    .bounded("removing old sums", session.client.execute(&sql, &[]))
+                    .bounded("removing old buckets", session.client.execute(&sql, &[]))
                     .await?;
                 if removed < DELETE_ROWS as u64 {
                     break;
@@ -128,7 +128,7 @@ impl Sink for StateSink {
     type Layout = ();
     type Prepared = Statements;
 
-    /// The fold reads the record itself, when the stored state is there.
+    /// Keeps the record, because the fold decodes it when the batch is written.
     fn encode(
         (): &(),
         _: &str,
@@ -138,7 +138,7 @@ impl Sink for StateSink {
     ) -> Result<Encoded, String> {
         let value = record.value.unwrap_or_default();
         if value.len() > MAX_READ_BYTES {
-            return Err("too long, as for the rows".to_owned());
+            return Err("longer than the rows accept".to_owned());
         }
         if judge(value, epochs)?.is_none() {
             return Ok(Encoded::Claim);
@@ -161,9 +161,9 @@ impl Sink for StateSink {
         {
             let name = session.table.quoted(object.suffix());
             return Err(Fault::operator(match not_made {
-                Some(fault) => format!("{name} is missing, and this user could not make it: {fault}"),
+                Some(fault) => format!("{name} is missing, and this user could not create it: {fault}"),
                 None => format!(
-                    "{name} was not made by this version of host-metrics: rename it, and run `host-metrics init`"
+                    "{name} was not created by this version of host-metrics; rename it, and run `host-metrics init`"
                 ),
             }));
         }
@@ -196,7 +196,7 @@ impl Sink for StateSink {
             }
         }
         let (hosts, mut rollups) = fold.finish();
-        let now = wall_clock();
+        let now = wall_micros();
         let oldest = WIDTHS.map(|seconds| (seconds, self.oldest(seconds, now)));
         rollups.retain(|key, _| {
             oldest
@@ -207,7 +207,7 @@ impl Sink for StateSink {
         let client = &session.client;
         let records = u32::try_from(batch.len()).unwrap_or(u32::MAX);
         let within = session.bounds.step + session.bounds.per_row.saturating_mul(records).saturating_mul(4);
-        // Polled in this order, so sent in this order.
+        // They are sent in the order in which they are polled.
         let (began, moved, stored) = bounded("BEGIN to the stored state", within, async {
             Ok::<_, Fault>(
                 join3(
@@ -238,14 +238,14 @@ impl Sink for StateSink {
         bounded("writing the state", within, write)
             .await
             .map_err(|fault| match fault.kind {
-                // Two consumers that saw a host for the first time, or a constraint of somebody else's.
+                // Two consumers saw a host for the first time, or a user has added a constraint.
                 Kind::Refused => Fault {
                     kind: Kind::Passing,
                     ..fault
                 },
                 _ => fault,
             })?;
-        // Not in one round trip with the rest, because it has to follow on success only.
+        // Needs a round trip of its own, because it may follow only on success.
         bounded("COMMIT", within, client.batch_execute("COMMIT")).await?;
         self.last_flush_took = instant_now().saturating_duration_since(began_at);
         Ok(Flushed::Durable)
@@ -256,7 +256,7 @@ impl Sink for StateSink {
     }
 }
 
-/// Plans for an index: what is asked for are a few rows of many, whatever the statistics of a new table say.
+/// Few rows of many are read, so indexes are used even if the statistics of a new table suggest otherwise.
 const BEGIN: &str =
     "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL enable_seqscan = off; SET LOCAL jit = off";
 
@@ -285,14 +285,14 @@ impl Statements {
     }
 }
 
-/// What the tables say of the hosts and buckets of a batch.
+/// The stored state of the hosts and buckets of a batch.
 #[derive(Debug, Default)]
 struct Stored {
     hosts: BTreeMap<String, Host>,
     rollups: BTreeMap<Key, Rollup>,
 }
 
-/// Reads it, and locks the hosts.
+/// Reads the stored state, and locks the hosts' rows.
 async fn read(
     client: &Client,
     statements: &Statements,
@@ -310,7 +310,7 @@ async fn read(
     let starts: Vec<SystemTime> = rollups.keys().map(|key| time(key.starts_at)).collect();
     let of_series: Vec<i64> = rollups.keys().map(|key| key.series_id).collect();
 
-    // Polled in this order, so sent in this order, without a wait between them.
+    // They are sent in the order in which they are polled, without waits between them.
     let series_params: [&(dyn ToSql + Sync); 3] = [&ids, &of_hosts, &agents];
     let host_params: [&(dyn ToSql + Sync); 1] = [&addresses];
     let rollup_params: [&(dyn ToSql + Sync); 3] = [&widths, &starts, &of_series];
@@ -342,7 +342,7 @@ async fn read(
     Ok(stored)
 }
 
-/// Writes what is not as it was stored.
+/// Writes what has changed.
 async fn write(
     client: &Client,
     statements: &Statements,
@@ -386,7 +386,7 @@ async fn write(
     Ok(())
 }
 
-/// An array for each column of a table.
+/// One array for each column of a table.
 #[derive(Default)]
 struct Columns<'a>(Vec<Box<dyn ToSql + Sync + 'a>>);
 
@@ -549,7 +549,7 @@ fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).expect("names and counts have a JSON form")
 }
 
-/// What somebody else wrote into the column is taken for nothing.
+/// Anything else in the column counts as empty.
 fn from_json<T: serde::de::DeserializeOwned + Default>(text: &str) -> T {
     serde_json::from_str(text).unwrap_or_default()
 }
@@ -561,12 +561,4 @@ fn time(micros: i64) -> SystemTime {
 fn micros(time: SystemTime) -> i64 {
     let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX)
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: how long sums are kept is wall-clock time"
-)]
-fn wall_clock() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

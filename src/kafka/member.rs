@@ -1,7 +1,7 @@
-//! A member of a consumer group that is dealt partitions and reads none of them.
+//! A member of a consumer group that is assigned partitions but does not read them.
 //!
-//! Owns the group's consumer; decides nothing. What librdkafka is told to read is nothing at all: so being dealt a partition
-//! costs no fetch. The group waits with what it takes away from us until [`Member::give_back`], unless it put us out already.
+//! Owns the group's consumer, and makes no decisions. librdkafka is told to read nothing, so no records are fetched. When the
+//! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,20 +19,20 @@ use crate::config::KafkaConfig;
 use crate::kafka::{Explainer, Named, client_config, partitions};
 use crate::outage::Outage;
 
-/// How long a question to Kafka may take: the member hears of nothing else meanwhile.
+/// How long a question to Kafka may take. The member gets no news from the group meanwhile.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
 
-/// The least that brokers allow unless they are told otherwise: so long a dead member keeps its partitions.
+/// How long a dead member keeps its partitions. Brokers allow no less by default.
 const SESSION_MS: &str = "6000";
 
-/// What the group did.
+/// A change of the assignment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// We have these in addition to those that we had.
+    /// These are ours, in addition to those before.
     Assigned(Vec<Named>),
-    /// It wants these back, and waits for [`Member::give_back`].
+    /// The group takes these back, and waits for [`Member::give_back`].
     Revoked(Vec<Named>),
-    /// We are no member any more. These were ours.
+    /// We are no longer a member. These were ours.
     Lost(Vec<Named>),
 }
 
@@ -43,12 +43,12 @@ pub struct Committed {
     pub metadata: String,
 }
 
-/// Why a commit did not take place.
+/// Why a commit failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotCommitted {
-    /// We are no member, or of an earlier generation.
+    /// We are not a member, or one of an earlier generation.
     Refused(String),
-    /// Nobody knows whether it took place.
+    /// It is unknown whether it took place.
     Failed(String),
 }
 
@@ -57,7 +57,7 @@ pub struct Member {
 }
 
 impl Member {
-    /// Joins the group, as soon as Kafka can be reached. With an `instance_id` it is a static member (KIP-345).
+    /// Joins the group as soon as Kafka can be reached. With an `instance_id` this is a static member (KIP-345).
     ///
     /// # Errors
     /// librdkafka refuses the settings.
@@ -72,12 +72,12 @@ impl Member {
             .set("group.id", group)
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
-            // Members keep what they have during a rebalance.
+            // Members keep their partitions during a rebalance.
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("session.timeout.ms", SESSION_MS)
-            // How soon a member hears that it has to give something back, or that it may have something.
+            // How soon a member learns about a rebalance.
             .set("heartbeat.interval.ms", "500")
-            // A coordinator that was restarted keeps dead members for so long. It has to be longer than a question to Kafka.
+            // A restarted coordinator keeps dead members this long. It has to be longer than a question to Kafka may take.
             .set("max.poll.interval.ms", "10000")
             .set("socket.timeout.ms", "5000")
             .set("topic.metadata.refresh.interval.ms", "30000")
@@ -99,7 +99,7 @@ impl Member {
         Ok(member)
     }
 
-    /// The partitions of these topics are dealt out from now on.
+    /// Subscribes to these topics, instead of those before.
     ///
     /// # Errors
     /// librdkafka refuses the names.
@@ -109,11 +109,11 @@ impl Member {
             .context("cannot subscribe to the topics of the hosts")
     }
 
-    /// What the group did since. Has to be called every few seconds at least, or the group puts us out.
+    /// The changes since the last call. Has to be called every few seconds, or the group removes this member.
     pub fn changes(&self) -> Vec<Change> {
         loop {
             let before = self.heard().changes.len();
-            // One event a call, and no record: nothing is read.
+            // Each call handles one event. There are no records, because nothing is read.
             if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
                 log::debug!("the group of producers: {error}");
                 continue;
@@ -125,15 +125,15 @@ impl Member {
         }
     }
 
-    /// What the group wants back is free.
+    /// Lets the group assign what it took back.
     pub fn give_back(&self) {
         self.heard().owes = false;
         if let Err(error) = self.consumer.incremental_unassign(&TopicPartitionList::new()) {
-            log::debug!("librdkafka does not take the answer to a rebalance: {error}");
+            log::debug!("librdkafka refuses the answer to a rebalance: {error}");
         }
     }
 
-    /// Leaves the group, as a static member too.
+    /// Leaves the group, even as a static member.
     pub fn leave(&self) {
         self.heard().is_leaving = true;
         if std::mem::take(&mut self.heard().owes) {
@@ -142,7 +142,7 @@ impl Member {
         self.consumer.unsubscribe();
     }
 
-    /// The group's committed offsets; `None` for a partition that has none.
+    /// The group's committed offsets; `None` for a partition without one.
     ///
     /// # Errors
     /// Kafka does not answer in time, or does not allow it.
@@ -167,14 +167,14 @@ impl Member {
         Ok(committed)
     }
 
-    /// Commits these as a member of the group's present generation, and waits for the answer.
+    /// Commits these as a member of the group's current generation, and waits for the answer.
     ///
     /// # Errors
-    /// It did not take place, or may not have.
+    /// The commit did not take place, or it is unknown whether it did.
     pub fn commit(&self, commits: &[(Named, Committed)]) -> Result<(), NotCommitted> {
-        // Without a membership librdkafka would commit as somebody who is in no group, which an empty group allows.
+        // Without a membership librdkafka would commit as if it used no group, which an empty group allows.
         if self.consumer.assignment_lost() {
-            return Err(NotCommitted::Refused("the group put us out".to_owned()));
+            return Err(NotCommitted::Refused("the group removed this member".to_owned()));
         }
         let failed = |error: KafkaError| NotCommitted::Failed(error.to_string());
         let mut list = TopicPartitionList::with_capacity(commits.len());
@@ -197,7 +197,7 @@ impl Member {
             })
     }
 
-    /// The offsets that a partition holds: the first one, and the one behind the last.
+    /// The offsets that a partition holds: the first one, and the one after the last.
     ///
     /// # Errors
     /// Kafka does not answer in time.
@@ -205,7 +205,7 @@ impl Member {
         self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN)
     }
 
-    /// How many partitions a topic has.
+    /// The number of partitions of a topic.
     ///
     /// # Errors
     /// Kafka does not answer in time, or there is no such topic.
@@ -214,7 +214,7 @@ impl Member {
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
 
-    /// Why Kafka does not let us be a member, if it is time to say so, and for how long already.
+    /// Why Kafka does not admit us to the group, and for how long, if it is time to log that.
     pub fn trouble(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
         let (reason, lasted) = heard.refused.take_report(now)?;
@@ -231,10 +231,10 @@ impl Member {
 #[derive(Default)]
 struct Heard {
     changes: Vec<Change>,
-    /// The group waits for [`Member::give_back`].
+    /// Whether the group waits for [`Member::give_back`].
     owes: bool,
     is_leaving: bool,
-    /// What we ask for is not allowed.
+    /// Kafka does not allow what we ask for.
     refused: Outage,
 }
 
@@ -244,7 +244,7 @@ struct Context {
 }
 
 impl Context {
-    /// Nothing here is left half done by a panic.
+    /// A panic leaves nothing half written, so a poisoned lock is still usable.
     fn heard(&self) -> MutexGuard<'_, Heard> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -305,7 +305,7 @@ impl ConsumerContext for Context {
             }
         };
         if let Err(error) = answered {
-            log::debug!("librdkafka does not take the answer to a rebalance: {error}");
+            log::debug!("librdkafka refuses the answer to a rebalance: {error}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Reads parts of partitions, as a member of no group.
+//! Reads parts of partitions, without joining a group.
 //!
-//! Owns the one consumer that `produce` reads with: what its group left in the topic, and what Kafka stored of its own records
-//! without saying so.
+//! `produce` uses it to read what its group wrote before, and to find out which of its own records Kafka stored without an
+//! acknowledgement.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -20,16 +20,16 @@ use crate::kafka::client_config;
 #[derive(Clone, Debug)]
 pub struct Part {
     pub partition: i32,
-    /// A position that the partition does not have, because the topic was made anew, is its beginning.
+    /// If the topic was recreated and the partition does not have this offset, reading starts at its beginning.
     pub from: i64,
-    /// The first offset that is not read; `None`: all that is there.
+    /// The first offset that is not read; `None` for all that there is.
     pub to: Option<i64>,
 }
 
-/// Parts that are being read.
+/// A consumer, and the parts that it is reading.
 pub struct Reader {
     consumer: BaseConsumer<Quiet>,
-    /// What is not read to its end yet, and that.
+    /// The ends of the parts that are not read completely yet, by partition.
     open: BTreeMap<i32, i64>,
 }
 
@@ -39,11 +39,11 @@ impl Reader {
     pub fn new(kafka: &KafkaConfig) -> KafkaResult<Self> {
         let mut config = client_config(kafka);
         let consumer = config
-            // librdkafka reads nothing without one. It is not joined, and nothing is committed.
+            // librdkafka needs one, although the group is not joined and nothing is committed.
             .set("group.id", "host-metrics-produce")
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
-            // What retention or a new topic took away is not there.
+            // Where a position no longer exists, because of retention or a recreated topic.
             .set("auto.offset.reset", "earliest")
             .set("isolation.level", "read_uncommitted")
             .set("enable.partition.eof", "true")
@@ -58,13 +58,13 @@ impl Reader {
         })
     }
 
-    /// For questions about a topic.
+    /// The consumer, for questions about a topic.
     pub fn consumer(&self) -> &impl Consumer<Quiet> {
         &self.consumer
     }
 
-    /// Begins to read these parts of one topic (librdkafka says that a partition is at its end, and not of which topic), instead
-    /// of those before.
+    /// Starts to read these parts of a topic, instead of those before. It has to be one topic: when a partition is at its end,
+    /// librdkafka does not report its topic.
     ///
     /// # Errors
     /// librdkafka refuses.
@@ -87,10 +87,10 @@ impl Reader {
         self.consumer.assign(&list)
     }
 
-    /// Goes on until then at the latest, and hands on partition and value of each record. True: there are no more.
+    /// Reads on, at most until `until`, and passes on the partition and value of each record. True at the end.
     ///
     /// # Errors
-    /// Kafka does not allow it. Everything else is waited out.
+    /// Kafka does not allow it. All other errors are waited out.
     pub fn go_on(&mut self, until: Instant, mut read: impl FnMut(i32, &[u8])) -> KafkaResult<bool> {
         while !self.open.is_empty() && instant_now() < until {
             match self.consumer.poll(Duration::from_millis(10)) {
@@ -118,12 +118,12 @@ impl Reader {
     }
 }
 
-/// Whether waiting does not help. A right to the group is not needed, though librdkafka asks for it.
+/// Whether waiting does not help. librdkafka also asks for access to the group, which is not needed.
 pub fn is_forbidden(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed)
 }
 
-/// The producer's context says what is wrong with Kafka.
+/// Only logs at DEBUG, because the producer's context reports what is wrong with Kafka.
 pub struct Quiet;
 
 impl ClientContext for Quiet {

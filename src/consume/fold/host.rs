@@ -1,12 +1,12 @@
-//! A host's series, its verdict over them, and its incidents: what one check after the other makes of them.
+//! A host's series, its verdict, and its incidents, and how each record changes them.
 //!
-//! Pure, and without a clock: time is what the records say. So the same records in the same order give the same state,
-//! wherever a batch ends and whenever they are read.
+//! Pure, and without a clock: the time is that of the records. So the same records in the same order give the same state, however
+//! they are divided into batches and whenever they are read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
-/// DOWN_WHEN: how many of the places that vote must see a host down.
+/// DOWN_WHEN: how many of the voting places must see a host down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DownWhen {
     Any,
@@ -14,7 +14,7 @@ pub enum DownWhen {
     #[default]
     Majority,
     All,
-    /// So many, however many vote.
+    /// This many, however many vote.
     Places(u32),
 }
 
@@ -46,7 +46,7 @@ impl FromStr for DownWhen {
     }
 }
 
-/// What the places that vote make of a host.
+/// The verdict of the voting places on a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Up,
@@ -62,14 +62,14 @@ impl Verdict {
     }
 }
 
-/// One record of one series, as far as it may change more than sums. Times are microseconds since 1970.
+/// A record, as far as it changes more than sums. Times are microseconds since 1970.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Event<'a> {
+pub struct SeriesRecord<'a> {
     pub agent: &'a str,
     pub at: i64,
     pub interval_micros: Option<i64>,
     pub cert_expires_at: Option<i64>,
-    /// `None`: the tick was not checked, or the place could not check.
+    /// `None` if the tick was not checked, or the place could not check.
     pub check: Option<Check<'a>>,
 }
 
@@ -90,13 +90,13 @@ pub struct Series {
     pub certificate: Option<Certificate>,
 }
 
-/// What a series' checks say. Missed ticks are none.
+/// The checks of a series. Missed ticks are not checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checks {
     pub first_at: i64,
     pub last_at: i64,
     pub is_valid: bool,
-    /// Since when `is_valid` is what it is.
+    /// Since when `is_valid` has its value.
     pub since: i64,
     pub outcome: String,
     pub error: Option<String>,
@@ -114,48 +114,48 @@ pub struct Certificate {
 }
 
 impl Series {
-    /// Whether its last check still counts when the host's newest one is of `at`.
+    /// The vote: whether the last check is valid. `None` if it is too old to count at the time `at` of the host's newest check.
     fn votes(&self, at: i64) -> Option<bool> {
         let checks = self.checks.as_ref()?;
         let lasts = self.interval_micros.unwrap_or(0).saturating_mul(2);
         (at.saturating_sub(checks.last_at) <= lasts).then_some(checks.is_valid)
     }
 
-    /// Whether the check in it (if any) is newer than every one before: an older one changes no vote.
-    fn take(&mut self, event: &Event<'_>) -> bool {
+    /// Takes the next record. True if it has a check that is newer than all before; an older one does not change the vote.
+    fn take(&mut self, record: &SeriesRecord<'_>) -> bool {
         let previous = self.checks.as_ref().map(|checks| checks.last_at);
         if self
             .last_seen_at
-            .is_none_or(|last_seen_at| last_seen_at <= event.at)
+            .is_none_or(|last_seen_at| last_seen_at <= record.at)
         {
-            self.last_seen_at = Some(event.at);
-            // The original's records say no interval: then it is the time between checks.
+            self.last_seen_at = Some(record.at);
+            // The original's records have no interval, so the time between two checks is used.
             let gap = previous
-                .filter(|_| event.check.is_some())
-                .map(|previous| event.at - previous);
-            self.interval_micros = event.interval_micros.or(gap).or(self.interval_micros);
+                .filter(|_| record.check.is_some())
+                .map(|previous| record.at - previous);
+            self.interval_micros = record.interval_micros.or(gap).or(self.interval_micros);
         }
-        if let Some(expires_at) = event.cert_expires_at
+        if let Some(expires_at) = record.cert_expires_at
             && self
                 .certificate
-                .is_none_or(|certificate| certificate.seen_at <= event.at)
+                .is_none_or(|certificate| certificate.seen_at <= record.at)
         {
             self.certificate = Some(Certificate {
                 expires_at,
-                seen_at: event.at,
+                seen_at: record.at,
             });
         }
-        let Some(check) = event
+        let Some(check) = record
             .check
-            .filter(|_| previous.is_none_or(|previous| previous < event.at))
+            .filter(|_| previous.is_none_or(|previous| previous < record.at))
         else {
             return false;
         };
         let checks = self.checks.get_or_insert_with(|| Checks {
-            first_at: event.at,
-            last_at: event.at,
+            first_at: record.at,
+            last_at: record.at,
             is_valid: check.is_valid,
-            since: event.at,
+            since: record.at,
             outcome: String::new(),
             error: None,
             failures_in_a_row: 0,
@@ -165,16 +165,16 @@ impl Series {
         });
         if checks.is_valid != check.is_valid {
             checks.is_valid = check.is_valid;
-            checks.since = event.at;
+            checks.since = record.at;
         }
-        checks.last_at = event.at;
+        checks.last_at = record.at;
         replace(&mut checks.outcome, check.outcome);
         checks.error = check.error.map(str::to_owned);
         if check.is_valid {
             checks.failures_in_a_row = 0;
         } else {
             checks.failures_in_a_row += 1;
-            checks.last_failed_at = Some(event.at);
+            checks.last_failed_at = Some(record.at);
             checks.last_failed_outcome = Some(check.outcome.to_owned());
             checks.last_error.clone_from(&checks.error);
         }
@@ -182,21 +182,21 @@ impl Series {
     }
 }
 
-/// One outage of a host, by verdict. Its host and `number` identify it for ever.
+/// An outage of a host, according to the verdict. Its host and `number` identify it permanently.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Incident {
-    /// 1 for a host's first one.
+    /// Counts a host's incidents from 1.
     pub number: i64,
-    /// The failed check that made the verdict down.
+    /// The time of the failed check that turned the verdict to down.
     pub started_at: i64,
-    /// The valid check that made it up again.
+    /// The time of the valid check that turned it to up again.
     pub ended_at: Option<i64>,
     /// Failed checks, by outcome.
     pub outcomes: BTreeMap<String, i64>,
     pub first_outcome: String,
     pub last_outcome: String,
     pub last_error: Option<String>,
-    /// The places that saw it.
+    /// The places whose checks failed during it.
     pub places: BTreeSet<String>,
 }
 
@@ -205,7 +205,7 @@ impl Incident {
         self.outcomes.values().sum()
     }
 
-    /// Of several that are as frequent, the first by name.
+    /// Of equally frequent ones, the first in byte order.
     pub fn most_frequent_outcome(&self) -> &str {
         let by_count = self.outcomes.iter().rev().max_by_key(|(_, count)| **count);
         by_count.map_or("", |(outcome, _)| outcome)
@@ -226,12 +226,12 @@ impl Incident {
     }
 }
 
-/// What the tables say of one host, and what a batch makes of it.
+/// The state of one host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// By place; `""` where the records name none.
+    /// By place; `""` if the records have no agent.
     pub series: BTreeMap<String, Series>,
-    /// The newest incident, if there was any, and before it those that this batch ended.
+    /// The newest incident, if any, after those that this batch ended.
     pub incidents: Vec<Incident>,
 }
 
@@ -254,18 +254,23 @@ impl Host {
     }
 
     /// Takes the next record of one of its series.
-    pub fn take(&mut self, down_when: DownWhen, event: &Event<'_>) {
-        let series = match self.series.get_mut(event.agent) {
+    pub fn take(&mut self, down_when: DownWhen, record: &SeriesRecord<'_>) {
+        let series = match self.series.get_mut(record.agent) {
             Some(series) => series,
-            None => self.series.entry(event.agent.to_owned()).or_default(),
+            None => self.series.entry(record.agent.to_owned()).or_default(),
         };
-        if !series.take(event) {
+        if !series.take(record) {
             return;
         }
-        let Some(check) = &event.check else { return };
-        // Places are not read in step: the host's time is the newest check of all of them.
+        let Some(check) = &record.check else { return };
+        // The records of one place may be read before those of another, so the host's time is that of its newest check.
         let last_at = |series: &Series| series.checks.as_ref().map(|checks| checks.last_at);
-        let at = self.series.values().filter_map(last_at).max().unwrap_or(event.at);
+        let at = self
+            .series
+            .values()
+            .filter_map(last_at)
+            .max()
+            .unwrap_or(record.at);
         let votes = self.series.values().filter_map(|series| series.votes(at));
         let (all, down) = votes.fold((0, 0), |(all, down), is_valid| {
             (all + 1, down + usize::from(!is_valid))
@@ -276,10 +281,10 @@ impl Host {
             .incidents
             .last()
             .map(|last| last.ended_at.unwrap_or(last.started_at));
-        let turns_at = turned_at.map_or(event.at, |turned_at| turned_at.max(event.at));
+        let turns_at = turned_at.map_or(record.at, |turned_at| turned_at.max(record.at));
         match self.incidents.last_mut().filter(|last| last.ended_at.is_none()) {
             Some(open) if check.is_valid => open.ended_at = (!is_down).then_some(turns_at),
-            Some(open) => open.count(event.agent, check),
+            Some(open) => open.count(record.agent, check),
             None if is_down && !check.is_valid => {
                 let mut incident = Incident {
                     number: self.incidents.last().map_or(1, |last| last.number + 1),
@@ -291,7 +296,7 @@ impl Host {
                     last_error: None,
                     places: BTreeSet::new(),
                 };
-                incident.count(event.agent, check);
+                incident.count(record.agent, check);
                 self.incidents.push(incident);
             }
             None => {}
@@ -299,7 +304,7 @@ impl Host {
     }
 }
 
-/// Most words are the ones that are there already.
+/// Avoids a copy where the text stays the same, as it usually does.
 fn replace(into: &mut String, text: &str) {
     if into != text {
         text.clone_into(into);

@@ -1,13 +1,13 @@
-//! The fold: what a batch of records makes of the state (series, incidents, sums by bucket).
+//! The fold: how a batch of records changes the state (series, incidents, sums by bucket).
 //!
-//! Pure, and `now` is nowhere in it. The state after a record is a function of the records of its host before it and of
-//! that record, so the same topic read again gives the same state. Sums are additions; everything else follows the order
-//! in which a host's records stand in their partition.
+//! Pure, and without a clock. The state after a record depends only on that record and on the records of its host before it, so
+//! reading a topic again gives the same state. Sums are additions; everything else follows the order of a host's records in
+//! their partition.
 //!
-//! A batch is folded in two steps, because the state lives in the tables and nowhere else: [`Fold::record`] collects, and
-//! says which hosts and buckets are touched; [`Hosts::apply`] makes the new state of them from the stored one. Whoever
-//! writes reads, applies and writes in the transaction that moves the positions. So nothing in memory can differ from the
-//! tables, a batch that is tried again starts from what is stored, and a partition that moves needs no hand-over.
+//! A batch is folded in two steps, because the state is kept only in the tables: [`Fold::record`] collects the records, which
+//! shows the hosts and buckets that they change, and [`Hosts::apply`] changes the stored state of these hosts. The sink reads,
+//! applies and writes in the transaction that moves the positions. So memory and tables cannot differ, a batch that is tried
+//! again starts from the stored state, and a partition that moves needs no hand-over.
 
 pub mod host;
 pub mod rollup;
@@ -15,16 +15,15 @@ pub mod rollup;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
-use crate::consume::fold::host::{Check, DownWhen, Event, Host};
+use crate::consume::fold::host::{Check, DownWhen, Host, SeriesRecord};
 use crate::consume::fold::rollup::{Finding, Key, Rollup, Rollups, UNKNOWN_OUTCOME, series_id};
 use crate::sample::{self, Timestamp};
 
-/// A record whose `scheduled_at` is further ahead of Kafka's own timestamp than this is counted in its bucket and moves
-/// nothing: one clock that ran ahead would otherwise make every later record a late one. What Kafka itself allows
-/// (`message.timestamp.after.max.ms`).
+/// A record whose `scheduled_at` is further than this ahead of Kafka's timestamp is only counted in its bucket. Otherwise, after
+/// one record of a clock that is ahead, all others would be late. Kafka has the same limit (`message.timestamp.after.max.ms`).
 const AHEAD_MICROS: i64 = 3_600_000_000;
 
-/// What the records of one batch change.
+/// The records of one batch, by host, and their sums.
 #[derive(Debug, Default)]
 pub struct Fold<'a> {
     hosts: HashMap<Cow<'a, str>, Records<'a>>,
@@ -34,12 +33,12 @@ pub struct Fold<'a> {
 /// The records of one host, in their order.
 #[derive(Debug, Default)]
 struct Records<'a> {
-    /// The places in this batch, and the numbers of their series.
+    /// The places in this batch, with the numbers of their series.
     places: Vec<(Cow<'a, str>, i64)>,
     pending: Vec<Pending<'a>>,
 }
 
-/// An [`Event`] that may own its texts: a text with an escape in it cannot be borrowed from the record.
+/// An [`SeriesRecord`] that may own its texts: a text with an escape in it cannot be borrowed from the record.
 #[derive(Debug)]
 struct Pending<'a> {
     place: usize,
@@ -57,7 +56,7 @@ struct PendingCheck<'a> {
 }
 
 impl<'a> Fold<'a> {
-    /// Takes the next record. One that is no sample is left out, as the rows leave it out: false.
+    /// Takes the next record. False if it is not a valid record.
     pub fn record(&mut self, value: &'a [u8], timestamp: Option<Timestamp>) -> bool {
         let Ok(sample) = sample::decode(value) else {
             return false;
@@ -106,7 +105,7 @@ impl<'a> Fold<'a> {
         self.hosts.is_empty()
     }
 
-    /// The sums to be added, and the hosts in byte order: the order in which their rows are to be locked.
+    /// The hosts in byte order, which is the order in which their rows are locked, and the sums.
     pub fn finish(self) -> (Hosts<'a>, BTreeMap<Key, Rollup>) {
         (Hosts(self.hosts.into_iter().collect()), self.rollups.finish())
     }
@@ -129,7 +128,7 @@ impl Hosts<'_> {
         self.0.keys().map(|address| &**address)
     }
 
-    /// Makes the new state of these hosts from the stored one; a host that is not in `stored` is new.
+    /// Changes the stored state of these hosts. A host that is not in `stored` is new.
     pub fn apply(&self, down_when: DownWhen, stored: &mut BTreeMap<String, Host>) {
         for (address, records) in self.0.iter().filter(|(_, records)| !records.pending.is_empty()) {
             let host = match stored.get_mut(&**address) {
@@ -148,7 +147,7 @@ impl Hosts<'_> {
                 });
                 host.take(
                     down_when,
-                    &Event {
+                    &SeriesRecord {
                         agent: &records.places[pending.place].0,
                         at: pending.at,
                         interval_micros: pending.interval_micros,

@@ -1,34 +1,34 @@
-//! Buckets of one series: what its records count, how long they took, and the histogram of that.
+//! Buckets of a series: the number of records by kind, their latencies, and a histogram of these.
 //!
-//! Pure. Everything is a whole number and every merge is an addition or a maximum, so the order of the records and the
-//! places where a batch ends do not show in the result.
+//! Pure. All values are whole numbers, and they are merged by addition or maximum. So the result does not depend on the order of
+//! the records, or on how they are divided into batches.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use crate::sample::{Sample, Timestamp};
 
-/// Bucket widths in seconds. Five minutes answer for the last hour, hours for days, days for months and years.
+/// Bucket widths in seconds: five minutes for the last hour, hours for days, and days for months and years.
 pub const WIDTHS: [i32; 3] = [300, 3_600, 86_400];
 
-/// One bin's upper bound is this much above the one before: the geometric middle of a bin is then wrong by at most
-/// 11.8 % (√1.25) for every latency within it.
+/// The ratio of a bin's upper bound to that of the bin before. The geometric middle of a bin differs from each latency in it by
+/// at most 11.8 % (√1.25).
 pub const BIN_RATIO: f64 = 1.25;
 
 /// The upper bound of bin 0, in microseconds.
 pub const FIRST_BIN_MICROS: f64 = 100.0;
 
-/// Bins 0 to 62 reach from 0.1 ms to 102 s; the last one holds everything above.
+/// Bins 0 to 62 extend from 0.1 ms to 102 s. The last one is for all longer latencies.
 pub const BINS: usize = 64;
 
-/// Decimal digits of one bin's count in the stored histogram: a year of a check a second fits.
+/// Decimal digits of each bin's count in the stored histogram. A year of one check a second fits.
 pub const BIN_DIGITS: usize = 8;
 const MAX_COUNT: u32 = 99_999_999;
 
-/// Identifies a host as one place sees it: FNV-1a of both names.
+/// The number of a series: the FNV-1a hash of both names.
 ///
-/// Computed, not handed out by the database: a replay gives the same state, and the name costs no round trip. Of a
-/// million series two share a number with a probability of 3 in 100 million.
+/// The database does not assign it, so a replay gives the same numbers, and no round trip is needed. The probability that two of a
+/// million series have the same number is 3 in 100 million.
 pub fn series_id(address: &str, agent: &str) -> i64 {
     let bytes = address.bytes().chain([0]).chain(agent.bytes());
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -37,7 +37,7 @@ pub fn series_id(address: &str, agent: &str) -> i64 {
     hash.cast_signed()
 }
 
-/// Which bucket.
+/// Identifies a bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     /// One of [`WIDTHS`].
@@ -48,7 +48,7 @@ pub struct Key {
 }
 
 impl Key {
-    /// The bucket of that width that `at` (microseconds since 1970) lies in.
+    /// The bucket of that width that contains `at` (microseconds since 1970).
     pub fn of(series_id: i64, seconds: i32, at: i64) -> Self {
         let width = i64::from(seconds) * 1_000_000;
         Self {
@@ -66,7 +66,7 @@ pub enum Finding {
     Failed,
     /// The tick was not checked.
     Missed,
-    /// The place itself could not check: its own network, memory or threads failed.
+    /// The place could not check, because its own network, memory or threads failed.
     Offline,
 }
 
@@ -80,13 +80,13 @@ impl Finding {
         }
     }
 
-    /// Whether it says anything about the host at all.
+    /// Whether it says anything about the host.
     pub fn is_check(self) -> bool {
         matches!(self, Self::Valid | Self::Failed)
     }
 }
 
-/// The word for a failed check whose record has none: the original's.
+/// The outcome of a failed check whose record has none, as in the original's records.
 pub const UNKNOWN_OUTCOME: &str = "unknown";
 
 /// The sums of one bucket. Counts and sums stop at their type's maximum.
@@ -100,13 +100,13 @@ pub struct Rollup {
     pub outcomes: BTreeMap<String, i32>,
     pub latency_us: i64,
     pub latency_max_us: i32,
-    /// DNS, connect, TLS, first byte and body, in units of 10 µs: an hour of one host fits into four bytes.
+    /// DNS, connect, TLS, first byte and body, in units of 10 µs, so that the sums fit into four bytes.
     pub phases: [i32; 5],
     pub histogram: Histogram,
 }
 
 impl Rollup {
-    /// Every tick that has a record.
+    /// The number of records.
     pub fn due(&self) -> i32 {
         [self.failed, self.missed, self.offline]
             .into_iter()
@@ -151,7 +151,7 @@ impl Rollup {
         }
     }
 
-    /// Adds what another batch, or a narrower bucket, counted.
+    /// Adds the sums of another batch, or of a narrower bucket.
     pub fn merge(&mut self, other: &Self) {
         let counts = [
             (&mut self.valid, other.valid),
@@ -174,16 +174,16 @@ impl Rollup {
     }
 }
 
-/// The bin of a latency: the first one whose upper bound is not below it.
-pub fn bin_of(micros: i64) -> u8 {
-    // Bounds as whole microseconds, so that no machine's logarithm decides.
+/// The bin of a latency: the first one whose upper bound is at least that.
+fn bin_of(micros: i64) -> u8 {
+    // The bounds are whole microseconds, so that the result does not depend on a machine's logarithm.
     static BOUNDS: std::sync::LazyLock<[i64; BINS - 1]> = std::sync::LazyLock::new(|| {
         std::array::from_fn(|bin| (FIRST_BIN_MICROS * BIN_RATIO.powi(bin as i32)).round() as i64)
     });
     BOUNDS.partition_point(|bound| *bound < micros) as u8
 }
 
-/// How many latencies lie in which bin: sparse, in the order of the bins.
+/// The number of latencies in each bin that has any, in the order of the bins.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Histogram(Vec<(u8, u32)>);
 
@@ -195,8 +195,8 @@ impl Histogram {
         }
     }
 
-    /// As it is stored: one number whose digits are the counts, [`BIN_DIGITS`] for each bin, the last ones for bin 0. So
-    /// Postgres adds histograms by adding numbers, and stores none of the empty bins at either end. `None`: it is empty.
+    /// The stored form: one number, with [`BIN_DIGITS`] digits for each bin, the last ones for bin 0. Postgres adds histograms by
+    /// adding these numbers, and does not store the empty bins at either end. `None` if all bins are empty.
     pub fn to_number(&self) -> Option<String> {
         let mut number = String::new();
         let (highest, _) = self.0.last()?;
@@ -211,7 +211,7 @@ impl Histogram {
         Some(number)
     }
 
-    /// Reads [`Histogram::to_number`]. What somebody else wrote into the column is taken for nothing.
+    /// Reads the stored form. Anything else in the column counts as empty.
     pub fn from_number(number: &str) -> Self {
         let mut histogram = Self::default();
         let groups = number.as_bytes().rchunks(BIN_DIGITS).take(BINS);
@@ -227,9 +227,9 @@ impl Histogram {
     }
 }
 
-/// The buckets that a batch changes, and by how much.
+/// The sums of a batch.
 ///
-/// Records are counted in the narrowest bucket only; the wider ones are sums of it, made once at the end.
+/// Records are counted only in the narrowest buckets. The wider ones are added up once at the end.
 #[derive(Debug, Default)]
 pub struct Rollups(std::collections::HashMap<Key, Rollup>);
 
@@ -239,7 +239,7 @@ impl Rollups {
         self.0.entry(key).or_default().add(sample, finding);
     }
 
-    /// All widths, in the order of their keys.
+    /// The buckets of all widths, in the order of their keys.
     pub fn finish(self) -> BTreeMap<Key, Rollup> {
         let mut all: std::collections::HashMap<Key, Rollup> = std::collections::HashMap::new();
         for (key, rollup) in &self.0 {

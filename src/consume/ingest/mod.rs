@@ -67,7 +67,7 @@ pub struct Limits {
 
 impl Limits {
     /// The bytes at which a batch is full.
-    pub fn batch_bytes(&self) -> usize {
+    fn batch_bytes(&self) -> usize {
         self.batch_size
             .saturating_mul(BATCH_BYTES_A_RECORD)
             .clamp(LEAST_BATCH_BYTES, MOST_BATCH_BYTES)
