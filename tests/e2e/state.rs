@@ -386,7 +386,7 @@ fn a_state_that_cannot_be_written_keeps_no_row_back_and_status_counts_rows() {
     case.write(0, 0..10);
     case.wait_for_rows(10, &[&consumer]);
     consumer.wait_for_stderr("the state is not being updated", SOON);
-    consumer.wait_for_stderr("host_metrics_series\" was not made by this version", SOON);
+    consumer.wait_for_stderr("host_metrics_series\" was not created by this version", SOON);
     let (_, said) = run(&["status"], &case.variables().with("STATE", "on"));
     assert!(
         said.contains("Counted from the rows, because there is no"),
