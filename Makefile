@@ -37,7 +37,7 @@ e2e: setup ## the tests with a real Kafka and a real Postgres, which they start;
 test: setup lint ## all checks and tests
 	cargo test --locked
 
-soak: setup ## kill consumers, broker and database at random for SOAK_SECONDS=600; SOAK_SEED=N repeats a run
+soak: setup ## kill consumers, broker and database at random for SOAK_SECONDS=600, then audit; SOAK_SEED=N repeats a run
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --locked --test e2e -- --nocapture kills::
 
 test-docker: ## test the deployment in containers and kill each part once (needs Docker); STAND_INS=1 builds images without a registry

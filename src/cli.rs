@@ -51,6 +51,8 @@ pub enum Command {
     Tail(Tail),
     /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
     Skip(Skip),
+    /// Check that every record is stored exactly once and every tick has exactly one row
+    Audit(Audit),
     /// Ask the agent at METRICS_ADDR on this machine whether it is ready
     Health(Health),
     /// Run the whole pipeline in one process, with its own Kafka, Postgres and web sites
@@ -221,6 +223,12 @@ pub struct Skip {
 }
 
 #[derive(Debug, Args)]
+pub struct Audit {
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
 pub struct Health {
     #[command(flatten)]
     common: Common,
@@ -294,6 +302,7 @@ impl Command {
             | Self::Status(Status { common, .. })
             | Self::Tail(Tail { common, .. })
             | Self::Skip(Skip { common, .. })
+            | Self::Audit(Audit { common })
             | Self::Health(Health { common })
             | Self::Demo(Demo { common, .. })
             | Self::Completions(Completions { common, .. })
@@ -333,7 +342,7 @@ Examples:
   host-metrics status --env-file env
   host-metrics tail --failed --since 10m --env-file env
 
-Exit status: 0 success; 1 failure (check: not valid; status: stale; health: not ready);
+Exit status: 0 success; 1 failure (check: not valid; status: stale; audit: a violation; health: not ready);
 2 an error in the command line, a variable or the host file.";
 
 const VARIABLES: &str = "\

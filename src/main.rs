@@ -13,7 +13,7 @@ use signal_hook::consts::SIGHUP;
 
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
-use host_metrics::commands::{check, demo, init, skip, status, tail, validate};
+use host_metrics::commands::{audit, check, demo, init, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
 use host_metrics::produce::host_file::{self, HostFileError, Hosts};
@@ -76,6 +76,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Status(args) => run_status(args, &variables),
         Command::Tail(args) => run_tail(args, &variables),
         Command::Skip(args) => run_skip(args, &variables),
+        Command::Audit(_) => run_audit(&variables),
         Command::Health(_) => run_health(&variables),
         Command::Demo(args) => run_demo(args, &variables),
         Command::Completions(args) => run_completions(args),
@@ -190,6 +191,14 @@ fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<bool> {
     start_logging(variables, Servers::BOTH)?;
     print(&skip::run(&config, &args.place)?)?;
     Ok(true)
+}
+
+fn run_audit(variables: &Variables) -> anyhow::Result<bool> {
+    let config = config::audit(variables)?;
+    start_logging(variables, Servers::BOTH)?;
+    let report = audit::run(&config)?;
+    print(&audit::text(&report))?;
+    Ok(report.holds())
 }
 
 fn run_health(variables: &Variables) -> anyhow::Result<bool> {

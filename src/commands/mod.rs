@@ -1,5 +1,6 @@
 //! The commands that do one thing and end. Each has a file or directory with its name.
 
+pub mod audit;
 pub mod check;
 pub mod demo;
 pub mod init;

@@ -129,7 +129,7 @@ pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
         database: database::database(reader),
         batch_size: reader.number("DB_BATCH_SIZE", BATCH_SIZES, 100),
         batch_wait: database::batch_wait(reader),
-        retention: reader.duration("DB_RETENTION", RETENTIONS, "90d"),
+        retention: retention(reader),
         state: state::state(reader),
         metrics_addr: metrics_addr(reader),
     })
@@ -183,9 +183,7 @@ pub struct StatusConfig {
 /// All wrong variables.
 pub fn status(variables: &Variables) -> Result<StatusConfig, WrongVariables> {
     read(variables, |reader| StatusConfig {
-        kafka: reader
-            .is_set("KAFKA_BOOTSTRAP_SERVERS")
-            .then(|| kafka::servers_and_security(reader)),
+        kafka: kafka_if_set(reader),
         topics: kafka::topics(reader),
         group_id: kafka::group_id(reader),
         database: database::database(reader),
@@ -208,6 +206,38 @@ pub fn tail(variables: &Variables) -> Result<TailConfig, WrongVariables> {
         kafka: kafka::servers_and_security(reader),
         topics: kafka::topics(reader),
     })
+}
+
+#[derive(Clone, Debug)]
+pub struct AuditConfig {
+    /// `None`: what Kafka has at offsets that are not stored stays unknown.
+    pub kafka: Option<KafkaConfig>,
+    pub group_id: String,
+    pub database: DatabaseConfig,
+    pub retention: Option<Duration>,
+}
+
+/// The configuration of `audit`. Without KAFKA_BOOTSTRAP_SERVERS, `audit` reads the tables only.
+///
+/// # Errors
+/// All wrong variables.
+pub fn audit(variables: &Variables) -> Result<AuditConfig, WrongVariables> {
+    read(variables, |reader| AuditConfig {
+        kafka: kafka_if_set(reader),
+        group_id: kafka::group_id(reader),
+        database: database::database(reader),
+        retention: retention(reader),
+    })
+}
+
+fn kafka_if_set(reader: &mut Reader<'_>) -> Option<KafkaConfig> {
+    reader
+        .is_set("KAFKA_BOOTSTRAP_SERVERS")
+        .then(|| kafka::servers_and_security(reader))
+}
+
+fn retention(reader: &mut Reader<'_>) -> Option<Duration> {
+    reader.duration("DB_RETENTION", RETENTIONS, "90d")
 }
 
 /// METRICS_ADDR, for `health`.

@@ -62,8 +62,8 @@ impl Positions {
                 .await?,
             add: client
                 .prepare(&format!(
-                    "INSERT INTO {offsets} (group_id, topic, \"partition\", next_offset) \
-                     SELECT $1, s.* FROM unnest($2::text[], $3::int[], $4::bigint[]) s \
+                    "INSERT INTO {offsets} (group_id, topic, \"partition\", next_offset, first_offset) \
+                     SELECT $1, s.*, s.next FROM unnest($2::text[], $3::int[], $4::bigint[]) s (topic, number, next) \
                      ON CONFLICT (group_id, topic, \"partition\") DO NOTHING"
                 ))
                 .await?,

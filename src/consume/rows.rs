@@ -53,12 +53,9 @@ pub struct RowsSink {
 
 impl RowsSink {
     pub fn new(config: &ConsumeConfig) -> Self {
-        const DAY_SECONDS: u64 = 86_400;
         Self {
             user: config.database.user.clone(),
-            retention_days: config.retention.map(|retention| {
-                i64::try_from(retention.as_secs().div_ceil(DAY_SECONDS)).unwrap_or(i64::MAX)
-            }),
+            retention_days: config.retention.map(days::retention_days),
             logged_not_stored: None,
         }
     }

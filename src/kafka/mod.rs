@@ -15,7 +15,7 @@ mod settings;
 mod topics;
 
 pub use batch_head::{BatchHead, batch_head};
-pub use client::small_client;
+pub use client::{reason, small_client};
 pub use explain::{Explainer, names_a_cause};
 pub use listener::Listener;
 pub use settings::client_config;

@@ -1,7 +1,7 @@
 //! Reads parts of partitions, without joining a group.
 //!
 //! `produce` uses it to read what its group wrote before, and to find out which of its own records Kafka stored without an
-//! acknowledgement.
+//! acknowledgement. `audit` uses it to look at offsets that are not stored.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::BorrowedMessage;
 use rdkafka::{Message, Offset, TopicPartitionList};
 
 use crate::clock::instant_now;
@@ -37,6 +38,18 @@ impl Reader {
     /// # Errors
     /// librdkafka refuses the settings.
     pub fn new(kafka: &KafkaConfig) -> KafkaResult<Self> {
+        Self::with(kafka, "read_uncommitted")
+    }
+
+    /// Reads what `consume` reads: no records of aborted transactions.
+    ///
+    /// # Errors
+    /// librdkafka refuses the settings.
+    pub fn committed(kafka: &KafkaConfig) -> KafkaResult<Self> {
+        Self::with(kafka, "read_committed")
+    }
+
+    fn with(kafka: &KafkaConfig, isolation_level: &str) -> KafkaResult<Self> {
         let mut config = client_config(kafka);
         let consumer = config
             // librdkafka needs one, although the group is not joined and nothing is committed.
@@ -45,7 +58,7 @@ impl Reader {
             .set("enable.auto.offset.store", "false")
             // Where a position no longer exists, because of retention or a recreated topic.
             .set("auto.offset.reset", "earliest")
-            .set("isolation.level", "read_uncommitted")
+            .set("isolation.level", isolation_level)
             .set("enable.partition.eof", "true")
             .set("fetch.wait.max.ms", "50")
             .set("fetch.queue.backoff.ms", "10")
@@ -87,11 +100,21 @@ impl Reader {
         self.consumer.assign(&list)
     }
 
-    /// Reads on, at most until `until`, and passes on the partition and value of each record. True at the end.
+    /// The same as [`Reader::read`], for callers that need only partition and value.
+    ///
+    /// # Errors
+    /// As for [`Reader::read`].
+    pub fn go_on(&mut self, until: Instant, mut read: impl FnMut(i32, &[u8])) -> KafkaResult<bool> {
+        self.read(until, |message| {
+            read(message.partition(), message.payload().unwrap_or_default());
+        })
+    }
+
+    /// Reads on, at most until `until`, and passes on each record. True at the end.
     ///
     /// # Errors
     /// Kafka does not allow it. All other errors are waited out.
-    pub fn go_on(&mut self, until: Instant, mut read: impl FnMut(i32, &[u8])) -> KafkaResult<bool> {
+    pub fn read(&mut self, until: Instant, mut read: impl FnMut(&BorrowedMessage<'_>)) -> KafkaResult<bool> {
         while !self.open.is_empty() && instant_now() < until {
             match self.consumer.poll(Duration::from_millis(10)) {
                 Some(Ok(message)) => {
@@ -100,7 +123,7 @@ impl Reader {
                         continue;
                     };
                     if message.offset() < to {
-                        read(partition, message.payload().unwrap_or_default());
+                        read(&message);
                     }
                     if message.offset() + 1 >= to {
                         self.open.remove(&partition);

@@ -37,6 +37,17 @@ pub fn today() -> Day {
     Day::from_unix(i64::try_from(since_epoch.as_secs() / DAY_SECONDS).unwrap_or_default())
 }
 
+/// The retention in whole days, rounded up.
+pub fn retention_days(retention: Duration) -> i64 {
+    const DAY_SECONDS: u64 = 86_400;
+    i64::try_from(retention.as_secs().div_ceil(DAY_SECONDS)).unwrap_or(i64::MAX)
+}
+
+/// The first day whose rows are kept.
+pub fn kept_since(retention: Duration) -> Day {
+    today().plus(-retention_days(retention))
+}
+
 /// Makes the days ahead and drops what is older than `retention_days`, without making writers wait.
 ///
 /// What does not work out is said and left for the next time: rows of a day without a partition go to the default one.

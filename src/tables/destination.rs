@@ -2,6 +2,8 @@
 //!
 //! Owns the questions to the catalogue. It changes nothing: making what is missing is `migrate`'s.
 
+use std::collections::BTreeSet;
+
 use crate::postgres::{Fault, Session};
 use crate::tables::names::{Object, TableName};
 use crate::tables::row::{Column, Layout};
@@ -254,6 +256,20 @@ pub async fn may_read(session: &Session, found: &Found, object: Object) -> Resul
         None => Ok(false),
         Some(there) => Ok(lacking(session, there.oid, &["SELECT"]).await?.is_empty()),
     }
+}
+
+/// The names of the columns of a table, whose name is quoted. None if there is no such table.
+///
+/// # Errors
+/// The database does not answer.
+pub async fn column_names(session: &Session, main: &str) -> Result<BTreeSet<String>, Fault> {
+    let sql = "SELECT attname::text FROM pg_catalog.pg_attribute \
+               WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";
+    let rows = session
+        .bounded("reading the catalogue", session.client.query(sql, &[&main]))
+        .await?;
+    let names: Result<_, _> = rows.iter().map(|row| row.try_get(0)).collect();
+    Ok(names?)
 }
 
 struct CatalogueColumn {

@@ -62,14 +62,15 @@ pub const COLUMNS: [(&str, &str); 23] = [
     ("kafka_offset", "bigint"),
 ];
 
+const DAY_MICROS: i64 = 86_400_000_000;
+
 /// A day in UTC, as days since 1970-01-01.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Day(i64);
 
 impl Day {
     pub fn of(at: Timestamp) -> Self {
-        const MICROS: i64 = 86_400_000_000;
-        Self(at.unix_micros().div_euclid(MICROS))
+        Self(at.unix_micros().div_euclid(DAY_MICROS))
     }
 
     /// The day that begins `days` after 1970-01-01.
@@ -96,6 +97,11 @@ impl Day {
     /// The partition's bounds as literals; the upper one is the next day's lower one.
     pub fn bounds(self) -> Range<String> {
         self.begin()..self.plus(1).begin()
+    }
+
+    /// Its first moment, in microseconds since the Unix epoch.
+    pub fn unix_micros(self) -> i64 {
+        self.0.saturating_mul(DAY_MICROS)
     }
 
     /// Its first moment, as a literal.
@@ -134,7 +140,7 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
         // Every flush updates its rows: with free space on the page the new version stays there, off the index.
         Object::Offsets => format!(
             "CREATE TABLE IF NOT EXISTS {name} (\n    group_id text,\n    topic text,\n    \"partition\" integer,\n    \
-             next_offset bigint NOT NULL,\n    epochs jsonb NOT NULL DEFAULT '{{}}',\n    PRIMARY KEY (group_id, topic, \"partition\")\n\
+             next_offset bigint NOT NULL,\n    epochs jsonb NOT NULL DEFAULT '{{}}',\n    first_offset bigint,\n    PRIMARY KEY (group_id, topic, \"partition\")\n\
              ) WITH (fillfactor = 50);\n"
         ),
         Object::Rejected => format!(

@@ -10,7 +10,7 @@ use std::time::Duration;
 use host_metrics::sample::epoch::{Claim, Epochs};
 use host_metrics::sample::{self, Timestamp};
 
-use crate::agent::{Agent, Variables};
+use crate::agent::{Agent, Variables, run};
 use crate::case::Case;
 use crate::kafka::Kafka;
 use crate::scratch::{self, wait_for};
@@ -270,6 +270,15 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
         case.db.count("host_metrics_rejected"),
         judged.superseded.len() as i64
     );
+
+    // So does the audit, which asks Kafka about the offsets of the claims.
+    let (status, said) = run(&["audit"], &case.variables());
+    assert_eq!(status, 0, "{said}");
+    assert!(
+        said.contains(&format!("{} claims of producers", judged.claims)),
+        "{said}"
+    );
+    assert!(said.contains("It holds: every record"), "{said}");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use rdkafka::ClientContext;
 use rdkafka::message::{DeliveryResult, Message};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 
-use crate::agent::{Agent, Variables};
+use crate::agent::{Agent, Variables, run};
 use crate::kafka::Kafka;
 use crate::scratch::{now, wait_for};
 use crate::table::{connect, count, try_connect};
@@ -234,6 +234,9 @@ fn what_kafka_acknowledged_is_stored_exactly_once_through_kills_of_everything() 
         .collect();
     assert!(lost.is_empty(), "lost: {lost:?}; {context}");
     assert!(stored == acknowledged, "a row that is not its record; {context}");
+    let (status, said) = run(&["audit"], &variables);
+    eprintln!("{said}");
+    assert_eq!(status, 0, "{said}; {context}");
 }
 
 fn number(variable: &str) -> Option<u64> {

@@ -5,6 +5,7 @@
 //! a frozen process), `site` (scripted web sites), `table` (the table as a test looks at it). The rest are scenarios.
 
 mod agent;
+mod audit;
 mod bundled_postgres;
 mod case;
 mod database;

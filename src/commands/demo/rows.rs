@@ -24,8 +24,6 @@ pub struct Rows {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
     pub rows: i64,
-    /// The number of rows that repeat a tick, plus the number of rows that repeat a record.
-    pub doubled: i64,
     pub rejected: i64,
 }
 
@@ -129,19 +127,14 @@ impl Rows {
 
     pub fn counted(&mut self) -> Result<Counted, postgres::Error> {
         let sql = format!(
-            "SELECT count(*),
-                    2 * count(*) - count(DISTINCT (address, scheduled_at))
-                        - count(DISTINCT (kafka_topic, kafka_partition, kafka_offset)),
-                    (SELECT count(*) FROM {})
-             FROM {}",
-            self.table.quoted("_rejected"),
-            self.table.quoted("")
+            "SELECT (SELECT count(*) FROM {}), (SELECT count(*) FROM {})",
+            self.table.quoted(""),
+            self.table.quoted("_rejected")
         );
         let row = self.client.query_one(&sql, &[])?;
         Ok(Counted {
             rows: row.try_get(0)?,
-            doubled: row.try_get(1)?,
-            rejected: row.try_get(2)?,
+            rejected: row.try_get(1)?,
         })
     }
 }

@@ -8,13 +8,10 @@ use rdkafka::error::KafkaError;
 use rdkafka::{Offset, TopicPartitionList};
 
 use crate::config::KafkaConfig;
-use crate::kafka::{Listener, client_config, look_up_topic};
+use crate::kafka::{Listener, client_config, look_up_topic, reason};
 
 /// All questions to Kafka together: a person waits, and what the tables say is told either way.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
-
-/// For the words of an error that has happened already.
-const REASON_WITHIN: Duration = Duration::from_millis(500);
 
 /// One partition's share of the lag.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,19 +129,6 @@ fn offsets<'a>(
         };
     }
     Ok(offsets)
-}
-
-/// What Kafka's client said before it gave up; its answers say no more than that time is over.
-fn reason(client: &BaseConsumer<Listener>, error: &KafkaError) -> String {
-    let deadline = now() + REASON_WITHIN;
-    while now() < deadline {
-        // Serves the errors that wait to be told, one a call.
-        client.poll(REASON_WITHIN / 10);
-        if let Some((_, reason)) = client.context().last() {
-            return reason;
-        }
-    }
-    client.context().explain(error)
 }
 
 #[expect(clippy::disallowed_methods, reason = "an edge: the answers have their time")]

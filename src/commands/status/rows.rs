@@ -112,7 +112,7 @@ pub async fn read(
     is_state_on: bool,
 ) -> Result<Rows, Fault> {
     let main = found.table.quoted("");
-    let columns = columns(session, &main).await?;
+    let columns = destination::column_names(session, &main).await?;
     if columns.is_empty() {
         return Err(Fault::operator(format!(
             "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
@@ -495,16 +495,6 @@ fn host(row: &Row) -> Result<Host, Fault> {
 fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
     let micros: Option<i64> = row.try_get(name)?;
     Ok(micros.and_then(Timestamp::from_unix_micros))
-}
-
-async fn columns(session: &Session, main: &str) -> Result<BTreeSet<String>, Fault> {
-    let sql = "SELECT attname::text FROM pg_catalog.pg_attribute \
-               WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";
-    let rows = session
-        .bounded("reading the catalogue", session.client.query(sql, &[&main]))
-        .await?;
-    let names: Result<_, _> = rows.iter().map(|row| row.try_get(0)).collect();
-    Ok(names?)
 }
 
 /// The newest row where none is of the last seven days.

@@ -1,0 +1,421 @@
+//! `host-metrics audit`: whether the tables hold every offset and every tick exactly once.
+//!
+//! Owns the verdict and its text. Three questions lead to it: which offsets are stored (`offsets`), which ticks have a row
+//! (`ticks`), and what Kafka has at the offsets that are not stored (`kafka`). The queries are in `rows`.
+
+mod kafka;
+mod offsets;
+mod rows;
+mod ticks;
+
+use std::fmt::{Display, Write as _};
+use std::ops::Range;
+
+use anyhow::{anyhow, bail};
+
+use crate::clock::timestamp;
+use crate::commands::audit::kafka::{Found, Missing};
+use crate::commands::audit::offsets::length;
+use crate::commands::audit::rows::{Stored, StoredOffsets, StoredTicks, Tables};
+use crate::commands::audit::ticks::{Gap, Series};
+use crate::config::AuditConfig;
+use crate::postgres::{self, Fault};
+use crate::tables::days;
+use crate::terminal::{columns, plain};
+
+/// How many violations of a kind are named.
+const NAMED: usize = 10;
+
+/// What was found.
+#[derive(Debug)]
+pub struct Report {
+    stored: Stored,
+    found: Found,
+    /// Each kind of violation: how many there are, and the first of them.
+    violations: Vec<Kind>,
+}
+
+#[derive(Debug)]
+struct Kind {
+    count: i64,
+    what: &'static str,
+    named: Vec<String>,
+}
+
+/// Reads the tables, and asks Kafka about offsets that are not stored.
+///
+/// # Errors
+/// The database cannot be asked, or the table has neither the columns of the offsets nor those of the ticks. An absent Kafka
+/// is no error.
+pub fn run(config: &AuditConfig) -> anyhow::Result<Report> {
+    let runtime = postgres::runtime()?;
+    let report = runtime.block_on(async {
+        let tables = Tables::open(&config.database, &config.group_id).await?;
+        let report = read(&tables, config).await;
+        tables.close().await;
+        report
+    });
+    runtime.shutdown_background();
+    let report = report.map_err(|fault| anyhow!("{fault}"))?;
+    if let Stored {
+        offsets: Err(no_offsets),
+        ticks: Err(no_ticks),
+    } = &report.stored
+    {
+        bail!("nothing can be audited: {no_offsets}; {no_ticks}");
+    }
+    Ok(report)
+}
+
+async fn read(tables: &Tables, config: &AuditConfig) -> Result<Report, Fault> {
+    let stored = tables.read().await?;
+    let mut found = Found::default();
+    let mut violations = Vec::new();
+    if let Ok(stored) = &stored.offsets {
+        let doubled: Vec<(String, i32, i64)> = stored
+            .partitions
+            .iter()
+            .flat_map(|((topic, partition), offsets)| {
+                offsets
+                    .doubled
+                    .iter()
+                    .map(|number| (topic.clone(), *partition, *number))
+            })
+            .take(NAMED)
+            .collect();
+        let limit = i64::try_from(NAMED).unwrap_or(i64::MAX);
+        let doubled = match doubled.is_empty() {
+            true => Vec::new(),
+            false => tables.doubled_offsets(&doubled, limit).await?,
+        };
+        found = look_up(stored, config);
+        violations.extend(of_offsets(stored, &doubled, &found));
+    }
+    if let Ok(stored) = &stored.ticks {
+        let doubled = &stored.findings.doubled;
+        let first = &doubled[..doubled.len().min(NAMED)];
+        let doubled = tables.doubled_ticks(&stored.series, first).await?;
+        violations.extend(of_ticks(stored, &doubled));
+    }
+    violations.retain(|kind| kind.count > 0);
+    Ok(Report {
+        stored,
+        found,
+        violations,
+    })
+}
+
+/// What Kafka has at the offsets that are not stored.
+fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> Found {
+    let missing: Missing = stored
+        .partitions
+        .iter()
+        .filter(|(_, offsets)| !offsets.missing.is_empty())
+        .map(|(partition, offsets)| (partition.clone(), offsets.missing.clone()))
+        .collect();
+    let counted: i64 = stored
+        .partitions
+        .values()
+        .map(|offsets| offsets.missing_count)
+        .sum();
+    let listed: i64 = missing.values().flatten().map(length).sum();
+    let mut found = match &config.kafka {
+        _ if missing.is_empty() => Found::default(),
+        Some(kafka) => {
+            let kept_since = config
+                .retention
+                .map(|retention| days::kept_since(retention).unix_micros());
+            kafka::look_up(kafka, &missing, kept_since)
+        }
+        None => {
+            let mut found = Found::default();
+            found.is_unknown("KAFKA_BOOTSTRAP_SERVERS is not set", listed);
+            found
+        }
+    };
+    found.is_unknown("there are too many gaps to look up", counted - listed);
+    found
+}
+
+fn of_offsets(stored: &StoredOffsets, doubled: &[rows::DoubledOffset], found: &Found) -> Vec<Kind> {
+    let lost = found.lost.iter().flat_map(|((topic, partition), ranges)| {
+        ranges.iter().map(move |range| {
+            let (offsets, are) = match length(range) {
+                1 => (format!("offset {}", range.start), "is"),
+                _ => (format!("offsets {} to {}", range.start, range.end - 1), "are"),
+            };
+            format!("{topic}/{partition}: {offsets} {are} in Kafka, but neither in the table nor rejected")
+        })
+    });
+    let twice = doubled.iter().map(|doubled| {
+        let hint = match doubled {
+            rows::DoubledOffset {
+                is_rejected: true, ..
+            } => ", as a row and as a rejected record",
+            rows::DoubledOffset { differ: true, .. } => {
+                ", with different records; the topic was recreated, or several groups write to this table"
+            }
+            _ => "",
+        };
+        let (topic, partition, offset) = (&doubled.topic, doubled.partition, doubled.offset);
+        format!(
+            "{topic}/{partition}: offset {offset} is stored {} times{hint}",
+            doubled.times
+        )
+    });
+    let beyond: Vec<String> = stored
+        .partitions
+        .iter()
+        .filter_map(|((topic, partition), offsets)| {
+            let offset = offsets.beyond?;
+            Some(format!(
+                "{topic}/{partition}: offset {offset} is stored, but the position is before it"
+            ))
+        })
+        .collect();
+    let without_position = stored.without_position.iter();
+    let count = |found: &Missing| found.values().flatten().map(length).sum();
+    vec![
+        Kind::new("records are not stored", count(&found.lost), lost),
+        Kind::new(
+            "rows repeat an offset",
+            stored
+                .partitions
+                .values()
+                .map(|offsets| offsets.doubled_count)
+                .sum(),
+            twice,
+        ),
+        Kind::new(
+            "partitions have rows after their position",
+            as_count(beyond.len()),
+            beyond,
+        ),
+        Kind::new(
+            "partitions have rows, but no position",
+            as_count(without_position.len()),
+            without_position.map(|((topic, partition), rows)| format!("{topic}/{partition}: {rows} rows")),
+        ),
+    ]
+}
+
+fn of_ticks(stored: &StoredTicks, doubled: &[(usize, i64, i64)]) -> Vec<Kind> {
+    let StoredTicks { series, findings, .. } = stored;
+    let silences = findings.silences.iter().map(|silence| {
+        let place = match silence.place.as_str() {
+            "" => String::new(),
+            place => format!("{place}: "),
+        };
+        format!(
+            "{place}no host has a row between {}: {} ticks of {} hosts, such as {} at {}",
+            between(&silence.time),
+            silence.ticks,
+            silence.hosts,
+            series[silence.example.series].address,
+            timestamp(silence.example.first_tick()),
+        )
+    });
+    let gaps = findings.gaps.iter().map(|gap| missing(series, gap));
+    let twice = doubled.iter().map(|(number, at, rows)| {
+        format!(
+            "{} has {rows} rows for the tick {}",
+            name(&series[*number]),
+            timestamp(*at)
+        )
+    });
+    let grids = findings.two_grids.iter().map(|(number, at)| {
+        format!(
+            "{} is checked at two different intervals at once, from {} on",
+            name(&series[*number]),
+            timestamp(*at)
+        )
+    });
+    let silent: i64 = findings.silences.iter().map(|silence| silence.ticks).sum();
+    let in_gaps: i64 = findings.gaps.iter().map(|gap| gap.ticks).sum();
+    vec![
+        Kind::new(
+            "ticks have no row",
+            silent + in_gaps + as_count(findings.more_gaps),
+            silences.chain(gaps),
+        ),
+        Kind::new(
+            "rows repeat a tick",
+            findings.doubled.iter().map(|doubled| doubled.rows).sum(),
+            twice,
+        ),
+        Kind::new(
+            "hosts have two grids at once",
+            as_count(findings.two_grids.len()),
+            grids,
+        ),
+    ]
+}
+
+impl Kind {
+    fn new(what: &'static str, count: i64, named: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            count,
+            what,
+            named: named.into_iter().take(NAMED).collect(),
+        }
+    }
+}
+
+impl Report {
+    /// Whether nothing was found that should not be.
+    pub fn holds(&self) -> bool {
+        self.violations.is_empty()
+    }
+}
+
+/// The report for a person.
+pub fn text(report: &Report) -> String {
+    let mut text = String::new();
+    let mut summary = Vec::new();
+    match &report.stored.offsets {
+        Ok(stored) => summary.push(line("offsets", of_partitions(stored, &report.found))),
+        Err(reason) => summary.push(line("offsets", format!("not audited: {reason}"))),
+    }
+    match &report.stored.ticks {
+        Ok(stored) => summary.push(line("ticks", of_series(stored))),
+        Err(reason) => summary.push(line("ticks", format!("not audited: {reason}"))),
+    }
+    let mut lines = columns(&summary);
+    lines.extend(notes(report));
+    if report.holds() {
+        let is_known = report.found.unknown.is_empty();
+        let known = if is_known { "" } else { ", as far as is known" };
+        lines.push(match (&report.stored.offsets, &report.stored.ticks) {
+            (Ok(_), Ok(_)) => {
+                format!("It holds{known}: every record is stored once, and every tick has one row.")
+            }
+            (Ok(_), _) => format!("It holds{known}: every record is stored once."),
+            _ => "It holds: every tick has one row.".to_owned(),
+        });
+    } else {
+        lines.push("IT DOES NOT HOLD:".to_owned());
+    }
+    for Kind { count, what, named } in &report.violations {
+        lines.push(format!("{count} {what}:"));
+        lines.extend(named.iter().map(|violation| format!("  {}", plain(violation))));
+        if as_count(named.len()) < *count && named.len() == NAMED {
+            lines.push("  ...".to_owned());
+        }
+    }
+    for line in lines {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{line}");
+    }
+    text
+}
+
+fn of_partitions(stored: &StoredOffsets, found: &Found) -> String {
+    let unknown: i64 = found.unknown.values().sum();
+    let mut parts = vec![
+        format!("{} partitions", stored.partitions.len()),
+        format!("{} rows", stored.rows),
+        format!("{} rejected", stored.rejected),
+    ];
+    let other = [
+        (found.claims, "claims of producers"),
+        (stored.skipped, "skipped"),
+        (found.expired, "removed by DB_RETENTION"),
+        (found.no_record, "without a record in Kafka"),
+        (unknown, "not known"),
+    ];
+    parts.extend(
+        other
+            .into_iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, what)| format!("{count} {what}")),
+    );
+    parts.join(", ")
+}
+
+fn of_series(stored: &StoredTicks) -> String {
+    let StoredTicks { series, findings, .. } = stored;
+    let mut text = format!("{} hosts and places, {} ticks", series.len(), findings.ticks);
+    if findings.off_grid > 0 {
+        let _ = write!(
+            text,
+            ", {} of them single checks after a start",
+            findings.off_grid
+        );
+    }
+    text
+}
+
+/// What limits the result.
+fn notes(report: &Report) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (why, offsets) in &report.found.unknown {
+        notes.push(format!(
+            "Whether {offsets} offsets that are not stored had a record is not known: {why}."
+        ));
+    }
+    if let Ok(stored) = &report.stored.offsets
+        && stored.without_offset > 0
+    {
+        notes.push(format!(
+            "{} rows have no Kafka offset and are not audited by offset.",
+            stored.without_offset
+        ));
+    }
+    if let Ok(StoredTicks {
+        series,
+        findings,
+        without_grid,
+    }) = &report.stored.ticks
+    {
+        if *without_grid > 0 {
+            notes.push(format!(
+                "{without_grid} rows have no interval, as those of the original host-metrics, so nothing is known about their ticks."
+            ));
+        }
+        let away = &findings.away;
+        if !away.is_empty() {
+            notes.push(format!(
+                "{} times a host has no ticks for an hour or longer while its place checked others; it was probably not in the host list:",
+                away.len()
+            ));
+            notes.extend(away.iter().take(NAMED).map(|gap| {
+                format!(
+                    "  {} between {}",
+                    name(&series[gap.series]),
+                    between(&(gap.from..gap.to))
+                )
+            }));
+        }
+    }
+    notes.iter().map(|note| plain(note)).collect()
+}
+
+fn missing(series: &[Series], gap: &Gap) -> String {
+    let name = name(&series[gap.series]);
+    match gap.ticks {
+        1 => format!("{name} has no row for the tick {}", timestamp(gap.first_tick())),
+        ticks => format!(
+            "{name} has no row for {ticks} ticks between {}",
+            between(&(gap.from..gap.to))
+        ),
+    }
+}
+
+fn name(series: &Series) -> String {
+    match series.place.as_str() {
+        "" => series.address.clone(),
+        place => format!("{} at {place}", series.address),
+    }
+}
+
+fn between(time: &Range<i64>) -> String {
+    format!("{} and {}", timestamp(time.start), timestamp(time.end))
+}
+
+fn line(name: &str, what: impl Display) -> Vec<String> {
+    vec![name.to_owned(), what.to_string()]
+}
+
+fn as_count(length: usize) -> i64 {
+    i64::try_from(length).unwrap_or(i64::MAX)
+}
