@@ -130,6 +130,15 @@ pub struct Check {
     #[arg(long)]
     pub json: bool,
 
+    /// Check so many times, a line each, and print the latencies' minimum, median, p95 and maximum
+    #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub repeat: u32,
+
+    /// The time from one check to the next
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
+    pub every: Duration,
+
     #[command(flatten)]
     common: Common,
 }

@@ -114,13 +114,12 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
     let target = host_file::target(&args.address, &args.options, args.regex.as_deref());
     let (config, target) = both(config::check(variables), target)?;
     start_logging(variables, Servers::NONE)?;
-    let sample = check::run(&config, &target)?;
-    print(&if args.json {
-        check::json(&sample)
-    } else {
-        check::report(&sample)
-    })?;
-    Ok(sample.is_valid)
+    let options = check::Options {
+        repeat: args.repeat,
+        every: args.every,
+        json: args.json,
+    };
+    check::run(&config, &target, options, &listen_to_signals()?, print_styled)
 }
 
 fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<bool> {
@@ -290,14 +289,19 @@ fn both<A, B>(one: Result<A, WrongVariables>, other: Result<B, HostFileError>) -
     }
 }
 
-/// Prints results to standard output. A reader that closes the pipe early, as `head` does, is not an error.
+/// Prints results to standard output, with a space for each hidden character. A reader that closes the pipe early, as `head`
+/// does, is not an error.
 fn print(results: &str) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    let results = terminal::plain_lines(results);
-    match out.write_all(results.as_bytes()).and_then(|()| out.flush()) {
+    match print_styled(&terminal::plain_lines(results)) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")
         }
         _ => Ok(()),
     }
+}
+
+/// Prints results that have colours, which are left out if standard output is not a terminal or `--color` says so.
+fn print_styled(results: &str) -> io::Result<()> {
+    let mut out = anstream::stdout().lock();
+    out.write_all(results.as_bytes()).and_then(|()| out.flush())
 }

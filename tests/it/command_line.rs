@@ -617,6 +617,8 @@ fn check_says_what_it_found_and_its_status_whether_that_is_valid() {
 
     let ran = place.run(&["check", &site(hello), "bye"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (1, ""));
+    let advice = "The server answered, but the text was not in the body.";
+    assert!(ran.stdout.contains(advice), "{}", ran.stdout);
     assert!(
         ran.stdout.contains("outcome      regex_mismatch"),
         "{}",
@@ -644,6 +646,29 @@ fn check_says_what_it_found_and_its_status_whether_that_is_valid() {
         (sample.agent.as_deref(), sample.interval_seconds),
         (Some("me"), None)
     );
+}
+
+#[test]
+fn check_repeats_on_request_and_ends_with_a_summary() {
+    let place = Place::new();
+    // Accepts no connection after it is dropped.
+    let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = format!("http://{refused}/");
+    let repeat = ["check", &address, "--repeat", "3", "--every", "1s"];
+    let ran = place.run(&repeat);
+    assert_eq!((ran.status, ran.stderr.as_str()), (1, ""));
+    assert_eq!(ran.stdout.matches("connect_refused").count(), 3, "{}", ran.stdout);
+    assert!(
+        ran.stdout.ends_with("\n0 of 3 checks were valid\n"),
+        "{}",
+        ran.stdout
+    );
+
+    let ran = place.run(&[&repeat[..], &["--json", "--color", "always"]].concat());
+    assert_eq!((ran.status, ran.stdout.lines().count()), (1, 3), "{}", ran.stdout);
+    for record in ran.stdout.lines() {
+        assert!(!sample::decode(record.as_bytes()).unwrap().is_valid);
+    }
 }
 
 #[test]
