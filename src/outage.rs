@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_that_comes_back_starts_anew() {
+    fn an_outage_that_returns_is_a_new_outage() {
         let mut outage = Outage::default();
         outage.begin(at(0), "refused".into());
         outage.end(at(1));

@@ -758,7 +758,7 @@ mod tests {
     }
 
     #[test]
-    fn a_memo_without_room_starts_anew_and_the_search_finds_the_same() {
+    fn a_full_cache_is_cleared_and_the_search_finds_the_same() {
         let pattern = Arc::new(Pattern::new(r"\b[ab]*a[ab]{14}c\b").unwrap());
         let mut random = fastrand::Rng::with_seed(7);
         let letters: String = (0..20_000).map(|_| random.choice(['a', 'b']).unwrap()).collect();

@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn an_alert_says_what_it_may_mean() {
+    fn an_alert_is_explained() {
         let says = |alert, is_established| tls_fault(&rustls::Error::AlertReceived(alert), is_established).1;
         assert_eq!(
             says(AlertDescription::HandshakeFailure, false),

@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_of_a_burst_is_given_back_when_batches_are_small_again() {
+    fn the_memory_of_large_batches_is_released_when_batches_are_small_again() {
         let mut batch = Batch::default();
         batch.record_bytes.reserve(64 << 20);
         batch.clear();

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_owns_in_two_looks_in_a_row_is_said() {
+    fn partitions_without_an_owner_in_two_looks_in_a_row_are_reported() {
         let all = [("a", 0), ("a", 1), ("b", 0)];
         let mut watch = Watch::default();
         let members = [assignment(&[("a", &[1])]), assignment(&[]), Vec::new()];
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn partitions_on_their_way_from_one_member_to_another_are_not_said() {
+    fn partitions_that_move_between_members_are_not_reported() {
         let all = [("a", 0), ("a", 1)];
         let mut watch = Watch::default();
         assert_eq!(look(&mut watch, &all, &[assignment(&[("a", &[1])])]), None);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn an_assignment_that_cannot_be_read_says_nothing() {
+    fn an_assignment_that_cannot_be_read_proves_nothing() {
         let whole = assignment(&[("topic", &[0, 1])]);
         let all = [("topic", 0), ("topic", 2)];
         for length in 1..whole.len() - 4 {

@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_of_nothing_but_bad_rows_makes_steady_progress() {
+    fn a_batch_with_only_bad_rows_makes_steady_progress() {
         let bad: Vec<usize> = (0..1_000).collect();
         let (found, trials) = search(1_000, &bad, true);
         assert_eq!(found.len(), 1_000);

@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_where_it_stands_is_said_until_it_moves() {
+    fn the_batch_at_a_stuck_position_is_reported_until_the_position_moves() {
         let mut stuck = Stuck::default();
         for waiting in [0, 0, 3] {
             stuck.look(at(0), P, look(5, 9, waiting));
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_found_out_is_asked_again_and_what_is_not_ours_is_forgotten() {
+    fn an_unanswered_question_is_repeated_and_revoked_partitions_are_forgotten() {
         let mut stuck = Stuck::default();
         for _ in 0..2 {
             for _ in 0..LOOKS {

@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_server_that_says_nothing_is_left_at_the_deadline() {
+    fn a_silent_server_is_given_up_at_the_deadline() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap().to_string();
         let mut connection = Connection::open(&server, instant_now() + Duration::from_secs(30)).unwrap();

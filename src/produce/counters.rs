@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_summary_says_what_happened_since_the_last_one_and_nothing_else() {
+    fn a_summary_counts_only_what_happened_since_the_last_one() {
         let counters = Counters::default();
         counters.count_result(Outcome::Ok, Some(&timing(90)));
         let before = counters.snapshot();

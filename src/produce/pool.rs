@@ -255,7 +255,7 @@ mod tests {
     const BOUND: Duration = Duration::from_secs(20);
 
     #[test]
-    fn it_grows_with_what_is_under_way_and_reuses_the_thread_that_fell_idle_last() {
+    fn the_pool_grows_with_its_jobs_and_reuses_the_thread_that_became_idle_last() {
         let gate = Gate::default();
         let (pool, done) = pool(IDLE, &gate);
         for tick in ticks(20) {

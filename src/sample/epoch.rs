@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn ever_new_places_take_no_more_memory_than_a_bound() {
+    fn any_number_of_new_places_takes_bounded_memory() {
         let mut epochs = Epochs::default();
         for place in 0..MAX_PLACES {
             assert_eq!(epochs.judge(&place.to_string(), 1), Ok(()));
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_is_the_document_of_the_contract_and_names_its_place_where_that_is_not_the_group() {
+    fn a_claim_is_written_as_specified_and_names_a_place_that_differs_from_its_group() {
         let claim = Claim::new("eu", "eu", 18);
         assert_eq!(claim.encode(), br#"{"v":1,"claim":"eu","epoch":18}"#);
         assert_eq!(Claim::decode(&claim.encode()).unwrap(), claim);

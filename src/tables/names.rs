@@ -222,7 +222,33 @@ mod tests {
         }
     }
 
+    /// The value of an SQL string as Postgres reads it. After a backslash, only a second one is accepted.
+    fn value(literal: &str, standard_conforming_strings: bool) -> Option<String> {
+        let literal = literal.trim_start();
+        let (is_escaped, rest) = match literal.strip_prefix('E') {
+            Some(rest) => (true, rest),
+            None => (!standard_conforming_strings, literal),
+        };
+        let mut characters = rest.strip_prefix('\'')?.strip_suffix('\'')?.chars();
+        let mut value = String::new();
+        while let Some(character) = characters.next() {
+            match character {
+                '\'' => value.push(characters.next().filter(|next| *next == '\'')?),
+                '\\' if is_escaped => value.push(characters.next().filter(|next| *next == '\\')?),
+                _ => value.push(character),
+            }
+        }
+        Some(value)
+    }
+
     proptest! {
+        #[test]
+        fn a_literal_means_the_text_whatever_the_server_makes_of_backslashes(text in r"(['\\E]|\PC){0,12}") {
+            for standard_conforming_strings in [true, false] {
+                prop_assert_eq!(value(&literal(&text), standard_conforming_strings), Some(text.clone()));
+            }
+        }
+
         #[test]
         fn every_table_that_is_accepted_is_the_same_when_quoted_and_read_again(
             text in prop_oneof![r#"[a-zäé."; -]{0,12}"#, r#"("([a-z. ]|""){0,8}"|[a-z]{1,4})(\."([A-Z.';]|""){1,8}")?"#, ".{0,70}"]

@@ -865,7 +865,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_without_any_column_of_ours_is_the_operators_mistake() {
+    fn a_table_without_any_known_column_is_an_error() {
         for columns in [&[][..], &[column("id", &PostgresType::INT8)]] {
             let problems = Layout::new(columns).unwrap_err();
             assert_eq!(problems.len(), 1);

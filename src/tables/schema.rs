@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_quoted_wherever_they_stand() {
+    fn every_name_is_quoted() {
         let sql = script(&table(Some("My\"Schema"), "Host Metrics"), Day(20_000));
         let unquoted = sql
             .replace("\"My\"\"Schema\".\"Host Metrics", "")

@@ -74,7 +74,7 @@ fn quoted(table: &str) -> String {
 }
 
 #[test]
-fn every_existing_table_gets_what_it_can_hold_and_what_not_is_said_at_start() {
+fn existing_tables_get_the_fields_they_can_hold_and_the_other_fields_are_logged_at_start() {
     const RECORDS: i64 = 30;
     let mut case = Case::new("existing", 2);
     let agents: Vec<Agent> = TABLES

@@ -21,7 +21,7 @@ fn run(arguments: &[&str], variables: &Variables) -> (Option<i32>, String) {
 }
 
 #[test]
-fn init_makes_topics_and_tables_once_and_says_what_differs() {
+fn init_makes_topics_and_tables_once_and_reports_what_differs() {
     let kafka = Kafka::shared();
     let server = ThrowAwayPostgres::start().unwrap();
     let variables = Variables::new()
@@ -92,7 +92,7 @@ fn a_topic_that_cannot_be_made_ends_init_with_the_reason() {
 }
 
 #[test]
-fn init_waits_for_servers_that_are_not_there_yet_and_says_so() {
+fn init_waits_for_absent_servers_and_reports_that() {
     let kafka = Kafka::shared();
     let nobody = free_port().unwrap();
     let server = ThrowAwayPostgres::start().unwrap();
@@ -172,7 +172,7 @@ fn the_printed_sql_needs_no_server_and_psql_takes_it() {
 }
 
 #[test]
-fn init_says_what_is_too_new_for_it() {
+fn init_reports_tables_of_a_newer_version() {
     let kafka = Kafka::shared();
     let server = ThrowAwayPostgres::start().unwrap();
     let variables = Variables::new()
@@ -198,7 +198,7 @@ fn init_says_what_is_too_new_for_it() {
 }
 
 #[test]
-fn drop_asks_for_yes_and_leaves_the_topic_unless_told() {
+fn drop_requires_yes_and_keeps_the_topic_by_default() {
     let kafka = Kafka::shared();
     let server = ThrowAwayPostgres::start().unwrap();
     let variables = Variables::new()

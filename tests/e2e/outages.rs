@@ -168,7 +168,7 @@ fn a_group_does_not_evict_a_consumer_whose_database_is_away_for_longer_than_a_po
 }
 
 #[test]
-fn memory_stays_where_it_is_while_postgres_is_away_and_a_stop_says_what_was_in_hand() {
+fn memory_is_bounded_while_postgres_is_away_and_a_stop_reports_unwritten_records() {
     const BACKLOG: i64 = 120_000;
     const ALLOWANCE_BYTES: u64 = 24 << 20;
     let kafka = Kafka::shared();

@@ -258,7 +258,7 @@ fn a_backlog_is_written_in_batches_of_exactly_the_size() {
 }
 
 #[test]
-fn the_originals_records_are_stored_and_what_is_no_record_is_rejected_as_it_came() {
+fn the_originals_records_are_stored_and_invalid_ones_are_rejected_unchanged() {
     let kafka = Kafka::shared();
     kafka.create_topic("mixed", 1);
     let text = |text: &str| Some(text.as_bytes().to_vec());
@@ -386,7 +386,7 @@ fn assert_says_what_it_waits_for(agent: &Agent, address: &str) {
 }
 
 #[test]
-fn produce_says_that_kafka_is_away_and_a_stop_tells_what_was_never_acknowledged() {
+fn produce_reports_that_kafka_is_away_and_a_stop_reports_unacknowledged_records() {
     let nowhere = format!("127.0.0.1:{}", free_port().unwrap());
     let site = Site::start();
     let host_file = write_host_file(&site.host_file("1s"));
@@ -404,7 +404,7 @@ fn produce_says_that_kafka_is_away_and_a_stop_tells_what_was_never_acknowledged(
 }
 
 #[test]
-fn consume_says_that_kafka_is_away_and_stops_cleanly() {
+fn consume_reports_that_kafka_is_away_and_stops_cleanly() {
     let nowhere = format!("127.0.0.1:{}", free_port().unwrap());
     let server = ThrowAwayPostgres::start().unwrap();
     let variables = Variables::new()
@@ -417,7 +417,7 @@ fn consume_says_that_kafka_is_away_and_stops_cleanly() {
 }
 
 #[test]
-fn consume_says_that_postgres_is_away_and_goes_on_when_it_is_back() {
+fn consume_reports_that_postgres_is_away_and_continues_when_it_is_back() {
     let kafka = Kafka::shared();
     kafka.create_topic("away", 1);
     kafka.write(
@@ -442,7 +442,7 @@ fn consume_says_that_postgres_is_away_and_goes_on_when_it_is_back() {
 }
 
 #[test]
-fn a_missing_topic_is_waited_for_and_said() {
+fn a_missing_topic_is_waited_for_and_reported() {
     let kafka = Kafka::shared();
     let server = ThrowAwayPostgres::start().unwrap();
     let site = Site::start();

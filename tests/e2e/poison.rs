@@ -176,7 +176,7 @@ fn exactly_the_bad_records_are_rejected_as_they_came_and_the_good_ones_of_their_
 }
 
 #[test]
-fn a_topic_of_nothing_but_poison_is_drained_at_a_steady_pace_and_says_so() {
+fn a_topic_with_only_bad_records_is_drained_at_a_steady_pace_and_reported() {
     const UNREADABLE: i64 = 20_000;
     const REFUSED: i64 = 2_000;
     let mut case = Case::new("nothing-but-poison", 2);

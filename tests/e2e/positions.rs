@@ -55,7 +55,7 @@ fn the_tables_position_counts_then_the_groups_commit_then_the_earliest_record() 
 }
 
 #[test]
-fn a_position_that_is_deleted_under_a_running_consumer_is_said_and_the_groups_commit_counts() {
+fn a_position_that_is_deleted_during_a_run_is_reported_and_replaced_by_the_groups_commit() {
     let mut case = Case::new("deleted", 1);
     let consumer = case.consume();
     case.write(0, 0..10);
@@ -78,7 +78,7 @@ fn a_position_that_is_deleted_under_a_running_consumer_is_said_and_the_groups_co
 }
 
 #[test]
-fn a_stop_writes_and_commits_what_is_in_hand_however_long_the_batch_would_have_waited() {
+fn a_stop_writes_and_commits_at_once_what_was_read() {
     let mut case = Case::new("patient", 2);
     let variables = case.variables();
     let patient = variables
@@ -113,7 +113,7 @@ fn a_stop_writes_and_commits_what_is_in_hand_however_long_the_batch_would_have_w
 }
 
 #[test]
-fn records_that_kafka_deleted_unread_are_said_and_reading_goes_on_with_the_first_that_is_there() {
+fn records_that_kafka_deleted_unread_are_reported_and_reading_continues_at_the_first_one_left() {
     let mut case = Case::new("retention", 2);
     let consumer = case.consume();
     case.write(0, 0..20);
@@ -148,7 +148,7 @@ fn records_that_kafka_deleted_unread_are_said_and_reading_goes_on_with_the_first
 }
 
 #[test]
-fn a_topic_that_was_made_anew_is_said_and_read_from_its_beginning() {
+fn a_recreated_topic_is_reported_and_read_from_its_beginning() {
     let mut case = Case::new("anew", 1);
     let consumer = case.consume();
     case.write(0, 0..50);
@@ -179,7 +179,7 @@ fn a_topic_that_was_made_anew_is_said_and_read_from_its_beginning() {
 }
 
 #[test]
-fn a_topic_that_is_made_anew_under_a_running_consumer_is_read_from_its_beginning() {
+fn a_topic_that_is_recreated_during_a_run_is_read_from_its_beginning() {
     let mut case = Case::new("anew-live", 1);
     let consumer = case.consume();
     case.write(0, 0..50);

@@ -135,7 +135,7 @@ fn a_static_member_that_comes_back_soon_moves_no_partitions() {
 }
 
 #[test]
-fn a_consumer_that_is_frozen_in_the_middle_of_a_flush_holds_up_nobody_and_stores_nothing_twice() {
+fn a_consumer_that_is_frozen_during_a_flush_blocks_no_other_and_stores_nothing_twice() {
     let mut case = Case::new("sleeper", 1);
     let variables = case.variables();
     let sleeper = Agent::start(&["consume"], &variables);
@@ -203,7 +203,7 @@ fn a_consumer_that_is_frozen_in_the_middle_of_a_flush_holds_up_nobody_and_stores
 }
 
 #[test]
-fn a_position_that_somebody_else_moves_under_a_flush_keeps_it_out_and_reading_goes_on_behind_it() {
+fn a_flush_whose_position_another_consumer_moved_is_not_stored_and_reading_continues_there() {
     let mut case = Case::new("fenced", 1);
     let consumer = case.consume();
     case.write(0, 0..10);
@@ -237,7 +237,7 @@ fn a_position_that_somebody_else_moves_under_a_flush_keeps_it_out_and_reading_go
 }
 
 #[test]
-fn of_two_consumers_with_one_instance_id_the_older_one_ends_and_says_why() {
+fn of_two_consumers_with_one_instance_id_the_older_one_ends_with_the_reason() {
     let mut case = Case::new("twins", 1);
     let variables = case.variables().with("KAFKA_GROUP_INSTANCE_ID", "twin");
     let mut older = Agent::start(&["consume"], &variables.clone().with("DB_BATCH_SECONDS", 2));
@@ -322,7 +322,7 @@ fn partitions_that_a_rebalance_left_without_an_owner_are_noticed_and_read() {
 }
 
 #[test]
-fn several_topics_are_read_at_once_and_one_that_comes_later_holds_up_none() {
+fn several_topics_are_read_together_and_a_later_one_delays_none() {
     let mut case = Case::new("several", 3);
     case.kafka.create_topic("several-more", 1);
     let topics = "several,several-more,several-late";

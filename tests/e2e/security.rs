@@ -180,7 +180,7 @@ fn produce(more: &[&str], variables: &Variables) -> Agent {
 }
 
 #[test]
-fn a_key_that_every_user_can_read_is_warned_of_once_and_used() {
+fn a_key_that_every_user_can_read_is_used_and_causes_one_warning() {
     let secured = secured();
     let key = PathBuf::from(secured.file("shared.key"));
     fs::copy(secured.file("client.key"), &key).unwrap();
@@ -195,7 +195,7 @@ fn a_key_that_every_user_can_read_is_warned_of_once_and_used() {
 }
 
 #[test]
-fn each_way_in_that_the_broker_offers_lets_records_through() {
+fn records_pass_with_every_protocol_that_the_broker_offers() {
     let secured = secured();
     let ways = [
         ("ssl", secured.ssl("MUTUAL", "client")),

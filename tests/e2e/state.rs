@@ -1,4 +1,4 @@
-//! The state on a real Postgres: against plain definitions over the rows, whatever the batches and whoever writes.
+//! The state on a real Postgres, compared with plain definitions over the rows, for any batches and any number of writers.
 
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,7 +18,7 @@ use crate::database::Database;
 use crate::scratch::wait_for;
 use crate::store::{P0, row};
 
-/// A store of the state beside that of the rows.
+/// A store of the state next to that of the rows.
 pub fn state_store(db: &Database, table: &str, config: StateConfig) -> Store<StateSink> {
     let mut settings = db.config_of(table);
     settings.group_id = "g-state".into();
@@ -54,7 +54,7 @@ pub fn batch(partition: Partition, base: i64, samples: &[Sample<'_>]) -> Batch {
     batch
 }
 
-/// Folds all of them, in batches of random size.
+/// Folds all records, in batches of random size.
 fn fold(store: &mut Store<StateSink>, samples: &[Sample<'_>], most: usize) {
     store.open().unwrap();
     let mut at = usize::try_from(locate(store, P0, 0)).unwrap();
@@ -83,8 +83,8 @@ fn now_micros() -> i64 {
     i64::try_from(now.as_micros()).unwrap()
 }
 
-/// Hosts with one to three places and several intervals over nine days, until now, with outages, missed ticks, and records
-/// that come late; in the order in which they arrive.
+/// Records of hosts with one to three places and several intervals, over nine days until now, with outages, missed ticks and late
+/// records, in the order of arrival.
 fn history(seed: u64) -> Vec<Sample<'static>> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let now = now_micros();
@@ -138,7 +138,7 @@ fn history(seed: u64) -> Vec<Sample<'static>> {
 
 const NOT_CHECKED: &str = "outcome IN ('missed', 'agent_error', 'agent_offline')";
 
-/// All of the state, as text: with the numbers of series, which are the same in every table.
+/// The whole state as text. It includes the numbers of the series, which are the same in every table.
 fn whole_state(db: &mut Database, table: &str) -> Vec<String> {
     ["series", "rollups", "incidents"]
         .into_iter()
@@ -147,7 +147,7 @@ fn whole_state(db: &mut Database, table: &str) -> Vec<String> {
 }
 
 impl Database {
-    /// Nothing is in one of the two questions that is not in the other.
+    /// Verifies that both queries have the same rows.
     fn assert_same(&mut self, said: &str, plain: &str) {
         let different = format!(
             "WITH said AS (SELECT v::text FROM ({said}) v), plain AS (SELECT p::text FROM ({plain}) p) \
@@ -160,7 +160,7 @@ impl Database {
 }
 
 #[test]
-fn the_state_is_its_plain_definition_over_the_rows_and_a_replay_gives_the_same() {
+fn the_state_equals_its_definition_over_the_rows_and_a_replay_gives_the_same() {
     for seed in 1..=1 {
         let mut db = Database::new();
         let samples = history(seed);
@@ -180,7 +180,7 @@ fn the_state_is_its_plain_definition_over_the_rows_and_a_replay_gives_the_same()
             "seed {seed}"
         );
 
-        // Buckets of all widths, but for the narrow ones that are no longer kept.
+        // Buckets of all widths, except narrow ones that are too old to be kept.
         db.assert_same(
             "SELECT address, agent, seconds, starts_at, due, coalesce(valid, 0) AS valid, coalesce(failed, 0) AS failed, \
                  coalesce(missed, 0) AS missed, coalesce(offline, 0) AS offline, latency_us, latency_max_us, dns_10us, ttfb_10us, \
@@ -203,7 +203,7 @@ fn the_state_is_its_plain_definition_over_the_rows_and_a_replay_gives_the_same()
                  HAVING seconds > 300 OR date_bin('5 minutes', min(scheduled_at), '1970-01-01 00:00:00+00') > now() - interval '47 hours'"
             ),
         );
-        // Incidents of the hosts that one place checks: of their checks in order of arrival, without those that came late.
+        // Incidents of the hosts with one place, from their checks in the order of arrival without late ones.
         let in_order = format!(
             "(SELECT *, max(scheduled_at) OVER (PARTITION BY address ORDER BY kafka_offset \
                  ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest \
@@ -237,7 +237,7 @@ fn the_state_is_its_plain_definition_over_the_rows_and_a_replay_gives_the_same()
     }
 }
 
-/// A window begins with the bucket that its beginning lies in.
+/// A window begins with the bucket that contains its beginning.
 fn check_views(db: &mut Database) {
     let windows = [
         ("1h", "5 minutes", 1),
@@ -301,7 +301,7 @@ fn check_views(db: &mut Database) {
 }
 
 #[test]
-fn a_host_of_several_places_is_down_by_their_votes_and_a_silent_one_has_none() {
+fn the_places_of_a_host_vote_on_its_verdict_and_a_silent_place_has_no_vote() {
     let mut db = Database::new();
     let mut store = state_store(&db, "host_metrics", StateConfig::default());
     let now = now_micros();
@@ -320,7 +320,7 @@ fn a_host_of_several_places_is_down_by_their_votes_and_a_silent_one_has_none() {
     fold(&mut store, &samples, 2);
     let incidents = "SELECT concat_ws('|', number, round(extract(epoch FROM duration) / 60), checks, first_outcome, outcomes, places) \
                      FROM host_metrics_incidents ORDER BY number";
-    // Down with the second place at minute 50, up with it at minute 49.
+    // Down when the second place fails at minute 50, up when it recovers at minute 49.
     assert_eq!(
         db.many(incidents),
         ["1|1|3|dns_error|{\"dns_error\": 3}|[\"a\", \"b\"]"]
@@ -329,7 +329,7 @@ fn a_host_of_several_places_is_down_by_their_votes_and_a_silent_one_has_none() {
         db.many("SELECT concat_ws('|', agent, is_valid, failures_in_a_row, verdict) FROM host_metrics_series ORDER BY agent"),
         ["a|f|2|up", "b|t|0|up", "c|t|0|up"]
     );
-    // What nobody has looked at for long is not counted as up or down.
+    // A long time without checks counts neither as up nor as down.
     let share =
         "SELECT round(verdict_uptime_1h::numeric, 2)::text FROM host_metrics_uptime WHERE agent IS NULL";
     assert_eq!(db.one(share), "0.92");
@@ -364,13 +364,13 @@ fn state_tables_that_are_dropped_are_made_again_while_rows_go_on() {
             || consumer.stderr(),
         );
     }
-    // What came before is gone, and what comes from then on counts once.
+    // The earlier state is gone, and later records count once.
     case.write(1, 30..40);
     wait_for_due(&mut case.db, 20, &consumer);
     consumer.stop();
 }
 
-/// Waits until the state counts so many ticks.
+/// Waits until the state has counted that many ticks.
 fn wait_for_due(db: &mut Database, due: i64, consumer: &Agent) {
     let is_there = "(SELECT 1 WHERE to_regclass('host_metrics_rollups') IS NOT NULL) x";
     let counted = "SELECT coalesce(sum(due), 0)::text FROM host_metrics_rollups WHERE seconds = 86400";

@@ -30,7 +30,7 @@ fn health_becomes(variables: &Variables, expected: i32, words: &str, consumer: &
 }
 
 #[test]
-fn a_batch_that_kafkas_client_refuses_is_said_and_passed_by_an_operators_word() {
+fn a_batch_that_kafkas_client_refuses_is_reported_and_skipped_on_command() {
     let mut case = Case::new("refused", 1);
     case.write(0, 0..10);
     let large = vec![b'x'; BEYOND_THE_CLIENT];

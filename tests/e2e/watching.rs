@@ -13,7 +13,7 @@ use crate::scratch::{self, wait_for};
 const SOON: Duration = Duration::from_secs(60);
 
 #[test]
-fn health_and_status_tell_an_outage_of_either_server_and_its_end() {
+fn health_and_status_report_an_outage_of_either_server_and_its_end() {
     let mut kafka = Kafka::start();
     kafka.create_topic("watched", 2);
     let postgres = ThrowAwayPostgres::start().unwrap();

@@ -233,7 +233,7 @@ fn every_key_and_signature_that_curl_takes_is_taken() {
     ];
     for (what, leaf) in &leaves {
         let versions: [fn(&mut SslAcceptorBuilder); 2] = [no_change, tls_1_2];
-        // The others with TLS 1.2: `what_tls_cannot_be_spoken_is_named_as_our_limit`.
+        // The others with TLS 1.2: `tls_that_we_do_not_support_is_reported_as_our_limit`.
         let is_for_1_3_only = what.ends_with("only");
         let count = if is_for_1_3_only { 1 } else { 2 };
         for (version, change) in versions.into_iter().take(count).enumerate() {
@@ -321,7 +321,7 @@ fn a_certificate_that_is_itself_trusted_needs_no_issuer() {
 }
 
 #[test]
-fn what_is_out_of_date_is_named_whichever_of_the_chain_it_is() {
+fn an_expired_certificate_anywhere_in_the_chain_is_named() {
     let expired = Kind {
         days: (-30, -2),
         ..AUTHORITY
@@ -395,7 +395,7 @@ fn an_authority_that_was_renewed_is_trusted_beside_its_expired_certificate() {
 }
 
 #[test]
-fn what_a_certificate_is_not_trusted_for_is_said_in_words() {
+fn the_reason_why_a_certificate_is_not_trusted_is_a_sentence() {
     let root = root();
     let leaf = |key, kind| certificate("site", key, Some(&root), kind);
     let with = |extensions| leaf(p256(), Kind { extensions, ..USUAL });
@@ -520,7 +520,7 @@ fn what_a_certificate_is_not_trusted_for_is_said_in_words() {
 }
 
 #[test]
-fn what_is_wrong_further_up_the_chain_is_said_in_words() {
+fn a_fault_further_up_the_chain_is_a_sentence() {
     let root = root();
     let stranger = certificate("Stranger", p256(), None, AUTHORITY);
     let chain = |key, kind| {
@@ -581,7 +581,7 @@ fn what_is_wrong_further_up_the_chain_is_said_in_words() {
 }
 
 #[test]
-fn what_tls_cannot_be_spoken_is_named_as_our_limit() {
+fn tls_that_we_do_not_support_is_reported_as_our_limit() {
     let root = root();
     let leaf = certificate("site", rsa(2_048), Some(&root), USUAL);
     let ciphers = |list: &'static str| {

@@ -138,7 +138,7 @@ fn help_and_version_are_results() {
 }
 
 #[test]
-fn a_command_line_that_is_none_is_status_2() {
+fn a_wrong_command_line_ends_with_status_2() {
     let place = Place::new();
     let cases: [&[&str]; 10] = [
         &[],
@@ -160,7 +160,7 @@ fn a_command_line_that_is_none_is_status_2() {
 }
 
 #[test]
-fn all_wrong_variables_are_told_in_one_run() {
+fn all_wrong_variables_are_reported_in_one_run() {
     let remedy = |name| format!("set it in the environment, in .env or with -e {name}=VALUE");
     Place::new().run(&["consume", "-e", "DB_BATCH_SIZE=0", "-e", "DB_SSLMODE=allow"]).is_wrong(&format!(
         "KAFKA_BOOTSTRAP_SERVERS is not set: expected host:port, or several separated by commas; {}\n\
@@ -178,7 +178,7 @@ fn all_wrong_variables_are_told_in_one_run() {
 }
 
 #[test]
-fn a_wrong_variable_and_a_wrong_host_file_are_told_together() {
+fn a_wrong_variable_and_a_wrong_host_file_are_reported_together() {
     let place = Place::new();
     place.write("hosts", "example.com 5x\n");
     place.run(&["produce", "-c", "hosts", "-e", "KAFKA_BOOTSTRAP_SERVERS=k:1", "-e", "MAX_THREADS=0"]).is_wrong(
@@ -191,7 +191,7 @@ fn a_wrong_variable_and_a_wrong_host_file_are_told_together() {
 }
 
 #[test]
-fn an_unknown_variable_behind_e_is_an_error_and_its_value_is_not_repeated() {
+fn an_unknown_variable_after_e_is_an_error_that_does_not_show_its_value() {
     let place = Place::new();
     place.write("hosts", "example.com 5\n");
     let args = [
@@ -293,7 +293,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
 }
 
 #[test]
-fn common_flags_stand_before_the_command_or_behind_it() {
+fn common_flags_may_come_before_or_after_the_command() {
     let place = Place::new();
     place.write("hosts", "example.com 1h\n");
     let ran = place.run(&[
@@ -357,7 +357,7 @@ fn a_line_of_the_file_of_variables_that_cannot_be_understood_is_reported_with_it
 }
 
 #[test]
-fn a_foreign_env_file_stops_nothing_unless_it_was_named() {
+fn another_programs_env_file_causes_no_error_unless_it_was_named() {
     let place = Place::new();
     place.write("hosts", "example.com 1h\n");
     let foreign = b"nonsense\nexport\nAPI KEY=x\nGREETING=it's me\nKEY=\"-----BEGIN\nabc=\n-----END\"\nLATIN=\xfc\n1=2\nF=a b\n\
@@ -393,7 +393,7 @@ fn a_foreign_env_file_stops_nothing_unless_it_was_named() {
 }
 
 #[test]
-fn a_dollar_that_loses_a_part_of_a_value_is_warned_of_by_the_variable() {
+fn a_dollar_that_shortens_a_value_causes_a_warning_with_the_variable() {
     let place = Place::new();
     place.write("hosts", "example.com 1h\n");
     let warned = |contents: &str, flags: &[&str]| -> Vec<String> {
@@ -439,7 +439,7 @@ fn a_dollar_that_loses_a_part_of_a_value_is_warned_of_by_the_variable() {
 }
 
 #[test]
-fn a_variable_that_is_not_utf_8_is_told_and_others_of_the_environment_do_not_matter() {
+fn a_variable_that_is_not_utf_8_is_reported_and_unrelated_ones_are_ignored() {
     let place = Place::new();
     place.write("hosts", "example.com 1h\n");
     let mut command = place.command(&["validate", "-c", "hosts"]);
@@ -541,7 +541,7 @@ fn a_dash_is_standard_input() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error_and_a_full_disk_is_one() {
+fn a_closed_pipe_is_not_an_error_and_a_full_disk_is_one() {
     let place = Place::new();
     place.write(
         "hosts",
@@ -595,7 +595,7 @@ fn site(answer: &'static str) -> String {
 }
 
 #[test]
-fn check_says_what_it_found_and_its_status_whether_that_is_valid() {
+fn check_prints_what_it_found_and_its_exit_status_tells_whether_that_is_valid() {
     let place = Place::new();
     let hello = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
     let address = site(hello);
@@ -672,7 +672,7 @@ fn check_repeats_on_request_and_ends_with_a_summary() {
 }
 
 #[test]
-fn nothing_that_is_printed_turns_a_terminal_round() {
+fn no_printed_text_changes_the_direction_of_a_terminals_text() {
     const HIDDEN: [char; 3] = ['\u{202e}', '\u{200b}', '\u{2066}'];
     let hidden: String = HIDDEN.iter().collect();
     let place = Place::new();
@@ -791,7 +791,7 @@ fn health_asks_the_agent_at_metrics_addr() {
 }
 
 #[test]
-fn an_agent_whose_metrics_addr_is_taken_does_not_start_but_once_does() {
+fn an_agent_whose_metrics_addr_is_in_use_does_not_start_except_with_once() {
     let place = Place::new();
     place.write("hosts", "http://127.0.0.1:1/ 1m\n");
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -816,7 +816,7 @@ fn an_agent_whose_metrics_addr_is_taken_does_not_start_but_once_does() {
 }
 
 #[test]
-fn status_says_which_variables_and_which_server_it_lacks() {
+fn status_names_the_variables_and_the_server_that_are_missing() {
     let place = Place::new();
     let ran = place.run(&["status"]);
     assert_eq!((ran.status, ran.stdout.as_str()), (2, ""));
@@ -849,7 +849,7 @@ fn status_says_which_variables_and_which_server_it_lacks() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_reload_that_comes_while_the_host_file_is_first_read_is_not_the_end() {
+fn a_reload_during_the_first_read_of_the_host_file_does_not_end_the_program() {
     use std::io::{BufRead, BufReader};
 
     let place = Place::new();
@@ -902,7 +902,7 @@ fn hanging_hosts(count: usize) -> (TcpListener, String) {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn open_files_are_raised_to_the_hard_limit_and_what_does_not_fit_is_said() {
+fn the_limit_of_open_files_is_raised_and_a_limit_that_is_too_low_is_reported() {
     const HOSTS: usize = 80;
 
     let place = Place::new();
@@ -952,7 +952,7 @@ fn open_files_are_raised_to_the_hard_limit_and_what_does_not_fit_is_said() {
 }
 
 #[test]
-fn a_host_file_with_slips_is_warned_of_by_validate_and_at_the_start() {
+fn likely_mistakes_in_a_host_file_cause_warnings_in_validate_and_at_the_start() {
     let place = Place::new();
     place.write("hosts", "http://127.0.0.1:1/ 1h \"quoted\"\n");
     let ran = place.run(&["validate", "-c", "hosts"]);

@@ -31,7 +31,7 @@ type Broker = MockCluster<'static, DefaultProducerContext>;
 
 // One test for what one consumer sees, because it takes the broker seconds to form a group.
 #[test]
-fn reading_starts_exactly_where_it_is_told_and_never_elsewhere() {
+fn reading_starts_exactly_at_the_given_offsets() {
     let broker = broker(2);
     produce(&broker, 0, 0..500);
     produce(&broker, 1, 0..10);

@@ -41,7 +41,7 @@ fn what(text: impl AsRef<[u8]>) -> String {
 }
 
 #[test]
-fn the_contracts_example_means_what_it_says() {
+fn the_documented_example_is_understood() {
     let hosts = hosts(
         "# a comment: the first character that is not a blank is a '#'; blank lines are fine\n\
          \x20  # every 5 minutes, as in the original\n\
@@ -109,7 +109,7 @@ fn an_address_is_a_url_or_a_bare_domain_or_ip_with_or_without_a_port() {
 }
 
 #[test]
-fn what_is_no_address_is_said_at_its_place() {
+fn an_invalid_address_is_reported_at_its_place() {
     let long = format!("https://example.com/{}", "a".repeat(2_048));
     let cases = [
         ("://x", "hosts:1:1: expected http:// or https://, not `://`"),
@@ -266,7 +266,7 @@ fn a_frequency_is_in_minutes_or_has_a_unit() {
 }
 
 #[test]
-fn what_is_no_frequency_is_said_at_its_place() {
+fn an_invalid_frequency_is_reported_at_its_place() {
     let expected = "expected a whole number of minutes, or one with s, m, h or d, e.g. `5` or `30s`";
     for frequency in [
         "-5",
@@ -375,7 +375,7 @@ fn an_options_name_before_any_character_is_a_regex() {
 }
 
 #[test]
-fn a_line_that_nobody_can_mean_is_refused() {
+fn a_line_that_must_be_a_mistake_is_refused() {
     for (line, expected) in [
         (
             "example.com 5 timeout = 3s",
@@ -409,7 +409,7 @@ fn a_line_that_nobody_can_mean_is_refused() {
 }
 
 #[test]
-fn a_line_that_hardly_anybody_means_is_warned_of_with_its_place() {
+fn a_line_that_is_probably_a_mistake_causes_a_warning_with_its_place() {
     for (line, expected) in [
         (
             "example.com 5 # main page",
@@ -517,7 +517,7 @@ fn options_are_understood_in_any_order() {
 }
 
 #[test]
-fn a_word_that_looks_like_an_option_and_is_none_is_an_error_that_says_how_to_search_for_it() {
+fn a_word_that_looks_like_an_option_is_an_error_that_shows_how_to_write_it_as_a_regex() {
     let cases = [
         (
             "status=ok",
@@ -644,7 +644,7 @@ fn the_regex_is_the_rest_of_the_line_verbatim() {
 }
 
 #[test]
-fn a_broken_regex_is_shown_where_its_parser_says() {
+fn the_error_of_a_broken_regex_points_to_its_place() {
     assert_eq!(
         error("example.com 5 ok (unclosed group"),
         "hosts:1:18: the REGEX is not valid: unclosed group\n    \
@@ -773,7 +773,7 @@ fn line_ends_blanks_around_a_line_and_a_byte_order_mark_do_not_count() {
 }
 
 #[test]
-fn what_is_not_utf_8_is_said_with_its_line_and_column() {
+fn invalid_utf_8_is_reported_with_its_line_and_column() {
     assert_eq!(
         error(b"example.com 5\nhttps://\xc3\xa4.example 5 gr\xfc\xdfe\n# comments \xe4 too"),
         "hosts:2:23: not UTF-8; save the file as UTF-8\n    \
@@ -789,7 +789,7 @@ fn what_is_not_utf_8_is_said_with_its_line_and_column() {
 }
 
 #[test]
-fn all_errors_of_a_file_are_told_at_once_in_the_order_of_lines_and_columns() {
+fn all_errors_of_a_file_are_reported_together_in_the_order_of_lines_and_columns() {
     let error = error("ftp://a 5x ip=7 foo=1 (\nexample.com 5\nb\n");
     let places: Vec<_> = error
         .lines()

@@ -149,7 +149,7 @@ const DAWDLERS: [(&str, &str, usize); 4] = [
 ];
 
 #[test]
-fn clients_that_dawdle_do_not_keep_others_waiting_and_are_closed() {
+fn slow_clients_do_not_delay_others_and_are_closed() {
     for (what, sent, count) in DAWDLERS {
         let endpoint = endpoint(&Stub::new());
         let address = endpoint.address();
@@ -244,7 +244,7 @@ fn a_client_that_reads_nothing_of_its_answer_is_closed() {
 }
 
 #[test]
-fn what_is_no_agent_is_not_taken_for_one() {
+fn a_server_that_is_not_an_agent_is_recognised() {
     for answer in [
         "SSH-2.0-x\r\n\r\n",
         "HTTP/1.1 200",
@@ -264,7 +264,7 @@ fn what_is_no_agent_is_not_taken_for_one() {
 }
 
 #[test]
-fn an_address_in_use_is_said_and_a_dropped_endpoint_frees_its_own() {
+fn an_address_in_use_is_an_error_and_a_dropped_endpoint_frees_its_address() {
     let endpoint = endpoint(&Stub::new());
     let address = endpoint.address();
     let error = Endpoint::start(address, Stub::new())
@@ -282,7 +282,7 @@ fn an_address_in_use_is_said_and_a_dropped_endpoint_frees_its_own() {
 }
 
 #[test]
-fn both_agents_show_what_they_do_and_what_they_wait_for() {
+fn both_agents_serve_all_their_metrics_and_what_they_wait_for() {
     let pages = Pages::of_both_agents_at_work();
     let produce = &pages.produce;
     let checks = |outcome: &str| {
@@ -340,7 +340,7 @@ fn both_agents_show_what_they_do_and_what_they_wait_for() {
 }
 
 #[test]
-fn the_dashboard_and_the_alerts_ask_for_what_there_is() {
+fn the_dashboard_and_the_alerts_use_only_existing_metrics() {
     let pages = Pages::of_both_agents_at_work();
     let (mut names, mut labels) = (
         BTreeSet::new(),
@@ -418,7 +418,7 @@ fn the_dashboard_and_the_alerts_ask_for_what_there_is() {
 }
 
 #[test]
-fn the_dashboards_questions_are_understood() {
+fn the_dashboards_queries_are_valid() {
     let expressions: Vec<String> = dashboard_expressions()
         .iter()
         .map(|expression| {
@@ -509,7 +509,7 @@ fn an_outage_of_kafka_makes_the_producer_unready_and_its_end_ready_again() {
 }
 
 #[test]
-fn a_consumer_without_its_database_says_what_it_waits_for() {
+fn a_consumer_without_its_database_reports_what_it_waits_for() {
     let kafka = MockCluster::new(1).unwrap();
     kafka.create_topic("host-metrics", 1, 1).unwrap();
     let address = free_address();

@@ -39,8 +39,8 @@ const NO_SUCH_NAME: Answer = Answer::Code(3);
 const SERVER_FAILURE: Answer = Answer::Code(2);
 
 #[test]
-fn what_name_servers_say_or_do_not_say_has_its_word() {
-    if !is_alone("network::what_name_servers_say_or_do_not_say_has_its_word") {
+fn every_answer_of_a_name_server_and_its_silence_have_an_outcome() {
+    if !is_alone("network::every_answer_of_a_name_server_and_its_silence_have_an_outcome") {
         return;
     }
     serve_names(|name, family| match (name, family) {
@@ -257,8 +257,8 @@ fn a_dead_address_among_a_names_addresses_does_not_make_the_site_down() {
 }
 
 #[test]
-fn a_host_to_which_there_is_no_way_is_unreachable() {
-    if !is_alone("network::a_host_to_which_there_is_no_way_is_unreachable") {
+fn a_host_without_a_route_is_unreachable() {
+    if !is_alone("network::a_host_without_a_route_is_unreachable") {
         return;
     }
     for (address, says) in [

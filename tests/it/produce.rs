@@ -105,7 +105,7 @@ fn hosts_that_hang_do_not_make_the_others_late() {
 }
 
 #[test]
-fn a_stop_with_hundreds_of_hanging_checks_is_in_time_and_says_which_were_cut_off() {
+fn a_stop_with_hundreds_of_hanging_checks_is_in_time_and_records_which_were_cut_off() {
     let kafka = Kafka::start();
     let mut hosts: Vec<_> = (0..300).map(|i| host(&format!("hangs{i}.example"), 1)).collect();
     hosts.extend((0..20).map(|i| host(&format!("well{i}.example"), 1)));
@@ -219,7 +219,7 @@ fn without_kafka_a_stop_is_in_time_and_says_whose_records_were_never_acknowledge
 }
 
 #[test]
-fn a_broker_that_stops_answering_leaves_its_records_named() {
+fn records_without_an_answer_from_the_broker_are_named() {
     let kafka = Kafka::start();
     let hosts = vec![host("a.example", 1), host("b.example", 1)];
     let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
@@ -266,7 +266,7 @@ fn a_topic_that_is_missing_is_waited_for_and_nothing_is_lost() {
 }
 
 #[test]
-fn a_slip_in_one_hosts_topic_does_not_stop_the_others() {
+fn a_wrong_topic_of_one_host_does_not_stop_the_others() {
     let kafka = Kafka::start();
     kafka.cluster.create_topic("slip", 1, 1).unwrap();
     let missing = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
@@ -303,7 +303,7 @@ fn a_slip_in_one_hosts_topic_does_not_stop_the_others() {
 }
 
 #[test]
-fn records_that_kafka_hands_back_because_of_their_topic_go_out_in_order_when_it_lets_them() {
+fn records_returned_for_a_missing_topic_are_sent_in_order_when_it_exists() {
     let kafka = Kafka::start();
     let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
     let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
@@ -325,7 +325,7 @@ fn records_that_kafka_hands_back_because_of_their_topic_go_out_in_order_when_it_
 }
 
 #[test]
-fn a_producer_that_its_broker_lost_track_of_is_replaced_and_loses_nothing() {
+fn a_producer_that_the_broker_forgot_is_replaced_and_loses_nothing() {
     // The first one librdkafka calls fatal, the other fails its batch.
     for lost_track in [
         RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER,
@@ -349,7 +349,7 @@ fn a_producer_that_its_broker_lost_track_of_is_replaced_and_loses_nothing() {
 }
 
 #[test]
-fn what_kafka_refuses_for_good_is_counted_and_holds_nothing_up() {
+fn a_record_that_kafka_refuses_permanently_is_counted_and_delays_no_other() {
     let kafka = Kafka::start();
     let hosts = (0..5).map(|i| host(&format!("h{i}.example"), 1)).collect();
     let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
@@ -393,9 +393,9 @@ fn with_fewer_threads_than_hosts_every_tick_has_its_record() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn without_threads_the_fault_is_ours_and_every_tick_has_its_record() {
+fn without_threads_checks_are_agent_errors_and_every_tick_has_its_record() {
     use crate::child;
-    const SELF: &str = "produce::without_threads_the_fault_is_ours_and_every_tick_has_its_record";
+    const SELF: &str = "produce::without_threads_checks_are_agent_errors_and_every_tick_has_its_record";
     if !child::is_it(SELF) {
         return child::run(SELF, &mut child::limitable());
     }
@@ -443,7 +443,7 @@ fn without_threads_the_fault_is_ours_and_every_tick_has_its_record() {
 }
 
 #[test]
-fn once_writes_one_record_a_host_whatever_the_outcome_and_ends() {
+fn once_writes_one_record_per_host_whatever_the_outcome_and_ends() {
     let kafka = Kafka::start();
     let hosts = (0..30).map(|i| host(&format!("h{i}.example"), 86_400)).collect();
     let mut config = config(&kafka.servers(), TOPIC);

@@ -99,7 +99,7 @@ fn the_originals_four_fields_are_a_record() {
 }
 
 #[test]
-fn what_is_absent_and_what_is_null_are_the_same() {
+fn an_absent_field_and_a_null_are_the_same() {
     let nulls: Vec<String> = Field::ALL
         .iter()
         .filter(|field| !matches!(field, Field::Address | Field::IsValid))
@@ -551,7 +551,7 @@ fn every_cut_of_a_record_is_refused() {
 }
 
 #[test]
-fn bytes_that_are_no_utf_8_are_refused_wherever_they_stand() {
+fn invalid_utf_8_is_refused_anywhere() {
     let at_byte = |value: &[u8], at: usize| {
         assert_eq!(
             reason(value),
@@ -633,7 +633,7 @@ fn nesting_is_bounded_and_costs_no_stack() {
 }
 
 #[test]
-fn many_unknown_keys_are_read_in_good_time() {
+fn many_unknown_keys_take_linear_time() {
     let members: Vec<String> = (0..100_000)
         .map(|number| format!(r#""key {number}":0"#))
         .collect();
@@ -646,7 +646,7 @@ fn many_unknown_keys_are_read_in_good_time() {
 }
 
 #[test]
-fn a_reason_is_one_short_line_whatever_was_in_the_value() {
+fn the_reason_of_a_rejection_is_one_short_line() {
     let hostile = "\u{1b}[31m\\r\\n\u{7f}é"
         .replace('\u{1b}', "\\u001b")
         .repeat(10_000);
@@ -698,7 +698,7 @@ fn times_are_read_with_any_offset_and_cut_to_microseconds() {
 }
 
 #[test]
-fn what_is_no_time_of_rfc_3339_is_refused() {
+fn a_time_that_is_not_rfc_3339_is_refused() {
     use TimestampError::{NoSuchTime, NoZone, OutOfRange, Shape, TooManyDigits};
     for (text, error) in [
         ("", Shape),
@@ -1047,7 +1047,7 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn whatever_was_observed_is_written_by_the_schema_and_read_back(
+    fn every_observation_is_written_as_the_schema_requires_and_read_back(
         observation in an_observation(),
         address in "[^\0]{1,64}",
         agent in any::<String>(),
@@ -1087,7 +1087,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_the_reader_fall(value in any::<Vec<u8>>(), text in r#"\{["\\{}\[\]:,a-v0-9.eu+ \-]{0,60}\}?"#) {
+    fn no_bytes_make_the_reader_panic(value in any::<Vec<u8>>(), text in r#"\{["\\{}\[\]:,a-v0-9.eu+ \-]{0,60}\}?"#) {
         prop_assert!(decode(&value).is_err());
         prop_assert!(decode(text.as_bytes()).is_err());
     }

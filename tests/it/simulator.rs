@@ -2,8 +2,10 @@
 //! model of Postgres, with every fault that we could think of.
 //!
 //! Owns the models, the faults and the verdict: every record is stored or rejected exactly once, the state is the fold of all
-//! rows once and in their order, and everything is drained once the faults stop. `SIMULATOR_SEEDS=n` runs that many histories (default [`DEFAULT_SEEDS`]); a history that fails
-//! names its seed, and `SIMULATOR_SEED=seed` runs that one alone and prints what happened.
+//! rows once and in their order, and everything is drained once the faults stop. `SIMULATOR_SEEDS=n` runs that many
+//! histories (default [`DEFAULT_SEEDS`]); a history that fails names its seed, and `SIMULATOR_SEED=seed` runs that one
+//! alone and prints what happened. The fuzz target `machine` includes this file and chooses each step of a history by
+//! two bytes of its input.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -56,6 +58,19 @@ fn every_record_is_stored_exactly_once_whatever_happens() {
     }
     say(format_args!("{seeds} histories: {seen:?}"));
     seen.assert_everything_happened(seeds);
+}
+
+/// The histories that the fuzzer found to be different from one another.
+#[test]
+fn every_record_is_stored_exactly_once_in_the_histories_that_the_fuzzer_keeps() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/machine");
+    for file in std::fs::read_dir(corpus).unwrap() {
+        let path = file.unwrap().path();
+        let bytes = std::fs::read(&path).unwrap();
+        if catch_unwind(|| History::run_bytes(&bytes)).is_err() {
+            panic!("the history of {} failed", path.display());
+        }
+    }
 }
 
 /// How often each kind of thing happened over all histories: a simulator that no longer does a thing must not look green.
@@ -230,7 +245,7 @@ struct Member {
     stopping: bool,
 }
 
-struct History {
+pub struct History {
     seed: u64,
     trace: bool,
     rng: fastrand::Rng,
@@ -299,6 +314,18 @@ impl History {
         }
         self.drain();
         self.seen
+    }
+
+    /// A history whose steps are chosen by `bytes`, two for each. To change one step leaves the choices of the others.
+    pub fn run_bytes(bytes: &[u8]) {
+        let mut history = Self::new(0, false);
+        history.add_partition();
+        history.join();
+        for step in bytes.as_chunks().0.iter().take(FAULTY_STEPS) {
+            history.rng.seed(u16::from_be_bytes(*step).into());
+            history.fault_or_step();
+        }
+        history.drain();
     }
 
     // The history.

@@ -87,7 +87,7 @@ impl Database {
 }
 
 #[test]
-fn fresh_rows_are_told_host_by_host() {
+fn fresh_rows_are_shown_host_by_host() {
     let mut database = Database::with_tables();
     database.checks("a-up", 60, 200, &[100, 101, 150]);
     database.checks("b-down", 60, 200, &[0, 1, 2, 90]);
@@ -139,7 +139,7 @@ fn fresh_rows_are_told_host_by_host() {
 }
 
 #[test]
-fn the_command_says_whether_its_answer_can_be_relied_on() {
+fn the_exit_status_tells_whether_the_data_is_current() {
     let mut database = Database::with_tables();
     let port = format!("DB_PORT={}", database.server.port());
     let run = |arguments: &[&str]| {
@@ -184,7 +184,7 @@ fn the_command_says_whether_its_answer_can_be_relied_on() {
 }
 
 #[test]
-fn a_tick_that_was_not_checked_says_nothing_about_the_host() {
+fn a_tick_that_was_not_checked_changes_nothing_about_the_host() {
     let mut database = Database::with_tables();
     database.checks("a", 60, 30, &[]);
     database.execute(
@@ -235,7 +235,7 @@ fn no_row_and_old_rows_are_stale() {
 }
 
 #[test]
-fn another_table_with_the_same_rows_says_the_same() {
+fn another_table_with_the_same_rows_gives_the_same_answer() {
     let mut database = Database::with_tables();
     database.checks("a", 60, 200, &[100, 101, 150]);
     database.checks("b", 60, 200, &[0, 1, 2, 90]);
@@ -320,7 +320,7 @@ fn the_originals_table_shows_what_it_can() {
 }
 
 #[test]
-fn a_table_that_is_missing_or_may_not_be_read_is_said() {
+fn a_table_that_is_missing_or_may_not_be_read_is_reported() {
     let mut database = Database::new();
     let error = |database: &Database, more: &[(&str, &str)]| {
         format!("{:#}", status::run(&database.config(more)).unwrap_err())
@@ -339,7 +339,7 @@ fn a_table_that_is_missing_or_may_not_be_read_is_said() {
 }
 
 #[test]
-fn the_lag_is_what_kafka_has_and_the_table_has_not() {
+fn the_lag_counts_records_in_kafka_that_are_not_in_the_table() {
     let kafka = MockCluster::new(1).unwrap();
     kafka.create_topic("host-metrics", 3, 1).unwrap();
     let servers = kafka.bootstrap_servers();
@@ -388,7 +388,7 @@ fn the_lag_is_what_kafka_has_and_the_table_has_not() {
 }
 
 #[test]
-fn an_absent_kafka_is_said_within_seconds_and_the_rest_is_told() {
+fn an_absent_kafka_is_reported_within_seconds_beside_the_state() {
     let mut database = Database::with_tables();
     database.checks("a", 60, 3, &[]);
     let document = database.status(&[]);

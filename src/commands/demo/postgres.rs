@@ -517,7 +517,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_is_read_from_passwd_also_with_negative_numbers() {
+    fn the_ids_of_nobody_are_read_from_passwd_even_if_negative() {
         let debian =
             "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65533:nobody:/nonexistent:/usr/sbin/nologin\n";
         assert_eq!(

@@ -64,7 +64,7 @@ fn report(hosts: Vec<Host>) -> Report {
 }
 
 #[test]
-fn data_is_stale_after_three_intervals_and_a_minute_or_where_there_is_none() {
+fn data_is_stale_after_three_intervals_and_a_minute_and_if_there_is_none() {
     for (age, interval, stale) in [
         (0, 1.0, false),
         (63, 1.0, false),
@@ -146,7 +146,7 @@ fn a_programs_document_has_hidden_characters_as_escapes() {
 }
 
 #[test]
-fn what_cannot_be_known_is_said() {
+fn unknown_values_are_reported_as_unknown() {
     let counted = Host {
         is_valid: None,
         newest: None,

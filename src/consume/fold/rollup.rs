@@ -361,7 +361,7 @@ mod tests {
         }
 
         #[test]
-        fn nothing_that_is_stored_by_hand_is_a_panic(text in "[-0-9.eNa]{0,600}") {
+        fn a_histogram_edited_by_hand_causes_no_panic(text in "[-0-9.eNa]{0,600}") {
             Histogram::from_number(&text);
         }
     }

@@ -242,7 +242,7 @@ fn an_incident_may_last_over_a_year() {
 }
 
 #[test]
-fn a_late_record_is_counted_and_moves_nothing() {
+fn a_late_record_is_counted_but_changes_no_verdict() {
     let ticks = [
         tick("a", 600, "ok"),
         tick("a", 660, "dns_error"),
@@ -269,7 +269,7 @@ fn a_late_record_is_counted_and_moves_nothing() {
 }
 
 #[test]
-fn a_record_ahead_of_kafkas_clock_is_counted_and_moves_nothing() {
+fn a_record_ahead_of_kafkas_clock_is_counted_but_changes_no_verdict() {
     let mut tables = Tables::default();
     let ahead = (record(&tick("a", 10_000_000, "dns_error")).0, seconds(60));
     tables.flush(
@@ -313,7 +313,7 @@ fn the_originals_records_are_a_series_of_their_own() {
 }
 
 #[test]
-fn what_is_no_sample_is_left_out() {
+fn invalid_records_are_left_out() {
     let mut fold = Fold::default();
     for value in ["", "{}", "null", r#"{"address": "", "is_valid": true}"#] {
         assert!(!fold.record(value.as_bytes(), seconds(0)), "{value}");
@@ -459,7 +459,7 @@ fn rules() -> impl Strategy<Value = DownWhen> {
 
 proptest! {
     #[test]
-    fn where_a_batch_ends_does_not_show(
+    fn the_ends_of_batches_do_not_change_the_result(
         ticks in history(), down_when in rules(), cuts in prop::collection::vec(1..20_usize, 1..40),
     ) {
         let records: Vec<Record> = ticks.iter().map(record).collect();

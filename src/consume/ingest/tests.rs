@@ -151,7 +151,7 @@ fn a_record_that_finds_no_room_is_read_again_and_not_skipped() {
 }
 
 #[test]
-fn with_both_batches_full_reading_stops_after_a_second_and_goes_on_where_it_was() {
+fn with_both_batches_full_reading_pauses_after_a_second_and_continues_where_it_was() {
     let mut ingest = reading(&[P]);
     for offset in 100..103 {
         read(&mut ingest, 0, P, offset);
@@ -174,7 +174,7 @@ fn with_both_batches_full_reading_stops_after_a_second_and_goes_on_where_it_was(
 }
 
 #[test]
-fn where_kafkas_client_is_stuck_the_position_is_read_again_once_nothing_is_unwritten() {
+fn the_position_of_a_stuck_partition_is_read_again_once_nothing_is_unwritten() {
     let mut ingest = reading(&[P]);
     read(&mut ingest, 0, P, 100);
     ingest.handle(at(100), Event::Stuck(vec![P]));
@@ -199,7 +199,7 @@ fn where_kafkas_client_is_stuck_the_position_is_read_again_once_nothing_is_unwri
 }
 
 #[test]
-fn a_batch_of_huge_records_is_full_before_it_has_its_number() {
+fn a_batch_of_huge_records_is_full_before_it_has_batch_size_records() {
     let mut ingest = reading(&[P]);
     for offset in 100..102 {
         let record = Record {
@@ -260,7 +260,7 @@ fn a_batch_moves_the_highest_epochs_with_the_position_and_the_table_has_the_last
 }
 
 #[test]
-fn tries_of_a_store_that_is_away_get_rarer_up_to_a_bound_and_start_anew_after_a_success() {
+fn retries_of_a_failing_store_become_rarer_up_to_a_bound_until_one_succeeds() {
     let mut ingest = reading(&[P]);
     read(&mut ingest, 0, P, 100);
     let mut now = 200;
@@ -292,7 +292,7 @@ fn tries_of_a_store_that_is_away_get_rarer_up_to_a_bound_and_start_anew_after_a_
 }
 
 #[test]
-fn after_a_lost_answer_the_position_tells_what_became_of_the_rows() {
+fn after_a_lost_answer_the_position_shows_whether_the_rows_are_stored() {
     for (position, is_written) in [(100, false), (101, true)] {
         let mut ingest = reading(&[P]);
         read(&mut ingest, 0, P, 100);
@@ -396,7 +396,7 @@ fn a_stop_writes_and_commits_first_and_takes_no_more() {
 }
 
 #[test]
-fn a_stop_without_the_store_ends_after_a_few_tries_and_says_what_is_not_written() {
+fn a_stop_without_the_store_ends_after_a_few_tries_and_reports_what_is_not_written() {
     let mut ingest = reading(&[P]);
     read(&mut ingest, 0, P, 100);
     read(&mut ingest, 0, P, 101);
@@ -446,7 +446,7 @@ fn commits_follow_flushes_at_most_once_a_second_and_a_failed_one_is_made_again()
 }
 
 #[test]
-fn a_partition_without_a_position_starts_where_kafka_says() {
+fn a_partition_without_a_position_starts_at_kafkas_commit_or_beginning() {
     let mut ingest = open();
     ingest.handle(at(0), Event::Assigned(vec![P]));
     assert!(matches!(ingest.next_action(at(0)), Action::Locate { .. }));
@@ -470,7 +470,7 @@ fn a_partition_without_a_position_starts_where_kafka_says() {
 }
 
 #[test]
-fn a_topic_made_anew_is_read_from_its_beginning_and_moves_the_position_back() {
+fn a_recreated_topic_is_read_from_its_beginning_and_moves_the_position_back() {
     let mut ingest = reading(&[P]);
     let extent = Extent {
         low: NextOffset(0),
@@ -503,7 +503,7 @@ fn a_topic_made_anew_is_read_from_its_beginning_and_moves_the_position_back() {
 }
 
 #[test]
-fn what_retention_took_is_said_and_what_was_read_before_is_written() {
+fn records_deleted_by_retention_are_reported_and_those_read_before_are_written() {
     let mut ingest = reading(&[P]);
     read(&mut ingest, 0, P, 100);
     let extent = Extent {

@@ -123,7 +123,7 @@ fn a_batch_without_rows_and_a_batch_with_holes_are_written_exactly() {
 }
 
 #[test]
-fn a_position_is_added_where_there_is_none_and_never_put_back() {
+fn a_missing_position_is_added_and_an_existing_one_is_not_changed() {
     let mut db = Database::new();
     let (mut mine, mut theirs) = (db.store(), db.store());
     mine.open().unwrap();

@@ -75,7 +75,7 @@ fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named()
 }
 
 #[test]
-fn a_login_that_cannot_succeed_is_the_operators_and_shows_no_password() {
+fn a_login_that_cannot_succeed_stops_with_what_to_do_and_shows_no_password() {
     let own = tls_server();
     let mut wrong = config(own.server(), "postgres", "m");
     wrong.database.user = "scram".into();

@@ -149,7 +149,7 @@ fn a_user_who_does_not_own_the_tables_takes_no_step_and_writes_to_the_older_ones
 }
 
 #[test]
-fn what_a_newer_version_made_is_left_alone() {
+fn objects_of_a_newer_version_are_left_alone() {
     let mut db = Database::new();
     db.store().open().unwrap();
     db.execute(&format!(
@@ -173,7 +173,7 @@ fn what_a_newer_version_made_is_left_alone() {
 }
 
 #[test]
-fn drop_removes_what_is_ours_and_nothing_else() {
+fn drop_removes_only_what_init_made() {
     let mut db = Database::new();
     db.store().open().unwrap();
     db.execute(

@@ -81,7 +81,7 @@ fn a_frozen_backend_is_abandoned_within_the_bound_and_its_transaction_is_not_dou
 }
 
 #[test]
-fn a_commit_whose_answer_is_lost_is_found_in_the_positions_and_not_repeated() {
+fn a_commit_whose_answer_is_lost_is_recognised_by_the_positions_and_not_repeated() {
     let mut db = Database::new();
     let proxy = Proxy::start(server().port());
     let mut config = db.config();
@@ -220,7 +220,7 @@ fn faults_of_the_server_pass_and_are_named() {
 }
 
 #[test]
-fn a_crash_of_the_server_is_outlived_by_the_same_store() {
+fn a_store_survives_a_crash_of_the_server() {
     let own = ThrowAwayPostgres::start().unwrap();
     let mut store = Store::new(&config(&own, own.database(), "m")).unwrap();
     let layout = store.open().unwrap();

@@ -123,7 +123,7 @@ fn exactly_the_refused_rows_are_named_and_the_others_stored() {
 }
 
 #[test]
-fn a_batch_of_nothing_but_refused_rows_is_drained_in_few_calls() {
+fn a_batch_with_only_refused_rows_is_drained_in_few_calls() {
     let mut db = Database::new();
     db.execute(
         "CREATE TABLE m (address text, is_valid boolean, kafka_offset bigint CHECK (kafka_offset < 0))",
@@ -154,7 +154,7 @@ fn a_batch_of_nothing_but_refused_rows_is_drained_in_few_calls() {
 }
 
 #[test]
-fn a_table_that_refuses_every_copy_is_the_operators_not_the_rows() {
+fn a_table_that_refuses_every_copy_stops_with_what_to_do_and_rejects_no_row() {
     let mut db = Database::new();
     db.execute(
         "CREATE TABLE m (address text, is_valid boolean); \
@@ -175,7 +175,7 @@ fn a_table_that_refuses_every_copy_is_the_operators_not_the_rows() {
 }
 
 #[test]
-fn a_refusal_that_does_not_repeat_row_by_row_names_nobody() {
+fn a_refusal_that_does_not_repeat_row_by_row_names_no_row() {
     let mut db = Database::new();
     // Refuses every second COPY, by a sequence, which no rollback takes back.
     db.execute(

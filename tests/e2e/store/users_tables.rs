@@ -155,7 +155,7 @@ fn a_table_that_cannot_take_the_records_is_refused_at_once_with_all_reasons() {
 }
 
 #[test]
-fn a_table_that_changes_under_way_stops_with_what_to_do() {
+fn a_table_that_changes_during_a_run_stops_with_what_to_do() {
     let mut db = Database::new();
     db.execute("CREATE TABLE m (address text, is_valid boolean)");
     let mut store = db.store_of("m");

@@ -42,7 +42,7 @@ fn a_dead_address_does_not_make_a_site_down() {
 }
 
 #[test]
-fn the_last_answer_of_several_addresses_is_told_and_no_route_least_of_all() {
+fn of_several_failed_addresses_the_last_error_is_reported_and_no_route_only_if_alone() {
     let refused = Closed::new();
     let lookup = |_: &str, _: Option<IpFamily>| {
         let unreachable = Ipv4Addr::new(127, 255, 255, 255);

@@ -28,8 +28,8 @@ fn a_check_that_starts_too_late_fails_at_once() {
 }
 
 #[test]
-fn without_file_handles_the_fault_is_ours_and_not_the_hosts() {
-    const SELF: &str = "check::limits::without_file_handles_the_fault_is_ours_and_not_the_hosts";
+fn without_file_handles_the_check_is_an_agent_error() {
+    const SELF: &str = "check::limits::without_file_handles_the_check_is_an_agent_error";
     if !child::is_it(SELF) {
         return child::run(SELF, &mut child::shell("ulimit -n 64"));
     }

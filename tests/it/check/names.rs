@@ -14,7 +14,7 @@ use crate::child;
 use crate::site::{self, Site};
 
 #[test]
-fn the_same_name_asked_at_the_same_time_is_looked_up_once_and_anew_later() {
+fn simultaneous_lookups_of_a_name_are_one_and_a_later_one_is_new() {
     let asked = Arc::new(AtomicUsize::new(0));
     let (release, released) = mpsc::channel::<()>();
     let released = Mutex::new(released);
@@ -57,7 +57,7 @@ fn the_same_name_asked_at_the_same_time_is_looked_up_once_and_anew_later() {
 }
 
 #[test]
-fn lookups_that_hang_hold_up_their_own_names_only_and_give_up_their_places() {
+fn hanging_lookups_delay_only_their_own_names_and_free_their_threads() {
     let names = Names::new(
         Box::new(|name, _| {
             while name.starts_with("silent") {
@@ -98,9 +98,9 @@ fn lookups_that_hang_hold_up_their_own_names_only_and_give_up_their_places() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn without_a_thread_for_the_lookup_the_fault_is_ours_and_the_next_one_is_not_harmed() {
+fn without_a_thread_for_the_lookup_the_check_is_an_agent_error_and_the_next_one_succeeds() {
     const SELF: &str =
-        "check::names::without_a_thread_for_the_lookup_the_fault_is_ours_and_the_next_one_is_not_harmed";
+        "check::names::without_a_thread_for_the_lookup_the_check_is_an_agent_error_and_the_next_one_succeeds";
     if !child::is_it(SELF) {
         return child::run(SELF, &mut child::limitable());
     }

@@ -77,7 +77,7 @@ fn each_phase_is_timed_and_latency_ends_with_the_headers() {
 }
 
 #[test]
-fn phases_that_are_not_there_are_absent_and_a_failed_one_keeps_its_time() {
+fn phases_that_did_not_happen_are_null_and_a_failed_one_keeps_its_time() {
     let site = Site::answering(site::ok("hello"));
     let seen = check(&target(&site.url("/")));
     assert_eq!(

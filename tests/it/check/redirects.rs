@@ -91,7 +91,7 @@ fn redirects_are_followed_counted_and_summed() {
 }
 
 #[test]
-fn a_location_goes_back_as_it_came_and_an_empty_one_is_no_redirect() {
+fn a_location_is_requested_byte_by_byte_and_an_empty_one_is_not_followed() {
     let follow = |location: &[u8]| {
         let redirect = [
             b"HTTP/1.1 302 Found\r\nContent-Length: 5\r\nLocation:",
@@ -136,7 +136,7 @@ fn a_location_goes_back_as_it_came_and_an_empty_one_is_no_redirect() {
 }
 
 #[test]
-fn redirects_that_took_all_of_the_time_are_an_answer_that_did_not_come() {
+fn redirects_that_take_all_of_the_time_are_a_response_timeout() {
     let chain = |delay: Duration| {
         let site = Site::plain(move |stream| {
             site::slowly(delay);
@@ -251,7 +251,7 @@ fn a_redirect_to_http_is_refused_where_tls_is_required() {
 }
 
 #[test]
-fn a_redirect_to_a_fault_has_that_faults_word_and_what_was_followed() {
+fn a_redirect_to_a_failure_has_its_outcome_and_the_count_of_redirects() {
     let closed = Closed::new();
     let site = Site::answering(site::redirect(302, &format!("http://{}/", closed.address)));
     let seen = check(&target(&site.url("/")));

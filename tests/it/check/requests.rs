@@ -12,7 +12,7 @@ use super::{check, config, target, with_regex};
 use crate::site::{self, Site};
 
 #[test]
-fn one_check_sends_one_request_and_nothing_that_was_not_asked_for() {
+fn one_check_sends_one_request_with_the_expected_headers_only() {
     let site = Site::answering(site::ok("hello"));
     assert_eq!(check(&target(&site.url("/a/b?c=d%20e"))).outcome, Outcome::Ok);
     let with_body = with_regex(&format!("http://site.test:{}/", site.address.port()), "hello");
@@ -52,7 +52,7 @@ fn a_host_header_has_a_port_and_brackets_where_they_belong() {
 }
 
 #[test]
-fn a_url_of_any_length_that_a_host_file_allows_is_requested_whole() {
+fn a_url_of_the_greatest_length_is_requested_whole() {
     let site = Site::answering(site::ok("hello"));
     // 2,000 characters of three bytes each, percent-encoded.
     let target = target(&site.url(&format!("/{}", "\u{20ac}".repeat(660))));
@@ -63,7 +63,7 @@ fn a_url_of_any_length_that_a_host_file_allows_is_requested_whole() {
 }
 
 #[test]
-fn a_user_agent_that_would_smuggle_a_header_is_refused() {
+fn a_user_agent_with_a_line_break_is_refused() {
     let config = CheckConfig {
         user_agent: "host-metrics\r\nX-Evil: yes".into(),
         ..config()

@@ -13,7 +13,7 @@ use super::{LONG, config, now, target, trusting, with_regex};
 use crate::site::{self, Authority, Site};
 
 #[test]
-fn the_leaf_is_seen_whatever_verification_says_and_insecure_takes_anything() {
+fn the_leaf_is_recorded_even_if_it_is_not_trusted_and_insecure_accepts_any() {
     let expiry = |year| {
         let at = rcgen::date_time_ymd(year, 1, 1).unix_timestamp();
         Timestamp::from_unix_micros(at * 1_000_000)
