@@ -1,15 +1,15 @@
-//! Tells the program which commit it is built from: HOST_METRICS_REVISION, from whoever builds it or else from git.
+//! Sets HOST_METRICS_REVISION, the commit that the program is built from: from the environment, or else from git.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What the program is made of. A change elsewhere does not make it another.
+/// The files that the program is built from. Changes in other files do not make it `-dirty`.
 const SOURCES: [&str; 5] = ["Cargo.toml", "Cargo.lock", "build.rs", "schema", "src"];
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "that is for the program: cargo tells a build script by variables"
+    reason = "cargo passes its arguments to a build script in variables"
 )]
 fn main() {
     println!("cargo::rerun-if-env-changed=HOST_METRICS_REVISION");
@@ -26,8 +26,8 @@ fn main() {
     }
 }
 
-/// The commit, `-dirty` where the sources are no longer those of it. `None` without git, and where the directory is no
-/// repository of its own: a release unpacked inside of somebody else's is not of that one's commit.
+/// The commit, with `-dirty` if the sources have changed since. `None` without git, and if the directory is not the root of a
+/// repository, such as a release that was unpacked inside another repository.
 pub fn revision(directory: &Path) -> Option<String> {
     let top = PathBuf::from(git(directory, &["rev-parse", "--show-toplevel"])?);
     if top.canonicalize().ok()? != directory.canonicalize().ok()? {
@@ -43,13 +43,14 @@ pub fn revision(directory: &Path) -> Option<String> {
     })
 }
 
-/// Everything that decides the revision and is there: cargo would run this every time for a path that is not.
+/// The files that decide the revision. Only those that exist, because cargo runs a build script every time if a watched
+/// path does not exist.
 pub fn watched(directory: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = SOURCES.iter().map(|source| directory.join(source)).collect();
     let git_path = |name: &str| Some(directory.join(git(directory, &["rev-parse", "--git-path", name])?));
     paths.extend(git_path("HEAD"));
-    // A branch is a file, or a line of packed-refs until its next commit makes that file in a directory that may not
-    // be there yet.
+    // A branch is a file, or a line of packed-refs until its next commit. That commit creates the file, perhaps in a new
+    // directory.
     if let Some(branch) = git(directory, &["symbolic-ref", "--quiet", "HEAD"]) {
         let file = git_path(&branch);
         let nearest = file
@@ -64,7 +65,7 @@ pub fn watched(directory: &Path) -> Vec<PathBuf> {
 
 fn git(directory: &Path, arguments: &[&str]) -> Option<String> {
     let mut command = Command::new("git");
-    // It must not write into the index while somebody works.
+    // Otherwise `git status` would write the index, which may disturb another git command.
     command
         .arg("--no-optional-locks")
         .arg("-C")

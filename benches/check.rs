@@ -1,8 +1,8 @@
-//! What a check costs beside the least that could be done: a blocking socket with httparse, and rustls over it.
+//! The CPU time of a check, compared with a minimal client: a blocking socket with httparse, and rustls over it.
 //!
-//! `cargo bench --bench check [rounds]`. Prints CPU time of the checking thread alone, per check, and the ratio of the
-//! two, measured in turns in one process. It makes thousands of connections: run it in a network namespace of its own
-//! (`unshare -n sh -c 'ip link set lo up; …'`), or they fill the machine's connection tables. Linux only.
+//! `cargo bench --bench check [rounds]`. Prints the CPU time of the checking thread per check, and the ratio of the two,
+//! measured alternately in one process. It makes thousands of connections, which would fill the machine's connection
+//! tables, so run it with `scripts/alone`. Linux only.
 
 mod median;
 mod site;

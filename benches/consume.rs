@@ -1,9 +1,9 @@
-//! How fast `consume` drains a backlog, beside `psql \copy` of the same rows into the same table.
+//! How fast `consume` drains a backlog, compared with `psql \copy` of the same rows into the same table.
 //!
-//! `make bench-consume [ARGS="ROUNDS [DB_BATCH_SIZE ...]"]`. A real Kafka and a real Postgres (fsync on) are started here; the program runs as a
-//! child process, as a service manager runs it. Every round measures each DB_BATCH_SIZE and both forms of `\copy`, each
-//! into a new table as `init` makes it; a ratio is of two numbers of one round, and what is printed is the median of the
-//! rounds. Rows count when they are durable. Linux only: CPU times and memory are read from /proc.
+//! `make bench-consume [ARGS="ROUNDS [DB_BATCH_SIZE ...]"]`. The benchmark starts a real Kafka and a real Postgres (fsync
+//! on), and runs the program as a child process. Every round measures each DB_BATCH_SIZE and both formats of `\copy`, each
+//! into a new table made by `init`. A ratio compares two numbers of the same round; the median of the rounds is printed.
+//! Rows count when they are durable. Linux only, because CPU times and memory are read from /proc.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
@@ -32,7 +32,7 @@ mod median;
 #[path = "../tests/e2e/scratch.rs"]
 mod scratch;
 
-/// DB_BATCH_SIZE, and records enough for a few seconds.
+/// DB_BATCH_SIZE, and the number of records, enough for a few seconds.
 const CASES: [(usize, u32); 5] = [
     (1, 5_000),
     (10, 50_000),
@@ -41,18 +41,18 @@ const CASES: [(usize, u32); 5] = [
     (10_000, 500_000),
 ];
 
-/// The case whose rows `\copy` writes, too.
+/// The case whose rows `\copy` writes too.
 const COPIED: (usize, u32) = CASES[CASES.len() - 1];
 
 const PARTITIONS: i32 = 4;
 const HOSTS: u32 = 2_000;
 const INTERVAL_SECONDS: u32 = 60;
 
-/// A case that takes longer than this is no measurement.
+/// A case that takes longer than this fails.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 fn main() {
-    // cargo itself passes `--bench`.
+    // cargo passes `--bench`.
     let mut numbers = std::env::args().skip(1).filter_map(|word| word.parse().ok());
     let rounds = numbers.next().unwrap_or(5);
     let only: Vec<usize> = numbers.collect();
@@ -63,7 +63,7 @@ fn main() {
     for records in BTreeSet::from_iter(cases.iter().chain([&COPIED]).map(|(_, records)| *records)) {
         bench.fill(records);
     }
-    // Also what there is to warm up.
+    // This also warms up the servers.
     let files = bench.files_of(COPIED);
 
     let mut copies = [Vec::new(), Vec::new()];
@@ -93,12 +93,12 @@ fn main() {
     }
 }
 
-/// What one way to write the rows came to.
+/// The result of one way to write the rows.
 #[derive(Clone, Copy)]
 struct Measured {
     rows_per_second: f64,
     backend_micros_per_row: f64,
-    /// Of our process: start included. Not of psql.
+    /// Of our process, including its start; not measured for psql.
     ours: Option<Ours>,
 }
 
@@ -139,7 +139,7 @@ impl Bench {
     fn start() -> Self {
         let settings = Settings {
             fsync: true,
-            // Postgres' own default; for a demo it is less.
+            // Postgres's default. The demo's cluster uses less.
             configuration: vec![("shared_buffers".into(), "128MB".into())],
             ..Settings::default()
         };
@@ -150,7 +150,7 @@ impl Bench {
         }
     }
 
-    /// Writes that many records to a topic of their own, as `produce` does.
+    /// Writes that many records to a new topic, as `produce` does.
     fn fill(&self, records: u32) {
         let topic = topic(records);
         self.kafka.create_topic(&topic, PARTITIONS);
@@ -180,7 +180,7 @@ impl Bench {
         assert_eq!(producer.in_flight_count(), 0);
     }
 
-    /// Of all hosts in turn, the last one just now: eight in ten over TLS, one in twenty down.
+    /// Samples of all hosts in turn, ending now: eight in ten over TLS, one in twenty down.
     fn sample(&self, number: u32, records: u32) -> Sample<'static> {
         let (host, tick) = (number % HOSTS, number / HOSTS);
         let back_micros =
@@ -227,7 +227,7 @@ impl Bench {
         }
     }
 
-    /// The rows of a drained topic in the two formats of `\copy`.
+    /// The rows of a drained topic, in the two formats of `\copy`.
     fn files_of(&self, case: (usize, u32)) -> [PathBuf; 2] {
         let directory = scratch::directory("rows");
         let files = ["text", "binary"].map(|format| directory.join(format));
@@ -243,8 +243,8 @@ impl Bench {
         files
     }
 
-    /// The program drains the topic into a new table, by itself or with the state's pipeline beside it (`state` is STATE).
-    /// CPU times are of both.
+    /// Lets the program drain the topic into a new table. `state` is the variable STATE: with `on`, the state's pipeline
+    /// runs too, and its CPU time is included.
     fn drain(&self, (batch_size, records): (usize, u32), state: &str, look: impl FnOnce(&str)) -> Measured {
         let schema = "drained";
         let mut client = self.new_tables(schema);
@@ -323,7 +323,7 @@ impl Bench {
     fn copy(&self, file: &Path) -> Measured {
         let schema = "copied";
         let mut client = self.new_tables(schema);
-        // Read by the server itself: the backend that asks is the one that copies.
+        // The backend reads its own CPU time, because the backend that answers is the one that copied.
         const COSTS: &str = "SELECT pg_read_file('/proc/self/stat')";
         let copy = format!(
             "\\copy {schema}.host_metrics FROM '{}' ({})",
@@ -352,7 +352,7 @@ impl Bench {
         }
     }
 
-    /// New, empty tables as `init` makes them, and nothing left to write of what was before.
+    /// New, empty tables made by `init`. All earlier writes are on disk.
     fn new_tables(&self, schema: &str) -> Client {
         let mut client = postgres::Config::new()
             .host(self.server.host())
@@ -401,9 +401,9 @@ fn format_of(file: &Path) -> String {
     format!("FORMAT {}", file.file_name().unwrap_or_default().display())
 }
 
-/// User and system time of all threads, from /proc/PID/stat (proc(5): fields 14 and 15, in ticks).
+/// The user and system time of all threads, from /proc/PID/stat (proc(5): fields 14 and 15, in ticks).
 fn cpu_micros(stat: &str) -> f64 {
-    // USER_HZ: 100 on every Linux of today, whatever the kernel's own.
+    // USER_HZ is 100 on Linux, whatever HZ the kernel uses.
     const MICROS_PER_TICK: f64 = 10_000.0;
     let (_, after_name) = stat.rsplit_once(')').expect("a name in parentheses");
     let mut fields = after_name.split_whitespace();
@@ -411,7 +411,7 @@ fn cpu_micros(stat: &str) -> f64 {
     (field(11) + field(0)) * MICROS_PER_TICK
 }
 
-/// The most that was resident, from /proc/PID/status.
+/// The largest resident size, from /proc/PID/status.
 fn peak_mib(status: &str) -> f64 {
     let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib: f64 = kib.unwrap().trim().trim_end_matches(" kB").parse().unwrap();

@@ -1,14 +1,13 @@
-//! What the agent costs, and how late it is: the real `host-metrics produce` with a site and a Kafka that cost it nothing.
+//! What `host-metrics produce` costs, and how late its checks are, with a site and a Kafka in other processes.
 //!
-//! `make bench-produce`, `make soak-produce`. Three processes: the agent, whose processor time, threads and memory are
-//! read from /proc; a fast site (this program once more); and this one, with librdkafka's in-process broker and the
-//! reader that holds the topic to the ledger: every tick of every host has exactly one record. Lateness comes from the
-//! records, the price of a check without any program around it from a raw client in the same run: once in a loop (`raw`),
-//! once at the agent's pace, asleep in between (`paced`); the ratio is the agent's to the latter. Linux only, and in a
-//! network namespace of its own, for it makes thousands of connections a second, which would fill the machine's
-//! connection tables.
+//! `make bench-produce`, `make soak-produce`. There are three processes: the agent, whose CPU time, threads and memory are
+//! read from /proc; a fast site (a second process of this benchmark); and this one, which has librdkafka's in-process
+//! broker, reads the topic, and verifies that every tick of every host has exactly one record. Lateness is computed from
+//! the records. A minimal client in the same run shows the cost of a bare check: in a loop (`raw`), and at the agent's
+//! pace, asleep between the checks (`paced`). The ratio compares the agent with `paced`. Linux only, and in a network
+//! namespace of its own, because thousands of connections a second would fill the machine's connection tables.
 //!
-//! Arguments: `seconds=12` a case, and words that a case's name must contain, as in `https 1000`; or `soak` and
+//! Arguments: `seconds=12` per case, and words that a case's name must contain, such as `https 1000`; or `soak` and
 //! `seconds=300`.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
@@ -38,16 +37,16 @@ use site::Raw;
 
 const INTERVAL_MICROS: i64 = 1_000_000;
 
-/// One in twenty hosts hangs, where some do.
+/// In the cases with hanging hosts, one in twenty hangs.
 const HANGING_ONE_IN: usize = 20;
 
-/// Before measuring: the agent starts, and every host is checked for the first and the second time.
+/// The time before the measurement: the agent starts, and every host is checked twice.
 const WARM_UP: Duration = Duration::from_secs(3);
 
-/// For the agent to start and to stop, and for the broker to hand out the last record, on a busy machine.
+/// The longest time for the agent to start or stop, and for the broker to deliver the last record, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The broker keeps 5 MB a partition; the reader is never that far behind.
+/// The broker keeps 5 MB per partition; the reader is never that far behind.
 const PARTITIONS: i32 = 12;
 
 fn main() -> ExitCode {
@@ -266,8 +265,8 @@ const RAW_EXCHANGES_PER_TURN: u32 = 100;
 
 const PACED_SECONDS: u32 = 2;
 
-/// The same where they are as far apart as the case's ticks, and the client sleeps in between: what waking up costs, and
-/// memory that has cooled down, is the machine's and not the agent's.
+/// The same at the pace of the case's ticks. The client sleeps in between, so the costs of waking up and of cold caches,
+/// which are the machine's and not the agent's, are included.
 fn raw_paced(raw: &Raw, per_second: usize) -> f64 {
     let gap = Duration::from_secs(1) / u32::try_from(per_second).unwrap_or(u32::MAX);
     let exchanges = u32::try_from(per_second).unwrap_or(u32::MAX) * PACED_SECONDS;
@@ -279,7 +278,7 @@ fn raw_paced(raw: &Raw, per_second: usize) -> f64 {
     (own_cpu_nanoseconds() - before) as f64 / f64::from(exchanges) / 1e3
 }
 
-/// Microseconds of processor time that one exchange of a raw client takes, several times.
+/// The CPU time of one request of the minimal client in microseconds, measured several times.
 fn raw_turns(raw: &Raw) -> Vec<f64> {
     (0..RAW_TURNS)
         .map(|_| {
@@ -294,12 +293,13 @@ fn raw_turns(raw: &Raw) -> Vec<f64> {
 
 const SOAK_HOSTS: usize = 2_000;
 
-/// A trouble every so often: a reload, a freeze, an outage of Kafka, in turn.
+/// The time from one disturbance to the next: a reload, a freeze and an outage of Kafka, in turn.
 const TROUBLE_EVERY: Duration = Duration::from_secs(15);
 const FREEZE: Duration = Duration::from_millis(2_500);
 const OUTAGE: Duration = Duration::from_secs(8);
 
-/// Many hosts, some at fault in each way, through reloads, freezes and outages of Kafka: the ledger must balance.
+/// Checks many hosts, some of which fail in different ways, through reloads, freezes and outages of Kafka. Every tick must
+/// have exactly one record.
 fn soak(stage: &Stage, time: Duration) -> bool {
     let topic = stage.new_topic();
     let mut ledger = Ledger::new(&stage.kafka, &topic);
@@ -384,7 +384,7 @@ struct Ledger {
     stopped_at: i64,
 }
 
-/// Of one host.
+/// The records of one host.
 struct Account {
     first: i64,
     last: i64,
@@ -392,13 +392,13 @@ struct Account {
 
 struct Entry {
     scheduled_at: i64,
-    /// `None`: it was missed.
+    /// `None` if the tick was missed.
     late_micros: Option<i64>,
     is_ok: bool,
     is_well_site: bool,
 }
 
-/// Faults of the ledger that are told; more of them say no more.
+/// How many faults are printed; more would add nothing.
 const TOLD_FAULTS: usize = 10;
 
 impl Ledger {
@@ -440,7 +440,7 @@ impl Ledger {
         }
     }
 
-    /// Stops the agent, which has to end well, and reads what is left.
+    /// Stops the agent, which must exit with 0, and reads the rest of the topic.
     fn read_to_the_end_of(&mut self, mut agent: Agent) -> Result<(), String> {
         self.stopped_at = wall_micros();
         agent.signal("TERM");
@@ -471,7 +471,7 @@ impl Ledger {
     }
 
     fn read(&mut self, within: Duration) {
-        // An error is an outage, which is waited out: what it may have cost shows in the ledger.
+        // An error is an outage, which passes. A lost record would show when the ledger is verified.
         let Some(Ok(message)) = self.consumer.poll(within) else {
             return;
         };
@@ -521,7 +521,7 @@ impl Ledger {
         self.faults.append(&mut faults);
     }
 
-    /// Every tick of every host from the start to the stop has its record, in order, once.
+    /// Every tick of every host from the start to the stop has exactly one record, in order.
     fn balance(&self, hosts: &[String]) -> Result<(), String> {
         let mut faults = self.faults.clone();
         let starts_before = self.began_at + micros(PATIENCE);
@@ -591,8 +591,8 @@ impl Stage {
 
 const SITE: &str = "site";
 
-/// Another process, so that its processor time is its own. It ends with its standard input: with this process, however
-/// that ends.
+/// The site is another process, so that its CPU time is not counted as ours. It ends when its standard input closes, which
+/// happens whenever this process ends.
 struct Site {
     process: Child,
     http: SocketAddr,
@@ -638,14 +638,14 @@ impl Drop for Site {
     }
 }
 
-/// A connection that is left hanging, and since when.
+/// A connection that is not answered, and since when.
 type Held = (Instant, Box<dyn site::Stream>);
 
 fn be_the_site(ca_file: &Path) {
     let tls = site::tls_settings(ca_file);
     let page = site::page();
     let answer = move |mut stream: Box<dyn site::Stream>| site::answer(&mut *stream, &page);
-    // Held for longer than any check waits for an answer.
+    // They are kept for longer than any check waits for a response.
     let held: Arc<Mutex<Vec<Held>>> = Arc::default();
     let hang = move |mut stream: Box<dyn site::Stream>| {
         if site::has_asked(&mut *stream) {
@@ -667,7 +667,7 @@ fn be_the_site(ca_file: &Path) {
     let _ = std::io::stdin().read(&mut [0]);
 }
 
-/// The program itself.
+/// The running program.
 struct Agent {
     process: Child,
     log_file: PathBuf,
@@ -725,12 +725,12 @@ impl Drop for Agent {
     }
 }
 
-/// Processor time so far.
+/// The CPU time so far.
 struct Usage {
     at: Instant,
-    /// Nanoseconds by thread. One that ends within the time measured has been idle for long enough to count for nothing.
+    /// Nanoseconds by thread. A thread that ends during the measurement was idle before, so its time is not missed.
     agent_threads: HashMap<PathBuf, u64>,
-    /// Hundredths of a second: of all processors, and of us three.
+    /// Hundredths of a second, of all processors and of the three processes.
     machine_busy: u64,
     ours: u64,
 }
@@ -738,7 +738,7 @@ struct Usage {
 struct Spent {
     /// Seconds.
     agent: f64,
-    /// Share of the machine.
+    /// The share of the machine that other programs used.
     others: f64,
 }
 
@@ -783,7 +783,7 @@ fn machine_busy() -> u64 {
     numbers.iter().sum::<u64>() - numbers[3] - numbers[4]
 }
 
-/// proc(5): utime and stime are the 14th and 15th field; the second one is a name in parentheses.
+/// proc(5): utime and stime are the 14th and 15th field. The second field is a name in parentheses, which may contain spaces.
 fn process_busy(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
     let (_, after_name) = stat.rsplit_once(')').expect("a name in parentheses");

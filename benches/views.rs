@@ -1,9 +1,9 @@
-//! The state by figures: what a record costs the pipeline that keeps it, how large it is, and how long the views take.
+//! The state in figures: its cost per record, its size, and the time of its views.
 //!
-//! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS"]`. That many checks of each host, the newest now, are folded by the
-//! pipeline's own store in batches of its own size, into a Postgres that is started here with the settings that it comes with;
-//! Kafka is not part of it. Each view is asked by somebody new, as a dashboard does; what is printed is the median of five, the
-//! first (cold) left out. Linux only: CPU times are read from /proc.
+//! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS"]`. The state's store folds that many checks of each host, the newest
+//! from now, in batches of the usual size into a Postgres with default settings, which the benchmark starts. Kafka takes no
+//! part. Each query has a new connection, as from a dashboard; the median of five is printed, without the first (cold) one.
+//! Linux only, because CPU times are read from /proc.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
@@ -35,7 +35,7 @@ const ROUNDS: usize = 5;
 const PARTITION: Partition = Partition { topic: 0, number: 0 };
 
 fn main() {
-    // cargo itself passes `--bench`.
+    // cargo passes `--bench`.
     let mut numbers = std::env::args().skip(1).filter_map(|word| word.parse().ok());
     let hosts: i64 = numbers.next().unwrap_or(1_000);
     let ticks: i64 = numbers.next().unwrap_or(1_440);
@@ -43,7 +43,7 @@ fn main() {
 
     let server = ThrowAwayPostgres::start_with(&Settings {
         fsync: true,
-        // Postgres' own default; for a demo it is less.
+        // Postgres's default. The demo's cluster uses less.
         configuration: vec![("shared_buffers".into(), "128MB".into())],
         ..Settings::default()
     })
@@ -141,7 +141,7 @@ fn report(what: &str, mut ask: impl FnMut()) {
     println!("{what:<14} {:>7.0} ms", median(seconds.into_iter().skip(1)) * 1e3);
 }
 
-/// One in fifty fails, in outages and alone.
+/// One check in fifty fails, some in outages and some alone.
 fn sample(host: i64, tick: i64, at: i64, interval: i64) -> Sample<'static> {
     let mut random = fastrand::Rng::with_seed((host * 1_000_003 + tick) as u64);
     let mut seconds = |most: f64| Some((random.f64() * most * 1e6).round() / 1e6);
@@ -152,7 +152,7 @@ fn sample(host: i64, tick: i64, at: i64, interval: i64) -> Sample<'static> {
         outcome: Some(if is_up { "ok" } else { "response_timeout" }.into()),
         error: (!is_up).then(|| "no answer within 10 s".into()),
         status_code: is_up.then_some(200),
-        // Half of them within a quarter of the median, a few far above.
+        // Half of the latencies are within a quarter of the median, a few are far above.
         latency: is_up
             .then(|| 0.05 + 0.02 * seconds(1.0).unwrap_or(0.0).powi(8) * 10.0 + seconds(0.03).unwrap_or(0.0)),
         scheduled_at: Timestamp::from_unix_micros(at),
@@ -192,10 +192,11 @@ fn batch(base: i64, samples: impl Iterator<Item = Sample<'static>>) -> Batch {
     batch
 }
 
-/// User and system time of a process.
+/// The user and system time of a process.
 fn cpu_seconds(process: &str) -> f64 {
     let text = std::fs::read_to_string(format!("/proc/{process}/stat")).expect("the process is there");
-    // Behind the name, which may hold anything: utime and stime are the 14th and 15th of all fields, in hundredths.
+    // utime and stime are fields 14 and 15, in hundredths of a second. They are counted from the end of the name, which may
+    // contain spaces and parentheses.
     let fields = text.rsplit_once(')').map_or("", |(_, rest)| rest);
     let ticks = fields.split_whitespace().skip(11).take(2);
     ticks.filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() / 100.0

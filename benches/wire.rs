@@ -1,7 +1,7 @@
-//! What a record costs on this machine: decode, encode, a row of COPY, its way through the consumer's state machine, and
-//! the fold into the state, each alone, in nanoseconds.
+//! The cost of a record on this machine in nanoseconds, for each step alone: decode, encode, a row of COPY, the consumer's
+//! state machine, and the fold into the state.
 //!
-//! `cargo bench --bench wire [-- NAME]`. The best of several rounds, because others use the machine too.
+//! `cargo bench --bench wire [-- NAME]`. Prints the best of several rounds, because other programs use the machine too.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
@@ -70,7 +70,7 @@ fn main() {
     });
 }
 
-/// A batch of the state: 50 checks, one a minute, of each of 1,000 hosts.
+/// A batch of the state: 50 checks, one per minute, of each of 1,000 hosts.
 fn batch_of_hosts(ok: &[u8]) -> Vec<(Vec<u8>, Option<Timestamp>)> {
     let sample = decode(ok).expect("the golden document is a record");
     let started_at = sample.scheduled_at.expect("it has a time").unix_micros();
@@ -87,7 +87,7 @@ fn batch_of_hosts(ok: &[u8]) -> Vec<(Vec<u8>, Option<Timestamp>)> {
     (0..50_000).map(record).collect()
 }
 
-/// The state machine with a store that answers at once.
+/// The state machine with a store that answers immediately.
 struct Machine {
     ingest: Ingest,
     next: NextOffset,
@@ -115,7 +115,7 @@ impl Machine {
         machine
     }
 
-    /// Key, value and row are copied, as they are in earnest.
+    /// Key, value and row are copied, as in `consume`.
     fn take(&mut self, value: &[u8], row: &[u8]) {
         let record = Record {
             partition: Self::PARTITION,
@@ -205,7 +205,7 @@ fn report(what: &str, bytes: usize, mut once: impl FnMut()) {
 }
 
 fn report_batches(what: &str, bytes: usize, records: usize, mut batch: impl FnMut()) {
-    // cargo itself passes `--bench`.
+    // cargo passes `--bench`.
     if std::env::args()
         .skip(1)
         .any(|arg| !arg.starts_with("--") && arg != what)

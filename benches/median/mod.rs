@@ -1,6 +1,6 @@
-//! What a benchmark prints of several rounds.
+//! The median, which the benchmarks print for several rounds.
 
-/// The middle value, the upper one of two; no number where there is none.
+/// The middle value, or the upper one of the two middle values; NaN without values.
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);

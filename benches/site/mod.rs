@@ -1,6 +1,6 @@
-//! A site to check, and the least that a client could do with it: a blocking socket with httparse, and rustls over it.
+//! A site to check, and a minimal client: a blocking socket with httparse, and rustls over it.
 //!
-//! What the benchmarks share. The site answers one request a connection, on a few threads, with and without TLS.
+//! The benchmarks share them. The site answers one request per connection, on a few threads, with and without TLS.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -15,7 +15,7 @@ use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, Str
 
 const SERVER_THREADS: usize = 4;
 
-/// Twelve header lines, as servers of today send, and a page of 1,000 bytes.
+/// A typical response: twelve header lines and a page of 1,000 bytes.
 pub fn page() -> Arc<[u8]> {
     let mut response = "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n".to_owned();
     for number in 0..9 {
@@ -28,7 +28,7 @@ pub fn page() -> Arc<[u8]> {
     response.into_bytes().into()
 }
 
-/// Serves on loopback until the process ends; each connection goes to `answer`, over TLS where there are settings for it.
+/// Serves on loopback until the process ends. Passes each connection to `answer`, over TLS if `tls` is given.
 pub fn serve(
     tls: Option<Arc<ServerConfig>>,
     answer: impl Fn(Box<dyn Stream>) + Clone + Send + 'static,
@@ -40,7 +40,7 @@ pub fn serve(
         let (tls, answer) = (tls.clone(), answer.clone());
         let server = std::thread::Builder::new().name("server".into());
         let _ = server.spawn(move || {
-            // A connection that was reset before it was taken is no reason to end.
+            // A connection may be reset before it is accepted.
             for stream in listener.incoming().flatten() {
                 match &tls {
                     None => answer(Box::new(stream)),
@@ -58,19 +58,19 @@ pub fn serve(
 pub trait Stream: Read + Write + Send {}
 impl<S: Read + Write + Send> Stream for S {}
 
-/// Whether a request came, or its beginning.
+/// Whether at least the beginning of a request came.
 pub fn has_asked(stream: &mut dyn Stream) -> bool {
     matches!(stream.read(&mut [0; 1024]), Ok(1..))
 }
 
-/// Whoever checks may be gone already.
+/// The client may have closed the connection already.
 pub fn answer(stream: &mut dyn Stream, page: &[u8]) {
     if has_asked(stream) {
         let _ = stream.write_all(page).and_then(|()| stream.flush());
     }
 }
 
-/// The site's TLS settings, for 127.0.0.1; whom to trust for it goes to `ca_file`, as PEM.
+/// The site's TLS settings for 127.0.0.1. Its CA is written to `ca_file`, as PEM.
 pub fn tls_settings(ca_file: &Path) -> Arc<ServerConfig> {
     let key = || KeyPair::generate().expect("a key");
     let mut params = rcgen::CertificateParams::new(Vec::new()).expect("no names");
@@ -93,7 +93,7 @@ pub fn tls_settings(ca_file: &Path) -> Arc<ServerConfig> {
     Arc::new(settings)
 }
 
-/// The least that a client could do.
+/// A minimal client.
 pub struct Raw {
     address: SocketAddr,
     tls: Option<Arc<ClientConfig>>,
@@ -124,7 +124,7 @@ impl Raw {
         }
     }
 
-    /// One request over a fresh connection, up to the response's headers.
+    /// Sends one request over a new connection and reads the response's headers.
     pub fn exchange(&self) {
         let mut stream = TcpStream::connect(self.address).expect("the server listens");
         stream.set_nodelay(true).expect("a socket option");
@@ -163,10 +163,10 @@ fn exchange(stream: &mut (impl Read + Write)) {
     }
 }
 
-/// The processor time in nanoseconds that a thread has used: `/proc/thread-self`, `/proc/PID/task/TID`.
+/// The CPU time of a thread in nanoseconds. `of` is `/proc/thread-self` or `/proc/PID/task/TID`.
 ///
 /// # Errors
-/// It has ended.
+/// The thread has ended.
 pub fn cpu_nanoseconds(thread: &Path) -> io::Result<u64> {
     let stat = fs::read_to_string(thread.join("schedstat"))?;
     let first = stat.split(' ').next().unwrap_or_default();
