@@ -1,4 +1,4 @@
-//! Our program as a child process, as a service manager runs it: its environment, its logs, its signals, its end.
+//! The program as a child process, as a service manager runs it: environment, logs, signals and exit status.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -9,10 +9,10 @@ use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
 
 use crate::scratch::{self, Process, now, wait_for};
 
-/// The contract's bound on a clean stop.
+/// The longest time of a clean stop.
 pub const STOP_WITHIN: Duration = Duration::from_secs(9);
 
-/// Variables for one program, collected one by one.
+/// The variables of one program.
 #[derive(Clone, Debug, Default)]
 pub struct Variables(Vec<(String, String)>);
 
@@ -66,7 +66,7 @@ impl Agent {
         }
     }
 
-    /// The command's.
+    /// The command's arguments.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -93,22 +93,22 @@ impl Agent {
         self.process.signal(name);
     }
 
-    /// The memory that it has at this moment.
+    /// Its memory at this moment.
     pub fn resident_bytes(&self) -> u64 {
         self.process.resident_bytes()
     }
 
-    /// The most memory that it ever had.
+    /// Its largest memory so far.
     pub fn peak_bytes(&self) -> u64 {
         self.process.peak_bytes()
     }
 
-    /// How often a line of the log says that.
+    /// How many lines of the log contain the text.
     pub fn said(&self, needle: &str) -> usize {
         self.stderr().lines().filter(|line| line.contains(needle)).count()
     }
 
-    /// kill -9, and the end of it seen.
+    /// Kills it with SIGKILL and waits for its end.
     pub fn kill(&mut self) {
         self.process.kill();
     }
@@ -119,9 +119,9 @@ impl Agent {
         wait_for(within, &what, || self.process.exited(), || scratch::text(&log))
     }
 
-    /// SIGTERM, and a clean end within the contract's time.
+    /// Sends SIGTERM, and verifies that it ends cleanly within the bound.
     pub fn stop(mut self) {
-        // A signal that comes before it listens ends any process. Its first words come after that.
+        // A signal before the handlers are installed would end the process. The first line of the log comes after that.
         wait_for(
             STOP_WITHIN,
             "it has begun to work",
@@ -150,14 +150,14 @@ impl Drop for Agent {
     }
 }
 
-/// Runs a command that ends by itself: its exit status, and what it prints.
+/// Runs a command to its end. Returns the exit status and the output.
 pub fn run(arguments: &[&str], variables: &Variables) -> (i32, String) {
     let mut command = Agent::start(arguments, variables);
     let status = command.wait(Duration::from_secs(60));
     (status.code().unwrap(), command.stdout() + &command.stderr())
 }
 
-/// As much of the end of a log as a person reads.
+/// The last lines of a log.
 pub fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(60)..].join("\n")

@@ -1,4 +1,4 @@
-//! What Compose has its Postgres do on the first start: the agents' user and database, without a superuser's rights.
+//! The first start of the bundled Postgres creates the agents' user and database, without the rights of a superuser.
 
 use std::process::Command;
 
@@ -16,7 +16,7 @@ const SCRIPT: &str = concat!(
 
 #[test]
 fn the_agents_user_owns_its_database_and_is_not_a_superuser() {
-    // As odd as Postgres allows: nothing of it may be taken for SQL or for the shell.
+    // Names with special characters, which neither SQL nor the shell may interpret.
     let (user, password, name) = ("o'brien \"x\"", "pa$s'w\"o`rd\\", "metrics; -- $(x)");
     let server = ThrowAwayPostgres::start().unwrap();
     let psql = server.program("psql");
@@ -56,7 +56,7 @@ fn the_agents_user_owns_its_database_and_is_not_a_superuser() {
     assert!(row.get::<_, String>(1).starts_with("SCRAM-SHA-256$"));
     assert_eq!(row.get::<_, String>(2), user);
 
-    // Only a server that asks for the password shows that it is the right one.
+    // Only a server that requires the password shows that the password is right.
     let hba = server.data_dir().join("pg_hba.conf");
     std::fs::write(hba, "host all all all scram-sha-256\n").unwrap();
     superuser.batch_execute("SELECT pg_reload_conf()").unwrap();

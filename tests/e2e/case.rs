@@ -1,5 +1,5 @@
-//! One scenario of `consume`: a topic, a group and a database of its own on the shared servers, numbered records, and the
-//! comparison that they all end with.
+//! One scenario of `consume`: its own topic, group and database on the shared servers, numbered records, and the final
+//! comparison.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -19,11 +19,11 @@ use crate::database::{Database, server};
 use crate::kafka::Kafka;
 use crate::scratch::wait_for;
 
-/// Joining a group, finding positions and a flush or two, on a busy machine.
+/// The bound for joining a group, finding positions and a few flushes, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
 
 pub struct Case {
-    /// The topic's and the group's.
+    /// The name of the topic and of the group.
     pub name: &'static str,
     pub kafka: &'static Kafka,
     pub db: Database,
@@ -47,7 +47,7 @@ impl Case {
             .database(server())
             .with("DB_NAME", &self.db.name)
             .with("DB_BATCH_SECONDS", "0.1")
-            // Most of what is tried here is about the rows alone.
+            // Most scenarios are about the rows alone.
             .with("STATE", "off")
     }
 
@@ -60,12 +60,12 @@ impl Case {
         write(self.kafka, self.name, partition, numbers);
     }
 
-    /// Waits until so many rows are in the table.
+    /// Waits until the table has that many rows.
     pub fn wait_for_rows(&mut self, rows: i64, consumers: &[&Agent]) {
         wait_for_count(&mut self.db, "host_metrics", rows, consumers);
     }
 
-    /// Has an administrator end every connection of ours (57P01); returns when they are gone.
+    /// Ends all our connections as an administrator does (57P01), and waits until they are gone.
     pub fn end_backends(&mut self) {
         let ours =
             "pg_stat_activity WHERE datname = current_database() AND application_name = 'host-metrics'";
@@ -82,8 +82,8 @@ impl Case {
         );
     }
 
-    /// Every record of these topics is in the table or in the rejected table, once, and nothing else is; the positions are
-    /// behind the last of them.
+    /// Verifies that every record of these topics is in the table or in the rejected table exactly once, that nothing else is, and
+    /// that the positions are after the last records.
     pub fn assert_exactly_once(&mut self, topics: &[&str]) {
         for topic in topics {
             let records = self.kafka.records(topic);
@@ -102,7 +102,7 @@ impl Case {
                 "SELECT concat(\"partition\", '/', next_offset - 1) FROM host_metrics_offsets \
                  WHERE topic = '{topic}' AND next_offset > 0 ORDER BY 1"
             ));
-            // Sorted by offset, so the last one of a partition stays.
+            // Sorted by offset, so that the last one of each partition remains.
             let ends: BTreeMap<i32, i64> = records
                 .iter()
                 .map(|record| (record.partition, record.offset))
@@ -117,7 +117,7 @@ impl Case {
     }
 }
 
-/// `consume` on a thread of this process: for what shows only if Kafka's client has less patience than in production.
+/// `consume` on a thread of this process, for tests that need shorter timeouts of Kafka's client than in production.
 pub struct InProcess {
     pub counters: Counters,
     shutdown: Shutdown,
@@ -125,7 +125,7 @@ pub struct InProcess {
 }
 
 impl InProcess {
-    /// `overrides` are librdkafka's properties.
+    /// `overrides` are properties of librdkafka.
     pub fn start(settings: ConsumeConfig, overrides: &[(&str, &str)]) -> Self {
         let source = Source::join(&settings, overrides).unwrap();
         let (counters, shutdown) = (Counters::default(), Shutdown::new());
@@ -152,7 +152,7 @@ impl Drop for InProcess {
     }
 }
 
-/// Numbered records to every partition in turn, some hundreds a second, until it is ended or dropped.
+/// Writes numbered records to all partitions in turn, some hundreds per second, until it is ended or dropped.
 pub struct Stream {
     end: Arc<AtomicBool>,
     thread: Option<JoinHandle<i64>>,
@@ -183,7 +183,7 @@ impl Stream {
         }
     }
 
-    /// Ends it, and returns how many records Kafka has acknowledged: all.
+    /// Ends it. Returns the number of records, all of which Kafka has acknowledged.
     pub fn end(mut self) -> i64 {
         self.end.store(true, Ordering::Relaxed);
         self.thread.take().expect("it runs").join().unwrap()
@@ -196,7 +196,7 @@ impl Drop for Stream {
     }
 }
 
-/// The numbered record, as the original writes it.
+/// The numbered record in the original's format.
 pub fn value(number: i64) -> Vec<u8> {
     format!(r#"{{"address":"http://h/{number}","latency":0.5,"status_code":200,"is_valid":true}}"#)
         .into_bytes()
@@ -209,12 +209,12 @@ pub fn write(kafka: &Kafka, topic: &str, partition: i32, numbers: Range<i64>) {
     );
 }
 
-/// Waits until a table holds so many rows, and fails at once if it holds more. No table is none.
+/// Waits until a table has that many rows, and fails immediately if it has more. A missing table has no rows.
 pub fn wait_for_count(db: &mut Database, table: &str, rows: i64, consumers: &[&Agent]) {
     wait_for_count_within(SOON, db, table, rows, consumers);
 }
 
-/// As [`wait_for_count`], for more than takes a moment.
+/// Like [`wait_for_count`], with a longer bound.
 pub fn wait_for_count_within(
     within: Duration,
     db: &mut Database,

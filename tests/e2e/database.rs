@@ -1,4 +1,4 @@
-//! A database of a test's own on the Postgres server that the tests share which do not hurt it.
+//! A database for one test, on the Postgres server that all tests share that do not disturb it.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,7 +14,7 @@ pub fn server() -> &'static ThrowAwayPostgres {
     SERVER.get_or_init(|| ThrowAwayPostgres::start().unwrap())
 }
 
-/// A database of its own on the shared server, and a superuser's connection to it.
+/// A new database on the shared server, with a superuser's connection to it.
 pub struct Database {
     pub name: String,
     pub client: Client,
@@ -31,7 +31,7 @@ impl Database {
         Self { name, client }
     }
 
-    /// Another connection to one that is there.
+    /// Another connection to an existing database.
     pub fn again(name: &str) -> Self {
         Self {
             name: name.into(),
@@ -79,7 +79,7 @@ fn superuser(database: &str) -> Client {
     Client::connect(&text, NoTls).unwrap()
 }
 
-/// What `consume` is told about the database; Kafka is nowhere.
+/// The configuration of `consume` for this database, with a Kafka that does not exist.
 pub fn config(server: &ThrowAwayPostgres, database: &str, table: &str) -> ConsumeConfig {
     ConsumeConfig {
         kafka: KafkaConfig {

@@ -17,7 +17,7 @@ fn the_demo_ends_by_itself_and_its_ledger_balances() {
     assert!(text.contains("It balances"), "{text}");
     assert!(!text.contains('\x1b'), "no terminal, no escapes: {text}");
     assert!(text.contains("psql "), "{text}");
-    // What each page of the sample site is there to show.
+    // The outcome that each page of the sample site demonstrates.
     for (page, outcome) in [
         ("/up ", " ok"),
         ("/failing ", " bad_status"),
@@ -35,7 +35,7 @@ fn the_demo_ends_by_itself_and_its_ledger_balances() {
             "{page}{outcome}: {text}"
         );
     }
-    // The ledger's figures are not those of nothing.
+    // The counts are not zero.
     let due = text
         .lines()
         .find(|line| line.contains("ticks were due"))
@@ -93,7 +93,7 @@ fn the_demo_checks_the_users_own_hosts_too() {
     assert!(text.contains("It balances"), "{text}");
 }
 
-/// Waits until the demo says how to reach its database.
+/// Waits until the demo prints how to connect to its database.
 fn port_of_postgres(demo: &Agent) -> u16 {
     wait_for(
         SOON,

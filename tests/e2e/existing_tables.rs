@@ -1,10 +1,10 @@
-//! Tables that were there before: `consume` as a whole writes to them what they can hold, and says at its start what not.
+//! Existing tables: `consume` writes the fields that they can hold, and logs at the start which fields they cannot hold.
 
 use crate::agent::Agent;
 use crate::case::{Case, SOON, wait_for_count};
 
-/// DB_TABLE, the SQL that makes it, a row of it as text, and which fields of a record are said not to be stored (the
-/// beginning of the list).
+/// DB_TABLE, the SQL that creates it, a row of it as text, and the beginning of the logged list of fields that are not
+/// stored.
 const TABLES: [(&str, &str, &str, &str); 8] = [
     (
         "original",
@@ -64,7 +64,7 @@ const TABLES: [(&str, &str, &str, &str); 8] = [
     ),
 ];
 
-/// DB_TABLE's value as SQL.
+/// The table in SQL.
 fn quoted(table: &str) -> String {
     if table.starts_with('"') {
         return table.to_owned();
@@ -110,7 +110,7 @@ fn a_user_with_the_contracts_rights_alone_stores_and_outlives_a_lost_connection(
          CREATE TABLE host_metrics (address text, latency numeric, status_code integer, is_valid boolean); \
          GRANT INSERT ON host_metrics TO {user}"
     ));
-    // What init would make beside it, made by hand as the README says.
+    // The tables next to it, created by hand as the README says.
     let mut init = Agent::start(&["init"], &case.variables());
     assert_eq!(init.wait(SOON).code(), Some(0), "{}", init.stderr());
     case.db.execute(&format!(
@@ -141,7 +141,7 @@ fn a_column_added_while_running_is_written_after_the_next_connection() {
     case.end_backends();
     case.write(0, 20..40);
     case.wait_for_rows(40, &[&consumer]);
-    // Read before the connection was found broken, and yet none was written as the old columns had it.
+    // These records were read before the connection broke, but none was written with the old columns.
     assert_eq!(
         case.db
             .count("host_metrics WHERE latency = 0.5 AND kafka_offset >= 20"),

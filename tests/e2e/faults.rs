@@ -1,4 +1,4 @@
-//! What stands between two programs and can be told to hurt: a proxy that swallows bytes, a process that is frozen.
+//! Faults between two programs: a proxy that swallows bytes, and a process that is frozen.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown as Close, TcpListener, TcpStream};
@@ -15,22 +15,22 @@ pub fn signal(pid: &str, name: &str) {
     assert!(status.success(), "kill -{name} {pid}");
 }
 
-/// A stopped process, continued at the end however the test ends.
+/// A stopped process. It continues when this is dropped, also if the test fails.
 pub struct Thaw(pub String);
 
 impl Drop for Thaw {
     fn drop(&mut self) {
-        // It may be gone already.
+        // The other side may be gone already.
         Command::new("kill").args(["-CONT", &self.0]).output().ok();
     }
 }
 
-/// Passes bytes between clients and a server until told to swallow them; the connections stay open all the same.
+/// A proxy that passes bytes between clients and a server, or swallows them while the connections stay open.
 pub struct Proxy {
     pub port: u16,
-    /// What the server says does not arrive.
+    /// Swallows what the server sends.
     pub is_deaf: Arc<AtomicBool>,
-    /// What we say does not arrive.
+    /// Swallows what the clients send.
     pub is_mute: Arc<AtomicBool>,
     clients: Arc<Mutex<Vec<TcpStream>>>,
 }
@@ -46,7 +46,7 @@ impl Proxy {
         thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.unwrap();
-                // Where nobody listens the client is turned away.
+                // If the server does not listen, the client's connection is closed.
                 let Ok(server) = TcpStream::connect(("127.0.0.1", to)) else {
                     continue;
                 };
@@ -67,10 +67,10 @@ impl Proxy {
         }
     }
 
-    /// Ends every connection that there is.
+    /// Ends all connections.
     pub fn cut(&self) {
         for client in self.clients.lock().unwrap().drain(..) {
-            // It may be gone already.
+            // The other side may be gone already.
             client.shutdown(Close::Both).ok();
         }
     }

@@ -1,5 +1,5 @@
-//! Producers that share their hosts (PRODUCE_GROUP), against a real Kafka: kills, freezes, planned stops, a broker that is
-//! away. The topic itself is the witness: judged as the consumer judges it, it holds each tick of each host once.
+//! Producers that share their hosts (PRODUCE_GROUP), with a real Kafka: kills, freezes, planned stops and outages of the
+//! broker. Without the records that a consumer would reject as superseded, the topic has each tick of each host once.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +20,7 @@ const PARTITIONS: i32 = 4;
 const HOSTS: usize = 24;
 const SECOND: i64 = 1_000_000;
 
-/// A busy machine, a session of 6 s, and a takeover.
+/// The bound for a session of 6 s and a takeover, on a busy machine.
 const WITHIN: Duration = Duration::from_secs(60);
 
 struct Fleet {
@@ -29,10 +29,10 @@ struct Fleet {
     variables: Variables,
 }
 
-/// What a topic holds, by the judge.
+/// The content of a topic, without superseded records.
 #[derive(Debug, Default)]
 struct Judged {
-    /// Per host the ticks that count, and whether each was missed because nobody had the host.
+    /// The ticks of each host, and whether each was missed because no producer had the host.
     ticks: BTreeMap<String, Vec<(i64, bool)>>,
     /// As `partition/offset`, sorted by both.
     valid: Vec<String>,
@@ -43,7 +43,7 @@ struct Judged {
 impl Fleet {
     fn new(kafka: &Kafka, topic: &str) -> Self {
         kafka.create_topic(topic, PARTITIONS);
-        // Nobody listens there: a check takes no time, and its outcome does not matter here.
+        // No server listens there, so a check takes no time. The outcome does not matter.
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
@@ -88,14 +88,14 @@ impl Fleet {
             judged.valid.push(place);
             let ticks = judged.ticks.entry(sample.address.to_string()).or_default();
             let tick = sample.scheduled_at.map(Timestamp::unix_micros).unwrap();
-            // A machine that is short of CPU misses ticks for other reasons.
+            // A busy machine may miss ticks for other reasons.
             let error = sample.error.as_deref().unwrap_or_default();
             ticks.push((tick, error.contains("no producer of the group")));
         }
         judged
     }
 
-    /// Waits until every host has a record of a tick since `since`.
+    /// Waits until every host has a record of a tick after `since`.
     fn wait_for_ticks_since(&self, kafka: &Kafka, since: i64, agents: &[&Agent]) {
         wait_for(
             WITHIN,
@@ -118,7 +118,7 @@ impl Fleet {
 }
 
 impl Judged {
-    /// Each tick once, in order, none left out; how many were missed since then, per host at most and in all.
+    /// Verifies that each tick is there once and in order. Returns how many were missed since then: the most of one host, and all.
     fn assert_whole(&self, since: i64) -> (usize, usize) {
         let (mut most, mut all) = (0, 0);
         for (host, ticks) in &self.ticks {
@@ -153,7 +153,7 @@ fn a_lone_producer_accounts_for_the_time_that_it_did_not_run() {
     fleet.wait_for_ticks_since(kafka, 0, &[&first]);
     first.kill();
     let killed_at = now_micros();
-    // It waits for the session of the one that was killed.
+    // This waits until the session of the killed producer ends.
     let second = fleet.start();
     fleet.wait_for_ticks_since(kafka, now_micros() + 2 * SECOND, &[&second]);
     second.stop();
@@ -182,7 +182,7 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
     let fleet = Fleet::new(kafka, case.name);
     let mut consumer = case.consume();
     let mut agents = vec![fleet.start(), fleet.start(), fleet.start()];
-    // Until then Kafka may not know the new topic everywhere.
+    // Until then the new topic may not be known everywhere in Kafka.
     agents[0].wait_for_stderr("taken", WITHIN);
     fleet.wait_for_ticks_since(
         kafka,
@@ -191,7 +191,7 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
     );
     let begun_at = now_micros();
 
-    // Planned: the shares go over while their hosts are still checked.
+    // A planned stop: the shares move while their hosts are still checked.
     agents.remove(0).stop();
     fleet.wait_for_ticks_since(
         kafka,
@@ -201,7 +201,7 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
     let (most, _) = fleet.judged(kafka).assert_whole(begun_at);
     assert!(most <= 3, "{most} ticks of a host are missed by a planned stop");
 
-    // Killed: the others have its shares when its session has ended.
+    // A kill: the others get its shares when its session has ended.
     agents[0].kill();
     agents.remove(0);
     fleet.wait_for_ticks_since(
@@ -210,11 +210,11 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
         &agents.iter().collect::<Vec<_>>(),
     );
 
-    // The next consumer judges by what this one has stored.
+    // The next consumer continues with the epochs that this one has stored.
     consumer.kill();
     let consumer = case.consume();
 
-    // Frozen for longer than its session, while another one joins; then it wakes up.
+    // A freeze that is longer than the session, while another producer joins. Then it wakes up.
     agents.push(fleet.start());
     fleet.wait_for_ticks_since(
         kafka,
@@ -244,7 +244,7 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
     );
     assert_eq!(judged.ticks.len(), HOSTS);
 
-    // The consumer finds the same, through a restart of its own.
+    // The consumer agrees, even if it is restarted.
     let ends = format!(
         "SELECT coalesce(sum(next_offset), 0)::text FROM host_metrics_offsets WHERE topic = '{}'",
         case.name
@@ -290,7 +290,7 @@ fn what_a_lone_producer_measures_while_kafka_is_away_counts_once() {
     fleet.wait_for_ticks_since(&kafka, 0, &[&agent]);
     let away_at = now_micros();
     kafka.kill();
-    // Longer than a session. That it is no member any more it may notice only when Kafka is back.
+    // Longer than a session. The producer may notice that it is no longer a member only when Kafka is back.
     wait_for(
         2 * WITHIN,
         "the session is over",

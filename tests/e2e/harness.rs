@@ -1,4 +1,4 @@
-//! The harness itself.
+//! Tests of the test harness.
 
 use crate::kafka::Kafka;
 

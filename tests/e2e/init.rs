@@ -1,4 +1,4 @@
-//! `init` and `drop` as an operator runs them: against a real Kafka and a real Postgres, twice, at once, too early.
+//! `init` and `drop` as an operator runs them, with a real Kafka and a real Postgres: twice, at the same time, too early.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -13,7 +13,7 @@ use crate::table::{connect, count};
 
 const SOON: Duration = Duration::from_secs(30);
 
-/// Runs a command to its end; its exit status and what it said.
+/// Runs a command to its end. Returns the exit status and the output.
 fn run(arguments: &[&str], variables: &Variables) -> (Option<i32>, String) {
     let mut agent = Agent::start(arguments, variables);
     let status = agent.wait(SOON);
@@ -29,13 +29,13 @@ fn init_makes_topics_and_tables_once_and_reports_what_differs() {
         .database(&server)
         .with("LOG_LEVEL", "INFO");
 
-    // Two at the same moment, as two replicas of a deployment do.
+    // Two run at the same time, as with two replicas of a deployment.
     let mut both = [(); 2].map(|()| Agent::start(&["init", "--retention", "1d"], &variables));
     for agent in &mut both {
         assert_eq!(agent.wait(SOON).code(), Some(0), "{}", agent.stderr());
     }
-    // One makes a topic and the other finds it. Kafka may lose the answer to the one that made it, who then asks again
-    // and finds it too; what the topics are like, below, shows that one of the two made them.
+    // One creates a topic and the other finds it. If Kafka's answer is lost, the first one tries again and finds it too. The
+    // properties of the topics, verified below, show that one of the two created them.
     let said: String = both.iter().map(Agent::stderr).collect();
     for topic in ["init-a", "init-b"] {
         let made = said.matches(&format!("topic {topic} made")).count();
@@ -119,7 +119,7 @@ fn init_waits_for_absent_servers_and_reports_that() {
         0
     );
 
-    // SIGTERM ends the one that still waits.
+    // SIGTERM ends an `init` that waits.
     early.signal("TERM");
     early.wait(SOON);
 }

@@ -1,4 +1,4 @@
-//! A real Apache Kafka: one node in KRaft mode on 127.0.0.1, from the jars that `make setup` fetched.
+//! A real Apache Kafka: one node in KRaft mode on 127.0.0.1, from the jars that `make setup` downloads.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +19,7 @@ use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
 use crate::scratch::{self, Process, wait_for};
 
-/// The JVM's start on a busy machine included.
+/// Includes the start of the JVM on a busy machine.
 const START_WITHIN: Duration = Duration::from_secs(90);
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
@@ -40,19 +40,19 @@ pub struct Kafka {
     broker: Option<Process>,
 }
 
-/// A listener beside the plain one, and whom it lets in.
+/// A listener in addition to the plain one, and whom it accepts.
 pub struct Listener {
     pub name: &'static str,
     /// PLAINTEXT, SSL or SASL_SSL.
     pub protocol: &'static str,
     pub port: u16,
-    /// Where it tells its clients to come to: the same, or a proxy's.
+    /// The advertised port: its own, or a proxy's.
     pub advertised_port: u16,
-    /// Kafka's settings for it, without what makes them its own: `ssl.client.auth`, say.
+    /// Kafka's settings for the listener without their prefix, such as `ssl.client.auth`.
     pub settings: Vec<(&'static str, String)>,
 }
 
-/// A record as it lies in a topic.
+/// A record of a topic.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Record {
     pub partition: i32,
@@ -63,7 +63,7 @@ pub struct Record {
 }
 
 impl Kafka {
-    /// The broker that tests share which do not hurt it: every test takes a topic and a group of its own.
+    /// The broker that all tests share that do not disturb it. Every test has its own topic and group.
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Kafka> = OnceLock::new();
         SHARED.get_or_init(Self::start)
@@ -73,7 +73,7 @@ impl Kafka {
         Self::start_with(&[], &[])
     }
 
-    /// With further listeners, and with SCRAM's users as Kafka's own tool takes them.
+    /// A broker with more listeners, and with SCRAM users in the format of Kafka's own tool.
     pub fn start_with(listeners: &[Listener], scram: &[&str]) -> Self {
         let directory = scratch::directory("kafka");
         let (port, controller_port) = (free_port().unwrap(), free_port().unwrap());
@@ -141,7 +141,7 @@ impl Kafka {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// kill -9.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
         self.broker.take().expect("it runs").kill();
     }
@@ -156,7 +156,7 @@ impl Kafka {
         self.start_again();
     }
 
-    /// As an administrator does it: it writes down what it has to remember.
+    /// A clean stop, in which the broker stores its state.
     pub fn restart_cleanly(&mut self) {
         self.signal("TERM");
         let mut broker = self.broker.take().expect("it runs");
@@ -164,7 +164,7 @@ impl Kafka {
         self.start_again();
     }
 
-    /// Starts the killed broker on the same port and log, and returns when it answers and takes topics.
+    /// Starts the killed broker with the same port and log, and waits until it answers and accepts topics.
     pub fn start_again(&mut self) {
         let log = fs::File::options()
             .create(true)
@@ -193,12 +193,12 @@ impl Kafka {
             || self.log(),
         );
         self.broker = Some(broker);
-        // A broker that answers may still be fenced: its controller has not heard from it, and puts no topic on it.
+        // A broker that answers may still be fenced: the controller has no heartbeat from it and puts no topic on it.
         let topic = NewTopic::new("not-made", 1, TopicReplication::Fixed(1));
         self.create_when_unfenced(&topic, &AdminOptions::new().validate_only(true));
     }
 
-    /// A client's settings; its own log is silent, because a broker that is away is a part of the tests.
+    /// The settings of a client. It logs nothing, because outages of the broker are part of the tests.
     pub fn client(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", self.bootstrap_servers());
@@ -212,8 +212,8 @@ impl Kafka {
         self.wait_for_partitions(name, partitions);
     }
 
-    /// The controller fences a broker whose heartbeats are late, as on a busy machine, and then finds no broker to put
-    /// a topic on: that passes, every other error does not.
+    /// On a busy machine the broker's heartbeats may be late. The controller then fences it and has no broker for a topic.
+    /// Only this error is temporary.
     fn create_when_unfenced(&self, topic: &NewTopic<'_>, options: &AdminOptions) {
         let results = wait_for(
             START_WITHIN,
@@ -244,7 +244,7 @@ impl Kafka {
         self.wait_for_partitions(name, 0);
     }
 
-    /// Makes the topic have `partitions` of them.
+    /// Increases the number of the topic's partitions to `partitions`.
     pub fn add_partitions(&self, name: &str, partitions: i32) {
         let new = NewPartitions::new(name, partitions as usize);
         for result in self.administer(async |admin, options| admin.create_partitions([&new], options).await) {
@@ -253,7 +253,7 @@ impl Kafka {
         self.wait_for_partitions(name, partitions);
     }
 
-    /// Deletes the records of a partition in front of an offset, as retention does.
+    /// Deletes the records of a partition before an offset, as retention does.
     pub fn delete_records(&self, topic: &str, partition: i32, before: i64) {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(topic, partition, Offset::Offset(before))
@@ -264,7 +264,7 @@ impl Kafka {
         }
     }
 
-    /// The members of a group, by the numbers that Kafka gave them when they joined.
+    /// The members of a group, by their member IDs.
     pub fn members(&self, group: &str) -> BTreeSet<String> {
         let client: BaseConsumer = self.client().create().unwrap();
         let list = client.fetch_group_list(Some(group), REQUEST_WITHIN).unwrap();
@@ -299,7 +299,7 @@ impl Kafka {
         runtime.block_on(request(&admin, options)).unwrap()
     }
 
-    /// Created, or deleted, is not yet known to every part of the broker.
+    /// A created or deleted topic may not be known everywhere in the broker yet.
     fn wait_for_partitions(&self, topic: &str, partitions: i32) {
         let client: BaseProducer = self.client().create().unwrap();
         wait_for(
@@ -315,7 +315,7 @@ impl Kafka {
         );
     }
 
-    /// Writes records (partition, key, value) and returns when all are acknowledged.
+    /// Writes records (partition, key, value) and waits until all are acknowledged.
     pub fn write(
         &self,
         topic: &str,
@@ -345,7 +345,7 @@ impl Kafka {
         assert_eq!(producer.in_flight_count(), 0);
     }
 
-    /// Writes these values to partition 0 as one batch, compressed.
+    /// Writes these values to partition 0 as one compressed batch.
     pub fn write_batch(&self, topic: &str, compression: &str, values: &[&[u8]]) {
         let bytes: usize = values.iter().map(|value| value.len() + 100).sum();
         let producer: BaseProducer = self
@@ -472,7 +472,7 @@ impl From<&BorrowedMessage<'_>> for Record {
     }
 }
 
-/// Where the jars are: HOST_METRICS_KAFKA_LIBS, else where `make setup` puts them.
+/// The directory of the jars: HOST_METRICS_KAFKA_LIBS, or else that of `make setup`.
 fn jars() -> PathBuf {
     let directory = std::env::var_os("HOST_METRICS_KAFKA_LIBS").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/kafka/libs"),

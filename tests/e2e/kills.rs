@@ -1,5 +1,5 @@
-//! Exactly once in effect, through kill -9 and freezing of consumers, crashes of Postgres and kills of the broker, under a stream of
-//! records: seeded, short in `make test`, as long as SOAK_SECONDS says in `make soak`.
+//! Every record is stored exactly once, although consumers, Postgres and the broker are killed and frozen at random during a stream
+//! of records. Seeded; short in `make test`, and SOAK_SECONDS long in `make soak`.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,23 +23,23 @@ const TOPIC: &str = "kills";
 const PARTITIONS: i32 = 8;
 const CONSUMERS: usize = 3;
 
-/// Longer than a session (15 s): the group gives a frozen member's partitions to others, and then it wakes.
+/// Longer than a session (15 s), so that the group gives the partitions of a frozen member to others before it wakes up.
 const FROZEN_FOR: Duration = Duration::from_secs(18);
 
-/// Faults come for that long unless SOAK_SECONDS says otherwise.
+/// How long faults occur without SOAK_SECONDS.
 const FAULTS_FOR: Duration = Duration::from_secs(30);
 
-/// A member that was killed holds its partitions until its session ends (15 s), and a rebalance or two may follow.
+/// A killed member keeps its partitions until its session ends (15 s), and rebalances may follow.
 const CATCH_UP_WITHIN: Duration = Duration::from_secs(90);
 
-/// What one of our records is, by its place: its number, and whether a reader must reject it.
+/// Our records by their place: the number of each, and whether a reader must reject it.
 type Acknowledged = BTreeMap<(i32, i64), (u64, bool)>;
 
 #[derive(Clone, Default)]
 struct Reports(Arc<Mutex<Acknowledged>>);
 
 impl ClientContext for Reports {
-    // The broker is killed by design: librdkafka need not tell.
+    // The test kills the broker, so librdkafka need not log that.
     fn log(&self, _: rdkafka::config::RDKafkaLogLevel, _: &str, _: &str) {}
     fn error(&self, _: rdkafka::error::KafkaError, _: &str) {}
 }
@@ -58,7 +58,7 @@ impl ProducerContext for Reports {
     }
 }
 
-/// Writes numbered records until told to end; every fiftieth is no record. Returns what Kafka acknowledged: all of them.
+/// Writes numbered records until it is ended. Every fiftieth is invalid. Returns all of them, after Kafka has acknowledged them.
 fn stream(kafka: &Kafka, end: Arc<AtomicBool>) -> thread::JoinHandle<Acknowledged> {
     let reports = Reports::default();
     let producer: BaseProducer<Reports> = kafka
@@ -85,7 +85,7 @@ fn stream(kafka: &Kafka, end: Arc<AtomicBool>) -> thread::JoinHandle<Acknowledge
                     .partition((number % PARTITIONS as u64) as i32)
                     .payload(value.as_bytes());
             producer.send(record).map_err(|(error, _)| error).unwrap();
-            // About five hundred a second.
+            // About five hundred per second.
             producer.poll(Duration::from_millis(2));
         }
         producer.flush(Duration::from_secs(60)).unwrap();
@@ -94,7 +94,7 @@ fn stream(kafka: &Kafka, end: Arc<AtomicBool>) -> thread::JoinHandle<Acknowledge
 }
 
 fn start_consumer(variables: &Variables, index: usize) -> Agent {
-    // The first is a dynamic member: its death is noticed by its silence. The others come back as who they were.
+    // The first is a dynamic member, whose death is noticed when its session ends. The others are static and keep their identity.
     let variables = match index {
         0 => variables.clone(),
         _ => variables
@@ -134,7 +134,7 @@ fn what_kafka_acknowledged_is_stored_exactly_once_through_kills_of_everything() 
     let pause = Shutdown::new();
     let until = now() + faults_for;
     let mut faults = Vec::new();
-    // Every kind comes at the beginning, then as the dice fall.
+    // Each kind of fault occurs once at the beginning, then at random.
     let mut kinds: Vec<u8> = vec![0, 1, 2, 3];
     rng.shuffle(&mut kinds);
     kinds.push(4);
@@ -160,7 +160,7 @@ fn what_kafka_acknowledged_is_stored_exactly_once_through_kills_of_everything() 
                 consumers[index].signal("STOP");
                 frozen = Some((index, now() + FROZEN_FOR));
             }
-            // Most often consumers; by 1 all of them at once.
+            // Mostly consumers. A 1 kills all of them at once.
             kind => {
                 for (index, consumer) in consumers.iter_mut().enumerate() {
                     let is_frozen = frozen.is_some_and(|(other, _)| other == index);
@@ -207,7 +207,7 @@ fn what_kafka_acknowledged_is_stored_exactly_once_through_kills_of_everything() 
         },
     );
     consumers.into_iter().for_each(Agent::stop);
-    // Each record is of a host of its own: none is missing in the state, or in it twice.
+    // Each record has its own host. The state has each of them once.
     let wrong = "SELECT count(*) FROM (SELECT address, count(*) AS rows FROM host_metrics GROUP BY address) r \
                  FULL JOIN (SELECT address, sum(due) AS due FROM host_metrics_rollups JOIN host_metrics_series USING (series_id) \
                      WHERE seconds = 86400 GROUP BY address) s USING (address) WHERE rows IS DISTINCT FROM due";

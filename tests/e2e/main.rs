@@ -1,8 +1,8 @@
-//! End-to-end tests: the binary against a real Apache Kafka and a real Postgres, both started here.
+//! End-to-end tests: the binary with a real Apache Kafka and a real Postgres, which the tests start.
 //!
-//! The harness: `scratch` (processes and directories that do not outlive the test run), `kafka` (one real broker), `database`
-//! (a database of a test's own), `agent` (our program as a child process), `case` (the three together), `faults` (a deaf proxy,
-//! a frozen process), `site` (scripted web sites), `table` (the table as a test looks at it). The rest are scenarios.
+//! The harness: `scratch` (processes and directories that end with the test run), `kafka` (one real broker), `database` (a
+//! database for one test), `agent` (the program as a child process), `case` (the three together), `faults` (a proxy that swallows
+//! bytes, a frozen process), `site` (scripted web sites), `table` (the table compared with the topic). The rest are scenarios.
 
 mod agent;
 mod audit;

@@ -1,5 +1,5 @@
-//! What only the operator can mend: `consume` stops at once with status 1, says what to do, shows no password, and has
-//! committed nothing that is not stored.
+//! Errors that only the operator can correct: `consume` stops immediately with status 1, tells what to do, shows no password, and
+//! has committed nothing that is not stored.
 
 use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 
@@ -8,9 +8,9 @@ use crate::case::{Case, SOON};
 
 const PASSWORD: &str = "hunter2-never-shown";
 
-/// Runs `consume` until it gives up, and returns what it said.
+/// Runs `consume` until it ends, and returns its log.
 fn gives_up(variables: &Variables) -> String {
-    // TRACE: whatever could show a secret does.
+    // At TRACE, every line that could show a secret is logged.
     let mut consumer = Agent::start(&["consume"], &variables.clone().with("LOG_LEVEL", "TRACE"));
     let status = consumer.wait(SOON);
     let said = consumer.stderr();
@@ -20,7 +20,7 @@ fn gives_up(variables: &Variables) -> String {
     said
 }
 
-/// The last line, which is what a person reads.
+/// The last line, which has the error.
 fn last_line(said: &str) -> &str {
     said.lines().next_back().unwrap_or_default()
 }
@@ -141,7 +141,7 @@ fn what_is_taken_away_while_running_ends_consume_and_mended_nothing_is_lost_or_d
         let mut consumer = Agent::start(&["consume"], &variables);
         case.write(0, rows..rows + 10);
         case.wait_for_rows(rows + 10, &[&consumer]);
-        // What is not the owner's can be taken from him: the tables are made by the user, then owned by another one.
+        // An owner cannot lose rights. So the user creates the tables, and then another user owns them.
         case.db.execute(&format!(
             "REASSIGN OWNED BY {user} TO postgres; GRANT INSERT ON host_metrics, host_metrics_rejected TO {user}; \
              GRANT SELECT, INSERT, UPDATE ON host_metrics_offsets TO {user}"

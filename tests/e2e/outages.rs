@@ -1,4 +1,5 @@
-//! Postgres and Kafka away, frozen, deaf, full, read-only: waited out, said in one line, and everything is stored once.
+//! Outages: Postgres and Kafka are down, frozen, silent, full or read-only. Each is waited out and logged in one line, and
+//! every record is stored exactly once.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,10 +19,10 @@ use crate::kafka::{Kafka, Listener};
 use crate::scratch::{self, now, wait_for};
 use crate::table;
 
-/// How long a step of Postgres may take before it is given up, with some time to notice.
+/// How long a request to Postgres may take before it is given up, with some time to notice.
 const GIVEN_UP_WITHIN: Duration = Duration::from_secs(25);
 
-/// What Postgres names and what passes.
+/// Temporary errors that Postgres reports.
 const PASSING: [&str; 6] = ["53100", "53200", "40001", "40P01", "58030", "XX000"];
 
 #[test]
@@ -72,7 +73,7 @@ fn what_passes_is_waited_out_named_in_one_line_and_everything_is_stored_once() {
     for (code, begin, end) in &faults {
         case.db.execute(begin);
         if !PASSING.contains(code) {
-            // Both count for new connections; so this is 57P01 at the same time.
+            // Both apply to new connections only, so the old ones are ended (57P01).
             case.end_backends();
         }
         case.write(0, rows..rows + 5);
@@ -83,7 +84,7 @@ fn what_passes_is_waited_out_named_in_one_line_and_everything_is_stored_once() {
         case.wait_for_rows(rows, &[&consumer]);
     }
     assert!(consumer.said("(SQLSTATE 57P01)") > 0, "{}", consumer.stderr());
-    // None lasted. One that lasts is said for a person, once, and its end too.
+    // None of them lasted. An outage that lasts is logged once, and so is its end.
     let waiting = "[WARN] waiting for Postgres: ";
     let before = consumer.said(waiting);
     case.db.execute("INSERT INTO fault VALUES ('53100')");
@@ -144,7 +145,7 @@ fn a_group_does_not_evict_a_consumer_whose_database_is_away_for_longer_than_a_po
     let members = kafka.members("evicted");
     assert_eq!(members.len(), 1);
     server.stop().unwrap();
-    // Far more than the two batches hold.
+    // Far more records than the two batches hold.
     write(kafka, "evicted", 1, 20..1_000);
     let outage_ends = now() + 2 * MAX_POLL_INTERVAL;
     let pause = Shutdown::new();
@@ -181,7 +182,7 @@ fn memory_is_bounded_while_postgres_is_away_and_a_stop_reports_unwritten_records
     table::wait_for_stored(&mut client, 10, SOON, &consumer);
     server.stop().unwrap();
     let before = consumer.resident_bytes();
-    // 30 MB and more, of which 8 MB may be prefetched by the settings, and 200 records be in hand.
+    // More than 30 MB, of which 8 MB may be prefetched, and 200 records may be in the batches.
     let padding = "x".repeat(200);
     for partition in [0, 1] {
         let record = |number: i64| {
@@ -218,7 +219,7 @@ fn memory_is_bounded_while_postgres_is_away_and_a_stop_reports_unwritten_records
     again.stop();
 }
 
-/// Our backends and the process that makes new ones, frozen until dropped.
+/// Our backends and the postmaster, frozen until dropped.
 fn freeze(server: &ThrowAwayPostgres, client: &mut Client) -> Vec<Thaw> {
     let postmaster = fs::read_to_string(server.data_dir().join("postmaster.pid")).unwrap();
     let mut pids = vec![postmaster.lines().next().unwrap().trim().to_owned()];
@@ -267,7 +268,7 @@ fn a_frozen_postgres_is_given_up_and_neither_holds_up_a_stop_nor_doubles_a_row()
     for agent in [&consumer, &leaving] {
         agent.wait_for_stderr("no answer within 15", GIVEN_UP_WITHIN);
     }
-    // By now it tries to connect, in vain too.
+    // Now it tries to connect, which fails too.
     leaving.signal("TERM");
     let status = leaving.wait(STOP_WITHIN);
     assert_eq!(status.code(), Some(0), "{}", leaving.stderr());
@@ -301,7 +302,7 @@ fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
     let consumer = Agent::start(&["consume"], &case.variables().with("DB_PORT", proxy.port));
     case.write(0, 0..10);
     case.wait_for_rows(10, &[&consumer]);
-    // Everything but the last answer arrives: what begins the flush is answered, and waits there for a lock.
+    // Only the last answer is lost: the beginning of the flush is answered, and then the flush waits for a lock.
     case.db.execute(
         "CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS \
          'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'; \
@@ -327,7 +328,7 @@ fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
     case.assert_exactly_once(&["unanswered"]);
 }
 
-/// Not with librdkafka's in-process broker: that looks at no sequence numbers, so there a retry doubles.
+/// Not with librdkafka's in-process broker, which ignores sequence numbers, so that a retry would store records twice.
 #[test]
 fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_lost() {
     let mut deaf = DeafProducer::start();
@@ -337,10 +338,10 @@ fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_
     deaf.assert_each_tick_is_there_once();
 }
 
-/// A broker that was restarted remembers the last request of a producer at most, and refuses the ones before it.
+/// A restarted broker knows at most the last request of a producer, and refuses earlier ones.
 #[test]
 fn what_kafka_stored_and_forgot_is_looked_for_before_it_is_sent_again() {
-    /// There is not always a partition with more than one request without an answer.
+    /// Not every time does a partition have more than one unanswered request.
     const MAX_ROUNDS: usize = 10;
     let mut deaf = DeafProducer::start();
     let is_refused = (0..MAX_ROUNDS).any(|_| {
@@ -352,7 +353,7 @@ fn what_kafka_stored_and_forgot_is_looked_for_before_it_is_sent_again() {
     deaf.assert_each_tick_is_there_once();
 }
 
-/// `produce` with a Kafka that it hears through a proxy only.
+/// `produce` with a Kafka behind a proxy.
 struct DeafProducer {
     kafka: Kafka,
     proxy: Proxy,
@@ -362,7 +363,7 @@ struct DeafProducer {
 impl DeafProducer {
     const TOPIC: &str = "ticks";
     const HOSTS: usize = 200;
-    /// Long enough for as many requests as may be without an answer.
+    /// Long enough for the largest number of unanswered requests.
     const DEAF_FOR: Duration = Duration::from_secs(2);
 
     fn start() -> Self {
@@ -378,7 +379,7 @@ impl DeafProducer {
         let kafka = Kafka::start_with(&[proxied], &[]);
         kafka.create_topic(Self::TOPIC, 3);
         let host_file = scratch::directory("hosts").join("producer_config");
-        // Nobody is there, which is known at once.
+        // No server listens there, so each check ends immediately.
         let hosts: String = (0..Self::HOSTS)
             .map(|host| format!("http://127.0.0.1:1/{host} 1s\n"))
             .collect();
@@ -396,7 +397,7 @@ impl DeafProducer {
         deaf
     }
 
-    /// Kafka stores what it is sent, and no answer arrives; then all connections end, and that happens to it.
+    /// Kafka stores what it gets, but its answers are lost. Then all connections end, and `happens` is called.
     fn lose_acknowledgements(&mut self, happens: impl FnOnce(&mut Kafka)) {
         self.proxy.is_deaf.store(true, Ordering::SeqCst);
         let since = now();
@@ -460,7 +461,7 @@ fn kafka_frozen_and_killed_is_waited_out_and_a_stop_meanwhile_is_clean() {
         "[WARN] waiting for Kafka: {} does not answer",
         kafka.bootstrap_servers()
     );
-    // 15 s for the session, 20 s for a request, 10 s for a new connection.
+    // The session takes 15 s, a request 20 s, a new connection 10 s.
     consumer.wait_for_stderr(&silent, Duration::from_secs(60));
     consumer.stop();
     kafka.kill();

@@ -1,4 +1,4 @@
-//! The two agents together, and each alone with its server: what issue after issue takes for granted.
+//! The two agents together, and each of them with its server.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -32,7 +32,7 @@ fn value(record: &Record) -> Value {
     serde_json::from_slice(record.value.as_deref().expect("a value")).expect("JSON")
 }
 
-/// A record says what its page did.
+/// Verifies that the record has what its page did.
 fn assert_says(record: &Value, page: &Page) {
     let context = || format!("{}: {record}", page.path);
     assert_eq!(record["outcome"], page.outcome, "{}", context());
@@ -114,7 +114,7 @@ fn every_tick_of_every_host_becomes_one_record_and_one_row() {
             .collect();
         assert!(of_page.len() >= 3, "{address}: {}", of_page.len());
         for record in &of_page {
-            // A check that was under way at the stop may be the last one, as `missed`.
+            // A check that the stop interrupted may be the last record, as `missed`.
             if record["outcome"] != "missed" {
                 assert_says(record, page);
             }
@@ -125,7 +125,7 @@ fn every_tick_of_every_host_becomes_one_record_and_one_row() {
             .count() as u64;
         checks.insert(page.path, started);
     }
-    // Each check sent each request once: /moved and nobody else leads to /ok a second time.
+    // Each check sent each request once. Only /moved leads to /ok a second time.
     for page in &PAGES {
         let expected = checks[page.path] + if page.path == "/ok" { checks["/moved"] } else { 0 };
         assert_eq!(site.requests(page.path), expected, "{}", page.path);
@@ -234,7 +234,7 @@ fn a_backlog_is_written_in_batches_of_exactly_the_size() {
         .database(&server)
         .with("KAFKA_GROUP_ID", "backlog")
         .with("DB_BATCH_SIZE", 100)
-        // Long enough that a busy machine cannot make a batch small by reading slowly.
+        // Long enough that slow reading on a busy machine makes no batch small.
         .with("DB_BATCH_SECONDS", 4);
     let consumer = Agent::start(&["consume"], &variables);
     let mut client = connect(&server);
@@ -366,7 +366,7 @@ fn a_second_group_is_a_second_independent_copy() {
     consumers.into_iter().for_each(Agent::stop);
 }
 
-/// Warnings that name what is waited for; not a flood of them.
+/// There are warnings that name what is waited for, but only a few.
 fn assert_says_what_it_waits_for(agent: &Agent, address: &str) {
     let warnings = || {
         let text = agent.stderr();
@@ -457,7 +457,7 @@ fn a_missing_topic_is_waited_for_and_reported() {
     kafka.create_topic("to-come", 2);
     let mut client = connect(&server);
     wait_for(
-        // Both look for the topic again every thirty seconds at the latest.
+        // Both look for the topic again at least every thirty seconds.
         Duration::from_secs(60),
         "rows come",
         || (crate::table::stored(&mut client) > 0).then_some(()),

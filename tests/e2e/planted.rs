@@ -1,5 +1,4 @@
-//! Where others may create in a schema of the search path, nothing of ours is taken from there: neither by what we make,
-//! nor by what we ask.
+//! If other users can create objects in a schema of the search path, neither our objects nor our queries use any of them.
 
 use std::time::Duration;
 
@@ -16,9 +15,9 @@ use crate::database::Database;
 use crate::state::{batch as batch_of_samples, state_store};
 use crate::store::{P0, at_day, ok, reject, row, start_at};
 
-/// Fills the schema `planted`, first in everybody's search path, with look-alikes of everything in `pg_catalog`: whoever
-/// uses one of them fails. Functions (for aggregates and window functions too) and operators with the same arguments and with
-/// such as fit better than polymorphic ones or literals do, types, and tables.
+/// Fills the schema `planted`, the first one in every search path, with look-alikes of everything in `pg_catalog`. Any use of
+/// one fails. There are functions (also for aggregates and window functions) and operators, with the same arguments and with
+/// arguments that fit better than polymorphic ones or literals, and types and tables.
 const PLANT: &str = r#"
 CREATE SCHEMA planted;
 SET search_path = pg_catalog;
@@ -79,7 +78,7 @@ END
 $$;
 "#;
 
-/// What of ours uses a planted object.
+/// Our objects that use a planted one.
 const BOUND: &str = "SELECT pg_describe_object(classid, objid, objsubid) || ' uses ' || \
         pg_describe_object(refclassid, refobjid, refobjsubid) \
     FROM pg_depend d CROSS JOIN LATERAL pg_identify_object(refclassid, refobjid, refobjsubid) used \
@@ -95,7 +94,7 @@ fn planted_database() -> Database {
         "CREATE SCHEMA postgres; ALTER DATABASE {} SET search_path = \"$user\", planted, pg_catalog, public",
         db.name
     ));
-    // They do what they are there for.
+    // The planted objects work: using them fails.
     let mut victim = Database::again(&db.name);
     for sql in [
         "SELECT array_agg(relname) FROM pg_catalog.pg_class",
@@ -122,7 +121,7 @@ fn nothing_that_others_planted_is_bound_or_called() {
         1
     );
 
-    // Rows of all days, refused ones, a day that is made later, and positions that are read again on a new connection.
+    // Rows of several days, refused rows, a day that is created later, and positions that are read again on a new connection.
     let today = days::today();
     let mut store = Store::new(&config).unwrap();
     let layout = store.open().unwrap();
@@ -147,7 +146,7 @@ fn nothing_that_others_planted_is_bound_or_called() {
     start_at(&mut store, &[(P0, 6)]);
     flush(&mut store, 6);
 
-    // The state is written, and written again.
+    // The state is written twice.
     let mut state = state_store(&db, "host_metrics", StateConfig::default());
     state.open().unwrap();
     let tomorrow = |address: &str| Sample {

@@ -1,11 +1,11 @@
-//! Records that cannot be stored, through the whole of `consume`: exactly they land in the rejected table, as they came and
-//! with the reason; what came with them is stored, in the same transaction.
+//! Records that cannot be stored, with the whole of `consume`: only they are in the rejected table, unchanged and with the reason.
+//! The other records of their batch are stored in the same transaction.
 
 use crate::agent::Agent;
 use crate::case::{Case, SOON, value, wait_for_count};
 use crate::scratch::wait_for;
 
-/// A table of a user with rules of its own, of every kind that Postgres has.
+/// A user's table with constraints of every kind that Postgres has.
 const STRICT_TABLE: &str = "
     CREATE TABLE agents (name text PRIMARY KEY);
     INSERT INTO agents VALUES ('known');
@@ -25,7 +25,7 @@ const STRICT_TABLE: &str = "
     END $$;
     CREATE TRIGGER no_telnet BEFORE INSERT ON host_metrics FOR EACH ROW EXECUTE FUNCTION no_telnet()";
 
-/// A record that is no good, and words of the reason.
+/// An invalid record, and a part of the reason.
 fn poison() -> Vec<(Option<Vec<u8>>, &'static str)> {
     let text = |text: &str| Some(text.as_bytes().to_vec());
     let with = |field: &str| {
@@ -84,7 +84,7 @@ fn poison() -> Vec<(Option<Vec<u8>>, &'static str)> {
             "byte-order mark",
         ),
         (text(r#"{"address":"a","is_valid":true} {}"#), "trailing"),
-        // From here on the table's own rules.
+        // From here on, the table's constraints refuse the row.
         (with(r#""status_code":418"#), "SQLSTATE 23514"),
         (text(r#"{"address":"a","is_valid":true}"#), "SQLSTATE 23502"),
         (
@@ -113,7 +113,7 @@ fn exactly_the_bad_records_are_rejected_as_they_came_and_the_good_ones_of_their_
     let mut next_good = || (0, Some(b"good".to_vec()), Some(value(good.next().unwrap())));
     for (number, (bytes, _)) in poison.iter().enumerate() {
         records.push(next_good());
-        // With and without a key, now and then two in a row.
+        // With and without a key, sometimes two in a row.
         let key = (number % 3 > 0).then(|| vec![0xff, number as u8]);
         records.push((0, key, bytes.clone()));
         if number % 5 > 0 {
@@ -152,7 +152,7 @@ fn exactly_the_bad_records_are_rejected_as_they_came_and_the_good_ones_of_their_
     let bad = (0..)
         .zip(&records)
         .filter(|(_, (_, key, _))| key.as_deref() != Some(b"good"));
-    // The large one is good.
+    // The large record is valid.
     let bad = bad.take(poison.len());
     for ((row, (offset, (_, key, value))), (_, words)) in rejected.iter().zip(bad).zip(&poison) {
         let reason: String = row.get(3);

@@ -1,4 +1,4 @@
-//! `consume` and its companions through PgBouncer, in each of its modes.
+//! `consume` and the other commands through PgBouncer, in each of its modes.
 
 use std::fs;
 use std::process::Command;
@@ -31,7 +31,7 @@ impl Pooler {
         fs::write(&settings, text).unwrap();
         let log = directory.join("log");
         let mut command = Command::new("pgbouncer");
-        // It refuses to run as root.
+        // PgBouncer refuses to run as root.
         if rustix::process::geteuid().is_root() {
             command.args(["-u", "nobody"]);
         }

@@ -1,4 +1,4 @@
-//! Where reading starts, and what happens where Kafka no longer, or not yet, holds what the table's position says.
+//! Where reading starts, and what happens if Kafka has no record at the table's position any more, or not yet.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::scratch::{now, wait_for};
 
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
-/// Addresses of the table's rows, in order of their records.
+/// The addresses of the table's rows, in the order of their records.
 fn stored(case: &mut Case) -> Vec<String> {
     case.db
         .many("SELECT address FROM host_metrics ORDER BY kafka_partition, kafka_offset, scheduled_at")
@@ -33,7 +33,7 @@ fn the_tables_position_counts_then_the_groups_commit_then_the_earliest_record() 
             i64::from(partition) * 10..i64::from(partition + 1) * 10,
         );
     }
-    // Kafka says 4 for the first two, the table says 7 for the first.
+    // Kafka has the offset 4 for the first two partitions, the table has 7 for the first one.
     let group: BaseConsumer = case.kafka.client().set("group.id", case.name).create().unwrap();
     let mut commits = TopicPartitionList::new();
     for partition in [0, 1] {
@@ -99,7 +99,7 @@ fn a_stop_writes_and_commits_at_once_what_was_read() {
         },
         || consumer.stderr(),
     );
-    // What it has read by now is its own business: it must be written, all else must not be committed.
+    // Records that it has read must be written. Nothing else may be committed.
     Shutdown::new().wait_until(now() + Duration::from_secs(1));
     consumer.stop();
     let written = case.db.count("host_metrics");
@@ -122,7 +122,7 @@ fn records_that_kafka_deleted_unread_are_reported_and_reading_continues_at_the_f
     consumer.stop();
     case.write(0, 20..60);
     case.kafka.delete_records(case.name, 0, 40);
-    // Of the other one everything is gone: nothing to read until something comes.
+    // The other partition is empty until new records come.
     case.write(1, 110..120);
     case.kafka.delete_records(case.name, 1, 20);
     let consumer = case.consume();
@@ -216,7 +216,7 @@ fn kafkas_committed_offset_is_never_above_the_tables_position() {
         },
         || consumer.stderr(),
     );
-    // One flush in three fails, some of them in COMMIT.
+    // One flush in three fails, some during COMMIT.
     case.db.execute(
         "CREATE SEQUENCE s; CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS \
          'BEGIN IF nextval(''s'') % 3 = 0 THEN RAISE EXCEPTION ''injected'' USING ERRCODE = ''40001''; END IF; \
@@ -228,7 +228,7 @@ fn kafkas_committed_offset_is_never_above_the_tables_position() {
     let mut commits = 0;
     while now() < until {
         let committed = case.kafka.committed(case.name, case.name);
-        // Asked later, so it may be higher.
+        // This is read later, so it may be higher.
         let rows = case
             .db
             .client
@@ -295,7 +295,7 @@ fn every_compression_is_read_and_so_are_transactions_that_were_committed_and_no_
     let consumer = Agent::start(&["consume"], &variables);
     case.wait_for_rows(140, &[&consumer]);
     consumer.stop();
-    // A restart in front of nothing but markers and aborted records is quiet, and what comes behind them is read.
+    // After a restart before markers and aborted records only, nothing is reported, and the records after them are read.
     let consumer = Agent::start(&["consume"], &variables);
     case.write(0, next..next + 1);
     case.wait_for_rows(141, &[&consumer]);

@@ -1,4 +1,4 @@
-//! Consumers that come and go, sleep and wake up, while records stream; partitions and topics that come later.
+//! Consumers that join, leave, freeze and wake up during a stream of records, and partitions and topics that are added later.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use crate::kafka::Kafka;
 use crate::scratch::wait_for;
 use crate::table;
 
-/// A member that says nothing is given up by the group after 15 s, and its transaction after 5 s more.
+/// The group gives up a silent member after 15 s, and the next consumer ends its transaction after 5 s more.
 const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(40);
 
-/// Two looks at the group, 15 s apart, the first of them up to 15 s later; then a rebalance.
+/// Two looks at the group 15 s apart, the first one up to 15 s later, and then a rebalance.
 const NOTICED_WITHIN: Duration = Duration::from_secs(60);
 
 fn wait_for_share(consumer: &Agent, topic: &str) {
@@ -32,8 +32,8 @@ fn consumers_that_come_and_go_under_load_store_every_record_once() {
         .with("DB_BATCH_SIZE", 20);
     let mut consumers: Vec<Agent> = Vec::new();
     let mut rows = 0;
-    // Up to four at once, each coming or going while records are written and others are read: it goes on once something is
-    // stored, not when a rebalance is over.
+    // Up to four consumers. Each joins or leaves while records are written and read. The next step begins when more is stored, not
+    // when the rebalance is over.
     for comes in [true, true, true, false, true, false, false, true, true, false] {
         match comes {
             true => consumers.push(Agent::start(&["consume"], &variables)),
@@ -57,7 +57,7 @@ fn consumers_that_come_and_go_under_load_store_every_record_once() {
     assert_eq!(case.kafka.committed("come-and-go", "come-and-go"), positions);
 }
 
-/// Waits for at least so many rows, and says how many there are.
+/// Waits for at least that many rows, and returns their number.
 fn wait_for_more(case: &mut Case, rows: i64, consumers: &[Agent]) -> i64 {
     let db = &mut case.db;
     wait_for(
@@ -72,7 +72,7 @@ fn wait_for_more(case: &mut Case, rows: i64, consumers: &[Agent]) -> i64 {
     )
 }
 
-/// How many partitions a consumer has, by its own log.
+/// The number of a consumer's partitions, from its log.
 fn assigned(consumer: &Agent, topic: &str) -> i32 {
     let names = |line: &str| line.matches(&format!(" {topic}/")).count() as i32;
     let said = consumer.stderr();
@@ -115,7 +115,7 @@ fn a_static_member_that_comes_back_soon_moves_no_partitions() {
     let said = stays.stderr();
     let mut rows = 0;
     for round in 0..2 {
-        // Once as a crash, once in order.
+        // Once by a crash, once by a clean stop.
         match round {
             0 => comes_back.kill(),
             _ => comes_back.stop(),
@@ -141,7 +141,7 @@ fn a_consumer_that_is_frozen_during_a_flush_blocks_no_other_and_stores_nothing_t
     let sleeper = Agent::start(&["consume"], &variables);
     case.write(0, 0..10);
     case.wait_for_rows(10, &[&sleeper]);
-    // Its flush waits for the position, and when it has that, for rows that do not come.
+    // Its flush waits for the lock on the position, and then for rows that do not come.
     case.db
         .execute("BEGIN; SELECT FROM host_metrics_offsets FOR UPDATE");
     case.write(0, 10..20);
@@ -208,7 +208,7 @@ fn a_flush_whose_position_another_consumer_moved_is_not_stored_and_reading_conti
     let consumer = case.consume();
     case.write(0, 0..10);
     case.wait_for_rows(10, &[&consumer]);
-    // Somebody else stores the next five, and has not committed yet.
+    // Another transaction stores the next five records and has not committed yet.
     case.db.execute(
         "BEGIN; UPDATE host_metrics_offsets SET next_offset = 15; \
          INSERT INTO host_metrics (address, is_valid, kafka_topic, kafka_partition, kafka_offset) \
@@ -263,8 +263,8 @@ fn partitions_that_a_rebalance_left_without_an_owner_are_noticed_and_read() {
             i64::from(partition) * 10..i64::from(partition + 1) * 10,
         );
     }
-    // A member that has everything, is asked for half of it, and dies before it has answered: the broker gives the half that
-    // it keeps to whoever comes back under its name, and the other half to nobody until the next rebalance.
+    // A member has all partitions, is asked to give back half of them, and dies before it answers. The broker gives the half that it
+    // keeps to the member that comes back under its name, and the other half to no member until the next rebalance.
     let dying: BaseConsumer = case
         .kafka
         .client()
@@ -317,7 +317,7 @@ fn partitions_that_a_rebalance_left_without_an_owner_are_noticed_and_read() {
     stays.stop();
     comes_back.stop();
     case.assert_exactly_once(&["orphans"]);
-    // Without a goodbye, which would wait for the revocation that nobody answers.
+    // It does not leave the group, because that would wait for the revocation, which it does not answer.
     std::mem::forget(dying);
 }
 
@@ -339,7 +339,7 @@ fn several_topics_are_read_together_and_a_later_one_delays_none() {
     case.kafka.create_topic("several-late", 2);
     write(case.kafka, "several-late", 1, 0..10);
     write(case.kafka, "several", 0, 10..20);
-    // Topics are looked for every 30 s.
+    // The consumer looks for topics every 30 s.
     wait_for_count_within(2 * SOON, &mut case.db, "host_metrics", 40, &[&consumer]);
     consumer.stop();
     case.assert_exactly_once(&["several", "several-more", "several-late"]);
@@ -358,12 +358,12 @@ fn added_partitions_are_read_from_their_first_record() {
     settings.topics = vec!["growing".into()];
     settings.group_id = "growing".into();
     settings.batch_wait = Duration::from_millis(100);
-    // Half a minute otherwise.
+    // The default is half a minute.
     let consumer = InProcess::start(settings, &[("topic.metadata.refresh.interval.ms", "1000")]);
     case.write(0, 0..10);
     case.wait_for_rows(10, &[]);
     kafka.add_partitions("growing", 3);
-    // Written before anybody reads there.
+    // The records are written before a consumer reads there.
     case.write(1, 10..20);
     case.write(2, 20..30);
     case.wait_for_rows(30, &[]);

@@ -1,7 +1,7 @@
-//! What the tests leave on the machine while they run: one directory, and child processes; none outlives the run.
+//! One directory and the child processes of the tests. None of them remains after the test run.
 //!
-//! A guard shell reads a pipe whose only other end is this process's. However this process ends, the pipe does, and the
-//! guard kills the children that are registered by then (a file per process id) and removes the directory.
+//! A shell reads from a pipe that only this process holds open. However this process ends, the pipe is closed. The shell then
+//! kills the registered child processes (a file for each process ID) and removes the directory.
 
 use std::fs;
 use std::io;
@@ -20,7 +20,7 @@ rm -rf -- "$1" || { sleep 1; rm -rf -- "$1"; }
 
 struct Scratch {
     directory: PathBuf,
-    // With its standard input: the pipe.
+    // Its standard input is the pipe.
     _guard: Child,
 }
 
@@ -36,7 +36,7 @@ fn scratch() -> &'static Scratch {
         let guard = Command::new("/bin/sh")
             .args(["-c", GUARD, "host-metrics-e2e-guard"])
             .arg(&directory)
-            // Ctrl-C in a terminal is for the tests, not for the one who cleans up after them.
+            // Ctrl-C in a terminal must end the tests, and not the shell that cleans up.
             .process_group(0)
             .stdin(Stdio::piped())
             .spawn()
@@ -58,7 +58,7 @@ pub fn directory(name: &str) -> PathBuf {
     path
 }
 
-/// A child process, killed when dropped or when this process ends in whatever way.
+/// A child process. It is killed when this is dropped, and whenever this process ends.
 pub struct Process {
     child: Child,
     registered: PathBuf,
@@ -81,7 +81,7 @@ impl Process {
 
     /// Sends a signal by its name without SIG, e.g. `TERM`.
     pub fn signal(&self, name: &str) {
-        // Not waited for yet, so its number is still its own.
+        // It has not been waited for, so no other process can have its ID.
         let status = Command::new("kill")
             .arg(format!("-{name}"))
             .arg(self.id().to_string())
@@ -90,7 +90,7 @@ impl Process {
         assert!(status.success(), "kill -{name} of {}", self.id());
     }
 
-    /// The memory that it has at this moment.
+    /// Its memory at this moment.
     pub fn resident_bytes(&self) -> u64 {
         let id = self.child.id();
         let kib = match fs::read_to_string(format!("/proc/{id}/status")) {
@@ -117,7 +117,7 @@ impl Process {
         kib.parse::<u64>().unwrap() * 1024
     }
 
-    /// The most memory that it ever had, of what is in memory.
+    /// Its largest resident memory so far.
     pub fn peak_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
         let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -129,7 +129,7 @@ impl Process {
         self.child.try_wait().unwrap()
     }
 
-    /// kill -9, and the end of it seen.
+    /// Kills it with SIGKILL and waits for its end.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -144,7 +144,7 @@ impl Drop for Process {
     }
 }
 
-/// The file's text, empty where there is none yet.
+/// The text of the file; empty if it does not exist yet.
 pub fn text(path: &std::path::Path) -> String {
     match fs::read(path) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
@@ -153,7 +153,7 @@ pub fn text(path: &std::path::Path) -> String {
     }
 }
 
-/// Waits until `look` finds something, and returns that; fails after `within`, with what `explain` says.
+/// Waits until `look` returns something, and returns that. Fails after `within` with the text of `explain`.
 pub fn wait_for<T>(
     within: Duration,
     what: &str,

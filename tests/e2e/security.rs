@@ -1,5 +1,5 @@
-//! Kafka behind TLS and SASL: each way in that is offered works, and each that is barred says in one line what is wrong
-//! and which variable to look at.
+//! Kafka with TLS and SASL: each protocol that the broker offers works, and each refusal is logged in one line with the reason and
+//! the variable to check.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -22,10 +22,10 @@ const PASSWORD: &str = "hunter2-never-shown";
 const WRONG_PASSWORD: &str = "hunter3-never-shown";
 const TOPIC: &str = "secured";
 
-/// A trouble is said after three seconds, and its cause may be found a look later; here some forty processes start at once.
+/// A refusal is logged after three seconds, and its cause may be found later. Here about forty processes start at once.
 const SAID_WITHIN: Duration = SOON;
 
-/// The broker of this file, with a listener for each way in, and the certificates for it.
+/// The broker of these tests, with a listener for each protocol, and the certificates.
 struct Secured {
     kafka: Kafka,
     directory: PathBuf,
@@ -230,7 +230,7 @@ fn records_pass_with_every_protocol_that_the_broker_offers() {
             assert!(!agent.stderr().contains(PASSWORD), "{}", agent.stderr());
             agent.stop();
         }
-        // `skip` speaks to the broker without librdkafka.
+        // `skip` connects to the broker without librdkafka.
         db.execute("UPDATE host_metrics_offsets SET next_offset = 0");
         let (status, said) = run(
             &["skip", &format!("{way}/0")],
@@ -241,7 +241,7 @@ fn records_pass_with_every_protocol_that_the_broker_offers() {
     }
 }
 
-/// What an operator sees at the usual level, without what is merely told.
+/// The warnings and errors that an operator sees at the usual log level.
 fn troubles(agent: &Agent) -> Vec<String> {
     let is_trouble =
         |line: &&str| line.contains("[WARN]") || line.contains("[ERROR]") || line.starts_with("error: ");
@@ -373,7 +373,7 @@ fn each_refusal_is_reported_in_one_line_with_the_variable_to_check() {
         .collect();
     let (initialisers, agents): (Vec<_>, Vec<_>) =
         started.into_iter().partition(|(agent, _)| agent.name() == "init");
-    // `produce` takes its time to stop, with a record in hand that Kafka never takes: no need to wait for one after the other.
+    // `produce` needs seconds to stop with an unacknowledged record, so all of them stop at the same time.
     for (agent, words) in &agents {
         says_once(agent, words);
         agent.signal("TERM");
@@ -394,7 +394,7 @@ fn each_refusal_is_reported_in_one_line_with_the_variable_to_check() {
     }
 }
 
-/// All the words in one line, and no other line that names a cause; nowhere a secret.
+/// Verifies that one line has all the words, that no other line names a cause, and that no line shows a secret.
 fn says_once(agent: &Agent, words: &[&str]) {
     wait_for(
         SAID_WITHIN,
@@ -405,7 +405,7 @@ fn says_once(agent: &Agent, words: &[&str]) {
         },
         || tail(&agent.stderr()),
     );
-    // On a slow machine there may be one before the broker has answered at all.
+    // On a slow machine, a line without a cause may come before the broker has answered.
     let troubles = troubles(agent);
     let with_cause = troubles.iter().filter(|line| names_a_cause(line)).count();
     assert!(with_cause == 1 && troubles.len() <= 2, "{troubles:#?}");

@@ -1,4 +1,4 @@
-//! Scripted web sites on loopback: a path says what happens, and every request is counted.
+//! Scripted web sites on loopback. The path decides what happens, and every request is counted.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -11,31 +11,31 @@ use host_metrics::shutdown::Shutdown;
 
 use crate::scratch::now;
 
-/// What a path does and what a record about it says.
+/// What a path does, and what its record contains.
 #[derive(Clone, Copy, Debug)]
 pub struct Page {
     pub path: &'static str,
-    /// What follows the address in the host file.
+    /// The rest of the line in the host file, after the address.
     pub options: &'static str,
     script: Script,
     pub outcome: &'static str,
     pub status_code: Option<i64>,
     pub regex_matched: Option<bool>,
     pub redirects: Option<i64>,
-    /// Seconds that pass before the headers come.
+    /// The seconds before the headers come.
     pub at_least_seconds: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Script {
-    /// Status line and further headers, body.
+    /// The status line with more headers, and the body.
     Respond(&'static str, &'static str),
     RespondAfter(Duration, &'static str, &'static str),
-    /// Headers that promise more than comes.
+    /// Headers that announce more than is sent.
     CutBody,
-    /// The connection closed without a byte.
+    /// Closes the connection without sending a byte.
     Nothing,
-    /// Never an answer.
+    /// Never answers.
     Silence,
 }
 
@@ -61,7 +61,7 @@ const fn answered(mut page: Page, status_code: i64, regex_matched: Option<bool>,
     page
 }
 
-/// A dozen sites; all answer within their time but the silent one.
+/// A dozen pages. All but the silent one answer in time.
 pub const PAGES: [Page; 12] = [
     answered(page("/ok", "", Respond("200 OK", "fine"), "ok"), 200, None, 0),
     answered(
@@ -162,7 +162,7 @@ impl Site {
         thread::spawn(move || {
             for stream in listener.incoming() {
                 let (stream, requests) = (stream.unwrap(), Arc::clone(&requests));
-                // A client that gave up is a part of the script.
+                // The client may give up, as intended.
                 thread::spawn(move || serve(stream, &requests).ok());
             }
         });
@@ -173,7 +173,7 @@ impl Site {
         format!("http://{}{}", self.address, page.path)
     }
 
-    /// How often the path was asked for.
+    /// How often the path was requested.
     pub fn requests(&self, path: &str) -> u64 {
         self.requests
             .lock()
@@ -212,7 +212,7 @@ fn serve(mut stream: TcpStream, requests: &Mutex<BTreeMap<String, u64>>) -> io::
     let (status, body) = match page.script {
         Respond(status, body) => (status, body),
         RespondAfter(delay, status, body) => {
-            // A handle that nobody else has: a pause.
+            // No other thread uses this handle, so the wait is a pause.
             Shutdown::new().wait_until(now() + delay);
             (status, body)
         }

@@ -1,4 +1,4 @@
-//! The table as a test looks at it, and how it is compared with the topic.
+//! The rows of the table, and their comparison with the topic.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::agent::Agent;
 use crate::kafka::{Kafka, Record};
 use crate::scratch::wait_for;
 
-/// Every column that comes from a field of the record, and the type in which the field's text is to equal it.
+/// Every column that stores a field of the record, and the type to which the field's text is cast for the comparison.
 const COLUMNS: [(&str, &str); 20] = [
     ("address", "text"),
     ("latency", "double precision"),
@@ -55,7 +55,7 @@ pub fn count(client: &mut Client, sql: &str) -> i64 {
         .get(0)
 }
 
-/// Waits until rows and rejected records are `expected` in number; more than that fails at once.
+/// Waits until there are `expected` rows and rejected records, and fails immediately if there are more.
 pub fn wait_for_stored(client: &mut Client, expected: usize, within: Duration, consumer: &Agent) {
     let expected = i64::try_from(expected).unwrap();
     wait_for(
@@ -70,7 +70,7 @@ pub fn wait_for_stored(client: &mut Client, expected: usize, within: Duration, c
     );
 }
 
-/// Rows and rejected records; none while there are no tables.
+/// The number of rows and rejected records; 0 if there are no tables.
 pub fn stored(client: &mut Client) -> i64 {
     if count(
         client,
@@ -85,7 +85,7 @@ pub fn stored(client: &mut Client) -> i64 {
     )
 }
 
-/// Every row equals its record, field by field, and there is a row for every record and a record for every row.
+/// Verifies that every row equals its record in all fields, and that every record has a row and every row a record.
 pub fn assert_equals_topic(client: &mut Client, records: &[Record], topic: &str) {
     client
         .batch_execute(
@@ -151,7 +151,7 @@ pub fn assert_equals_topic(client: &mut Client, records: &[Record], topic: &str)
     client.batch_execute("DROP TABLE topic").unwrap();
 }
 
-/// Kafka's committed offsets are the table's positions, and both are the partitions' ends.
+/// Verifies that Kafka's committed offsets and the table's positions are the ends of the partitions.
 pub fn assert_positions(client: &mut Client, kafka: &Kafka, topic: &str, group: &str, records: &[Record]) {
     let rows = client
         .query(

@@ -1,5 +1,5 @@
-//! Batches that a hostile writer can make of a few kilobytes: such as expand beyond what Kafka's client takes, and such as it
-//! expands to whatever size.
+//! Batches of a few kilobytes from a hostile writer: one that expands beyond the limit of Kafka's client, and one that the client
+//! expands to any size.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::agent::{Agent, Variables, run};
 use crate::case::{Case, SOON, wait_for_count_within};
 use crate::scratch::wait_for;
 
-/// Beyond librdkafka's `receive.message.max.bytes`, 100 MB.
+/// More than librdkafka's `receive.message.max.bytes`, 100 MB.
 const BEYOND_THE_CLIENT: usize = 105_000_000;
 
 fn serving(case: &Case) -> Variables {
@@ -45,7 +45,7 @@ fn a_batch_that_kafkas_client_refuses_is_reported_and_skipped_on_command() {
     let said = health_becomes(&variables, 1, what, &consumer);
     assert!(said.contains("`host-metrics skip refused/0:10`"), "{said}");
     consumer.wait_for_stderr(what, SOON);
-    // Its place is looked up again and again, and nothing changes by itself.
+    // The position is read repeatedly, and nothing changes by itself.
     let tries = || consumer.said("reading refused/0 from offset 10");
     wait_for(
         SOON,
@@ -79,7 +79,7 @@ fn a_batch_that_kafkas_client_refuses_is_reported_and_skipped_on_command() {
     }
     assert_eq!(case.db.count("host_metrics_rejected"), 0);
 
-    // Any offset of the batch names it.
+    // Any offset of the batch identifies it.
     let (status, said) = skip("refused/0:11");
     assert_eq!(status, 0, "{said}");
     assert!(said.contains("The position of refused/0 is now 13"), "{said}");
@@ -131,10 +131,10 @@ fn a_batch_is_skipped_without_a_consumer_and_without_reading_it() {
 
 #[test]
 fn a_batch_that_expands_hugely_is_in_memory_once_and_kept_as_a_prefix_its_length_and_a_hash() {
-    // So that a container of 256 MB can read a batch of 200 MB.
+    // A container with 256 MB can then read a batch of 200 MB.
     const BESIDE_THE_BATCH: u64 = 66 << 20;
     let huge = vec![b'x'; 200_000_000];
-    // The longest that are read.
+    // The longest key and value that are stored.
     let long = vec![b'x'; 1 << 20];
     for (name, compression, values, kept) in [
         ("huge-gzip", "gzip", vec![huge.as_slice()], 65_536),
@@ -145,7 +145,7 @@ fn a_batch_that_expands_hugely_is_in_memory_once_and_kept_as_a_prefix_its_length
         case.kafka.write_batch(name, compression, &values);
         case.write(0, 0..10);
         let consumer = case.consume();
-        // 190 MiB into Postgres take a while on a busy machine.
+        // Writing 190 MiB to Postgres takes a while on a busy machine.
         let within = Duration::from_secs(180);
         wait_for_count_within(within, &mut case.db, "host_metrics", 10, &[&consumer]);
         assert_eq!(case.db.count("host_metrics_rejected"), values.len() as i64);

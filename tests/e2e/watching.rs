@@ -1,4 +1,4 @@
-//! What an operator looks at, on real servers: health and readiness through an outage of each, and `status`.
+//! What an operator sees, with real servers: health and readiness during an outage of each, and `status`.
 
 use std::fs;
 use std::time::Duration;
@@ -45,7 +45,7 @@ fn health_and_status_report_an_outage_of_either_server_and_its_end() {
     becomes(&of_produce, 0, "ready");
     becomes(&of_consume, 0, "ready");
 
-    // Both agents at work, the table is behind by what is on the way at most.
+    // Both agents work. The table is behind by at most the records in flight.
     wait_for(
         SOON,
         "rows",
@@ -80,7 +80,7 @@ fn health_and_status_report_an_outage_of_either_server_and_its_end() {
     becomes(&of_produce, 0, "ready");
     becomes(&of_consume, 0, "ready");
 
-    // Everything that was produced is stored: there is no lag left, whatever the outages were.
+    // Every record is stored, and there is no lag left after the outages.
     producer.stop();
     let none = || (status(&servers).1["pipeline"]["lag_records"] == json!(0)).then_some(());
     wait_for(SOON, "no lag", none, || consumer.stderr());
@@ -90,7 +90,7 @@ fn health_and_status_report_an_outage_of_either_server_and_its_end() {
 fn status(variables: &Variables) -> (i32, Value) {
     let mut command = Agent::start(&["status", "--json"], variables);
     let status = command.wait(SOON);
-    // Before the table is made there is no answer.
+    // There is no answer before the table exists.
     let document = serde_json::from_str(&command.stdout()).unwrap_or_default();
     (status.code().unwrap(), document)
 }

@@ -1,5 +1,4 @@
-//! Certificates and ways of TLS as OpenSSL makes them, judged as curl judges them: what is trusted, and what is said of
-//! the rest.
+//! Certificates and TLS settings made with OpenSSL. Those that curl trusts are trusted, and each refusal has its reason.
 
 use std::fs;
 use std::io::Write;
@@ -24,7 +23,7 @@ use crate::site::{self, Site};
 
 const DAY: i64 = 24 * 60 * 60;
 
-/// `config` of an extension in the syntax of OpenSSL's configuration files.
+/// An extension in the syntax of OpenSSL's configuration files.
 type Extension<'a> = (Nid, &'a str);
 
 const CA: Extension<'_> = (Nid::BASIC_CONSTRAINTS, "critical,CA:TRUE");
@@ -38,14 +37,14 @@ struct Certificate {
     key: PKey<Private>,
 }
 
-/// What is unusual about a certificate.
+/// How a certificate differs from the usual one.
 #[derive(Clone, Copy)]
 struct Kind<'a> {
     extensions: &'a [Extension<'a>],
     /// Its validity, in days from now.
     days: (i64, i64),
     digest: fn() -> MessageDigest,
-    /// 2 is version 3.
+    /// The number 2 means version 3.
     version: i32,
     /// An extension in DER: its object identifier and contents.
     raw: Option<(&'a str, &'a [u8])>,
@@ -70,7 +69,7 @@ fn day(days: i64) -> Asn1Time {
     Asn1Time::from_unix(now + days * DAY).unwrap()
 }
 
-/// Issued by `issuer`, or by itself.
+/// Issued by `issuer`, or self-signed.
 fn certificate(name: &str, key: PKey<Private>, issuer: Option<&Certificate>, kind: Kind<'_>) -> Certificate {
     let mut subject = X509NameBuilder::new().unwrap();
     subject.append_entry_by_nid(Nid::COMMONNAME, name).unwrap();
@@ -121,7 +120,7 @@ fn rsa(bits: u32) -> PKey<Private> {
     PKey::from_rsa(Rsa::generate(bits).unwrap()).unwrap()
 }
 
-/// An RSA key that may sign by RSASSA-PSS only: another algorithm, without parameters, before the same numbers.
+/// An RSA key that may sign only with RSASSA-PSS: the same numbers after another algorithm without parameters.
 fn rsa_pss() -> PKey<Private> {
     let der = rsa(2_048).private_key_to_pkcs8().unwrap();
     let (algorithm, numbers) = der.split_at(22);
@@ -136,7 +135,7 @@ fn root() -> Certificate {
     certificate("root", p256(), None, AUTHORITY)
 }
 
-/// A site of OpenSSL's that shows the first of `chain` as its own certificate.
+/// A site with OpenSSL that presents the first of `chain` as its certificate.
 fn site(chain: &[&Certificate], change: impl FnOnce(&mut SslAcceptorBuilder)) -> Site {
     let mut builder = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server()).unwrap();
     builder.set_security_level(0);
@@ -148,7 +147,7 @@ fn site(chain: &[&Certificate], change: impl FnOnce(&mut SslAcceptorBuilder)) ->
     change(&mut builder);
     let acceptor = builder.build();
     Site::start(move |stream, _| {
-        // A client that refuses ends the handshake.
+        // The handshake fails if the client refuses the certificate.
         if let Ok(mut tls) = acceptor.accept(stream) {
             if !site::read_head(&mut tls).is_empty() {
                 let _ = tls.write_all(&site::ok("hello"));
@@ -158,7 +157,7 @@ fn site(chain: &[&Certificate], change: impl FnOnce(&mut SslAcceptorBuilder)) ->
     })
 }
 
-/// A checker that trusts these and no others but the machine's own.
+/// A checker that trusts these in addition to the machine's authorities.
 fn trusting(anchors: &[&Certificate]) -> Checker {
     let file = tempfile::NamedTempFile::new().unwrap();
     let pems: Vec<u8> = anchors
@@ -233,7 +232,7 @@ fn every_key_and_signature_that_curl_takes_is_taken() {
     ];
     for (what, leaf) in &leaves {
         let versions: [fn(&mut SslAcceptorBuilder); 2] = [no_change, tls_1_2];
-        // The others with TLS 1.2: `tls_that_we_do_not_support_is_reported_as_our_limit`.
+        // The others need TLS 1.2: see `tls_that_we_do_not_support_is_reported_as_our_limit`.
         let is_for_1_3_only = what.ends_with("only");
         let count = if is_for_1_3_only { 1 } else { 2 };
         for (version, change) in versions.into_iter().take(count).enumerate() {
@@ -623,7 +622,7 @@ fn a_ca_file_is_read_as_openssl_reads_it() {
         let base64 = openssl::base64::encode_block(&der);
         format!("-----BEGIN TRUSTED CERTIFICATE-----\n{base64}\n-----END TRUSTED CERTIFICATE-----\n")
     };
-    // A sequence of: a sequence of purposes trusted, then [0] of purposes refused.
+    // A sequence of two: a sequence of trusted purposes, and [0] with the refused purposes.
     let server_auth = b"\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x01";
     let client_auth = b"\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x02";
     let settings = |tag: u8, purpose: &[u8]| [&[0x30, 12, tag, 10][..], purpose].concat();
@@ -645,7 +644,7 @@ fn a_ca_file_is_read_as_openssl_reads_it() {
         let seen = seen_at(&server, "site.test", trusting_file(&file));
         assert_eq!(seen.outcome, Outcome::Ok, "{what}: {seen:?}");
     }
-    // Beside another, what is not trusted for servers is no error.
+    // A certificate that is not trusted for servers is no error if there is another one.
     for refused in [settings(0x30, client_auth), settings(0xa0, server_auth)] {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), trusted(&refused) + &other_pem).unwrap();

@@ -1,6 +1,6 @@
-//! A test in a process of its own, with limits, an environment or a network that the other tests must not have.
+//! Runs a test in a process of its own, with limits, an environment or a network that would disturb the other tests.
 //!
-//! The test calls [`run`] for itself and is done; called again in there, where [`is_it`] is true, it does its work.
+//! The test calls [`run`] with its own name and returns. In the new process, [`is_it`] is true and the test does its work.
 
 use std::process::Command;
 
@@ -25,14 +25,14 @@ pub fn run(test: &str, through: &mut Command) {
     );
 }
 
-/// A shell that does `first` and then becomes what is added to its arguments.
+/// A shell that runs `first` and then executes the arguments that the caller adds.
 pub fn shell(first: &str) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("set -e\n{first}\nexec \"$0\" \"$@\"")]);
     shell
 }
 
-/// Somebody whose threads can be limited, which root's cannot, and who still reads what root can read.
+/// Runs a command as a user whose threads can be limited, unlike root's, and who can still read what root can read.
 #[cfg(target_os = "linux")]
 pub fn limitable() -> Command {
     if !geteuid().is_root() {
@@ -48,7 +48,7 @@ pub fn limitable() -> Command {
     command
 }
 
-/// No new thread or process for this one's user, until it is dropped.
+/// Until it is dropped, this process's user can start no thread and no process.
 #[cfg(target_os = "linux")]
 pub struct NoThreads(Rlimit);
 

@@ -1,4 +1,4 @@
-//! The real binary, with an environment of its own: exit statuses, and the exact words on standard output and error.
+//! The real binary in an environment of its own: exit statuses, and the exact text on standard output and error.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -13,7 +13,7 @@ use host_metrics::sample;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_host-metrics");
 
-/// A working directory, and what runs in it without any variable that a test did not set.
+/// A working directory. Programs run in it with only the variables that the test sets.
 struct Place(tempfile::TempDir);
 
 struct Ran {
@@ -59,7 +59,7 @@ fn ran(output: Output) -> Ran {
 }
 
 impl Ran {
-    /// Refused: exit status 2, nothing on standard output, this on standard error.
+    /// Expects exit status 2, nothing on standard output, and this text on standard error.
     #[track_caller]
     fn is_wrong(&self, stderr: &str) {
         assert_eq!(
@@ -127,7 +127,7 @@ fn help_and_version_are_results() {
     ] {
         let version = place.run(args);
         let number = env!("CARGO_PKG_VERSION");
-        // What the build script found for the program it found for these tests.
+        // The build script set the same revision for the program and for these tests.
         let expected = match option_env!("HOST_METRICS_REVISION") {
             Some(revision) => format!("host-metrics {number} ({revision})\n"),
             None => format!("host-metrics {number}\n"),
@@ -281,7 +281,7 @@ fn a_flag_wins_over_the_environment_and_that_over_the_file() {
     assert_eq!(timeout(&[], None), "4s");
     assert_eq!(timeout(&[], Some("5s")), "5s");
     assert_eq!(timeout(&["-e", "CHECK_TIMEOUT=6s"], Some("5s")), "6s");
-    // Empty is a value too: the default.
+    // An empty variable is set, and means the default.
     assert_eq!(timeout(&[], Some("")), "10s");
     assert_eq!(timeout(&["-e", "CHECK_TIMEOUT="], Some("5s")), "10s");
     assert_eq!(
@@ -339,7 +339,7 @@ fn a_line_of_the_file_of_variables_that_cannot_be_understood_is_reported_with_it
     };
     place.run(&validate).is_wrong(&expected(".env", &lines));
 
-    // Not UTF-8, and Windows line ends.
+    // A line that is not UTF-8, and Windows line ends.
     place.write(
         ".env",
         b"\xef\xbb\xbfDB_PORT=1\r\nDB_PASSWORD=\xff\xfe\r\nLOG_LEVEL=x y\r\n",
@@ -378,7 +378,7 @@ fn another_programs_env_file_causes_no_error_unless_it_was_named() {
         .run(&["validate", "-c", "hosts", "--env-file", "named"])
         .is_wrong(&expected);
 
-    // What cannot be read at all may have been ours: that is said.
+    // A line that cannot be read may have been meant for us, so it is reported.
     fs::remove_file(place.path().join(".env")).unwrap();
     fs::create_dir(place.path().join(".env")).unwrap();
     let ran = place.run(&["validate", "-c", "hosts"]);
@@ -434,7 +434,7 @@ fn a_dollar_that_shortens_a_value_causes_a_warning_with_the_variable() {
     ] {
         assert_eq!(warned(&format!("{line}\n"), &[]), [""; 0], "{line}");
     }
-    // What a stronger source replaces may be as odd as it likes.
+    // A value that another source overrides may be invalid.
     assert_eq!(warned("DB_PASSWORD=$x\n", &["-e", "DB_PASSWORD=y"]), [""; 0]);
 }
 
@@ -566,7 +566,7 @@ fn a_closed_pipe_is_not_an_error_and_a_full_disk_is_one() {
         full.stderr,
         "error: cannot write to standard output: No space left on device (os error 28)\n"
     );
-    // Nobody left to tell, and still no panic.
+    // The error cannot be printed, and there is still no panic.
     let all_full = || File::options().write(true).open("/dev/full").unwrap();
     let status = place
         .command(&["--help"])
@@ -578,7 +578,7 @@ fn a_closed_pipe_is_not_an_error_and_a_full_disk_is_one() {
     assert_eq!(status.unwrap().code(), Some(2));
 }
 
-/// One answer to one request, and the address for it.
+/// A server that answers one request, and its address.
 fn site(answer: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}/", listener.local_addr().unwrap());
@@ -725,7 +725,7 @@ fn a_log_line_has_its_time_in_utc_and_its_level_and_goes_to_standard_error() {
     place.write("no-authorities", "");
     let check = |level: &str| {
         let mut command = place.command(&["check", &site("HTTP/1.1 204 No Content\r\n\r\n")]);
-        // The system's authorities are looked for here and not found: worth a warning.
+        // The system's authorities are searched for here and not found, which causes a warning.
         command
             .env("SSL_CERT_FILE", "no-authorities")
             .env("SSL_CERT_DIR", ".");
@@ -810,7 +810,7 @@ fn an_agent_whose_metrics_addr_is_in_use_does_not_start_except_with_once() {
         assert_eq!(ran.status, 1, "{}", ran.stderr);
         assert!(ran.stderr.starts_with(&expected), "{}", ran.stderr);
     }
-    // It runs beside an agent that has the address.
+    // It can run beside an agent that uses the address.
     let once = place.run(&[&produce[..], &["--once"]].concat());
     assert_eq!(once.status, 0, "{}", once.stderr);
 }
@@ -862,7 +862,7 @@ fn a_reload_during_the_first_read_of_the_host_file_does_not_end_the_program() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // It waits for somebody to write the file. Once it catches SIGHUP (bit 0 of the mask), it gets one.
+    // It waits until the pipe is written. As soon as it catches SIGHUP (bit 0 of the mask), it gets one.
     let status = format!("/proc/{}/status", produce.id());
     let catches_hangups = || {
         let status = fs::read_to_string(&status).unwrap();
@@ -891,7 +891,7 @@ fn a_reload_during_the_first_read_of_the_host_file_does_not_end_the_program() {
     assert!(reloaded);
 }
 
-/// A site that accepts connections and never answers, and `count` hosts of it.
+/// A site that accepts connections and never answers, and `count` host lines for it.
 #[cfg(target_os = "linux")]
 fn hanging_hosts(count: usize) -> (TcpListener, String) {
     let site = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -940,7 +940,7 @@ fn the_limit_of_open_files_is_raised_and_a_limit_that_is_too_low_is_reported() {
         .lines()
         .filter(|line| line.contains("[ERROR] agent_error"))
         .collect();
-    // What failed at once, and what came until the end.
+    // The immediate failure, and what the logs had until the end.
     assert!((1..=2).contains(&errors.len()), "{said}");
     let count = |line: &str| -> usize {
         let (_, rest) = line.split_once("count=").unwrap();

@@ -1,5 +1,5 @@
-//! The consumer against librdkafka's in-process broker: where reading starts, what a pause and a rebalance do, and the whole
-//! agent with a throw-away Postgres.
+//! The consumer with librdkafka's in-process broker: where reading starts, pauses, rebalances, and the whole agent with a
+//! temporary Postgres.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -16,11 +16,11 @@ use rdkafka::ClientConfig;
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer};
 
-/// The broker's own pace: it takes three seconds for a group's first assignment, and longer for a second member with
-/// librdkafka's defaults.
+/// The broker needs three seconds for the first assignment of a group, and longer for a second member with librdkafka's
+/// defaults.
 const PACE: &[(&str, &str)] = &[("session.timeout.ms", "6000"), ("heartbeat.interval.ms", "500")];
 
-/// No wait of these tests is longer: what has not happened by then has failed.
+/// The bound of every wait in these tests.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 const TOPIC: &str = "host-metrics";
@@ -38,25 +38,25 @@ fn reading_starts_exactly_at_the_given_offsets() {
     let source = join(&broker);
     assigned(&source, 2);
 
-    // Only what is told to be read is read.
+    // Only the given partitions are read.
     source.read(&[(P1, NextOffset(3))]).unwrap();
     assert_eq!(offsets(&source, 7), [3, 4, 5, 6, 7, 8, 9]);
     assert_silent(&source);
 
-    // Librdkafka has prefetched whatever comes behind the last start: none of that may come after the next one.
+    // librdkafka has prefetched records after the previous start. None of them may come after the new start.
     for (round, start) in [40, 490, 0, 77, 77, 250, 12].into_iter().enumerate() {
         source.read(&[(P0, NextOffset(start))]).unwrap();
         let expected: Vec<i64> = (start..500).take(7 + round).collect();
         assert_eq!(offsets(&source, expected.len()), expected, "round {round}");
     }
 
-    // A pause delivers nothing and loses nothing.
+    // During a pause no record comes, and none is lost.
     source.pause().unwrap();
     assert_silent(&source);
     source.read(&[(P0, NextOffset(100))]).unwrap();
     assert_eq!(offsets(&source, 400), (100..500).collect::<Vec<_>>());
 
-    // Where Kafka holds nothing, it says so and does not go elsewhere.
+    // If Kafka has no record at the offset, that is reported, and nothing else is read.
     source.read(&[(P0, NextOffset(700))]).unwrap();
     wait_for(|| match poll(&source) {
         (Some(offset), _) => panic!("offset {offset} is delivered instead"),
@@ -141,7 +141,7 @@ fn a_second_consumer_gets_its_share_and_gives_it_back() {
         .collect();
     second.read(&starts).unwrap();
     assert_eq!(offsets(&second, 6).len(), 6);
-    // What the first one kept is still being read, from where it stood.
+    // The first consumer continues with the partition that it kept.
     let kept = ours.first().unwrap().number;
     produce(&broker, kept, 5..6);
     assert_eq!(offsets(&first, 1), [5]);
@@ -195,21 +195,21 @@ fn every_record_becomes_a_row_or_a_rejected_record_over_restarts_of_both() {
     produce_more(500);
     let agent = Agent::start(&config);
     wait_for(|| (agent.counters.rows() > 500).then_some(()));
-    // A crash of the server while it is being written to.
+    // The server crashes during a write.
     postgres.restart_immediately().unwrap();
     produce_more(300);
     wait_for(|| (agent.counters.rows() + agent.counters.rejected() == 2_400).then_some(()));
     wait_for(|| agent.counters.lags().values().all(|lag| *lag == 0).then_some(()));
     agent.stop();
 
-    // Another process goes on where the first one was.
+    // A new process continues where the first one stopped.
     produce_more(100);
     let agent = Agent::start(&config);
     wait_for(|| (agent.counters.rows() + agent.counters.rejected() == 300).then_some(()));
     postgres.stop().unwrap();
     produce_more(50);
     wait_for(|| (agent.counters.failures() > 0).then_some(()));
-    // Without Postgres a stop is a stop all the same.
+    // A stop also succeeds without Postgres.
     agent.stop();
     postgres.start_again().unwrap();
     let agent = Agent::start(&config);
@@ -229,7 +229,7 @@ fn every_record_becomes_a_row_or_a_rejected_record_over_restarts_of_both() {
     assert_eq!(BTreeSet::from_iter(rows), expected_rows);
     assert_eq!(BTreeSet::from_iter(rejected), expected_rejected);
 
-    // The fields are the record's own, and the time that it lacks is Kafka's.
+    // The fields are the record's; the missing time is Kafka's timestamp.
     let row = client
         .query_one(
             "SELECT address, latency, status_code, is_valid, scheduled_at > now() - interval '1 hour'
@@ -265,7 +265,7 @@ fn an_outage_of_postgres_that_is_longer_than_kafkas_patience_costs_no_partition_
     produce(&broker, 0, 0..10);
     wait_for(|| (agent.counters.rows() == 10).then_some(()));
     postgres.stop().unwrap();
-    // Far more than both batches hold.
+    // Far more records than both batches hold.
     produce(&broker, 0, 10..2_000);
     produce(&broker, 1, 0..1_000);
     let stopped = now();
@@ -317,7 +317,7 @@ impl Agent {
         }
     }
 
-    /// Stops it cleanly, which it must do in time.
+    /// Stops it cleanly, within the bound.
     fn stop(self) {
         let requested = now();
         self.shutdown.request();
@@ -393,7 +393,7 @@ fn produce(broker: &Broker, partition: i32, offsets: std::ops::Range<i64>) {
     producer.flush(PATIENCE).unwrap();
 }
 
-/// A record as the original wrote it.
+/// A record in the original's format.
 fn original(partition: i32, offset: i64) -> Vec<u8> {
     format!(
         r#"{{"address": "https://example.com/{partition}/{offset}", "latency": 0.{offset:03}, "status_code": 200, "is_valid": true}}"#
@@ -401,7 +401,7 @@ fn original(partition: i32, offset: i64) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Polls until that many partitions are ours.
+/// Polls until that many partitions are assigned.
 fn assigned(source: &Source, count: usize) -> BTreeSet<Partition> {
     let mut ours = BTreeSet::new();
     wait_for(|| {
@@ -422,7 +422,7 @@ fn apply(ours: &mut BTreeSet<Partition>, events: Vec<Event>) {
     }
 }
 
-/// The offsets of the next records, in the order of delivery.
+/// The offsets of the next records, as delivered.
 fn offsets(source: &Source, count: usize) -> Vec<i64> {
     let mut offsets = Vec::new();
     wait_for(|| {
@@ -431,7 +431,7 @@ fn offsets(source: &Source, count: usize) -> Vec<i64> {
     })
 }
 
-/// Nothing comes for a while: long enough for what was under way.
+/// Verifies that no record comes, for longer than a fetch in progress takes.
 fn assert_silent(source: &Source) {
     let until = now() + Duration::from_millis(500);
     while now() < until {
@@ -455,7 +455,7 @@ fn client(server: &ThrowAwayPostgres) -> postgres::Client {
         .unwrap()
 }
 
-/// Tries until it gives something; every try waits by itself where it has to.
+/// Tries until there is a result. Each try waits by itself.
 #[track_caller]
 fn wait_for<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let deadline = now() + PATIENCE;

@@ -1,4 +1,4 @@
-//! The demo's parts: the throw-away Postgres, for real.
+//! The temporary Postgres of the demo.
 
 use std::net::TcpStream;
 

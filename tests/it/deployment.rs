@@ -1,4 +1,4 @@
-//! What the files of the deployments promise: `produce` is given nothing of the database, and may raise its limits.
+//! The files of the deployments: `produce` gets no settings of the database, and may raise its limits.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ fn file(path: &str) -> String {
     fs::read_to_string(root.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// How `init` and `consume` reach the database.
+/// The variables with which `init` and `consume` connect to the database.
 const CONNECTION: [&str; 6] = [
     "DB_HOST",
     "DB_PORT",

@@ -1,4 +1,4 @@
-//! The host file, through its public face: what a line means, and the exact words about everything that is wrong.
+//! The host file: what a line means, and the exact text of every error.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ fn error(text: impl AsRef<[u8]>) -> String {
     }
 }
 
-/// The first line of the only error.
+/// The first line of the error, which must be the only one.
 fn what(text: impl AsRef<[u8]>) -> String {
     let error = error(text);
     assert_eq!(error.lines().count(), 3, "not one error:\n{error}");
@@ -211,7 +211,7 @@ fn an_invalid_address_is_reported_at_its_place() {
         let what = what(format!("{address} 5"));
         assert!(what.starts_with(expected), "{address}\n{what}");
     }
-    // One byte less than too long is fine.
+    // The longest address that is allowed.
     host(&format!("{} 5", &long[..2_048]));
 }
 
@@ -717,7 +717,7 @@ fn all_regexes_of_a_file_together_have_a_bound_and_equal_ones_count_once() {
     let first = told.lines().next().unwrap();
     let what = "the compiled regexes of the file, up to this one, take more than 64 MiB; use the same REGEX on several lines";
     assert!(first.contains(what), "{first}");
-    // Every line beyond the bound, and none before it.
+    // Each line beyond the bound is an error, and no line before it.
     let lines = told.lines().filter(|line| line.starts_with("hosts:")).count();
     assert!((100..199).contains(&lines), "{lines}");
 }
@@ -860,7 +860,7 @@ fn a_file_of_ten_megabytes_is_read_or_refused_like_any_other() {
     assert!(many.len() > 9_000_000);
     assert_eq!(hosts(&many).len(), 250_000);
 
-    // One line, one word, one word many times, nothing at all: each is linear.
+    // One line, one word, one word many times, only spaces: each takes linear time.
     for piece in ["a", "a=b ", "https://a:b@c ", "@", " ", "# ", "(", "5 "] {
         let line = piece.repeat(10_000_000 / piece.len());
         let error = error(&line);

@@ -1,4 +1,4 @@
-//! Integration tests on one machine without servers: real sockets, real certificates, librdkafka's in-process broker.
+//! Integration tests without servers: real sockets, real certificates, and librdkafka's in-process broker.
 
 mod certificates;
 mod check;

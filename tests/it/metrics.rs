@@ -1,4 +1,4 @@
-//! METRICS_ADDR: the server as wrong, slow and many clients see it, and the pages of both agents at work.
+//! METRICS_ADDR: the server with invalid, slow and many clients, and the metrics of both agents while they work.
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
@@ -22,10 +22,10 @@ use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use regex::Regex;
 use serde_json::{Value, json};
 
-/// No wait of these tests is longer: what has not happened by then has failed.
+/// The bound of every wait in these tests.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How the agent is, for the server to tell: whether it is alive, and ready.
+/// The state of an agent that the server reports: whether it is alive, and ready.
 #[derive(Clone)]
 struct Stub(Arc<Mutex<(State, State)>>, &'static str);
 
@@ -41,7 +41,7 @@ impl Stub {
     }
 }
 
-/// More than the buffers of both sockets hold.
+/// More than the buffers of both sockets can hold.
 const LONG_PAGE_BYTES: usize = 32 << 20;
 
 impl Watched for Stub {
@@ -64,7 +64,7 @@ fn endpoint(stub: &Stub) -> Endpoint {
     Endpoint::start((Ipv4Addr::LOCALHOST, 0).into(), stub.clone()).unwrap()
 }
 
-/// Everything that comes back for these bytes.
+/// The whole response to these bytes.
 fn exchange(address: SocketAddr, request: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -140,7 +140,7 @@ fn a_hung_agent_is_neither_alive_nor_ready_and_a_waiting_one_is_alive() {
     assert_eq!(health::ask(address), Ok(Health::Ready));
 }
 
-/// What a client that never ends its request sends, and how many such clients there are.
+/// The bytes that a client repeats without ending its request, and the number of such clients.
 const DAWDLERS: [(&str, &str, usize); 4] = [
     ("half a request", "GET /metrics HTTP/1.1\r\nHost: h\r\n", 20),
     ("nothing", "", 500),
@@ -163,7 +163,7 @@ fn slow_clients_do_not_delay_others_and_are_closed() {
         for path in ["/healthz", "/readyz", "/metrics"] {
             assert_eq!(get(address, path).0, 200, "{count} clients that send {what}");
         }
-        // It did not wait until they were gone: the newest of them is still there.
+        // It was answered although the slow clients were still connected: the newest of them still is.
         let newest = dawdlers.last_mut().unwrap();
         newest.set_nonblocking(true).unwrap();
         let error = newest.read(&mut [0; 16]).unwrap_err();
@@ -211,7 +211,7 @@ fn a_request_without_end_is_refused_and_others_are_answered_meanwhile() {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(beginning.as_bytes()).unwrap();
-        // A megabyte, or until the server has had enough.
+        // Sends a megabyte, or until the server closes the connection.
         let all = part.repeat((1 << 20) / part.len());
         let refused = stream.write_all(all.as_bytes());
         assert_eq!(get(address, "/healthz").0, 200);
@@ -388,7 +388,7 @@ fn the_dashboard_and_the_alerts_use_only_existing_metrics() {
             );
         }
     }
-    // And nothing that an agent tells is left out of sight.
+    // And the dashboard shows every metric.
     let series = |family: &str| {
         let histogram = ["_bucket", "_sum", "_count"].map(|part| format!("{family}{part}"));
         std::iter::once(family.to_owned())
@@ -435,7 +435,7 @@ fn the_dashboards_queries_are_valid() {
         .map(|(n, expr)| json!({"record": format!("r{n}"), "expr": expr}))
         .collect();
     let file = tempfile::NamedTempFile::new().unwrap();
-    // JSON is YAML.
+    // JSON is a subset of YAML.
     let document = json!({"groups": [{"name": "dashboard", "rules": rules}]});
     std::fs::write(file.path(), document.to_string()).unwrap();
     let output = promtool()
@@ -486,7 +486,7 @@ fn an_outage_of_kafka_makes_the_producer_unready_and_its_end_ready_again() {
     ]);
     let agent = Running::produce(&variables, "http://127.0.0.1:1/ 1s\n".to_owned());
     wait_for("it is ready", || is_ready(address).then_some(()));
-    // It is asked, and does not answer.
+    // The database accepts connections and does not answer.
     let unanswered = [RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT; 10_000];
     kafka.request_errors(RDKafkaApiKey::Produce, &unanswered);
     let reason = wait_for("it is not ready", || match health::ask(address) {
@@ -533,7 +533,7 @@ fn a_consumer_without_its_database_reports_what_it_waits_for() {
     agent.stop();
 }
 
-/// What both agents show while they work on an in-process Kafka and a throw-away Postgres.
+/// The metrics of both agents while they work with an in-process Kafka and a temporary Postgres.
 struct Pages {
     produce: String,
     consume: String,
@@ -573,7 +573,7 @@ impl Pages {
                 && page.contains("\nhost_metrics_lag_records{topic=\"host-metrics\",partition=\"1\"}");
             is_at_work.then_some(page)
         });
-        // A page is no snapshot: a check may end between two of its lines.
+        // A page is not a snapshot: a check may end between two lines.
         let produced = wait_for("a page on which no check is between two lines", || {
             let (_, page) = get(of_produce, "/metrics");
             let checks: f64 = page
@@ -644,7 +644,7 @@ fn texts(value: &Value, name: &str, into: &mut Vec<String>) {
     }
 }
 
-/// An agent on a thread of its own.
+/// An agent on its own thread.
 struct Running {
     shutdown: Shutdown,
     thread: JoinHandle<anyhow::Result<()>>,
@@ -679,7 +679,7 @@ impl Running {
     }
 }
 
-/// Answers everything with `hello`.
+/// Answers every request with `hello`.
 fn site() -> SocketAddr {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
@@ -733,7 +733,7 @@ fn assert_no_complaint_of_promtool(page: &str) {
     assert!(output.status.success() && said.is_empty(), "{said}\n{page}");
 }
 
-/// On the PATH, or where `scripts/setup test` has put it.
+/// From the PATH, or the copy of `scripts/setup test`.
 fn promtool() -> Command {
     let fetched = concat!(env!("CARGO_MANIFEST_DIR"), "/.cache/promtool");
     match std::path::Path::new(fetched).exists() {
@@ -742,7 +742,7 @@ fn promtool() -> Command {
     }
 }
 
-/// Tries until it gives something.
+/// Tries until there is a result.
 #[track_caller]
 fn wait_for<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
     let deadline = now() + PATIENCE;

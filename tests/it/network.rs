@@ -1,7 +1,6 @@
-//! The real binary in a network of its own: real lookups at a name server of the test's, and hosts to which there is no way.
+//! The real binary in a network namespace of its own, with a name server of the test and hosts without a route.
 //!
-//! Owns what a test needs to have such a network, and the name server. Linux only; where namespaces are not allowed, the
-//! tests say that they did not run, and in CI they fail.
+//! Linux only. If namespaces are not allowed, the tests print that they did not run, and in CI they fail.
 
 use std::fs;
 use std::io::{self, Write};
@@ -17,21 +16,21 @@ use crate::site::{self, Deaf, Site};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_host-metrics");
 
-/// Gives a process a network of its own with only the loopback device.
+/// Starts a process in a network namespace that has only the loopback device.
 const ALONE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/alone");
 
-/// How a test says what the machine's resolver is to do, in its own view of the files.
+/// The resolver's configuration, which each test writes in its own mount namespace.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// A name server is at hand.
+/// A configuration with the test's name server.
 const HERE: &str = "nameserver 127.0.0.1\n";
 
-/// Where the sites of these tests are, and where nobody is. Both as near to 127.0.0.1, from which they are reached:
-/// getaddrinfo puts the nearer one first, and leaves these in the name server's order.
+/// The address of the sites, and one where no server listens. Both are equally near to 127.0.0.1, the source address, so
+/// getaddrinfo, which puts nearer addresses first, keeps the name server's order.
 const ALIVE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
 const DEAD: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 
-/// Where this network's routes lead nowhere, as a router's answer can say it in two ways.
+/// Addresses without a usable route, for two answers that a router can give.
 const UNREACHABLE: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 9);
 const PROHIBITED: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 8);
 
@@ -60,7 +59,7 @@ fn every_answer_of_a_name_server_and_its_silence_have_an_outcome() {
     });
     let site = site_at((ALIVE, 0).into());
     let port = site.address.port();
-    // Which gives up long before the check's time is over.
+    // A resolver that gives up long before the check's deadline.
     let impatient = &format!("{HERE}options timeout:1 attempts:1\n");
     let nobody = "nameserver 127.0.0.9\n";
     let no_way = "nameserver 192.0.2.53\n";
@@ -159,7 +158,7 @@ fn every_answer_of_a_name_server_and_its_silence_have_an_outcome() {
             "dns_error",
             "name servers failed, refused or could not be reached",
         ),
-        // Half of an answer is one.
+        // An answer for one family is enough.
         (HERE, "half-broken.test", &[], "ok", ""),
         (HERE, "half-missing.test", &[], "ok", ""),
         (HERE, "half-silent.test", &["-o", "ip=4"], "ok", ""),
@@ -194,7 +193,7 @@ fn a_dead_address_among_a_names_addresses_does_not_make_the_site_down() {
         Answer::Addresses(match name {
             "dead-first.test" => vec![DEAD.into(), ALIVE.into()],
             "dead-last.test" => vec![ALIVE.into(), DEAD.into()],
-            // IPv6 comes first, whatever the name server's order.
+            // IPv6 comes first, independent of the name server's order.
             "both.test" => vec![ALIVE.into(), Ipv6Addr::LOCALHOST.into()],
             "dead.test" => vec![DEAD.into(), UNREACHABLE.into(), Ipv6Addr::LOCALHOST.into()],
             _ => return NO_SUCH_NAME,
@@ -216,14 +215,14 @@ fn a_dead_address_among_a_names_addresses_does_not_make_the_site_down() {
         )
     };
 
-    // Nobody listens there.
+    // No server listens there.
     for name in ["dead-first.test", "dead-last.test", "both.test"] {
         let (outcome, ip, _) = check(name, &[]);
         assert_eq!((outcome.as_str(), ip), ("ok", Some(ALIVE.into())), "{name}");
     }
     assert_eq!(check("dead.test", &[]).0, "connect_refused");
 
-    // Nobody answers there: half of the time is spent on it where it comes first.
+    // This address does not answer: half of the time is spent on it if it comes first.
     let _deaf = Deaf::at((DEAD, port).into());
     let deaf_too = has_ipv6().then(|| Deaf::at((Ipv6Addr::LOCALHOST, port).into()));
     for (name, is_slow) in [
@@ -241,7 +240,7 @@ fn a_dead_address_among_a_names_addresses_does_not_make_the_site_down() {
     }
     drop(deaf_too);
 
-    // IPv6 that answers comes first, and alone where it is asked for.
+    // An IPv6 address that answers is tried first, and with ip=6 it is the only one.
     if has_ipv6() {
         let six = site_at((Ipv6Addr::LOCALHOST, port).into());
         for (name, args, ip) in [
@@ -262,7 +261,7 @@ fn a_host_without_a_route_is_unreachable() {
         return;
     }
     for (address, says) in [
-        // This network has no route to anywhere.
+        // This network has no other routes.
         ("192.0.2.1", "Network is unreachable"),
         ("[2001:db8::1]", ""),
         (&UNREACHABLE.to_string(), "No route to host"),
@@ -285,7 +284,7 @@ fn a_host_without_a_route_is_unreachable() {
     }
 }
 
-/// The record of `host-metrics check`.
+/// The record that `host-metrics check` prints.
 fn check(address: &str, args: &[&str]) -> Vec<u8> {
     let output = Command::new(BINARY)
         .args(["check", address, "--json"])
@@ -297,7 +296,7 @@ fn check(address: &str, args: &[&str]) -> Vec<u8> {
     output.stdout.trim_ascii_end().to_vec()
 }
 
-/// Whether this is the process with a network of its own; if not, the test is run in one, or it is said that it was not.
+/// Whether this is the process in the namespace. If not, runs the test in one, or prints that it cannot run.
 fn is_alone(test: &str) -> bool {
     if child::is_it(test) {
         return true;
@@ -328,7 +327,7 @@ fn is_alone(test: &str) -> bool {
     }
     let reason = String::from_utf8_lossy(&probe.stderr);
     assert!(child::variable("CI").is_none(), "{reason}");
-    // Not by a macro: the test's own output is shown only when it fails.
+    // Written directly, because the harness shows the output of macros only if the test fails.
     let _ = writeln!(io::stderr(), "\nNOT TESTED: {test}\n{reason}");
     false
 }
@@ -345,7 +344,7 @@ fn has_ipv6() -> bool {
 }
 
 enum Answer {
-    /// Of either family; those of the other one than was asked for are left out.
+    /// Addresses of both families. Those of the family that is not asked for are left out of the answer.
     Addresses(Vec<IpAddr>),
     /// An RCODE of RFC 1035.
     Code(u8),
@@ -366,8 +365,8 @@ fn serve_names(answer: impl Fn(&str, IpFamily) -> Answer + Send + 'static) {
     });
 }
 
-/// RFC 1035, section 4.1. The query: a header of 12 bytes, the name, type and class. The response: the same, then for
-/// each address a pointer to the name, type, class, time to live (none), length and address.
+/// RFC 1035, section 4.1. The query has a header of 12 bytes, the name, the type and the class. The response repeats it and
+/// adds for each address a pointer to the name, the type, the class, the time to live (0), the length and the address.
 fn respond(query: &[u8], answer: impl Fn(&str, IpFamily) -> Answer) -> Option<Vec<u8>> {
     let mut labels = Vec::new();
     let mut rest = &query[12..];
@@ -396,7 +395,7 @@ fn respond(query: &[u8], answer: impl Fn(&str, IpFamily) -> Answer) -> Option<Ve
         })
         .collect();
     let mut response = query[..2].to_vec();
-    // A response, recursion wanted and offered; one question, so many answers.
+    // Flags: a response, recursion desired and available. Then one question and the number of answers.
     response.extend_from_slice(&[0x81, 0x80 | code, 0, 1, 0, addresses.len() as u8, 0, 0, 0, 0]);
     response.extend_from_slice(question);
     for octets in addresses {

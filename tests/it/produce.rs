@@ -1,6 +1,6 @@
-//! The whole `produce` agent against librdkafka's in-process broker: every tick has one record, whatever happens.
+//! The whole `produce` agent with librdkafka's in-process broker: every tick has one record, whatever happens.
 //!
-//! Checks are made up where the agent is the subject; the last tests put the real check and the real host file in.
+//! The checks are simulated. Only the last tests use the real check and the real host file.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Read, Write};
@@ -32,7 +32,7 @@ use rdkafka::{Message, Offset, TopicPartitionList};
 const TOPIC: &str = "host-metrics";
 const PARTITIONS: i32 = 3;
 
-/// Longer than anything here takes on a busy machine; reached only when a test fails.
+/// The bound of every wait, reached only if a test fails.
 const BOUND: Duration = Duration::from_secs(60);
 
 #[test]
@@ -99,7 +99,7 @@ fn hosts_that_hang_do_not_make_the_others_late() {
         .map(|record| record.started_at().unwrap() - record.scheduled_at())
         .collect();
     late.sort_unstable();
-    // On an idle machine this is below 0.2 ms; here other tests run at the same time.
+    // On an idle machine this is below 0.2 ms, but other tests run at the same time.
     let median = late[late.len() / 2];
     assert!(median < 50_000, "the median is {median} µs late");
 }
@@ -326,7 +326,7 @@ fn records_returned_for_a_missing_topic_are_sent_in_order_when_it_exists() {
 
 #[test]
 fn a_producer_that_the_broker_forgot_is_replaced_and_loses_nothing() {
-    // The first one librdkafka calls fatal, the other fails its batch.
+    // The first error is fatal for librdkafka, the second one fails its batch.
     for lost_track in [
         RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER,
         RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_PRODUCER_EPOCH,
@@ -412,7 +412,7 @@ fn without_threads_checks_are_agent_errors_and_every_tick_has_its_record() {
     });
     run.wait_for("a start", |counters| counters.delivered() >= 20);
     let no_threads = child::NoThreads::begin();
-    // Those threads that there are get something to do.
+    // The existing threads get jobs.
     hanging.store(true, Ordering::Relaxed);
     run.wait_for("checks without a thread", |counters| {
         counters.results(Outcome::AgentError) >= 20
@@ -561,7 +561,7 @@ fn the_real_check_of_a_real_server_arrives_as_a_record() {
     assert_eq!(outcomes, BTreeMap::from(expected));
 }
 
-/// An agent on a thread of its own.
+/// An agent on its own thread.
 struct Running {
     shutdown: Shutdown,
     counters: Arc<Counters>,
@@ -669,7 +669,7 @@ impl Kafka {
         self.cluster.bootstrap_servers()
     }
 
-    /// Everything in the topic, each partition in its order.
+    /// All records of the topic, each partition in order.
     fn records(&self, topic: &str) -> Vec<Record> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", self.servers())
@@ -733,7 +733,7 @@ impl Record {
     }
 }
 
-/// Due = written, and what the agent says of it is what Kafka has.
+/// Every due tick is written, and the agent's counters agree with Kafka.
 fn assert_balanced(counters: &Counters, records: &[Record]) {
     let ticks = counters.ticks_due.load(Ordering::Relaxed);
     assert_eq!((ticks, counters.delivered()), (records.len() as u64, ticks));
@@ -748,8 +748,7 @@ fn assert_balanced(counters: &Counters, records: &[Record]) {
     assert_eq!(counted, missed as u64);
 }
 
-/// Each host's records, in the order in which they lie in its partition, are an interval apart: none lacks, none is there
-/// twice, none is out of order.
+/// The records of each host, in the order of its partition, are an interval apart: none is missing, repeated or out of order.
 fn assert_ticks_follow_each_other(records: &[Record], interval_micros: i64) {
     let mut last = HashMap::new();
     for record in records {
@@ -807,14 +806,14 @@ fn now() -> Instant {
     Instant::now()
 }
 
-/// Nothing ever comes: what a hanging host looks like.
+/// A check of a host that never answers.
 fn block_until(deadline: Instant) {
     let (_silent, nothing) = channel::<()>();
     let left = deadline.saturating_duration_since(now());
     assert_eq!(nothing.recv_timeout(left), Err(RecvTimeoutError::Timeout));
 }
 
-/// Kafka's own default partitioner: murmur2 of the key, without its sign, modulo the partitions
+/// Kafka's default partitioner: murmur2 of the key, without its sign, modulo the number of partitions
 /// (org.apache.kafka.common.utils.Utils.murmur2 and BuiltInPartitioner.partitionForKey).
 fn murmur2_partition(key: &[u8]) -> i32 {
     const M: u32 = 0x5bd1_e995;

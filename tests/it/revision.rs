@@ -1,4 +1,4 @@
-//! The build script: which commit the program says that it is of, and what makes cargo ask again.
+//! The build script: the commit that it sets, and the files that make cargo run it again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ fn commit(directory: &Path) -> String {
     git(directory, &["rev-parse", "--short=12", "HEAD"])
 }
 
-/// A directory with the least of a package in it.
+/// A directory with a minimal package.
 fn package() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("src")).unwrap();
@@ -95,7 +95,7 @@ fn what_is_watched_is_there_and_changes_with_every_commit() {
     let after = contents(package);
     assert_ne!(before, after);
 
-    // The branch is a line of packed-refs now, and its directory is gone.
+    // The branch is now a line of packed-refs, and its directory is gone.
     git(package, &["pack-refs", "--all"]);
     let packed = contents(package);
     assert!(
@@ -110,7 +110,7 @@ fn what_is_watched_is_there_and_changes_with_every_commit() {
     commit(package);
     assert!(branch.exists(), "in a directory that is watched");
 
-    // In a worktree of its own HEAD and the branch lie in different places.
+    // In a linked worktree, HEAD and the branch are in different directories.
     let other = package.with_extension("worktree");
     git(
         package,

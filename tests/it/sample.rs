@@ -1,4 +1,4 @@
-//! The wire: what the encoder writes, byte by byte and by the schema, and what a reader takes and refuses.
+//! The record's format: what the encoder writes, byte by byte and as the schema requires, and what the decoder accepts and refuses.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
@@ -22,7 +22,7 @@ fn at(text: &str) -> Option<Timestamp> {
     Some(text.parse().unwrap())
 }
 
-/// The least that is a record, with `more` members in front of it.
+/// A minimal record with `more` members before its own.
 fn record(more: &str) -> String {
     let comma = if more.is_empty() { "" } else { "," };
     format!(r#"{{{more}{comma}"address":"a","is_valid":true}}"#)
@@ -176,7 +176,7 @@ fn numbers_are_read_to_the_last_bit() {
     assert_eq!(zero, 0.0_f64.to_bits(), "a negative zero is stored as zero");
 }
 
-/// Members put in front of a good record, and the beginning of the reason.
+/// Members added before those of a good record, and the beginning of the reason.
 #[test]
 fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
     for (member, expected) in [
@@ -831,7 +831,7 @@ fn target(address: &str, interval: Duration) -> Target {
     )
 }
 
-/// What `produce` writes for `observation`, next to the document that other programs were shown.
+/// The record that `produce` writes for `observation`, to be compared with the documented one.
 fn assert_golden(
     golden: &str,
     target: Target,

@@ -1,4 +1,4 @@
-//! Scripted web sites on loopback: each connection is handed to a closure that does what a good or a broken server does.
+//! Scripted web sites on loopback: a closure for each site acts as a good or a broken server.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use socket2::SockRef;
 
-/// A listening site; dropping it ends it.
+/// A listening site. Dropping it ends it.
 pub struct Site {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -20,18 +20,18 @@ pub struct Site {
     acceptor: Option<JoinHandle<()>>,
 }
 
-/// What a handler may do: read and write over plain TCP or TLS.
+/// A connection over TCP or TLS.
 pub trait Wire: Read + Write {}
 
 impl<T: Read + Write> Wire for T {}
 
 impl Site {
-    /// Hands every connection, on a thread of its own, to `handle`, with a place to note the request.
+    /// Calls `handle` for every connection, on a thread of its own, with a place to note the request.
     pub fn start(handle: impl Fn(TcpStream, &Mutex<Vec<Vec<u8>>>) + Send + Sync + 'static) -> Self {
         Self::start_at((Ipv4Addr::LOCALHOST, 0).into(), handle)
     }
 
-    /// The same at another of this machine's addresses.
+    /// The same at another address of this machine.
     pub fn start_at(
         address: SocketAddr,
         handle: impl Fn(TcpStream, &Mutex<Vec<Vec<u8>>>) + Send + Sync + 'static,
@@ -61,7 +61,7 @@ impl Site {
         }
     }
 
-    /// Reads each request, notes it, and does `respond`.
+    /// Reads each request, notes it, and calls `respond`.
     pub fn plain(respond: impl Fn(&mut TcpStream) + Send + Sync + 'static) -> Self {
         Self::start(move |mut stream, requests| {
             let request = read_head(&mut stream);
@@ -78,13 +78,13 @@ impl Site {
         })
     }
 
-    /// The same over TLS; `respond` gets the decrypted stream, and a clean TLS end follows it.
+    /// The same over TLS. `respond` gets the decrypted stream, and TLS is closed cleanly after it.
     pub fn tls(config: ServerConfig, respond: impl Fn(&mut dyn Wire) + Send + Sync + 'static) -> Self {
         let config = Arc::new(config);
         Self::start(move |stream, requests| {
             let mut tls = StreamOwned::new(ServerConnection::new(Arc::clone(&config)).unwrap(), stream);
             let request = read_head(&mut tls);
-            // A client that refused the certificate.
+            // The client may refuse the certificate.
             if request.is_empty() {
                 return;
             }
@@ -103,7 +103,7 @@ impl Site {
         format!("https://{host}:{}/", self.address.port())
     }
 
-    /// What was asked so far, each request's head as text.
+    /// The heads of all requests so far, as text.
     pub fn requests(&self) -> Vec<String> {
         let requests = self.requests.lock().unwrap();
         requests
@@ -116,7 +116,7 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::SeqCst);
-        // Wakes the acceptor.
+        // Wakes the thread that accepts connections.
         let _ = TcpStream::connect(self.address);
         if let Some(acceptor) = self.acceptor.take() {
             acceptor.join().unwrap();
@@ -124,7 +124,7 @@ impl Drop for Site {
     }
 }
 
-/// Reads up to the blank line; what came before the client went away, if it did.
+/// Reads up to the blank line, or to the end if the client closes the connection.
 pub fn read_head(stream: &mut dyn Read) -> Vec<u8> {
     let mut head = Vec::new();
     let mut byte = [0];
@@ -137,12 +137,12 @@ pub fn read_head(stream: &mut dyn Read) -> Vec<u8> {
     head
 }
 
-/// A response with a length.
+/// A response with a Content-Length.
 pub fn ok(body: impl AsRef<[u8]>) -> Vec<u8> {
     response("200 OK", "", body)
 }
 
-/// `headers`: whole lines.
+/// `headers` are whole lines.
 pub fn response(status: &str, headers: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let mut bytes = format!(
@@ -168,18 +168,18 @@ pub fn hold(stream: &mut dyn Read) {
     while matches!(stream.read(&mut sink), Ok(1..)) {}
 }
 
-/// Ends the connection by a reset instead of an orderly end.
+/// Resets the connection.
 pub fn reset(stream: &TcpStream) {
     SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
-/// A server's slowness, which is the thing tested where this is used.
+/// The delay of a slow server. Only for tests of slow servers.
 pub fn slowly(delay: Duration) {
     let (_never, wait) = mpsc::channel::<()>();
     let _ = wait.recv_timeout(delay);
 }
 
-/// Writes one byte at a time for ever, or until the client goes.
+/// Writes single bytes until the client closes the connection.
 pub fn trickle(stream: &mut dyn Write, bytes: impl IntoIterator<Item = u8>) {
     for byte in bytes {
         if stream.write_all(&[byte]).and_then(|()| stream.flush()).is_err() {
@@ -189,7 +189,7 @@ pub fn trickle(stream: &mut dyn Write, bytes: impl IntoIterator<Item = u8>) {
     }
 }
 
-/// An address at which nobody listens, and nobody else can begin to.
+/// An address at which no server listens, reserved so that no other program can listen there.
 pub struct Closed {
     pub address: SocketAddr,
     _bound: socket2::Socket,
@@ -209,7 +209,7 @@ impl Closed {
     }
 }
 
-/// A listener that accepts no connection any more: its backlog is full.
+/// A listener that accepts no more connections, because its backlog is full.
 pub struct Deaf {
     pub address: SocketAddr,
     _listener: socket2::Socket,
@@ -224,7 +224,7 @@ impl Deaf {
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap().as_socket().unwrap();
         let mut fillers = Vec::new();
-        // The kernel holds one more than it was told.
+        // The kernel holds one more than the given backlog.
         while let Ok(filler) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
             fillers.push(filler);
             assert!(fillers.len() < 100, "the backlog of {address} does not fill");
@@ -237,7 +237,7 @@ impl Deaf {
     }
 }
 
-/// A certificate authority made for the test, its own certificate as a PEM file that a client can be told to trust.
+/// A certificate authority of the test, with its certificate as a PEM file.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     pub file: tempfile::NamedTempFile,
@@ -252,7 +252,7 @@ impl Authority {
         Self { issuer, file }
     }
 
-    /// A server that shows a leaf for `names`, changed by `change`.
+    /// A server with a certificate for `names`, changed by `change`.
     pub fn server(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> ServerConfig {
         let (chain, key) = self.leaf(names, change);
         server_config(vec![chain], key)
@@ -271,7 +271,7 @@ impl Authority {
         )
     }
 
-    /// An authority below this one, its certificate, and a leaf of it.
+    /// An intermediate authority with its certificate, and a leaf that it signed.
     pub fn intermediate(
         &self,
         names: &[&str],
@@ -293,7 +293,7 @@ impl Authority {
     }
 }
 
-/// A server whose certificate nobody signed but itself.
+/// A server with a self-signed certificate.
 pub fn self_signed(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> ServerConfig {
     let key = KeyPair::generate().unwrap();
     let certificate = leaf_params(names, change).self_signed(&key).unwrap();

@@ -1,4 +1,4 @@
-//! `status` against a throw-away Postgres with made rows, and an in-process Kafka.
+//! `status` with a temporary Postgres that has prepared rows, and an in-process Kafka.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use serde_json::{Value, json};
 
-/// A database with the tables that `init` makes.
+/// A database with the tables that `init` creates.
 struct Database {
     server: ThrowAwayPostgres,
     client: Client,
@@ -55,8 +55,8 @@ impl Database {
             .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     }
 
-    /// A check of `address` every `interval_seconds` until now, `checks` in all; those counted from the newest as 0 in
-    /// `failed` failed.
+    /// Stores `checks` checks of `address`, one every `interval_seconds` until now. `failed` has the failed ones, counted from the
+    /// newest, which is 0.
     fn checks(&mut self, address: &str, interval_seconds: u32, checks: u32, failed: &[u32]) {
         let failed: Vec<String> = failed.iter().map(u32::to_string).collect();
         let failed = format!("n = ANY (ARRAY[{}]::integer[])", failed.join(","));
@@ -69,7 +69,7 @@ impl Database {
         ));
     }
 
-    /// The JSON answer, held to its schema, and whether it is stale.
+    /// The JSON answer, validated with its schema, and whether the data is stale.
     fn status(&self, more: &[(&str, &str)]) -> Value {
         let report = status::run(&self.config(more)).unwrap();
         let document: Value = serde_json::from_str(&status::json(&report)).unwrap();
@@ -110,7 +110,7 @@ fn fresh_rows_are_shown_host_by_host() {
     assert_eq!(a["last_error"], "error 100");
     assert_eq!(a["certificate_days_left"], 62);
     assert_eq!(a["interval_seconds"], 60.0);
-    // 0.1 to 0.299 in steps of 0.001: halfway, and 95 % of the way.
+    // The latencies are 0.1 to 0.299 in steps of 0.001: the median and the 95th percentile.
     assert!((a["latency_p50_seconds"].as_f64().unwrap() - 0.1995).abs() < 1e-9);
     assert!((a["latency_p95_seconds"].as_f64().unwrap() - 0.28905).abs() < 1e-9);
     let latencies: Vec<f64> = a["latencies"]
@@ -410,7 +410,7 @@ fn an_absent_kafka_is_reported_within_seconds_beside_the_state() {
     );
 }
 
-/// That a time lies so many seconds before the answer; a few more, if the machine was busy.
+/// Verifies that a time is that many seconds before the answer, or a few more on a busy machine.
 #[track_caller]
 fn assert_age(document: &Value, time: &Value, seconds: i64) {
     let micros = |time: &Value| {

@@ -1,4 +1,4 @@
-//! A flush: rows, rejected records and positions become durable together, or not at all.
+//! A flush: rows, rejected records and positions are stored together or not at all.
 
 use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::batch::{Batch, Partition};
@@ -73,7 +73,7 @@ fn a_stale_position_of_one_partition_keeps_the_whole_batch_out() {
     assert_eq!(db.count("host_metrics"), 1);
     assert_eq!(db.count("host_metrics_rejected"), 0);
     assert_eq!(positions(&mut mine, &[P0, P1]), [(P0, 0), (P1, 1)]);
-    // The connection is still good.
+    // The connection still works.
     stale.forget(P1);
     assert_eq!(mine.flush(&stale), Flushed::Durable);
     assert_eq!(db.count("host_metrics"), 2);
@@ -90,8 +90,8 @@ fn a_batch_without_rows_and_a_batch_with_holes_are_written_exactly() {
     reject(&mut only_rejected, P0, 0, 0, None, None, "empty");
     assert_eq!(store.flush(&only_rejected), Flushed::Durable);
 
-    // Two partitions in turn, one of them revoked before the flush: every other row's bytes are left out. More bytes
-    // than one chunk of the COPY holds.
+    // Two partitions alternate, and one of them is revoked before the flush, so the bytes of every other row are left out. The rows
+    // do not fit into one chunk of the COPY.
     let mut holes = Batch::default();
     for offset in 0..2_000 {
         let sample = ok(&format!("https://{offset}.example/{}", "x".repeat(200)));
@@ -106,7 +106,7 @@ fn a_batch_without_rows_and_a_batch_with_holes_are_written_exactly() {
         "2000 1999000"
     );
 
-    // A position that moves over a gap at the partition's end, without any record.
+    // A position that moves over a gap at the end of the partition, without a record.
     let mut moves = Batch::default();
     row(
         &mut moves,
@@ -132,7 +132,7 @@ fn a_missing_position_is_added_and_an_existing_one_is_not_changed() {
     start_at(&mut mine, &[(P0, 5)]);
     start_at(&mut theirs, &[(P0, 3), (P1, 7)]);
     assert_eq!(positions(&mut mine, &[P0, P1]), [(P0, 5), (P1, 7)]);
-    // Another topic and another group have positions of their own.
+    // Another topic and another group have their own positions.
     assert_eq!(positions(&mut mine, &[Partition { topic: 1, number: 0 }]), []);
     let mut other = db.config();
     other.group_id = "h".into();

@@ -36,7 +36,7 @@ fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named()
     ] {
         assert!(text.contains(grant), "{text}");
     }
-    // What it says is what helps.
+    // Following the advice of the message helps.
     for grant in text
         .split("; ")
         .filter_map(|problem| problem.split("denied: ").nth(1))
@@ -51,7 +51,7 @@ fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named()
     assert_eq!(poor.flush(&batch), Flushed::Durable);
     assert_eq!(db.count("host_metrics"), 1);
 
-    // Taken away under way: stop, and say what to give back.
+    // If a right is revoked during a run, the program stops and names it.
     let user = format!("poor_{}", db.name);
     let mut next = Batch::default();
     row(&mut next, &layout, P0, 2, 2, &ok("https://a.example/"));
@@ -97,7 +97,7 @@ fn a_login_that_cannot_succeed_stops_with_what_to_do_and_shows_no_password() {
     let text = fatal_of(Store::new(&nowhere).unwrap().open());
     assert!(text.contains("\"no_such_schema\".\"m\" does not exist"), "{text}");
 
-    // Not there (yet): waited for.
+    // A database that does not exist yet is waited for.
     nowhere.database.port = host_metrics::commands::demo::postgres::free_port().unwrap();
     retry_of(Store::new(&nowhere).unwrap().open());
     nowhere.database.host = "no-such-host.invalid".into();
@@ -109,17 +109,17 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
     let own = tls_server();
     use DbSslMode::{Disable, Prefer, Require, VerifyCa, VerifyFull};
     let (ca, other_ca) = (Some(own.file("ca.pem")), Some(own.file("other-ca.pem")));
-    // The server's certificate names localhost only. `Ok`: whether the connection is encrypted.
+    // The server's certificate is valid for localhost only. `Ok` has whether the connection is encrypted.
     type Case<'a> = (DbSslMode, &'a Option<PathBuf>, &'a str, Result<bool, &'a str>);
     let cases: [Case<'_>; 16] = [
         (Disable, &None, "127.0.0.1", Ok(false)),
         (Disable, &other_ca, "127.0.0.1", Ok(false)),
         (Prefer, &None, "127.0.0.1", Ok(true)),
-        // A CA that does not vouch for it: prefer goes on without TLS.
+        // With a CA that did not sign it, prefer continues without TLS.
         (Prefer, &other_ca, "127.0.0.1", Ok(false)),
         (Prefer, &ca, "127.0.0.1", Ok(true)),
         (Require, &None, "127.0.0.1", Ok(true)),
-        // As verify-ca where a CA is given.
+        // With a CA, require means verify-ca.
         (Require, &ca, "127.0.0.1", Ok(true)),
         (Require, &other_ca, "127.0.0.1", Err("certificate verify failed")),
         (VerifyCa, &None, "127.0.0.1", Err("DB_SSLROOTCERT is not set")),
@@ -184,7 +184,7 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
             }
         }
     }
-    // A server that takes this user without TLS only.
+    // A server that accepts this user only without TLS.
     let mut only_plain = config(own.server(), "postgres", "m").database;
     only_plain.user = "plain".into();
     let runtime = bounded::runtime().unwrap();
@@ -199,7 +199,7 @@ fn the_five_words_of_sslmode_mean_what_libpq_means() {
     assert!(fault.text.contains("pg_hba.conf"), "{fault}");
 }
 
-/// A server with TLS by a CA of its own, and users that log in in different ways.
+/// A server with a TLS certificate of its own CA, and users with different authentication methods.
 struct TlsServer {
     server: ThrowAwayPostgres,
     directory: tempfile::TempDir,

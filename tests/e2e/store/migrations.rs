@@ -1,4 +1,4 @@
-//! Tables are made, migrated and dropped.
+//! Creating, migrating and dropping tables.
 
 use std::thread;
 
@@ -17,7 +17,7 @@ use crate::database::Database;
 #[test]
 fn tables_are_made_once_by_many_at_the_same_time() {
     let mut db = Database::new();
-    // Every maker has connected when the first begins.
+    // All have connected before the first one begins.
     let makers_ready = std::sync::Arc::new(std::sync::Barrier::new(6));
     let makers: Vec<_> = (0..6)
         .map(|_| {
@@ -36,7 +36,7 @@ fn tables_are_made_once_by_many_at_the_same_time() {
         .map(|maker| maker.join().unwrap().unwrap().len())
         .collect();
     assert_eq!(made.iter().sum::<usize>(), Object::ALL.len(), "{made:?}");
-    // And a consumer has nothing to add.
+    // A consumer then has nothing to create.
     db.store().open().unwrap();
     for object in Object::ALL {
         assert_eq!(
@@ -47,7 +47,7 @@ fn tables_are_made_once_by_many_at_the_same_time() {
             1
         );
     }
-    // Today, a week behind, a week ahead, and the default partition.
+    // Today, a week before and a week after, and the default partition.
     assert_eq!(
         db.count("pg_inherits WHERE inhparent = 'host_metrics'::regclass"),
         16
@@ -69,11 +69,11 @@ fn the_printed_sql_makes_the_same_tables_and_can_be_repeated() {
     let made = by_init.many(describe);
     assert!(made.len() > 100, "{made:?}");
     assert_eq!(by_print.many(describe), made);
-    // And consume takes them as its own.
+    // `consume` uses them like those of `init`.
     by_print.store().open().unwrap();
 }
 
-/// A made-up second version: a column more, with a value in every row; and a third one that fails in its middle.
+/// An invented second version, with one more column that has a value in every row, and a third version that fails halfway.
 const MADE_UP_STEPS: [schema::Step; 2] = [
     |object, table| {
         let add = format!(
@@ -108,7 +108,7 @@ fn a_step_from_one_version_to_the_next_is_taken_once_by_many_and_keeps_the_rows(
     );
     assert_eq!(db.one(VERSIONS), "1");
     let [add_a_column, fail] = MADE_UP_STEPS;
-    // The second of two makers that meet finds the step taken: taken twice, it would fail.
+    // The second of two simultaneous runs finds that the step was taken. Taking it twice would fail.
     let config = db.config().database;
     thread::scope(|scope| {
         let makers = [(); 4].map(|()| scope.spawn(|| migrate_made_up(&config, &[add_a_column])));
@@ -120,7 +120,7 @@ fn a_step_from_one_version_to_the_next_is_taken_once_by_many_and_keeps_the_rows(
     assert_eq!(db.count("host_metrics WHERE place = 'here'"), 1000);
     assert_eq!(db.one("SELECT next_offset::text FROM host_metrics_offsets"), "42");
 
-    // A step that fails leaves the version before it, whole.
+    // After a step that fails, the previous version is unchanged.
     let fault = migrate_made_up(&config, &[add_a_column, fail]).unwrap_err();
     assert!(fault.text.contains("division by zero"), "{fault}");
     assert_eq!(db.one(VERSIONS), "2");
@@ -164,7 +164,7 @@ fn objects_of_a_newer_version_are_left_alone() {
     let mut store = db.store();
     let layout = store.open().unwrap();
     assert_eq!(db.one(catalogue), before);
-    // And it takes rows.
+    // Rows can be written to it.
     start_at(&mut store, &[(P0, 0)]);
     let mut batch = Batch::default();
     row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
@@ -188,7 +188,7 @@ fn drop_removes_only_what_init_made() {
     );
     assert_eq!(db.count("host_metrics"), 0, "still there");
 
-    // What somebody built upon ours stands in the way, and nothing is dropped.
+    // A view of another user depends on our table, so nothing is dropped.
     db.execute("CREATE VIEW upon AS SELECT * FROM host_metrics_latest");
     let refused = init::drop(&config, false, true).unwrap_err();
     assert!(refused.to_string().contains("upon"), "{refused}");

@@ -1,7 +1,7 @@
-//! The store, `init` and `drop` against a real Postgres, by subject.
+//! The store, `init` and `drop` with a real Postgres, by subject.
 //!
-//! Most tests take a database of their own on one shared server; those that break the server start one for themselves.
-//! This file holds what the subjects share.
+//! Most tests have their own database on one shared server. Tests that break the server start one for themselves. This file has
+//! what the subjects share.
 
 mod flushing;
 mod logins;
@@ -62,10 +62,10 @@ impl Database {
         Store::new(&self.config_of(table)).unwrap()
     }
 
-    /// As a user who may log in and nothing else.
+    /// Connects as a user who may log in and has no other rights.
     pub fn store_without_create(&mut self, table: &str) -> Store {
         let user = format!("poor_{}", self.name);
-        // Before Postgres 15 everybody may create in the schema public.
+        // Before Postgres 15, every user may create objects in the schema public.
         self.execute(&format!(
             "CREATE ROLE {user} LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC"
         ));

@@ -1,10 +1,10 @@
-//! Names and texts that we quote, as Postgres reads them.
+//! Quoted names and texts, as Postgres reads them.
 
 use host_metrics::tables::names::{Object, TableName, literal};
 
 use crate::database::Database;
 
-/// What is special in an identifier or in a string, and what is not.
+/// Characters that are special in identifiers or strings, and others that are not.
 const PIECES: [&str; 14] = [
     "a", "Z", "ä", " ", ".", "\"", "\"\"", "'", "\\", ";", "--", "$1", "%", "/*",
 ];

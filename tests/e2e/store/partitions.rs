@@ -30,18 +30,19 @@ fn rows_of_any_day_are_stored_and_move_when_their_day_is_made() {
     let partition = |days: i64| format!("host_metrics{}", today.plus(days).suffix());
     assert_eq!(db.count(&partition(7)), 1);
 
-    // Two days later two days are made, and what the default partition holds of them moves.
+    // Two days later, two more days are created, and their rows in the default partition move there.
     store.maintain(later(2)).unwrap();
     assert_eq!((db.count(&partition(8)), db.count(&partition(9))), (2, 1));
     assert_eq!(db.count("host_metrics_default"), 2);
     assert_eq!(db.count("host_metrics"), 8);
-    // The new days are indexed as the old ones are.
+    // The new days have the same indexes as the old ones.
     assert_eq!(
         db.count(&format!("pg_indexes WHERE tablename = '{}'", partition(8))),
         1
     );
 
-    // The day cannot be made while somebody uses the default partition: said, not waited for, and rows go there.
+    // A day cannot be created while another transaction uses the default partition. That is logged and not waited for, and rows go
+    // to the default partition.
     db.execute("BEGIN; SELECT * FROM host_metrics_default");
     let began = scratch::now();
     store.maintain(later(3)).unwrap();
@@ -72,13 +73,13 @@ fn retention_drops_whole_days_without_making_writers_wait() {
     let partition = |days: i64| format!("host_metrics{}", today.plus(days).suffix());
     let exists =
         |db: &mut Database, days: i64| db.count(&format!("pg_class WHERE relname = '{}'", partition(days)));
-    // Made with a week behind, of which open() dropped what is too old at once.
+    // The table was created with a week before today, and open() immediately dropped the days that are too old.
     assert_eq!(
         (exists(&mut db, -4), exists(&mut db, -3), exists(&mut db, 0)),
         (0, 1, 1)
     );
 
-    // A writer in the middle of its transaction: the drop gives up, and another writer is not held up behind it.
+    // During another writer's transaction, the drop gives up, and no other writer has to wait for it.
     db.execute("BEGIN; INSERT INTO host_metrics (address, is_valid, scheduled_at) VALUES ('x', true, now())");
     store.maintain(at_day(today, 1)).unwrap();
     let mut batch = Batch::default();
@@ -101,7 +102,7 @@ fn retention_removes_old_rows_of_days_without_partition_too() {
     let mut store = Store::new(&config).unwrap();
     let layout = store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);
-    // More than one statement removes, of days that have no partition; and one row without a time.
+    // More rows of days without a partition than one statement removes, and one row without a time.
     db.execute(
         "INSERT INTO host_metrics (address, is_valid, scheduled_at) \
          SELECT 'https://a.example/', true, date_trunc('day', now(), 'UTC') - interval '1 second' - n * interval '1 day' \
@@ -110,7 +111,7 @@ fn retention_removes_old_rows_of_days_without_partition_too() {
     );
     assert_eq!(db.count("host_metrics_default"), 41 * 600 + 1);
 
-    // Somebody has one of the old rows, and somebody writes: neither is waited for, nor made to wait.
+    // One transaction locks an old row and another one writes. Retention does not wait for them, and they do not wait for it.
     db.execute(
         "BEGIN; INSERT INTO host_metrics_default (address, is_valid) VALUES ('https://b.example/', true); \
          UPDATE host_metrics SET outcome = 'ok' WHERE ctid = (SELECT min(ctid) FROM host_metrics_default \
@@ -125,7 +126,7 @@ fn retention_removes_old_rows_of_days_without_partition_too() {
     assert_eq!(store.flush(&batch), Flushed::Durable);
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     db.execute("COMMIT");
-    // Whole days: those from the thirtieth day before today on stay.
+    // Retention drops whole days: the thirtieth day before today and all later days stay.
     let older = "host_metrics WHERE scheduled_at < date_trunc('day', now(), 'UTC') - interval '30 days'";
     assert_eq!(db.count(older), 1);
     store.maintain(at_day(days::today(), 0)).unwrap();

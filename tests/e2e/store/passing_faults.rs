@@ -1,4 +1,4 @@
-//! Faults of the server and of the connection that pass.
+//! Temporary faults of the server and of the connection.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ use crate::scratch;
 fn a_frozen_backend_is_abandoned_within_the_bound_and_its_transaction_is_not_doubled() {
     let mut db = Database::new();
     db.execute("CREATE TABLE m (address text, is_valid boolean)");
-    // Holds the flush where its rows are written and its position is moved, but nothing is committed.
+    // Holds the flush after its rows are written and its position is moved, before the commit.
     db.execute(
         "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS \
          'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'; \
@@ -66,13 +66,13 @@ fn a_frozen_backend_is_abandoned_within_the_bound_and_its_transaction_is_not_dou
     retry(flushed);
     assert!(took < Duration::from_secs(10), "{took:?}");
 
-    // While it is frozen nothing can end it, and it holds the position: waited for no longer than lock_timeout.
+    // A frozen backend cannot be ended, and it locks the position. The wait is at most lock_timeout.
     let mut second = Store::with_bounds(&config, bounds).unwrap();
     second.open().unwrap();
     let text = retry(second.flush(&batch));
     assert!(text.contains("lock timeout"), "{text}");
 
-    // The store that owned it asks for its end on the next open, so when it wakes up it rolls back.
+    // The store that owned it asks for its end at the next open, so it rolls back when it wakes up.
     let mut store = reopened(store, &frozen);
     assert_eq!(positions(&mut store, &[P0]), [(P0, 0)]);
     assert_eq!(store.flush(&batch), Flushed::Durable);
@@ -93,7 +93,7 @@ fn a_commit_whose_answer_is_lost_is_recognised_by_the_positions_and_not_repeated
     let mut store = Store::with_bounds(&config, bounds).unwrap();
     let layout = store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);
-    // Deferred, so it runs in the second round trip, and tells when that arrived.
+    // The trigger is deferred, so it runs in the second round trip and shows when that arrived.
     db.execute(
         "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS \
          'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END'; \
@@ -109,7 +109,7 @@ fn a_commit_whose_answer_is_lost_is_recognised_by_the_positions_and_not_repeated
     wait_for("the flush to reach the server", || {
         db.count("pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1
     });
-    // From here on the server hears us, and we do not hear the server.
+    // From here on the server gets our bytes, but we get none of its answers.
     proxy.is_deaf.store(true, Ordering::SeqCst);
     db.execute("SELECT pg_advisory_unlock(42)");
     wait_for("the COMMIT", || db.count("host_metrics") == 1);
@@ -163,7 +163,7 @@ fn faults_of_the_server_pass_and_are_named() {
          WHERE datname = current_database() AND application_name = 'host-metrics'",
     );
     retry(store.flush(&batch));
-    // Nothing is tried on a connection that is gone.
+    // A lost connection is not used again.
     retry(store.flush(&batch));
     retry_of(store.positions(&[P0], &BTreeMap::new()));
 
@@ -178,7 +178,7 @@ fn faults_of_the_server_pass_and_are_named() {
         "SET default_transaction_read_only = off; ALTER DATABASE {name} RESET default_transaction_read_only"
     ));
 
-    // 55P03: somebody holds our position.
+    // 55P03: another transaction locks our position.
     let bounds = Bounds {
         lock: Duration::from_millis(200),
         ..Bounds::default()
@@ -190,7 +190,7 @@ fn faults_of_the_server_pass_and_are_named() {
     assert!(text.contains("55P03"), "{text}");
     db.execute("ROLLBACK");
 
-    // 57014: somebody cancelled our statement.
+    // 57014: our statement was cancelled.
     quick.open().unwrap();
     db.execute("BEGIN; SELECT * FROM host_metrics_offsets FOR UPDATE");
     let mut patient = db.store();
@@ -213,7 +213,7 @@ fn faults_of_the_server_pass_and_are_named() {
     let text = retry_of(Store::new(&few).unwrap().open());
     assert!(text.contains("53300"), "{text}");
 
-    // And after all of that the batch is written, once.
+    // After all of these the batch is written once.
     store.open().unwrap();
     assert_eq!(store.flush(&batch), Flushed::Durable);
     assert_eq!(db.count("host_metrics"), 1);
@@ -236,7 +236,7 @@ fn a_store_survives_a_crash_of_the_server() {
     assert_eq!(store.flush(&batch), Flushed::Durable);
 }
 
-/// Opens the store while its old backend is frozen, which asks for that backend's end, and lets the backend go on.
+/// Opens the store while its old backend is frozen, which asks for the end of that backend, and then lets the backend continue.
 fn reopened(mut store: Store, frozen: &Thaw) -> Store {
     store.open().unwrap();
     signal(&frozen.0, "CONT");

@@ -1,4 +1,4 @@
-//! Rows that Postgres refuses: exactly those are named.
+//! Rows that Postgres refuses: exactly these are found.
 
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::batch::Flushed;
@@ -6,7 +6,7 @@ use host_metrics::consume::batch::Flushed;
 use super::{P0, fatal, ok, positions, retry, row, start_at};
 use crate::database::Database;
 
-/// Postgres's name for the fault, how the table is made to have it, and which of the offsets 0..100 it refuses.
+/// Postgres's name of the fault, the SQL that causes it, and which of the offsets 0 to 99 it refuses.
 const REFUSALS: [(&str, &str, &[i64]); 12] = [
     ("23514", "ALTER TABLE m ADD CHECK (kafka_offset <> 41)", &[41]),
     (
@@ -86,7 +86,7 @@ fn exactly_the_refused_rows_are_named_and_the_others_stored() {
         start_at(&mut store, &[(P0, 0)]);
         let mut batch = Batch::default();
         for offset in 0..100 {
-            // Addresses of 20 bytes, but for ten of 21; one row without latency.
+            // Addresses of 20 bytes, except ten of 21, and one row without a latency.
             let address = match offset {
                 10..20 => format!("https://1{offset:04}.example"),
                 _ => format!("https://{offset:04}.example"),
@@ -177,7 +177,7 @@ fn a_table_that_refuses_every_copy_stops_with_what_to_do_and_rejects_no_row() {
 #[test]
 fn a_refusal_that_does_not_repeat_row_by_row_names_no_row() {
     let mut db = Database::new();
-    // Refuses every second COPY, by a sequence, which no rollback takes back.
+    // Refuses every second COPY, by a sequence, which a rollback does not reset.
     db.execute(
         "CREATE TABLE m (address text, is_valid boolean); CREATE SEQUENCE s; \
          CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS \

@@ -1,4 +1,4 @@
-//! A table that the user made.
+//! A table that the user created.
 
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::batch::Flushed;
@@ -9,7 +9,7 @@ use crate::database::Database;
 
 #[test]
 fn an_existing_table_is_written_as_it_is() {
-    // SQL, DB_TABLE, the columns asked for at the end and what they hold.
+    // The SQL, DB_TABLE, the columns that are read at the end, and their values.
     let cases = [
         (
             "CREATE TABLE m (address text, latency numeric, status_code int, is_valid boolean)",
@@ -69,7 +69,7 @@ fn an_existing_table_is_written_as_it_is() {
             "https://a.example/|t|1",
         ),
         (
-            // Found along the search path, not where a new table would go; what belongs to it goes beside it.
+            // The table is found in the search path, not in the schema of new tables. The other tables are created next to it.
             "CREATE SCHEMA s; CREATE TABLE s.m (address text, is_valid boolean); \
              DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, s', current_database()); END $$",
             (None, "m"),
@@ -109,7 +109,7 @@ fn a_trigger_of_the_users_table_finds_what_the_users_search_path_names() {
         "ALTER DATABASE {} SET search_path = theirs, public",
         db.name
     ));
-    // The table is found along that path as well.
+    // The table is found in that path too.
     let mut store = db.store_of("checks");
     let layout = store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);

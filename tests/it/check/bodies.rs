@@ -21,15 +21,15 @@ fn bare_deflate(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// What `brotli` makes of it, in its least form: a stored block.
+/// The text in brotli's simplest form, a stored block.
 fn brotli(bytes: &[u8]) -> Vec<u8> {
     let length = u8::try_from(bytes.len()).unwrap() - 1;
-    // A window of 22 bits, one block that is not the last, of 4 nibbles of length, stored; then the empty last block.
+    // A window of 22 bits; one stored block with a length of 4 nibbles, not the last one; then the empty last block.
     let header = 0b1011 | u32::from(length) << 7 | 1 << 23;
     [&header.to_le_bytes()[..3], bytes, &[3]].concat()
 }
 
-/// A response of one chunk; `head` with its last line's end.
+/// A response with one chunk. `head` includes the end of its last line.
 fn chunked(head: &str, body: &[u8]) -> Vec<u8> {
     let size = format!("{:x}\r\n", body.len());
     [head.as_bytes(), b"\r\n", size.as_bytes(), body, b"\r\n0\r\n\r\n"].concat()
@@ -215,7 +215,7 @@ fn a_search_ends_at_the_deadline_whatever_the_regex() {
     let body: Vec<u8> = (0..60_000).map(|_| random.choice(*b"ab").unwrap()).collect();
     let site = Site::answering(site::ok(body));
     let mut checker = checker();
-    // Seconds each, when nothing interrupts them.
+    // Without the deadline, each would take seconds.
     for regex in [
         r"(?-u)a[ab]{10000}c",
         r"(?:\b|b)a[ab]{10000}c",
@@ -233,7 +233,7 @@ fn a_search_ends_at_the_deadline_whatever_the_regex() {
             "{regex}: {seen:?}"
         );
     }
-    // Nothing of it is left for the next check.
+    // The next check is not affected.
     let seen = checker.check(&with_regex(&site.url("/"), "^[ab]+$"), now() + LONG);
     assert_eq!(seen.outcome, Outcome::Ok, "{seen:?}");
 }
@@ -250,6 +250,6 @@ fn an_endless_body_is_read_to_the_limit_and_left() {
         (Outcome::BodyTooLarge, Some(65_536)),
         "{seen:?}"
     );
-    // Without a regex it is not read at all.
+    // Without a regex the body is not read.
     assert_eq!(check(&target(&site.url("/"))).outcome, Outcome::Ok);
 }

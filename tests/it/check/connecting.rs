@@ -1,4 +1,4 @@
-//! From the addresses of a name to a connection, and how the connection ends.
+//! How a connection is made to the addresses of a name, and how it ends.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr};
@@ -19,7 +19,7 @@ fn a_dead_address_does_not_make_a_site_down() {
     let dead = SocketAddr::from((Ipv4Addr::new(127, 0, 0, 2), site.address.port()));
     let url = format!("http://dead-first.test:{}/", site.address.port());
 
-    // Nobody listens on the first address.
+    // No server listens on the first address.
     let seen = check(&target(&url));
     assert_eq!(
         (seen.outcome, seen.ip),
@@ -27,7 +27,7 @@ fn a_dead_address_does_not_make_a_site_down() {
         "{seen:?}"
     );
 
-    // It does not answer: half of the time is spent on it.
+    // The first address does not answer: half of the time is spent on it.
     let _deaf = Deaf::at(dead);
     let seen = checker_with_names().check(&target(&url), now() + SHORT * 2);
     assert_eq!(
@@ -82,7 +82,7 @@ fn the_family_asked_for_is_the_only_one_used() {
             ip_family,
             ..target(&format!("http://{host}:{port}/"))
         });
-        // A machine without IPv6 has no way to ::1 instead of nobody there.
+        // Without IPv6, there is no route to ::1 instead of a refused connection.
         let without_ipv6 = outcome == Outcome::ConnectRefused && seen.outcome == Outcome::ConnectUnreachable;
         assert!(
             seen.outcome == outcome || without_ipv6,
@@ -119,7 +119,7 @@ fn a_proxy_in_the_environment_is_not_used() {
 fn a_connection_that_the_server_has_closed_is_closed_in_order_and_any_other_is_reset() {
     let authority = Authority::new("test authority");
     let server = Arc::new(authority.server(&["site.test"], |_| {}));
-    // What the server reads once it has sent this and, or not, closed its side.
+    // What the server reads after it has sent this, with or without closing its side.
     let ending = |is_tls: bool, answer: Vec<u8>, closes: bool, regex: &str| {
         let (tell, told) = mpsc::channel();
         let server = Arc::clone(&server);
@@ -134,7 +134,7 @@ fn a_connection_that_the_server_has_closed_is_closed_in_order_and_any_other_is_r
                 }
             };
             site::read_head(&mut *wire);
-            // The answer and the end leave together, so that the client cannot see one without the other.
+            // The response and the end of the connection are sent together, so that the client sees both at once.
             socket.set_tcp_cork(closes).unwrap();
             let mut sent = wire.write_all(&answer).and_then(|()| wire.flush());
             if closes {
@@ -165,7 +165,7 @@ fn a_connection_that_the_server_has_closed_is_closed_in_order_and_any_other_is_r
             Ok(0),
             "TLS: {is_tls}"
         );
-        // The checker ends it, and keeps no port waiting for late packets.
+        // The checker resets the connection, so that no port stays in TIME_WAIT.
         assert_eq!(ending(is_tls, page.clone(), false, ""), reset, "TLS: {is_tls}");
         assert_eq!(
             ending(is_tls, page.clone(), false, "hello"),
@@ -174,6 +174,6 @@ fn a_connection_that_the_server_has_closed_is_closed_in_order_and_any_other_is_r
         );
     }
     let large_page = site::ok(vec![b'x'; 60_000]);
-    // Not wanted, and not read: whichever step of the server is the first to notice.
+    // The body is not read. Any step of the server may be the first to notice that.
     assert!(ending(false, large_page, true, "").is_err());
 }

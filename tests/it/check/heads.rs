@@ -41,25 +41,25 @@ fn headers_up_to_64_kib_are_read_in_lines_of_any_length() {
 fn response_heads_are_read_as_curl_reads_them() {
     let lines = |lines: &str| format!("HTTP/1.1 200 OK\r\n{lines}\r\nhello").into_bytes();
     for response in [
-        // Folded.
+        // A folded header.
         lines("Content-Length: 5\r\nX: a\r\n b\r\n\tc\r\n"),
         lines("Content-Length:\r\n 5\r\n"),
         lines(" X: a\r\nContent-Length: 5\r\n"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding:\r\n\tchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
-        // A blank before the colon.
+        // A space before the colon.
         lines("Content-Length : 5\r\nX\t: a\r\n"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding : chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
-        // Lines that nobody reads.
+        // Lines that are ignored.
         lines("Content-Length: 5\r\nX Y: a\r\nX(Y): a\r\n\u{fc}: a\r\n: a\r\n"),
         lines("Content-Length: 5\r\nX: \u{1}\u{1b}[31m\u{7f}\r\nY: a\rb\r\n"),
         lines("Content-Length: 5\r\nContent-Type: text/html\u{1}\r\n"),
-        // Status lines, line ends.
+        // Status lines and line ends.
         b"HTTP/1.1 200 \xfc\x01\r\nContent-Length: 5\r\n\r\nhello".to_vec(),
         b"HTTP/1.1  200\nContent-Length: 5\n\nhello".to_vec(),
         b"http/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello".to_vec(),
         b"HTTP/2 200\r\nContent-Length: 5\r\n\r\nhello".to_vec(),
         b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n".to_vec(),
-        // Interim answers with headers.
+        // Interim responses with headers.
         [
             b"HTTP/1.1 100 Continue\r\nServer: x\r\n\r\nHTTP/1.1 103 Hints\r\nX Y: a\r\n b\r\n\r\n".to_vec(),
             site::ok("hello"),
@@ -73,7 +73,7 @@ fn response_heads_are_read_as_curl_reads_them() {
                 for piece in answer.chunks(answer.len().div_ceil(pieces)) {
                     stream.write_all(piece).unwrap();
                 }
-                // A body that waits for its end would wait for ever.
+                // Reading the body to its end would never end.
                 site::hold(stream);
             });
             let seen = check(&with_regex(&site.url("/"), "^hello$"));

@@ -1,6 +1,6 @@
-//! The HTTP check against scripted sites on loopback, by subject.
+//! The HTTP check with scripted sites on loopback, by subject.
 //!
-//! This file holds what the subjects share: configurations, checkers, names that exist for these tests only.
+//! This file has what the subjects share: configurations, checkers, and names that only these tests resolve.
 
 mod bodies;
 mod connecting;
@@ -30,9 +30,9 @@ use url::Url;
 
 use crate::site::{Authority, Site};
 
-/// More than any check here needs on a busy machine.
+/// More time than any check here needs on a busy machine.
 pub const LONG: Duration = Duration::from_secs(20);
-/// For checks that are meant to hit it.
+/// The timeout of checks that are expected to reach it.
 const SHORT: Duration = Duration::from_millis(400);
 
 pub fn config() -> CheckConfig {
@@ -78,7 +78,7 @@ fn trusting(authority: &Authority) -> Checker {
     Checks::with_lookup(&config, Box::new(names)).unwrap().checker()
 }
 
-/// Names that exist for these tests only.
+/// Names that only these tests resolve.
 pub fn names(name: &str, _family: Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> {
     match name {
         "site.test" | "other.test" => Ok(vec![Ipv4Addr::LOCALHOST.into()]),
@@ -111,7 +111,7 @@ fn check_answer(response: impl Into<Vec<u8>>, regex: &str) -> Observation {
     check(&with_regex(&site.url("/"), regex))
 }
 
-/// What must hold of any observation.
+/// Verifies what holds for every observation.
 fn assert_consistent(observation: &Observation) {
     assert_eq!(
         observation.outcome == Outcome::Ok,
@@ -145,7 +145,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// A response whose headers are `total` bytes, in lines of `line` bytes.
+/// A response with `total` bytes of headers, in lines of `line` bytes.
 fn headers_of(total: usize, line: usize) -> Vec<u8> {
     let mut head = b"HTTP/1.1 200 OK\r\n".to_vec();
     for number in 0..total / line {

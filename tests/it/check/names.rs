@@ -1,4 +1,4 @@
-//! Name lookups: shared, bounded, and what happens when this machine cannot do them.
+//! Name lookups: shared, bounded, and without threads.
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -41,7 +41,7 @@ fn simultaneous_lookups_of_a_name_are_one_and_a_later_one_is_new() {
             })
             .collect();
         ready.wait();
-        // All of them wait by now or soon; should one come late, it asks anew and gets the second release.
+        // All of them wait by now or soon. One that comes late starts a new lookup and gets the second release.
         site::slowly(Duration::from_millis(100));
         release.send(()).unwrap();
         release.send(()).unwrap();
@@ -74,18 +74,18 @@ fn hanging_lookups_delay_only_their_own_names_and_free_their_threads() {
             Err(NameError::TimedOut)
         );
     }
-    // One thread is left, and serves everybody else.
+    // One thread is left, which serves all other names.
     for number in 0..50 {
         let answer = names.resolve(&format!("site-{number}.test"), None, now() + LONG);
         assert_eq!(answer, Ok(vec![Ipv4Addr::LOCALHOST.into()]));
     }
-    // Asking for a hanging name again joins its lookup instead of taking that thread.
+    // A second check of a hanging name joins its lookup instead of taking that thread.
     assert_eq!(
         names.resolve("silent-0.test", None, now() + SHORT / 8),
         Err(NameError::TimedOut)
     );
     assert!(names.resolve("site.test", None, now() + LONG).is_ok());
-    // With all threads hanging, a name waits no longer than its check.
+    // If all threads hang, a name waits no longer than its check.
     assert_eq!(
         names.resolve("silent-4.test", None, now() + SHORT / 8),
         Err(NameError::TimedOut)

@@ -1,4 +1,4 @@
-//! Each outcome, provoked by a site, a name server or a network that fails in that way: a case is a test.
+//! Each outcome, caused by a site, a name server or a network that fails in that way. Each case is a test.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -15,13 +15,13 @@ use super::{
 };
 use crate::site::{self, Authority, Closed, Deaf, Site, Wire};
 
-/// What one check meets.
+/// The surroundings of one check.
 struct Scene {
     target: Target,
-    /// How long the check may take: `LONG`, or `SHORT` where the outcome is a timeout.
+    /// How long the check may take: `LONG`, or `SHORT` if the outcome is a timeout.
     within: Duration,
     authority: Option<Authority>,
-    /// What has to live as long as the check.
+    /// Kept alive during the check.
     _peer: Box<dyn std::any::Any>,
 }
 
@@ -40,13 +40,13 @@ impl Scene {
         self
     }
 
-    /// The check ends at its deadline, which is soon.
+    /// The check is expected to reach its deadline.
     fn at_the_deadline(mut self) -> Self {
         self.within = SHORT;
         self
     }
 
-    /// Checks once; `error` is a part of the text for a person.
+    /// Checks once. `error` is a part of the expected error text.
     fn gives(self, outcome: Outcome, error: &str) {
         let mut checker = match &self.authority {
             Some(authority) => trusting(authority),
@@ -70,7 +70,7 @@ impl Scene {
     }
 }
 
-/// Makes a test of each case: `name: Outcome, "a part of its error" => what the check meets`.
+/// Makes a test of each case: `name: Outcome, "a part of its error" => the surroundings`.
 macro_rules! cases {
     ($($(#[$attribute:meta])* $name:ident: $outcome:ident, $error:literal => $scene:expr;)*) => {
         $(
@@ -102,7 +102,7 @@ fn every_outcome_of_a_check_has_a_case() {
 }
 
 cases! {
-    // Answers that arrive whole.
+    // Complete responses.
     a_good_page: Ok, "" => answer(site::ok("hello"));
     a_good_page_with_its_text: Ok, "" =>
         answer(site::ok("say hello\nworld")).with_regex("hello.?world|hello\nw");
@@ -116,7 +116,7 @@ cases! {
     a_long_page: BodyTooLarge, "first 65536 bytes" =>
         answer(site::ok(vec![b'x'; 65 * 1024])).with_regex("hello");
 
-    // Answers that end too early.
+    // Responses that end too early.
     an_empty_answer: ConnectionClosed, "without a complete response" => answer(b"");
     a_cut_header: ConnectionClosed, "without a complete" => answer(b"HTTP/1.1 200 OK\r\nContent-Le");
     a_cut_body_with_the_text_in_it: ConnectionClosed, "before the end of the body" =>
@@ -131,7 +131,7 @@ cases! {
         answer([b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n", &half_gzip()[..]].concat())
             .with_regex("hello");
 
-    // Answers that are not HTTP, or not ours to read.
+    // Responses that are not HTTP, or that we cannot read.
     broken_chunks: ProtocolError, "chunk" =>
         answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\nfoo")
             .with_regex("hello");
@@ -182,7 +182,7 @@ cases! {
     a_redirect_loop: TooManyRedirects, "more than 10 redirects" => answer(site::redirect(302, "/"));
     status_303_in_a_loop: TooManyRedirects, "more than 10 redirects" => answer(site::redirect(303, "?"));
 
-    // Peers that do not go on.
+    // Servers that stop in the middle.
     silence_after_accept: ResponseTimeout, "did not send a complete response in time" => hung(silent());
     headers_that_trickle: ResponseTimeout, "did not send a complete response in time" => hung(Site::plain(|stream| {
         let start = b"HTTP/1.1 200 OK\r\nX-Slow: ".iter().copied();
@@ -245,7 +245,7 @@ cases! {
     a_client_certificate_demanded_with_tls_1_3: TlsError, "alert" =>
         tls(|authority| demanding(authority, &rustls::version::TLS13));
 
-    // Without length and without TLS's own end only HTTP/1.0 is believed.
+    // Without a length and without TLS's close_notify, the end of a body is accepted only with HTTP/1.0.
     http_1_1_over_tls_without_length_and_without_a_clean_end: ConnectionClosed, "before the end of the body" =>
         without_clean_end(b"HTTP/1.1 200 OK\r\n\r\nhello");
     http_1_0_over_tls_without_length_and_without_a_clean_end: Ok, "" =>
@@ -296,14 +296,14 @@ cases! {
         })
     });
 
-    // Hosts that are not reached.
+    // Hosts that cannot be reached.
     no_such_name: DnsNotFound, "no address for nowhere.test" => unreached("http://nowhere.test/");
     name_servers_that_fail: DnsError, "name servers failed" => unreached("http://broken.test/");
     no_memory_for_the_lookup: AgentError, "no memory" => unreached("http://powerless.test/");
-    // The kernel's routing table knows loopback's broadcast address, and TCP has no way there.
+    // The routing table has loopback's broadcast address, to which TCP cannot connect.
     no_route: ConnectUnreachable, "127.255.255.255:80 is unreachable" =>
         unreached("http://127.255.255.255/");
-    // A link-local address says nothing without its interface.
+    // A link-local address needs an interface.
     no_such_connection: ConnectError, "cannot connect to [fe80::1]:80" => unreached("http://[fe80::1]/");
     no_listener: ConnectRefused, "connection refused by 127.0.0.1:" => {
         let closed = Closed::new();
@@ -340,7 +340,7 @@ fn tls(site: impl FnOnce(&Authority) -> Site) -> Scene {
     }
 }
 
-/// A good page behind this certificate.
+/// A good page with this certificate.
 fn certificate(config: impl FnOnce(&Authority) -> ServerConfig) -> Scene {
     tls(|authority| {
         Site::tls(config(authority), |stream| {
@@ -388,7 +388,7 @@ fn silent() -> Site {
 fn reset_after(head: &'static [u8]) -> Site {
     Site::plain(move |stream| {
         stream.write_all(head).unwrap();
-        // The client has read it by now, else a reset could overtake it.
+        // The client must have read the response, because a reset could overtake it.
         site::slowly(Duration::from_millis(50));
         site::reset(stream);
     })
@@ -398,7 +398,7 @@ fn half_gzip() -> Vec<u8> {
     gzip(b"hello hello hello")[..15].to_vec()
 }
 
-/// Enough of a ServerHello to say that it is TLS 1.0.
+/// The part of a ServerHello that selects TLS 1.0.
 fn tls_1_0_hello(stream: &mut TcpStream) {
     let _ = stream.read(&mut [0; 9999]);
     let mut hello = b"\x16\x03\x01\x00\x2a\x02\x00\x00\x26\x03\x01".to_vec();

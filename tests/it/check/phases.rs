@@ -1,4 +1,4 @@
-//! The time of each phase, and what an observation holds when a phase did not happen.
+//! The time of each phase, and observations without some phases.
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
@@ -15,12 +15,12 @@ use crate::site::{self, Authority, Deaf, Site};
 
 #[test]
 fn each_phase_is_timed_and_latency_ends_with_the_headers() {
-    // The site takes its time twice over: on a busy machine the checker's clock may start after the site's.
+    // The site waits twice as long as required, because on a busy machine the checker's clock may start after the site's.
     const EACH: Duration = Duration::from_millis(40);
     let authority = Authority::new("test authority");
     let server = Arc::new(authority.server(&["slow.test"], |_| {}));
     let site = Site::start(move |stream, _| {
-        // The handshake waits for this.
+        // The handshake waits until then.
         site::slowly(EACH * 2);
         let mut tls = rustls::StreamOwned::new(
             rustls::ServerConnection::new(Arc::clone(&server)).unwrap(),

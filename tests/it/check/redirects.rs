@@ -1,4 +1,4 @@
-//! Redirects: which are followed, where to, and what is counted.
+//! Redirects: which are followed, to where, and what is counted.
 
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -20,7 +20,7 @@ fn redirects_are_followed_counted_and_summed() {
     let port = last.address.port();
     let first = Site::plain(move |stream| {
         site::slowly(Duration::from_millis(30));
-        // Each request has a connection, and so a thread, of its own: the path says where it is.
+        // Each request has its own connection and thread, so the path tells the state.
         let _ = stream.write_all(&site::redirect(
             307,
             &format!("http://user:secret@other.test:{port}/end#top"),
@@ -148,7 +148,7 @@ fn redirects_that_take_all_of_the_time_are_a_response_timeout() {
         };
         checker().check(&target, now() + SHORT)
     };
-    // Some of them end between two hops, some while a hop waits for its answer.
+    // Some checks end between two redirects, some while they wait for a response.
     for micros in (0..10).map(|number| 19_700 + number * 37) {
         let seen = chain(Duration::from_micros(micros));
         assert_eq!(seen.outcome, Outcome::ResponseTimeout, "{seen:?}");

@@ -23,7 +23,7 @@ fn one_check_sends_one_request_with_the_expected_headers_only() {
     };
     assert_eq!(check(&head).outcome, Outcome::Ok);
 
-    // Names as every other client writes them: some servers know no `host:`.
+    // Header names as other clients write them, because some servers do not recognise `host:`.
     let expected = |first: &str, host: &str, codings: &str| {
         format!(
             "{first} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: host-metrics/test\r\nAccept: */*\r\n\

@@ -51,7 +51,7 @@ fn the_leaf_is_recorded_even_if_it_is_not_trusted_and_insecure_accepts_any() {
             (Outcome::Ok, expires_at),
             "{seen:?}"
         );
-        // And only for the host that says so.
+        // And only for the host with this option.
         let seen = checker.check(
             &Target {
                 tls_insecure: false,
