@@ -29,9 +29,8 @@ impl Watch {
         let before = std::mem::take(&mut self.without_owner);
         let mut missing = all.clone();
         for assignment in assignments {
-            for owned in partitions_in(assignment)? {
-                missing.remove(&owned);
-            }
+            let owned = partitions_in(assignment)?;
+            missing.retain(|(topic, number)| !owned.contains(&(topic.as_str(), *number)));
         }
         let still: BTreeSet<Named> = before.intersection(&missing).cloned().collect();
         if still.is_empty() {
@@ -49,20 +48,20 @@ impl Watch {
 
 /// The partitions in an assignment (Kafka's ConsumerProtocolAssignment.json: a version, then an array of topics, each a string
 /// and an array of int32, all big-endian; the rest is not needed). `None` if it is cut off.
-fn partitions_in(assignment: &[u8]) -> Option<Vec<Named>> {
+fn partitions_in(assignment: &[u8]) -> Option<BTreeSet<(&str, i32)>> {
+    let mut owned = BTreeSet::new();
     if assignment.is_empty() {
-        return Some(Vec::new());
+        return Some(owned);
     }
     let mut rest = assignment;
     let _version: [u8; 2] = take(&mut rest)?;
-    let mut owned = Vec::new();
     for _ in 0..i32::from_be_bytes(take(&mut rest)?) {
         let length = usize::try_from(i16::from_be_bytes(take(&mut rest)?)).ok()?;
         let (name, after) = rest.split_at_checked(length)?;
         rest = after;
         let name = std::str::from_utf8(name).ok()?;
         for _ in 0..i32::from_be_bytes(take(&mut rest)?) {
-            owned.push((name.to_owned(), i32::from_be_bytes(take(&mut rest)?)));
+            owned.insert((name, i32::from_be_bytes(take(&mut rest)?)));
         }
     }
     Some(owned)
