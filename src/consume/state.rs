@@ -412,6 +412,8 @@ fn series_columns<'a>(rows: &[ChangedSeries<'a>]) -> Columns<'a> {
         rows.iter()
             .map(|(_, _, series, _)| series.interval_micros.map(seconds)),
     );
+    columns.add(rows.iter().map(|(_, _, series, _)| series.name.as_deref()));
+    columns.add(rows.iter().map(|(_, _, series, _)| series.group.as_deref()));
     columns.add(checks().map(|checks| checks.map(|checks| checks.is_valid)));
     columns.add(checks().map(|checks| checks.map(|checks| time(checks.since))));
     columns.add(checks().map(|checks| checks.map(|checks| time(checks.first_at))));
@@ -457,6 +459,8 @@ fn series_of(row: &Row) -> Result<Series, tokio_postgres::Error> {
     Ok(Series {
         last_seen_at: row.try_get::<_, Option<_>>("last_seen_at")?.map(micros),
         interval_micros: interval.map(|seconds| (seconds * 1e6).round() as i64),
+        name: row.try_get("name")?,
+        group: row.try_get("group")?,
         checks,
         certificate,
     })
@@ -506,6 +510,7 @@ fn rollup_columns(rows: &BTreeMap<Key, Rollup>) -> Columns<'_> {
     columns.add(rows.values().map(|rollup| not_zero(rollup.failed)));
     columns.add(rows.values().map(|rollup| not_zero(rollup.missed)));
     columns.add(rows.values().map(|rollup| not_zero(rollup.offline)));
+    columns.add(rows.values().map(|rollup| not_zero(rollup.slow)));
     columns.add(rows.values().map(|rollup| not_zero(rollup.latency_max_us)));
     for phase in 0..PHASES.len() {
         columns.add(rows.values().map(|rollup| not_zero(rollup.phases[phase])));
@@ -534,6 +539,7 @@ fn rollup_of(row: &Row) -> Result<Rollup, tokio_postgres::Error> {
         failed: count("failed")?,
         missed: count("missed")?,
         offline: count("offline")?,
+        slow: count("slow")?,
         outcomes: row
             .try_get::<_, Option<_>>("outcomes")?
             .map(from_json)

@@ -34,6 +34,9 @@ pub const SERIES: StateTable = StateTable {
         // The newest record of any kind.
         ("last_seen_at", "timestamptz", ""),
         ("interval_seconds", "double precision", ""),
+        // Of the newest record, for people.
+        ("name", "text", ""),
+        ("\"group\"", "text", ""),
         ("is_valid", "boolean", ""),
         ("since", "timestamptz", ""),
         ("first_check_at", "timestamptz", ""),
@@ -69,6 +72,7 @@ pub const ROLLUPS: StateTable = StateTable {
         ("failed", "integer", ""),
         ("missed", "integer", ""),
         ("offline", "integer", ""),
+        ("slow", "integer", ""),
         ("latency_max_us", "integer", ""),
         ("dns_10us", "integer", ""),
         ("connect_10us", "integer", ""),

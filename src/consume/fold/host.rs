@@ -69,6 +69,8 @@ pub struct SeriesRecord<'a> {
     pub at: i64,
     pub interval_micros: Option<i64>,
     pub cert_expires_at: Option<i64>,
+    pub name: Option<&'a str>,
+    pub group: Option<&'a str>,
     /// `None` if the tick was not checked, or the place could not check.
     pub check: Option<Check<'a>>,
 }
@@ -86,6 +88,9 @@ pub struct Series {
     /// The newest record of any kind.
     pub last_seen_at: Option<i64>,
     pub interval_micros: Option<i64>,
+    /// Of the newest record.
+    pub name: Option<String>,
+    pub group: Option<String>,
     pub checks: Option<Checks>,
     pub certificate: Option<Certificate>,
 }
@@ -134,6 +139,8 @@ impl Series {
                 .filter(|_| record.check.is_some())
                 .map(|previous| record.at - previous);
             self.interval_micros = record.interval_micros.or(gap).or(self.interval_micros);
+            self.name = record.name.map(str::to_owned);
+            self.group = record.group.map(str::to_owned);
         }
         if let Some(expires_at) = record.cert_expires_at
             && self

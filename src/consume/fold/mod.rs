@@ -45,6 +45,8 @@ struct Pending<'a> {
     at: i64,
     interval_micros: Option<i64>,
     cert_expires_at: Option<i64>,
+    name: Option<Cow<'a, str>>,
+    group: Option<Cow<'a, str>>,
     check: Option<PendingCheck<'a>>,
 }
 
@@ -95,6 +97,8 @@ impl<'a> Fold<'a> {
                     .interval_seconds
                     .map(|seconds| (seconds * 1e6).round() as i64),
                 cert_expires_at: sample.cert_expires_at.map(micros),
+                name: sample.name,
+                group: sample.group,
                 check: finding.is_check().then_some(check),
             });
         }
@@ -152,6 +156,8 @@ impl Hosts<'_> {
                         at: pending.at,
                         interval_micros: pending.interval_micros,
                         cert_expires_at: pending.cert_expires_at,
+                        name: pending.name.as_deref(),
+                        group: pending.group.as_deref(),
                         check,
                     },
                 );

@@ -96,6 +96,8 @@ pub struct Rollup {
     pub failed: i32,
     pub missed: i32,
     pub offline: i32,
+    /// Checks that took longer than their host's `slow=`.
+    pub slow: i32,
     /// Failed checks by outcome.
     pub outcomes: BTreeMap<String, i32>,
     pub latency_us: i64,
@@ -122,6 +124,9 @@ impl Rollup {
             Finding::Offline => &mut self.offline,
         };
         *count = count.saturating_add(1);
+        if finding.is_check() && sample.slow == Some(true) {
+            self.slow = self.slow.saturating_add(1);
+        }
         if finding == Finding::Failed {
             let outcome = sample.outcome.as_deref().unwrap_or(UNKNOWN_OUTCOME);
             match self.outcomes.get_mut(outcome) {
@@ -158,6 +163,7 @@ impl Rollup {
             (&mut self.failed, other.failed),
             (&mut self.missed, other.missed),
             (&mut self.offline, other.offline),
+            (&mut self.slow, other.slow),
         ];
         for (sum, count) in counts.into_iter().chain(self.phases.iter_mut().zip(other.phases)) {
             *sum = sum.saturating_add(count);

@@ -136,6 +136,44 @@ fn an_incident_lasts_from_the_first_failed_to_the_first_valid_check() {
 }
 
 #[test]
+fn a_host_has_the_name_of_its_newest_record_and_slow_checks_are_counted() {
+    let named = |at, name: Option<&'static str>, outcome: &'static str, slow| {
+        let sample = Sample {
+            address: HOST.into(),
+            is_valid: outcome == "ok",
+            outcome: Some(outcome.into()),
+            scheduled_at: seconds(at),
+            name: name.map(Into::into),
+            group: name.map(|name| format!("group of {name}").into()),
+            slow,
+            ..Sample::default()
+        };
+        let mut value = Vec::new();
+        sample::encode(&sample, &mut value);
+        (value, seconds(at))
+    };
+    let mut tables = Tables::default();
+    tables.flush(
+        DownWhen::Majority,
+        &[
+            named(60, Some("Shop \"front\""), "ok", Some(true)),
+            named(120, Some("Shop"), "bad_status", Some(true)),
+            named(0, Some("earlier"), "ok", Some(false)),
+            named(180, Some("Shop"), "missed", None),
+        ],
+    );
+    let series = &tables.hosts[HOST].series[""];
+    let texts = (series.name.as_deref(), series.group.as_deref());
+    assert_eq!(texts, (Some("Shop"), Some("group of Shop")));
+    assert!(
+        tables.rollups.values().all(|rollup| rollup.slow == 2),
+        "{tables:?}"
+    );
+    tables.flush(DownWhen::Majority, &[named(240, None, "ok", None)]);
+    assert_eq!(tables.hosts[HOST].series[""].name, None);
+}
+
+#[test]
 fn places_vote_with_their_last_check() {
     use DownWhen::{All, Any, Majority, Places};
     // Three places at each tick; what each of them sees, and who is down by which rule.
