@@ -3,7 +3,7 @@
 SHELL_SCRIPTS = .ci/run scripts/* deploy/postgres/*.sh tests/docker/run tests/docker/stand-ins tests/docker/kafka-run tests/docker/postgres-run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check unit e2e test soak test-docker fuzz mutants coverage bench-consume bench-views bench-produce soak-produce setup lint deny install config image start stop restart status logs reload validate clean
+.PHONY: help demo check unit e2e test pictures soak test-docker fuzz mutants coverage bench-consume bench-views bench-produce soak-produce setup lint deny install config image start stop restart status logs reload validate clean
 
 # $(call require,PROGRAM,COMMAND): stops with the command that installs the program, if it is missing.
 require = command -v $(1) >/dev/null || { echo "$(1) is not installed; to install it: $(2)" >&2; exit 1; }
@@ -36,6 +36,10 @@ e2e: setup ## the tests with a real Kafka and a real Postgres, which they start;
 
 test: setup lint ## all checks and tests
 	cargo test --locked
+
+pictures: setup ## make the README's pictures of the status page, and others in target/pictures, from a pipeline that really ran
+	PICTURES="$$PWD/target/pictures" cargo test --locked --test e2e -- page::a_browser
+	mkdir -p docs/pictures && cd target/pictures && cp overview-800-light.png overview-800-dark.png host-800-light.png ../../docs/pictures
 
 soak: setup ## kill consumers, broker and database at random for SOAK_SECONDS=600, then audit; SOAK_SEED=N repeats a run
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --locked --test e2e -- --nocapture kills::

@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::skip::Place;
 use crate::duration;
+use crate::tables::names::MAX_IDENTIFIER_BYTES;
 
 /// Checks web sites on time and stores every result exactly once: HTTP checker -> Kafka -> Postgres.
 #[derive(Debug, Parser)]
@@ -49,6 +50,8 @@ pub enum Command {
     Status(Status),
     /// Print records as they arrive in Kafka
     Tail(Tail),
+    /// Serve the status page until stopped, or write its files
+    Page(Page),
     /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
     Skip(Skip),
     /// Check that every record is stored exactly once and every tick has exactly one row
@@ -167,6 +170,10 @@ pub struct Init {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub retention: Option<Duration>,
 
+    /// Create this database user, if it does not exist, and let it read what `page` shows, and nothing else
+    #[arg(long, value_name = "NAME", value_parser = parse_role)]
+    pub reader: Option<String>,
+
     /// Print the SQL without connecting to any server
     #[arg(long)]
     pub print_sql: bool,
@@ -216,6 +223,16 @@ pub struct Tail {
     /// Print the records as JSON, one a line
     #[arg(long)]
     pub json: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct Page {
+    /// Write the files of the page to DIR for another web server, and exit
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
 
     #[command(flatten)]
     common: Common,
@@ -310,6 +327,7 @@ impl Command {
             | Self::Drop(Drop { common, .. })
             | Self::Status(Status { common, .. })
             | Self::Tail(Tail { common, .. })
+            | Self::Page(Page { common, .. })
             | Self::Skip(Skip { common, .. })
             | Self::Audit(Audit { common })
             | Self::Health(Health { common })
@@ -317,6 +335,15 @@ impl Command {
             | Self::Completions(Completions { common, .. })
             | Self::Man(Man { common, .. }) => common,
         }
+    }
+}
+
+fn parse_role(text: &str) -> Result<String, String> {
+    match (1..=MAX_IDENTIFIER_BYTES).contains(&text.len()) && !text.contains(char::is_control) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "expected the name of a user, at most {MAX_IDENTIFIER_BYTES} bytes"
+        )),
     }
 }
 
@@ -383,6 +410,10 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   AGENT_NAME                the name in each record of the place that checks
                             [PRODUCE_GROUP, else the host name]
   PRODUCE_GROUP             producers with the same group share their hosts [none]
+  PAGE_ADDR                 where `page` serves [127.0.0.1:9480]
+  PAGE_TITLE                the title of the page [Status]
+  PAGE_SHOW_ADDRESSES       yes or no: whether the page shows addresses and hosts without a name [no]
+  PAGE_AUTH_FILE            a file with user:password on each line: who may read the page [everybody]
   METRICS_ADDR              where to serve /metrics, /healthz, /readyz, e.g. 0.0.0.0:9464 [none]
   LOG_LEVEL                 OFF, ERROR, WARN, INFO, DEBUG or TRACE [INFO]
 A secret on the command line is visible to every user of the machine. Instead, set

@@ -22,6 +22,7 @@ pub mod kafka;
 pub mod limits;
 pub mod logging;
 mod outage;
+pub mod page;
 pub mod postgres;
 pub mod produce;
 pub mod sample;

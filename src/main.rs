@@ -13,7 +13,7 @@ use signal_hook::consts::SIGHUP;
 
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
-use host_metrics::commands::{audit, check, demo, init, skip, status, tail, validate};
+use host_metrics::commands::{audit, check, demo, init, page, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
 use host_metrics::produce::host_file::{self, HostFileError, Hosts};
@@ -75,6 +75,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Drop(args) => run_drop(args, &variables),
         Command::Status(args) => run_status(args, &variables),
         Command::Tail(args) => run_tail(args, &variables),
+        Command::Page(args) => run_page(args, &variables),
         Command::Skip(args) => run_skip(args, &variables),
         Command::Audit(_) => run_audit(&variables),
         Command::Health(_) => run_health(&variables),
@@ -141,9 +142,10 @@ fn run_init(args: &cli::Init, variables: &Variables) -> anyhow::Result<bool> {
         partitions: args.partitions,
         replication: args.replication,
         retention: args.retention,
+        reader: args.reader.as_deref(),
         print_sql: args.print_sql,
     };
-    init::run(&config, options)?;
+    init::run(&config, &options)?;
     Ok(true)
 }
 
@@ -182,6 +184,19 @@ fn run_tail(args: &cli::Tail, variables: &Variables) -> anyhow::Result<bool> {
     };
     // Leaves colours out where standard output is not a terminal, or NO_COLOR or TERM=dumb is set.
     tail::run(&config, &options, &listen_to_signals()?, &mut anstream::stdout())?;
+    Ok(true)
+}
+
+fn run_page(args: &cli::Page, variables: &Variables) -> anyhow::Result<bool> {
+    let config = config::page(variables)?;
+    start_logging(variables, Servers::DATABASE)?;
+    match &args.out {
+        Some(directory) => page::write(&config, directory)?,
+        None => {
+            limits::raise_open_files();
+            page::Page::start(config)?.run(&listen_to_signals()?)?;
+        }
+    }
     Ok(true)
 }
 

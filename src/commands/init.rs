@@ -37,13 +37,15 @@ const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// What `init` is asked to do differently.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Options {
+pub struct Options<'a> {
     /// Of a topic that it creates.
     pub partitions: Option<i32>,
     /// Of a topic that it creates; `None`: the broker's default.
     pub replication: Option<i32>,
     /// Of a topic that it creates; `None`: the broker's default.
     pub retention: Option<Duration>,
+    /// The user that may read the state only, for `page`.
+    pub reader: Option<&'a str>,
     /// Print the SQL, touch nothing.
     pub print_sql: bool,
 }
@@ -52,12 +54,18 @@ pub struct Options {
 ///
 /// # Errors
 /// Something that waiting does not mend: a refused login, a missing right, an impossible replication factor.
-pub fn run(config: &InitConfig, options: Options) -> anyhow::Result<()> {
+pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
     if options.print_sql {
-        return print(&schema::script(&config.database.table, days::today()));
+        let table = &config.database.table;
+        let reader = options.reader.map(|reader| schema::let_read(table, reader));
+        return print(&(schema::script(table, days::today()) + &reader.unwrap_or_default()));
     }
     make_topics(config, options)?;
-    make_tables(&config.database)
+    make_tables(&config.database)?;
+    match options.reader {
+        Some(reader) => let_read(&config.database, reader),
+        None => Ok(()),
+    }
 }
 
 /// Makes the tables and views that are missing; waits for a server that cannot be reached.
@@ -76,6 +84,26 @@ pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
         pause(&runtime);
     }
     runtime.shutdown_background();
+    Ok(())
+}
+
+/// Makes the user that may read the state only, or grants that to an existing one.
+fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
+    postgres::runtime()?
+        .block_on(async {
+            let session = Session::open(config, Bounds::default()).await?;
+            let sql = schema::let_read(&session.table, reader);
+            let result = session
+                .bounded("granting SELECT", session.client.batch_execute(&sql))
+                .await;
+            session.close().await;
+            result
+        })
+        .map_err(|fault: Fault| {
+            let remedy = format!("have a superuser run CREATE ROLE for {reader:?}, then run this again");
+            anyhow::anyhow!("user {reader:?} not made: {}", fault.with_grant(&remedy))
+        })?;
+    log::info!("user {reader:?} may read the state; set its password with ALTER ROLE, if it has none");
     Ok(())
 }
 
@@ -113,7 +141,7 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-fn make_topics(config: &InitConfig, options: Options) -> anyhow::Result<()> {
+fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut waiting = Waiting::new();
     let existing = all_topics(config, &mut waiting)?;
@@ -213,7 +241,7 @@ fn say_differences(
     admin: &AdminClient<Listener>,
     metadata: &Metadata,
     topic: &str,
-    options: Options,
+    options: &Options<'_>,
 ) {
     let Some(found) = find_topic(metadata, topic) else {
         return;

@@ -4,6 +4,7 @@ pub mod audit;
 pub mod check;
 pub mod demo;
 pub mod init;
+pub mod page;
 pub mod skip;
 pub mod status;
 pub mod tail;

@@ -10,6 +10,7 @@ mod database;
 mod env_file;
 mod form;
 mod kafka;
+mod page;
 pub(crate) mod pem;
 mod problems;
 mod secret;
@@ -27,6 +28,7 @@ pub use database::{DatabaseConfig, DbSslMode};
 pub use kafka::{
     GroupConfig, KafkaConfig, KafkaSasl, KafkaSecurity, KafkaTls, TOPIC_NAME_RULE, is_topic_name,
 };
+pub use page::PageConfig;
 pub use problems::Problem;
 use problems::Reader;
 pub use secret::{Secret, exposed_secrets, quoted_secrets};
@@ -68,6 +70,10 @@ impl Servers {
     pub const KAFKA: Self = Self {
         kafka: true,
         database: false,
+    };
+    pub const DATABASE: Self = Self {
+        kafka: false,
+        database: true,
     };
     pub const NONE: Self = Self {
         kafka: false,
@@ -256,6 +262,14 @@ pub fn health(variables: &Variables) -> Result<SocketAddr, WrongVariables> {
     })
 }
 
+/// The configuration of `page`.
+///
+/// # Errors
+/// All wrong variables.
+pub fn page(variables: &Variables) -> Result<PageConfig, WrongVariables> {
+    read(variables, page::page)
+}
+
 /// The configuration of `check`.
 ///
 /// # Errors
@@ -319,16 +333,20 @@ fn read_log_level(reader: &mut Reader<'_>) -> LevelFilter {
 const METRICS_ADDR: &str = "METRICS_ADDR";
 
 fn metrics_addr(reader: &mut Reader<'_>) -> Option<SocketAddr> {
-    let text = reader.get(METRICS_ADDR)?;
+    socket_addr(reader, METRICS_ADDR, "0.0.0.0:9464 or [::]:9464")
+}
+
+fn socket_addr(reader: &mut Reader<'_>, name: &'static str, example: &str) -> Option<SocketAddr> {
+    let text = reader.get(name)?;
     let address = text.parse().ok();
     if address.is_none() {
-        let expected = "an IP address and a port, e.g. 0.0.0.0:9464 or [::]:9464";
-        reader.wrong(METRICS_ADDR, expected, metrics_addr_remedy(text));
+        let expected = format!("an IP address and a port, e.g. {example}");
+        reader.wrong(name, expected, socket_addr_remedy(text));
     }
     address
 }
 
-fn metrics_addr_remedy(text: &str) -> Option<String> {
+fn socket_addr_remedy(text: &str) -> Option<String> {
     let is_port = |text: &str| form::port(text).is_some();
     if let Some(port) = text
         .strip_prefix("*:")

@@ -274,7 +274,8 @@ impl<'a> Reader<'a> {
         Some(Secret::new(text))
     }
 
-    fn secret_file(&mut self, name: &'static str) -> Option<String> {
+    /// The text of a file with secrets, without one line break at its end.
+    pub(super) fn secret_file(&mut self, name: &'static str) -> Option<String> {
         let path = Path::new(self.get(name)?);
         let problem = match read_file(path, MAX_SECRET_BYTES).map(String::from_utf8) {
             Ok(Ok(text)) => {

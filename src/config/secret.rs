@@ -110,7 +110,7 @@ pub fn exposed_secrets(variables: &Variables, servers: Servers) -> Vec<String> {
         "KAFKA_SASL_USERNAME_FILE",
         "KAFKA_SASL_PASSWORD_FILE",
     ];
-    let database: &[&str] = &["DB_PASSWORD_FILE"];
+    let database: &[&str] = &["DB_PASSWORD_FILE", "PAGE_AUTH_FILE"];
     let kafka = kafka.iter().filter(|_| servers.kafka);
     let names = kafka.chain(database.iter().filter(|_| servers.database));
     names.filter_map(|name| exposed(variables, name)).collect()

@@ -9,7 +9,7 @@ use super::env_file::{self, EnvFile};
 use super::problems::Problem;
 
 /// The names of all variables. Other names are ignored in `.env` and in the environment, and are an error after `-e`.
-pub const NAMES: [&str; 37] = [
+pub const NAMES: [&str; 41] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
     "KAFKA_SECURITY_PROTOCOL",
@@ -46,6 +46,10 @@ pub const NAMES: [&str; 37] = [
     "AGENT_NAME",
     "PRODUCE_GROUP",
     "METRICS_ADDR",
+    "PAGE_ADDR",
+    "PAGE_TITLE",
+    "PAGE_SHOW_ADDRESSES",
+    "PAGE_AUTH_FILE",
     "LOG_LEVEL",
 ];
 

@@ -1,31 +1,24 @@
-//! The HTTP server at METRICS_ADDR: /metrics for Prometheus, /healthz and /readyz.
+//! The HTTP endpoint at METRICS_ADDR: /metrics for Prometheus, /healthz and /readyz.
 //!
-//! hyper on its own thread. The server only reads what an agent publishes, so no client can delay the agent. Each connection
-//! has one request, a bounded time and a bounded size, so no client can delay another. The agents count the values
-//! (`produce::metrics`, `consume::metrics`); [`metrics`] formats them.
+//! The endpoint only reads what an agent publishes, so no client can delay the agent. Each connection has one request, a
+//! bounded time and a bounded size, so no client can delay another. The agents count the values (`produce::metrics`,
+//! `consume::metrics`); [`metrics`] formats them. [`server`] is the server; the status page has it too.
 
 pub mod health;
 pub mod metrics;
+pub mod server;
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
-use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::runtime::{Builder, Runtime};
-use tokio::sync::oneshot;
-use tokio::task::AbortHandle;
 
 use self::metrics::Page;
+use self::server::{Limits, Server, Service};
 
 /// What an agent publishes. The functions are called on the server's thread and must not wait for the agent.
 pub trait Watched: Send + Sync + 'static {
@@ -41,112 +34,38 @@ pub trait Watched: Send + Sync + 'static {
     fn is_ready(&self) -> Result<(), String>;
 }
 
-/// The most connections at the same time. One more closes the oldest, which is probably a slow client, because a complete
-/// request is answered within milliseconds.
-const MAX_CONNECTIONS: usize = 512;
+/// A complete request is answered within milliseconds, so the oldest of so many is a slow client.
+const LIMITS: Limits = Limits {
+    connections: 512,
+    open_for: Duration::from_secs(2),
+    idle_for: None,
+};
 
-/// The most connections that wait to be accepted. Beyond it the kernel drops SYNs, which would delay a probe by a second.
-const BACKLOG: u32 = 1_024;
-
-/// The time from accepting a connection to the last byte of its response.
-const CONNECTION_WITHIN: Duration = Duration::from_secs(2);
-
-/// The most bytes of a request's line and headers. Browsers with their cookies stay below it.
-const MAX_HEAD_BYTES: usize = 16 << 10;
-const MAX_HEADERS: usize = 64;
-
-/// The wait after a failed accept. The usual cause, no free file handles, does not pass at once.
-const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(200);
-
-/// A running server. Dropping it ends the server.
-pub struct Endpoint {
-    address: SocketAddr,
-    _stop: oneshot::Sender<Infallible>,
-}
+/// A running endpoint. Dropping it ends it.
+pub struct Endpoint(Server);
 
 impl Endpoint {
-    /// Starts the server.
+    /// Starts it.
     ///
     /// # Errors
     /// The address is in use or not this machine's, or no thread can be started.
     pub fn start(metrics_addr: SocketAddr, watched: impl Watched) -> anyhow::Result<Self> {
-        let runtime = Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .context("METRICS_ADDR")?;
-        let listener = listen(&runtime, metrics_addr).with_context(|| {
-            format!("METRICS_ADDR: cannot listen on {metrics_addr}; free that address or set another one")
-        })?;
-        let address = listener.local_addr().context("METRICS_ADDR")?;
-        let (stop, stopped) = oneshot::channel();
-        let run = move || {
-            runtime.spawn(accept(listener, Arc::new(watched)));
-            // Ends when the sender is dropped. Then the runtime, the listener and all connections are dropped.
-            let _ = runtime.block_on(stopped);
-        };
-        std::thread::Builder::new()
-            .name("metrics".into())
-            .spawn(run)
-            .context("cannot start the thread that serves METRICS_ADDR")?;
-        log::info!("metrics at http://{address}/metrics");
-        Ok(Self { address, _stop: stop })
+        let server = Server::start("metrics", "METRICS_ADDR", metrics_addr, LIMITS, Agent(watched))?;
+        log::info!("metrics at http://{}/metrics", server.address());
+        Ok(Self(server))
     }
 
     /// The address that it listens on, with the port that the system chose if METRICS_ADDR has port 0.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.0.address()
     }
 }
 
-fn listen(runtime: &Runtime, address: SocketAddr) -> io::Result<TcpListener> {
-    let _inside = runtime.enter();
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => TcpSocket::new_v6()?,
-    };
-    // Otherwise the connections of an agent that has just ended would block the port.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
-}
+struct Agent<W>(W);
 
-async fn accept(listener: TcpListener, watched: Arc<dyn Watched>) {
-    let mut connections: VecDeque<AbortHandle> = VecDeque::new();
-    loop {
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                let served = tokio::spawn(serve(stream, peer, Arc::clone(&watched)));
-                connections.push_back(served.abort_handle());
-            }
-            Err(error) => {
-                log::debug!("metrics: {error}");
-                tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
-            }
-        }
-        while connections.front().is_some_and(AbortHandle::is_finished) {
-            connections.pop_front();
-        }
-        // A finished connection behind an older open one still counts, for at most CONNECTION_WITHIN.
-        if connections.len() > MAX_CONNECTIONS
-            && let Some(oldest) = connections.pop_front()
-        {
-            oldest.abort();
-        }
-    }
-}
-
-/// Serves one request.
-async fn serve(stream: TcpStream, peer: SocketAddr, watched: Arc<dyn Watched>) {
-    let service = service_fn(async |request: Request<_>| Ok::<_, Infallible>(respond(&request, &*watched)));
-    let connection = http1::Builder::new()
-        .keep_alive(false)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), service);
-    match tokio::time::timeout(CONNECTION_WITHIN, connection).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => log::debug!("metrics for {peer}: {error}"),
-        Err(_) => log::debug!("metrics for {peer}: not finished within {CONNECTION_WITHIN:?}"),
+impl<W: Watched> Service for Agent<W> {
+    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        respond(request, &self.0).map(|body| Full::new(body.into()))
     }
 }
 

@@ -175,10 +175,7 @@ pub fn script(table: &TableName, today: Day) -> String {
             "-- DB_TABLE names no schema, so this uses public; set DB_TABLE=schema.table for another one.\n",
         );
     }
-    let table = TableName {
-        schema: Some(table.schema.clone().unwrap_or_else(|| "public".to_owned())),
-        ..table.clone()
-    };
+    let table = with_schema(table);
     let _ = write!(
         sql,
         "BEGIN;\n\
@@ -193,6 +190,34 @@ pub fn script(table: &TableName, today: Day) -> String {
     }
     sql.push_str("\nCOMMIT;\n");
     sql
+}
+
+/// Without a server nobody knows which schema a table without one is in: it is `public`.
+fn with_schema(table: &TableName) -> TableName {
+    TableName {
+        schema: Some(table.schema.clone().unwrap_or_else(|| "public".to_owned())),
+        ..table.clone()
+    }
+}
+
+/// Makes a user, unless there is one of that name, and lets it read the tables of the state. It has no password yet.
+pub fn let_read(table: &TableName, reader: &str) -> String {
+    let table = with_schema(table);
+    let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
+    let (user, schema) = (
+        quoted(reader),
+        quoted(table.schema.as_deref().unwrap_or_default()),
+    );
+    // Asked for first, because CREATE ROLE needs a right even where the user exists.
+    let make = literal(&format!(
+        "BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) {}) \
+         THEN CREATE ROLE {user} LOGIN; END IF; EXCEPTION WHEN duplicate_object THEN NULL; END",
+        literal(reader)
+    ));
+    let tables = Object::STATE
+        .map(|object| table.quoted(object.suffix()))
+        .join(", ");
+    format!("DO {make};\nGRANT USAGE ON SCHEMA {schema} TO {user};\nGRANT SELECT ON {tables} TO {user};\n")
 }
 
 /// Removes one object. Not `CASCADE`: what a user built upon it is the user's.

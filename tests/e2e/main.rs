@@ -6,6 +6,7 @@
 
 mod agent;
 mod audit;
+mod browser;
 mod bundled_postgres;
 mod case;
 mod database;
@@ -19,6 +20,7 @@ mod kafka;
 mod kills;
 mod operator_errors;
 mod outages;
+mod page;
 mod pipeline;
 mod planted;
 mod poison;

@@ -42,7 +42,7 @@ fn produce_is_given_nothing_of_the_database() {
 
 #[test]
 fn the_units_filter_of_system_calls_lets_the_agents_raise_their_limit_of_open_files() {
-    for agent in ["produce", "consume"] {
+    for agent in ["produce", "consume", "page"] {
         let unit = file(&format!("deploy/systemd/host-metrics-{agent}.service"));
         let filters: Vec<_> = unit
             .lines()

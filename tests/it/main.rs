@@ -13,6 +13,7 @@ mod host_file;
 mod metrics;
 #[cfg(target_os = "linux")]
 mod network;
+mod page;
 mod produce;
 mod revision;
 mod sample;

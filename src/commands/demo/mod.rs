@@ -11,6 +11,7 @@ mod table;
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,7 +31,11 @@ use self::site::SampleSite;
 use self::table::Totals;
 use crate::check::target::Target;
 use crate::commands::audit;
-use crate::config::{self, AuditConfig, CheckConfig, ConsumeConfig, KafkaConfig, ProduceConfig, Variables};
+use crate::commands::page::Page;
+use crate::config::{
+    self, AuditConfig, CheckConfig, ConsumeConfig, KafkaConfig, PageConfig, ProduceConfig, Variables,
+};
+use crate::page::view::Options as PageOptions;
 use crate::produce::counters::Counters;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
@@ -100,7 +105,14 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     let addresses: Vec<String> = targets.iter().map(|target| target.address.clone()).collect();
     let (produce, consume) = configure(&kafka.bootstrap_servers(), &postgres, &password, check, &targets)?;
     let mut rows = Rows::connect(&consume.database).context("cannot connect to Postgres")?;
-    screen.print(&introduction(&kafka.bootstrap_servers(), &postgres, host_file))?;
+    let page = Page::start(page_config(&consume)).context("cannot serve the status page")?;
+    screen.print(&introduction(
+        &kafka.bootstrap_servers(),
+        &postgres,
+        &page,
+        host_file,
+    ))?;
+    let mut page = AgentThread::start("page", shutdown, move |stop| page.run(stop))?;
     let pipeline = Pipeline::start(produce, consume, targets, host_file, shutdown)?;
 
     let mut view = View {
@@ -115,7 +127,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
         .print("\nStopping: the running checks end, then all their results are sent and stored ...")?;
     let (audit, (ledger, ended)) = (pipeline.audit(), pipeline.stop(view.rows)?);
     view.finish(&ledger)?;
-    ended?;
+    ended.and(page.end())?;
     let audit = audit::run(&audit)?;
     view.screen
         .print(&format!("\nhost-metrics audit\n{}", audit::text(&audit)))?;
@@ -177,16 +189,43 @@ fn configure(
     Ok((produce, consume))
 }
 
-fn introduction(bootstrap_servers: &str, postgres: &ThrowAwayPostgres, host_file: Option<&Path>) -> String {
+/// The sample hosts have no names, so the page shows addresses.
+fn page_config(consume: &ConsumeConfig) -> PageConfig {
+    let usual = SocketAddr::from(([127, 0, 0, 1], 9_480));
+    let is_free = TcpListener::bind(usual).is_ok();
+    PageConfig {
+        database: consume.database.clone(),
+        // Otherwise any free port.
+        addr: if is_free {
+            usual
+        } else {
+            SocketAddr::from(([127, 0, 0, 1], 0))
+        },
+        options: PageOptions {
+            title: "host-metrics demo".to_owned(),
+            shows_addresses: true,
+        },
+        logins: Vec::new(),
+    }
+}
+
+fn introduction(
+    bootstrap_servers: &str,
+    postgres: &ThrowAwayPostgres,
+    page: &Page,
+    host_file: Option<&Path>,
+) -> String {
     let hosts = host_file.map_or_else(|| "standard input".to_owned(), |path| path.display().to_string());
     format!(
         "  hosts     {hosts}
+  page      http://{}/
   Kafka     {bootstrap_servers}, in this process; topic {TOPIC}
   Postgres  {}:{}, removed at the end. While the demo runs, you can query it:
 
     {psql} -c 'TABLE host_metrics_latest'
     {psql} -c 'TABLE host_metrics_incidents'
 ",
+        page.address(),
         postgres.host(),
         postgres.port(),
         psql = postgres.psql_command(),

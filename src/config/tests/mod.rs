@@ -2,6 +2,7 @@
 
 mod database;
 mod kafka;
+mod page;
 mod secrets;
 
 use std::fs;

@@ -201,6 +201,23 @@ impl Histogram {
         }
     }
 
+    /// How many latencies there are.
+    pub fn count(&self) -> u64 {
+        self.0.iter().map(|(_, count)| u64::from(*count)).sum()
+    }
+
+    /// The latency in seconds that this share of all latencies does not exceed: the middle of its bin, as in the view
+    /// `_latency`. `None`: there is no latency.
+    pub fn percentile(&self, share: f64) -> Option<f64> {
+        let rank = (share * self.count() as f64).ceil() as u64;
+        let mut running = 0;
+        let (bin, _) = self.0.iter().find(|(_, count)| {
+            running += u64::from(*count);
+            running >= rank
+        })?;
+        Some(FIRST_BIN_MICROS / 1e6 * BIN_RATIO.powf(f64::from(*bin) - 0.5))
+    }
+
     /// The stored form: one number, with [`BIN_DIGITS`] digits for each bin, the last ones for bin 0. Postgres adds histograms by
     /// adding these numbers, and does not store the empty bins at either end. `None` if all bins are empty.
     pub fn to_number(&self) -> Option<String> {
@@ -312,6 +329,20 @@ mod tests {
         );
         // As Postgres writes it, without zeros in front.
         assert_eq!(Histogram::from_number("2000000000008640000000000"), histogram);
+    }
+
+    #[test]
+    fn a_percentile_is_the_middle_of_the_bin_that_it_lies_in() {
+        assert_eq!(Histogram::default().percentile(0.5), None);
+        let mut histogram = Histogram::default();
+        for micros in [1_000, 1_000, 1_000, 50_000] {
+            histogram.add(bin_of(micros), 1);
+        }
+        assert_eq!(histogram.count(), 4);
+        for (share, seconds) in [(0.5, 0.001), (0.75, 0.001), (0.76, 0.05), (1.0, 0.05)] {
+            let percentile = histogram.percentile(share).unwrap();
+            assert!((percentile / seconds - 1.0).abs() < 0.12, "{share}: {percentile}");
+        }
     }
 
     #[test]

@@ -1,0 +1,151 @@
+//! `host-metrics page`: serves the status page, or writes its files.
+//!
+//! Owns the rounds: read, render, publish, every ten seconds, whatever the number of visitors. While Postgres is away, the
+//! last snapshot is rendered again with its age.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use tokio_postgres::error::SqlState;
+
+use crate::clock::{instant_now, wall_micros};
+use crate::config::PageConfig;
+use crate::http::server::Server;
+use crate::outage::Outage;
+use crate::page::reader::Reader;
+use crate::page::server::{LIMITS, Shelf};
+use crate::page::snapshot::Snapshot;
+use crate::page::{Files, render};
+use crate::postgres::{self, Kind};
+use crate::shutdown::{Shutdown, Wake};
+
+const ROUND: Duration = Duration::from_secs(10);
+
+/// While there is no page yet, so that it appears soon after the tables do.
+const FIRST_ROUND: Duration = Duration::from_secs(1);
+
+/// A page whose server listens.
+pub struct Page {
+    config: PageConfig,
+    shelf: Shelf,
+    server: Server,
+}
+
+impl Page {
+    /// Listens. There is no page before the first round of [`Page::run`].
+    ///
+    /// # Errors
+    /// PAGE_ADDR is in use or not this machine's.
+    pub fn start(config: PageConfig) -> anyhow::Result<Self> {
+        let shelf = Shelf::new(&config.logins);
+        let server = Server::start("page", "PAGE_ADDR", config.addr, LIMITS, shelf.clone())?;
+        log::info!("page at http://{}/", server.address());
+        Ok(Self {
+            config,
+            shelf,
+            server,
+        })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.server.address()
+    }
+
+    /// Reads, renders and publishes until a stop is requested.
+    ///
+    /// # Errors
+    /// The first login is refused. Later the database is waited for.
+    pub fn run(&self, shutdown: &Shutdown) -> anyhow::Result<()> {
+        rounds(&self.config, &self.shelf, shutdown)
+    }
+}
+
+fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Result<()> {
+    let runtime = postgres::runtime()?;
+    let mut reader = Reader::new(config.database.clone());
+    let mut outage = Outage::default();
+    let mut last: Option<Snapshot> = None;
+    let mut next = instant_now();
+    loop {
+        match shutdown.wait_until(next) {
+            Wake::Stop => return Ok(()),
+            Wake::Reload => continue,
+            Wake::Due => {}
+        }
+        let begun = instant_now();
+        match runtime.block_on(reader.read()) {
+            Ok(snapshot) => {
+                if let Some(lasted) = outage.end(instant_now()) {
+                    log::info!("the database is read again after {:.0} s", lasted.as_secs_f64());
+                }
+                shelf.set_ready(Ok(()));
+                last = Some(snapshot);
+            }
+            // The tables may come: `init` or `consume` makes them.
+            Err(fault)
+                if fault.kind != Kind::Passing
+                    && last.is_none()
+                    && fault.code != Some(SqlState::UNDEFINED_TABLE) =>
+            {
+                return Err(anyhow!("{fault}"));
+            }
+            Err(fault) => {
+                outage.begin(begun, fault.text.clone());
+                shelf.set_ready(Err(format!("the database is not read: {fault}")));
+            }
+        }
+        if let Some((reason, lasts)) = outage.take_report(instant_now()) {
+            log::warn!(
+                "the database has not been read for {:.0} s: {reason}",
+                lasts.as_secs_f64()
+            );
+        }
+        if let Some(snapshot) = &last {
+            shelf.put(render(snapshot, &config.options, wall_micros()));
+        }
+        // A slow round leaves the database and this machine as much time as it took.
+        let pause = if last.is_some() { ROUND } else { FIRST_ROUND };
+        next = (begun + pause).max(instant_now() + begun.elapsed());
+    }
+}
+
+/// Writes the files once, for another server.
+///
+/// # Errors
+/// The database cannot be read, or a file cannot be written.
+pub fn write(config: &PageConfig, directory: &Path) -> anyhow::Result<()> {
+    let snapshot = postgres::runtime()?
+        .block_on(Reader::new(config.database.clone()).read())
+        .map_err(|fault| anyhow!("{fault}"))?;
+    let files = render(&snapshot, &config.options, wall_micros());
+    write_files(&files, directory)?;
+    log::info!("{} files written to {}", files.len(), directory.display());
+    Ok(())
+}
+
+/// Each file is replaced at once, so that a visitor never gets a part of one.
+fn write_files(files: &Files, directory: &Path) -> anyhow::Result<()> {
+    for (name, file) in files {
+        let path = directory.join(name);
+        let parent = path.parent().unwrap_or(directory);
+        let write = || -> anyhow::Result<()> {
+            fs::create_dir_all(parent)?;
+            let mut temporary = tempfile::Builder::new().prefix(".page-").tempfile_in(parent)?;
+            std::io::Write::write_all(&mut temporary, &file.body)?;
+            make_readable(temporary.as_file())?;
+            temporary.persist(&path)?;
+            Ok(())
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// For the web server, which is another user. A temporary file is its owner's alone.
+fn make_readable(file: &fs::File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(fs::Permissions::from_mode(0o644))
+}

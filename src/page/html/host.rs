@@ -1,0 +1,158 @@
+//! The page of one host.
+
+use maud::{Markup, html};
+
+use crate::page::html::{Page, badge, chart, incidents, mark, moment};
+use crate::page::snapshot::{DAY, DAYS_SHOWN, HOUR, HOURS_SHOWN, Host, State, WINDOWS, slots};
+use crate::page::view::{Shown, View, encoded};
+use crate::page::words;
+
+/// How many incidents of one host its page shows; the pages of the months have all.
+const NEWEST: usize = 20;
+
+const ROOT: &str = "../../";
+
+pub fn render(view: &View<'_>, shown: &Shown<'_>) -> String {
+    let (host, now) = (shown.host, view.snapshot.taken_at);
+    let hours = slots(&host.hours, HOUR, HOURS_SHOWN, now);
+    let days = slots(&host.days, DAY, DAYS_SHOWN, now);
+    let of_host = view.incidents().filter(|(other, _)| std::ptr::eq(*other, shown));
+    let newest: Vec<_> = of_host.take(NEWEST + 1).collect();
+    let (hour_ends, day_ends) = (["48 hours ago", "now"], ["90 days ago", "today"]);
+    let main = html! {
+        p.group { a href=(ROOT) { "All sites" } @if let Some(group) = &shown.group { " / " (group) } }
+        h1 { (shown.name) }
+        @if let Some(address) = &shown.address { p.address { (address) } }
+        p.now {
+            (badge(shown.state))
+            @if let (Some(since), true) = (host.since, shown.state != State::NotChecked) { " since " (moment(since)) }
+        }
+        (chart::hatch())
+        section {
+            h2 { "Uptime" }
+            (chart::days(&days))
+            div.ends aria-hidden="true" { span { (day_ends[0]) } span { (day_ends[1]) } }
+            (uptime(host))
+        }
+        section {
+            h2 { "Last 48 hours" }
+            (chart::response_time(&hours, "hour", hour_ends))
+            (chart::phases(&hours, "hour", hour_ends))
+            (chart::table(&hours, "hours", "hour", words::date_and_time))
+        }
+        section {
+            h2 { "Last 90 days" }
+            (chart::response_time(&days, "day", day_ends))
+            (chart::phases(&days, "day", day_ends))
+            (chart::table(&days, "days", "day", words::date))
+        }
+        section {
+            h2 { "Certificate" }
+            p { (certificate(host, now)) }
+        }
+        section {
+            h2 { "Places" }
+            (places(view, shown))
+        }
+        section {
+            h2 { "Incidents" }
+            @if newest.is_empty() {
+                p { "No incident is known." }
+            } @else {
+                (incidents::list(view, &newest[..newest.len().min(NEWEST)], ROOT, 3))
+                @if newest.len() > NEWEST { p { "Earlier ones are among " a href={ (ROOT) "incidents/" } { "all incidents" } "." } }
+            }
+        }
+        section {
+            h2 { "Badge" }
+            @let badge = format!("{ROOT}badge/{}.svg", encoded(&shown.key));
+            p { a href=(badge) { img src=(badge) alt=(format!("Badge: {} is {}", shown.name, words::state(shown.state))) height="20"; } }
+        }
+    };
+    let page = Page {
+        title: &format!("{} is {}", shown.name, words::state(shown.state)),
+        root: ROOT,
+        place: "",
+        main,
+    };
+    page.render(view)
+}
+
+/// The share of valid checks in each window.
+pub fn uptime(host: &Host) -> Markup {
+    html! {
+        dl.uptime {
+            @for ((_, name), counts) in WINDOWS.iter().zip(host.windows) {
+                div {
+                    dt { (match *name { "24 hours" => "24 hours", "168 hours" => "7 days", "720 hours" => "30 days", _ => "90 days" }) }
+                    dd {
+                        @if let Some(share) = words::share(counts) { strong { (share) } " " }
+                        span { (words::of_checks(counts)) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The places that see the host otherwise than it is on the whole.
+pub fn differing(shown: &Shown<'_>, now: i64) -> Markup {
+    let states = shown.host.places.iter().map(|place| (place, place.state(now)));
+    let fresh: Vec<_> = states.filter(|(_, state)| *state != State::NotChecked).collect();
+    let names = |wanted| -> Vec<String> {
+        let places = fresh.iter().filter(|(_, state)| *state == wanted);
+        places.map(|(place, _)| agent(&place.agent)).collect()
+    };
+    let (up, down) = (names(State::Up), names(State::Down));
+    let joined = |names: &[String]| words::list(&names.iter().map(String::as_str).collect::<Vec<_>>(), 5);
+    html! {
+        @if !up.is_empty() && !down.is_empty() {
+            " " span.differing { "Down from " (joined(&down)) "; up from " (joined(&up)) "." }
+        }
+    }
+}
+
+fn certificate(host: &Host, now: i64) -> Markup {
+    let Some(at) = host.certificate_expires_at() else {
+        return html! { "No certificate was seen." };
+    };
+    let left = at.saturating_sub(now);
+    html! {
+        @if left < 0 {
+            (mark(State::Down)) " Expired " (moment(at)) ", " (words::duration(-left)) " ago."
+        } @else {
+            (mark(if left < 14 * DAY { State::Partly } else { State::Up }))
+            " Expires " (moment(at)) ", in " (words::duration(left)) "."
+        }
+    }
+}
+
+fn places(view: &View<'_>, shown: &Shown<'_>) -> Markup {
+    let now = view.snapshot.taken_at;
+    html! {
+        div.scroll role="region" aria-label="Places" tabindex="0" {
+            table {
+                thead { tr { @for head in ["Place", "State", "Last check", "Outcome", "Error"] { th scope="col" { (head) } } } }
+                tbody {
+                    @for place in &shown.host.places {
+                        tr {
+                            th scope="row" { (agent(&place.agent)) }
+                            td { (badge(place.state(now))) }
+                            td { @if let Some(at) = place.last_check_at { (moment(at)) } @else { "–" } }
+                            td { @if let Some(outcome) = &place.outcome { (words::outcome(outcome)) } @else { "–" } }
+                            td { @if let Some(error) = &place.error { (view.error(error, &shown.host.address)) } @else { "–" } }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The name of a place.
+pub fn agent(agent: &str) -> String {
+    match crate::terminal::cut(&crate::terminal::plain(agent), 60) {
+        empty if empty.trim().is_empty() => "a place without a name".to_owned(),
+        agent => agent,
+    }
+}

@@ -1,0 +1,162 @@
+//! `status.json`: what the page says, for programs. `schema/page.v1.json` describes it.
+//!
+//! Pure.
+
+use serde::Serialize;
+
+use crate::page::snapshot::{Counts, State, WINDOWS};
+use crate::page::view::View;
+use crate::page::words::machine_time;
+use crate::terminal::plain_json;
+
+/// How many incidents it has.
+const NEWEST: usize = 100;
+
+#[derive(Serialize)]
+struct Document<'a> {
+    v: u8,
+    title: &'a str,
+    at: String,
+    age_seconds: i64,
+    state: &'static str,
+    sentence: String,
+    hosts: Vec<HostDocument<'a>>,
+    incidents: Vec<IncidentDocument<'a>>,
+}
+
+#[derive(Serialize)]
+struct HostDocument<'a> {
+    key: &'a str,
+    name: &'a str,
+    group: Option<&'a str>,
+    address: Option<&'a str>,
+    state: &'static str,
+    since: Option<String>,
+    last_check_at: Option<String>,
+    last_outcome: Option<&'a str>,
+    certificate_expires_at: Option<String>,
+    uptime: serde_json::Map<String, serde_json::Value>,
+    places: Vec<PlaceDocument<'a>>,
+}
+
+#[derive(Serialize)]
+struct PlaceDocument<'a> {
+    place: &'a str,
+    state: &'static str,
+    last_check_at: Option<String>,
+    last_outcome: Option<&'a str>,
+    error: Option<String>,
+}
+
+#[derive(Serialize)]
+struct IncidentDocument<'a> {
+    key: &'a str,
+    number: i64,
+    started_at: String,
+    ended_at: Option<String>,
+    outcome: &'a str,
+    failed_checks: i64,
+    places: &'a [String],
+    error: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Uptime {
+    share: Option<f64>,
+    checks: i64,
+    valid: i64,
+    not_made: i64,
+}
+
+/// The words of the states; the schema has them.
+fn word(state: State) -> &'static str {
+    match state {
+        State::Up => "up",
+        State::Slow => "slow",
+        State::Partly => "partly",
+        State::Down => "down",
+        State::NotChecked => "not_checked",
+    }
+}
+
+fn uptime(counts: Counts) -> Uptime {
+    let checks = counts.checks();
+    Uptime {
+        share: (checks > 0).then(|| counts.valid as f64 / checks as f64),
+        checks,
+        valid: counts.valid,
+        not_made: counts.not_made,
+    }
+}
+
+pub fn render(view: &View<'_>) -> String {
+    let now = view.snapshot.taken_at;
+    let time = |micros: Option<i64>| micros.map(machine_time);
+    let hosts = view.hosts.iter().map(|shown| {
+        let host = shown.host;
+        let uptime = WINDOWS
+            .iter()
+            .zip(host.windows)
+            .filter_map(|((name, _), counts)| {
+                Some(((*name).to_owned(), serde_json::to_value(uptime(counts)).ok()?))
+            });
+        HostDocument {
+            key: &shown.key,
+            name: &shown.name,
+            group: shown.group.as_deref(),
+            address: view.options.shows_addresses.then_some(&host.address),
+            state: word(shown.state),
+            since: time(host.since),
+            last_check_at: time(host.last_check_at()),
+            last_outcome: host.last_check().and_then(|place| place.outcome.as_deref()),
+            certificate_expires_at: time(host.certificate_expires_at()),
+            uptime: uptime.collect(),
+            places: host
+                .places
+                .iter()
+                .map(|place| PlaceDocument {
+                    place: &place.agent,
+                    state: word(place.state(now)),
+                    last_check_at: time(place.last_check_at),
+                    last_outcome: place.outcome.as_deref(),
+                    error: place
+                        .error
+                        .as_deref()
+                        .map(|error| view.error(error, &host.address)),
+                })
+                .collect(),
+        }
+    });
+    let incidents = view
+        .incidents()
+        .take(NEWEST)
+        .map(|(shown, incident)| IncidentDocument {
+            key: &shown.key,
+            number: incident.number,
+            started_at: machine_time(incident.started_at),
+            ended_at: time(incident.ended_at),
+            outcome: &incident.outcome,
+            failed_checks: incident.checks,
+            places: &incident.places,
+            error: incident
+                .last_error
+                .as_deref()
+                .map(|error| view.error(error, &incident.address)),
+        });
+    text(&Document {
+        v: 1,
+        title: &view.options.title,
+        at: machine_time(now),
+        age_seconds: view.age.unwrap_or(0) / crate::page::snapshot::SECOND,
+        state: word(view.state()),
+        sentence: view.sentence(),
+        hosts: hosts.collect(),
+        incidents: incidents.collect(),
+    })
+}
+
+/// One line of JSON, without characters that a terminal obeys.
+pub fn text(document: &impl Serialize) -> String {
+    let text = serde_json::to_string(document).expect("numbers, texts and lists have a JSON form");
+    format!("{}\n", plain_json(&text))
+}
