@@ -128,6 +128,10 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     let (audit, (ledger, ended)) = (pipeline.audit(), pipeline.stop(view.rows)?);
     view.finish(&ledger)?;
     ended.and(page.end())?;
+    if ledger.in_kafka == 0 {
+        // Stopped before the first record, so there is nothing to audit.
+        return Ok(ledger.balances());
+    }
     let audit = audit::run(&audit)?;
     view.screen
         .print(&format!("\nhost-metrics audit\n{}", audit::text(&audit)))?;
