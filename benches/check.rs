@@ -36,6 +36,7 @@ fn main() {
         max_body_bytes: 1 << 20,
         user_agent: "host-metrics/bench".into(),
         ca_file: Some(ca_file.path().to_owned()),
+        secrets_dir: None,
         agent_name: "bench".into(),
     };
     let mut checker = Checks::new(&config).expect("the settings are good").checker();

@@ -407,6 +407,7 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   MAX_BODY_BYTES            how much of a body is searched for the regex [1048576]
   USER_AGENT                the User-Agent header of the checks [host-metrics/VERSION]
   CHECK_CA_FILE             PEM file of an additional authority for the checked sites
+  SECRETS_DIR               directory of the files that @NAME means in the host file [none]
   AGENT_NAME                the name in each record of the place that checks
                             [PRODUCE_GROUP, else the host name]
   PRODUCE_GROUP             producers with the same group share their hosts [none]

@@ -17,6 +17,7 @@ pub mod commands;
 pub mod config;
 pub mod consume;
 pub mod duration;
+mod files;
 pub mod http;
 pub mod kafka;
 pub mod limits;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +17,7 @@ use host_metrics::cli::{self, Cli, Command};
 use host_metrics::commands::{audit, check, demo, init, page, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
-use host_metrics::produce::host_file::{self, HostFileError, Hosts};
+use host_metrics::produce::host_file::{self, HostFileError, Hosts, OnDisk};
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
 use host_metrics::{consume, limits, logging, terminal};
@@ -89,7 +90,8 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<boo
     // Until the signals are handled below, SIGHUP would end the program; reading a large file takes a while.
     let changed_early = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGHUP, Arc::clone(&changed_early)).context("cannot handle signals")?;
-    let (config, hosts) = both(config::produce(variables), host_file::read(&args.host_file))?;
+    let hosts = read_hosts(&args.host_file, variables);
+    let (config, hosts) = both(config::produce(variables), hosts)?;
     start_logging(variables, Servers::KAFKA)?;
     let targets = with_warnings(hosts);
     prepare_limits(&targets, config.check.max_threads);
@@ -112,9 +114,14 @@ fn run_consume(variables: &Variables) -> anyhow::Result<bool> {
 }
 
 fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
-    let target = host_file::target(&args.address, &args.options, args.regex.as_deref());
+    let secrets = config::secrets_dir(variables);
+    let files = OnDisk::new(secrets.as_deref(), Some(Path::new("")));
+    let target = host_file::target_with(&args.address, &args.options, args.regex.as_deref(), &files);
     let (config, target) = both(config::check(variables), target)?;
     start_logging(variables, Servers::NONE)?;
+    for line in files.warnings() {
+        log::warn!("{line}");
+    }
     let options = check::Options {
         repeat: args.repeat,
         every: args.every,
@@ -124,7 +131,8 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
 }
 
 fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<bool> {
-    let (config, hosts) = both(config::validate(variables), host_file::read(&args.host_file))?;
+    let hosts = read_hosts(&args.host_file, variables);
+    let (config, hosts) = both(config::validate(variables), hosts)?;
     start_logging(variables, Servers::NONE)?;
     print(&validate::report(&config, &hosts))?;
     Ok(true)
@@ -226,7 +234,7 @@ fn run_health(variables: &Variables) -> anyhow::Result<bool> {
 
 fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<bool> {
     let path = args.host_file.as_deref();
-    let hosts = path.map(host_file::read).transpose();
+    let hosts = path.map(|path| read_hosts(path, variables)).transpose();
     let (check, hosts) = both(config::demo(variables), hosts)?;
     limits::raise_open_files();
     let options = demo::Options {
@@ -256,6 +264,10 @@ fn run_man(args: &cli::Man) -> anyhow::Result<bool> {
         .and_then(|()| clap_mangen::generate_to(command, directory))
         .with_context(|| format!("cannot write manual pages to {}", directory.display()))?;
     Ok(true)
+}
+
+fn read_hosts(path: &Path, variables: &Variables) -> Result<Hosts, HostFileError> {
+    host_file::read(path, config::secrets_dir(variables).as_deref())
 }
 
 /// Starts the logging, and logs the warnings about the variables.

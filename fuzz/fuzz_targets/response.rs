@@ -42,6 +42,7 @@ static CHECKER: LazyLock<Mutex<Checker>> = LazyLock::new(|| {
         max_body_bytes: MAX_BODY_BYTES,
         user_agent: "fuzz".to_owned(),
         ca_file: None,
+        secrets_dir: None,
         agent_name: "fuzz".to_owned(),
     };
     Mutex::new(Checks::new(&config).unwrap().checker())

@@ -38,6 +38,9 @@ pub(super) enum CheckFault {
     /// The response is not valid HTTP/1.
     #[error("not a valid response: {0}")]
     Protocol(&'static str),
+    /// The proxy refused to connect to the host.
+    #[error("it answered CONNECT with status {0}")]
+    ProxyStatus(u16),
     /// The body is not what its Content-Encoding says.
     #[error(transparent)]
     Coding(io::Error),
@@ -64,6 +67,15 @@ pub(super) fn is_agents_own(error: &io::Error) -> bool {
 
 /// The outcome of a failed exchange, and its cause in words.
 pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String) {
+    match classify_peer(error, seen) {
+        (Outcome::AgentError, text) => (Outcome::AgentError, text),
+        (_, text) if seen.at_proxy => (Outcome::ProxyError, format!("the proxy failed: {text}")),
+        fault => fault,
+    }
+}
+
+/// The same, whether the peer is the host or the proxy.
+fn classify_peer(error: &ureq::Error, seen: &Progress) -> (Outcome, String) {
     let peer = match seen.peer {
         Some(peer) => peer.to_string(),
         None => "the host".into(),
@@ -79,6 +91,7 @@ pub(super) fn classify(error: &ureq::Error, seen: &Progress) -> (Outcome, String
             None => io_fault(error, seen.phase, &peer),
         },
         Some(fault @ CheckFault::Protocol(_)) => (Outcome::ProtocolError, fault.to_string()),
+        Some(fault @ CheckFault::ProxyStatus(_)) => (Outcome::ProxyError, fault.to_string()),
         Some(CheckFault::Coding(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
             match seen.closed_by_peer {
                 true => cut_body(&peer),

@@ -1,16 +1,18 @@
 //! One check of one host: what is checked, what the check observed, and what went wrong.
 //!
-//! [`http`] is the only kind of check. The other files could serve further kinds as well. `target`, `pattern` and
-//! `observation` are pure.
+//! [`http`] is the only kind of check. The other files could serve further kinds as well. `target`, `pattern`, `json`
+//! and `observation` are pure.
 
 mod certificates;
 pub mod fault;
 pub mod http;
+pub mod json;
 pub mod observation;
 mod p521;
 pub mod pattern;
 mod progress;
 pub mod resolver;
+pub mod secret;
 mod socket;
 pub mod target;
 mod tls;

@@ -6,8 +6,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustls::sign::CertifiedKey;
+
+use crate::check::http::Outgoing;
 use crate::check::observation::Phases;
-use crate::check::target::IpFamily;
+use crate::check::target::{IpFamily, Proxy, Target};
 use crate::sample::Timestamp;
 
 /// The phase that a check is in. It decides the outcome of errors that can come in every phase, such as a timeout.
@@ -21,14 +24,20 @@ pub(super) enum Phase {
     Body,
 }
 
-#[derive(Debug)]
+/// It has no `Debug`, because a request may contain secrets.
 pub(super) struct Progress {
     /// The settings of the check.
     pub deadline: Instant,
     pub ip_family: Option<IpFamily>,
+    pub proxy: Option<Proxy>,
 
     /// Whether the certificate is not verified in the current request.
     pub tls_insecure: bool,
+    pub client_certificate: Option<Arc<CertifiedKey>>,
+    /// The current request, until it is sent.
+    pub outgoing: Option<Outgoing>,
+    /// Whether a failure now is the proxy's: until it has connected to the host or, for http, until a response has come.
+    pub at_proxy: bool,
     pub phase: Phase,
     pub phases: Phases,
     /// The last address that was tried.
@@ -37,6 +46,8 @@ pub(super) struct Progress {
     pub ip: Option<IpAddr>,
     /// When the last server's certificate expires, even if it was not accepted.
     pub cert_expires_at: Option<Timestamp>,
+    /// Of all certificates that servers showed in this check, the expiry that comes first, and the seconds until then.
+    pub soonest_expiry: Option<(Timestamp, i64)>,
     /// Whether the peer has ended the current connection, cleanly or not.
     pub closed_by_peer: bool,
     request_sent_at: Option<Instant>,
@@ -51,12 +62,17 @@ impl Progress {
         Self {
             deadline,
             ip_family: None,
+            proxy: None,
             tls_insecure: false,
+            client_certificate: None,
+            outgoing: None,
+            at_proxy: false,
             phase: Phase::Dns,
             phases: Phases::default(),
             peer: None,
             ip: None,
             cert_expires_at: None,
+            soonest_expiry: None,
             closed_by_peer: false,
             request_sent_at: None,
             head_began_at: None,
@@ -66,8 +82,10 @@ impl Progress {
     }
 
     /// Begins a request of the check: the first one, or one for a redirect.
-    pub fn begin_request(&mut self, tls_insecure: bool) {
+    pub fn begin_request(&mut self, tls_insecure: bool, outgoing: Outgoing) {
         self.tls_insecure = tls_insecure;
+        self.outgoing = Some(outgoing);
+        self.at_proxy = self.proxy.is_some();
         self.phase = Phase::Dns;
         self.closed_by_peer = false;
         self.request_sent_at = None;
@@ -98,6 +116,7 @@ impl Progress {
 
     /// Notes that the request has its final response, or will get none, and adds its time to the first byte.
     pub fn response_ended(&mut self, complete: bool) {
+        self.at_proxy &= !complete;
         let first_byte_at = if complete {
             self.head_read_began_at
         } else {
@@ -114,7 +133,7 @@ pub(super) fn add(total: &mut Option<Duration>, spent: Duration) {
     *total = Some(total.unwrap_or_default() + spent);
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct SharedProgress(Arc<Mutex<Progress>>);
 
 impl SharedProgress {
@@ -123,9 +142,10 @@ impl SharedProgress {
     }
 
     /// Forgets the previous check.
-    pub fn begin_check(&self, deadline: Instant, ip_family: Option<IpFamily>) {
+    pub fn begin_check(&self, deadline: Instant, target: &Target) {
         *self.lock() = Progress {
-            ip_family,
+            ip_family: target.ip_family,
+            proxy: target.proxy.clone(),
             ..Progress::new(deadline)
         };
     }

@@ -243,12 +243,17 @@ impl Resolver for CheckResolver {
         _config: &ureq::config::Config,
         _timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let host = uri.host().unwrap_or_default();
         let https = uri.scheme_str() == Some("https");
-        let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
-        let (family, deadline) = {
+        let (family, deadline, proxy) = {
             let progress = self.progress.lock();
-            (progress.ip_family, progress.deadline)
+            (progress.ip_family, progress.deadline, progress.proxy.clone())
+        };
+        let (host, port) = match &proxy {
+            Some(proxy) => (proxy.host.as_str(), proxy.port),
+            None => (
+                uri.host().unwrap_or_default(),
+                uri.port_u16().unwrap_or(if https { 443 } else { 80 }),
+            ),
         };
         let addresses = match bare(host).parse::<IpAddr>() {
             Ok(ip) => vec![ip],

@@ -10,7 +10,9 @@ use std::time::Duration;
 use rustls::pki_types::ServerName;
 use url::Url;
 
+use crate::check::json::JsonRule;
 use crate::check::pattern::Pattern;
+use crate::check::secret::{CertificateFiles, SecretFile};
 use crate::duration;
 
 /// The share of its interval that a check may take, so that a hanging check ends before the next tick.
@@ -34,10 +36,24 @@ pub struct Target {
     /// `status=`; `None` means that 200 to 399 is good.
     pub status: Option<StatusSet>,
     pub method: Method,
+    /// `header=`, in the order of the line.
+    pub headers: Vec<Header>,
+    pub body: Option<RequestBody>,
+    /// `auth=@NAME`: the Authorization header.
+    pub auth: Option<Arc<SecretFile>>,
+    /// `cert=@NAME`: the certificate with which the client identifies itself.
+    pub cert: Option<Arc<CertificateFiles>>,
+    /// `plain-auth=yes`: secrets may be sent over http.
+    pub plain_auth: bool,
+    pub proxy: Option<Proxy>,
     /// How many redirects are followed. With 0 the redirect itself is the response that is judged.
     pub follow: u32,
     /// `slow=`: a response that takes longer is marked as slow in the record. It is still valid.
     pub slow: Option<Duration>,
+    /// `cert-days=`: a certificate that is valid for fewer days is a failure.
+    pub cert_days: Option<u32>,
+    /// `json=`: what the body has to hold.
+    pub json: Vec<JsonRule>,
     /// `name=` and `group=`, for people: they are copied to the record.
     pub name: Option<String>,
     pub group: Option<String>,
@@ -50,12 +66,82 @@ pub struct Target {
     pub tls_required: bool,
     /// Shared by all targets that have the same REGEX.
     pub regex: Option<Arc<Pattern>>,
+    /// `!` before the REGEX: the body must not match.
+    pub regex_absent: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     Get,
     Head,
+    Post,
+    Put,
+    Patch,
+    Delete,
+    Options,
+}
+
+impl Method {
+    pub const ALL: [Self; 7] = [
+        Self::Get,
+        Self::Head,
+        Self::Post,
+        Self::Put,
+        Self::Patch,
+        Self::Delete,
+        Self::Options,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Head => "HEAD",
+            Self::Post => "POST",
+            Self::Put => "PUT",
+            Self::Patch => "PATCH",
+            Self::Delete => "DELETE",
+            Self::Options => "OPTIONS",
+        }
+    }
+}
+
+/// `header="NAME: VALUE"`.
+#[derive(Clone, Debug)]
+pub struct Header {
+    pub name: String,
+    pub value: HeaderValue,
+}
+
+#[derive(Clone, Debug)]
+pub enum HeaderValue {
+    Plain(String),
+    /// `PREFIX@NAME`: the prefix, as in `Bearer @NAME`, may be empty.
+    Secret(String, Arc<SecretFile>),
+}
+
+/// `body=`.
+#[derive(Clone, Debug)]
+pub struct RequestBody {
+    /// The path after the `@` of `body=@FILE`; `None` if the body is in the line.
+    pub file: Option<String>,
+    pub bytes: Arc<[u8]>,
+}
+
+/// `proxy=http://HOST:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proxy {
+    /// In ASCII, without the brackets of an IPv6 address.
+    pub host: String,
+    pub port: u16,
+}
+
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "http://[{}]:{}", self.host, self.port),
+            false => write!(f, "http://{}:{}", self.host, self.port),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,7 +161,7 @@ impl StatusSet {
 }
 
 /// The host of a URL without the brackets of an IPv6 address.
-pub(super) fn bare(host: &str) -> &str {
+pub fn bare(host: &str) -> &str {
     host.strip_prefix('[')
         .and_then(|host| host.strip_suffix(']'))
         .unwrap_or(host)
@@ -114,8 +200,16 @@ impl Target {
             timeout: None,
             status: None,
             method: Method::Get,
+            headers: Vec::new(),
+            body: None,
+            auth: None,
+            cert: None,
+            plain_auth: false,
+            proxy: None,
             follow: DEFAULT_FOLLOW,
             slow: None,
+            cert_days: None,
+            json: Vec::new(),
             name: None,
             group: None,
             topic: None,
@@ -123,6 +217,7 @@ impl Target {
             tls_insecure: false,
             tls_required: false,
             regex: None,
+            regex_absent: false,
         }
     }
 
@@ -131,6 +226,20 @@ impl Target {
         self.timeout
             .unwrap_or(default)
             .min(self.interval.mul_f64(MAX_TIMEOUT_SHARE))
+    }
+
+    /// Whether the answer's body is judged, and not only its head.
+    pub fn reads_body(&self) -> bool {
+        self.regex.is_some() || !self.json.is_empty()
+    }
+
+    /// The secrets that requests contain.
+    pub fn secrets(&self) -> impl Iterator<Item = &Arc<SecretFile>> {
+        let in_headers = self.headers.iter().filter_map(|header| match &header.value {
+            HeaderValue::Plain(_) => None,
+            HeaderValue::Secret(_, secret) => Some(secret),
+        });
+        in_headers.chain(&self.auth)
     }
 
     pub fn is_good_status(&self, code: u16) -> bool {
@@ -151,8 +260,48 @@ impl fmt::Display for Target {
         if let Some(status) = &self.status {
             write!(f, " status={status}")?;
         }
-        if self.method == Method::Head {
-            f.write_str(" method=HEAD")?;
+        if self.method != Method::Get {
+            write!(f, " method={}", self.method.as_str())?;
+        }
+        for Header { name, value } in &self.headers {
+            let value = match value {
+                HeaderValue::Plain(text) => text.clone(),
+                HeaderValue::Secret(prefix, secret) => format!("{prefix}{secret:?}"),
+            };
+            write!(f, " header={}", Quoted(&format!("{name}: {value}")))?;
+        }
+        match &self.body {
+            None => {}
+            Some(RequestBody { file: Some(path), .. }) => write!(f, " body=@{path}")?,
+            Some(RequestBody { bytes, .. }) => {
+                write!(f, " body={}", Quoted(&String::from_utf8_lossy(bytes)))?;
+            }
+        }
+        if let Some(secret) = &self.auth {
+            write!(f, " auth={secret:?}")?;
+        }
+        if let Some(secret) = &self.cert {
+            write!(f, " cert={secret:?}")?;
+        }
+        if self.plain_auth {
+            f.write_str(" plain-auth=yes")?;
+        }
+        if let Some(proxy) = &self.proxy {
+            write!(f, " proxy={proxy}")?;
+        }
+        if let Some(slow) = self.slow {
+            write!(f, " slow={}", duration::text(slow))?;
+        }
+        if let Some(days) = self.cert_days {
+            write!(f, " cert-days={days}")?;
+        }
+        for rule in &self.json {
+            write!(f, " json={}", Quoted(&rule.to_string()))?;
+        }
+        for (option, text) in [("name", &self.name), ("group", &self.group)] {
+            if let Some(text) = text {
+                write!(f, " {option}={}", Quoted(text))?;
+            }
         }
         if self.follow != DEFAULT_FOLLOW {
             write!(f, " follow={}", self.follow)?;
@@ -172,9 +321,19 @@ impl fmt::Display for Target {
             f.write_str(" tls=required")?;
         }
         match &self.regex {
+            Some(regex) if self.regex_absent => write!(f, " ! {regex}"),
             Some(regex) => write!(f, " {regex}"),
             None => Ok(()),
         }
+    }
+}
+
+/// The value of an option, in double quotes.
+struct Quoted<'a>(&'a str);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{}\"", self.0.replace('\\', "\\\\").replace('"', "\\\""))
     }
 }
 

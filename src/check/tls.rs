@@ -8,10 +8,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::sign::CertifiedKey;
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme, StreamOwned,
 };
@@ -65,9 +66,11 @@ impl Trust {
         })
     }
 
-    /// The settings of one checker's connections. Its verifier writes what it reads to `progress`.
+    /// The settings of one checker's connections. Its verifier writes what it reads to `progress`, which also has the client
+    /// certificate of the current request.
     pub fn client_config(&self, progress: SharedProgress) -> Arc<ClientConfig> {
         let mut config = ClientConfig::clone(&self.base);
+        config.client_auth_cert_resolver = Arc::new(ClientCertificate(progress.clone()));
         config.dangerous().set_certificate_verifier(Arc::new(Verifier {
             trust: self.clone(),
             progress,
@@ -119,6 +122,25 @@ fn read_file(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     ders.collect()
 }
 
+/// Presents the client certificate of the current request, if it has one.
+struct ClientCertificate(SharedProgress);
+
+impl std::fmt::Debug for ClientCertificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ClientCertificate")
+    }
+}
+
+impl ResolvesClientCert for ClientCertificate {
+    fn resolve(&self, _issuers: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.0.lock().client_certificate.clone()
+    }
+
+    fn has_certs(&self) -> bool {
+        self.0.lock().client_certificate.is_some()
+    }
+}
+
 struct Verifier {
     trust: Trust,
     progress: SharedProgress,
@@ -145,7 +167,19 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.progress.lock().cert_expires_at = expires_at(leaf);
+        {
+            let mut progress = self.progress.lock();
+            let expires_at = expires_at(leaf);
+            progress.cert_expires_at = expires_at;
+            if let Some(at) = expires_at {
+                let left =
+                    at.unix_micros().div_euclid(1_000_000) - i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+                let is_sooner = progress.soonest_expiry.is_none_or(|(_, soonest)| left < soonest);
+                if is_sooner {
+                    progress.soonest_expiry = Some((at, left));
+                }
+            }
+        }
         if !self.is_insecure() {
             let algorithms = self.trust.algorithms().all;
             self.trust

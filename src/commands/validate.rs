@@ -8,8 +8,9 @@ use std::sync::Arc;
 use url::Host;
 
 use crate::check::http::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
+use crate::check::json::JsonRule;
 use crate::check::pattern::Pattern;
-use crate::check::target::{DEFAULT_FOLLOW, IpFamily, Method, Target};
+use crate::check::target::{DEFAULT_FOLLOW, Header, HeaderValue, IpFamily, Method, Target};
 use crate::config::ValidateConfig;
 use crate::duration;
 use crate::produce::host_file::Hosts;
@@ -59,8 +60,29 @@ fn list(config: &ValidateConfig, targets: &[Target], text: &mut String) {
 /// What the line sets beside the address and the times.
 fn understood(target: &Target) -> Vec<String> {
     let mut words = Vec::new();
-    if target.method == Method::Head {
-        words.push("HEAD".to_owned());
+    if target.method != Method::Get {
+        words.push(target.method.as_str().to_owned());
+    }
+    for Header { name, value } in &target.headers {
+        words.push(match value {
+            HeaderValue::Plain(_) => format!("header {name}"),
+            HeaderValue::Secret(_, secret) => format!("header {name} from {secret:?}"),
+        });
+    }
+    if let Some(body) = &target.body {
+        words.push(format!("sends {} bytes", body.bytes.len()));
+    }
+    if let Some(secret) = &target.auth {
+        words.push(format!("authorization from {secret:?}"));
+    }
+    if let Some(secret) = &target.cert {
+        words.push(format!("client certificate {secret:?}"));
+    }
+    if target.plain_auth {
+        words.push("secrets also over http".to_owned());
+    }
+    if let Some(proxy) = &target.proxy {
+        words.push(format!("through {proxy}"));
     }
     if let Some(status) = &target.status {
         words.push(format!("good status {status}"));
@@ -84,8 +106,27 @@ fn understood(target: &Target) -> Vec<String> {
     if let Some(topic) = &target.topic {
         words.push(format!("topic {topic}"));
     }
+    if let Some(slow) = target.slow {
+        words.push(format!("slow above {}", duration::text(slow)));
+    }
+    if let Some(days) = target.cert_days {
+        words.push(format!("certificate valid for {days} days"));
+    }
+    for (option, text) in [("name", &target.name), ("group", &target.group)] {
+        if let Some(text) = text {
+            words.push(format!("{option} {}", plain(text)));
+        }
+    }
+    for JsonRule { pointer, expected } in &target.json {
+        words.push(format!("JSON {} is {}", plain(pointer), plain(expected)));
+    }
     if let Some(regex) = &target.regex {
-        words.push(format!("body matches {}", plain(regex.as_str())));
+        let verb = if target.regex_absent {
+            "does not match"
+        } else {
+            "matches"
+        };
+        words.push(format!("body {verb} {}", plain(regex.as_str())));
     }
     words
 }
@@ -114,11 +155,27 @@ fn forecast(config: &ValidateConfig, targets: &[Target], text: &mut String) {
     }
 }
 
-/// The most memory that hosts with a REGEX take in addition to the checks themselves: when all of them are checked at once
+/// The most memory that hosts with a REGEX or `json=` take in addition to the checks themselves: when all of them are checked at once
 /// and each sends a brotli body of the full length.
 fn memory(config: &ValidateConfig, targets: &[Target]) -> Option<String> {
     let regexes = targets.iter().filter_map(|target| target.regex.as_ref());
-    let mut searches: Vec<_> = regexes.clone().map(|regex| regex.search_bytes() as u64).collect();
+    let mut searches: Vec<u64> = targets
+        .iter()
+        .filter(|target| target.reads_body())
+        .map(|target| {
+            let search = target
+                .regex
+                .as_ref()
+                .map_or(0, |regex| regex.search_bytes() as u64);
+            // A document is kept as text, where each byte that is not UTF-8 takes three.
+            let document = if target.json.is_empty() {
+                0
+            } else {
+                3 * config.max_body_bytes
+            };
+            search + document
+        })
+        .collect();
     searches.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
     searches.truncate(config.max_threads);
     let body = config.max_body_bytes + READING_BYTES;
@@ -273,9 +330,11 @@ mod tests {
     fn every_option_is_listed() {
         let report = report_of(
             "http://[::1]/ 1h method=HEAD status=404,500-599 follow=0 ip=6 tls=insecure topic=other timeout=2s\n\
-             https://b\u{fc}cher.example/ 1h follow=3 ip=4 a  b\n",
+             https://b\u{fc}cher.example/ 1h follow=3 ip=4 a  b\n\
+             c.example/#x 1h method=POST header=\"Cookie: a=b\" body=\"a b\" plain-auth=yes proxy=http://p:1 slow=1s \
+             cert-days=9 json=/a:b name=\"Shop front\" group=Shops ! c\n",
         );
-        let hosts: Vec<_> = report.lines().skip(1).take(2).collect();
+        let hosts: Vec<_> = report.lines().skip(1).take(3).collect();
         assert_eq!(
             hosts,
             [
@@ -283,6 +342,9 @@ mod tests {
                  certificate not verified, topic other",
                 "1h      10s     https://b\u{fc}cher.example/ -> https://xn--bcher-kva.example/, at most 3 redirects, \
                  IPv4 only, body matches a  b",
+                "1h      10s     c.example/#x -> https://c.example/, POST, header Cookie, sends 3 bytes, secrets also over http, \
+                 through http://p:1, slow above 1s, certificate valid for 9 days, name Shop front, group Shops, JSON /a is b, \
+                 body does not match c",
             ]
         );
     }

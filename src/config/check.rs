@@ -37,6 +37,8 @@ pub struct CheckConfig {
     /// One line of printable ASCII.
     pub user_agent: String,
     pub ca_file: Option<PathBuf>,
+    /// Where the secrets of the host file are.
+    pub secrets_dir: Option<PathBuf>,
     pub agent_name: String,
 }
 
@@ -48,8 +50,17 @@ pub(super) fn checks(reader: &mut Reader<'_>, is_one: bool) -> CheckConfig {
         max_body_bytes: max_body_bytes(reader),
         user_agent: user_agent(reader),
         ca_file: reader.pem_file("CHECK_CA_FILE", PemKind::Certificate),
+        secrets_dir: secrets_dir(reader),
         agent_name: agent_name(reader),
     }
+}
+
+pub(super) const SECRETS_DIR: &str = "SECRETS_DIR";
+
+pub(super) fn secrets_dir(reader: &mut Reader<'_>) -> Option<PathBuf> {
+    reader.read(SECRETS_DIR, "an existing directory", |path| {
+        Some(PathBuf::from(path)).filter(|path| path.is_dir())
+    })
 }
 
 pub(super) fn timeout(reader: &mut Reader<'_>) -> Duration {

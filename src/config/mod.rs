@@ -19,6 +19,7 @@ mod variables;
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use log::LevelFilter;
@@ -270,6 +271,11 @@ pub fn page(variables: &Variables) -> Result<PageConfig, WrongVariables> {
     read(variables, page::page)
 }
 
+/// SECRETS_DIR, right or wrong, so that the host file's errors are found together with those of the variables.
+pub fn secrets_dir(variables: &Variables) -> Option<PathBuf> {
+    variables.get(check::SECRETS_DIR).map(PathBuf::from)
+}
+
 /// The configuration of `check`.
 ///
 /// # Errors
@@ -298,10 +304,13 @@ pub struct ValidateConfig {
 /// # Errors
 /// All wrong variables.
 pub fn validate(variables: &Variables) -> Result<ValidateConfig, WrongVariables> {
-    read(variables, |reader| ValidateConfig {
-        timeout: check::timeout(reader),
-        max_threads: check::max_threads(reader),
-        max_body_bytes: check::max_body_bytes(reader),
+    read(variables, |reader| {
+        check::secrets_dir(reader);
+        ValidateConfig {
+            timeout: check::timeout(reader),
+            max_threads: check::max_threads(reader),
+            max_body_bytes: check::max_body_bytes(reader),
+        }
     })
 }
 

@@ -4,8 +4,6 @@
 //! next problem is found too. If there are problems, [`Reader::finish`] returns them instead of the configuration.
 
 use std::fmt::Display;
-use std::fs::File;
-use std::io::{self, Read};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -14,7 +12,7 @@ use std::time::Duration;
 use super::form::{is_plain_line, is_quoted, slip};
 use super::secret::{shown, shown_path};
 use super::{Secret, Variables, WrongVariables, pem};
-use crate::duration;
+use crate::{duration, files};
 
 /// A system's bundle of certificate authorities has about 250 KB.
 const MAX_PEM_BYTES: u64 = 4 << 20;
@@ -234,7 +232,7 @@ impl<'a> Reader<'a> {
     /// The path of a readable file with a PEM block of this kind.
     pub(super) fn pem_file(&mut self, name: &'static str, kind: PemKind) -> Option<PathBuf> {
         let path = PathBuf::from(self.get(name)?);
-        let problem = match read_file(&path, MAX_PEM_BYTES) {
+        let problem = match files::read(&path, MAX_PEM_BYTES) {
             Ok(contents) => match kind.problem(&contents) {
                 Some(problem) => problem,
                 None => return Some(path),
@@ -277,7 +275,7 @@ impl<'a> Reader<'a> {
     /// The text of a file with secrets, without one line break at its end.
     pub(super) fn secret_file(&mut self, name: &'static str) -> Option<String> {
         let path = Path::new(self.get(name)?);
-        let problem = match read_file(path, MAX_SECRET_BYTES).map(String::from_utf8) {
+        let problem = match files::read(path, MAX_SECRET_BYTES).map(String::from_utf8) {
             Ok(Ok(text)) => {
                 let text = text.strip_suffix('\n').unwrap_or(&text);
                 let text = text.strip_suffix('\r').unwrap_or(text);
@@ -324,17 +322,4 @@ impl PemKind {
         };
         fault.map(|fault| format!("{fault}; expected a PEM file with a {expected}"))
     }
-}
-
-fn read_file(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
-    // Opening a pipe would wait for its writer, and a second read would find it empty.
-    if !path.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
-    }
-    let mut contents = Vec::new();
-    File::open(path)?.take(max_bytes + 1).read_to_end(&mut contents)?;
-    if contents.len() as u64 > max_bytes {
-        return Err(io::Error::other(format!("it is longer than {max_bytes} bytes")));
-    }
-    Ok(contents)
 }

@@ -1,10 +1,10 @@
 //! Secrets: a type that hides its value, and functions that hide secrets in other text.
 
 use std::fmt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::{Servers, Variables};
+use crate::files;
 
 /// The most characters of a value in a message.
 const MAX_SHOWN_CHARS: usize = 100;
@@ -118,12 +118,10 @@ pub fn exposed_secrets(variables: &Variables, servers: Servers) -> Vec<String> {
 
 fn exposed(variables: &Variables, name: &'static str) -> Option<String> {
     let path = variables.get(name)?;
-    let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o7777;
-    (mode & 0o004 != 0).then(|| {
-        format!(
-            "{name}={path:?}: every user of this machine can read the file (mode {mode:04o}); `chmod o-r` prevents that"
-        )
-    })
+    let mode = files::mode_if_exposed(Path::new(path))?;
+    Some(format!(
+        "{name}={path:?}: every user of this machine can read the file (mode {mode:04o}); `chmod o-r` prevents that"
+    ))
 }
 
 /// A warning for each secret for these servers that is in quotes, which a shell or Compose would have removed.

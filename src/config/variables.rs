@@ -9,7 +9,7 @@ use super::env_file::{self, EnvFile};
 use super::problems::Problem;
 
 /// The names of all variables. Other names are ignored in `.env` and in the environment, and are an error after `-e`.
-pub const NAMES: [&str; 41] = [
+pub const NAMES: [&str; 42] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
     "KAFKA_SECURITY_PROTOCOL",
@@ -43,6 +43,7 @@ pub const NAMES: [&str; 41] = [
     "MAX_BODY_BYTES",
     "USER_AGENT",
     "CHECK_CA_FILE",
+    "SECRETS_DIR",
     "AGENT_NAME",
     "PRODUCE_GROUP",
     "METRICS_ADDR",

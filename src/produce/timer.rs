@@ -224,9 +224,10 @@ impl<'a> TimerLoop<'a> {
             return;
         }
         let (path, mailbox) = (path.to_owned(), Arc::clone(&self.mailbox));
+        let secrets_dir = self.setup.config.check.secrets_dir.clone();
         let reading = std::thread::Builder::new()
             .name("reload".into())
-            .spawn(move || mailbox.put_reloaded(host_file::read(&path)));
+            .spawn(move || mailbox.put_reloaded(host_file::read(&path, secrets_dir.as_deref())));
         match reading {
             Ok(_) => self.reload = Reload::Reading,
             Err(error) => log::error!(

@@ -574,7 +574,11 @@ fn a_word_that_looks_like_an_option_is_an_error_that_shows_how_to_write_it_as_a_
             21,
             "`timeout=99999999999d`: expected a time above 0, e.g. `3s` or `500ms`",
         ),
-        ("method=POST", 20, "`method=POST`: expected `GET` or `HEAD`"),
+        (
+            "method=PUSH",
+            20,
+            "`method=PUSH`: expected `GET`, `HEAD`, `POST`, `PUT`, `PATCH`, `DELETE` or `OPTIONS`",
+        ),
         ("follow=-1", 20, "`follow=-1`: expected a number from 0 to 100"),
         ("follow=101", 20, "`follow=101`: expected a number from 0 to 100"),
         ("follow=+1", 20, "`follow=+1`: expected a number from 0 to 100"),
@@ -597,12 +601,12 @@ fn a_word_that_looks_like_an_option_is_an_error_that_shows_how_to_write_it_as_a_
         (
             "class=big",
             13,
-            "`class` is not an option; the options are timeout, status, method, follow, topic, ip and tls",
+            "`class` is not an option; the options are timeout, status, method, follow, topic, ip, tls, header, body, auth, cert, plain-auth, proxy, slow, cert-days, json, name and group",
         ),
         (
             "Status=200",
             13,
-            "`Status` is not an option; the options are timeout, status, method, follow, topic, ip and tls",
+            "`Status` is not an option; the options are timeout, status, method, follow, topic, ip, tls, header, body, auth, cert, plain-auth, proxy, slow, cert-days, json, name and group",
         ),
     ];
     for (word, column, expected) in cases {
@@ -893,7 +897,7 @@ fn the_check_command_builds_its_target_of_the_same_parts() {
         firsts,
         [
             "ADDRESS:9: remove the credentials from the address (`https://***@x/`): every record would contain them",
-            "OPTION:1: expected NAME=VALUE; the options are timeout, status, method, follow, topic, ip and tls",
+            "OPTION:1: expected NAME=VALUE; the options are timeout, status, method, follow, topic, ip, tls, header, body, auth, cert, plain-auth, proxy, slow, cert-days, json, name and group",
             "OPTION:4: `ip=5`: expected `4` or `6`",
             "REGEX:4: the REGEX is not valid: unclosed group",
         ]

@@ -10,6 +10,7 @@ mod deployment;
 mod fleet;
 mod fleet_walk;
 mod host_file;
+mod host_options;
 mod metrics;
 #[cfg(target_os = "linux")]
 mod network;
@@ -17,6 +18,7 @@ mod page;
 mod produce;
 mod revision;
 mod sample;
+mod secrets;
 mod simulator;
 mod site;
 mod status;

@@ -776,6 +776,7 @@ fn config(servers: &str, topic: &str) -> ProduceConfig {
             max_body_bytes: 1 << 20,
             user_agent: "host-metrics/test".to_owned(),
             ca_file: None,
+            secrets_dir: None,
             agent_name: "tester".to_owned(),
         },
         metrics_addr: None,

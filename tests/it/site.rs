@@ -64,7 +64,7 @@ impl Site {
     /// Reads each request, notes it, and calls `respond`.
     pub fn plain(respond: impl Fn(&mut TcpStream) + Send + Sync + 'static) -> Self {
         Self::start(move |mut stream, requests| {
-            let request = read_head(&mut stream);
+            let request = read_request(&mut stream);
             requests.lock().unwrap().push(request);
             respond(&mut stream);
         })
@@ -83,7 +83,7 @@ impl Site {
         let config = Arc::new(config);
         Self::start(move |stream, requests| {
             let mut tls = StreamOwned::new(ServerConnection::new(Arc::clone(&config)).unwrap(), stream);
-            let request = read_head(&mut tls);
+            let request = read_request(&mut tls);
             // The client may refuse the certificate.
             if request.is_empty() {
                 return;
@@ -103,7 +103,7 @@ impl Site {
         format!("https://{host}:{}/", self.address.port())
     }
 
-    /// The heads of all requests so far, as text.
+    /// All requests so far, as text.
     pub fn requests(&self) -> Vec<String> {
         let requests = self.requests.lock().unwrap();
         requests
@@ -135,6 +135,19 @@ pub fn read_head(stream: &mut dyn Read) -> Vec<u8> {
         }
     }
     head
+}
+
+/// Reads a head and, if it has a length, the body.
+pub fn read_request(stream: &mut dyn Read) -> Vec<u8> {
+    let mut request = read_head(stream);
+    let head = String::from_utf8_lossy(&request).to_lowercase();
+    let length = head
+        .split_once("content-length: ")
+        .and_then(|(_, rest)| rest.lines().next());
+    let length = length.map_or(0, |length| length.parse().unwrap());
+    // A client that goes away has sent less.
+    let _ = stream.take(length).read_to_end(&mut request);
+    request
 }
 
 /// A response with a Content-Length.
@@ -269,6 +282,13 @@ impl Authority {
             leaf.der().clone(),
             PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
         )
+    }
+
+    /// A leaf and its key, in PEM.
+    pub fn leaf_pem(&self, names: &[&str]) -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let leaf = leaf_params(names, |_| {}).signed_by(&key, &self.issuer).unwrap();
+        (leaf.pem(), key.serialize_pem())
     }
 
     /// An intermediate authority with its certificate, and a leaf that it signed.

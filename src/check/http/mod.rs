@@ -11,6 +11,7 @@ mod body;
 mod chunks;
 mod head;
 mod inflate;
+mod request;
 mod transport;
 
 use std::sync::Arc;
@@ -33,10 +34,9 @@ use crate::config::CheckConfig;
 use crate::sample::Outcome;
 pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
 use body::{BodyEnd, BodyFault, BodyLimits, BrotliDecoders};
+pub(super) use request::Outgoing;
+use request::{Request, origin};
 use transport::CheckConnector;
-
-/// Room for the longest header line of a request except the URL and User-Agent: `Host:` with a name of 253 bytes.
-const REQUEST_LINE_BYTES: usize = 1024;
 
 /// The least time in which the next host of a redirect can be expected to answer. If less is left, a timeout is put down to
 /// the hosts before it.
@@ -95,7 +95,7 @@ impl Checks {
         let connector = CheckConnector {
             tls: self.trust.client_config(progress.clone()),
             progress: progress.clone(),
-            longest_line_bytes: REQUEST_LINE_BYTES + self.user_agent.len(),
+            user_agent: self.user_agent.clone(),
         };
         let resolver = CheckResolver {
             names: self.names.clone(),
@@ -127,7 +127,7 @@ impl Checker {
     /// 3 % of the time that was left when a wait began.
     pub fn check(&mut self, target: &Target, deadline: Instant) -> Observation {
         let started_at = now();
-        self.progress.begin_check(deadline, target.ip_family);
+        self.progress.begin_check(deadline, target);
         let mut observation = Observation {
             outcome: Outcome::Ok,
             error: None,
@@ -141,14 +141,19 @@ impl Checker {
             cert_expires_at: None,
         };
         match self.final_response(target, &mut observation) {
-            Ok(mut response) => {
+            Ok((mut response, method)) => {
                 observation.latency = Some(now() - started_at);
-                self.judge(target, &mut response, &mut observation);
+                self.judge(target, method, &mut response, &mut observation);
             }
             Err(Failure::Exchange(outcome, text)) => fail(&mut observation, outcome, text),
             Err(Failure::Redirect(outcome, text)) => {
                 observation.latency = Some(now() - started_at);
                 fail(&mut observation, outcome, text);
+            }
+        }
+        if let Some(error) = &mut observation.error {
+            for secret in target.secrets() {
+                secret.value().hide_in(error);
             }
         }
         let seen = self.progress.lock();
@@ -158,17 +163,17 @@ impl Checker {
         observation
     }
 
-    /// Requests the target's URL and follows redirects to the final response.
+    /// Requests the target's URL and follows redirects to the final response. Returns the method of the last request too.
     fn final_response(
         &self,
         target: &Target,
         observation: &mut Observation,
-    ) -> Result<Response<Body>, Failure> {
-        let mut url = target.url.clone();
+    ) -> Result<(Response<Body>, Method), Failure> {
+        let mut request = Request::first(target);
         let mut followed = 0;
         loop {
             let began_at = now();
-            let response = self.request(target, &url).map_err(|error| {
+            let response = self.send(target, &request).map_err(|error| {
                 let progress = self.progress.lock();
                 let time_given = progress.deadline.saturating_duration_since(began_at);
                 let (outcome, text) = match classify(&error, &progress) {
@@ -183,14 +188,19 @@ impl Checker {
             })?;
             observation.redirects = Some(followed);
             let status = response.status().as_u16();
+            if status == 407 && target.proxy.is_some() && request.url.scheme() == "http" {
+                observation.status_code = Some(status);
+                let text = "the proxy requires a user and a password (status 407)";
+                return Err(Failure::Redirect(Outcome::ProxyError, text.into()));
+            }
             let next = match is_followed(target, status) {
-                true => next_url(&url, response.headers()),
+                true => next_url(&request.url, response.headers()),
                 false => Ok(None),
             };
             let failure = match next {
                 Ok(None) => {
                     observation.status_code = Some(status);
-                    return Ok(response);
+                    return Ok((response, request.method));
                 }
                 Ok(Some(_)) if followed == target.follow => {
                     let plural = if followed == 1 { "" } else { "s" };
@@ -205,7 +215,7 @@ impl Checker {
                     Failure::Redirect(Outcome::ProtocolError, text)
                 }
                 Ok(Some(next)) => {
-                    url = next;
+                    request.redirect(status, next);
                     followed += 1;
                     observation.redirects = Some(followed);
                     continue;
@@ -221,67 +231,88 @@ impl Checker {
     }
 
     /// One request over one connection, up to the response's headers.
-    fn request(&self, target: &Target, url: &Url) -> Result<Response<Body>, ureq::Error> {
-        let (request, accepted) = match (target.method, &target.regex) {
-            (Method::Get, Some(_)) => (self.agent.get(url.as_str()), body::ACCEPTED_CODINGS),
-            (Method::Get, None) => (self.agent.get(url.as_str()), "identity"),
-            (Method::Head, _) => (self.agent.head(url.as_str()), "identity"),
-        };
-        // ureq would write the names in lower case, which some servers do not accept.
-        let request = request
-            .header_raw("Host", authority(url).as_bytes())
-            .header_raw("User-Agent", self.user_agent.as_bytes())
-            .header_raw("Accept", b"*/*")
-            .header_raw("Accept-Encoding", accepted.as_bytes())
-            .header_raw("Connection", b"close");
-        // tls=insecure is about the certificate of the target's host, not of hosts that it redirects to.
-        let tls_insecure = target.tls_insecure && url.host() == target.url.host();
-        self.progress.lock().begin_request(tls_insecure);
-        let result = request.call();
+    ///
+    /// ureq only connects and reads the response. What is sent is written here and replaces ureq's own request, so ureq never
+    /// sees a secret.
+    fn send(&self, target: &Target, request: &Request<'_>) -> Result<Response<Body>, ureq::Error> {
+        {
+            let is_own = request.is_to_own_origin();
+            let mut progress = self.progress.lock();
+            // tls=insecure is about the certificate of the target's host, not of hosts that it redirects to.
+            let tls_insecure = target.tls_insecure && request.url.host() == target.url.host();
+            let outgoing = request.write(self.user_agent.as_bytes());
+            progress.begin_request(tls_insecure, outgoing);
+            let certificate = target.cert.as_ref().filter(|_| is_own);
+            progress.client_certificate = certificate.map(|files| Arc::clone(&files.value().0));
+        }
+        let url = origin(&request.url);
+        let result = match request.method {
+            // A response to HEAD has no body, whatever its headers say.
+            Method::Head => self.agent.head(url),
+            _ => self.agent.get(url),
+        }
+        .call();
         self.progress.lock().response_ended(result.is_ok());
         result
     }
 
-    /// Judges the status, then the body. A bad status stays the outcome; the body is still read, for `regex_matched`.
-    fn judge(&mut self, target: &Target, response: &mut Response<Body>, observation: &mut Observation) {
+    /// Judges the status, then the body, then the certificate. The first fault is the outcome. The body is also read after a
+    /// bad status, for `regex_matched`.
+    fn judge(
+        &mut self,
+        target: &Target,
+        method: Method,
+        response: &mut Response<Body>,
+        observation: &mut Observation,
+    ) {
         let status = response.status().as_u16();
-        let is_good = target.is_good_status(status);
-        if !is_good {
-            fail(observation, Outcome::BadStatus, format!("status {status}"));
+        let bad_status =
+            (!target.is_good_status(status)).then(|| (Outcome::BadStatus, format!("status {status}")));
+        let bad_body = if !target.reads_body() {
+            None
+        } else if method == Method::Head || matches!(status, 100..=199 | 204 | 304) {
+            without_body(target, status)
+        } else {
+            self.judge_body(target, response, observation)
+        };
+        let failure = bad_status.or(bad_body).or_else(|| self.judge_certificate(target));
+        if let Some((outcome, text)) = failure {
+            fail(observation, outcome, text);
         }
-        let Some(regex) = &target.regex else { return };
-        if target.method == Method::Head || matches!(status, 100..=199 | 204 | 304) {
-            if is_good {
-                fail(
-                    observation,
-                    Outcome::RegexMismatch,
-                    format!("status {status} has no body"),
-                );
-            }
-            return;
-        }
+    }
 
+    fn judge_body(
+        &mut self,
+        target: &Target,
+        response: &mut Response<Body>,
+        observation: &mut Observation,
+    ) -> Option<(Outcome, String)> {
         let began_at = now();
         let deadline = {
             let mut progress = self.progress.lock();
             progress.phase = Phase::Body;
             progress.deadline
         };
-        let mut search = match self.search.take() {
+        let mut search = target.regex.as_ref().map(|regex| match self.search.take() {
             Some(mut last) if Arc::ptr_eq(last.pattern(), regex) => {
                 last.restart();
                 last
             }
             _ => Search::new(Arc::clone(regex)),
-        };
+        });
         let mut searching = Duration::ZERO;
         let mut body_bytes = 0;
+        let mut document = String::new();
         let limits = BodyLimits {
             max_bytes: self.max_body_bytes,
             deadline,
             brotli: &self.brotli,
         };
         let result = body::read(response, &limits, &mut body_bytes, |text| {
+            if !target.json.is_empty() {
+                document.push_str(text);
+            }
+            let Some(search) = &mut search else { return Ok(()) };
             let began_at = now();
             let searched = search.search(text, || now() >= deadline);
             searching += now() - began_at;
@@ -292,41 +323,94 @@ impl Checker {
             now() - began_at - searching,
         );
         observation.body_bytes = Some(body_bytes);
-
-        let failure = match result {
-            Err(BodyFault::Transfer(error)) => Some(classify(&error, &self.progress.lock())),
-            Err(BodyFault::NoDecoder) => Some((
-                Outcome::AgentError,
-                format!(
-                    "all {MAX_BROTLI_DECODERS} brotli decoders of this process were busy until the deadline"
-                ),
-            )),
-            Err(BodyFault::DeadlinePassed(DeadlinePassed)) => Some((
-                Outcome::BodyTimeout,
-                "the search for the regex did not finish in time".into(),
-            )),
-            Ok(end) => {
-                let matched = search.finish();
-                observation.regex_matched = Some(matched);
-                match end {
-                    _ if matched => None,
-                    BodyEnd::Complete => {
-                        Some((Outcome::RegexMismatch, "the regex is not in the body".into()))
-                    }
-                    BodyEnd::Beyond => Some((
-                        Outcome::BodyTooLarge,
+        let end = match result {
+            Ok(end) => end,
+            Err(fault) => {
+                self.search = search;
+                return Some(match fault {
+                    BodyFault::Transfer(error) => classify(&error, &self.progress.lock()),
+                    BodyFault::NoDecoder => (
+                        Outcome::AgentError,
                         format!(
-                            "the regex is not in the first {} bytes of the body",
-                            self.max_body_bytes
+                            "all {MAX_BROTLI_DECODERS} brotli decoders of this process were busy until the deadline"
                         ),
-                    )),
-                }
+                    ),
+                    BodyFault::DeadlinePassed(DeadlinePassed) => (
+                        Outcome::BodyTimeout,
+                        "the search for the regex did not finish in time".into(),
+                    ),
+                });
             }
         };
-        self.search = Some(search);
-        if let (true, Some((outcome, text))) = (is_good, failure) {
-            fail(observation, outcome, text);
+        let by_regex = search.as_mut().and_then(|search| {
+            let matched = search.finish();
+            observation.regex_matched = Some(matched);
+            match (matched, target.regex_absent, end) {
+                (true, true, _) => Some((Outcome::RegexMismatch, "the regex is in the body".into())),
+                (true, false, _) | (false, true, BodyEnd::Complete) => None,
+                (false, false, BodyEnd::Complete) => {
+                    Some((Outcome::RegexMismatch, "the regex is not in the body".into()))
+                }
+                (false, _, BodyEnd::Beyond) => Some((
+                    Outcome::BodyTooLarge,
+                    format!(
+                        "the regex is not in the first {} bytes of the body",
+                        self.max_body_bytes
+                    ),
+                )),
+            }
+        });
+        self.search = search;
+        by_regex.or_else(|| self.judge_json(target, &document, end, deadline))
+    }
+
+    fn judge_json(
+        &self,
+        target: &Target,
+        document: &str,
+        end: BodyEnd,
+        deadline: Instant,
+    ) -> Option<(Outcome, String)> {
+        if !target.json.is_empty() && end == BodyEnd::Beyond {
+            let text = format!(
+                "the body has more than {} bytes, too many for json=",
+                self.max_body_bytes
+            );
+            return Some((Outcome::BodyTooLarge, text));
         }
+        target.json.iter().find_map(|rule| {
+            if now() >= deadline {
+                let text = "the search in the JSON document did not finish in time";
+                return Some((Outcome::BodyTimeout, text.into()));
+            }
+            let found = rule.holds(document).err()?;
+            Some((Outcome::JsonMismatch, found))
+        })
+    }
+
+    fn judge_certificate(&self, target: &Target) -> Option<(Outcome, String)> {
+        let wanted = target.cert_days?;
+        let (expires_at, seconds_left) = self.progress.lock().soonest_expiry?;
+        let days = seconds_left.div_euclid(24 * 60 * 60);
+        (days < i64::from(wanted)).then(|| {
+            let plural = if days == 1 { "" } else { "s" };
+            let left = match days {
+                0.. => format!("in {days} day{plural}"),
+                _ => "already".to_owned(),
+            };
+            let text = format!("a certificate expires {left}, at {expires_at}; cert-days={wanted}");
+            (Outcome::TlsCertExpiring, text)
+        })
+    }
+}
+
+/// What a response without a body is to the rules for a body.
+fn without_body(target: &Target, status: u16) -> Option<(Outcome, String)> {
+    let text = || format!("status {status} has no body");
+    match (&target.regex, target.regex_absent) {
+        (Some(_), false) => Some((Outcome::RegexMismatch, text())),
+        _ if !target.json.is_empty() => Some((Outcome::JsonMismatch, text())),
+        _ => None,
     }
 }
 
@@ -393,19 +477,6 @@ fn after_redirects(followed: u32) -> String {
         1 => ", after 1 redirect".into(),
         _ => format!(", after {followed} redirects"),
     }
-}
-
-/// The value of `Host:`.
-fn authority(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    match url.port() {
-        Some(port) => format!("{host}:{port}"),
-        None => host.to_owned(),
-    }
-}
-
-fn origin(url: &Url) -> String {
-    format!("{}://{}/", url.scheme(), authority(url))
 }
 
 #[cfg(test)]

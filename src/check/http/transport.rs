@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use ureq::http::HeaderValue;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use super::head::{self, Start};
@@ -31,12 +32,15 @@ const BODY_INPUT_BYTES: usize = 16 * 1024;
 /// are too large.
 const HEAD_INPUT_BYTES: usize = MAX_HEAD_BYTES + 4 * 1024;
 
+/// Room for the request that ureq writes, which is not sent: its longest line has a host name of 253 bytes.
+const UNSENT_REQUEST_BYTES: usize = 1024;
+
 /// ureq's connector for one checker.
 pub(super) struct CheckConnector {
     pub tls: Arc<ClientConfig>,
     pub progress: SharedProgress,
-    /// The longest header line of a request except the URL, for which the output buffer must have room.
-    pub longest_line_bytes: usize,
+    /// For the proxy; requests have it already.
+    pub user_agent: HeaderValue,
 }
 
 impl std::fmt::Debug for CheckConnector {
@@ -58,11 +62,15 @@ impl Connector<()> for CheckConnector {
         } else {
             Phase::Response
         };
-        let socket = self
+        let mut socket = self
             .connect_tcp(&details.addrs, next_phase)
             .map_err(CheckFault::Io)?;
         let stream = if details.needs_tls() {
             let host = details.uri.host().unwrap_or_default();
+            if self.progress.lock().at_proxy {
+                let port = details.uri.port_u16().unwrap_or(443);
+                self.tunnel(&format!("{host}:{port}"), &mut socket)?;
+            }
             Stream::Tls(Box::new(
                 self.connect_tls(bare(host), socket).map_err(CheckFault::Io)?,
             ))
@@ -70,7 +78,6 @@ impl Connector<()> for CheckConnector {
             Stream::Plain(socket)
         };
         self.progress.lock().phase = Phase::Response;
-        let path_bytes = details.uri.path_and_query().map_or(1, |path| path.as_str().len());
         Ok(Some(Connection {
             stream,
             is_http_1_0: false,
@@ -79,7 +86,7 @@ impl Connector<()> for CheckConnector {
                 consumed: 0,
                 filled: 0,
                 stuck: false,
-                output: vec![0; self.longest_line_bytes + path_bytes],
+                output: vec![0; UNSENT_REQUEST_BYTES],
                 progress: self.progress.clone(),
             },
             progress: self.progress.clone(),
@@ -133,6 +140,19 @@ impl CheckConnector {
         Err(error)
     }
 
+    /// Asks the proxy for a connection to the host (RFC 9110, section 9.3.6).
+    fn tunnel(&self, authority: &str, socket: &mut Socket) -> Result<(), ureq::Error> {
+        let began_at = now();
+        self.progress.lock().phase = Phase::Response;
+        let result = connect_through(authority, self.user_agent.as_bytes(), socket);
+        let mut progress = self.progress.lock();
+        add(&mut progress.phases.connect, now() - began_at);
+        result?;
+        progress.at_proxy = false;
+        progress.phase = Phase::Tls;
+        Ok(())
+    }
+
     fn connected(&self, address: SocketAddr, began_at: Instant, next_phase: Phase) {
         let mut progress = self.progress.lock();
         progress.phase = next_phase;
@@ -145,6 +165,42 @@ impl CheckConnector {
         let result = tls::handshake(&self.tls, host, socket);
         add(&mut self.progress.lock().phases.tls, now() - began_at);
         result
+    }
+}
+
+fn connect_through(authority: &str, user_agent: &[u8], socket: &mut Socket) -> Result<(), ureq::Error> {
+    let line = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\nUser-Agent: ");
+    let request = [line.as_bytes(), user_agent, b"\r\n\r\n"].concat();
+    socket.write_all(&request).map_err(CheckFault::Io)?;
+    let mut answer = Vec::new();
+    let mut looked_at = 0;
+    loop {
+        match head::look(&answer, looked_at) {
+            Start::Head(bytes) => {
+                let head = head::read(&answer[..bytes]).map_err(CheckFault::Protocol)?;
+                match head.status {
+                    // The host speaks only after the TLS client.
+                    200..=299 if answer.len() == bytes => return Ok(()),
+                    200..=299 => return Err(CheckFault::Protocol("there are bytes after its head").into()),
+                    100..=199 => {
+                        answer.drain(..bytes);
+                        looked_at = 0;
+                        continue;
+                    }
+                    status => return Err(CheckFault::ProxyStatus(status).into()),
+                }
+            }
+            Start::Unfinished if answer.len() <= MAX_HEAD_BYTES => looked_at = answer.len(),
+            Start::Unfinished => return Err(ureq::Error::LargeResponseHeader(answer.len(), MAX_HEAD_BYTES)),
+            Start::Http2 | Start::Unknown => {
+                return Err(CheckFault::Protocol("it does not begin with HTTP").into());
+            }
+        }
+        let mut piece = [0; 1024];
+        match socket.read(&mut piece).map_err(CheckFault::Io)? {
+            0 => return Err(CheckFault::Io(io::ErrorKind::UnexpectedEof.into()).into()),
+            count => answer.extend_from_slice(&piece[..count]),
+        }
     }
 }
 
@@ -285,8 +341,15 @@ impl Transport for Connection {
         &mut self.buffers
     }
 
-    fn transmit_output(&mut self, amount: usize, _timeout: NextTimeout) -> Result<(), ureq::Error> {
-        match self.stream.write_all(&self.buffers.output[..amount]) {
+    /// Sends the check's request in place of ureq's: see [`super::Checker::send`].
+    fn transmit_output(&mut self, _amount: usize, _timeout: NextTimeout) -> Result<(), ureq::Error> {
+        let outgoing = self.progress.lock().outgoing.take();
+        let Some(outgoing) = outgoing else { return Ok(()) };
+        let sent = self
+            .stream
+            .write_all(&outgoing.head)
+            .and_then(|()| outgoing.body.map_or(Ok(()), |body| self.stream.write_all(&body)));
+        match sent {
             Ok(()) => {}
             // The server may have sent a response or a TLS alert before it closed. It will be read next.
             Err(error) if is_cut(&error) => {}
@@ -371,7 +434,7 @@ impl Buffers for InOut {
         }
     }
 
-    /// Only used to send request bodies, which a check does not do.
+    /// Only used to send request bodies, of which ureq knows nothing here.
     fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
         (&mut [], &mut self.output)
     }

@@ -111,6 +111,10 @@ fn report(sample: &Sample<'_>) -> String {
     }
     lines.add("latency", sample.latency.map(millis));
     lines.add(
+        "slow",
+        sample.slow.map(|is_slow| if is_slow { "yes" } else { "no" }),
+    );
+    lines.add(
         "body size",
         sample.body_bytes.map(|bytes| format!("{bytes} bytes")),
     );
@@ -262,6 +266,7 @@ mod tests {
             error: Some("status 503".into()),
             status_code: Some(503),
             latency: Some(0.123_456),
+            slow: Some(true),
             dns_seconds: Some(0.012),
             ip: Some("192.0.2.1".parse().unwrap()),
             redirects: Some(1),
@@ -283,6 +288,7 @@ mod tests {
              redirects    1\n\
              name            12.000 ms  ████████████████████████████████████████\n\
              latency        123.456 ms\n\
+             slow         yes\n\
              body size    512 bytes\n\
              certificate  expires 2026-01-31T12:00:00.000000Z, 30 days left\n\
              \n"

@@ -308,7 +308,13 @@ fn a_command_reads_only_the_variables_that_it_needs() {
     let variables = Variables::from_pairs(all_wrong());
     assert_eq!(
         wrong_names(validate(&variables).map(drop)),
-        ["CHECK_TIMEOUT", "MAX_THREADS", "MAX_BODY_BYTES", "LOG_LEVEL"]
+        [
+            "SECRETS_DIR",
+            "CHECK_TIMEOUT",
+            "MAX_THREADS",
+            "MAX_BODY_BYTES",
+            "LOG_LEVEL"
+        ]
     );
     assert_eq!(
         wrong_names(check(&variables).map(drop)),
@@ -317,6 +323,7 @@ fn a_command_reads_only_the_variables_that_it_needs() {
             "MAX_BODY_BYTES",
             "USER_AGENT",
             "CHECK_CA_FILE",
+            "SECRETS_DIR",
             "AGENT_NAME",
             "LOG_LEVEL"
         ]

@@ -13,10 +13,14 @@ use nom::{IResult, Parser};
 use url::Url;
 
 use super::fault::LineFault;
+use super::files::Files;
 use super::quote::quoted;
+use super::request;
 use super::words::OptionWord;
+use crate::check::json::JsonRule;
 use crate::check::pattern::Pattern;
-use crate::check::target::{IpFamily, Method, StatusSet, Target};
+use crate::check::secret::{CertificateFiles, SecretFile};
+use crate::check::target::{Header, HeaderValue, IpFamily, Method, Proxy, RequestBody, StatusSet, Target};
 use crate::config::{TOPIC_NAME_RULE, is_topic_name};
 use crate::duration;
 
@@ -50,7 +54,34 @@ pub(super) fn read_frequency(text: &str) -> Result<Duration, LineFault> {
     Ok(interval)
 }
 
-pub(super) const OPTION_NAMES: [&str; 7] = ["timeout", "status", "method", "follow", "topic", "ip", "tls"];
+pub(super) const OPTION_NAMES: [&str; 18] = [
+    "timeout",
+    "status",
+    "method",
+    "follow",
+    "topic",
+    "ip",
+    "tls",
+    "header",
+    "body",
+    "auth",
+    "cert",
+    "plain-auth",
+    "proxy",
+    "slow",
+    "cert-days",
+    "json",
+    "name",
+    "group",
+];
+
+/// The options of the first version. A REGEX that looks like one of the others was accepted then, so it still is.
+pub(super) const FIRST_OPTIONS: &[&str] = OPTION_NAMES.split_at(7).0;
+
+/// The longest `name=` or `group=`.
+const MAX_NAME_CHARS: usize = 100;
+
+const MAX_CERT_DAYS: u32 = 3_650;
 
 /// For messages: `the options are timeout, status, … and tls`.
 pub(super) fn known_options() -> String {
@@ -58,8 +89,8 @@ pub(super) fn known_options() -> String {
     format!("the options are {} and {last}", names.join(", "))
 }
 
-/// The options that were given so far.
-#[derive(Default)]
+/// The options that were given so far, on the line of a host or of a profile.
+#[derive(Clone, Default)]
 pub(super) struct Options {
     timeout: Option<Duration>,
     status: Option<StatusSet>,
@@ -68,10 +99,24 @@ pub(super) struct Options {
     topic: Option<String>,
     ip_family: Option<IpFamily>,
     tls: Option<Tls>,
+    headers: Vec<Header>,
+    body: Option<RequestBody>,
+    auth: Option<Arc<SecretFile>>,
+    cert: Option<Arc<CertificateFiles>>,
+    plain_auth: Option<bool>,
+    proxy: Option<Proxy>,
+    slow: Option<Duration>,
+    cert_days: Option<u32>,
+    json: Vec<JsonRule>,
+    name: Option<String>,
+    group: Option<String>,
 }
 
 impl Options {
-    pub fn set(&mut self, option: &OptionWord<'_>) -> Result<(), LineFault> {
+    pub fn set(&mut self, option: &OptionWord<'_>, files: &dyn Files) -> Result<(), LineFault> {
+        if let Some((at, what)) = option.fault {
+            return Err(LineFault::new(at, what));
+        }
         match option.name {
             "timeout" => option.once(
                 &mut self.timeout,
@@ -83,11 +128,53 @@ impl Options {
                 read_status,
                 "codes and ranges, e.g. `200-299,301`",
             ),
-            "method" => option.once(&mut self.method, read_method, "`GET` or `HEAD`"),
+            "method" => option.once(
+                &mut self.method,
+                read_method,
+                "`GET`, `HEAD`, `POST`, `PUT`, `PATCH`, `DELETE` or `OPTIONS`",
+            ),
             "follow" => option.once(&mut self.follow, read_follow, "a number from 0 to 100"),
             "topic" => option.once(&mut self.topic, read_topic, TOPIC_NAME_RULE),
             "ip" => option.once(&mut self.ip_family, read_ip_family, "`4` or `6`"),
             "tls" => option.once(&mut self.tls, read_tls, "`insecure` or `required`"),
+            "header" => {
+                let header = request::read_header(option, files)?;
+                let is_same = |other: &Header| other.name.eq_ignore_ascii_case(&header.name);
+                option.not_twice(self.headers.iter().any(is_same), &header.name)?;
+                self.headers.push(header);
+                Ok(())
+            }
+            "json" => {
+                let rule = JsonRule::parse(&option.value).ok_or_else(|| {
+                    option.fault(format!(
+                        "{}: expected /POINTER:VALUE with a pointer of RFC 6901, e.g. `/data/status:ok`",
+                        quoted(option.word)
+                    ))
+                })?;
+                let is_same = self.json.iter().any(|other| other.pointer == rule.pointer);
+                option.not_twice(is_same, &rule.pointer)?;
+                self.json.push(rule);
+                Ok(())
+            }
+            "body" => option.put(&mut self.body, request::read_body(option, files)),
+            "auth" => option.put(
+                &mut self.auth,
+                request::read_secret(option, |name| files.auth(name)),
+            ),
+            "cert" => option.put(
+                &mut self.cert,
+                request::read_secret(option, |name| files.certificate(name)),
+            ),
+            "plain-auth" => option.once(
+                &mut self.plain_auth,
+                |text| (text == "yes").then_some(true),
+                "`yes`",
+            ),
+            "proxy" => option.once(&mut self.proxy, request::read_proxy, "`http://HOST:PORT`"),
+            "slow" => option.once(&mut self.slow, read_timeout, "a time above 0, e.g. `800ms`"),
+            "cert-days" => option.once(&mut self.cert_days, read_days, "a number of days from 1 to 3650"),
+            "name" => option.once(&mut self.name, read_name, NAME_RULE),
+            "group" => option.once(&mut self.group, read_name, NAME_RULE),
             name => Err(LineFault::new(
                 0,
                 format!("{} is not an option; {}", quoted(name), known_options()),
@@ -105,6 +192,79 @@ impl Options {
         }
     }
 
+    /// These options, and where they have none, those of a profile. Of headers and `json=` rules, both are kept, except those
+    /// of the same name or pointer. `auth=` counts as the header Authorization.
+    pub fn or(mut self, profile: Self) -> Self {
+        let has_authorization = self.headers.iter().any(is_authorization);
+        let is_new = |header: &Header| {
+            let is_same = |own: &Header| own.name.eq_ignore_ascii_case(&header.name);
+            let is_given = self.headers.iter().any(is_same);
+            !(is_given || self.auth.is_some() && is_authorization(header))
+        };
+        let mut headers: Vec<Header> = profile.headers.into_iter().filter(is_new).collect();
+        headers.append(&mut self.headers);
+        let is_new = |rule: &JsonRule| !self.json.iter().any(|own| own.pointer == rule.pointer);
+        let mut json: Vec<JsonRule> = profile.json.into_iter().filter(is_new).collect();
+        json.append(&mut self.json);
+        Self {
+            timeout: self.timeout.or(profile.timeout),
+            status: self.status.or(profile.status),
+            method: self.method.or(profile.method),
+            follow: self.follow.or(profile.follow),
+            topic: self.topic.or(profile.topic),
+            ip_family: self.ip_family.or(profile.ip_family),
+            tls: self.tls.or(profile.tls),
+            headers,
+            body: self.body.or(profile.body),
+            auth: self.auth.or(profile.auth.filter(|_| !has_authorization)),
+            cert: self.cert.or(profile.cert),
+            plain_auth: self.plain_auth.or(profile.plain_auth),
+            proxy: self.proxy.or(profile.proxy),
+            slow: self.slow.or(profile.slow),
+            cert_days: self.cert_days.or(profile.cert_days),
+            json,
+            name: self.name.or(profile.name),
+            group: self.group.or(profile.group),
+        }
+    }
+
+    /// Options that contradict each other or the address: the option to blame, and why.
+    pub fn contradictions(&self, url: &Url) -> Vec<(&'static str, &'static str)> {
+        let mut found = Vec::new();
+        if self.method == Some(Method::Head) && !self.json.is_empty() {
+            found.push((
+                "json",
+                "method=HEAD has no response body for json=; remove one of the two",
+            ));
+        }
+        if self.body.is_some() && matches!(self.method, None | Some(Method::Get | Method::Head)) {
+            found.push((
+                "body",
+                "a request with a body needs method=POST, PUT, PATCH, DELETE or OPTIONS",
+            ));
+        }
+        if self.auth.is_some() && self.headers.iter().any(is_authorization) {
+            found.push((
+                "auth",
+                "auth= and the header Authorization are the same; remove one of the two",
+            ));
+        }
+        if url.scheme() == "http" {
+            let refused = "a secret is not sent over http, where others can read it; use https or, to allow it, plain-auth=yes";
+            let is_secret = |header: &Header| matches!(header.value, HeaderValue::Secret(..));
+            let is_plain = self.plain_auth != Some(true);
+            if is_plain && self.auth.is_some() {
+                found.push(("auth", refused));
+            } else if is_plain && self.headers.iter().any(is_secret) {
+                found.push(("header", refused));
+            }
+            if self.cert.is_some() {
+                found.push(("cert", "a client certificate needs https"));
+            }
+        }
+        found
+    }
+
     pub fn target(self, address: &str, url: Url, interval: Duration, regex: Option<Arc<Pattern>>) -> Target {
         let plain = Target::new(address.to_owned(), url, interval);
         Target {
@@ -116,6 +276,17 @@ impl Options {
             ip_family: self.ip_family,
             tls_insecure: self.tls == Some(Tls::Insecure),
             tls_required: self.tls == Some(Tls::Required),
+            headers: self.headers,
+            body: self.body,
+            auth: self.auth,
+            cert: self.cert,
+            plain_auth: self.plain_auth.unwrap_or(plain.plain_auth),
+            proxy: self.proxy,
+            slow: self.slow,
+            cert_days: self.cert_days,
+            json: self.json,
+            name: self.name,
+            group: self.group,
             regex,
             ..plain
         }
@@ -129,15 +300,33 @@ impl OptionWord<'_> {
         read: impl FnOnce(&str) -> Option<T>,
         expected: &str,
     ) -> Result<(), LineFault> {
-        let Some(value) = read(self.value) else {
-            let what = format!("{}: expected {expected}", quoted(self.word));
-            return Err(LineFault::new(self.name.len() + 1, what));
-        };
+        let value = read(&self.value)
+            .ok_or_else(|| self.fault(format!("{}: expected {expected}", quoted(self.word))));
+        self.put(slot, value)
+    }
+
+    fn put<T>(&self, slot: &mut Option<T>, value: Result<T, LineFault>) -> Result<(), LineFault> {
+        let value = value?;
         match slot.replace(value) {
             None => Ok(()),
             Some(_) => Err(LineFault::new(0, format!("`{}` is given twice", self.name))),
         }
     }
+
+    /// For an option that may be repeated.
+    fn not_twice(&self, is_known: bool, what: &str) -> Result<(), LineFault> {
+        match is_known {
+            true => Err(LineFault::new(
+                0,
+                format!("`{}` for {} is given twice", self.name, quoted(what)),
+            )),
+            false => Ok(()),
+        }
+    }
+}
+
+fn is_authorization(header: &Header) -> bool {
+    header.name.eq_ignore_ascii_case("Authorization")
 }
 
 fn read_timeout(text: &str) -> Option<Duration> {
@@ -166,18 +355,29 @@ fn read_status(text: &str) -> Option<StatusSet> {
 }
 
 fn read_method(text: &str) -> Option<Method> {
-    match text {
-        "GET" => Some(Method::Get),
-        "HEAD" => Some(Method::Head),
-        _ => None,
-    }
+    Method::ALL.into_iter().find(|method| method.as_str() == text)
 }
 
 fn read_follow(text: &str) -> Option<u32> {
+    read_number(text).filter(|follow| *follow <= MAX_FOLLOW)
+}
+
+fn read_days(text: &str) -> Option<u32> {
+    read_number(text).filter(|days| (1..=MAX_CERT_DAYS).contains(days))
+}
+
+fn read_number(text: &str) -> Option<u32> {
+    // `parse` accepts a plus sign too.
     let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
-    text.parse()
-        .ok()
-        .filter(|follow| is_number && *follow <= MAX_FOLLOW)
+    text.parse().ok().filter(|_| is_number)
+}
+
+const NAME_RULE: &str = "1 to 100 characters, in double quotes if there are spaces in it";
+
+fn read_name(text: &str) -> Option<String> {
+    let is_name =
+        !text.trim().is_empty() && text.chars().count() <= MAX_NAME_CHARS && !text.contains(char::is_control);
+    is_name.then(|| text.to_owned())
 }
 
 fn read_topic(text: &str) -> Option<String> {
@@ -192,7 +392,7 @@ fn read_ip_family(text: &str) -> Option<IpFamily> {
     }
 }
 
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Tls {
     Insecure,
     Required,

@@ -4,16 +4,18 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-use nom::combinator::all_consuming;
-use nom::{Offset, Parser};
+use nom::Offset;
 
 use super::address::read_address;
 use super::fault::{HostFileError, LineFault};
+use super::files::{Files, OnDisk};
 use super::options::{INTERVALS, Options, known_options, read_frequency};
+use super::profiles::{Profiles, place};
+use super::quote::quoted;
 use super::regexes::{Regexes, compile};
 use super::report::ErrorReport;
 use super::slips::{self, Slip};
-use super::words::{Line, is_blank, option_word, split_line};
+use super::words::{Line, MAX_WORDS, OptionWord, Word, is_blank, option_word, split_line, split_word};
 use crate::check::pattern::Pattern;
 use crate::check::target::Target;
 
@@ -25,11 +27,19 @@ pub struct Hosts {
     pub warnings: Vec<String>,
 }
 
+/// [`parse_with`] for host files that name no other files.
+///
+/// # Errors
+/// As for [`parse_with`].
+pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
+    parse_with(name, contents, &OnDisk::new(None, None))
+}
+
 /// Parses a whole host file. `name` is the file's name in messages (`FILE:LINE:COLUMN`).
 ///
 /// # Errors
 /// A line is wrong, or the file has no hosts.
-pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
+pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Hosts, HostFileError> {
     let mut report = ErrorReport::default();
     if contents.starts_with(b"\xff\xfe") || contents.starts_with(b"\xfe\xff") {
         let fault = LineFault::new(0, "the file is UTF-16; save it as UTF-8");
@@ -41,6 +51,7 @@ pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
     let mut regexes = Regexes::default();
     let mut numbers = HashMap::new();
     let contents = contents.strip_prefix(b"\xef\xbb\xbf").unwrap_or(contents);
+    let mut profiles = Profiles::of(contents, files);
     for (number, bytes) in (1..).zip(contents.split(|byte| *byte == b'\n')) {
         let place = format_args!("{name}:{number}");
         let text = match std::str::from_utf8(bytes) {
@@ -55,20 +66,25 @@ pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
         if content.is_empty() || content.starts_with('#') {
             continue;
         }
-        let target = match split_line(text) {
-            Ok((_, line)) => {
-                let target = line.target(&mut regexes, &mut numbers, number);
-                if let Some(Slip::Warned(fault)) = slips::in_regex(&line) {
-                    report.warn(place, text, &line.at(line.regex, fault));
-                }
-                target
-            }
-            Err(error) => Err(vec![LineFault::new(0, error.to_string())]),
-        };
+        if content.starts_with('@') {
+            profiles
+                .faults(number)
+                .iter()
+                .for_each(|fault| report.add(place, text, fault));
+            continue;
+        }
+        let line = split_line(text, profiles.is_any());
+        let target = line.target(&mut regexes, &mut numbers, number, &profiles, files);
+        for fault in line.warnings() {
+            report.warn(place, text, &fault);
+        }
         match target {
             Ok(target) => targets.push(target),
             Err(faults) => faults.iter().for_each(|fault| report.add(place, text, fault)),
         }
+    }
+    for (number, what) in profiles.unused() {
+        report.warn(format_args!("{name}:{number}"), "", &LineFault::new(0, what));
     }
     if targets.is_empty() && report.faults == 0 {
         let what = "the file has no hosts; write one per line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
@@ -79,31 +95,73 @@ pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
     report.finish(Some(Hosts { targets, warnings }))
 }
 
+/// [`target_with`] without secrets and bodies from files.
+///
+/// # Errors
+/// As for [`target_with`].
+pub fn target(address: &str, options: &[String], regex: Option<&str>) -> Result<Target, HostFileError> {
+    target_with(address, options, regex, &OnDisk::new(None, None))
+}
+
 /// The target of the `check` command, from its arguments. There is no interval that bounds the timeout, and the REGEX is
 /// not searched for slips, because the shell keeps arguments apart.
 ///
 /// # Errors
 /// An argument is wrong. The errors look like a host file's, with `ADDRESS`, `OPTION` or `REGEX` in place of file and line.
-pub fn target(address: &str, options: &[String], regex: Option<&str>) -> Result<Target, HostFileError> {
+pub fn target_with(
+    address: &str,
+    options: &[String],
+    regex: Option<&str>,
+    files: &dyn Files,
+) -> Result<Target, HostFileError> {
     let mut report = ErrorReport::default();
     let mut settings = Options::default();
     let url = report.keep("ADDRESS", address, read_address(address));
     for option in options {
-        let set = match all_consuming(option_word).parse(option) {
-            Ok((_, word)) => settings.set(&word),
-            Err(_) => Err(LineFault::new(
+        let set = match argument(option) {
+            Some(word) => settings.set(&word, files),
+            None => Err(LineFault::new(
                 0,
                 format!("expected NAME=VALUE; {}", known_options()),
             )),
         };
         report.keep("OPTION", option, set);
     }
-    let compiled = regex.and_then(|regex| {
+    if let Some(url) = &url {
+        for (name, what) in settings.contradictions(url) {
+            let is_named = |option: &&String| option.split('=').next() == Some(name);
+            let option = options.iter().find(is_named).map_or("", String::as_str);
+            report.keep("OPTION", option, Err::<(), _>(LineFault::new(0, what)));
+        }
+    }
+    let mut regex_absent = false;
+    let compiled = regex.and_then(|argument| {
+        let (first, behind) = split_word(argument);
+        regex_absent = first == "!" && !behind.is_empty();
+        let regex = if regex_absent { behind } else { argument };
         let compiled = compile(regex).and_then(|compiled| settings.reads_a_body().map(|()| compiled));
         report.keep("REGEX", regex, compiled)
     });
     let target = url.map(|url| settings.target(address, url, *INTERVALS.end(), compiled));
-    report.finish(target)
+    report.finish(target.map(|target| Target {
+        regex_absent,
+        ..target
+    }))
+}
+
+/// An option of the `check` command. Its value may have spaces without quotes, because the shell has removed them.
+fn argument(option: &str) -> Option<OptionWord<'_>> {
+    let (word, rest) = option_word(option)?;
+    match rest {
+        "" => Some(word),
+        _ if word.is_quoted => None,
+        _ => Some(OptionWord {
+            word: option,
+            value: option[word.name.len() + 1..].into(),
+            is_quoted: true,
+            ..word
+        }),
+    }
 }
 
 impl<'a> Line<'a> {
@@ -113,6 +171,8 @@ impl<'a> Line<'a> {
         regexes: &mut Regexes<'a>,
         numbers: &mut HashMap<&'a str, usize>,
         number: usize,
+        profiles: &Profiles<'_>,
+        files: &dyn Files,
     ) -> Result<Target, Vec<LineFault>> {
         let mut faults = Vec::new();
         let mut settings = Options::default();
@@ -131,14 +191,49 @@ impl<'a> Line<'a> {
             self.keep(&mut faults, self.address, new);
         }
         let interval = self.keep(&mut faults, self.frequency, read_frequency(self.frequency));
-        for option in &self.options {
-            let set = settings.set(option).map_err(|fault| fault.or_regex(option.word));
-            self.keep(&mut faults, option.word, set);
+        let mut shared = Options::default();
+        for (index, word) in self.words.iter().enumerate() {
+            match word {
+                _ if index == MAX_WORDS => {
+                    let fault = LineFault::new(0, format!("the line has more than {MAX_WORDS} options"));
+                    self.keep(&mut faults, word.text(), Err::<(), _>(fault));
+                }
+                Word::Option(option) => {
+                    let set = settings
+                        .set(option, files)
+                        .map_err(|fault| match option.may_be_regex() {
+                            true => fault.or_regex(option.word),
+                            false => fault,
+                        });
+                    self.keep(&mut faults, option.word, set);
+                }
+                Word::Profile(word) => {
+                    let is_again = self.words[..index].iter().any(|other| other.text() == *word);
+                    let profile = match is_again {
+                        true => Err(LineFault::new(0, format!("{} is given twice", quoted(word)))),
+                        false => profiles.get(word),
+                    };
+                    if let Some(profile) = self.keep(&mut faults, word, profile) {
+                        shared = profile.or(shared);
+                    }
+                }
+            }
+        }
+        let settings = settings.or(shared);
+        if let Some(url) = &url {
+            for (name, what) in settings.contradictions(url) {
+                let fault = Err::<(), _>(LineFault::new(0, what));
+                self.keep(&mut faults, place(self, name, profiles), fault);
+            }
         }
         let regex = self.keep(&mut faults, self.regex, self.regex(regexes, &settings));
         match (url, interval, regex) {
             (Some(url), Some(interval), Some(regex)) if faults.is_empty() => {
-                Ok(settings.target(self.address, url, interval, regex))
+                let target = settings.target(self.address, url, interval, regex);
+                Ok(Target {
+                    regex_absent: self.regex_absent,
+                    ..target
+                })
             }
             _ => Err(faults),
         }
@@ -158,6 +253,25 @@ impl<'a> Line<'a> {
         let regex = regexes.compile(self.regex)?;
         settings.reads_a_body()?;
         Ok(Some(regex))
+    }
+
+    /// What is valid but probably not meant, with places relative to the line.
+    fn warnings(&self) -> Vec<LineFault> {
+        let mut warnings = Vec::new();
+        if let Some(fault) = slips::secret_in_address(self.address) {
+            warnings.push(self.at(self.address, fault));
+        }
+        for word in &self.words {
+            if let Word::Option(option) = word
+                && let Some(fault) = slips::secret_in_option(option)
+            {
+                warnings.push(self.at(option.word, fault));
+            }
+        }
+        if let Some(Slip::Warned(fault)) = slips::in_regex(self) {
+            warnings.push(self.at(self.regex, fault));
+        }
+        warnings
     }
 
     /// Returns the value, or adds the fault, whose place is relative to `part`, and returns `None`.

@@ -22,7 +22,8 @@ pub(super) fn without_credentials(text: &str, at: usize, is_first: bool) -> (Str
     let mut is_first = is_first;
     for piece in text.split_inclusive(is_blank) {
         let word = piece.trim_end_matches(is_blank);
-        let hidden = userinfo(word).filter(|_| is_first || word.contains("://"));
+        let is_shown = |hidden: &Range<usize>| hidden.is_empty() || !(is_first || word.contains("://"));
+        let hidden = literal_secret(word).or_else(|| userinfo(word).filter(|hidden| !is_shown(hidden)));
         is_first &= word.is_empty();
         let start = text.offset(piece);
         if (start..start + piece.len()).contains(&at) {
@@ -48,6 +49,14 @@ pub(super) fn without_credentials(text: &str, at: usize, is_first: bool) -> (Str
 }
 
 const HIDDEN: &str = "***";
+
+/// The range of the value of `auth=` if it is not the name of a file: it may be the secret itself.
+fn literal_secret(word: &str) -> Option<Range<usize>> {
+    let value = word
+        .strip_prefix("auth=")
+        .filter(|value| !value.starts_with('@'))?;
+    Some(word.len() - value.len()..word.len())
+}
 
 /// The range of a user and a password in an address.
 pub(super) fn userinfo(word: &str) -> Option<Range<usize>> {

@@ -5,16 +5,18 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::fault::HostFileError;
-use super::parse::{Hosts, parse};
+use super::files::OnDisk;
+use super::parse::{Hosts, parse_with};
 
 /// Enough for a million hosts of 60 bytes; a longer file is not a host file.
 const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
 
-/// Reads and parses the host file at `path`; `-` is standard input.
+/// Reads and parses the host file at `path`; `-` is standard input. `secrets` is SECRETS_DIR. The paths of bodies are
+/// relative to the folder of the host file.
 ///
 /// # Errors
 /// The file cannot be read, is too long, or has errors.
-pub fn read(path: &Path) -> Result<Hosts, HostFileError> {
+pub fn read(path: &Path, secrets: Option<&Path>) -> Result<Hosts, HostFileError> {
     let (name, contents) = if is_stdin(path) {
         ("<stdin>".into(), read_bounded(io::stdin().lock()))
     } else {
@@ -26,7 +28,10 @@ pub fn read(path: &Path) -> Result<Hosts, HostFileError> {
             "cannot read the host file {name:?}: {error}; -c expects a file, or - for standard input"
         ))
     })?;
-    parse(&name, &contents)
+    let files = OnDisk::new(secrets, Some(path.parent().unwrap_or(Path::new(""))));
+    let mut hosts = parse_with(&name, &contents, &files)?;
+    hosts.warnings.extend(files.warnings());
+    Ok(hosts)
 }
 
 pub fn is_stdin(path: &Path) -> bool {

@@ -9,8 +9,10 @@ mod limits;
 mod names;
 mod outcomes;
 mod phases;
+mod proxies;
 mod redirects;
 mod requests;
+mod secrets;
 mod tls;
 
 use std::io::Write;
@@ -42,6 +44,7 @@ pub fn config() -> CheckConfig {
         max_body_bytes: 64 * 1024,
         user_agent: "host-metrics/test".into(),
         ca_file: None,
+        secrets_dir: None,
         agent_name: "test".into(),
     }
 }

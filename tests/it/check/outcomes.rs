@@ -5,7 +5,8 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use host_metrics::check::target::Target;
+use host_metrics::check::json::JsonRule;
+use host_metrics::check::target::{Proxy, Target};
 use host_metrics::sample::Outcome;
 use rustls::ServerConfig;
 use rustls::server::WebPkiClientVerifier;
@@ -37,6 +38,22 @@ impl Scene {
 
     fn with_regex(mut self, regex: &str) -> Self {
         self.target.regex = with_regex("http://site.test/", regex).regex;
+        self
+    }
+
+    fn without_regex(self, regex: &str) -> Self {
+        let mut scene = self.with_regex(regex);
+        scene.target.regex_absent = true;
+        scene
+    }
+
+    fn with_json(mut self, rule: &str) -> Self {
+        self.target.json.extend(JsonRule::parse(rule));
+        self
+    }
+
+    fn with_cert_days(mut self, days: u32) -> Self {
+        self.target.cert_days = Some(days);
         self
     }
 
@@ -89,13 +106,6 @@ macro_rules! cases {
 fn every_outcome_of_a_check_has_a_case() {
     let missing: Vec<_> = Outcome::ALL
         .into_iter()
-        .filter(|outcome| {
-            // The options that lead to these outcomes cannot be written yet.
-            !matches!(
-                outcome,
-                Outcome::JsonMismatch | Outcome::TlsCertExpiring | Outcome::ProxyError
-            )
-        })
         .filter(|outcome| *outcome != Outcome::Missed && !PROVOKED.contains(outcome))
         .collect();
     assert!(missing.is_empty(), "never provoked: {missing:?}");
@@ -115,6 +125,24 @@ cases! {
     status_304: RegexMismatch, "no body" => answer(b"HTTP/1.1 304 Not Modified\r\n\r\n").with_regex("hello");
     a_long_page: BodyTooLarge, "first 65536 bytes" =>
         answer(site::ok(vec![b'x'; 65 * 1024])).with_regex("hello");
+
+    a_page_that_is_no_json: JsonMismatch, "not valid JSON" => answer(site::ok("<html>")).with_json("/status:ok");
+    another_value: JsonMismatch, "/status is \"down\"; expected ok" =>
+        answer(site::ok(r#"{"status":"down"}"#)).with_json("/status:ok");
+    a_value_that_is_not_there: JsonMismatch, "there is no /data/status in the body; expected ok" =>
+        answer(site::ok("{}")).with_json("/data/status:ok");
+    a_json_document_of_50_mb: BodyTooLarge, "more than 65536 bytes" => {
+        let huge = format!("[{}1]", "1,".repeat(25_000_000));
+        answer(site::ok(huge)).with_json("/0:1")
+    };
+    a_json_document_nested_10_000_deep: JsonMismatch, "is an array" =>
+        answer(site::ok(format!("{}{}", "[".repeat(10_000), "]".repeat(10_000)))).with_json("/0:1");
+    the_text_that_must_not_be_there: RegexMismatch, "the regex is in the body" =>
+        answer(site::ok("an error")).without_regex("error");
+    a_page_too_long_to_be_searched_for_what_must_not_be_there: BodyTooLarge, "first 65536 bytes" =>
+        answer(site::ok(vec![b'x'; 65 * 1024])).without_regex("error");
+    status_204_cannot_hold_what_must_not_be_there: Ok, "" =>
+        answer(b"HTTP/1.1 204 No Content\r\n\r\n").without_regex("error");
 
     // Responses that end too early.
     an_empty_answer: ConnectionClosed, "without a complete response" => answer(b"");
@@ -296,6 +324,54 @@ cases! {
         })
     });
 
+    a_certificate_that_expires_soon: TlsCertExpiring, "; cert-days=36500" => certificate(|authority| {
+        authority.server(&["site.test"], |params| {
+            params.not_after = rcgen::date_time_ymd(2027, 6, 1);
+        })
+    })
+    .with_cert_days(36_500);
+    a_certificate_that_expires_later: Ok, "" =>
+        certificate(|authority| authority.server(&["site.test"], |_| {})).with_cert_days(30);
+    an_expired_certificate_that_is_not_verified: TlsCertExpiring, "a certificate expires already, at 2021-01-01" => {
+        let mut scene = certificate(|authority| {
+            authority.server(&["site.test"], |params| {
+                params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+            })
+        })
+        .with_cert_days(1);
+        scene.target.tls_insecure = true;
+        scene
+    };
+
+    // Proxies.
+    a_proxy_that_refuses: ProxyError, "the proxy failed: connection refused by 127.0.0.1:" => {
+        let closed = Closed::new();
+        through(closed.address, "http://site.test/", closed)
+    };
+    a_proxy_that_does_not_exist: ProxyError, "the proxy failed: there is no address for nowhere.test" => {
+        let mut scene = unreached("http://site.test/");
+        scene.target.proxy = Some(Proxy { host: "nowhere.test".into(), port: 80 });
+        scene
+    };
+    a_proxy_that_hangs: ProxyError, "did not send a complete response in time" => proxied("http", silent()).at_the_deadline();
+    a_proxy_that_hangs_before_it_connects: ProxyError, "did not send a complete response in time" =>
+        proxied("https", silent()).at_the_deadline();
+    a_proxy_that_wants_a_password: ProxyError, "status 407" =>
+        proxied("http", Site::answering(site::response("407 Proxy Authentication Required", "", "")));
+    a_proxy_that_wants_a_password_before_it_connects: ProxyError, "CONNECT with status 407" =>
+        proxied("https", Site::answering(site::response("407 Proxy Authentication Required", "", "")));
+    a_proxy_that_cannot_connect: ProxyError, "CONNECT with status 502" =>
+        proxied("https", Site::answering(site::response("502 Bad Gateway", "", "")));
+    a_proxy_that_closes: ProxyError, "closed the connection" => proxied("http", Site::answering(b""));
+    a_proxy_that_closes_before_it_connects: ProxyError, "closed the connection" =>
+        proxied("https", Site::answering(b"HTTP/1.1 20"));
+    a_proxy_that_is_none: ProxyError, "does not begin with HTTP" =>
+        proxied("https", Site::answering(b"SSH-2.0-OpenSSH_9.2\r\n"));
+    a_host_behind_a_proxy_that_closes: TlsError, "the TLS handshake" =>
+        proxied("https", Site::answering(b"HTTP/1.1 200 OK\r\n\r\n"));
+    a_page_that_a_proxy_cuts: ConnectionClosed, "before the end of the body" =>
+        proxied("http", Site::answering(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")).with_regex("hello");
+
     // Hosts that cannot be reached.
     no_such_name: DnsNotFound, "no address for nowhere.test" => unreached("http://nowhere.test/");
     name_servers_that_fail: DnsError, "name servers failed" => unreached("http://broken.test/");
@@ -315,6 +391,20 @@ cases! {
 fn answer(response: impl Into<Vec<u8>>) -> Scene {
     let site = Site::answering(response);
     Scene::new(target(&site.url("/")), site)
+}
+
+/// A host that is asked for through a proxy, which is all there is.
+fn through(proxy: std::net::SocketAddr, url: &str, peer: impl std::any::Any) -> Scene {
+    let mut scene = Scene::new(target(url), peer);
+    scene.target.proxy = Some(Proxy {
+        host: proxy.ip().to_string(),
+        port: proxy.port(),
+    });
+    scene
+}
+
+fn proxied(scheme: &str, proxy: Site) -> Scene {
+    through(proxy.address, &format!("{scheme}://site.test/"), proxy)
 }
 
 fn broken(site: Site) -> Scene {

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::Ipv6Addr;
 
 use host_metrics::check::http::Checks;
-use host_metrics::check::target::{Method, Target};
+use host_metrics::check::target::{Header, HeaderValue, Method, RequestBody, Target};
 use host_metrics::config::CheckConfig;
 use host_metrics::sample::Outcome;
 
@@ -69,4 +69,60 @@ fn a_user_agent_with_a_line_break_is_refused() {
         ..config()
     };
     assert!(Checks::new(&config).is_err());
+}
+
+#[test]
+fn method_headers_and_body_are_sent_as_the_line_says() {
+    let header = |name: &str, value: &str| Header {
+        name: name.to_owned(),
+        value: HeaderValue::Plain(value.to_owned()),
+    };
+    let site = Site::answering(site::ok("hello"));
+    for method in Method::ALL {
+        let sends_body = !matches!(method, Method::Get | Method::Head);
+        let asked = Target {
+            method,
+            headers: vec![
+                header("User-agent", "other"),
+                header("host", "b.test"),
+                header("X", "y"),
+            ],
+            body: sends_body.then(|| RequestBody {
+                file: None,
+                bytes: b"{\"a\":\"b\"}"[..].into(),
+            }),
+            ..target(&site.url("/a#b"))
+        };
+        assert_eq!(check(&asked).outcome, Outcome::Ok, "{method:?}");
+        let end = if sends_body {
+            "Content-Length: 9\r\n\r\n{\"a\":\"b\"}"
+        } else {
+            "\r\n"
+        };
+        assert_eq!(
+            *site.requests().last().unwrap(),
+            format!(
+                "{} /a HTTP/1.1\r\nAccept: */*\r\nAccept-Encoding: identity\r\nConnection: close\r\nUser-agent: other\r\n\
+                 host: b.test\r\nX: y\r\n{end}",
+                method.as_str()
+            )
+        );
+    }
+    assert_eq!(site.requests().len(), Method::ALL.len());
+}
+
+#[test]
+fn a_body_of_1_mib_arrives_whole() {
+    let body: Vec<u8> = (0..1 << 20).map(|at| b'a' + (at % 23) as u8).collect();
+    let site = Site::answering(site::ok(""));
+    let posting = Target {
+        method: Method::Post,
+        body: Some(RequestBody {
+            file: None,
+            bytes: body.as_slice().into(),
+        }),
+        ..target(&site.url("/"))
+    };
+    assert_eq!(check(&posting).outcome, Outcome::Ok);
+    assert!(site.requests()[0].as_bytes().ends_with(&body));
 }

@@ -1,0 +1,116 @@
+//! No secret of a host file leaves the program except in the requests to its host: every command is run at TRACE with
+//! planted secrets, and everything that comes out is searched for them.
+
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use crate::site::{self, Site};
+
+const PLANTED: [&str; 4] = ["planted-password", "cGxhbnRlZC", "planted-key", "planted-bearer"];
+
+#[test]
+fn no_command_shows_a_secret_of_the_host_file() {
+    // It sends back what it got, and what it got is in no error either.
+    let site = Site::start(|mut stream, requests| {
+        let request = site::read_request(&mut stream);
+        let text = String::from_utf8_lossy(&request).replace("\r\n", " ");
+        requests.lock().unwrap().push(request);
+        let _ = stream.write_all(&site::ok(format!("{{\"echo\":\"{text}\"}}")));
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let secrets = folder.path().join("secrets");
+    fs::create_dir(&secrets).unwrap();
+    fs::write(secrets.join("basic"), "me:planted-password\n").unwrap();
+    fs::write(secrets.join("bearer"), "Bearer planted-bearer\n").unwrap();
+    fs::write(secrets.join("key"), "planted-key\n").unwrap();
+    let options = "plain-auth=yes header=\"X-Key: Token @key\" json=/echo:x";
+    let good = format!(
+        "@p {options}\n{} 1m @p auth=@basic\n{} 1m @p auth=@bearer\n",
+        site.url("/a"),
+        site.url("/b")
+    );
+    fs::write(folder.path().join("hosts"), &good).unwrap();
+    // Wrong in every way, so that every message about it is printed.
+    let wrong = format!(
+        "{good}{} 1m auth=@basic\n{} 1m @p auth=@bearer slow=x\n",
+        site.url("/c"),
+        site.url("/d")
+    );
+    fs::write(folder.path().join("wrong"), wrong).unwrap();
+
+    let address = site.url("/");
+    let checked = [
+        "-o",
+        "plain-auth=yes",
+        "-o",
+        "auth=@basic",
+        "-o",
+        "header=X-Key: @key",
+        "-o",
+        "json=/echo:x",
+    ];
+    let with = |first: &[&'static str], last: &[&'static str]| [first, last].concat();
+    let kafka = ["-e", "KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:1"];
+    let database = [
+        "-e",
+        "DB_HOST=127.0.0.1",
+        "-e",
+        "DB_PORT=1",
+        "-e",
+        "DB_NAME=d",
+        "-e",
+        "DB_USER=u",
+    ];
+    let servers = [&kafka[..], &database[..]].concat();
+    let mut commands: Vec<Vec<&str>> = vec![
+        with(&["validate", "-c", "hosts"], &[]),
+        with(&["validate", "-c", "wrong"], &[]),
+        with(&["produce", "-c", "wrong"], &kafka),
+        with(&["produce", "--once", "-c", "hosts"], &kafka),
+        with(&["init", "--print-sql"], &servers),
+        with(&["init"], &servers),
+        with(&["drop", "--yes"], &servers),
+        with(&["status"], &servers),
+        with(&["consume"], &servers),
+        with(&["skip", "t/0"], &servers),
+        with(&["health"], &["-e", "METRICS_ADDR=127.0.0.1:1"]),
+    ];
+    for json in [&["--json"][..], &[]] {
+        commands.push([&["check", &address], &checked[..], json].concat());
+    }
+    for args in commands {
+        let output = run(folder.path(), &args);
+        for text in [&output.stdout, &output.stderr] {
+            let text = String::from_utf8_lossy(text);
+            for planted in PLANTED {
+                assert!(!text.contains(planted), "{args:?} shows {planted}: {text}");
+            }
+        }
+    }
+    let requests = site.requests().join("\n");
+    // The password is only sent in base64.
+    for planted in &PLANTED[1..] {
+        assert!(requests.contains(planted), "{planted} was never sent: {requests}");
+    }
+}
+
+/// Runs the command until it ends by itself or by a signal after some seconds, for agents whose servers are not there.
+fn run(folder: &std::path::Path, args: &[&str]) -> Output {
+    Command::new("timeout")
+        .args([
+            "--signal=TERM",
+            "--kill-after=20",
+            "3",
+            env!("CARGO_BIN_EXE_host-metrics"),
+        ])
+        .args(args)
+        .args(["-e", "LOG_LEVEL=TRACE", "-e", "SECRETS_DIR=secrets"])
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("RUST_BACKTRACE", "full")
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
