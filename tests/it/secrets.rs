@@ -74,10 +74,31 @@ fn no_command_shows_a_secret_of_the_host_file() {
         with(&["status"], &servers),
         with(&["consume"], &servers),
         with(&["skip", "t/0"], &servers),
+        with(&["tail"], &servers),
+        with(&["audit"], &servers),
+        with(&["page", "--out", "page"], &servers),
+        with(&["demo", "--for", "1s", "-c", "wrong"], &[]),
         with(&["health"], &["-e", "METRICS_ADDR=127.0.0.1:1"]),
     ];
     for json in [&["--json"][..], &[]] {
         commands.push([&["check", &address], &checked[..], json].concat());
+    }
+    let help = run(folder.path(), &["--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let names = listed.take_while(|line| !line.is_empty()).filter_map(|line| {
+        // A longer description goes on in the next line.
+        let is_name = line.starts_with("  ") && !line.starts_with("   ");
+        line.split_whitespace().next().filter(|_| is_name)
+    });
+    let (without_hosts, names): (Vec<_>, Vec<_>) =
+        names.partition(|name| ["completions", "man"].contains(name));
+    assert_eq!(without_hosts.len(), 2, "{help}");
+    for name in names {
+        assert!(
+            commands.iter().any(|args| args[0] == name),
+            "{name} is not run here"
+        );
     }
     for args in commands {
         let output = run(folder.path(), &args);
