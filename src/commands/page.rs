@@ -6,9 +6,13 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use futures_util::future::{Either, select};
+use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 
 use crate::clock::{instant_now, wall_micros};
@@ -69,6 +73,11 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
     let mut outage = Outage::default();
     let mut last: Option<Snapshot> = None;
     let mut next = instant_now();
+    let woken = Arc::new(Notify::new());
+    shutdown.on_request({
+        let woken = Arc::clone(&woken);
+        move || woken.notify_one()
+    });
     loop {
         match shutdown.wait_until(next) {
             Wake::Stop => return Ok(()),
@@ -76,12 +85,26 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
             Wake::Due => {}
         }
         let begun = instant_now();
-        match runtime.block_on(reader.read()) {
+        // A database that does not answer must not delay a stop.
+        let stop = async {
+            while !shutdown.requested() {
+                woken.notified().await;
+            }
+        };
+        let read = async {
+            match select(pin!(reader.read()), pin!(stop)).await {
+                Either::Left((read, _)) => Some(read),
+                Either::Right(_) => None,
+            }
+        };
+        let Some(read) = runtime.block_on(read) else {
+            return Ok(());
+        };
+        match read {
             Ok(snapshot) => {
                 if let Some(lasted) = outage.end(instant_now()) {
                     log::info!("the database is read again after {:.0} s", lasted.as_secs_f64());
                 }
-                shelf.set_ready(Ok(()));
                 last = Some(snapshot);
             }
             // The tables may come: `init` or `consume` makes them.
@@ -92,10 +115,7 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
             {
                 return Err(anyhow!("{fault}"));
             }
-            Err(fault) => {
-                outage.begin(begun, fault.text.clone());
-                shelf.set_ready(Err(format!("the database is not read: {fault}")));
-            }
+            Err(fault) => outage.begin(begun, fault.text),
         }
         if let Some((reason, lasts)) = outage.take_report(instant_now()) {
             log::warn!(
@@ -106,6 +126,10 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
         if let Some(snapshot) = &last {
             shelf.put(render(snapshot, &config.options, wall_micros()));
         }
+        shelf.set_ready(match outage.reason() {
+            None => Ok(()),
+            Some(reason) => Err(format!("the database is not read: {reason}")),
+        });
         // A slow round leaves the database and this machine as much time as it took.
         let pause = if last.is_some() { ROUND } else { FIRST_ROUND };
         next = (begun + pause).max(instant_now() + begun.elapsed());

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
@@ -16,6 +17,7 @@ use crate::agent::{Agent, Variables, run, tail};
 use crate::browser::{Browser, axe};
 use crate::case::{Case, SOON, wait_for_count_within};
 use crate::database::{Database, server};
+use crate::faults::Proxy;
 use crate::scratch::{self, wait_for};
 use crate::site::Site;
 
@@ -370,8 +372,8 @@ fn the_page_shows_what_the_pipeline_stored_to_a_user_who_can_read_only_that() {
 #[test]
 fn while_the_database_is_away_the_last_page_stays_with_its_age() {
     let server = ThrowAwayPostgres::start().unwrap();
-    let variables = Variables::new().database(&server);
-    let page = Page::start(&variables);
+    let proxy = Proxy::start(server.port());
+    let page = Page::start(&Variables::new().database(&server).with("DB_PORT", proxy.port));
     // Nothing is there yet, not even a table.
     let (head, _) = page.get("/", "");
     assert!(head.starts_with("HTTP/1.1 503 "), "{head}");
@@ -403,6 +405,9 @@ fn while_the_database_is_away_the_last_page_stays_with_its_age() {
         || (!page.get("/", "").1.contains("cannot be reached at the moment")).then_some(()),
         || tail(&page.agent.stderr()),
     );
+    // A database that hangs does not delay a stop.
+    proxy.is_deaf.store(true, Ordering::SeqCst);
+    page.wait_for("/readyz", "no answer within");
     page.agent.stop();
 }
 
