@@ -4,10 +4,9 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::form::{is_line, is_quoted};
+use super::form::{DAY, MAX_LINE_BYTES, is_line, is_quoted};
 use super::kafka::PRODUCE_GROUP;
-use super::problems::{PemKind, Reader};
-use super::{DAY, MAX_LINE_BYTES};
+use super::reader::{PemKind, Reader};
 
 /// The User-Agent header if USER_AGENT is not set.
 pub const DEFAULT_USER_AGENT: &str = concat!(

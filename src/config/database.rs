@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::form::{host, host_and_port, host_of_url, is_plain_line, is_quoted, port};
-use super::problems::{PemKind, Reader};
-use super::{MAX_LINE_BYTES, SECOND, Secret};
+use super::form::{MAX_LINE_BYTES, SECOND, host, host_and_port, host_of_url, is_plain_line, is_quoted, port};
+use super::reader::{PemKind, Reader};
+use super::secret::Secret;
 use crate::tables::names::{MAX_IDENTIFIER_BYTES, MAX_TABLE_BYTES, TableName};
 
 const DEFAULT_TABLE: &str = "host_metrics";

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::path::Path;
 
-use super::problems::Problem;
+use super::problem::Problem;
 use super::variables::known;
 
 /// The file to read without `--env-file`, if it exists.

@@ -1,6 +1,17 @@
-//! The syntax that several variables share: a host, a port, `host:port`; and common mistakes in a value.
+//! What several variables share: bounds, the syntax of `host:port`, and common mistakes in a value.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+pub(super) const SECOND: Duration = Duration::from_secs(1);
+pub(super) const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The longest value of a variable that has no limit of its own, such as a name.
+pub(super) const MAX_LINE_BYTES: usize = 255;
+
+/// At least a day, because tables are partitioned by day. The upper bound keeps the arithmetic in range.
+pub(super) const RETENTIONS: RangeInclusive<Duration> = DAY..=DAY.saturating_mul(36_500);
 
 /// A mistake that any variable can have, such as quotes or a line end that the source of the value has left in it.
 pub(super) fn slip(value: &str) -> Option<&'static str> {

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::form::{host, host_and_port, host_of_url};
-use super::problems::{PemKind, Reader};
-use super::{MAX_LINE_BYTES, Secret};
+use super::form::{MAX_LINE_BYTES, host, host_and_port, host_of_url};
+use super::reader::{PemKind, Reader};
+use super::secret::Secret;
 
 const DEFAULT_TOPIC: &str = "host-metrics";
 const DEFAULT_GROUP_ID: &str = "host-metrics";

@@ -12,8 +12,10 @@ mod form;
 mod kafka;
 mod page;
 pub(crate) mod pem;
-mod problems;
+mod problem;
+mod reader;
 mod secret;
+mod sources;
 mod state;
 mod variables;
 
@@ -26,61 +28,24 @@ use log::LevelFilter;
 
 pub use check::{CheckConfig, DEFAULT_USER_AGENT};
 pub use database::{DatabaseConfig, DbSslMode};
+use form::RETENTIONS;
 pub use kafka::{
     GroupConfig, KafkaConfig, KafkaSasl, KafkaSecurity, KafkaTls, TOPIC_NAME_RULE, is_topic_name,
 };
 pub use page::PageConfig;
-pub use problems::Problem;
-use problems::Reader;
+pub use problem::{Problem, WrongVariables};
+use reader::Reader;
 pub use secret::{Secret, exposed_secrets, quoted_secrets};
 pub use state::StateConfig;
-pub use variables::{NAMES, Variables};
+pub use variables::{NAMES, Servers, Variables};
 
-const SECOND: Duration = Duration::from_secs(1);
-const DAY: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// The longest value of a variable that has no limit of its own, such as a name.
-const MAX_LINE_BYTES: usize = 255;
 /// Two batches are in memory: one is filled while the other is written.
 const BATCH_SIZES: RangeInclusive<usize> = 1..=100_000;
-/// At least a day, because tables are partitioned by day. The upper bound keeps the arithmetic in range.
-const RETENTIONS: RangeInclusive<Duration> = DAY..=DAY.saturating_mul(36_500);
 
 /// All errors of the command line and the host file, ready to print. Exit status 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct WrongInput(pub String);
-
-/// All errors of the variables, one line each. Exit status 2.
-#[derive(Debug, thiserror::Error)]
-#[error("{}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n"))]
-pub struct WrongVariables(pub Vec<Problem>);
-
-/// The servers that a command connects to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Servers {
-    pub kafka: bool,
-    pub database: bool,
-}
-
-impl Servers {
-    pub const BOTH: Self = Self {
-        kafka: true,
-        database: true,
-    };
-    pub const KAFKA: Self = Self {
-        kafka: true,
-        database: false,
-    };
-    pub const DATABASE: Self = Self {
-        kafka: false,
-        database: true,
-    };
-    pub const NONE: Self = Self {
-        kafka: false,
-        database: false,
-    };
-}
 
 #[derive(Clone, Debug)]
 pub struct ProduceConfig {
@@ -342,31 +307,7 @@ fn read_log_level(reader: &mut Reader<'_>) -> LevelFilter {
 const METRICS_ADDR: &str = "METRICS_ADDR";
 
 fn metrics_addr(reader: &mut Reader<'_>) -> Option<SocketAddr> {
-    socket_addr(reader, METRICS_ADDR, "0.0.0.0:9464 or [::]:9464")
-}
-
-fn socket_addr(reader: &mut Reader<'_>, name: &'static str, example: &str) -> Option<SocketAddr> {
-    let text = reader.get(name)?;
-    let address = text.parse().ok();
-    if address.is_none() {
-        let expected = format!("an IP address and a port, e.g. {example}");
-        reader.wrong(name, expected, socket_addr_remedy(text));
-    }
-    address
-}
-
-fn socket_addr_remedy(text: &str) -> Option<String> {
-    let is_port = |text: &str| form::port(text).is_some();
-    if let Some(port) = text
-        .strip_prefix("*:")
-        .or(text.strip_prefix(':'))
-        .or(Some(text))
-        .filter(|port| is_port(port))
-    {
-        return Some(format!("write 0.0.0.0:{port} for every address of this machine"));
-    }
-    let (name, port) = form::host_and_port(text)?;
-    (name == "localhost").then(|| format!("write 127.0.0.1:{port}"))
+    reader.socket_addr(METRICS_ADDR, "0.0.0.0:9464 or [::]:9464")
 }
 
 #[cfg(test)]

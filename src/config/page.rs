@@ -2,8 +2,11 @@
 
 use std::net::SocketAddr;
 
-use super::problems::{Problem, Reader};
-use super::{DatabaseConfig, MAX_LINE_BYTES, Secret, database, socket_addr};
+use super::database::{self, DatabaseConfig};
+use super::form::MAX_LINE_BYTES;
+use super::problem::Problem;
+use super::reader::Reader;
+use super::secret::Secret;
 use crate::page::view::Options;
 
 #[derive(Clone, Debug)]
@@ -11,14 +14,14 @@ pub struct PageConfig {
     pub database: DatabaseConfig,
     pub addr: SocketAddr,
     pub options: Options,
-    /// PAGE_AUTH_FILE: `user:password`, one for each line. Empty: everybody may read the page.
+    /// PAGE_AUTH_FILE: `user:password`, one for each line. If empty, everyone may read the page.
     pub logins: Vec<Secret>,
 }
 
 pub(super) fn page(reader: &mut Reader<'_>) -> PageConfig {
     PageConfig {
         database: database::database(reader),
-        addr: socket_addr(reader, "PAGE_ADDR", "127.0.0.1:9480")
+        addr: reader.socket_addr("PAGE_ADDR", "127.0.0.1:9480")
             .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 9_480))),
         options: Options {
             title: reader

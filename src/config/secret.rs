@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::{Servers, Variables};
+use super::variables::{Servers, Variables};
 use crate::files;
 
 /// The most characters of a value in a message.

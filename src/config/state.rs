@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::RETENTIONS;
-use super::problems::Reader;
+use super::form::RETENTIONS;
+use super::reader::Reader;
 use crate::consume::fold::host::DownWhen;
 
 #[derive(Clone, Debug, Default)]

@@ -10,8 +10,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// The number of a claim; a later claim has a higher one.
-pub type Epoch = i64;
+pub use super::record::Epoch;
 
 /// Different places in one partition that are told apart. Far more than anybody has; it bounds what records that name
 /// ever new places can make the judge remember.

@@ -3,8 +3,10 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
-use super::epoch::Epoch;
 use super::timestamp::Timestamp;
+
+/// The number of a claim; a later claim has a higher one.
+pub type Epoch = i64;
 
 /// The version of the record's format that [`encode`](super::encode) writes, and the highest that
 /// [`decode`](super::decode) reads.

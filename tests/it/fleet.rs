@@ -1,10 +1,9 @@
-//! Producers that share their hosts, in a simulated world: a group coordinator, a log, producers with the real schedule,
-//! outbox and shares, and a consumer with the real judge, under seeded faults.
+//! Producers that share their hosts, in a simulated world from a seed: a group coordinator, a log, producers with the real
+//! schedule, outbox and shares, a consumer with the real judge, and faults.
 //!
-//! Owns the world, the faults and the verdict: in the table each host's ticks are there once and without a gap, and once the
-//! faults stop every share is owned and every due tick recorded. `FLEET_SEEDS=n` runs that many histories (default
-//! [`DEFAULT_SEEDS`]); `FLEET_SEED=seed` runs one alone and prints what happens. Each of the mistakes in [`Mutant`], planted
-//! in the world, has to be caught.
+//! Verifies that the table has each tick of each host exactly once, and that every share is owned and every due tick recorded
+//! once the faults stop. `FLEET_SEEDS=n` runs that many histories (default [`DEFAULT_SEEDS`]); `FLEET_SEED=seed` repeats one
+//! and prints what happens. Each of the mistakes in [`Mutant`] must be found when it is made in the world.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fmt;
@@ -26,7 +25,7 @@ const DEFAULT_SEEDS: u64 = 2_000;
 
 const FAULTY_STEPS: usize = 1_200;
 
-/// After the faults: long enough for every session to end and every takeover to be over.
+/// The time after the faults, long enough for every session and every takeover to end.
 const QUIET_MICROS: i64 = 60 * SECOND;
 
 const SECOND: i64 = 1_000_000;
@@ -37,20 +36,20 @@ const START: i64 = 1_764_335_293 * SECOND;
 
 const PLACE: &str = "eu";
 
-/// A mistake that the verdict has to notice.
+/// A mistake that must be found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mutant {
-    /// The coordinator takes commits of everybody.
+    /// The coordinator accepts commits from any producer.
     NoGeneration,
     /// The claim is appended before the epoch is committed.
     ClaimFirst,
-    /// The partition is read up to where it ended before the claim.
+    /// The partition is read up to its end before the claim.
     DrainFirst,
     /// The consumer forgets the highest epochs when it is restarted.
     ForgetfulJudge,
     /// The ledger does not wait for Kafka's acknowledgements.
     LedgerAhead,
-    /// The ledger names a tick too many.
+    /// The ledger has one tick too many.
     OffByOne,
 }
 
@@ -174,7 +173,7 @@ struct InPipe {
     offset: Option<i64>,
 }
 
-/// What the group has to say to a member.
+/// A message from the group to a member.
 #[derive(Clone, Debug)]
 enum Callback {
     Assigned(Vec<Share>),
@@ -185,24 +184,24 @@ enum Callback {
 #[derive(Debug, Default)]
 struct Coordinator {
     generation: i64,
-    /// Members and when they were last heard.
+    /// The members, and the time of each one's last heartbeat.
     members: BTreeMap<u32, i64>,
     owners: BTreeMap<Share, u32>,
-    /// What is being dealt out once these members have given back what they have to.
+    /// The new assignment, which begins when these members have given back their partitions.
     pending: Option<(BTreeMap<Share, u32>, BTreeSet<u32>)>,
-    /// Somebody joined or left meanwhile.
+    /// Whether a member joined or left meanwhile.
     is_stale: bool,
     offsets: BTreeMap<Share, (i64, String)>,
 }
 
-/// Letters from the timer to the publisher, in order.
+/// Messages from the timer to the publisher, in order.
 #[derive(Debug)]
 enum Letter {
     Record(Draft),
     Mark(i64, HashMap<Share, i64>),
     Hold(Share),
     Claim(Share, Epoch),
-    /// Of [`Mutant::ClaimFirst`].
+    /// For [`Mutant::ClaimFirst`].
     ClaimedBefore(Share, Epoch),
     Open(Takeover),
     Close(Share, i64),
@@ -224,7 +223,7 @@ struct Producer {
     stopping: bool,
     // The member.
     shares: Shares,
-    /// As its client knows it; -1: no member.
+    /// The generation that its client knows; -1 if it is not a member.
     generation: i64,
     to_member: VecDeque<Event>,
     asked: VecDeque<Action>,
@@ -245,11 +244,11 @@ struct Producer {
 struct Consumer {
     read: BTreeMap<Share, (usize, Epochs)>,
     flushed: BTreeMap<Share, (usize, Epochs)>,
-    /// Rows that are read and not flushed yet.
+    /// Rows that were read and not flushed yet.
     rows: Vec<(Share, String, i64, bool)>,
 }
 
-/// Kinds of faults that a history has.
+/// The kinds of faults in a history.
 #[derive(Clone, Copy, Debug)]
 struct Faults {
     kill: bool,
@@ -274,17 +273,17 @@ struct World {
     partitions: i32,
     logs: BTreeMap<Share, Vec<Record>>,
     coordinator: Coordinator,
-    /// What each member has not heard yet: when it does, the generation, and what.
+    /// Messages that members have not received yet: when they arrive, the generation, and the message.
     callbacks: BTreeMap<u32, VecDeque<(i64, i64, Callback)>>,
     producers: Vec<Producer>,
     next_name: u32,
-    /// What dead producers had on the network.
+    /// Requests that dead producers have sent and that have not arrived yet.
     adrift: Vec<(Share, VecDeque<InPipe>)>,
     consumer: Consumer,
     /// The last row of each host.
     table: HashMap<String, i64>,
     missed: u64,
-    /// Hosts whose share lost its ledger: they may have a gap.
+    /// Hosts whose share lost its ledger, which may have a gap.
     waived: HashSet<String>,
     clocks_were_ahead: bool,
     seen: BTreeMap<&'static str, u64>,
@@ -352,7 +351,7 @@ impl World {
         self.seen
     }
 
-    /// No more faults: within a bound everything is owned and recorded.
+    /// Without more faults, every share is owned and every tick recorded within a bound.
     fn rest(&mut self) {
         self.log(format_args!("— no more faults —"));
         self.faults = Faults {
@@ -377,7 +376,7 @@ impl World {
         let until = since + QUIET_MICROS;
         while self.now < until {
             self.step();
-            // Everybody runs all the time.
+            // All producers run all the time.
             for name in self.names() {
                 self.run_producer(name);
             }
@@ -394,7 +393,7 @@ impl World {
             owned += all;
         }
         assert_eq!(owned, self.logs.len(), "a share has no owner");
-        // A clock that is behind has not seen the latest ticks; one that was ahead may be waited for.
+        // A producer whose clock is behind has not seen the latest ticks. After one whose clock was ahead, the next one may wait.
         let behind = self
             .producers
             .iter()
@@ -405,7 +404,7 @@ impl World {
         for host in &self.hosts {
             let interval = micros(host.interval);
             let due = on_grid_before(&host.address, interval, self.now + behind - 5 * SECOND);
-            // A host begins when its share is first taken, or where a clock that was ahead left the ledger.
+            // A host begins when its share is first taken, or at the ledger's time if a clock was ahead.
             let begins = since + 15 * SECOND;
             let last = self.table.get(&host.address).copied();
             let is_behind = self.producers.iter().any(|producer| producer.skew < 0);
@@ -565,7 +564,7 @@ impl World {
             if producer.frozen_until > world.now {
                 return;
             }
-            // Its threads run in any order, each of them often or seldom.
+            // Its threads run in any order, each often or rarely.
             for _ in 0..4 {
                 match world.random.u8(0..4) {
                     0 => world.be_member(producer),
@@ -593,12 +592,12 @@ impl World {
                         .any(is_lost);
                     let is_member = producer.generation != -1;
                     if is_member && !waits {
-                        // It was put out of the group, and hears of it now.
+                        // The group has removed it, which it learns now.
                         let at = self.now + self.random_delay();
                         self.callbacks
                             .insert(producer.name, VecDeque::from([(at, -1, Callback::Lost)]));
                     } else if !is_member && !producer.stopping {
-                        // Under another member's id than before.
+                        // It joins with a new member ID.
                         producer.generation = 0;
                         self.callbacks.remove(&producer.name);
                         self.coordinator.owners.retain(|_, owner| *owner != producer.name);
@@ -614,7 +613,7 @@ impl World {
             .is_some_and(|heard| self.now - heard > SESSION)
             && producer.generation > 0
         {
-            // By its own clock.
+            // The time of its own clock.
             self.callbacks
                 .insert(producer.name, VecDeque::from([(self.now, -1, Callback::Lost)]));
         }
@@ -644,7 +643,7 @@ impl World {
         if let Some(event) = producer.to_member.pop_front() {
             producer.shares.handle(now, event);
         }
-        // One question to Kafka is under way at a time, and its answer takes a while.
+        // One request to Kafka is in progress at a time, and its answer takes a while.
         if let Some(asked) = producer.asked.pop_front() {
             self.answer(producer, asked, now);
         }
@@ -753,7 +752,7 @@ impl World {
                     CommitOutcome::Refused => "commit refused",
                     CommitOutcome::Failed => "commit failed",
                 });
-                // Of one that failed nobody knows.
+                // The effect of a failed request is unknown.
                 if outcome == CommitOutcome::Done
                     || (fails && takes_it && !self.kafka_is_away && self.random.bool())
                 {
@@ -969,7 +968,7 @@ impl World {
         }
     }
 
-    /// The producer's client hands on what Kafka has acknowledged.
+    /// The producer's client reports what Kafka has acknowledged.
     fn hear_of_deliveries(&mut self, producer: &mut Producer) {
         if self.kafka_is_away {
             return;
@@ -996,7 +995,7 @@ impl World {
         }
     }
 
-    /// The broker has lost track of what this producer sent: all of it comes back, stored or not.
+    /// The broker has forgotten what this producer sent, and returns all of it, stored or not.
     fn spoil(&mut self, index: usize) {
         let mut producer = self.producers.remove(index);
         self.saw("spoiled");
@@ -1022,7 +1021,7 @@ impl World {
 
     // Kafka.
 
-    /// Appends some of what is on its way.
+    /// Appends some of the records in flight.
     fn deliver(&mut self) {
         if self.kafka_is_away {
             return;
@@ -1038,7 +1037,7 @@ impl World {
                 }
             }
         }
-        // What a dead producer had sent arrives late, or never.
+        // Records of a dead producer arrive late or never.
         for (share, mut pipe) in std::mem::take(&mut self.adrift) {
             match (pipe.pop_front(), self.random.u8(0..6)) {
                 (Some(in_pipe), 0..=3) => {
@@ -1081,7 +1080,7 @@ impl World {
         self.random.i64(0..3_000) * MILLI
     }
 
-    /// Cooperative: whoever has too much gives it back first, then all is dealt out.
+    /// A cooperative rebalance: members first give back partitions that others will get, then those are assigned.
     fn rebalance(&mut self) {
         self.coordinator.is_stale = true;
         let Coordinator { pending, members, .. } = &mut self.coordinator;
@@ -1200,7 +1199,7 @@ impl World {
         callbacks.push_back((now + delay, generation, callback));
     }
 
-    /// Its offsets go, its members have to join again, and its generations begin anew.
+    /// The group loses its offsets, its members have to join again, and its generations start again.
     fn delete_group(&mut self) {
         self.saw("group deleted");
         self.coordinator = Coordinator::default();
@@ -1247,7 +1246,7 @@ impl World {
         }
     }
 
-    /// The audit.
+    /// Verifies the table.
     fn store(&mut self, address: &str, tick: i64, is_missed: bool) {
         self.log(format_args!("    {address} {} missed {is_missed}", tick - START));
         let host = self.hosts.iter().find(|host| host.address == address).unwrap();

@@ -1,8 +1,8 @@
 //! Every interleaving of two producers that share one host, up to a bound.
 //!
-//! Owns the walk. The producers have the real machine, outbox and judge; what lies around them (the coordinator, the log,
-//! time) is as small as can be, and every step of it is one that may come at any moment, or never. What one producer does
-//! without asking anybody belongs to the step before it: `fleet` has the races between its threads.
+//! The producers have the real machine, outbox and judge. The world around them (the coordinator, the log, time) is as small as
+//! possible, and each of its steps may come at any moment or never. What a producer does without a request belongs to the step
+//! before it; the races between its threads are tested in `fleet`.
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -17,14 +17,14 @@ use host_metrics::sample::epoch::{Epoch, Epochs};
 const PLACE: &str = "eu";
 const HOST: &str = "a.example";
 
-/// A history is followed no further than these allow.
+/// The bounds of a history.
 #[derive(Clone, Copy)]
 struct Bounds {
     ticks: i64,
     rebalances: u8,
     spoils: u8,
     restarts: u8,
-    /// In all.
+    /// All entries.
     steps: usize,
 }
 
@@ -117,7 +117,7 @@ struct Producer {
     outbox: Outbox<i64>,
     lane: LaneId,
     next_tick: Option<i64>,
-    /// Appended, and not acknowledged.
+    /// Entries that are appended and not acknowledged.
     sent: Vec<(
         host_metrics::produce::outbox::Sequence,
         host_metrics::produce::outbox::Kept<i64>,
@@ -137,7 +137,7 @@ struct World {
     producers: [Producer; 2],
 }
 
-/// Later than any time at which something is to be tried again.
+/// Later than the time of any retry.
 const LATE: i64 = 1_000_000_000_000;
 
 impl Producer {
@@ -167,7 +167,7 @@ impl World {
             log: Vec::new(),
             producers: [Producer::new(), Producer::new()],
         };
-        // The first producer owns the share, and has recorded a tick.
+        // The first producer owns the share and has recorded a tick.
         let is_first_alone = |world: &Self| {
             let producer = &world.producers[0];
             producer.next_tick.is_none_or(|tick| tick < world.time)
@@ -206,7 +206,7 @@ impl World {
         hasher.finish()
     }
 
-    /// What the consumer makes of the log.
+    /// The rows that the consumer makes from the log.
     fn check(&self) -> Result<(), String> {
         let mut epochs = Epochs::default();
         let mut last = None;
@@ -291,7 +291,7 @@ impl World {
         } else if can_send {
             steps.push(self.with(index, Self::send));
         }
-        // Only what may be in doubt is acknowledged later than it is appended.
+        // Only entries that may be in doubt are acknowledged later than they are appended.
         if !producer.sent.is_empty() {
             steps.push(self.with(index, Self::acknowledge));
         }
@@ -314,7 +314,7 @@ impl World {
         }
     }
 
-    /// And says how far the share is recorded.
+    /// Then it reports how far the share is recorded.
     fn acknowledge(&mut self, producer: &mut Producer) {
         let (_, kept, offset) = producer.sent.remove(0);
         producer.outbox.done(producer.lane, kept.tick, Some(offset));
@@ -334,7 +334,7 @@ impl World {
         let mut next = self.clone();
         let mut producer = next.producers[index].clone();
         step(&mut next, &mut producer);
-        // What it decides for itself needs nobody else.
+        // Decisions without a request belong to this step.
         while let action @ (Action::Hold(_) | Action::Take(_) | Action::Forget(_)) =
             producer.shares.clone().next_action(LATE)
         {
@@ -400,7 +400,7 @@ impl World {
                 }
             }
             Action::Claim { share, epoch } => {
-                // What was sent before arrives before it.
+                // Entries that were sent before arrive before it.
                 for (_, kept, offset) in std::mem::take(&mut producer.sent) {
                     producer.outbox.done(lane, kept.tick, Some(offset));
                 }

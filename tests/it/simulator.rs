@@ -1,11 +1,10 @@
-//! The consumer's machine under seeded random histories: several consumers of one group against a model of Kafka and a
-//! model of Postgres, with every fault that we could think of.
+//! The consumer's state machine in random histories from seeds: several consumers of one group, with models of Kafka and
+//! Postgres and many kinds of faults.
 //!
-//! Owns the models, the faults and the verdict: every record is stored or rejected exactly once, the state is the fold of all
-//! rows once and in their order, and everything is drained once the faults stop. `SIMULATOR_SEEDS=n` runs that many
-//! histories (default [`DEFAULT_SEEDS`]); a history that fails names its seed, and `SIMULATOR_SEED=seed` runs that one
-//! alone and prints what happened. The fuzz target `machine` includes this file and chooses each step of a history by
-//! two bytes of its input.
+//! Verifies that every record is stored or rejected exactly once, that the state is the fold of all rows in their order, and
+//! that everything is stored once the faults stop. `SIMULATOR_SEEDS=n` runs that many histories (default
+//! [`DEFAULT_SEEDS`]). If a history fails, its seed is printed, and `SIMULATOR_SEED=seed` repeats it and prints what happens.
+//! The fuzz target `machine` includes this file. Two bytes of its input choose each step of a history.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,13 +23,13 @@ use host_metrics::sample::{Sample, Timestamp, encode};
 
 const DEFAULT_SEEDS: u64 = 2_000;
 
-/// Steps with faults; after them comes the drain.
+/// The number of steps with faults.
 const FAULTY_STEPS: usize = 400;
 
-/// Steps within which everything must be drained once the faults stopped: many times what it takes.
+/// After the faults, everything must be stored within this number of steps, which is many times what is needed.
 const DRAIN_STEPS: usize = 6_000;
 
-/// Actions of one consumer in a row without waiting: more of them means that it spins.
+/// More actions of one consumer in a row, without waiting, mean that it spins.
 const ACTIONS_IN_A_ROW: usize = 200;
 
 #[test]
@@ -73,7 +72,7 @@ fn every_record_is_stored_exactly_once_in_the_histories_that_the_fuzzer_keeps() 
     }
 }
 
-/// How often each kind of thing happened over all histories: a simulator that no longer does a thing must not look green.
+/// How often each kind of event happened in all histories, so that the test fails if one of them never happens.
 #[derive(Debug, Default)]
 struct Seen(BTreeMap<&'static str, u64>);
 
@@ -140,7 +139,7 @@ fn variable(name: &str) -> Option<u64> {
     )
 }
 
-/// What a record is, told by its bytes.
+/// What happens to a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Good,
@@ -156,18 +155,18 @@ struct Stored {
     kind: Kind,
 }
 
-/// Kafka's partition. Offsets have gaps, as compaction and transactions leave them.
+/// A partition in Kafka. Its offsets have gaps, like those that compaction and transactions leave.
 #[derive(Debug, Default)]
 struct Log {
     records: BTreeMap<i64, Stored>,
     low: i64,
     high: i64,
-    /// Made anew, and somebody may still hold a position of the old one: until nobody does, it stays shorter than the
-    /// shortest such position, because a longer one cannot be told from the old one by offsets.
+    /// Set if the topic was recreated while a member holds a position of the old one. The new partition must stay shorter than
+    /// that position, because a longer one cannot be distinguished from the old one by offsets.
     max_high: Option<i64>,
 }
 
-/// A transaction: the positions that it moves and the records that it stores.
+/// A transaction with the positions that it moves and the records that it stores.
 #[derive(Clone, Debug)]
 struct Transaction {
     spans: BTreeMap<Partition, Span>,
@@ -178,11 +177,11 @@ struct Transaction {
 #[derive(Debug, Default)]
 struct Postgres {
     positions: BTreeMap<Partition, NextOffset>,
-    /// Record → in the table (true) or among the rejected.
+    /// Whether a record is in the table (true) or in the rejected table.
     stored: BTreeMap<u64, bool>,
-    /// The other sink: what the rows make of it, transaction by transaction.
+    /// The state, folded from the rows transaction by transaction.
     state: State,
-    /// Transactions whose client does not know how they ended: they hold their locks and commit or vanish later.
+    /// Transactions whose result their client does not know. They hold their locks, and commit or roll back later.
     in_doubt: Vec<Transaction>,
     away: bool,
     layout: u32,
@@ -207,7 +206,7 @@ impl State {
     }
 }
 
-/// What a good record says: a host for each partition, a check a second.
+/// The value of a good record. Each partition has one host, which is checked every second.
 fn value(partition: Partition, id: u64) -> Vec<u8> {
     let is_valid = fastrand::Rng::with_seed(id).bool();
     let sample = Sample {
@@ -237,7 +236,7 @@ struct Member {
     ingest: Ingest,
     layout: Option<u32>,
     request: Option<(Request, Duration)>,
-    /// Where Kafka's client reads on.
+    /// The offset that Kafka's client reads next.
     fetching: BTreeMap<Partition, i64>,
     /// Changes of the assignment that this member has not seen yet.
     unseen: Vec<(bool, Partition)>,
@@ -259,10 +258,10 @@ pub struct History {
     homes: BTreeMap<u64, Partition>,
     committed: BTreeMap<Partition, NextOffset>,
     owners: BTreeMap<Partition, u32>,
-    /// Records that nobody owes: expired, of a deleted topic, or before the group's start.
+    /// Records that need not be stored: expired, of a deleted topic, or before the group's start.
     waived: BTreeSet<u64>,
     recreated: BTreeSet<Partition>,
-    /// Partitions whose end was last told too low.
+    /// Partitions whose end was too low in the last answer.
     answered_behind: BTreeSet<Partition>,
     postgres: Postgres,
     members: Vec<Member>,
@@ -359,7 +358,7 @@ impl History {
         }
     }
 
-    /// No more faults: everything must come to rest, with every record stored.
+    /// Without more faults, every record must be stored.
     fn drain(&mut self) {
         self.log(format_args!("— no more faults —"));
         self.faults = false;
@@ -437,13 +436,13 @@ impl History {
         let partition = Partition { topic: 0, number };
         let mut log = Log::default();
         if self.rng.bool() {
-            // Retention was at work before the first consumer came.
+            // Retention has deleted records before the first consumer came.
             log.low = self.rng.i64(0..20);
             log.high = log.low;
         }
         self.logs.insert(partition, log);
         if self.rng.u8(0..4) == 0 {
-            // The group read a part of it before it wrote to this table.
+            // The group has read a part of it before it used this table.
             self.produce_to(partition);
             let log = &self.logs[&partition];
             self.committed.insert(partition, NextOffset(log.high));
@@ -484,14 +483,14 @@ impl History {
                 self.saw("undecodable");
             }
         }
-        // A transaction's marker takes an offset, too.
+        // A transaction's marker also has an offset.
         let log = self.logs.get_mut(&partition).unwrap();
         if self.rng.u8(0..5) == 0 && log.max_high.is_none() {
             log.high += 1;
         }
     }
 
-    /// Retention: the oldest records go, read or not.
+    /// Retention deletes the oldest records, read or not.
     fn expire(&mut self) {
         let partition = self.some_partition();
         let log = self.logs.get_mut(&partition).unwrap();
@@ -504,7 +503,7 @@ impl History {
         self.log(format_args!("retention: {partition:?} begins at {up_to}"));
     }
 
-    /// The topic is deleted and made anew: offsets start at 0 again.
+    /// The topic is deleted and created again, and offsets start at 0.
     fn recreate(&mut self) {
         let partition = self.some_partition();
         let Some(position) = self.postgres.positions.get(&partition) else {
@@ -539,7 +538,7 @@ impl History {
         ));
     }
 
-    /// Once nobody holds a position of the old topic, the new one may grow past it.
+    /// Once no member holds a position of the old topic, the new one may grow beyond it.
     fn forget_the_old_topic(&mut self, partition: Partition) {
         let high = self.logs[&partition].high;
         let positions = self.postgres.positions.get(&partition).map(|next| next.0);
@@ -554,7 +553,7 @@ impl History {
         }
     }
 
-    /// The group deals its partitions anew; members learn of it later.
+    /// The group assigns its partitions again. The members notice it later.
     fn rebalance(&mut self) {
         if self.members.is_empty() {
             return;
@@ -596,7 +595,7 @@ impl History {
         self.rebalance();
     }
 
-    /// `kill -9`: what it held is gone, what it asked of Postgres may still be done.
+    /// A SIGKILL: what the member held is lost, but its request to Postgres may still be executed.
     fn crash(&mut self) {
         if self.members.is_empty() {
             return;
@@ -636,7 +635,7 @@ impl History {
         self.step(index);
     }
 
-    /// One turn of a member's run loop: a change of the assignment, the store's answer, or what the machine wants.
+    /// One iteration of a member's loop: a change of the assignment, the store's answer, or the machine's next actions.
     fn step(&mut self, index: usize) {
         let members = self.members.len();
         let now = self.instant();
@@ -756,7 +755,7 @@ impl History {
         let from = self.members[index].fetching[&partition];
         let log = &self.logs[&partition];
         if from < log.low || from > log.high {
-            // Kafka's client gives this partition up and says so without naming it.
+            // Kafka's client stops reading this partition, and reports that without its name.
             self.members[index].fetching.remove(&partition);
             self.members[index].ingest.handle(now, Event::OutOfRange);
             return;
@@ -776,7 +775,7 @@ impl History {
                     .into_iter()
                     .for_each(|from| *from = (*from - back).max(0));
             }
-            // What Kafka's client has prefetched is thrown away when reading starts elsewhere.
+            // Prefetched records are dropped when reading starts elsewhere.
             let Some(from) = self.members[index].fetching.get(&partition).copied() else {
                 return;
             };
@@ -806,7 +805,7 @@ impl History {
             if zombie && taken {
                 self.saw("zombie record");
             }
-            // The run loop asks after every record whether to go on polling.
+            // After every record, the loop asks whether to continue polling.
             if self.faults && self.rng.u8(0..8) == 0 {
                 continue;
             }
@@ -817,7 +816,7 @@ impl History {
         }
     }
 
-    /// Whether the machine would go on polling; anything else that it wants is done at once.
+    /// Whether the machine would continue polling. Its other actions are done immediately.
     fn peek(&mut self, index: usize) -> Option<Action> {
         let members = self.members.len();
         self.act(index);
@@ -876,7 +875,7 @@ impl History {
                 continue;
             }
             let log = &self.logs[partition];
-            // A replica that is behind may answer, but not twice in a row: that is what the machine relies on.
+            // A replica that is behind may answer, but not twice in a row, which the machine relies on.
             let is_behind = self.faults && self.rng.u8(0..20) == 0 && self.answered_behind.insert(*partition);
             let behind = match is_behind {
                 true => self.rng.i64(0..=log.high - log.low),
@@ -977,7 +976,7 @@ impl History {
             }
             Request::Locate(..) if fails => Event::StoreFailed,
             Request::Locate(partitions, missing_from) => {
-                // A plain read: it sees what is committed and waits for no lock.
+                // A plain read sees what is committed, and waits for no lock.
                 let mut found = BTreeMap::new();
                 for partition in partitions {
                     if let Some(start) = missing_from.get(&partition) {
@@ -1020,7 +1019,7 @@ impl History {
             let mut partitions = transaction.spans.keys();
             partitions.any(|partition| batch.spans.contains_key(partition))
         };
-        // Whoever has the lock ends first; or nobody waits that long.
+        // The transaction with the lock ends first, or the wait ends with a timeout.
         while let Some(holder) = self.postgres.in_doubt.iter().position(locked) {
             self.saw("locked");
             if self.faults && self.rng.bool() {
@@ -1063,7 +1062,7 @@ impl History {
         Flushed::Durable
     }
 
-    /// The client is gone or knows nothing, and the transaction goes on, is over, or never was.
+    /// The client does not know the result: the transaction continues, has ended, or never began.
     fn leave_in_doubt(&mut self, batch: &Batch) {
         let transaction = transaction(batch);
         let free = |partition: &Partition| {
@@ -1149,7 +1148,7 @@ impl History {
     }
 }
 
-/// Every position of a partition that a member may still act upon.
+/// All positions of a partition that a member may still use.
 fn held(member: &Member, partition: Partition) -> Vec<i64> {
     let mut held: Vec<i64> = member.fetching.get(&partition).copied().into_iter().collect();
     for (other, durable, next) in member.ingest.positions() {
