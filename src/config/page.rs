@@ -21,7 +21,8 @@ pub struct PageConfig {
 pub(super) fn page(reader: &mut Reader<'_>) -> PageConfig {
     PageConfig {
         database: database::database(reader),
-        addr: reader.socket_addr("PAGE_ADDR", "127.0.0.1:9480")
+        addr: reader
+            .socket_addr("PAGE_ADDR", "127.0.0.1:9480")
             .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 9_480))),
         options: Options {
             title: reader

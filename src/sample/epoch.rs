@@ -164,6 +164,15 @@ mod tests {
     }
 
     #[test]
+    fn epochs_are_stored_as_an_object_of_places() {
+        let mut epochs = Epochs::of("eu", 5);
+        epochs.judge("us", 1).unwrap();
+        let stored = serde_json::to_string(&epochs).unwrap();
+        assert_eq!(stored, r#"{"eu":5,"us":1}"#);
+        assert_eq!(serde_json::from_str::<Epochs>(&stored).unwrap(), epochs);
+    }
+
+    #[test]
     fn any_number_of_new_places_takes_bounded_memory() {
         let mut epochs = Epochs::default();
         for place in 0..MAX_PLACES {

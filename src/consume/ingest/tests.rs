@@ -157,8 +157,8 @@ fn with_both_batches_full_reading_pauses_after_a_second_and_continues_where_it_w
         read(&mut ingest, 0, P, offset);
     }
     let batch = flush(&mut ingest, 0);
-    for offset in 103..106 {
-        read(&mut ingest, 50, P, offset);
+    for (millis, offset) in [(10, 103), (20, 104), (50, 105)] {
+        read(&mut ingest, millis, P, offset);
     }
     let until = at(1_050);
     assert_eq!(ingest.next_action(at(100)), Action::Hold { until });
@@ -349,8 +349,9 @@ fn a_refused_row_is_rejected_and_the_others_are_written_with_it() {
     let mut ingest = reading(&[P]);
     read(&mut ingest, 0, P, 100);
     read(&mut ingest, 0, P, 101);
+    read(&mut ingest, 0, P, 102);
     let batch = flush(&mut ingest, 200);
-    let poison = Flushed::Refused(vec![(1, "refused".into())]);
+    let poison = Flushed::Refused(vec![(1, "refused".into()), (2, "refused".into())]);
     ingest.handle(at(200), Event::Flushed(batch, poison));
     let batch = flush(&mut ingest, 200);
     assert!(matches!(batch.entries[0].form, Form::Row(_)));
@@ -543,4 +544,76 @@ fn rows_for_other_columns_are_forgotten_and_read_again() {
         ingest.next_action(at(400)),
         Action::Read(vec![(P, NextOffset(100))])
     );
+}
+
+#[test]
+fn another_layout_without_records_in_hand_is_not_reported() {
+    let mut ingest = reading(&[P]);
+    ingest.handle(at(0), Event::StoreFailed);
+    assert_eq!(ingest.next_action(at(200)), Action::Open);
+    ingest.handle(at(200), Event::Opened { same_layout: false });
+    assert!(matches!(ingest.next_action(at(200)), Action::Locate { .. }));
+}
+
+#[test]
+fn extents_that_are_missing_are_asked_for_again_after_a_second() {
+    let mut ingest = reading(&[P]);
+    ingest.handle(at(0), Event::OutOfRange);
+    assert_eq!(ingest.next_action(at(0)), Action::FindExtents(vec![P]));
+    ingest.handle(at(0), Event::Extents(BTreeMap::new()));
+    assert!(matches!(wait_of(&mut ingest, 999), Action::Poll { .. }));
+    assert_eq!(ingest.next_action(at(1_000)), Action::FindExtents(vec![P]));
+}
+
+#[test]
+fn a_start_that_the_table_does_not_take_is_asked_for_again_after_a_second() {
+    let mut ingest = open();
+    ingest.handle(at(0), Event::Assigned(vec![P]));
+    assert!(matches!(ingest.next_action(at(0)), Action::Locate { .. }));
+    ingest.handle(at(0), Event::Located(BTreeMap::new()));
+    assert_eq!(ingest.next_action(at(0)), Action::FindStarts(vec![P]));
+    ingest.handle(at(0), Event::Starts(all_at(&[P], 42)));
+    assert!(matches!(ingest.next_action(at(0)), Action::Locate { .. }));
+    ingest.handle(at(0), Event::Located(BTreeMap::new()));
+    assert!(matches!(wait_of(&mut ingest, 999), Action::Poll { .. }));
+    assert_eq!(ingest.next_action(at(1_000)), Action::FindStarts(vec![P]));
+}
+
+#[test]
+fn repeated_fences_wait_before_the_next_try() {
+    let mut ingest = reading(&[P]);
+    read(&mut ingest, 0, P, 100);
+    for _ in 0..2 {
+        let batch = flush(&mut ingest, 200);
+        ingest.handle(at(200), Event::Flushed(batch, Flushed::Fenced));
+        match ingest.next_action(at(200)) {
+            Action::Locate { .. } => {}
+            Action::Poll { until } => {
+                assert!(until >= at(250), "at least half of the first wait");
+                return;
+            }
+            action => panic!("{action:?}"),
+        }
+        // The position is ours after all.
+        ingest.handle(at(200), Event::Located(found_at(&[P], 100)));
+    }
+    panic!("it does not wait");
+}
+
+#[test]
+fn a_stop_with_nothing_to_write_does_not_wait_for_the_store() {
+    let mut ingest = reading(&[P]);
+    ingest.handle(at(0), Event::StoreFailed);
+    assert!(ingest.store_is_away());
+    ingest.handle(at(500), Event::Stop { deadline: at(5_000) });
+    assert_eq!(ingest.next_action(at(500)), Action::Stop { unwritten: 0 });
+}
+
+#[test]
+fn after_its_deadline_a_stop_writes_nothing_more() {
+    let mut ingest = reading(&[P]);
+    assert!(!ingest.store_is_away());
+    read(&mut ingest, 0, P, 100);
+    ingest.handle(at(10), Event::Stop { deadline: at(100) });
+    assert_eq!(ingest.next_action(at(100)), Action::Stop { unwritten: 1 });
 }
