@@ -13,6 +13,7 @@ use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::batch::{Encoded, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::DownWhen;
+use host_metrics::consume::fold::observed::Observed;
 use host_metrics::consume::ingest::{Action, Event, Ingest, Limits};
 use host_metrics::sample::{Timestamp, decode, encode};
 use host_metrics::tables::row::{Column, Layout, Origin};
@@ -52,15 +53,23 @@ fn main() {
         black_box(&row);
     });
 
+    report("observe", ok.len(), || {
+        value.clear();
+        let sample = black_box(&sample);
+        let observed = Observed::of(sample, None).expect("it has a time");
+        observed.encode(&mut value);
+        black_box(&value);
+    });
+
     let batch = batch_of_hosts(ok);
     report_batches("fold", ok.len(), batch.len(), || {
         let mut fold = Fold::default();
-        for (value, timestamp) in &batch {
-            assert!(fold.record(value, *timestamp));
+        for bytes in &batch {
+            fold.record(Observed::decode(bytes).expect("it was encoded just now"));
         }
-        let (hosts, rollups) = fold.finish();
+        let rollups = fold.take_rollups();
         let mut stored = BTreeMap::new();
-        hosts.apply(DownWhen::Majority, &mut stored);
+        fold.apply(DownWhen::Majority, &mut stored);
         black_box((rollups, stored));
     });
 
@@ -71,7 +80,7 @@ fn main() {
 }
 
 /// A batch of the state: 50 checks, one per minute, of each of 1,000 hosts.
-fn batch_of_hosts(ok: &[u8]) -> Vec<(Vec<u8>, Option<Timestamp>)> {
+fn batch_of_hosts(ok: &[u8]) -> Vec<Vec<u8>> {
     let sample = decode(ok).expect("the golden document is a record");
     let started_at = sample.scheduled_at.expect("it has a time").unix_micros();
     let record = |number: i64| {
@@ -81,8 +90,9 @@ fn batch_of_hosts(ok: &[u8]) -> Vec<(Vec<u8>, Option<Timestamp>)> {
         sample.scheduled_at = Timestamp::from_unix_micros(started_at + 60_000_000 * tick + 60_000 * host);
         sample.latency = Some(0.05 + fastrand::f64() * 0.2);
         let mut value = Vec::new();
-        encode(&sample, &mut value);
-        (value, sample.scheduled_at)
+        let observed = Observed::of(&sample, None).expect("it has a time");
+        observed.encode(&mut value);
+        value
     };
     (0..50_000).map(record).collect()
 }

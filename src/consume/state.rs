@@ -1,32 +1,36 @@
 //! The sink of the state. A flush reads the stored state of the batch's hosts, folds the batch into it and writes it back, in the
 //! transaction that moves the positions.
 //!
-//! It takes three round trips: `BEGIN`, compare-and-set and the stored state; the new state; `COMMIT`. All consumers lock the rows
-//! in the same order, by host and place.
+//! It takes three round trips: `BEGIN`, compare-and-set and the stored state; the hosts' new state; the buckets and `COMMIT`. All
+//! consumers lock the rows in the same order, by host and place.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use futures_util::future::{join3, join4};
-use tokio_postgres::types::ToSql;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::SinkExt;
+use futures_util::future::{join, join3, join4};
+use tokio_postgres::types::{FromSql, ToSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 
 use crate::clock::{instant_now, wall_micros};
 use crate::config::{ConsumeConfig, StateConfig};
 use crate::consume::batch::{Batch, Encoded, Flushed, Form, MAX_READ_BYTES, Record};
 use crate::consume::counters::Counters;
+use crate::consume::fold::Fold;
 use crate::consume::fold::host::{Certificate, Checks, Host, Incident, Series, Verdict};
+use crate::consume::fold::observed::Observed;
 use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
-use crate::consume::fold::{Fold, Hosts};
 use crate::consume::positions::{Keys, Positions};
 use crate::consume::sink::{Sink, judge};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
 use crate::tables::names::{Object, TableName};
+use crate::tables::row::{HEADER, TRAILER};
 use crate::tables::state::{
-    INCIDENTS, ROLLUPS, SERIES, add_series, delete_old, delete_rollups, read_incidents, read_rollups,
-    read_series,
+    INCIDENTS, SERIES, add_series, copy_rollups, delete_old, delete_rollups, read_incidents, read_series,
+    take_rollups,
 };
 use crate::tables::{days, destination, migrate};
 
@@ -34,7 +38,7 @@ use crate::tables::{days, destination, migrate};
 pub const GROUP_SUFFIX: &str = "-state";
 
 /// The most records in a flush. The more there are, the less often each bucket is written.
-const BATCH_SIZE: usize = 50_000;
+const BATCH_SIZE: usize = 100_000;
 
 /// The longest wait before a flush, and so the usual delay of the state.
 const BATCH_WAIT: Duration = Duration::from_secs(3);
@@ -128,7 +132,6 @@ impl Sink for StateSink {
     type Layout = ();
     type Prepared = Statements;
 
-    /// Keeps the record, because the fold decodes it when the batch is written.
     fn encode(
         (): &(),
         _: &str,
@@ -140,10 +143,11 @@ impl Sink for StateSink {
         if value.len() > MAX_READ_BYTES {
             return Err("longer than the rows accept".to_owned());
         }
-        if judge(value, epochs)?.is_none() {
+        let Some(sample) = judge(value, epochs)? else {
             return Ok(Encoded::Claim);
-        }
-        into.extend_from_slice(value);
+        };
+        let observed = Observed::of(&sample, record.timestamp).ok_or("it has no time")?;
+        observed.encode(into);
         Ok(Encoded::Row)
     }
 
@@ -188,22 +192,11 @@ impl Sink for StateSink {
     ) -> Result<Flushed, Fault> {
         self.make_way().await;
         let began_at = instant_now();
-        let mut fold = Fold::default();
-        for entry in &batch.entries {
-            if let Form::Row(range) = &entry.form {
-                let value = batch.encoded.get(range.clone()).unwrap_or_default();
-                fold.record(value, entry.timestamp);
-            }
-        }
-        let (hosts, mut rollups) = fold.finish();
+        let mut fold = folded(batch);
+        let mut rollups = fold.take_rollups();
         let now = wall_micros();
-        let oldest = WIDTHS.map(|seconds| (seconds, self.oldest(seconds, now)));
-        rollups.retain(|key, _| {
-            oldest
-                .iter()
-                .all(|(seconds, oldest)| key.seconds != *seconds || *oldest <= key.starts_at)
-        });
-
+        let oldest = BTreeMap::from(WIDTHS.map(|seconds| (seconds, self.oldest(seconds, now))));
+        rollups.retain(|(key, _)| oldest[&key.seconds] <= key.starts_at);
         let client = &session.client;
         let records = u32::try_from(batch.len()).unwrap_or(u32::MAX);
         let within = session.bounds.step + session.bounds.per_row.saturating_mul(records).saturating_mul(4);
@@ -213,7 +206,7 @@ impl Sink for StateSink {
                 join3(
                     client.batch_execute(BEGIN),
                     positions.advance(session, keys, batch),
-                    read(client, prepared, &hosts, &rollups),
+                    read(client, prepared, &fold, &mut rollups),
                 )
                 .await,
             )
@@ -227,14 +220,9 @@ impl Sink for StateSink {
             return Ok(Flushed::Fenced);
         }
         let stored = stored?;
-        let mut changed = stored.hosts.clone();
-        hosts.apply(self.config.down_when, &mut changed);
-        for (key, rollup) in &mut rollups {
-            if let Some(stored) = stored.rollups.get(key) {
-                rollup.merge(stored);
-            }
-        }
-        let write = write(client, prepared, &stored.hosts, &changed, &rollups);
+        let mut changed = stored.clone();
+        fold.apply(self.config.down_when, &mut changed);
+        let write = write(client, prepared, &stored, &changed, &rollups);
         bounded("writing the state", within, write)
             .await
             .map_err(|fault| match fault.kind {
@@ -245,8 +233,6 @@ impl Sink for StateSink {
                 },
                 _ => fault,
             })?;
-        // Needs a round trip of its own, because it may follow only on success.
-        bounded("COMMIT", within, client.batch_execute("COMMIT")).await?;
         self.last_flush_took = instant_now().saturating_duration_since(began_at);
         Ok(Flushed::Durable)
     }
@@ -255,6 +241,9 @@ impl Sink for StateSink {
         self.prune(session).await
     }
 }
+
+/// The bytes that are sent at once.
+const CHUNK_BYTES: usize = 128 * 1024;
 
 /// Few rows of many are read, so indexes are used even if the statistics of a new table suggest otherwise.
 const BEGIN: &str =
@@ -265,10 +254,10 @@ pub struct Statements {
     add_series: Statement,
     read_series: Statement,
     read_incidents: Statement,
-    read_rollups: Statement,
+    take_rollups: Statement,
     put_series: Statement,
     put_incidents: Statement,
-    put_rollups: Statement,
+    copy_rollups: Statement,
 }
 
 impl Statements {
@@ -277,78 +266,86 @@ impl Statements {
             add_series: client.prepare(&add_series(table)).await?,
             read_series: client.prepare(&read_series(table)).await?,
             read_incidents: client.prepare(&read_incidents(table)).await?,
-            read_rollups: client.prepare(&read_rollups(table)).await?,
+            take_rollups: client.prepare(&take_rollups(table)).await?,
             put_series: client.prepare(&SERIES.put(table)).await?,
             put_incidents: client.prepare(&INCIDENTS.put(table)).await?,
-            put_rollups: client.prepare(&ROLLUPS.put(table)).await?,
+            copy_rollups: client.prepare(&copy_rollups(table)).await?,
         })
     }
 }
 
-/// The stored state of the hosts and buckets of a batch.
-#[derive(Debug, Default)]
-struct Stored {
-    hosts: BTreeMap<String, Host>,
-    rollups: BTreeMap<Key, Rollup>,
+fn folded(batch: &Batch) -> Fold<'_> {
+    let mut fold = Fold::default();
+    for entry in &batch.entries {
+        if let Form::Row(range) = &entry.form {
+            let bytes = batch.encoded.get(range.clone()).unwrap_or_default();
+            fold.record(Observed::decode(bytes).expect("the batch holds what `encode` wrote"));
+        }
+    }
+    fold
 }
 
-/// Reads the stored state, and locks the hosts' rows.
+/// Reads the stored state of the batch's hosts, and locks their rows. Adds the stored buckets to `rollups`.
 async fn read(
     client: &Client,
     statements: &Statements,
-    hosts: &Hosts<'_>,
-    rollups: &BTreeMap<Key, Rollup>,
-) -> Result<Stored, tokio_postgres::Error> {
-    let addresses: Vec<&str> = hosts.addresses().collect();
+    fold: &Fold<'_>,
+    rollups: &mut [(Key, Rollup)],
+) -> Result<BTreeMap<String, Host>, tokio_postgres::Error> {
     let (mut ids, mut of_hosts, mut agents) = (vec![], vec![], vec![]);
-    for (id, address, agent) in hosts.series() {
+    for (id, address, agent) in fold.series() {
         ids.push(id);
         of_hosts.push(address);
         agents.push(agent);
     }
-    let widths: Vec<i32> = rollups.keys().map(|key| key.seconds).collect();
-    let starts: Vec<SystemTime> = rollups.keys().map(|key| time(key.starts_at)).collect();
-    let of_series: Vec<i64> = rollups.keys().map(|key| key.series_id).collect();
+    let mut addresses = of_hosts.clone();
+    addresses.dedup();
+    let keys = || rollups.iter().map(|(key, _)| key);
+    let widths: Vec<i32> = keys().map(|key| key.seconds).collect();
+    let starts: Vec<SystemTime> = keys().map(|key| time(key.starts_at)).collect();
+    let of_series: Vec<i64> = keys().map(|key| key.series_id).collect();
 
     // They are sent in the order in which they are polled, without waits between them.
     let series_params: [&(dyn ToSql + Sync); 3] = [&ids, &of_hosts, &agents];
     let host_params: [&(dyn ToSql + Sync); 1] = [&addresses];
     let rollup_params: [&(dyn ToSql + Sync); 3] = [&widths, &starts, &of_series];
-    let (added, series, incidents, rollups) = join4(
+    let (added, series, incidents, taken) = join4(
         client.execute(&statements.add_series, &series_params),
         client.query(&statements.read_series, &host_params),
         client.query(&statements.read_incidents, &host_params),
-        client.query(&statements.read_rollups, &rollup_params),
+        client.query(&statements.take_rollups, &rollup_params),
     )
     .await;
     added?;
-    let mut stored = Stored::default();
+    let mut hosts: BTreeMap<String, Host> = BTreeMap::new();
     for row in series? {
-        let host = stored.hosts.entry(row.try_get("address")?).or_default();
+        let host = hosts.entry(row.try_get("address")?).or_default();
         host.series.insert(row.try_get("agent")?, series_of(&row)?);
     }
     for row in incidents? {
-        let host = stored.hosts.entry(row.try_get("address")?).or_default();
+        let host = hosts.entry(row.try_get("address")?).or_default();
         host.incidents.push(incident_of(&row)?);
     }
-    for row in rollups? {
+    for row in taken? {
         let key = Key {
             seconds: row.try_get("seconds")?,
             starts_at: micros(row.try_get("starts_at")?),
             series_id: row.try_get("series_id")?,
         };
-        stored.rollups.insert(key, rollup_of(&row)?);
+        if let Ok(index) = rollups.binary_search_by_key(&key, |(key, _)| *key) {
+            rollups[index].1.merge(&rollup_of(&row)?);
+        }
     }
-    Ok(stored)
+    Ok(hosts)
 }
 
-/// Writes what has changed.
+/// Writes what has changed, and commits.
 async fn write(
     client: &Client,
     statements: &Statements,
     stored: &BTreeMap<String, Host>,
     hosts: &BTreeMap<String, Host>,
-    rollups: &BTreeMap<Key, Rollup>,
+    rollups: &[(Key, Rollup)],
 ) -> Result<(), tokio_postgres::Error> {
     let mut changed_series = Vec::new();
     let mut changed_incidents = Vec::new();
@@ -370,20 +367,25 @@ async fn write(
     }
     let series = series_columns(&changed_series);
     let incidents = incident_columns(&changed_incidents);
-    let rollups = rollup_columns(rollups);
-    let (series, incidents, rollups) = join3(
+    let (series, incidents, copy) = join3(
         client.execute_raw(&statements.put_series, series.0.iter().map(|column| &**column)),
         client.execute_raw(
             &statements.put_incidents,
             incidents.0.iter().map(|column| &**column),
         ),
-        client.execute_raw(&statements.put_rollups, rollups.0.iter().map(|column| &**column)),
+        client.copy_in(&statements.copy_rollups),
     )
     .await;
     series?;
     incidents?;
-    rollups?;
-    Ok(())
+    let mut copy = std::pin::pin!(copy?);
+    let mut bytes = rollup_rows(rollups);
+    while !bytes.is_empty() {
+        copy.send(bytes.split_to(bytes.len().min(CHUNK_BYTES))).await?;
+    }
+    let (copied, committed) = join(copy.as_mut().finish(), client.batch_execute("COMMIT")).await;
+    copied?;
+    committed
 }
 
 /// One array for each column of a table.
@@ -495,32 +497,46 @@ fn incident_of(row: &Row) -> Result<Incident, tokio_postgres::Error> {
     })
 }
 
-fn rollup_columns(rows: &BTreeMap<Key, Rollup>) -> Columns<'_> {
-    let not_zero = |count: i32| (count != 0).then_some(count);
-    let mut columns = Columns::default();
-    columns.add(rows.keys().map(|key| key.series_id));
-    columns.add(rows.keys().map(|key| time(key.starts_at)));
-    columns.add(
-        rows.values()
-            .map(|rollup| (rollup.latency_us != 0).then_some(rollup.latency_us)),
-    );
-    columns.add(rows.keys().map(|key| key.seconds));
-    columns.add(rows.values().map(Rollup::due));
-    columns.add(rows.values().map(|rollup| not_zero(rollup.valid)));
-    columns.add(rows.values().map(|rollup| not_zero(rollup.failed)));
-    columns.add(rows.values().map(|rollup| not_zero(rollup.missed)));
-    columns.add(rows.values().map(|rollup| not_zero(rollup.offline)));
-    columns.add(rows.values().map(|rollup| not_zero(rollup.slow)));
-    columns.add(rows.values().map(|rollup| not_zero(rollup.latency_max_us)));
-    for phase in 0..PHASES.len() {
-        columns.add(rows.values().map(|rollup| not_zero(rollup.phases[phase])));
+/// The rows in COPY's binary format. Zeros are stored as null.
+fn rollup_rows(rollups: &[(Key, Rollup)]) -> Bytes {
+    const COLUMNS: i16 = 18;
+    const YEAR_2000_MICROS: i64 = 946_684_800_000_000;
+    fn put(rows: &mut BytesMut, value: Option<&[u8]>) {
+        match value {
+            None => rows.put_i32(-1),
+            Some(bytes) => {
+                rows.put_i32(i32::try_from(bytes.len()).expect("counts and outcomes are bounded"));
+                rows.put_slice(bytes);
+            }
+        }
     }
-    columns.add(
-        rows.values()
-            .map(|rollup| (rollup.failed != 0).then(|| json(&rollup.outcomes))),
-    );
-    columns.add(rows.values().map(|rollup| rollup.histogram.to_number()));
-    columns
+    let mut rows = BytesMut::from(&HEADER[..]);
+    for (key, rollup) in rollups {
+        let latency = (rollup.latency_us != 0).then_some(rollup.latency_us.to_be_bytes());
+        let counts = [
+            rollup.valid,
+            rollup.failed,
+            rollup.missed,
+            rollup.offline,
+            rollup.slow,
+            rollup.latency_max_us,
+        ];
+        rows.put_i16(COLUMNS);
+        put(&mut rows, Some(&key.series_id.to_be_bytes()));
+        put(&mut rows, Some(&(key.starts_at - YEAR_2000_MICROS).to_be_bytes()));
+        put(&mut rows, latency.as_ref().map(|bytes| &bytes[..]));
+        put(&mut rows, Some(&key.seconds.to_be_bytes()));
+        put(&mut rows, Some(&rollup.due().to_be_bytes()));
+        for count in counts.into_iter().chain(rollup.phases) {
+            put(&mut rows, (count != 0).then_some(&count.to_be_bytes()));
+        }
+        // The first byte of a jsonb is its version.
+        let outcomes = (rollup.failed != 0).then(|| format!("\u{1}{}", json(&rollup.outcomes)));
+        put(&mut rows, outcomes.as_ref().map(String::as_bytes));
+        put(&mut rows, rollup.histogram.to_numeric().as_deref());
+    }
+    rows.put_slice(&TRAILER);
+    rows.freeze()
 }
 
 /// The columns of the phases, in the order of [`Rollup::phases`].
@@ -529,7 +545,6 @@ const PHASES: [&str; 5] = ["dns_10us", "connect_10us", "tls_10us", "ttfb_10us", 
 fn rollup_of(row: &Row) -> Result<Rollup, tokio_postgres::Error> {
     let count =
         |column: &str| Ok::<_, tokio_postgres::Error>(row.try_get::<_, Option<i32>>(column)?.unwrap_or(0));
-    let histogram: Option<&str> = row.try_get("histogram")?;
     let mut phases = [0; 5];
     for (phase, column) in phases.iter_mut().zip(PHASES) {
         *phase = count(column)?;
@@ -547,8 +562,18 @@ fn rollup_of(row: &Row) -> Result<Rollup, tokio_postgres::Error> {
         latency_us: row.try_get::<_, Option<i64>>("latency_us")?.unwrap_or(0),
         latency_max_us: count("latency_max_us")?,
         phases,
-        histogram: histogram.map(Histogram::from_number).unwrap_or_default(),
+        histogram: row.try_get::<_, Option<_>>("histogram")?.unwrap_or_default(),
     })
+}
+
+impl<'a> FromSql<'a> for Histogram {
+    fn from_sql(_: &Type, numeric: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Self::from_numeric(numeric))
+    }
+
+    fn accepts(of: &Type) -> bool {
+        *of == Type::NUMERIC
+    }
 }
 
 fn json(value: &impl serde::Serialize) -> String {

@@ -204,7 +204,7 @@ const COUNTS: &str = "coalesce(sum(valid), 0)::bigint AS valid, coalesce(sum(fai
 /// Of each host the buckets of a width from a time on ($1, in seconds), over all places.
 fn sums(table: &TableName, seconds: i32) -> String {
     format!(
-        "SELECT address, {}, {COUNTS}, sum(histogram)::text AS histogram, sum(dns_10us)::bigint AS dns, \
+        "SELECT address, {}, {COUNTS}, sum(histogram) AS histogram, sum(dns_10us)::bigint AS dns, \
              sum(connect_10us)::bigint AS connect, sum(tls_10us)::bigint AS tls, sum(ttfb_10us)::bigint AS ttfb, \
              sum(body_10us)::bigint AS body \
          FROM {} JOIN {} USING (series_id) \
@@ -260,12 +260,12 @@ fn counts(row: &Row) -> Result<Counts, Fault> {
 }
 
 fn bucket(row: &Row) -> Result<Bucket, Fault> {
-    let histogram: Option<&str> = row.try_get("histogram")?;
+    let histogram: Option<Histogram> = row.try_get("histogram")?;
     let mut phases = [0; 5];
     for (sum, name) in phases.iter_mut().zip(["dns", "connect", "tls", "ttfb", "body"]) {
         *sum = row.try_get::<_, Option<i64>>(name)?.unwrap_or(0);
     }
-    let histogram = Histogram::from_number(histogram.unwrap_or_default());
+    let histogram = histogram.unwrap_or_default();
     Ok(Bucket::new(row.try_get("at")?, counts(row)?, &histogram, phases))
 }
 

@@ -166,17 +166,17 @@ impl StateTable {
     /// The columns of the alias, in their order, as they are read.
     fn read(&self, alias: &str) -> String {
         let column = |(name, kind, _): &Column| match *kind {
-            "jsonb" | "numeric" => format!("{alias}.{name}::text AS {name}"),
+            "jsonb" => format!("{alias}.{name}::text AS {name}"),
             _ => format!("{alias}.{name}"),
         };
         self.columns.iter().map(column).collect::<Vec<_>>().join(", ")
     }
 }
 
-/// JSON and long numbers travel as text.
+/// JSON travels as text.
 fn sent_as(kind: &str) -> &str {
     match kind {
-        "jsonb" | "numeric" => "text",
+        "jsonb" => "text",
         kind => kind,
     }
 }
@@ -211,13 +211,24 @@ pub fn read_incidents(table: &TableName) -> String {
     )
 }
 
-/// Those of the buckets with these widths, beginnings and series that are there.
-pub fn read_rollups(table: &TableName) -> String {
+/// Reads and deletes the buckets with these widths, starts and series. They are then written again, with all others, by
+/// [`copy_rollups`]; to update a row is to write a new one, too.
+pub fn take_rollups(table: &TableName) -> String {
     format!(
-        "SELECT {} FROM unnest($1::integer[], $2::timestamptz[], $3::bigint[]) k (seconds, starts_at, series_id) \
-         JOIN {} t USING (seconds, starts_at, series_id)",
-        ROLLUPS.read("t"),
-        table.quoted(Object::Rollups.suffix())
+        "DELETE FROM {} t USING unnest($1::integer[], $2::timestamptz[], $3::bigint[]) k (seconds, starts_at, series_id) \
+         WHERE t.seconds = k.seconds AND t.starts_at = k.starts_at AND t.series_id = k.series_id RETURNING {}",
+        table.quoted(Object::Rollups.suffix()),
+        ROLLUPS.read("t")
+    )
+}
+
+/// The columns are those of [`ROLLUPS`].
+pub fn copy_rollups(table: &TableName) -> String {
+    let columns: Vec<&str> = ROLLUPS.columns.iter().map(|(name, ..)| *name).collect();
+    format!(
+        "COPY {} ({}) FROM STDIN (FORMAT binary)",
+        table.quoted(Object::Rollups.suffix()),
+        columns.join(", ")
     )
 }
 

@@ -17,9 +17,10 @@ use host_metrics::consume::batch::{
 };
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::{DownWhen, Host};
+use host_metrics::consume::fold::observed::Observed;
 use host_metrics::consume::fold::rollup::{Key, Rollup};
 use host_metrics::consume::ingest::{Action, Event, Extent, Ingest, Limits, Notice};
-use host_metrics::sample::{Sample, Timestamp, encode};
+use host_metrics::sample::{Sample, Timestamp};
 
 const DEFAULT_SEEDS: u64 = 2_000;
 
@@ -197,9 +198,11 @@ struct State {
 impl State {
     fn fold(&mut self, values: &[Vec<u8>]) {
         let mut fold = Fold::default();
-        assert!(values.iter().all(|value| fold.record(value, None)));
-        let (hosts, rollups) = fold.finish();
-        hosts.apply(DownWhen::Majority, &mut self.hosts);
+        for value in values {
+            fold.record(Observed::decode(value).expect("the batch holds what `encode` wrote"));
+        }
+        let rollups = fold.take_rollups();
+        fold.apply(DownWhen::Majority, &mut self.hosts);
         for (key, rollup) in rollups {
             self.rollups.entry(key).or_default().merge(&rollup);
         }
@@ -219,7 +222,8 @@ fn value(partition: Partition, id: u64) -> Vec<u8> {
         ..Sample::default()
     };
     let mut value = Vec::new();
-    encode(&sample, &mut value);
+    let observed = Observed::of(&sample, None).expect("it has a time");
+    observed.encode(&mut value);
     value
 }
 

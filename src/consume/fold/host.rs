@@ -6,6 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
+use crate::consume::fold::observed::{Finding, Observed};
+use crate::consume::fold::rollup::add_bounded;
+
 /// DOWN_WHEN: how many of the voting places must see a host down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DownWhen {
@@ -62,26 +65,6 @@ impl Verdict {
     }
 }
 
-/// A record, as far as it changes more than sums. Times are microseconds since 1970.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SeriesRecord<'a> {
-    pub agent: &'a str,
-    pub at: i64,
-    pub interval_micros: Option<i64>,
-    pub cert_expires_at: Option<i64>,
-    pub name: Option<&'a str>,
-    pub group: Option<&'a str>,
-    /// `None` if the tick was not checked, or the place could not check.
-    pub check: Option<Check<'a>>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Check<'a> {
-    pub is_valid: bool,
-    pub outcome: &'a str,
-    pub error: Option<&'a str>,
-}
-
 /// A host as one place sees it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Series {
@@ -127,7 +110,7 @@ impl Series {
     }
 
     /// Takes the next record. True if it has a check that is newer than all before; an older one does not change the vote.
-    fn take(&mut self, record: &SeriesRecord<'_>) -> bool {
+    fn take(&mut self, record: &Observed<'_>) -> bool {
         let previous = self.checks.as_ref().map(|checks| checks.last_at);
         if self
             .last_seen_at
@@ -136,7 +119,7 @@ impl Series {
             self.last_seen_at = Some(record.at);
             // The original's records have no interval, so the time between two checks is used.
             let gap = previous
-                .filter(|_| record.check.is_some())
+                .filter(|_| record.finding.is_check())
                 .map(|previous| record.at - previous);
             self.interval_micros = record.interval_micros.or(gap).or(self.interval_micros);
             self.name = record.name.map(str::to_owned);
@@ -152,16 +135,14 @@ impl Series {
                 seen_at: record.at,
             });
         }
-        let Some(check) = record
-            .check
-            .filter(|_| previous.is_none_or(|previous| previous < record.at))
-        else {
+        if !record.finding.is_check() || previous.is_some_and(|previous| record.at <= previous) {
             return false;
-        };
+        }
+        let is_valid = record.finding == Finding::Valid;
         let checks = self.checks.get_or_insert_with(|| Checks {
             first_at: record.at,
             last_at: record.at,
-            is_valid: check.is_valid,
+            is_valid,
             since: record.at,
             outcome: String::new(),
             error: None,
@@ -170,24 +151,27 @@ impl Series {
             last_failed_outcome: None,
             last_error: None,
         });
-        if checks.is_valid != check.is_valid {
-            checks.is_valid = check.is_valid;
+        if checks.is_valid != is_valid {
+            checks.is_valid = is_valid;
             checks.since = record.at;
         }
         checks.last_at = record.at;
-        replace(&mut checks.outcome, check.outcome);
-        checks.error = check.error.map(str::to_owned);
-        if check.is_valid {
+        replace(&mut checks.outcome, record.outcome);
+        checks.error = record.error.map(str::to_owned);
+        if is_valid {
             checks.failures_in_a_row = 0;
         } else {
             checks.failures_in_a_row += 1;
             checks.last_failed_at = Some(record.at);
-            checks.last_failed_outcome = Some(check.outcome.to_owned());
+            checks.last_failed_outcome = Some(record.outcome.to_owned());
             checks.last_error.clone_from(&checks.error);
         }
         true
     }
 }
+
+/// The most places that an incident names. There are rarely more than ten, but a record may name any place.
+const MAX_PLACES: usize = 256;
 
 /// An outage of a host, according to the verdict. Its host and `number` identify it permanently.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -199,7 +183,7 @@ pub struct Incident {
     /// The time of the valid check that turned it to up again.
     pub ended_at: Option<i64>,
     /// Failed checks, by outcome.
-    pub outcomes: BTreeMap<String, i64>,
+    pub outcomes: BTreeMap<String, i32>,
     pub first_outcome: String,
     pub last_outcome: String,
     pub last_error: Option<String>,
@@ -209,7 +193,7 @@ pub struct Incident {
 
 impl Incident {
     pub fn checks(&self) -> i64 {
-        self.outcomes.values().sum()
+        self.outcomes.values().map(|count| i64::from(*count)).sum()
     }
 
     /// Of equally frequent ones, the first in byte order.
@@ -218,17 +202,12 @@ impl Incident {
         by_count.map_or("", |(outcome, _)| outcome)
     }
 
-    fn count(&mut self, agent: &str, check: &Check<'_>) {
-        match self.outcomes.get_mut(check.outcome) {
-            Some(count) => *count += 1,
-            None => {
-                self.outcomes.insert(check.outcome.to_owned(), 1);
-            }
-        }
-        replace(&mut self.last_outcome, check.outcome);
-        self.last_error = check.error.map(str::to_owned);
-        if !self.places.contains(agent) {
-            self.places.insert(agent.to_owned());
+    fn count(&mut self, record: &Observed<'_>) {
+        add_bounded(&mut self.outcomes, record.outcome, 1);
+        replace(&mut self.last_outcome, record.outcome);
+        self.last_error = record.error.map(str::to_owned);
+        if self.places.len() < MAX_PLACES && !self.places.contains(record.agent) {
+            self.places.insert(record.agent.to_owned());
         }
     }
 }
@@ -261,7 +240,7 @@ impl Host {
     }
 
     /// Takes the next record of one of its series.
-    pub fn take(&mut self, down_when: DownWhen, record: &SeriesRecord<'_>) {
+    pub fn take(&mut self, down_when: DownWhen, record: &Observed<'_>) {
         let series = match self.series.get_mut(record.agent) {
             Some(series) => series,
             None => self.series.entry(record.agent.to_owned()).or_default(),
@@ -269,7 +248,7 @@ impl Host {
         if !series.take(record) {
             return;
         }
-        let Some(check) = &record.check else { return };
+        let is_valid = record.finding == Finding::Valid;
         // The records of one place may be read before those of another, so the host's time is that of its newest check.
         let last_at = |series: &Series| series.checks.as_ref().map(|checks| checks.last_at);
         let at = self
@@ -290,20 +269,20 @@ impl Host {
             .map(|last| last.ended_at.unwrap_or(last.started_at));
         let turns_at = turned_at.map_or(record.at, |turned_at| turned_at.max(record.at));
         match self.incidents.last_mut().filter(|last| last.ended_at.is_none()) {
-            Some(open) if check.is_valid => open.ended_at = (!is_down).then_some(turns_at),
-            Some(open) => open.count(record.agent, check),
-            None if is_down && !check.is_valid => {
+            Some(open) if is_valid => open.ended_at = (!is_down).then_some(turns_at),
+            Some(open) => open.count(record),
+            None if is_down && !is_valid => {
                 let mut incident = Incident {
                     number: self.incidents.last().map_or(1, |last| last.number + 1),
                     started_at: turns_at,
                     ended_at: None,
                     outcomes: BTreeMap::new(),
-                    first_outcome: check.outcome.to_owned(),
+                    first_outcome: record.outcome.to_owned(),
                     last_outcome: String::new(),
                     last_error: None,
                     places: BTreeSet::new(),
                 };
-                incident.count(record.agent, check);
+                incident.count(record);
                 self.incidents.push(incident);
             }
             None => {}

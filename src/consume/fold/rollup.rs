@@ -4,9 +4,8 @@
 //! the records, or on how they are divided into batches.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
-use crate::sample::{Sample, Timestamp};
+use crate::consume::fold::observed::{Finding, Observed};
 
 /// Bucket widths in seconds: five minutes for the last hour, hours for days, and days for months and years.
 pub const WIDTHS: [i32; 3] = [300, 3_600, 86_400];
@@ -59,35 +58,21 @@ impl Key {
     }
 }
 
-/// What a record says about its host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finding {
-    Valid,
-    Failed,
-    /// The tick was not checked.
-    Missed,
-    /// The place could not check, because its own network, memory or threads failed.
-    Offline,
-}
+/// The most different outcomes that are counted; checks with others count as [`OTHER_OUTCOMES`]. We have about 30, but a record
+/// may have any.
+const MAX_OUTCOMES: usize = 64;
+const OTHER_OUTCOMES: &str = "other";
 
-impl Finding {
-    pub fn of(sample: &Sample<'_>) -> Self {
-        match sample.outcome.as_deref() {
-            _ if sample.is_valid => Self::Valid,
-            Some("missed") => Self::Missed,
-            Some("agent_error" | "agent_offline") => Self::Offline,
-            _ => Self::Failed,
-        }
-    }
-
-    /// Whether it says anything about the host.
-    pub fn is_check(self) -> bool {
-        matches!(self, Self::Valid | Self::Failed)
+/// Adds to the count of an outcome.
+pub(super) fn add_bounded(outcomes: &mut BTreeMap<String, i32>, outcome: &str, count: i32) {
+    if let Some(sum) = outcomes.get_mut(outcome) {
+        *sum = sum.saturating_add(count);
+    } else if outcomes.len() < MAX_OUTCOMES || outcome == OTHER_OUTCOMES {
+        outcomes.insert(outcome.to_owned(), count);
+    } else {
+        add_bounded(outcomes, OTHER_OUTCOMES, count);
     }
 }
-
-/// The outcome of a failed check whose record has none, as in the original's records.
-pub const UNKNOWN_OUTCOME: &str = "unknown";
 
 /// The sums of one bucket. Counts and sums stop at their type's maximum.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -116,43 +101,25 @@ impl Rollup {
     }
 
     /// Counts one record.
-    pub fn add(&mut self, sample: &Sample<'_>, finding: Finding) {
-        let count = match finding {
+    pub fn add(&mut self, record: &Observed<'_>) {
+        let count = match record.finding {
             Finding::Valid => &mut self.valid,
             Finding::Failed => &mut self.failed,
             Finding::Missed => &mut self.missed,
             Finding::Offline => &mut self.offline,
         };
         *count = count.saturating_add(1);
-        if finding.is_check() && sample.slow == Some(true) {
-            self.slow = self.slow.saturating_add(1);
+        self.slow = self.slow.saturating_add(i32::from(record.is_slow));
+        if record.finding == Finding::Failed {
+            add_bounded(&mut self.outcomes, record.outcome, 1);
         }
-        if finding == Finding::Failed {
-            let outcome = sample.outcome.as_deref().unwrap_or(UNKNOWN_OUTCOME);
-            match self.outcomes.get_mut(outcome) {
-                Some(count) => *count = count.saturating_add(1),
-                None => {
-                    self.outcomes.insert(outcome.to_owned(), 1);
-                }
-            }
-        }
-        if let Some(seconds) = sample.latency {
-            let micros = (seconds * 1e6).round() as i64;
+        if let Some(micros) = record.latency_us {
             self.latency_us = self.latency_us.saturating_add(micros);
             self.latency_max_us = self.latency_max_us.max(i32::try_from(micros).unwrap_or(i32::MAX));
             self.histogram.add(bin_of(micros), 1);
         }
-        let phases = [
-            sample.dns_seconds,
-            sample.connect_seconds,
-            sample.tls_seconds,
-            sample.ttfb_seconds,
-            sample.body_seconds,
-        ];
-        for (sum, seconds) in self.phases.iter_mut().zip(phases) {
-            if let Some(seconds) = seconds {
-                *sum = sum.saturating_add((seconds * 1e5).round() as i32);
-            }
+        for (sum, phase) in self.phases.iter_mut().zip(record.phases) {
+            *sum = sum.saturating_add(phase);
         }
     }
 
@@ -169,8 +136,7 @@ impl Rollup {
             *sum = sum.saturating_add(count);
         }
         for (outcome, count) in &other.outcomes {
-            let sum = self.outcomes.entry(outcome.clone()).or_default();
-            *sum = sum.saturating_add(*count);
+            add_bounded(&mut self.outcomes, outcome, *count);
         }
         self.latency_us = self.latency_us.saturating_add(other.latency_us);
         self.latency_max_us = self.latency_max_us.max(other.latency_max_us);
@@ -207,7 +173,7 @@ impl Histogram {
     }
 
     /// The latency in seconds that this share of all latencies does not exceed: the middle of its bin, as in the view
-    /// `_latency`. `None`: there is no latency.
+    /// `_latency`. `None` if there is no latency.
     pub fn percentile(&self, share: f64) -> Option<f64> {
         let rank = (share * self.count() as f64).ceil() as u64;
         let mut running = 0;
@@ -218,31 +184,45 @@ impl Histogram {
         Some(FIRST_BIN_MICROS / 1e6 * BIN_RATIO.powf(f64::from(*bin) - 0.5))
     }
 
-    /// The stored form: one number, with [`BIN_DIGITS`] digits for each bin, the last ones for bin 0. Postgres adds histograms by
-    /// adding these numbers, and does not store the empty bins at either end. `None` if all bins are empty.
-    pub fn to_number(&self) -> Option<String> {
-        let mut number = String::new();
+    /// The stored form: one number, with [`BIN_DIGITS`] decimal digits for each bin, the last ones for bin 0. Postgres adds
+    /// histograms by adding these numbers, and does not store the empty bins at either end. `None` if all bins are empty.
+    ///
+    /// The bytes are those of a `numeric` (PostgreSQL's numeric.c, `numeric_send`): the number of digits to the base of 10,000, the
+    /// weight of the first one, sign and scale, then the digits; two for each bin.
+    pub fn to_numeric(&self) -> Option<Vec<u8>> {
         let (highest, _) = self.0.last()?;
-        let mut entries = self.0.iter().rev().peekable();
+        let digits = 2 * (i16::from(*highest) + 1);
+        let mut numeric: Vec<u8> = [digits, digits - 1, 0, 0].map(i16::to_be_bytes).concat();
+        let mut bins = self.0.iter().rev().peekable();
         for bin in (0..=*highest).rev() {
-            let count = entries
+            let count = bins
                 .next_if(|(next, _)| *next == bin)
                 .map_or(0, |(_, count)| *count);
-            // Writing to a string cannot fail.
-            let _ = write!(number, "{:0BIN_DIGITS$}", count.min(MAX_COUNT));
+            let count = count.min(MAX_COUNT);
+            for digit in [count / NUMERIC_BASE, count % NUMERIC_BASE] {
+                numeric.extend((digit as i16).to_be_bytes());
+            }
         }
-        Some(number)
+        Some(numeric)
     }
 
     /// Reads the stored form. Anything else in the column counts as empty.
-    pub fn from_number(number: &str) -> Self {
+    pub fn from_numeric(numeric: &[u8]) -> Self {
+        let (numbers, _) = numeric.as_chunks();
+        let numbers: Vec<i16> = numbers.iter().map(|number| i16::from_be_bytes(*number)).collect();
         let mut histogram = Self::default();
-        let groups = number.as_bytes().rchunks(BIN_DIGITS).take(BINS);
-        for (bin, group) in (0..).zip(groups) {
-            let count = std::str::from_utf8(group)
-                .ok()
-                .and_then(|digits| digits.parse().ok());
-            if let Some(count @ 1..) = count {
+        let [_, weight, 0, 0, digits @ ..] = &numbers[..] else {
+            return histogram;
+        };
+        for (position, digit) in (0..=*weight).rev().zip(digits) {
+            let bin = u8::try_from(position / 2).unwrap_or(u8::MAX);
+            let count = u32::try_from(*digit).unwrap_or(0);
+            let count = if position % 2 == 1 {
+                count * NUMERIC_BASE
+            } else {
+                count
+            };
+            if count > 0 && usize::from(bin) < BINS {
                 histogram.add(bin, count);
             }
         }
@@ -250,36 +230,15 @@ impl Histogram {
     }
 }
 
-/// The sums of a batch.
-///
-/// Records are counted only in the narrowest buckets. The wider ones are added up once at the end.
-#[derive(Debug, Default)]
-pub struct Rollups(std::collections::HashMap<Key, Rollup>);
-
-impl Rollups {
-    pub fn add(&mut self, series_id: i64, at: Timestamp, sample: &Sample<'_>, finding: Finding) {
-        let key = Key::of(series_id, WIDTHS[0], at.unix_micros());
-        self.0.entry(key).or_default().add(sample, finding);
-    }
-
-    /// The buckets of all widths, in the order of their keys.
-    pub fn finish(self) -> BTreeMap<Key, Rollup> {
-        let mut all: std::collections::HashMap<Key, Rollup> = std::collections::HashMap::new();
-        for (key, rollup) in &self.0 {
-            for seconds in &WIDTHS[1..] {
-                let wider = Key::of(key.series_id, *seconds, key.starts_at);
-                all.entry(wider).or_default().merge(rollup);
-            }
-        }
-        all.into_iter().chain(self.0).collect()
-    }
-}
+/// The base of the digits of a `numeric`.
+const NUMERIC_BASE: u32 = 10_000;
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::sample::{Sample, Timestamp};
 
     #[test]
     fn a_bin_is_never_wrong_by_more_than_twelve_percent() {
@@ -320,15 +279,35 @@ mod tests {
     #[test]
     fn a_histogram_is_stored_as_one_number() {
         let mut histogram = Histogram::default();
-        assert_eq!(histogram.to_number(), None);
+        assert_eq!(histogram.to_numeric(), None);
         histogram.add(3, 2);
         histogram.add(1, 86_400);
+        // 2 00000000 00086400 00000000.
+        let numeric = |numbers: &[i16]| {
+            numbers
+                .iter()
+                .flat_map(|number| number.to_be_bytes())
+                .collect::<Vec<_>>()
+        };
+        let stored = numeric(&[8, 7, 0, 0, 0, 2, 0, 0, 8, 6_400, 0, 0]);
+        assert_eq!(histogram.to_numeric(), Some(stored));
+        // Postgres returns it without zeros at either end.
         assert_eq!(
-            histogram.to_number().as_deref(),
-            Some("00000002000000000008640000000000")
+            Histogram::from_numeric(&numeric(&[5, 6, 0, 0, 2, 0, 0, 8, 6_400])),
+            histogram
         );
-        // As Postgres writes it, without zeros in front.
-        assert_eq!(Histogram::from_number("2000000000008640000000000"), histogram);
+        for other in [
+            &[1, 0, 0x4000, 0, 7][..],
+            &[1, -1, 0, 4, 7],
+            &[0, 0, -16_384, 0],
+            &[1, 0],
+        ] {
+            assert_eq!(
+                Histogram::from_numeric(&numeric(other)),
+                Histogram::default(),
+                "{other:?}"
+            );
+        }
     }
 
     #[test]
@@ -346,36 +325,16 @@ mod tests {
     }
 
     #[test]
-    fn only_a_failed_check_counts_as_failed() {
-        let sample = |is_valid, outcome: Option<&'static str>| Sample {
-            is_valid,
-            outcome: outcome.map(Into::into),
-            ..Sample::default()
-        };
-        for (is_valid, outcome, finding) in [
-            (true, Some("ok"), Finding::Valid),
-            (true, None, Finding::Valid),
-            (false, Some("missed"), Finding::Missed),
-            (false, Some("agent_error"), Finding::Offline),
-            (false, Some("agent_offline"), Finding::Offline),
-            (false, Some("dns_error"), Finding::Failed),
-            (false, Some("a word of a later version"), Finding::Failed),
-            (false, None, Finding::Failed),
-        ] {
-            assert_eq!(Finding::of(&sample(is_valid, outcome)), finding, "{outcome:?}");
-        }
-    }
-
-    #[test]
     fn sums_stop_at_their_maximum() {
-        let mut rollup = Rollup::default();
         let sample = Sample {
             latency: Some(1e300),
             dns_seconds: Some(1e300),
+            scheduled_at: Timestamp::from_unix_micros(0),
             ..Sample::default()
         };
+        let mut rollup = Rollup::default();
         for _ in 0..3 {
-            rollup.add(&sample, Finding::Failed);
+            rollup.add(&Observed::of(&sample, None).unwrap());
         }
         assert_eq!((rollup.failed, rollup.latency_us), (3, i64::MAX));
         assert_eq!(rollup.phases[0], i32::MAX);
@@ -385,6 +344,17 @@ mod tests {
         assert_eq!((sum.due(), sum.latency_us), (6, i64::MAX));
     }
 
+    #[test]
+    fn made_up_outcomes_do_not_make_a_bucket_grow() {
+        let mut outcomes = BTreeMap::new();
+        for number in 0..1_000 {
+            add_bounded(&mut outcomes, &format!("made up {number:04}"), 1);
+        }
+        add_bounded(&mut outcomes, "made up 0000", 5);
+        assert_eq!(outcomes.len(), MAX_OUTCOMES + 1);
+        assert_eq!((outcomes["made up 0000"], outcomes["other"]), (6, 936));
+    }
+
     proptest! {
         #[test]
         fn a_stored_histogram_reads_back(entries in prop::collection::vec((0..64_u8, 1..1_000_000_u32), 0..20)) {
@@ -392,14 +362,13 @@ mod tests {
             for (bin, count) in entries {
                 histogram.add(bin, count);
             }
-            let number = histogram.to_number().unwrap_or_default();
-            prop_assert_eq!(&Histogram::from_number(&number), &histogram);
-            prop_assert_eq!(&Histogram::from_number(number.trim_start_matches('0')), &histogram);
+            let numeric = histogram.to_numeric().unwrap_or_default();
+            prop_assert_eq!(Histogram::from_numeric(&numeric), histogram);
         }
 
         #[test]
-        fn a_histogram_edited_by_hand_causes_no_panic(text in "[-0-9.eNa]{0,600}") {
-            Histogram::from_number(&text);
+        fn no_bytes_in_the_column_are_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            Histogram::from_numeric(&bytes);
         }
     }
 }
