@@ -336,6 +336,30 @@ fn the_places_of_a_host_vote_on_its_verdict_and_a_silent_place_has_no_vote() {
 }
 
 #[test]
+fn texts_of_any_length_do_not_stop_the_state() {
+    let mut db = Database::new();
+    let mut store = state_store(&db, "host_metrics", StateConfig::default());
+    // A random text does not compress, so an index cannot hold 3,000 bytes of it.
+    let long: String = std::iter::repeat_with(|| fastrand::alphanumeric())
+        .take(3_000)
+        .collect();
+    let sample = Sample {
+        address: format!("https://{}.example/", &long[..2_000]).into(),
+        agent: Some(long.as_str().into()),
+        outcome: Some(long.as_str().into()),
+        error: Some(long.as_str().into()),
+        name: Some(long.as_str().into()),
+        scheduled_at: Timestamp::from_unix_micros(now_micros()),
+        ..Sample::default()
+    };
+    fold(&mut store, &[sample], 1);
+    assert_eq!(
+        db.one("SELECT length(agent)::text FROM host_metrics_series"),
+        "255"
+    );
+}
+
+#[test]
 fn state_tables_that_are_dropped_are_made_again_while_rows_go_on() {
     let mut case = Case::new("state-dropped", 2);
     let consumer = Agent::start(&["consume"], &case.variables().with("STATE", "on"));
