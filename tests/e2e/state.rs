@@ -340,7 +340,7 @@ fn texts_of_any_length_do_not_stop_the_state() {
     let mut db = Database::new();
     let mut store = state_store(&db, "host_metrics", StateConfig::default());
     // A random text does not compress, so an index cannot hold 3,000 bytes of it.
-    let long: String = std::iter::repeat_with(|| fastrand::alphanumeric())
+    let long: String = std::iter::repeat_with(fastrand::alphanumeric)
         .take(3_000)
         .collect();
     let sample = Sample {
