@@ -54,6 +54,9 @@ pub enum Command {
     Page(Page),
     /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
     Skip(Skip),
+    /// Change or show the hosts in the database, which `produce -c postgres:` checks
+    #[command(subcommand)]
+    Hosts(Hosts),
     /// Check that every record is stored exactly once and every tick has exactly one row
     Audit(Audit),
     /// Ask the agent at METRICS_ADDR on this machine whether it is ready
@@ -99,9 +102,9 @@ pub enum When {
 
 #[derive(Debug, Args)]
 pub struct Produce {
-    /// The hosts to check; `-` is standard input
-    #[arg(short = 'c', value_name = "FILE")]
-    pub host_file: PathBuf,
+    /// The hosts to check; `-` is standard input, `postgres:` the table of `hosts` (repeatable)
+    #[arg(short = 'c', value_name = "FILE", required = true)]
+    pub host_files: Vec<PathBuf>,
 
     /// Check each host once, immediately, and exit when Kafka has acknowledged every record
     #[arg(long)]
@@ -248,6 +251,82 @@ pub struct Skip {
     common: Common,
 }
 
+#[derive(Debug, Subcommand)]
+#[command(disable_help_subcommand = true)]
+pub enum Hosts {
+    /// Add a host
+    Add(HostsAdd),
+    /// Remove hosts
+    Remove(HostsNamed),
+    /// Show all hosts, and what is wrong with them
+    List(HostsAll),
+    /// Check hosts again that were disabled
+    Enable(HostsNamed),
+    /// Stop checking hosts, but keep them in the table
+    Disable(HostsNamed),
+    /// Add the hosts of a host file, or change them, all at once
+    Import(HostsImport),
+    /// Print the hosts as a host file
+    Export(HostsAll),
+}
+
+#[derive(Debug, Args)]
+pub struct HostsAdd {
+    /// A URL, or a domain or IP address, which is checked over https
+    pub address: String,
+
+    /// How often to check it: minutes, or a number with s, m, h or d, e.g. 30s
+    pub frequency: String,
+
+    /// A regex that must match somewhere in the body
+    pub regex: Option<String>,
+
+    /// An option as in the host file: status=404, method=HEAD, … (repeatable)
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
+    pub options: Vec<String>,
+
+    /// A note for people
+    #[arg(long, value_name = "TEXT")]
+    pub note: Option<String>,
+
+    /// Change the host if it is already in the table
+    #[arg(long)]
+    pub replace: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct HostsNamed {
+    /// The addresses, as in the table
+    #[arg(required = true, value_name = "ADDRESS")]
+    pub addresses: Vec<String>,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct HostsAll {
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+pub struct HostsImport {
+    /// The host file; `-` is standard input
+    #[arg(value_name = "FILE")]
+    pub host_file: PathBuf,
+
+    /// Remove all hosts that are not in FILE, and enable those that are
+    #[arg(long)]
+    pub replace: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
 #[derive(Debug, Args)]
 pub struct Audit {
     #[command(flatten)]
@@ -329,6 +408,15 @@ impl Command {
             | Self::Tail(Tail { common, .. })
             | Self::Page(Page { common, .. })
             | Self::Skip(Skip { common, .. })
+            | Self::Hosts(
+                Hosts::Add(HostsAdd { common, .. })
+                | Hosts::Remove(HostsNamed { common, .. })
+                | Hosts::Enable(HostsNamed { common, .. })
+                | Hosts::Disable(HostsNamed { common, .. })
+                | Hosts::List(HostsAll { common })
+                | Hosts::Export(HostsAll { common })
+                | Hosts::Import(HostsImport { common, .. }),
+            )
             | Self::Audit(Audit { common })
             | Self::Health(Health { common })
             | Self::Demo(Demo { common, .. })
@@ -411,6 +499,7 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   AGENT_NAME                the name in each record of the place that checks
                             [PRODUCE_GROUP, else the host name]
   PRODUCE_GROUP             producers with the same group share their hosts [none]
+  HOSTS_CACHE_FILE          where `produce -c postgres:` keeps the hosts for a start without the database [none]
   PAGE_ADDR                 where `page` serves [127.0.0.1:9480]
   PAGE_TITLE                the title of the page [Status]
   PAGE_SHOW_ADDRESSES       yes or no: whether the page shows addresses and hosts without a name [no]

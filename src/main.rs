@@ -14,10 +14,11 @@ use signal_hook::consts::SIGHUP;
 
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
-use host_metrics::commands::{audit, check, demo, init, page, skip, status, tail, validate};
+use host_metrics::commands::{self, audit, check, demo, init, page, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
 use host_metrics::produce::host_file::{self, HostFileError, Hosts, OnDisk};
+use host_metrics::produce::hosts::{self, Sources};
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
 use host_metrics::{consume, limits, logging, terminal};
@@ -78,6 +79,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Tail(args) => run_tail(args, &variables),
         Command::Page(args) => run_page(args, &variables),
         Command::Skip(args) => run_skip(args, &variables),
+        Command::Hosts(action) => run_hosts(action, &variables),
         Command::Audit(_) => run_audit(&variables),
         Command::Health(_) => run_health(&variables),
         Command::Demo(args) => run_demo(args, &variables),
@@ -90,18 +92,26 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<boo
     // Until the signals are handled below, SIGHUP would end the program; reading a large file takes a while.
     let changed_early = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(SIGHUP, Arc::clone(&changed_early)).context("cannot handle signals")?;
-    let hosts = read_hosts(&args.host_file, variables);
-    let (config, hosts) = both(config::produce(variables), hosts)?;
-    start_logging(variables, Servers::KAFKA)?;
+    let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
+    let secrets = config::secrets_dir(variables);
+    let files = Sources::read_files(&args.host_files, secrets.as_deref());
+    let (config, sources, hosts) = if args.host_files.iter().any(|name| hosts::is_table(name)) {
+        let ((config, table), (mut sources, mut hosts)) = both(config::produce_from_table(variables), files)?;
+        start_logging(variables, Servers::BOTH)?;
+        sources.add_table(&table, secrets.as_deref(), &mut hosts, rounds == Rounds::Once)?;
+        (config, sources, hosts)
+    } else {
+        let (config, (sources, hosts)) = both(config::produce(variables), files)?;
+        start_logging(variables, Servers::KAFKA)?;
+        (config, sources, hosts)
+    };
     let targets = with_warnings(hosts);
     prepare_limits(&targets, config.check.max_threads);
-    let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
-    let host_file = Some(args.host_file.as_path()).filter(|path| !host_file::is_stdin(path));
     let shutdown = listen_to_signals()?;
     if changed_early.load(Ordering::Relaxed) {
         shutdown.request_reload();
     }
-    produce::run(&config, targets, host_file, rounds, &shutdown)?;
+    produce::run(&config, targets, sources, rounds, &shutdown)?;
     Ok(true)
 }
 
@@ -212,6 +222,53 @@ fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::consume(variables)?;
     start_logging(variables, Servers::BOTH)?;
     print(&skip::run(&config, &args.place)?)?;
+    Ok(true)
+}
+
+fn run_hosts(action: &cli::Hosts, variables: &Variables) -> anyhow::Result<bool> {
+    let config = config::hosts(variables)?.database;
+    let secrets = config::secrets_dir(variables);
+    let start_logging = || {
+        start_logging(
+            variables,
+            Servers {
+                kafka: false,
+                database: true,
+            },
+        )
+    };
+    match action {
+        cli::Hosts::Add(args) => {
+            let host = commands::hosts::NewHost::new(args, secrets.as_deref())?;
+            start_logging()?;
+            commands::hosts::add(&config, &host, args.replace)?;
+        }
+        cli::Hosts::Import(args) => {
+            let import = commands::hosts::Import::read(&args.host_file, secrets.as_deref(), args.replace)?;
+            start_logging()?;
+            print(&commands::hosts::import(&config, &import)?)?;
+        }
+        cli::Hosts::Remove(args) => {
+            start_logging()?;
+            commands::hosts::remove(&config, &args.addresses)?;
+        }
+        cli::Hosts::Enable(args) => {
+            start_logging()?;
+            commands::hosts::enable(&config, &args.addresses, true)?;
+        }
+        cli::Hosts::Disable(args) => {
+            start_logging()?;
+            commands::hosts::enable(&config, &args.addresses, false)?;
+        }
+        cli::Hosts::List(_) => {
+            start_logging()?;
+            print(&commands::hosts::list(&config)?)?;
+        }
+        cli::Hosts::Export(_) => {
+            start_logging()?;
+            print(&commands::hosts::export(&config)?)?;
+        }
+    }
     Ok(true)
 }
 

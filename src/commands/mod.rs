@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod check;
 pub mod demo;
+pub mod hosts;
 pub mod init;
 pub mod page;
 pub mod skip;

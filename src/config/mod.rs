@@ -62,13 +62,48 @@ pub struct ProduceConfig {
 /// # Errors
 /// All wrong variables.
 pub fn produce(variables: &Variables) -> Result<ProduceConfig, WrongVariables> {
-    read(variables, |reader| ProduceConfig {
+    read(variables, produce_config)
+}
+
+fn produce_config(reader: &mut Reader<'_>) -> ProduceConfig {
+    ProduceConfig {
         kafka: kafka::servers_and_security(reader),
         topic: kafka::topic(reader),
         group: kafka::produce_group(reader),
         check: check::checks(reader, false),
         metrics_addr: metrics_addr(reader),
-    })
+    }
+}
+
+/// The table of hosts.
+#[derive(Clone, Debug)]
+pub struct HostsConfig {
+    pub database: DatabaseConfig,
+    /// Where `produce` keeps the last good list.
+    pub cache_file: Option<PathBuf>,
+}
+
+/// The configuration of `produce -c postgres:`.
+///
+/// # Errors
+/// All wrong variables.
+pub fn produce_from_table(variables: &Variables) -> Result<(ProduceConfig, HostsConfig), WrongVariables> {
+    read(variables, |reader| (produce_config(reader), hosts_config(reader)))
+}
+
+/// The configuration of `hosts`.
+///
+/// # Errors
+/// All wrong variables.
+pub fn hosts(variables: &Variables) -> Result<HostsConfig, WrongVariables> {
+    read(variables, hosts_config)
+}
+
+fn hosts_config(reader: &mut Reader<'_>) -> HostsConfig {
+    HostsConfig {
+        database: database::database(reader),
+        cache_file: reader.get("HOSTS_CACHE_FILE").map(PathBuf::from),
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::problem::Problem;
 
 /// The names of all variables. Other names are ignored in `.env` and in the environment, and are an error after `-e`.
-pub const NAMES: [&str; 42] = [
+pub const NAMES: [&str; 43] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
     "KAFKA_SECURITY_PROTOCOL",
@@ -42,6 +42,7 @@ pub const NAMES: [&str; 42] = [
     "SECRETS_DIR",
     "AGENT_NAME",
     "PRODUCE_GROUP",
+    "HOSTS_CACHE_FILE",
     "METRICS_ADDR",
     "PAGE_ADDR",
     "PAGE_TITLE",

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prometheus::{Histogram, HistogramOpts, HistogramVec};
@@ -30,6 +30,8 @@ pub struct Counters {
     pub left: AtomicU64,
     /// Hosts that are checked, checks under way and their threads, at the last turn of the timer loop.
     pub hosts: AtomicUsize,
+    /// Whether the newest list of a source of hosts is not in force, because of an error.
+    pub host_list_has_error: Arc<AtomicBool>,
     pub under_way: AtomicUsize,
     pub threads: AtomicUsize,
     /// Of the timer loop.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::produce::fleet::Order;
-use crate::produce::host_file::{HostFileError, Hosts};
+use crate::produce::host_file::Hosts;
 use crate::produce::micros;
 use crate::produce::result::CheckResult;
 
@@ -27,7 +27,8 @@ pub(super) struct Mailbox {
 struct Mail {
     results: Vec<CheckResult>,
     orders: Vec<Order>,
-    reloaded: Option<Result<Hosts, HostFileError>>,
+    /// The newest list.
+    hosts: Option<Hosts>,
     is_urgent: bool,
     /// Ticks wait for a thread, and every result frees one.
     results_are_urgent: bool,
@@ -35,7 +36,7 @@ struct Mail {
     wakes_at: i64,
 }
 
-pub(super) type Taken = (Vec<CheckResult>, Vec<Order>, Option<Result<Hosts, HostFileError>>);
+pub(super) type Taken = (Vec<CheckResult>, Vec<Order>, Option<Hosts>);
 
 impl Mailbox {
     pub(super) fn new(clock: Clock) -> Self {
@@ -59,8 +60,8 @@ impl Mailbox {
         self.wake();
     }
 
-    pub(super) fn put_reloaded(&self, reloaded: Result<Hosts, HostFileError>) {
-        self.mail().reloaded = Some(reloaded);
+    pub(super) fn put_hosts(&self, hosts: Hosts) {
+        self.mail().hosts = Some(hosts);
         self.wake();
     }
 
@@ -97,7 +98,7 @@ impl Mailbox {
             std::mem::take(&mut mail.results),
             std::mem::take(&mut mail.orders),
         );
-        (results, orders, mail.reloaded.take())
+        (results, orders, mail.hosts.take())
     }
 
     fn mail(&self) -> MutexGuard<'_, Mail> {

@@ -56,6 +56,11 @@ impl Figures {
             "Hosts that are checked.",
             gauge(counters.hosts.load(Ordering::Relaxed)),
         );
+        page.gauge(
+            "host_metrics_host_list_current",
+            "1 while the hosts are those of the host file or table, 0 while its newest version has an error or cannot be read.",
+            f64::from(u8::from(!counters.host_list_has_error.load(Ordering::Relaxed))),
+        );
         page.counter(
             "host_metrics_ticks_due_total",
             "Ticks that were due. Each is checked or missed.",

@@ -1,11 +1,13 @@
 //! The `produce` command: from the host file to acknowledged records.
 //!
 //! This file starts the parts. `timer` connects them: it begins checks, takes results and hands records to the publisher.
-//! `host_file`, `schedule`, `outbox` and `share` are pure; `pool` (threads), `publisher` and `fleet` (Kafka) are the edges.
+//! `host_file`, `schedule`, `outbox` and `share` are pure; `hosts` (files, Postgres), `pool` (threads), `publisher` and `fleet`
+//! (Kafka) are the edges.
 
 pub mod counters;
 mod fleet;
 pub mod host_file;
+pub mod hosts;
 mod mailbox;
 mod metrics;
 pub mod outbox;
@@ -19,7 +21,6 @@ mod stop;
 mod summary;
 mod timer;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -31,6 +32,7 @@ use crate::clock::Clock;
 use crate::config::{GroupConfig, ProduceConfig};
 use crate::http::Endpoint;
 use crate::produce::counters::Counters;
+use crate::produce::hosts::Sources;
 use crate::produce::mailbox::Mailbox;
 use crate::produce::metrics::Figures;
 use crate::produce::pool::Pool;
@@ -50,8 +52,7 @@ pub enum Rounds {
     Endless,
 }
 
-/// Checks `targets` and publishes one record per tick. A reload reads `host_file` again; `None` is standard input, which
-/// cannot be read twice.
+/// Checks `targets` and publishes one record per tick. `sources` is where they come from; their changes are followed.
 ///
 /// METRICS_ADDR is served unless the run is [`Rounds::Once`], which may run beside an agent that uses the address.
 ///
@@ -60,7 +61,7 @@ pub enum Rounds {
 pub fn run(
     config: &ProduceConfig,
     targets: Vec<Target>,
-    host_file: Option<&Path>,
+    sources: Sources,
     rounds: Rounds,
     shutdown: &Shutdown,
 ) -> anyhow::Result<()> {
@@ -74,7 +75,7 @@ pub fn run(
     let _endpoint = metrics_addr
         .map(|address| Endpoint::start(address, figures))
         .transpose()?;
-    run_counted(config, targets, host_file, rounds, shutdown, counters)
+    run_counted(config, targets, sources, rounds, shutdown, counters)
 }
 
 /// The same as [`run`], for callers that read the counters. METRICS_ADDR is not served.
@@ -84,7 +85,7 @@ pub fn run(
 pub fn run_counted(
     config: &ProduceConfig,
     targets: Vec<Target>,
-    host_file: Option<&Path>,
+    sources: Sources,
     rounds: Rounds,
     shutdown: &Shutdown,
     counters: Arc<Counters>,
@@ -92,7 +93,7 @@ pub fn run_counted(
     let checks = Checks::new(&config.check)?;
     let setup = Setup {
         config,
-        host_file,
+        sources,
         rounds,
         shutdown,
         counters,
@@ -107,7 +108,7 @@ pub fn run_counted(
 /// What a run needs from its caller. Tests use their own checks and bounds.
 pub struct Setup<'a> {
     pub config: &'a ProduceConfig,
-    pub host_file: Option<&'a Path>,
+    pub sources: Sources,
     pub rounds: Rounds,
     pub shutdown: &'a Shutdown,
     pub counters: Arc<Counters>,
@@ -165,7 +166,7 @@ impl Setup<'_> {
             Rounds::Once => Schedule::once(targets, limits, now),
             Rounds::Endless => Schedule::endless(targets, limits, now),
         };
-        TimerLoop::new(self, schedule, shared_hosts, pool, publisher, clock, mailbox).run()
+        TimerLoop::new(self, schedule, shared_hosts, pool, publisher, clock, mailbox)?.run()
     }
 
     /// PRODUCE_GROUP. A run of [`Rounds::Once`] checks all hosts itself.

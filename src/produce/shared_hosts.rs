@@ -200,11 +200,15 @@ impl SharedHosts {
     }
 }
 
-/// The topics of the records of these hosts.
+/// The topics of the records of these hosts; without hosts the default one.
 fn topics_of(targets: &[Arc<Target>], default_topic: &str) -> Vec<String> {
-    let topics: BTreeSet<&str> = targets
+    let mut topics: BTreeSet<&str> = targets
         .iter()
         .map(|target| target.topic.as_deref().unwrap_or(default_topic))
         .collect();
+    // A group cannot be joined without a topic.
+    if topics.is_empty() {
+        topics.insert(default_topic);
+    }
     topics.into_iter().map(str::to_owned).collect()
 }

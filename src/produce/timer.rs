@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use anyhow::Context;
+
 use super::mailbox::Mailbox;
 use super::pool::Pool;
 use super::publisher::{Publisher, Record};
@@ -14,12 +16,13 @@ use super::result::{CheckResult, missed_record};
 use super::schedule::{BacklogItem, Next, Schedule};
 use super::shared_hosts::SharedHosts;
 use super::summary::Summary;
-use super::{Rounds, Setup, host_file, micros};
+use super::{Rounds, Setup, micros};
 use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::Clock;
 use crate::http::health;
-use crate::produce::host_file::{HostFileError, Hosts};
+use crate::produce::host_file::Hosts;
+use crate::produce::hosts::Watch;
 use crate::sample::Outcome;
 
 /// How many records of the backlog are written before the loop looks again at what is due: 0.2 ms of work.
@@ -39,19 +42,11 @@ pub(super) struct TimerLoop<'a> {
     pub(super) publisher: Publisher,
     pub(super) clock: Clock,
     mailbox: Arc<Mailbox>,
-    reload: Reload,
+    /// `None`: the hosts do not change.
+    watch: Option<Watch>,
     pub(super) summary: Summary,
     /// Empty between turns; kept for its capacity.
     backlog: Vec<BacklogItem<Record>>,
-}
-
-/// The host file is read on a thread of its own, because a hundred thousand lines take longer than a tick may be late.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reload {
-    Idle,
-    Reading,
-    /// Another reload was requested meanwhile. The file may have changed since it was read.
-    ReadAgain,
 }
 
 /// What is left of the backlog.
@@ -65,16 +60,29 @@ pub(super) enum Backlog {
 
 impl<'a> TimerLoop<'a> {
     pub(super) fn new(
-        setup: Setup<'a>,
+        mut setup: Setup<'a>,
         schedule: Schedule<Record>,
         shared_hosts: Option<SharedHosts>,
         pool: Pool,
         publisher: Publisher,
         clock: Clock,
         mailbox: Arc<Mailbox>,
-    ) -> Self {
+    ) -> anyhow::Result<Self> {
+        let sources = std::mem::take(&mut setup.sources);
+        let watch = match setup.rounds {
+            Rounds::Once => None,
+            Rounds::Endless => {
+                let (has_error, lists) = (
+                    Arc::clone(&setup.counters.host_list_has_error),
+                    Arc::clone(&mailbox),
+                );
+                let secrets = setup.config.check.secrets_dir.clone();
+                let watch = sources.watch(secrets, has_error, move |hosts| lists.put_hosts(hosts));
+                Some(watch.context("cannot start a thread to watch the hosts")?)
+            }
+        };
         let now = clock.now_micros();
-        Self {
+        Ok(Self {
             schedule,
             looked_at: now,
             shared_hosts,
@@ -82,11 +90,11 @@ impl<'a> TimerLoop<'a> {
             publisher,
             clock,
             mailbox,
-            reload: Reload::Idle,
+            watch,
             summary: Summary::new(setup.counters.snapshot(), now),
             backlog: Vec::with_capacity(BACKLOG_AT_A_TIME),
             setup,
-        }
+        })
     }
 
     pub(super) fn run(mut self) -> anyhow::Result<()> {
@@ -95,8 +103,10 @@ impl<'a> TimerLoop<'a> {
             if let Some(requested_at) = self.setup.shutdown.requested_at() {
                 return self.stop(requested_at);
             }
-            if self.setup.shutdown.take_reload() {
-                self.begin_reload();
+            if self.setup.shutdown.take_reload()
+                && let Some(watch) = &self.watch
+            {
+                watch.reload();
             }
             let next_tick = self.start_due();
             let backlog = self.write_backlog();
@@ -155,7 +165,7 @@ impl<'a> TimerLoop<'a> {
     }
 
     pub(super) fn take_mail(&mut self) {
-        let (results, orders, reloaded) = self.mailbox.take();
+        let (results, orders, hosts) = self.mailbox.take();
         for result in results {
             self.take_result(result);
         }
@@ -165,8 +175,10 @@ impl<'a> TimerLoop<'a> {
                 shared_hosts.obey(order, &mut self.schedule, &self.publisher, now);
             }
         }
-        if let Some(reloaded) = reloaded {
-            self.end_reload(reloaded);
+        if let Some(hosts) = hosts
+            && !self.setup.shutdown.requested()
+        {
+            self.replace_hosts(hosts);
         }
     }
 
@@ -212,53 +224,20 @@ impl<'a> TimerLoop<'a> {
         left
     }
 
-    fn begin_reload(&mut self) {
-        let Some(path) = self.setup.host_file else {
-            log::warn!(
-                "reload: the host file was read from standard input and cannot be read again; the hosts stay as they were"
-            );
-            return;
-        };
-        if self.reload != Reload::Idle {
-            self.reload = Reload::ReadAgain;
-            return;
+    fn replace_hosts(&mut self, hosts: Hosts) {
+        let Hosts { targets, warnings } = hosts;
+        for line in warnings {
+            log::warn!("reload: {line}");
         }
-        let (path, mailbox) = (path.to_owned(), Arc::clone(&self.mailbox));
-        let secrets_dir = self.setup.config.check.secrets_dir.clone();
-        let reading = std::thread::Builder::new()
-            .name("reload".into())
-            .spawn(move || mailbox.put_reloaded(host_file::read(&path, secrets_dir.as_deref())));
-        match reading {
-            Ok(_) => self.reload = Reload::Reading,
-            Err(error) => log::error!(
-                "reload: cannot start a thread to read the host file: {error}; the hosts stay as they were"
-            ),
-        }
-    }
-
-    fn end_reload(&mut self, reloaded: Result<Hosts, HostFileError>) {
-        match reloaded {
-            Ok(Hosts { targets, warnings }) => {
-                for line in warnings {
-                    log::warn!("reload: {line}");
-                }
-                log::info!("reload hosts={}", targets.len());
-                self.setup.counters.hosts.store(targets.len(), Ordering::Relaxed);
-                let now = self.clock.now_micros();
-                match &mut self.shared_hosts {
-                    Some(shared_hosts) => shared_hosts.reload(targets, &mut self.schedule, now),
-                    None => {
-                        let targets = targets.into_iter().map(Arc::new).collect();
-                        self.schedule.reload(targets, |_| None, now);
-                    }
-                }
+        log::info!("reload hosts={}", targets.len());
+        self.setup.counters.hosts.store(targets.len(), Ordering::Relaxed);
+        let now = self.clock.now_micros();
+        match &mut self.shared_hosts {
+            Some(shared_hosts) => shared_hosts.reload(targets, &mut self.schedule, now),
+            None => {
+                let targets = targets.into_iter().map(Arc::new).collect();
+                self.schedule.reload(targets, |_| None, now);
             }
-            Err(error) => log::error!("reload: the hosts stay as they were: {error}"),
-        }
-        let again = self.reload == Reload::ReadAgain;
-        self.reload = Reload::Idle;
-        if again {
-            self.begin_reload();
         }
     }
 }

@@ -3,6 +3,7 @@
 pub mod days;
 mod ddl;
 pub mod destination;
+pub mod hosts;
 pub mod migrate;
 pub mod names;
 pub mod row;

@@ -79,6 +79,7 @@ pub enum Object {
     Series,
     Rollups,
     Incidents,
+    Hosts,
     Latest,
     Uptime,
     Latency,
@@ -86,13 +87,14 @@ pub enum Object {
 }
 
 impl Object {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Main,
         Self::Offsets,
         Self::Rejected,
         Self::Series,
         Self::Rollups,
         Self::Incidents,
+        Self::Hosts,
         Self::Latest,
         Self::Uptime,
         Self::Latency,
@@ -111,6 +113,7 @@ impl Object {
             Self::Series => "_series",
             Self::Rollups => "_rollups",
             Self::Incidents => "_incidents",
+            Self::Hosts => "_hosts",
             Self::Latest => "_latest",
             Self::Uptime => "_uptime",
             Self::Latency => "_latency",
@@ -150,6 +153,7 @@ impl Object {
                 "a row per outage of a host by verdict, from the failed check that made it down to the valid one that made \
                  it up (ended_at is null while it lasts)"
             }
+            Self::Hosts => "the hosts of produce -c postgres: each row is a line of the host file",
             Self::Latest => "the newest row of every host and place",
             Self::Uptime => {
                 "per host (agent is null) and place, by window: ticks due, ticks that were valid, ticks that were missed (not \

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::ops::Range;
 
 use crate::sample::Timestamp;
+use crate::tables::hosts;
 use crate::tables::names::{Object, SEARCH_PATH, TableName, literal};
 use crate::tables::state::{INCIDENTS, ROLLUPS, SERIES};
 use crate::tables::views::{self, HOUR};
@@ -151,6 +152,7 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
         Object::Series => SERIES.create(table, |suffix| index(table, suffix)),
         Object::Rollups => ROLLUPS.create(table, |suffix| index(table, suffix)),
         Object::Incidents => INCIDENTS.create(table, |suffix| index(table, suffix)),
+        Object::Hosts => hosts::create(table, object.suffix()),
         Object::Latest => view(views::latest(table)),
         Object::Uptime => view(views::uptime(table)),
         Object::Latency => view(views::latency(table)),
@@ -222,6 +224,9 @@ pub fn let_read(table: &TableName, reader: &str) -> String {
 
 /// Removes one object. Not `CASCADE`: what a user built upon it is the user's.
 pub fn drop(object: Object, table: &TableName) -> String {
+    if object == Object::Hosts {
+        return hosts::drop(table, object.suffix());
+    }
     format!(
         "DROP {} IF EXISTS {};",
         object.keyword(),
@@ -401,6 +406,9 @@ mod tests {
         let suffixes = Object::ALL.map(Object::suffix);
         for suffix in suffixes.into_iter().chain([
             DEFAULT_SUFFIX,
+            "_hosts_version",
+            "_hosts_changed",
+            "_hosts_pkey",
             "_history",
             "_series_address",
             "_incidents_ended",

@@ -15,6 +15,7 @@ mod existing_tables;
 mod faults;
 mod fleet;
 mod harness;
+mod hosts;
 mod init;
 mod kafka;
 mod kills;

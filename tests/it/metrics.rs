@@ -15,6 +15,7 @@ use host_metrics::consume;
 use host_metrics::http::health::{self, Health};
 use host_metrics::http::metrics::Page;
 use host_metrics::http::{Endpoint, Watched};
+use host_metrics::produce::hosts::Sources;
 use host_metrics::produce::{self, Rounds, host_file};
 use host_metrics::shutdown::Shutdown;
 use rdkafka::mocking::MockCluster;
@@ -655,7 +656,7 @@ impl Running {
         let config = config::produce(variables).unwrap();
         Self::start(move |shutdown| {
             let targets = host_file::parse("hosts", hosts.as_bytes()).unwrap().targets;
-            produce::run(&config, targets, None, Rounds::Endless, shutdown)
+            produce::run(&config, targets, Sources::default(), Rounds::Endless, shutdown)
         })
     }
 

@@ -16,6 +16,7 @@ use host_metrics::check::observation::Observation;
 use host_metrics::check::target::Target;
 use host_metrics::config::{CheckConfig, KafkaConfig, KafkaSecurity, ProduceConfig};
 use host_metrics::produce::counters::Counters;
+use host_metrics::produce::hosts::Sources;
 use host_metrics::produce::publisher::Bounds;
 use host_metrics::produce::schedule::MissedReason;
 use host_metrics::produce::{self, Rounds, Setup};
@@ -524,6 +525,69 @@ fn a_reload_takes_the_new_hosts_and_a_bad_file_changes_nothing() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_host_file_is_read_again_however_it_is_changed() {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    let kafka = Kafka::start();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let lines = |hosts: usize| {
+        (0..hosts)
+            .map(|i| format!("h{i}.example 1d\n"))
+            .collect::<String>()
+    };
+    // As Kubernetes mounts a ConfigMap.
+    for (name, hosts) in [("v1", 2), ("v2", 7)] {
+        fs::create_dir(path(name)).unwrap();
+        fs::write(path(name).join("hosts"), lines(hosts)).unwrap();
+    }
+    symlink("v1", path("data")).unwrap();
+    symlink("data/hosts", path("hosts")).unwrap();
+    let file = path("hosts");
+    let run = Running::start_at(
+        config(&kafka.servers(), TOPIC),
+        Some(&file),
+        Rounds::Endless,
+        vec![host("h0.example", 86_400), host("h1.example", 86_400)],
+        Bounds::default(),
+        |_, _| ok(),
+    );
+    let wait_for = |what: &str, hosts: usize, has_error: bool| {
+        run.wait_for(what, |counters| {
+            counters.hosts.load(Ordering::Relaxed) == hosts
+                && counters.host_list_has_error.load(Ordering::Relaxed) == has_error
+        });
+    };
+    wait_for("the start", 2, false);
+    fs::write(&file, lines(3)).unwrap();
+    wait_for("written in place", 3, false);
+    fs::write(path("new"), lines(4)).unwrap();
+    fs::rename(path("new"), path("v1").join("hosts")).unwrap();
+    wait_for("replaced by rename", 4, false);
+    fs::write(&file, "h0.example 1x\n").unwrap();
+    wait_for("an error", 4, true);
+    fs::write(&file, lines(5)).unwrap();
+    wait_for("corrected", 5, false);
+    fs::remove_file(path("v1").join("hosts")).unwrap();
+    wait_for("deleted", 5, true);
+    symlink("v2", path("new")).unwrap();
+    fs::rename(path("new"), path("data")).unwrap();
+    wait_for("another target of a symbolic link", 7, false);
+    // Reading a pipe would block, and so would the next change.
+    fs::remove_file(path("v2").join("hosts")).unwrap();
+    let made = std::process::Command::new("mkfifo")
+        .arg(path("v2").join("hosts"))
+        .status();
+    assert!(made.unwrap().success());
+    wait_for("a pipe", 7, true);
+    fs::remove_file(path("v2").join("hosts")).unwrap();
+    fs::write(&file, lines(1)).unwrap();
+    wait_for("a file again", 1, false);
+    run.stop().expect("a clean stop");
+}
+
+#[test]
 fn the_real_check_of_a_real_server_arrives_as_a_record() {
     let kafka = Kafka::start();
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -545,7 +609,14 @@ fn the_real_check_of_a_real_server_arrives_as_a_record() {
         .unwrap()
         .targets;
     let config = config(&kafka.servers(), TOPIC);
-    produce::run(&config, targets, None, Rounds::Once, &Shutdown::new()).expect("it ends well");
+    produce::run(
+        &config,
+        targets,
+        Sources::default(),
+        Rounds::Once,
+        &Shutdown::new(),
+    )
+    .expect("it ends well");
     let records = kafka.records(TOPIC);
     let outcomes: BTreeMap<_, _> = records
         .iter()
@@ -602,7 +673,7 @@ impl Running {
         let thread = std::thread::spawn(move || {
             let setup = Setup {
                 config: &config,
-                host_file: host_file.as_deref(),
+                sources: Sources::of_file(host_file.as_deref()),
                 rounds,
                 shutdown: &stop,
                 counters: seen,

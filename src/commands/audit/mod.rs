@@ -16,7 +16,7 @@ use anyhow::{anyhow, bail};
 use crate::clock::timestamp;
 use crate::commands::audit::kafka::{Found, Missing};
 use crate::commands::audit::offsets::length;
-use crate::commands::audit::rows::{Stored, StoredOffsets, StoredTicks, Tables};
+use crate::commands::audit::rows::{DoubledOffset, Stored, StoredOffsets, StoredTicks, Tables};
 use crate::commands::audit::ticks::{Gap, Series};
 use crate::config::AuditConfig;
 use crate::postgres::{self, Fault};
@@ -49,53 +49,29 @@ struct Kind {
 /// is no error.
 pub fn run(config: &AuditConfig) -> anyhow::Result<Report> {
     let runtime = postgres::runtime()?;
-    let report = runtime.block_on(async {
+    let read = runtime.block_on(async {
         let tables = Tables::open(&config.database, &config.group_id).await?;
-        let report = read(&tables, config).await;
+        let read = read(&tables).await;
         tables.close().await;
-        report
+        read
     });
     runtime.shutdown_background();
-    let report = report.map_err(|fault| anyhow!("{fault}"))?;
+    let (stored, doubled) = read.map_err(|fault| anyhow!("{fault}"))?;
     if let Stored {
         offsets: Err(no_offsets),
         ticks: Err(no_ticks),
-    } = &report.stored
+    } = &stored
     {
         bail!("nothing can be audited: {no_offsets}; {no_ticks}");
     }
-    Ok(report)
-}
-
-async fn read(tables: &Tables, config: &AuditConfig) -> Result<Report, Fault> {
-    let stored = tables.read().await?;
     let mut found = Found::default();
     let mut violations = Vec::new();
     if let Ok(stored) = &stored.offsets {
-        let doubled: Vec<(String, i32, i64)> = stored
-            .partitions
-            .iter()
-            .flat_map(|((topic, partition), offsets)| {
-                offsets
-                    .doubled
-                    .iter()
-                    .map(|number| (topic.clone(), *partition, *number))
-            })
-            .take(NAMED)
-            .collect();
-        let limit = i64::try_from(NAMED).unwrap_or(i64::MAX);
-        let doubled = match doubled.is_empty() {
-            true => Vec::new(),
-            false => tables.doubled_offsets(&doubled, limit).await?,
-        };
         found = look_up(stored, config);
-        violations.extend(of_offsets(stored, &doubled, &found));
+        violations.extend(of_offsets(stored, &doubled.offsets, &found));
     }
     if let Ok(stored) = &stored.ticks {
-        let doubled = &stored.findings.doubled;
-        let first = &doubled[..doubled.len().min(NAMED)];
-        let doubled = tables.doubled_ticks(&stored.series, first).await?;
-        violations.extend(of_ticks(stored, &doubled));
+        violations.extend(of_ticks(stored, &doubled.ticks));
     }
     violations.retain(|kind| kind.count > 0);
     Ok(Report {
@@ -103,6 +79,39 @@ async fn read(tables: &Tables, config: &AuditConfig) -> Result<Report, Fault> {
         found,
         violations,
     })
+}
+
+/// The first offsets and ticks that are stored more than once.
+#[derive(Default)]
+struct Doubled {
+    offsets: Vec<DoubledOffset>,
+    /// The series, the time and the number of rows.
+    ticks: Vec<(usize, i64, i64)>,
+}
+
+async fn read(tables: &Tables) -> Result<(Stored, Doubled), Fault> {
+    let stored = tables.read().await?;
+    let mut doubled = Doubled::default();
+    if let Ok(stored) = &stored.offsets {
+        let partitions = stored.partitions.iter();
+        let blocks: Vec<(String, i32, i64)> = partitions
+            .flat_map(|((topic, partition), offsets)| {
+                let numbers = offsets.doubled.iter();
+                numbers.map(|number| (topic.clone(), *partition, *number))
+            })
+            .take(NAMED)
+            .collect();
+        if !blocks.is_empty() {
+            let limit = i64::try_from(NAMED).unwrap_or(i64::MAX);
+            doubled.offsets = tables.doubled_offsets(&blocks, limit).await?;
+        }
+    }
+    if let Ok(stored) = &stored.ticks {
+        let found = &stored.findings.doubled;
+        let first = &found[..found.len().min(NAMED)];
+        doubled.ticks = tables.doubled_ticks(&stored.series, first).await?;
+    }
+    Ok((stored, doubled))
 }
 
 /// What Kafka has at the offsets that are not stored.
@@ -137,7 +146,7 @@ fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> Found {
     found
 }
 
-fn of_offsets(stored: &StoredOffsets, doubled: &[rows::DoubledOffset], found: &Found) -> Vec<Kind> {
+fn of_offsets(stored: &StoredOffsets, doubled: &[DoubledOffset], found: &Found) -> Vec<Kind> {
     let lost = found.lost.iter().flat_map(|((topic, partition), ranges)| {
         ranges.iter().map(move |range| {
             let (offsets, are) = match length(range) {
@@ -149,10 +158,10 @@ fn of_offsets(stored: &StoredOffsets, doubled: &[rows::DoubledOffset], found: &F
     });
     let twice = doubled.iter().map(|doubled| {
         let hint = match doubled {
-            rows::DoubledOffset {
+            DoubledOffset {
                 is_rejected: true, ..
             } => ", as a row and as a rejected record",
-            rows::DoubledOffset { differ: true, .. } => {
+            DoubledOffset { differ: true, .. } => {
                 ", with different records; the topic was recreated, or several groups write to this table"
             }
             _ => "",

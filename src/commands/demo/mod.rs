@@ -37,6 +37,7 @@ use crate::config::{
 };
 use crate::page::view::Options as PageOptions;
 use crate::produce::counters::Counters;
+use crate::produce::hosts::Sources;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal::cut;
@@ -362,15 +363,8 @@ impl Pipeline {
         let counters = Arc::new(Counters::default());
         let (host_file, counted) = (host_file.map(Path::to_owned), Arc::clone(&counters));
         let produce = AgentThread::start("produce", demo, move |stop| {
-            let host_file = host_file.as_deref();
-            produce::run_counted(
-                &produce_config,
-                targets,
-                host_file,
-                Rounds::Endless,
-                stop,
-                counted,
-            )
+            let sources = Sources::of_file(host_file.as_deref());
+            produce::run_counted(&produce_config, targets, sources, Rounds::Endless, stop, counted)
         })?;
         Ok(Self {
             produce,

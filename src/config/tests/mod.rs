@@ -576,3 +576,16 @@ fn a_nearly_right_value_is_answered_with_the_right_form() {
         assert!(!lines[0].contains("hunter2"), "{lines:?}");
     }
 }
+
+#[test]
+fn the_hosts_of_the_database_need_its_variables_and_may_have_a_cache() {
+    let (_, hosts) = produce_from_table(&variables(&DATABASE, &[])).unwrap();
+    assert_eq!((hosts.database.user.as_str(), hosts.cache_file), ("me", None));
+    let cache = ("HOSTS_CACHE_FILE", "/var/cache/hosts");
+    let hosts = super::hosts(&variables(&DATABASE, &[cache])).unwrap();
+    assert_eq!(hosts.cache_file, Some(PathBuf::from(cache.1)));
+    let Err(wrong) = produce_from_table(&variables(&[SERVERS], &[])) else {
+        panic!("the database is needed")
+    };
+    assert!(wrong.to_string().contains("DB_HOST"), "{wrong}");
+}

@@ -23,4 +23,5 @@ mod words;
 pub use fault::HostFileError;
 pub use files::{Files, OnDisk};
 pub use parse::{Hosts, parse, parse_with, target, target_with};
-pub use read::{is_stdin, read};
+pub use read::{contents, is_stdin, parse_contents, read};
+pub use words::columns;

@@ -17,11 +17,32 @@ const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
 /// # Errors
 /// The file cannot be read, is too long, or has errors.
 pub fn read(path: &Path, secrets: Option<&Path>) -> Result<Hosts, HostFileError> {
-    let (name, contents) = if is_stdin(path) {
-        ("<stdin>".into(), read_bounded(io::stdin().lock()))
-    } else {
-        let name = path.display().to_string();
-        (name, File::open(path).and_then(read_bounded))
+    parse_contents(path, contents(path), secrets)
+}
+
+/// The bytes of the host file at `path`; `-` is standard input.
+///
+/// # Errors
+/// The file cannot be read or is too long.
+pub fn contents(path: &Path) -> io::Result<Vec<u8>> {
+    if is_stdin(path) {
+        return read_bounded(io::stdin().lock());
+    }
+    File::open(path).and_then(read_bounded)
+}
+
+/// Parses what [`contents`] returned.
+///
+/// # Errors
+/// As for [`read`].
+pub fn parse_contents(
+    path: &Path,
+    contents: io::Result<Vec<u8>>,
+    secrets: Option<&Path>,
+) -> Result<Hosts, HostFileError> {
+    let name = match is_stdin(path) {
+        true => "<stdin>".to_owned(),
+        false => path.display().to_string(),
     };
     let contents = contents.map_err(|error| {
         HostFileError(format!(

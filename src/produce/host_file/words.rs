@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use nom::Offset;
+
 use super::fault::LineFault;
 
 /// The most options and profiles of a line. Without a limit, a long file that is no host file would take much memory.
@@ -51,6 +53,23 @@ pub(super) fn split_line(line: &str, has_profiles: bool) -> Line<'_> {
         regex: if regex_absent { behind } else { rest },
         regex_absent,
     }
+}
+
+/// The address, the frequency, the options (and profiles) and the REGEX of a line, as written.
+pub fn columns(line: &str) -> [&str; 4] {
+    let line = line.trim_matches(|c| is_blank(c) || c == '\r');
+    let parts = split_line(line, true);
+    let options_at = line.offset(parts.frequency) + parts.frequency.len();
+    let mut regex_at = line.len() - parts.regex.len();
+    if parts.regex_absent {
+        regex_at = line[..regex_at].rfind('!').unwrap_or(regex_at);
+    }
+    [
+        parts.address,
+        parts.frequency,
+        line[options_at..regex_at].trim_matches(is_blank),
+        &line[regex_at..],
+    ]
 }
 
 /// The options and profiles at the beginning of the text, and the rest.
@@ -175,4 +194,29 @@ pub(super) fn is_blank(c: char) -> bool {
 pub(super) fn split_word(text: &str) -> (&str, &str) {
     let (first, rest) = text.split_at(text.find(is_blank).unwrap_or(text.len()));
     (first, rest.trim_start_matches(is_blank))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_columns_of_a_line_are_its_parts_as_written() {
+        for (line, columns) in [
+            ("a.example 5", ["a.example", "5", "", ""]),
+            (
+                " a.example\t30s  timeout=3s   status=200  all  is well ",
+                ["a.example", "30s", "timeout=3s   status=200", "all  is well"],
+            ),
+            (
+                "a.example 5 (status=ok) x=y\r",
+                ["a.example", "5", "", "(status=ok) x=y"],
+            ),
+            (
+                "a.example 5 @shop name=\"a  b\" ! not this",
+                ["a.example", "5", "@shop name=\"a  b\"", "! not this"],
+            ),
+            ("a.example", ["a.example", "", "", ""]),
+        ] {
+            assert_eq!(super::columns(line), columns, "{line}");
+        }
+    }
 }

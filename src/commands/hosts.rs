@@ -1,0 +1,348 @@
+//! `host-metrics hosts`: changes and shows the table of hosts that `produce -c postgres:` reads.
+//!
+//! Owns the statements. Each command is one statement or one transaction, so a producer never sees half of it. What is written
+//! was read by `host_file` before; plain SQL is as good, for `produce` reads every row anew.
+
+use std::path::Path;
+
+use anyhow::{anyhow, bail};
+use tokio_postgres::types::ToSql;
+
+use crate::cli::HostsAdd;
+use crate::config::{DatabaseConfig, WrongInput};
+use crate::postgres::{self, Bounds, Fault, Session};
+use crate::produce::host_file::{self, OnDisk};
+use crate::produce::hosts::rows::HostRow;
+use crate::tables::names::Object;
+use crate::terminal::{columns, plain};
+
+/// A host that is to be added.
+pub struct NewHost {
+    row: HostRow,
+    note: Option<String>,
+}
+
+impl NewHost {
+    /// # Errors
+    /// [`WrongInput`]: the arguments are not a line of the host file.
+    pub fn new(args: &HostsAdd, secrets: Option<&Path>) -> Result<Self, WrongInput> {
+        let row = HostRow {
+            address: args.address.clone(),
+            frequency: args.frequency.clone(),
+            options: args
+                .options
+                .iter()
+                .map(|option| quoted(option))
+                .collect::<Vec<_>>()
+                .join(" "),
+            regex: args.regex.clone().unwrap_or_default(),
+        };
+        let line = row.line().map_err(WrongInput)?;
+        host_file::parse_with("host", line.as_bytes(), &OnDisk::new(secrets, None))
+            .map_err(|error| WrongInput(error.0))?;
+        Ok(Self {
+            row,
+            note: args.note.clone(),
+        })
+    }
+}
+
+/// The option as in a host file, where a value with spaces stands in quotes, which the shell has removed.
+fn quoted(option: &str) -> String {
+    match option.split_once('=') {
+        Some((name, value)) if value.contains([' ', '\t']) && !value.starts_with('"') => {
+            let value = value.replace('\\', "\\\\").replace('"', "\\\"");
+            format!("{name}=\"{value}\"")
+        }
+        _ => option.to_owned(),
+    }
+}
+
+/// A host file that is to be imported.
+pub struct Import {
+    rows: Vec<HostRow>,
+    replaces: bool,
+}
+
+impl Import {
+    /// # Errors
+    /// [`WrongInput`]: what is wrong with the file.
+    pub fn read(path: &Path, secrets: Option<&Path>, replaces: bool) -> Result<Self, WrongInput> {
+        let wrong = |error: host_file::HostFileError| WrongInput(error.0);
+        let contents = host_file::contents(path);
+        let text = contents
+            .as_ref()
+            .map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+            .unwrap_or_default();
+        host_file::parse_contents(path, contents, secrets).map_err(wrong)?;
+        let lines = text.trim_start_matches('\u{feff}').lines().map(str::trim);
+        let is_host = |line: &&str| !line.is_empty() && !line.starts_with('#');
+        let rows = lines.filter(is_host).map(|line| {
+            let [address, frequency, options, regex] = host_file::columns(line).map(str::to_owned);
+            HostRow {
+                address,
+                frequency,
+                options,
+                regex,
+            }
+        });
+        Ok(Self {
+            rows: rows.collect(),
+            replaces,
+        })
+    }
+}
+
+/// Adds the host. `replaces`: changes it if it is there.
+///
+/// # Errors
+/// It is there already, or the database refuses or does not answer.
+pub fn add(config: &DatabaseConfig, host: &NewHost, replaces: bool) -> anyhow::Result<()> {
+    let NewHost { row, note } = host;
+    let conflict = match replaces {
+        true => {
+            "DO UPDATE SET frequency = excluded.frequency, options = excluded.options, regex = excluded.regex, \
+             note = coalesce(excluded.note, h.note), enabled = true"
+        }
+        false => "DO NOTHING",
+    };
+    let added = run(config, async |session, table| {
+        let sql = format!(
+            "INSERT INTO {table} AS h (address, frequency, options, regex, note) \
+             VALUES ($1, $2, nullif($3, ''), nullif($4, ''), $5) ON CONFLICT (address) {conflict}"
+        );
+        let params: [&(dyn ToSql + Sync); 5] = [&row.address, &row.frequency, &row.options, &row.regex, note];
+        session
+            .bounded("adding the host", session.client.execute(&sql, &params))
+            .await
+    })?;
+    if added == 0 {
+        bail!(
+            "{} is already in the table; use `hosts add --replace` to change it",
+            row.address
+        );
+    }
+    Ok(())
+}
+
+/// Removes these hosts.
+///
+/// # Errors
+/// One of them is not in the table, and then none is removed; or the database refuses or does not answer.
+pub fn remove(config: &DatabaseConfig, addresses: &[String]) -> anyhow::Result<()> {
+    change(config, addresses, |table| {
+        format!("DELETE FROM {table} WHERE address = ANY ($1) RETURNING address")
+    })
+}
+
+/// Enables or disables these hosts.
+///
+/// # Errors
+/// One of them is not in the table, and then none is changed; or the database refuses or does not answer.
+pub fn enable(config: &DatabaseConfig, addresses: &[String], enabled: bool) -> anyhow::Result<()> {
+    change(config, addresses, |table| {
+        format!("UPDATE {table} SET enabled = {enabled} WHERE address = ANY ($1) RETURNING address")
+    })
+}
+
+fn change(config: &DatabaseConfig, addresses: &[String], sql: impl Fn(&str) -> String) -> anyhow::Result<()> {
+    let missing = run(config, async |session, table| {
+        session
+            .bounded("BEGIN", session.client.batch_execute("BEGIN"))
+            .await?;
+        let sql = sql(table);
+        let rows = session
+            .bounded("changing the hosts", session.client.query(&sql, &[&addresses]))
+            .await?;
+        let found: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+        let missing: Vec<String> = addresses
+            .iter()
+            .filter(|address| !found.contains(address))
+            .cloned()
+            .collect();
+        let end = if missing.is_empty() { "COMMIT" } else { "ROLLBACK" };
+        session.bounded(end, session.client.batch_execute(end)).await?;
+        Ok(missing)
+    })?;
+    match missing.as_slice() {
+        [] => Ok(()),
+        missing => bail!(
+            "nothing was changed, because the table has no {}",
+            missing.join(", ")
+        ),
+    }
+}
+
+/// Adds or changes the hosts of a file in one transaction. Returns what was done, for a person.
+///
+/// # Errors
+/// The database refuses or does not answer.
+pub fn import(config: &DatabaseConfig, import: &Import) -> anyhow::Result<String> {
+    let Import { rows, replaces } = import;
+    let column = |of: fn(&HostRow) -> &String| rows.iter().map(|row| of(row).as_str()).collect::<Vec<_>>();
+    let addresses = column(|row| &row.address);
+    let (frequencies, options, regexes) = (
+        column(|row| &row.frequency),
+        column(|row| &row.options),
+        column(|row| &row.regex),
+    );
+    let enabled = if *replaces { "true" } else { "h.enabled" };
+    let (added, changed, removed) = run(config, async |session, table| {
+        session
+            .bounded("BEGIN", session.client.batch_execute("BEGIN"))
+            .await?;
+        let sql = format!(
+            "INSERT INTO {table} AS h (address, frequency, options, regex) \
+             SELECT address, frequency, nullif(options, ''), nullif(regex, '') \
+             FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) n (address, frequency, options, regex) \
+             ON CONFLICT (address) DO UPDATE SET frequency = excluded.frequency, options = excluded.options, \
+                 regex = excluded.regex, enabled = {enabled} \
+             WHERE (h.frequency, h.options, h.regex, h.enabled) \
+                 IS DISTINCT FROM (excluded.frequency, excluded.options, excluded.regex, {enabled}) \
+             RETURNING xmax = 0"
+        );
+        let params: [&(dyn ToSql + Sync); 4] = [&addresses, &frequencies, &options, &regexes];
+        let written = session
+            .bounded("importing the hosts", session.client.query(&sql, &params))
+            .await?;
+        let mut added = 0;
+        for row in &written {
+            added += usize::from(row.try_get::<_, bool>(0)?);
+        }
+        let removed = match replaces {
+            false => 0,
+            true => {
+                let sql = format!("DELETE FROM {table} WHERE address <> ALL ($1)");
+                session
+                    .bounded(
+                        "removing the other hosts",
+                        session.client.execute(&sql, &[&addresses]),
+                    )
+                    .await?
+            }
+        };
+        session
+            .bounded("COMMIT", session.client.batch_execute("COMMIT"))
+            .await?;
+        Ok((added, written.len() - added, removed))
+    })?;
+    let same = rows.len() - added - changed;
+    Ok(format!(
+        "{added} added, {changed} changed, {same} as before, {removed} removed\n"
+    ))
+}
+
+/// A row of the table, as `list` and `export` show it.
+struct Listed {
+    row: HostRow,
+    is_enabled: bool,
+    note: String,
+    error: String,
+}
+
+/// All hosts as a table for a person.
+///
+/// # Errors
+/// The database refuses or does not answer.
+pub fn list(config: &DatabaseConfig) -> anyhow::Result<String> {
+    let mut table = vec![
+        [
+            "ADDRESS",
+            "FREQUENCY",
+            "OPTIONS",
+            "REGEX",
+            "ENABLED",
+            "NOTE",
+            "ERROR",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+    ];
+    for listed in listed(config)? {
+        let Listed {
+            row,
+            is_enabled,
+            note,
+            error,
+        } = listed;
+        let enabled = if is_enabled { "yes" } else { "no" };
+        let texts = [
+            &row.address,
+            &row.frequency,
+            &row.options,
+            &row.regex,
+            enabled,
+            &note,
+            &error,
+        ];
+        table.push(texts.map(plain).to_vec());
+    }
+    Ok(columns(&table).join("\n") + "\n")
+}
+
+/// All hosts as a host file. Disabled ones are comments.
+///
+/// # Errors
+/// The database refuses or does not answer.
+pub fn export(config: &DatabaseConfig) -> anyhow::Result<String> {
+    let mut text = String::new();
+    for listed in listed(config)? {
+        if !listed.note.is_empty() {
+            text.push_str(&format!("# {}\n", plain(&listed.note)));
+        }
+        match listed.row.line() {
+            Ok(line) if listed.is_enabled => text.push_str(&format!("{line}\n")),
+            Ok(line) => text.push_str(&format!("# disabled: {line}\n")),
+            Err(error) => text.push_str(&format!("# {}: {error}\n", plain(&listed.row.address))),
+        }
+    }
+    Ok(text)
+}
+
+fn listed(config: &DatabaseConfig) -> anyhow::Result<Vec<Listed>> {
+    run(config, async |session, table| {
+        let sql = format!(
+            "SELECT address::text, frequency::text, options::text, regex::text, note::text, error::text, enabled FROM {table} \
+             ORDER BY address"
+        );
+        let rows = session
+            .bounded("reading the hosts", session.client.query(&sql, &[]))
+            .await?;
+        let listed = rows.iter().map(|row| {
+            let text = |column: usize| Ok(row.try_get::<_, Option<String>>(column)?.unwrap_or_default());
+            Ok(Listed {
+                row: HostRow {
+                    address: text(0)?,
+                    frequency: text(1)?,
+                    options: text(2)?,
+                    regex: text(3)?,
+                },
+                note: text(4)?,
+                error: text(5)?,
+                is_enabled: row.try_get::<_, Option<bool>>(6)?.unwrap_or(true),
+            })
+        });
+        Ok(listed.collect::<Result<Vec<_>, tokio_postgres::Error>>()?)
+    })
+}
+
+/// Does the work in a session of its own; an open transaction ends with it. It is given the quoted name of the table.
+fn run<T>(
+    config: &DatabaseConfig,
+    work: impl AsyncFnOnce(&Session, &str) -> Result<T, Fault>,
+) -> anyhow::Result<T> {
+    let runtime = postgres::runtime()?;
+    let done = runtime.block_on(async {
+        let session = Session::open(config, Bounds::default()).await?;
+        let table = session.table.quoted(Object::Hosts.suffix());
+        let done = work(&session, &table).await;
+        session.close().await;
+        done.map_err(|fault| {
+            fault.with_grant(&format!(
+                "GRANT SELECT, INSERT, UPDATE, DELETE ON {table} to this user"
+            ))
+        })
+    });
+    runtime.shutdown_background();
+    done.map_err(|fault| anyhow!("{fault}"))
+}
