@@ -110,10 +110,5 @@ fn record(
     let mut value = Vec::with_capacity(1_024);
     sample::encode(&stamp(target, observation, when), &mut value);
     value.shrink_to_fit();
-    Record {
-        target: Arc::clone(target),
-        share,
-        tick: scheduled_at_micros,
-        value,
-    }
+    Record::new(Arc::clone(target), share, scheduled_at_micros, value)
 }

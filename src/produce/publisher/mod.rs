@@ -60,6 +60,8 @@ pub struct Record {
     pub tick: i64,
     /// From [`crate::sample::encode`], without an epoch.
     pub value: Vec<u8>,
+    /// What it counts for in the buffer. Kept, because an epoch changes the length of the value later.
+    bytes: usize,
 }
 
 /// A message to the publisher. Letters are processed in the order in which they were sent.
@@ -208,7 +210,7 @@ impl Publisher {
         self.shared
             .deliveries
             .bytes_on_the_way
-            .fetch_add(record.bytes(), Ordering::Relaxed);
+            .fetch_add(record.bytes, Ordering::Relaxed);
         self.tell(Letter::Record(record));
     }
 
@@ -281,8 +283,15 @@ impl fmt::Display for Unacknowledged {
 }
 
 impl Record {
-    fn bytes(&self) -> usize {
-        self.target.address.len() + self.value.len()
+    pub fn new(target: Arc<Target>, share: Option<Share>, tick: i64, value: Vec<u8>) -> Self {
+        let bytes = target.address.len() + value.len();
+        Self {
+            target,
+            share,
+            tick,
+            value,
+            bytes,
+        }
     }
 }
 
@@ -337,6 +346,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_epoch_changes_the_value_and_not_what_the_record_counts_for() {
+        let target = crate::produce::host_file::target("a.example", &[], None).unwrap();
+        let mut record = Record::new(Arc::new(target), None, 0, br#"{"epoch":null}"#.to_vec());
+        let bytes = record.bytes;
+        crate::sample::epoch::write_into(&mut record.value, 1_000_000);
+        assert_eq!(record.value, br#"{"epoch":1000000}"#);
+        assert_eq!(record.bytes, bytes);
+    }
 
     #[test]
     fn what_is_left_names_ten_hosts_and_counts_the_rest() {

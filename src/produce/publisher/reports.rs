@@ -103,6 +103,7 @@ impl Worker {
             share,
             tick,
             value,
+            bytes,
         };
         self.outbox.came_back(lane, sequence, Kept { tick, record });
         self.blame(topic, failure);

@@ -217,7 +217,7 @@ impl Worker {
 
     pub(super) fn release(&self, out: &[Kept<Record>]) {
         for kept in out {
-            self.shared.release(kept.record.bytes());
+            self.shared.release(kept.record.bytes);
         }
     }
 
@@ -282,7 +282,7 @@ impl Worker {
             sequence,
             target: Arc::clone(&record.target),
             tick: kept.tick,
-            bytes: record.bytes(),
+            bytes: record.bytes,
             at_millis: wall_micros() / 1_000,
         }));
         let mut message = BaseRecord::with_opaque_to(&self.topics[topic].name, sent)
@@ -299,7 +299,7 @@ impl Worker {
             SendFailure::Record => {
                 self.outbox.done(lane, kept.tick, None);
                 let Record { target, .. } = &kept.record;
-                self.refuse(&Arc::clone(target), kept.record.bytes(), &error);
+                self.refuse(&Arc::clone(target), kept.record.bytes, &error);
                 return true;
             }
             SendFailure::Topic(why) => self.topics[topic].mark_missing(why),
@@ -349,12 +349,11 @@ mod tests {
                 .deliveries
                 .records_on_the_way
                 .fetch_add(1, Ordering::Relaxed);
-            worker.take(Letter::Record(Record {
-                target: Arc::new(target),
-                share: None,
-                tick: 0,
-                value: b"{}".to_vec(),
-            }));
+            let value = b"{\"epoch\":null}".to_vec();
+            let record = Record::new(Arc::new(target), None, 0, value);
+            let bytes = &worker.shared.deliveries.bytes_on_the_way;
+            bytes.fetch_add(record.bytes, Ordering::Relaxed);
+            worker.take(Letter::Record(record));
         }
         worker.send_waiting();
         assert_eq!(worker.in_flight(), 256);
@@ -375,6 +374,8 @@ mod tests {
             worker.serve();
             looks += usize::from(worker.in_flight() < before);
         }
+        let bytes = worker.shared.deliveries.bytes_on_the_way.load(Ordering::Relaxed);
+        assert_eq!(bytes, 0, "every record gives back the room that it took");
         assert!(
             looks <= 8,
             "{looks} looks for the reports of about {PARTITIONS} requests"
