@@ -178,7 +178,7 @@ fn produce_follows_the_table_and_a_wrong_row_affects_no_other_one() {
         &["produce", "-c", "postgres:"],
         &variables
             .clone()
-            .with("PRODUCE_GROUP", case.name)
+            .with("PRODUCE_GROUP", "hosts-table-produce")
             .with("HOSTS_CACHE_FILE", cache.display()),
     );
     let writer = Agent::start(
