@@ -346,7 +346,7 @@ fn what_kafka_stored_and_forgot_is_looked_for_before_it_is_sent_again() {
     let mut deaf = DeafProducer::start();
     let is_refused = (0..MAX_ROUNDS).any(|_| {
         deaf.lose_acknowledgements(Kafka::restart_cleanly);
-        deaf.producer.said("a new producer takes over") > 0
+        deaf.producer.said("the producer failed and is replaced") > 0
     });
     assert!(is_refused, "{}", deaf.producer.stderr());
     assert_eq!(deaf.producer.said(" 0 were stored already"), 0);

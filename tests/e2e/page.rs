@@ -286,6 +286,7 @@ fn the_page_shows_what_the_pipeline_stored_to_a_user_who_can_read_only_that() {
         ))
     };
     let all = [
+        "host_metrics_hosts_version SELECT",
         "host_metrics_incidents SELECT",
         "host_metrics_rollups SELECT",
         "host_metrics_series SELECT",
