@@ -138,6 +138,8 @@ fn an_incident_lasts_from_the_first_failed_to_the_first_valid_check() {
     assert_eq!(host.verdict(), Some((Verdict::Down, 420_000_000)));
     let checks = host.series["a"].checks.as_ref().unwrap();
     assert_eq!((checks.since, checks.failures_in_a_row), (420_000_000, 1));
+    let failed = (checks.last_failed_at, checks.last_failed_outcome.as_deref());
+    assert_eq!(failed, (Some(420_000_000), Some("bad_status")));
 }
 
 #[test]
@@ -585,6 +587,7 @@ proptest! {
                     prop_assert_eq!(rollup.missed, count(&|outcome| outcome == "missed"));
                     prop_assert_eq!(rollup.offline, count(&|outcome| outcome == "agent_error"));
                     prop_assert_eq!(rollup.latency_us, 100_000 * i64::from(rollup.valid));
+                    prop_assert_eq!(rollup.latency_max_us, 100_000 * i32::from(rollup.valid > 0));
                 }
                 let due: i32 = tables.rollups.iter().filter(|(key, _)| of_width(key)).map(|(_, r)| r.due()).sum();
                 prop_assert_eq!(due, ticks.iter().filter(|tick| tick.agent == agent).count() as i32);
