@@ -232,7 +232,7 @@ fn place(row: &Row, host: &mut Host) -> Result<(), Fault> {
     let verdict: Option<String> = row.try_get("verdict")?;
     host.is_down = verdict.map(|verdict| verdict == "down");
     host.since = row.try_get("verdict_since")?;
-    // Places may have hosts of different versions of the file; the last one that says a name has it.
+    // Places may use different versions of the host file; the last place that has a name for the host wins.
     host.name = row.try_get::<_, Option<String>>("name")?.or(host.name.take());
     host.group = row.try_get::<_, Option<String>>("group")?.or(host.group.take());
     let expires_at: Option<i64> = row.try_get("cert_expires_at")?;
@@ -278,7 +278,7 @@ fn incident(row: &Row) -> Result<Incident, Fault> {
         ended_at: row.try_get("ended_at")?,
         checks: row.try_get("checks")?,
         outcome: row.try_get("most_frequent_outcome")?,
-        // What somebody else wrote into the column is taken for no place.
+        // A value that this program did not write is read as no places.
         places: serde_json::from_str(&places).unwrap_or_default(),
         last_error: row.try_get("last_error")?,
     })
