@@ -1,6 +1,6 @@
 //! The operating system's limits for this process: open files and threads.
 //!
-//! Raises the limit of open files, and warns where MAX_THREADS needs more than the limits allow.
+//! Raises the limit of open files, lowers MAX_THREADS to what it allows, and warns where the limits are too low.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -61,13 +61,26 @@ pub fn current() -> Limits {
     }
 }
 
+/// How many of `checks` may run at the same time so that the rest of the program keeps the files that it needs: a client of
+/// librdkafka that finds none while it connects may not try again for minutes.
+pub fn checks_that_fit(limits: Limits, checks: usize) -> usize {
+    let fit = limits.files.map_or(u64::MAX, fits_open_files);
+    checks.min(usize::try_from(fit).unwrap_or(usize::MAX))
+}
+
+/// How many checks fit into a limit of open files. If it is very low, half of it is for the checks.
+fn fits_open_files(limit: u64) -> u64 {
+    (limit.saturating_sub(OTHER_FILES)).max(limit / 2).max(1)
+}
+
 /// A line for each limit that this many checks at the same time would exceed; `lookups` of them look up a name.
 pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
     let (checks, lookups) = (checks as u64, lookups as u64);
     let files = Need {
         what: "open files",
         count: checks + OTHER_FILES,
-        fits: |limit| limit.saturating_sub(OTHER_FILES),
+        fits: fits_open_files,
+        otherwise: |fits| format!("at most {fits} run at the same time, and the others wait"),
     };
     // A name is looked up on its own thread while the check's thread waits.
     let threads = Need {
@@ -78,6 +91,7 @@ pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
         } else {
             |limit| limit.saturating_sub(OTHER_THREADS) / 2
         },
+        otherwise: |_| "checks beyond that fail as agent_error".to_owned(),
     };
     [
         files.warning(
@@ -115,20 +129,24 @@ struct Need {
     count: u64,
     /// How many checks fit into a limit.
     fits: fn(u64) -> u64,
+    /// What happens to the checks that do not fit, if this many do.
+    otherwise: fn(u64) -> String,
 }
 
 impl Need {
     fn warning(&self, checks: u64, limit: Option<u64>, who: &str, knob: &str) -> Option<String> {
         let limit = limit.filter(|limit| *limit < self.count)?;
-        let lower = match (self.fits)(limit) {
+        let fits = (self.fits)(limit);
+        let lower = match fits {
             0 => "lower MAX_THREADS".to_owned(),
             fits => format!("set MAX_THREADS={fits}"),
         };
         let plural = if checks == 1 { "" } else { "s" };
         Some(format!(
-            "{checks} check{plural} at the same time may need {} {what}, but {who} {limit}; checks beyond that fail as \
-             agent_error; raise {knob}, or {lower}",
+            "{checks} check{plural} at the same time may need {} {what}, but {who} {limit}; {}; raise {knob}, or \
+             {lower}",
             self.count,
+            (self.otherwise)(fits),
             what = self.what
         ))
     }
@@ -190,8 +208,8 @@ mod tests {
         assert_eq!(lines.len(), 3, "{lines:?}");
         assert_eq!(
             lines[0],
-            "100 checks at the same time may need 164 open files, but this process may have 163; checks beyond that fail as \
-             agent_error; raise the limit of open files (ulimit -n, LimitNOFILE= in a systemd unit, --ulimit nofile= for \
+            "100 checks at the same time may need 164 open files, but this process may have 163; at most 99 run at the \
+             same time, and the others wait; raise the limit of open files (ulimit -n, LimitNOFILE= in a systemd unit, --ulimit nofile= for \
              a container), or set MAX_THREADS=99"
         );
         assert!(
@@ -202,6 +220,25 @@ mod tests {
         assert!(lines[2].contains("the control group leaves 10;"), "{lines:?}");
         assert!(lines[2].ends_with("or lower MAX_THREADS"), "{lines:?}");
         assert_eq!(warnings(short, 99, 0).len(), 1);
+    }
+
+    #[test]
+    fn the_checks_leave_open_files_to_the_rest_of_the_program() {
+        let fit = |files| {
+            checks_that_fit(
+                Limits {
+                    files,
+                    ..Limits::default()
+                },
+                100,
+            )
+        };
+        assert_eq!(fit(None), 100);
+        assert_eq!(fit(Some(u64::MAX)), 100);
+        assert_eq!(fit(Some(164)), 100);
+        assert_eq!(fit(Some(163)), 99);
+        assert_eq!(fit(Some(60)), 30);
+        assert_eq!(fit(Some(0)), 1);
     }
 
     #[test]

@@ -95,7 +95,7 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<boo
     let rounds = if args.once { Rounds::Once } else { Rounds::Endless };
     let secrets = config::secrets_dir(variables);
     let files = Sources::read_files(&args.host_files, secrets.as_deref());
-    let (config, sources, hosts) = if args.host_files.iter().any(|name| hosts::is_table(name)) {
+    let (mut config, sources, hosts) = if args.host_files.iter().any(|name| hosts::is_table(name)) {
         let ((config, table), (mut sources, mut hosts)) = both(config::produce_from_table(variables), files)?;
         start_logging(variables, Servers::BOTH)?;
         sources.add_table(&table, secrets.as_deref(), &mut hosts, rounds == Rounds::Once)?;
@@ -106,7 +106,7 @@ fn run_produce(args: &cli::Produce, variables: &Variables) -> anyhow::Result<boo
         (config, sources, hosts)
     };
     let targets = with_warnings(hosts);
-    prepare_limits(&targets, config.check.max_threads);
+    config.check.max_threads = prepare_limits(&targets, config.check.max_threads);
     let shutdown = listen_to_signals()?;
     if changed_early.load(Ordering::Relaxed) {
         shutdown.request_reload();
@@ -347,14 +347,17 @@ fn with_warnings(hosts: Hosts) -> Vec<Target> {
     hosts.targets
 }
 
-fn prepare_limits(targets: &[Target], max_threads: usize) {
+/// Returns how many checks may run at the same time.
+fn prepare_limits(targets: &[Target], max_threads: usize) -> usize {
     limits::raise_open_files();
+    let limits = limits::current();
     let has_name = |target: &&Target| matches!(target.url.host(), Some(url::Host::Domain(_)));
     let names = targets.iter().filter(has_name).count();
     let at_most = |count: usize| count.min(max_threads);
-    for line in limits::warnings(limits::current(), at_most(targets.len()), at_most(names)) {
+    for line in limits::warnings(limits, at_most(targets.len()), at_most(names)) {
         log::warn!("{line}");
     }
+    limits::checks_that_fit(limits, max_threads)
 }
 
 fn listen_to_signals() -> anyhow::Result<Shutdown> {

@@ -928,27 +928,11 @@ fn the_limit_of_open_files_is_raised_and_a_limit_that_is_too_low_is_reported() {
     assert_eq!(once("ulimit -Sn 60 && ulimit -Hn 300"), "");
 
     let said = once("ulimit -n 60");
-    let warnings: Vec<_> = said.lines().filter(|line| line.contains("[WARN]")).collect();
-    assert_eq!(warnings.len(), 1, "{said}");
-    assert!(
-        warnings[0]
-            .contains("80 checks at the same time may need 144 open files, but this process may have 60;"),
-        "{said}"
-    );
-    assert!(warnings[0].contains("LimitNOFILE="), "{said}");
-    let errors: Vec<_> = said
-        .lines()
-        .filter(|line| line.contains("[ERROR] agent_error"))
-        .collect();
-    // The immediate failure, and what the logs had until the end.
-    assert!((1..=2).contains(&errors.len()), "{said}");
-    let count = |line: &str| -> usize {
-        let (_, rest) = line.split_once("count=").unwrap();
-        rest.split(' ').next().unwrap().parse().unwrap()
-    };
-    let counted: usize = errors.iter().map(|line| count(line)).sum();
-    assert!((10..HOSTS).contains(&counted), "{said}");
-    assert!(errors.iter().all(|line| line.contains("(os error 24)")), "{said}");
+    let warning = "80 checks at the same time may need 144 open files, but this process may have 60; at most 30 run at the \
+                   same time, and the others wait;";
+    assert!(said.contains(warning), "{said}");
+    assert!(said.contains("LimitNOFILE="), "{said}");
+    assert_eq!(said.lines().count(), 1, "every host is checked: {said}");
 }
 
 #[test]
