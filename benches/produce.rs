@@ -8,7 +8,8 @@
 //! namespace of its own, because thousands of connections a second would fill the machine's connection tables.
 //!
 //! Arguments: `seconds=12` per case, and words that a case's name must contain, such as `https 1000`; or `soak` and
-//! `seconds=300`.
+//! `seconds=300`. `group` compares a producer with PRODUCE_GROUP and one without, and measures takeovers. `million` lets three
+//! producers share a million hosts at five minutes, kills one of them, and takes six minutes. Both run only if they are named.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
@@ -27,9 +28,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::median::median;
+use host_metrics::produce::schedule::phase_micros;
+use host_metrics::sample::epoch::{Claim, Epochs};
 use host_metrics::sample::{self, Timestamp};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 use rdkafka::{Message, Offset, TopicPartitionList};
@@ -70,9 +73,12 @@ fn main() -> ExitCode {
     let seconds = seconds.map(|number| number.parse().expect("a whole number of seconds"));
     let is_soak = words.iter().any(|word| word == "soak");
     let wanted: Vec<_> = words.iter().filter(|word| !word.contains('=')).collect();
+    let is_named = |name: &str| words.iter().any(|word| word == name);
     let stage = Stage::set();
     let is_balanced = match is_soak {
         true => soak(&stage, Duration::from_secs(seconds.unwrap_or(300))),
+        false if is_named("group") => group(&stage, Duration::from_secs(seconds.unwrap_or(12))),
+        false if is_named("million") => million(&stage, Duration::from_secs(seconds.unwrap_or(340))),
         false => bench(&stage, Duration::from_secs(seconds.unwrap_or(12)), |case| {
             wanted
                 .iter()
@@ -227,9 +233,9 @@ fn measure(stage: &Stage, case: Case, time: Duration) -> Result<Row, String> {
     let mut raw_micros = raw_turns(&raw);
     let agent = Agent::start(stage, &topic, &hosts);
     ledger.read_for(WARM_UP);
-    let (from, before) = (wall_micros(), Usage::now(stage, &agent));
+    let (from, before) = (wall_micros(), Usage::now(stage, &[&agent]));
     ledger.read_for(time);
-    let (until, after) = (wall_micros(), Usage::now(stage, &agent));
+    let (until, after) = (wall_micros(), Usage::now(stage, &[&agent]));
     let (threads, peak_bytes) = (agent.status("Threads:"), agent.status("VmHWM:") * 1_024);
     ledger.read_to_the_end_of(agent)?;
     ledger.balance(&hosts)?;
@@ -287,6 +293,202 @@ fn raw_turns(raw: &Raw) -> Vec<f64> {
             (own_cpu_nanoseconds() - before) as f64 / f64::from(RAW_EXCHANGES_PER_TURN) / 1e3
         })
         .collect()
+}
+
+// --- Producers that share their hosts ------------------------------------------------------------------------------
+
+const GROUP_HOSTS: usize = 1_000;
+const GROUP_TURNS: usize = 3;
+
+/// Longer than the broker's delay of a first rebalance, 3 s, and a takeover.
+const JOIN: Duration = Duration::from_secs(8);
+
+/// Longer than a session, 6 s, and a takeover.
+const SESSION: Duration = Duration::from_secs(12);
+
+/// The price of PRODUCE_GROUP in one run, the idle cost of a member, and what a planned stop and a kill cost.
+fn group(stage: &Stage, time: Duration) -> bool {
+    let result = compare_with_a_group(stage, time)
+        .and_then(|()| idle_member(stage, time))
+        .and_then(|()| takeovers(stage));
+    if let Err(reason) = &result {
+        println!("{reason}");
+    }
+    result.is_ok()
+}
+
+fn well_hosts(stage: &Stage, count: usize) -> Vec<String> {
+    let well = stage.site.http;
+    (0..count).map(|i| format!("http://{well}/well/{i}")).collect()
+}
+
+/// Microseconds of processor time a check, and until the first record of a check.
+fn turn(
+    stage: &Stage,
+    hosts: &[String],
+    group: Option<&str>,
+    time: Duration,
+) -> Result<(f64, f64, u64), String> {
+    let topic = stage.new_topic();
+    let mut ledger = Ledger::new(&stage.kafka, &topic);
+    let begun = now();
+    let agent = Agent::start_as(stage, &topic, hosts, "1s", group);
+    while ledger.entries.iter().all(|entry| entry.late_micros.is_none()) {
+        if begun.elapsed() > PATIENCE {
+            return Err(format!("no check: {}", agent.log()));
+        }
+        ledger.read_for(Duration::from_millis(10));
+    }
+    let first = begun.elapsed().as_secs_f64();
+    ledger.read_for(WARM_UP);
+    let (count, before) = (ledger.entries.len(), Usage::now(stage, &[&agent]));
+    ledger.read_for(time);
+    let (checks, after) = (ledger.entries.len() - count, Usage::now(stage, &[&agent]));
+    let peak_bytes = agent.status("VmHWM:") * 1_024;
+    ledger.read_to_the_end_of(agent)?;
+    ledger.balance(hosts)?;
+    Ok((
+        after.since(&before).agent / checks as f64 * 1e6,
+        first,
+        peak_bytes,
+    ))
+}
+
+fn compare_with_a_group(stage: &Stage, time: Duration) -> Result<(), String> {
+    let hosts = well_hosts(stage, GROUP_HOSTS);
+    let (mut alone, mut shared) = (Vec::new(), Vec::new());
+    let (mut first, mut peak) = (0.0, [0, 0]);
+    for number in 0..GROUP_TURNS {
+        let (micros, _, bytes) = turn(stage, &hosts, None, time)?;
+        alone.push(micros);
+        peak[0] = bytes;
+        let (micros, seconds, bytes) = turn(stage, &hosts, Some(&format!("group-{number}")), time)?;
+        shared.push(micros);
+        first = seconds;
+        peak[1] = bytes;
+    }
+    let (alone, shared) = (median(alone), median(shared));
+    println!(
+        "{GROUP_HOSTS} hosts at 1 s: {alone:.1} µs a check and {:.1} MB, with PRODUCE_GROUP {shared:.1} µs and {:.1} MB: {:.3}x\n\
+         first record {first:.2} s after the start, of which 3 s are this broker's delay of a first rebalance",
+        peak[0] as f64 / 1e6,
+        peak[1] as f64 / 1e6,
+        shared / alone
+    );
+    Ok(())
+}
+
+fn idle_member(stage: &Stage, time: Duration) -> Result<(), String> {
+    let hosts = well_hosts(stage, 12);
+    for group in [None, Some("idle")] {
+        let topic = stage.new_topic();
+        let mut ledger = Ledger::new(&stage.kafka, &topic);
+        let agent = Agent::start_as(stage, &topic, &hosts, "1s", group);
+        ledger.read_for(JOIN);
+        let before = Usage::now(stage, &[&agent]);
+        ledger.read_for(time);
+        let spent = Usage::now(stage, &[&agent]).since(&before).agent / time.as_secs_f64();
+        ledger.read_to_the_end_of(agent)?;
+        ledger.balance(&hosts)?;
+        let name = if group.is_some() { "with" } else { "without" };
+        println!(
+            "12 hosts at 1 s, {name} PRODUCE_GROUP: {:.2} % of a core",
+            spent * 100.0
+        );
+    }
+    Ok(())
+}
+
+fn takeovers(stage: &Stage) -> Result<(), String> {
+    let hosts = well_hosts(stage, 120);
+    let topic = stage.new_topic();
+    let mut ledger = Ledger::new(&stage.kafka, &topic);
+    let start = || Agent::start_as(stage, &topic, &hosts, "1s", Some("takeovers"));
+    let (planned, mut killed, last) = (start(), start(), start());
+    ledger.read_for(JOIN + JOIN);
+    let stopped_at = wall_micros();
+    ledger.read_to_the_end_of(planned)?;
+    ledger.read_for(JOIN);
+    let killed_at = wall_micros();
+    killed.process.kill().map_err(|error| error.to_string())?;
+    ledger.read_for(SESSION + JOIN);
+    ledger.read_to_the_end_of(last)?;
+    ledger.balance(&hosts)?;
+    let missed = |from: i64, until: i64| {
+        let missed = ledger
+            .entries
+            .iter()
+            .filter(|entry| entry.late_micros.is_none() && (from..until).contains(&entry.scheduled_at));
+        missed.count()
+    };
+    println!(
+        "three members, 120 hosts at 1 s: {} ticks missed by a planned stop, {} by a kill ({:.1} s of a third of the hosts)",
+        missed(stopped_at, killed_at),
+        missed(killed_at, ledger.stopped_at),
+        missed(killed_at, ledger.stopped_at) as f64 / (hosts.len() as f64 / 3.0)
+    );
+    Ok(())
+}
+
+const MILLION: usize = 1_000_000;
+const MILLION_INTERVAL: i64 = 300_000_000;
+
+/// A million hosts at five minutes by three producers, one of which is killed: each tick has one record.
+fn million(stage: &Stage, time: Duration) -> bool {
+    let hosts = well_hosts(stage, MILLION);
+    let topic = stage.new_topic();
+    let mut ledger = Ledger::new(&stage.kafka, &topic);
+    ledger.interval = MILLION_INTERVAL;
+    // Otherwise all hosts would be new, and be checked within the first ten seconds.
+    let since = wall_micros();
+    stage.write_ledgers("million", &topic, since);
+    let start = || Agent::start_as(stage, &topic, &hosts, "5m", Some("million"));
+    let mut agents = vec![start(), start(), start()];
+    let begun = now();
+    ledger.read_for(time / 6);
+    let mut agent_seconds = 0.0;
+    let mut measure = |ledger: &mut Ledger, agents: &[Agent], time: Duration| {
+        let all: Vec<&Agent> = agents.iter().collect();
+        let (count, before) = (ledger.entries.len(), Usage::now(stage, &all));
+        ledger.read_for(time);
+        agent_seconds += Usage::now(stage, &all).since(&before).agent;
+        ledger.entries.len() - count
+    };
+    let mut records = measure(&mut ledger, &agents, time / 6);
+    let mut killed = agents.remove(0);
+    let _ = killed.process.kill();
+    ledger.read_for(SESSION + JOIN);
+    records += measure(&mut ledger, &agents, time / 6);
+    ledger.read_for(time.saturating_sub(begun.elapsed()));
+    let peak: u64 = agents
+        .iter()
+        .map(|agent| agent.status("VmHWM:") * 1_024)
+        .max()
+        .unwrap_or(0);
+    let mut result = Ok(());
+    for agent in agents {
+        result = result.and_then(|()| ledger.read_to_the_end_of(agent));
+    }
+    let result = result.and_then(|()| ledger.close(&hosts, since));
+    let missed = ledger
+        .entries
+        .iter()
+        .filter(|entry| entry.late_micros.is_none())
+        .count();
+    println!(
+        "{MILLION} hosts at 5 min by three producers, one killed, {:.0} s: {:.0} records/s, {:.2} cores for all producers, \
+         {:.0} MB each at most, {missed} ticks missed of {}",
+        begun.elapsed().as_secs_f64(),
+        records as f64 / (time / 3).as_secs_f64(),
+        agent_seconds / (time / 3).as_secs_f64(),
+        peak as f64 / 1e6,
+        ledger.entries.len(),
+    );
+    match result {
+        Ok(()) => println!("the ledger is closed: each tick of each host has one record"),
+        Err(ref reason) => println!("{reason}"),
+    }
+    result.is_ok()
 }
 
 // --- The soak ------------------------------------------------------------------------------------------------------
@@ -382,6 +584,9 @@ struct Ledger {
     faults: Vec<String>,
     began_at: i64,
     stopped_at: i64,
+    interval: i64,
+    /// The judge of each partition: with PRODUCE_GROUP.
+    epochs: HashMap<i32, Epochs>,
 }
 
 /// The records of one host.
@@ -428,6 +633,8 @@ impl Ledger {
             faults: Vec::new(),
             began_at: wall_micros(),
             stopped_at: i64::MAX,
+            interval: INTERVAL_MICROS,
+            epochs: HashMap::new(),
         }
     }
 
@@ -485,13 +692,25 @@ impl Ledger {
                 message.offset()
             ));
         }
-        match sample::decode(message.payload().unwrap_or_default()) {
+        let value = message.payload().unwrap_or_default();
+        let epochs = self.epochs.entry(message.partition()).or_default();
+        let place = |sample: &sample::Sample<'_>| sample.agent.clone().unwrap_or_default().into_owned();
+        match sample::decode(value) {
+            Ok(sample)
+                if sample
+                    .epoch
+                    .is_some_and(|epoch| epochs.judge(&place(&sample), epoch).is_err()) => {}
+            Err(_) if Claim::decode(value).is_some() => {
+                if let Some(claim) = Claim::decode(value) {
+                    let _ = epochs.judge(claim.place(), claim.epoch);
+                }
+            }
             Ok(sample) => {
                 let scheduled_at = sample.scheduled_at.map_or(0, Timestamp::unix_micros);
                 let account = self.accounts.entry(sample.address.to_string());
                 let account = account
                     .and_modify(|account| {
-                        if scheduled_at != account.last + INTERVAL_MICROS {
+                        if scheduled_at != account.last + self.interval {
                             let since = (scheduled_at - account.last) as f64 / 1e6;
                             faults.push(format!(
                                 "{}: a record {since} s after the one before",
@@ -519,6 +738,32 @@ impl Ledger {
             Err(rejection) => faults.push(rejection.to_string()),
         }
         self.faults.append(&mut faults);
+    }
+
+    /// Every tick of every host after `since` has its record: the first one on its grid, and each later one.
+    fn close(&self, hosts: &[String], since: i64) -> Result<(), String> {
+        let mut faults = self.faults.clone();
+        for host in hosts {
+            let phase = phase_micros(host, self.interval);
+            let first = since + self.interval - (since - phase).rem_euclid(self.interval);
+            match self.accounts.get(host) {
+                Some(account) if account.first != first => {
+                    faults.push(format!("{host} begins at {}, not {first}", account.first));
+                }
+                Some(account) if account.last + self.interval <= self.stopped_at => {
+                    faults.push(format!("{host} ends at {}", account.last));
+                }
+                None if first <= self.stopped_at => faults.push(format!("{host}: no record")),
+                _ => {}
+            }
+        }
+        match faults.len() {
+            0 => Ok(()),
+            count => Err(format!(
+                "the ledger is not closed, {count} faults:\n{}",
+                faults[..count.min(TOLD_FAULTS)].join("\n")
+            )),
+        }
     }
 
     /// Every tick of every host from the start to the stop has exactly one record, in order.
@@ -566,6 +811,7 @@ struct Stage {
     kafka: Kafka,
     site: Site,
     topics: Cell<usize>,
+    agents: Cell<usize>,
 }
 
 impl Stage {
@@ -576,9 +822,28 @@ impl Stage {
             site: Site::start(&ca_file),
             kafka: MockCluster::new(1).expect("a broker"),
             topics: Cell::new(0),
+            agents: Cell::new(0),
             ca_file,
             scratch,
         }
+    }
+
+    /// A group that has recorded everything until `since`.
+    fn write_ledgers(&self, group: &str, topic: &str, since: i64) {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", self.kafka.bootstrap_servers())
+            .set("group.id", group)
+            .create()
+            .expect("good settings");
+        let mut ledgers = TopicPartitionList::new();
+        for partition in 0..PARTITIONS {
+            let mut ledger = ledgers.add_partition(topic, partition);
+            ledger.set_offset(Offset::Offset(0)).expect("a good offset");
+            ledger.set_metadata(format!("1 1 {since} 0 {PARTITIONS}"));
+        }
+        consumer
+            .commit(&ledgers, CommitMode::Sync)
+            .expect("an empty group");
     }
 
     fn new_topic(&self) -> String {
@@ -675,12 +940,20 @@ struct Agent {
 
 impl Agent {
     fn start(stage: &Stage, topic: &str, hosts: &[String]) -> Self {
-        let path = |name: &str| stage.scratch.path().join(format!("{topic}.{name}"));
+        Self::start_as(stage, topic, hosts, "1s", None)
+    }
+
+    fn start_as(stage: &Stage, topic: &str, hosts: &[String], interval: &str, group: Option<&str>) -> Self {
+        stage.agents.set(stage.agents.get() + 1);
+        let number = stage.agents.get();
+        let path = |name: &str| stage.scratch.path().join(format!("{number}.{name}"));
         let (host_file, log_file) = (path("hosts"), path("log"));
-        let lines: String = hosts.iter().map(|host| format!("{host} 1s\n")).collect();
+        let lines: String = hosts.iter().map(|host| format!("{host} {interval}\n")).collect();
         fs::write(&host_file, lines).expect("room for it");
         let process = Command::new(env!("CARGO_BIN_EXE_host-metrics"))
             .env_clear()
+            .envs(group.map(|group| ("PRODUCE_GROUP", group)))
+            .env("REFERENCE_HOSTS", "none")
             .current_dir(stage.scratch.path())
             .args(["produce", "-c"])
             .arg(host_file)
@@ -743,19 +1016,23 @@ struct Spent {
 }
 
 impl Usage {
-    fn now(stage: &Stage, agent: &Agent) -> Self {
-        let pid = agent.process.id();
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
+    fn now(stage: &Stage, agents: &[&Agent]) -> Self {
+        let pids: Vec<u32> = agents.iter().map(|agent| agent.process.id()).collect();
+        let threads = pids
+            .iter()
+            .flat_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).expect("it runs"));
         let agent_threads = threads
             .flatten()
             .filter_map(|thread| Some((thread.path(), site::cpu_nanoseconds(&thread.path()).ok()?)))
             .collect();
-        let processes = [pid, stage.site.process.id(), std::process::id()];
+        let processes = pids
+            .into_iter()
+            .chain([stage.site.process.id(), std::process::id()]);
         Self {
             at: now(),
             agent_threads,
             machine_busy: machine_busy(),
-            ours: processes.into_iter().map(process_busy).sum(),
+            ours: processes.map(process_busy).sum(),
         }
     }
 

@@ -473,6 +473,7 @@ const VARIABLES: &str = "\
 Variables (set with -e, in the environment or in .env; an empty value means the default):
   KAFKA_BOOTSTRAP_SERVERS   host:port,host:port
   KAFKA_TOPIC               [host-metrics]; `consume` and `init` accept several, separated by commas
+  KAFKA_TOPIC_FAILURES      a topic that gets a copy of every failed check [none]
   KAFKA_SECURITY_PROTOCOL   PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL
                             [SSL if a KAFKA_SSL_* file is set, else PLAINTEXT]
   KAFKA_SSL_CA_FILE, KAFKA_SSL_CERT_FILE, KAFKA_SSL_KEY_FILE    PEM files
@@ -500,6 +501,8 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
                             [PRODUCE_GROUP, else the host name]
   PRODUCE_GROUP             producers with the same group share their hosts [none]
   HOSTS_CACHE_FILE          where `produce -c postgres:` keeps the hosts for a start without the database [none]
+  REFERENCE_HOSTS           host:port,host:port: asked whether this machine's own network is down, or `none`
+                            [the default gateway]
   PAGE_ADDR                 where `page` serves [127.0.0.1:9480]
   PAGE_TITLE                the title of the page [Status]
   PAGE_SHOW_ADDRESSES       yes or no: whether the page shows addresses and hosts without a name [no]

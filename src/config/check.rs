@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::form::{DAY, MAX_LINE_BYTES, is_line, is_quoted};
+use super::form::{DAY, MAX_LINE_BYTES, host_and_port, is_line, is_quoted};
 use super::kafka::PRODUCE_GROUP;
 use super::reader::{PemKind, Reader};
 
@@ -60,6 +60,40 @@ pub(super) fn secrets_dir(reader: &mut Reader<'_>) -> Option<PathBuf> {
     reader.read(SECRETS_DIR, "an existing directory", |path| {
         Some(PathBuf::from(path)).filter(|path| path.is_dir())
     })
+}
+
+/// REFERENCE_HOSTS: what is asked whether our own network is down.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum References {
+    /// The gateway on the way to the host that failed.
+    Gateways,
+    /// Names or IP addresses, each with its port.
+    Hosts(Vec<(String, u16)>),
+    /// Nothing: failed checks are always the host's.
+    Off,
+}
+
+const MAX_REFERENCES: usize = 16;
+
+pub(super) fn references(reader: &mut Reader<'_>) -> References {
+    let expected = "at most 16 of host:port, separated by commas, or `none`";
+    let hosts = |text: &str| {
+        if text.eq_ignore_ascii_case("none") {
+            return Some(References::Off);
+        }
+        let host = |text: &str| {
+            let (host, port) = host_and_port(text.trim())?;
+            let host = host.trim_start_matches('[').trim_end_matches(']');
+            Some((host.to_owned(), port))
+        };
+        let hosts: Option<Vec<_>> = text.split(',').map(host).collect();
+        hosts
+            .filter(|hosts| hosts.len() <= MAX_REFERENCES)
+            .map(References::Hosts)
+    };
+    reader
+        .read("REFERENCE_HOSTS", expected, hosts)
+        .unwrap_or(References::Gateways)
 }
 
 pub(super) fn timeout(reader: &mut Reader<'_>) -> Duration {

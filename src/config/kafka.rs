@@ -294,6 +294,35 @@ pub(super) fn topics(reader: &mut Reader<'_>) -> Vec<String> {
         .unwrap_or_else(|| vec![DEFAULT_TOPIC.to_owned()])
 }
 
+/// The topics of KAFKA_TOPIC for one table. KAFKA_TOPIC_FAILURES must not be among them.
+pub(super) fn topics_without_failures(reader: &mut Reader<'_>) -> Vec<String> {
+    let topics = topics(reader);
+    failures_topic(reader, &topics);
+    topics
+}
+
+/// All topics that `init` creates: those of KAFKA_TOPIC and that of KAFKA_TOPIC_FAILURES.
+pub(super) fn topics_with_failures(reader: &mut Reader<'_>) -> Vec<String> {
+    let mut topics = topics(reader);
+    topics.extend(failures_topic(reader, &topics));
+    topics
+}
+
+/// KAFKA_TOPIC_FAILURES. `topics` are those of KAFKA_TOPIC.
+pub(super) fn failures_topic(reader: &mut Reader<'_>, topics: &[String]) -> Option<String> {
+    let name = "KAFKA_TOPIC_FAILURES";
+    let expected = format!("the name of one topic: {TOPIC_NAME_RULE}");
+    let topic = reader.read(name, expected, topic_name)?;
+    if topics.contains(&topic) {
+        let what = format!(
+            "is {topic:?}, which KAFKA_TOPIC contains too: it has a second copy of every failed check, so one table would count \
+             these checks twice; set another topic, or remove it from KAFKA_TOPIC"
+        );
+        reader.conflict(name, what);
+    }
+    Some(topic)
+}
+
 pub(super) fn group_id(reader: &mut Reader<'_>) -> String {
     reader
         .line("KAFKA_GROUP_ID", MAX_LINE_BYTES)

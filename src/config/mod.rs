@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
-pub use check::{CheckConfig, DEFAULT_USER_AGENT};
+pub use check::{CheckConfig, DEFAULT_USER_AGENT, References};
 pub use database::{DatabaseConfig, DbSslMode};
 use form::RETENTIONS;
 pub use kafka::{
@@ -52,8 +52,11 @@ pub struct ProduceConfig {
     pub kafka: KafkaConfig,
     /// The topic for the records of hosts without `topic=`.
     pub topic: String,
+    /// KAFKA_TOPIC_FAILURES: gets a copy of every failed check.
+    pub failures_topic: Option<String>,
     pub group: Option<GroupConfig>,
     pub check: CheckConfig,
+    pub references: References,
     pub metrics_addr: Option<SocketAddr>,
 }
 
@@ -66,11 +69,14 @@ pub fn produce(variables: &Variables) -> Result<ProduceConfig, WrongVariables> {
 }
 
 fn produce_config(reader: &mut Reader<'_>) -> ProduceConfig {
+    let topic = kafka::topic(reader);
     ProduceConfig {
         kafka: kafka::servers_and_security(reader),
-        topic: kafka::topic(reader),
+        failures_topic: kafka::failures_topic(reader, std::slice::from_ref(&topic)),
+        topic,
         group: kafka::produce_group(reader),
         check: check::checks(reader, false),
+        references: check::references(reader),
         metrics_addr: metrics_addr(reader),
     }
 }
@@ -130,7 +136,7 @@ pub struct ConsumeConfig {
 pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
     read(variables, |reader| ConsumeConfig {
         kafka: kafka::servers_and_security(reader),
-        topics: kafka::topics(reader),
+        topics: kafka::topics_without_failures(reader),
         group_id: kafka::group_id(reader),
         group_instance_id: kafka::group_instance_id(reader),
         database: database::database(reader),
@@ -162,7 +168,7 @@ pub fn init(variables: &Variables, servers: Servers) -> Result<InitConfig, Wrong
             true => kafka::servers_and_security(reader),
             false => kafka::servers_and_security(&mut Reader::new(&nothing_set)),
         },
-        topics: kafka::topics(reader),
+        topics: kafka::topics_with_failures(reader),
         database: match servers.database {
             true => database::database(reader),
             false => DatabaseConfig {

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use super::problem::Problem;
 
 /// The names of all variables. Other names are ignored in `.env` and in the environment, and are an error after `-e`.
-pub const NAMES: [&str; 43] = [
+pub const NAMES: [&str; 45] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
+    "KAFKA_TOPIC_FAILURES",
     "KAFKA_SECURITY_PROTOCOL",
     "KAFKA_SSL_CA_FILE",
     "KAFKA_SSL_CERT_FILE",
@@ -43,6 +44,7 @@ pub const NAMES: [&str; 43] = [
     "AGENT_NAME",
     "PRODUCE_GROUP",
     "HOSTS_CACHE_FILE",
+    "REFERENCE_HOSTS",
     "METRICS_ADDR",
     "PAGE_ADDR",
     "PAGE_TITLE",

@@ -3,7 +3,8 @@
 //! Owns the group's consumer, and makes no decisions. librdkafka is told to read nothing, so no records are fetched. When the
 //! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -53,8 +54,12 @@ pub enum NotCommitted {
 }
 
 pub struct Member {
-    consumer: BaseConsumer<Context>,
+    consumer: Arc<BaseConsumer<Context>>,
+    /// To the thread that commits.
+    commits: Sender<(Vec<(Named, Committed)>, Answer)>,
 }
+
+type Answer = Box<dyn FnOnce(Result<(), NotCommitted>) + Send>;
 
 impl Member {
     /// Joins the group as soon as Kafka can be reached. With an `instance_id` this is a static member (KIP-345).
@@ -94,7 +99,18 @@ impl Member {
         let consumer: BaseConsumer<Context> = config
             .create_with_context(context)
             .context("cannot make a Kafka consumer for PRODUCE_GROUP")?;
-        let member = Self { consumer };
+        let consumer = Arc::new(consumer);
+        let (commits, requests) = channel::<(Vec<(Named, Committed)>, Answer)>();
+        let committer = Arc::clone(&consumer);
+        std::thread::Builder::new()
+            .name("commits".into())
+            .spawn(move || {
+                for (commits, answer) in requests {
+                    answer(commit(&committer, &commits));
+                }
+            })
+            .context("cannot start a thread for PRODUCE_GROUP")?;
+        let member = Self { consumer, commits };
         member.subscribe(topics)?;
         Ok(member)
     }
@@ -167,34 +183,31 @@ impl Member {
         Ok(committed)
     }
 
-    /// Commits these as a member of the group's current generation, and waits for the answer.
-    ///
-    /// # Errors
-    /// The commit did not take place, or it is unknown whether it did.
-    pub fn commit(&self, commits: &[(Named, Committed)]) -> Result<(), NotCommitted> {
-        // Without a membership librdkafka would commit as if it used no group, which an empty group allows.
-        if self.consumer.assignment_lost() {
-            return Err(NotCommitted::Refused("the group removed this member".to_owned()));
+    /// Commits these as a member of the group's present generation. `answer` is called on another thread: while the group's
+    /// coordinator is away, librdkafka may wait for longer than the group waits for us. [`Member::end_commit`] has to follow.
+    pub fn begin_commit(
+        &self,
+        commits: Vec<(Named, Committed)>,
+        answer: impl FnOnce(Result<(), NotCommitted>) + Send + 'static,
+    ) {
+        self.heard().is_committing = true;
+        if let Err(unsent) = self.commits.send((commits, Box::new(answer))) {
+            let (_, answer) = unsent.0;
+            answer(Err(NotCommitted::Failed(
+                "the thread for commits has ended".to_owned(),
+            )));
         }
-        let failed = |error: KafkaError| NotCommitted::Failed(error.to_string());
-        let mut list = TopicPartitionList::with_capacity(commits.len());
-        for ((topic, partition), commit) in commits {
-            let mut element = list.add_partition(topic, *partition);
-            element
-                .set_offset(Offset::Offset(commit.offset))
-                .map_err(failed)?;
-            element.set_metadata(&commit.metadata);
+    }
+
+    /// A commit has been answered.
+    pub fn end_commit(&self) {
+        let mut heard = self.heard();
+        heard.is_committing = false;
+        let is_lost = std::mem::take(&mut heard.has_to_forget);
+        drop(heard);
+        if is_lost {
+            self.give_back();
         }
-        self.consumer
-            .commit(&list, CommitMode::Sync)
-            .map_err(|error| match error.rdkafka_error_code() {
-                Some(
-                    RDKafkaErrorCode::IllegalGeneration
-                    | RDKafkaErrorCode::UnknownMemberId
-                    | RDKafkaErrorCode::FencedInstanceId,
-                ) => NotCommitted::Refused(error.to_string()),
-                _ => failed(error),
-            })
     }
 
     /// The offsets that a partition holds: the first one, and the one after the last.
@@ -228,12 +241,42 @@ impl Member {
     }
 }
 
+fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> Result<(), NotCommitted> {
+    // Without a membership librdkafka would commit without a member id, which Kafka accepts if the group is empty.
+    if consumer.assignment_lost() {
+        return Err(NotCommitted::Refused("the group put us out".to_owned()));
+    }
+    let failed = |error: KafkaError| NotCommitted::Failed(error.to_string());
+    let mut list = TopicPartitionList::with_capacity(commits.len());
+    for ((topic, partition), commit) in commits {
+        let mut element = list.add_partition(topic, *partition);
+        element
+            .set_offset(Offset::Offset(commit.offset))
+            .map_err(failed)?;
+        element.set_metadata(&commit.metadata);
+    }
+    consumer
+        .commit(&list, CommitMode::Sync)
+        .map_err(|error| match error.rdkafka_error_code() {
+            Some(
+                RDKafkaErrorCode::IllegalGeneration
+                | RDKafkaErrorCode::UnknownMemberId
+                | RDKafkaErrorCode::FencedInstanceId,
+            ) => NotCommitted::Refused(error.to_string()),
+            _ => failed(error),
+        })
+}
+
 #[derive(Default)]
 struct Heard {
     changes: Vec<Change>,
     /// Whether the group waits for [`Member::give_back`].
     owes: bool,
     is_leaving: bool,
+    is_committing: bool,
+    /// We lost the membership during a commit. librdkafka takes the generation when it sends the request, so it must not join
+    /// again before that: the ledger belongs to the membership that was lost.
+    has_to_forget: bool,
     /// Kafka does not allow what we ask for.
     refused: Outage,
 }
@@ -295,7 +338,11 @@ impl ConsumerContext for Context {
             }
             (false, true) => {
                 heard.changes.push(Change::Lost(named));
-                consumer.incremental_unassign(&nothing)
+                heard.has_to_forget = heard.is_committing;
+                match heard.is_committing {
+                    true => Ok(()),
+                    false => consumer.incremental_unassign(&nothing),
+                }
             }
             (false, false) if heard.is_leaving => consumer.incremental_unassign(&nothing),
             (false, false) => {

@@ -3,8 +3,8 @@
 //! Owns the membership and reads partitions. It tells the timer loop about hosts with [`Order`]s, and the publisher about records
 //! with [`Letter`]s.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,10 @@ const READ_STEP: Duration = Duration::from_millis(50);
 /// Reading up to a claim is given up after this time, and tried again.
 const READ_WITHIN: Duration = Duration::from_secs(30);
 
+/// A turn of the loop takes less than this unless the process was suspended. It is shorter than a session, so nobody can have taken
+/// a share without being noticed.
+const SUSPENDED_MICROS: i64 = 5_000_000;
+
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 
@@ -44,8 +48,8 @@ pub(super) enum Order {
     Left,
 }
 
-/// The number of partitions of each topic. The first number that we hear of stays in use until a restart: members with different
-/// numbers would check a host twice.
+/// The number of partitions by which the hosts of each topic are divided: that of the ledgers, or that of the topic if there is no
+/// ledger yet.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Partitions(Arc<Mutex<HashMap<Arc<str>, i32>>>);
 
@@ -65,9 +69,9 @@ impl Partitions {
         counts.get(topic).copied()
     }
 
-    fn add(&self, topic: &str, count: i32) {
+    fn set(&self, topic: &str, count: i32) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.entry(topic.into()).or_insert(count);
+        counts.insert(topic.into(), count);
     }
 }
 
@@ -102,13 +106,16 @@ impl Fleet {
             clock: settings.clock,
             shares: Shares::default(),
             heard,
-            new_topics,
+            events: events.clone(),
+            turned_at: settings.clock.now_micros(),
+            new_topics: Some(new_topics),
             letters,
             orders: Box::new(orders),
             to_read: Vec::new(),
             reading: None,
             is_idle: None,
             outage: Outage::default(),
+            commit_failure: Arc::default(),
         };
         std::thread::Builder::new()
             .name("fleet".into())
@@ -150,7 +157,10 @@ struct Thread {
     clock: Clock,
     shares: Shares,
     heard: Receiver<Event>,
-    new_topics: Receiver<Vec<String>>,
+    events: Sender<Event>,
+    /// When the loop turned last.
+    turned_at: i64,
+    new_topics: Option<Receiver<Vec<String>>>,
     letters: LetterBox,
     orders: Box<dyn Fn(Order) + Send>,
     to_read: Vec<Range>,
@@ -159,6 +169,8 @@ struct Thread {
     is_idle: Option<bool>,
     /// Why shares cannot be taken.
     outage: Outage,
+    /// Why the last commit failed, if that was not reported yet.
+    commit_failure: Arc<Mutex<Option<String>>>,
 }
 
 /// The partitions of one topic that are being read.
@@ -171,13 +183,9 @@ struct Reading {
 impl Thread {
     fn run(mut self) {
         while !self.shares.has_left() {
+            self.notice_suspension();
             self.listen_to_group();
-            for topics in self.new_topics.try_iter() {
-                let names: Vec<&str> = topics.iter().map(String::as_str).collect();
-                if let Err(error) = self.member.subscribe(&names) {
-                    log::error!("{error:#}");
-                }
-            }
+            self.take_topics();
             while let Ok(event) = self.heard.try_recv() {
                 self.handle(event);
             }
@@ -190,17 +198,53 @@ impl Thread {
         }
     }
 
+    /// The last owner of a share may have written void records while it was suspended: see `share`.
+    fn notice_suspension(&mut self) {
+        let now = self.clock.now_micros();
+        let passed = now - std::mem::replace(&mut self.turned_at, now);
+        if passed > SUSPENDED_MICROS {
+            log::warn!(
+                "group={} this process did not run for {} s: its shares are taken again",
+                self.group,
+                passed / 1_000_000
+            );
+            self.handle(Event::Suspended);
+        }
+    }
+
     fn handle(&mut self, event: Event) {
+        if let Event::Committed(outcome) = event {
+            self.member.end_commit();
+            if outcome == CommitOutcome::Done {
+                self.outage.end(instant_now());
+            }
+        }
         self.shares.handle(self.clock.now_micros(), event);
+    }
+
+    fn take_topics(&mut self) {
+        loop {
+            match self.new_topics.as_ref().map(Receiver::try_recv) {
+                Some(Ok(topics)) => {
+                    let names: Vec<&str> = topics.iter().map(String::as_str).collect();
+                    if let Err(error) = self.member.subscribe(&names) {
+                        log::error!("{error:#}");
+                    }
+                }
+                // The timer loop has ended without a stop.
+                Some(Err(TryRecvError::Disconnected)) => {
+                    self.new_topics = None;
+                    self.handle(Event::Stop { until: 0 });
+                }
+                Some(Err(TryRecvError::Empty)) | None => return,
+            }
+        }
     }
 
     fn wait(&mut self, until: Option<i64>) {
         let longest = until.map_or(LISTEN_EVERY, |until| self.clock.until(until).min(LISTEN_EVERY));
-        match self.heard.recv_timeout(longest) {
-            Ok(event) => self.handle(event),
-            Err(RecvTimeoutError::Timeout) => {}
-            // The timer loop and the publisher have ended.
-            Err(RecvTimeoutError::Disconnected) => self.handle(Event::Stop { until: 0 }),
+        if let Ok(event) = self.heard.recv_timeout(longest) {
+            self.handle(event);
         }
     }
 
@@ -259,6 +303,17 @@ impl Thread {
                 lasted.as_secs()
             );
         }
+        let failure = self
+            .commit_failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(why) = failure {
+            self.outage.begin(
+                now,
+                format!("{why}; PRODUCE_GROUP needs the right READ on the group and on the topic"),
+            );
+        }
         if let Some((reason, lasted)) = self.outage.take_report(now) {
             log::warn!(
                 "group={} no share could be taken for {} s: {reason}",
@@ -272,20 +327,17 @@ impl Thread {
         match action {
             Action::ReadLedgers(shares) => {
                 let found = self.read_ledgers(&shares);
-                match &found {
-                    Ok(_) => _ = self.outage.end(instant_now()),
-                    Err(error) => self.outage.begin(instant_now(), format!("{error:#}")),
+                if let Err(error) = &found {
+                    self.outage.begin(instant_now(), format!("{error:#}"));
                 }
                 self.handle(Event::Ledgers(found.unwrap_or_default()));
             }
             Action::ReadTail(range) => self.to_read.push(range),
-            Action::Commit(ledgers) => {
-                let outcome = self.commit(&ledgers);
-                self.handle(Event::Committed(outcome));
-            }
+            Action::Commit(ledgers) => self.commit(&ledgers),
             Action::Claim { share, epoch } => self.letters.tell(Letter::Claim { share, epoch }),
             Action::Hold(share) => self.letters.tell(Letter::Hold(share)),
             Action::Take(takeover) => {
+                self.outage.end(instant_now());
                 let Takeover {
                     share,
                     ledger,
@@ -310,9 +362,8 @@ impl Thread {
                 let until = instant_now() + LEAVE_WITHIN;
                 while instant_now() < until {
                     self.member.changes();
-                    if let Err(RecvTimeoutError::Disconnected) = self.heard.recv_timeout(READ_STEP / 5) {
-                        break;
-                    }
+                    // Nothing that comes now matters.
+                    let _ = self.heard.recv_timeout(READ_STEP / 5);
                 }
                 (self.orders)(Order::Left);
             }
@@ -321,11 +372,9 @@ impl Thread {
     }
 
     fn read_ledgers(&self, shares: &[Share]) -> anyhow::Result<BTreeMap<Share, StoredLedger>> {
-        for share in shares {
-            if self.partitions.of(&share.topic).is_none() {
-                let count = self.member.partitions(&share.topic)?;
-                self.partitions.add(&share.topic, count);
-            }
+        let topics: BTreeSet<&Arc<str>> = shares.iter().map(|share| &share.topic).collect();
+        for topic in topics {
+            self.count_partitions(topic)?;
         }
         let named: Vec<Named> = shares.iter().map(named).collect();
         let committed = self.member.committed(&named)?;
@@ -349,7 +398,12 @@ impl Thread {
                             self.group
                         );
                     }
-                    StoredLedger::Missing { low, high }
+                    let partitions = self.partitions.of(&share.topic).unwrap_or(1);
+                    StoredLedger::Missing {
+                        low,
+                        high,
+                        partitions,
+                    }
                 }
             };
             found.insert(share, ledger);
@@ -357,7 +411,31 @@ impl Thread {
         Ok(found)
     }
 
-    fn commit(&self, ledgers: &[(Share, Ledger)]) -> CommitOutcome {
+    fn count_partitions(&self, topic: &str) -> anyhow::Result<()> {
+        let existing = self.member.partitions(topic)?;
+        let all: Vec<Named> = (0..existing)
+            .map(|partition| (topic.to_owned(), partition))
+            .collect();
+        let committed = self.member.committed(&all)?;
+        let ledgers = committed.iter().filter_map(|(_, committed)| committed.as_ref());
+        let used = ledgers
+            .filter_map(|committed| Ledger::parse(committed.offset, &committed.metadata).ok())
+            .map(|ledger| ledger.partitions)
+            // A new topic of the same name may have fewer.
+            .find(|used| *used <= existing);
+        let partitions = used.unwrap_or(existing);
+        if partitions < existing && self.partitions.of(topic) != Some(partitions) {
+            log::warn!(
+                "group={} topic={topic} has {existing} partitions, of which the group uses the first {partitions}: it was started with \
+                 so many; to use all, stop all its producers, delete the offsets of the group, and start them",
+                self.group
+            );
+        }
+        self.partitions.set(topic, partitions);
+        Ok(())
+    }
+
+    fn commit(&self, ledgers: &[(Share, Ledger)]) {
         let commits: Vec<_> = ledgers
             .iter()
             .map(|(share, ledger)| {
@@ -368,17 +446,24 @@ impl Thread {
                 (named(share), committed)
             })
             .collect();
-        match self.member.commit(&commits) {
-            Ok(()) => CommitOutcome::Done,
-            Err(NotCommitted::Refused(why)) => {
-                log::info!("group={} refused a commit of this producer: {why}", self.group);
-                CommitOutcome::Refused
-            }
-            Err(NotCommitted::Failed(why)) => {
-                log::debug!("group={} a commit failed: {why}", self.group);
-                CommitOutcome::Failed
-            }
-        }
+        let (events, group) = (self.events.clone(), self.group.clone());
+        let failure = Arc::clone(&self.commit_failure);
+        self.member.begin_commit(commits, move |committed| {
+            let outcome = match committed {
+                Ok(()) => CommitOutcome::Done,
+                Err(NotCommitted::Refused(why)) => {
+                    log::info!("group={group} refused a commit of this producer: {why}");
+                    CommitOutcome::Refused
+                }
+                Err(NotCommitted::Failed(why)) => {
+                    log::debug!("group={group} a commit failed: {why}");
+                    *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+                    CommitOutcome::Failed
+                }
+            };
+            // The receiver is gone at the end of a stop.
+            let _ = events.send(Event::Committed(outcome));
+        });
     }
 
     /// Reads for a while. Returns false if there is nothing to read.

@@ -162,5 +162,15 @@ impl Figures {
             "Records lost because Kafka refused them for good.",
             deliveries.refused.load(Ordering::Relaxed),
         );
+        page.counter(
+            "host_metrics_failure_copies_delivered_total",
+            "Copies of failed checks that the topic of KAFKA_TOPIC_FAILURES has.",
+            deliveries.copies_delivered.load(Ordering::Relaxed),
+        );
+        page.counter(
+            "host_metrics_failure_copies_dropped_total",
+            "Copies of failed checks dropped, because their topic was missing for too long or Kafka refused them.",
+            deliveries.copies_dropped.load(Ordering::Relaxed),
+        );
     }
 }

@@ -11,6 +11,7 @@ pub mod hosts;
 mod mailbox;
 mod metrics;
 pub mod outbox;
+pub mod own_network;
 pub mod pool;
 pub mod publisher;
 mod result;
@@ -35,6 +36,7 @@ use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::mailbox::Mailbox;
 use crate::produce::metrics::Figures;
+use crate::produce::own_network::OwnNetwork;
 use crate::produce::pool::Pool;
 use crate::produce::publisher::{Bounds, Publisher};
 use crate::produce::result::CheckResult;
@@ -91,6 +93,7 @@ pub fn run_counted(
     counters: Arc<Counters>,
 ) -> anyhow::Result<()> {
     let checks = Checks::new(&config.check)?;
+    let own_network = OwnNetwork::new(config.references.clone());
     let setup = Setup {
         config,
         sources,
@@ -100,8 +103,8 @@ pub fn run_counted(
         bounds: Bounds::default(),
     };
     setup.run(targets, move || {
-        let mut checker = checks.checker();
-        move |target: &Target, deadline| checker.check(target, deadline)
+        let (mut checker, own_network) = (checks.checker(), own_network.clone());
+        move |target: &Target, deadline| own_network.check(target, || checker.check(target, deadline))
     })
 }
 
@@ -144,8 +147,7 @@ impl Setup<'_> {
             .as_ref()
             .and_then(|joining| joining.membership(self.config));
         let publisher = Publisher::start(
-            &self.config.kafka,
-            &self.config.topic,
+            self.config,
             self.bounds,
             Arc::clone(&self.counters.deliveries),
             membership,

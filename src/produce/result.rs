@@ -107,8 +107,15 @@ fn record(
         interval: Some(target.interval),
         agent: agent_name,
     };
+    let is_failed_check = observation.outcome.is_failed_check();
     let mut value = Vec::with_capacity(1_024);
     sample::encode(&stamp(target, observation, when), &mut value);
     value.shrink_to_fit();
-    Record::new(Arc::clone(target), share, scheduled_at_micros, value)
+    Record::new(
+        Arc::clone(target),
+        share,
+        scheduled_at_micros,
+        value,
+        is_failed_check,
+    )
 }

@@ -31,6 +31,9 @@ const BACKLOG_AT_A_TIME: usize = 100;
 /// How often the publisher is asked for room while the backlog waits for it.
 pub(super) const LOOK_FOR_ROOM_EVERY: Duration = Duration::from_millis(10);
 
+/// How long the end of `--once` may take. All records are acknowledged then, and only copies of failed checks may be left.
+const COPIES_WITHIN: Duration = Duration::from_secs(5);
+
 pub(super) struct TimerLoop<'a> {
     pub(super) setup: Setup<'a>,
     pub(super) schedule: Schedule<Record>,
@@ -115,7 +118,7 @@ impl<'a> TimerLoop<'a> {
             let now = self.clock.now_micros();
             if self.setup.rounds == Rounds::Once && self.schedule.is_over() {
                 if self.publisher.on_the_way() == 0 {
-                    return self.end(Duration::ZERO);
+                    return self.end(COPIES_WITHIN);
                 }
                 self.wait_until(now + micros(LOOK_FOR_ROOM_EVERY));
                 continue;

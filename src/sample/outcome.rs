@@ -30,5 +30,17 @@ words! {
     TooManyRedirects "too_many_redirects",
     ProxyError "proxy_error",
     AgentError "agent_error",
+    AgentOffline "agent_offline",
     Missed "missed",
+}
+
+impl Outcome {
+    /// Whether a check found something wrong with the host. A missed tick or a fault of the checking machine says nothing about
+    /// the host.
+    pub fn is_failed_check(self) -> bool {
+        !matches!(
+            self,
+            Self::Ok | Self::Missed | Self::AgentError | Self::AgentOffline
+        )
+    }
 }

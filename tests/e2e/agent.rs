@@ -18,7 +18,10 @@ pub struct Variables(Vec<(String, String)>);
 
 impl Variables {
     pub fn new() -> Self {
-        Self::default().with("LOG_LEVEL", "DEBUG")
+        // No packet leaves this machine.
+        Self::default()
+            .with("LOG_LEVEL", "DEBUG")
+            .with("REFERENCE_HOSTS", "none")
     }
 
     pub fn with(mut self, name: &str, value: impl ToString) -> Self {

@@ -64,28 +64,43 @@ impl Fleet {
     }
 
     fn start(&self) -> Agent {
-        Agent::start(&["produce", "-c", self.hosts.to_str().unwrap()], &self.variables)
+        self.start_with(&self.variables)
+    }
+
+    fn start_with(&self, variables: &Variables) -> Agent {
+        Agent::start(&["produce", "-c", self.hosts.to_str().unwrap()], variables)
     }
 
     fn judged(&self, kafka: &Kafka) -> Judged {
+        self.judged_of(kafka, GROUP)
+    }
+
+    /// The records of one place. Those of others are left out.
+    fn judged_of(&self, kafka: &Kafka, place: &str) -> Judged {
         let mut judged = Judged::default();
         let mut epochs = BTreeMap::<i32, Epochs>::new();
         for record in kafka.records(&self.topic) {
             let value = record.value.unwrap();
             let epochs = epochs.entry(record.partition).or_default();
             if let Some(claim) = Claim::decode(&value) {
-                judged.claims += 1;
+                judged.claims += usize::from(claim.place() == place);
                 let _ = epochs.judge(claim.place(), claim.epoch);
                 continue;
             }
             let sample = sample::decode(&value).unwrap();
-            assert_eq!(sample.agent.as_deref(), Some(GROUP));
-            let place = format!("{}/{}", record.partition, record.offset);
-            if epochs.judge(GROUP, sample.epoch.unwrap()).is_err() {
-                judged.superseded.push(place);
+            if sample.agent.as_deref() != Some(place) {
                 continue;
             }
-            judged.valid.push(place);
+            let at = format!("{}/{}", record.partition, record.offset);
+            // A record without an epoch is that of `--once`.
+            if sample
+                .epoch
+                .is_some_and(|epoch| epochs.judge(place, epoch).is_err())
+            {
+                judged.superseded.push(at);
+                continue;
+            }
+            judged.valid.push(at);
             let ticks = judged.ticks.entry(sample.address.to_string()).or_default();
             let tick = sample.scheduled_at.map(Timestamp::unix_micros).unwrap();
             // A busy machine may miss ticks for other reasons.
@@ -97,11 +112,15 @@ impl Fleet {
 
     /// Waits until every host has a record of a tick after `since`.
     fn wait_for_ticks_since(&self, kafka: &Kafka, since: i64, agents: &[&Agent]) {
+        self.wait_for_ticks_of(kafka, GROUP, since, agents);
+    }
+
+    fn wait_for_ticks_of(&self, kafka: &Kafka, place: &str, since: i64, agents: &[&Agent]) {
         wait_for(
             WITHIN,
             "every host is checked",
             || {
-                let ticks = self.judged(kafka).ticks;
+                let ticks = self.judged_of(kafka, place).ticks;
                 let is_recent =
                     |ticks: &Vec<(i64, bool)>| ticks.iter().any(|(tick, missed)| *tick >= since && !missed);
                 (ticks.len() == HOSTS && ticks.values().all(is_recent)).then_some(())
@@ -162,12 +181,17 @@ fn a_lone_producer_accounts_for_the_time_that_it_did_not_run() {
     fleet.wait_for_ticks_since(kafka, now_micros() + SECOND, &[&third]);
     third.stop();
     let judged = fleet.judged(kafka);
-    let (_, missed) = judged.assert_whole(killed_at);
+    let (most, missed) = judged.assert_whole(killed_at);
+    // The session of 6 s, the takeover, and two planned stops.
     assert!(
-        missed > 0,
-        "the time until the session ended is recorded as missed"
+        missed > 0 && most <= 16,
+        "{most} ticks of a host are missed by a kill and two stops"
     );
     let (most, _) = judged.assert_whole(stopped_at);
+    assert!(
+        most <= 4,
+        "{most} ticks of a host are missed by a planned restart"
+    );
     eprintln!(
         "missed after the kill {missed}, per host after a restart {most}, claims {}",
         judged.claims
@@ -199,7 +223,8 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
         &agents.iter().collect::<Vec<_>>(),
     );
     let (most, _) = fleet.judged(kafka).assert_whole(begun_at);
-    assert!(most <= 3, "{most} ticks of a host are missed by a planned stop");
+    // One tick at most (README); a machine that is short of CPU adds the delay of a rebalance.
+    assert!(most <= 2, "{most} ticks of a host are missed by a planned stop");
 
     // A kill: the others get its shares when its session has ended.
     agents[0].kill();
@@ -310,4 +335,208 @@ fn what_a_lone_producer_measures_while_kafka_is_away_counts_once() {
         judged.claims
     );
     assert_eq!(missed, 0, "everything was measured, or missed for want of CPU");
+}
+
+#[test]
+fn two_groups_on_one_topic_are_two_places_and_members_without_a_share_wait() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::new(kafka, "fleet_two_groups");
+    let members: Vec<Agent> = (0..3 * PARTITIONS).map(|_| fleet.start()).collect();
+    let other = fleet.start_with(&fleet.variables.clone().with("PRODUCE_GROUP", "us"));
+    wait_for(
+        WITHIN,
+        "four members have a share each",
+        || {
+            let logs: Vec<String> = members.iter().map(Agent::stderr).collect();
+            let says = |words: &str| {
+                let last = |log: &&String| {
+                    let mut group = log.lines().filter(|line| {
+                        line.contains("this producer has no share") || line.contains("shares=")
+                    });
+                    group.next_back().is_some_and(|line| line.contains(words))
+                };
+                logs.iter().filter(last).count()
+            };
+            (says("shares=1") == 4 && says("this producer has no share") == 8).then_some(())
+        },
+        || members.iter().map(Agent::stderr).collect(),
+    );
+    let shared_at = now_micros();
+    // A run of `--once` checks all hosts beside them.
+    let once = Agent::start(
+        &["produce", "--once", "-c", fleet.hosts.to_str().unwrap()],
+        &fleet.variables.clone().with("AGENT_NAME", "once"),
+    );
+    let mut once = once;
+    assert_eq!(once.wait(WITHIN).code(), Some(0), "{}", once.stderr());
+    let agents: Vec<&Agent> = members.iter().chain([&other]).collect();
+    for place in [GROUP, "us"] {
+        fleet.wait_for_ticks_of(kafka, place, shared_at + 3 * SECOND, &agents);
+    }
+    // All at once: those without a share first.
+    members.iter().for_each(|member| member.signal("TERM"));
+    for mut member in members {
+        assert_eq!(
+            member.wait(crate::agent::STOP_WITHIN).code(),
+            Some(0),
+            "{}",
+            member.stderr()
+        );
+    }
+    other.stop();
+    for place in [GROUP, "us"] {
+        let judged = fleet.judged_of(kafka, place);
+        judged.assert_whole(0);
+        assert_eq!(judged.ticks.len(), HOSTS, "{place}");
+    }
+    assert_eq!(fleet.judged_of(kafka, "once").valid.len(), HOSTS);
+}
+
+#[test]
+fn a_topic_made_anew_and_deleted_offsets_end_no_ticks_and_repeat_none() {
+    let kafka = Kafka::start();
+    let fleet = Fleet::new(&kafka, "fleet_anew");
+    let agent = fleet.start();
+    fleet.wait_for_ticks_since(&kafka, now_micros() + SECOND, &[&agent]);
+    kafka.delete_topic(&fleet.topic);
+    kafka.create_topic(&fleet.topic, PARTITIONS);
+    fleet.wait_for_ticks_since(&kafka, now_micros() + 2 * SECOND, &[&agent]);
+    agent.stop();
+    fleet.judged(&kafka).assert_whole(0);
+
+    wait_for(
+        WITHIN,
+        "the group is empty",
+        || kafka.members(GROUP).is_empty().then_some(()),
+        String::new,
+    );
+    kafka.delete_group(GROUP);
+    let agent = fleet.start();
+    agent.wait_for_stderr("has no ledger", WITHIN);
+    fleet.wait_for_ticks_since(&kafka, now_micros() + 2 * SECOND, &[&agent]);
+    agent.stop();
+    let judged = fleet.judged(&kafka);
+    // The last records of each partition say where its hosts continue.
+    judged.assert_whole(0);
+    assert_eq!(judged.superseded, [""; 0]);
+}
+
+#[test]
+fn hosts_and_partitions_that_change_while_members_are_stopped_at_random_double_no_tick() {
+    let kafka = Kafka::start();
+    let fleet = Fleet::new(&kafka, "fleet_changes");
+    let all = fs::read_to_string(&fleet.hosts).unwrap();
+    let mut agents = vec![fleet.start(), fleet.start()];
+    fleet.wait_for_ticks_since(&kafka, now_micros() + SECOND, &agents.iter().collect::<Vec<_>>());
+
+    // A rolling change: members with different lists of hosts, until the last one has the new list.
+    let some: Vec<&str> = all.lines().take(HOSTS - 4).collect();
+    fs::write(&fleet.hosts, some.join("\n")).unwrap();
+    agents.push(fleet.start());
+    agents[2].wait_for_stderr("shares=", WITHIN);
+    fs::write(&fleet.hosts, &all).unwrap();
+    agents.remove(0).stop();
+    agents.push(fleet.start());
+    agents.remove(1).stop();
+
+    kafka.add_partitions(&fleet.topic, 2 * PARTITIONS);
+    // Longer than a session, at steps that nobody chooses.
+    let mut random = fastrand::Rng::with_seed(now_micros() as u64);
+    for round in 0..3 {
+        let (pause, freeze) = (random.i64(0..2 * SECOND), random.i64(SECOND..8 * SECOND));
+        let frozen = &agents[round % agents.len()];
+        wait_until(now_micros() + pause);
+        frozen.signal("STOP");
+        wait_until(now_micros() + freeze);
+        frozen.signal("CONT");
+    }
+    fleet.wait_for_ticks_since(
+        &kafka,
+        now_micros() + 3 * SECOND,
+        &agents.iter().collect::<Vec<_>>(),
+    );
+    // One that starts now uses as many partitions as the others.
+    agents.push(fleet.start());
+    agents[2].wait_for_stderr("the group uses the first 4", WITHIN);
+    fleet.wait_for_ticks_since(
+        &kafka,
+        now_micros() + 3 * SECOND,
+        &agents.iter().collect::<Vec<_>>(),
+    );
+    agents.into_iter().for_each(Agent::stop);
+    let judged = fleet.judged(&kafka);
+    for (host, ticks) in &judged.ticks {
+        let in_order = ticks.windows(2).all(|pair| pair[0].0 < pair[1].0);
+        assert!(in_order, "{host}: a tick is there twice: {ticks:?}");
+    }
+    // Hosts that every list had are without a gap.
+    let stays = |host: &&String| some.iter().any(|line| line.starts_with(&format!("{host} ")));
+    let stayed = Judged {
+        ticks: judged
+            .ticks
+            .iter()
+            .filter(|(host, _)| stays(host))
+            .map(|(host, ticks)| (host.clone(), ticks.clone()))
+            .collect(),
+        ..Judged::default()
+    };
+    assert_eq!(stayed.ticks.len(), HOSTS - 4);
+    stayed.assert_whole(0);
+}
+
+#[test]
+fn a_member_without_rights_says_which_one_is_missing() {
+    use crate::kafka::Listener;
+    let port = host_metrics::commands::demo::postgres::free_port().unwrap();
+    let plain = r#"org.apache.kafka.common.security.plain.PlainLoginModule required username="a" password="a" user_p="secret";"#;
+    let listener = Listener {
+        name: "PASSWORD",
+        protocol: "SASL_PLAINTEXT",
+        port,
+        advertised_port: port,
+        settings: vec![
+            ("sasl.enabled.mechanisms", "PLAIN".to_owned()),
+            ("plain.sasl.jaas.config", plain.to_owned()),
+        ],
+    };
+    let rights = "authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer\n\
+                  super.users=User:ANONYMOUS\n";
+    let kafka = Kafka::start_with_settings(&[listener], &[], rights);
+    let fleet = Fleet::new(&kafka, "fleet_rights");
+    let user = ["--add", "--allow-principal", "User:p"];
+    let allow = |more: &[&str]| kafka.change_rights(&[&user[..], more].concat());
+    allow(&[
+        "--topic",
+        "fleet_rights",
+        "--operation",
+        "Write",
+        "--operation",
+        "Describe",
+    ]);
+    let variables = fleet
+        .variables
+        .clone()
+        .with("KAFKA_BOOTSTRAP_SERVERS", format!("127.0.0.1:{port}"))
+        .with("KAFKA_SECURITY_PROTOCOL", "SASL_PLAINTEXT")
+        .with("KAFKA_SASL_MECHANISM", "PLAIN")
+        .with("KAFKA_SASL_USERNAME", "p")
+        .with("KAFKA_SASL_PASSWORD", "secret");
+    let agent = fleet.start_with(&variables);
+    agent.wait_for_stderr("needs the right READ on the group", WITHIN);
+    allow(&["--group", GROUP, "--operation", "Read"]);
+    agent.wait_for_stderr("no share could be taken", WITHIN);
+    allow(&["--topic", "fleet_rights", "--operation", "Read"]);
+    fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
+    agent.stop();
+    fleet.judged(&kafka).assert_whole(0);
+}
+
+/// For a moment that has to pass, because nothing shows that it is over.
+fn wait_until(at: i64) {
+    wait_for(
+        WITHIN,
+        "time passes",
+        || (now_micros() >= at).then_some(()),
+        String::new,
+    );
 }

@@ -75,10 +75,15 @@ impl Kafka {
 
     /// A broker with more listeners, and with SCRAM users in the format of Kafka's own tool.
     pub fn start_with(listeners: &[Listener], scram: &[&str]) -> Self {
+        Self::start_with_settings(listeners, scram, "")
+    }
+
+    /// With further settings, too: lines of `name=value`.
+    pub fn start_with_settings(listeners: &[Listener], scram: &[&str], settings: &str) -> Self {
         let directory = scratch::directory("kafka");
         let (port, controller_port) = (free_port().unwrap(), free_port().unwrap());
         let (mut addresses, mut advertised) = (String::new(), String::new());
-        let (mut protocols, mut more) = (String::new(), String::new());
+        let (mut protocols, mut more) = (String::new(), settings.to_owned());
         for listener in listeners {
             let Listener {
                 name, protocol, port, ..
@@ -242,6 +247,27 @@ impl Kafka {
             result.unwrap();
         }
         self.wait_for_partitions(name, 0);
+    }
+
+    /// Deletes a group that has no members, with its offsets.
+    pub fn delete_group(&self, group: &str) {
+        for result in self.administer(async |admin, options| admin.delete_groups(&[group], options).await) {
+            result.unwrap();
+        }
+    }
+
+    /// Runs Kafka's tool for rights with these arguments.
+    pub fn change_rights(&self, arguments: &[&str]) {
+        let mut command = self.java("org.apache.kafka.tools.AclCommand");
+        command
+            .args(["--bootstrap-server", &self.bootstrap_servers(), "--force"])
+            .args(arguments);
+        let output = command.output().unwrap();
+        assert!(
+            output.status.success(),
+            "{command:?}: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
     }
 
     /// Increases the number of the topic's partitions to `partitions`.

@@ -78,6 +78,7 @@ fn every_tick_has_exactly_one_valid_record_whatever_happens() {
             "clock ahead",
             "commit failed",
             "commit refused",
+            "commit to an empty group",
             "consumer restarted",
             "doubled callback",
             "freeze",
@@ -220,6 +221,7 @@ struct Producer {
     name: u32,
     skew: i64,
     frozen_until: i64,
+    ran_at: i64,
     stopping: bool,
     // The member.
     shares: Shares,
@@ -521,6 +523,7 @@ impl World {
             name,
             skew,
             frozen_until: 0,
+            ran_at: self.now,
             stopping: false,
             shares: Shares::default(),
             generation: -1,
@@ -563,6 +566,11 @@ impl World {
         self.with(name, |world, producer| {
             if producer.frozen_until > world.now {
                 return;
+            }
+            let now = world.now + producer.skew;
+            let asleep = world.now - std::mem::replace(&mut producer.ran_at, world.now);
+            if asleep > 5 * SECOND {
+                producer.shares.handle(now, Event::Suspended);
             }
             // Its threads run in any order, each often or rarely.
             for _ in 0..4 {
@@ -727,6 +735,7 @@ impl World {
                             None => StoredLedger::Missing {
                                 low: 0,
                                 high: self.logs[&share].len() as i64,
+                                partitions: self.partitions,
                             },
                         };
                         (share, found)
@@ -741,7 +750,12 @@ impl World {
             Action::Commit(ledgers) => {
                 let is_member = self.coordinator.members.contains_key(&producer.name)
                     && self.coordinator.generation == producer.generation;
-                let takes_it = is_member || self.mutant == Some(Mutant::NoGeneration);
+                // An empty group takes commits of a client that is not a member.
+                let is_unasked = producer.generation == -1 && self.coordinator.members.is_empty();
+                if is_unasked {
+                    self.saw("commit to an empty group");
+                }
+                let takes_it = is_member || is_unasked || self.mutant == Some(Mutant::NoGeneration);
                 let outcome = match (fails, takes_it) {
                     (true, _) => CommitOutcome::Failed,
                     (false, false) => CommitOutcome::Refused,

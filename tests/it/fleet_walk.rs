@@ -360,6 +360,7 @@ impl World {
                     None => StoredLedger::Missing {
                         low: 0,
                         high: self.log.len() as i64,
+                        partitions: 1,
                     },
                 };
                 Event::Ledgers(BTreeMap::from([(share(), found)]))

@@ -14,6 +14,8 @@ mod host_options;
 mod metrics;
 #[cfg(target_os = "linux")]
 mod network;
+#[cfg(target_os = "linux")]
+mod own_network;
 mod page;
 mod produce;
 mod revision;

@@ -297,7 +297,7 @@ fn check(address: &str, args: &[&str]) -> Vec<u8> {
 }
 
 /// Whether this is the process in the namespace. If not, runs the test in one, or prints that it cannot run.
-fn is_alone(test: &str) -> bool {
+pub fn is_alone(test: &str) -> bool {
     if child::is_it(test) {
         return true;
     }
@@ -332,7 +332,7 @@ fn is_alone(test: &str) -> bool {
     false
 }
 
-fn site_at(address: SocketAddr) -> Site {
+pub fn site_at(address: SocketAddr) -> Site {
     Site::start_at(address, |mut stream, _| {
         site::read_head(&mut stream);
         let _ = stream.write_all(&site::ok("hello"));
@@ -343,7 +343,7 @@ fn has_ipv6() -> bool {
     TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
-enum Answer {
+pub enum Answer {
     /// Addresses of both families. Those of the family that is not asked for are left out of the answer.
     Addresses(Vec<IpAddr>),
     /// An RCODE of RFC 1035.
@@ -352,7 +352,7 @@ enum Answer {
 }
 
 /// A name server at 127.0.0.1, until the process ends.
-fn serve_names(answer: impl Fn(&str, IpFamily) -> Answer + Send + 'static) {
+pub fn serve_names(answer: impl Fn(&str, IpFamily) -> Answer + Send + 'static) {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 53)).unwrap();
     std::thread::spawn(move || {
         let mut query = [0; 512];

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use host_metrics::check::observation::Observation;
 use host_metrics::check::target::Target;
-use host_metrics::config::{CheckConfig, KafkaConfig, KafkaSecurity, ProduceConfig};
+use host_metrics::config::{CheckConfig, GroupConfig, KafkaConfig, KafkaSecurity, ProduceConfig, References};
 use host_metrics::produce::counters::Counters;
 use host_metrics::produce::hosts::Sources;
 use host_metrics::produce::publisher::Bounds;
@@ -30,7 +30,7 @@ use rdkafka::producer::DefaultProducerContext;
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use rdkafka::{Message, Offset, TopicPartitionList};
 
-const TOPIC: &str = "host-metrics";
+pub const TOPIC: &str = "host-metrics";
 const PARTITIONS: i32 = 3;
 
 /// The bound of every wait, reached only if a test fails.
@@ -364,6 +364,125 @@ fn a_record_that_kafka_refuses_permanently_is_counted_and_delays_no_other() {
     let ticks = counters.ticks_due.load(Ordering::Relaxed);
     assert_eq!(counters.delivered() + counters.lost(), ticks);
     assert_eq!(kafka.records(TOPIC).len() as u64, counters.delivered());
+}
+
+#[test]
+fn a_group_of_one_checks_every_host_and_leaves_an_empty_buffer() {
+    let kafka = Kafka::start();
+    let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let group = GroupConfig {
+        name: "eu".to_owned(),
+        instance_id: None,
+    };
+    let config = ProduceConfig {
+        group: Some(group),
+        ..config(&kafka.servers(), TOPIC)
+    };
+    let run = Running::start_at(config, None, Rounds::Endless, hosts, Bounds::default(), |_, _| {
+        ok()
+    });
+    run.wait_for("records of each", |counters| counters.delivered() >= 60);
+    let counters = run.stop().expect("a clean stop");
+    let records = kafka.records(TOPIC);
+    assert_balanced(&counters, &records);
+    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert!(records.iter().all(|record| record.sample().epoch.is_some()));
+    let deliveries = &counters.deliveries;
+    assert_eq!(deliveries.records_on_the_way.load(Ordering::Relaxed), 0);
+    assert_eq!(deliveries.bytes_on_the_way.load(Ordering::Relaxed), 0);
+}
+
+/// The topic of KAFKA_TOPIC_FAILURES.
+const FAILURES: &str = "failures";
+
+fn config_with_failures(kafka: &Kafka) -> ProduceConfig {
+    kafka.cluster.create_topic(FAILURES, PARTITIONS, 1).unwrap();
+    ProduceConfig {
+        failures_topic: Some(FAILURES.to_owned()),
+        ..config(&kafka.servers(), TOPIC)
+    }
+}
+
+/// Half of these hosts fail.
+fn half_fails(target: &Target, _: Instant) -> Observation {
+    match target.address.as_bytes()[1] % 4 {
+        0 => fault(Outcome::ConnectRefused),
+        1 => fault(Outcome::AgentError),
+        2 => fault(Outcome::AgentOffline),
+        _ => ok(),
+    }
+}
+
+#[test]
+fn a_failed_check_is_copied_to_the_topic_for_failures_and_nothing_else_is() {
+    let kafka = Kafka::start();
+    let hosts = (0..8).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let config = config_with_failures(&kafka);
+    let run = Running::start_at(
+        config,
+        None,
+        Rounds::Endless,
+        hosts,
+        Bounds::default(),
+        half_fails,
+    );
+    run.wait_for("records of each", |counters| counters.delivered() >= 40);
+    let counters = run.stop().expect("a clean stop");
+    let records = kafka.records(TOPIC);
+    assert_balanced(&counters, &records);
+    let sorted = |records: &[Record], is_wanted: &dyn Fn(&Record) -> bool| {
+        let wanted = records.iter().filter(|record| is_wanted(record));
+        let mut values: Vec<_> = wanted
+            .map(|record| (record.key.clone(), record.value.clone()))
+            .collect();
+        values.sort();
+        values
+    };
+    let failed = sorted(&records, &|record| record.outcome() == "connect_refused");
+    assert!(failed.len() >= 8, "{}", failed.len());
+    assert_eq!(sorted(&kafka.records(FAILURES), &|_| true), failed);
+    let copied = counters.deliveries.copies_delivered.load(Ordering::Relaxed);
+    assert_eq!(copied, failed.len() as u64);
+}
+
+#[test]
+fn a_missing_topic_for_failures_holds_up_nothing_and_its_copies_are_bounded() {
+    let kafka = Kafka::start();
+    let config = config_with_failures(&kafka);
+    let missing = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
+    kafka.cluster.topic_error(FAILURES, missing).unwrap();
+    let hosts = (0..40).map(|i| host(&format!("h0{i}.example"), 1)).collect();
+    let bounds = Bounds {
+        records: 100,
+        bytes: 1 << 20,
+    };
+    let run = Running::start_at(config, None, Rounds::Endless, hosts, bounds, half_fails);
+    run.wait_for("dropped copies", |counters| {
+        counters.deliveries.copies_dropped.load(Ordering::Relaxed) >= 40
+    });
+    assert_eq!(run.counters.deliveries.readiness.check(), Ok(()));
+    let there = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
+    kafka.cluster.topic_error(FAILURES, there).unwrap();
+    run.wait_for("the copies that were kept", |counters| {
+        counters.deliveries.copies_delivered.load(Ordering::Relaxed) >= 25
+    });
+    kafka.cluster.topic_error(FAILURES, missing).unwrap();
+    let counters = run.stop().expect("a clean stop");
+    let records = kafka.records(TOPIC);
+    assert_balanced(&counters, &records);
+    assert_eq!(counters.missed(MissedReason::NoRoom), 0);
+}
+
+#[test]
+fn once_waits_for_the_copies_of_failed_checks() {
+    let kafka = Kafka::start();
+    let config = config_with_failures(&kafka);
+    let hosts = (0..8).map(|i| host(&format!("h{i}.example"), 60)).collect();
+    let run = Running::start_at(config, None, Rounds::Once, hosts, Bounds::default(), half_fails);
+    let (_, ended) = run.wait();
+    ended.expect("a clean end");
+    assert_eq!(kafka.records(TOPIC).len(), 8);
+    assert_eq!(kafka.records(FAILURES).len(), 2);
 }
 
 #[test]
@@ -725,23 +844,23 @@ impl Running {
 }
 
 /// librdkafka's in-process broker; its one broker has the number 1.
-struct Kafka {
+pub struct Kafka {
     cluster: MockCluster<'static, DefaultProducerContext>,
 }
 
 impl Kafka {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let cluster = MockCluster::new(1).unwrap();
         cluster.create_topic(TOPIC, PARTITIONS, 1).unwrap();
         Self { cluster }
     }
 
-    fn servers(&self) -> String {
+    pub fn servers(&self) -> String {
         self.cluster.bootstrap_servers()
     }
 
     /// All records of the topic, each partition in order.
-    fn records(&self, topic: &str) -> Vec<Record> {
+    pub fn records(&self, topic: &str) -> Vec<Record> {
         let consumer: BaseConsumer = ClientConfig::new()
             .set("bootstrap.servers", self.servers())
             .set("group.id", "reader")
@@ -763,6 +882,8 @@ impl Kafka {
             assert!(now() < deadline, "{} records of {topic}, no end", records.len());
             match consumer.poll(Duration::from_millis(100)) {
                 None => {}
+                // A claim has no key.
+                Some(Ok(message)) if message.key().is_none() => {}
                 Some(Ok(message)) => records.push(Record {
                     partition: message.partition(),
                     key: String::from_utf8(message.key().unwrap().to_vec()).unwrap(),
@@ -776,14 +897,14 @@ impl Kafka {
     }
 }
 
-struct Record {
+pub struct Record {
     partition: i32,
-    key: String,
-    value: Vec<u8>,
+    pub key: String,
+    pub value: Vec<u8>,
 }
 
 impl Record {
-    fn sample(&self) -> Sample<'_> {
+    pub fn sample(&self) -> Sample<'_> {
         sample::decode(&self.value).expect("a record that readers accept")
     }
 
@@ -791,11 +912,11 @@ impl Record {
         self.sample().address.into_owned()
     }
 
-    fn outcome(&self) -> String {
+    pub fn outcome(&self) -> String {
         self.sample().outcome.unwrap().into_owned()
     }
 
-    fn scheduled_at(&self) -> i64 {
+    pub fn scheduled_at(&self) -> i64 {
         self.sample().scheduled_at.unwrap().unix_micros()
     }
 
@@ -830,7 +951,7 @@ fn assert_ticks_follow_each_other(records: &[Record], interval_micros: i64) {
     }
 }
 
-fn config(servers: &str, topic: &str) -> ProduceConfig {
+pub fn config(servers: &str, topic: &str) -> ProduceConfig {
     ProduceConfig {
         kafka: KafkaConfig {
             bootstrap_servers: servers.to_owned(),
@@ -840,7 +961,9 @@ fn config(servers: &str, topic: &str) -> ProduceConfig {
             },
         },
         topic: topic.to_owned(),
+        failures_topic: None,
         group: None,
+        references: References::Off,
         check: CheckConfig {
             timeout: Duration::from_secs(10),
             max_threads: 1_024,

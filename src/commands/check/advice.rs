@@ -85,6 +85,7 @@ pub(super) fn advice(outcome: Outcome) -> Option<&'static str> {
         Outcome::AgentError => {
             "This machine could not make the check: it has no room for more open files, threads or memory."
         }
+        Outcome::AgentOffline => "The network of this machine was down.",
         Outcome::Missed => "The host was not checked.",
     })
 }

@@ -192,3 +192,52 @@ fn producers_of_a_group_are_one_place_and_no_consumers() {
         assert!(lines[0].contains("the group of the consumers"), "{lines:?}");
     }
 }
+
+#[test]
+fn the_topic_for_failures_is_no_topic_of_the_same_table() {
+    let both = [("KAFKA_TOPIC", "a"), ("KAFKA_TOPIC_FAILURES", "failures")];
+    assert_eq!(produced(&both).failures_topic.as_deref(), Some("failures"));
+    assert_eq!(produced(&[]).failures_topic, None);
+    let same = [("KAFKA_TOPIC", "a"), ("KAFKA_TOPIC_FAILURES", "a")];
+    let [line] = &wrong_kafka(&same)[..] else { panic!() };
+    assert!(line.starts_with("KAFKA_TOPIC_FAILURES is \"a\""), "{line}");
+    let among = [("KAFKA_TOPIC", "a, b"), ("KAFKA_TOPIC_FAILURES", "b")];
+    let names = wrong_names(consume(&variables(&DATABASE, &among)));
+    assert_eq!(names, ["KAFKA_TOPIC_FAILURES"]);
+    assert_eq!(consumed(&both).topics, ["a"]);
+    let made = init(&variables(&DATABASE, &both), Servers::BOTH).unwrap_or_else(|wrong| panic!("{wrong}"));
+    assert_eq!(made.topics, ["a", "failures"]);
+    assert_eq!(
+        wrong_names(produce(&variables(
+            &[SERVERS],
+            &[("KAFKA_TOPIC_FAILURES", "a,b")]
+        )))
+        .len(),
+        1
+    );
+}
+
+#[test]
+fn reference_hosts_are_host_and_port_or_none() {
+    let of = |value| produced(&[("REFERENCE_HOSTS", value)]).references;
+    let host = |name: &str, port| (name.to_owned(), port);
+    assert_eq!(produced(&[]).references, References::Gateways);
+    assert_eq!(of("none"), References::Off);
+    let hosts = vec![host("a.example", 443), host("10.0.0.1", 53), host("::1", 80)];
+    assert_eq!(
+        of("a.example:443, 10.0.0.1:53,[::1]:80"),
+        References::Hosts(hosts)
+    );
+    let many = vec!["a:1"; 17].join(",");
+    for wrong in [
+        "a.example",
+        "a.example:0",
+        "a:1,,b:1",
+        "http://a:1",
+        "a:1,none",
+        &many,
+    ] {
+        let names = wrong_names(produce(&variables(&[SERVERS], &[("REFERENCE_HOSTS", wrong)])));
+        assert_eq!(names, ["REFERENCE_HOSTS"], "{wrong}");
+    }
+}

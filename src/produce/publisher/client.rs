@@ -111,14 +111,18 @@ pub(super) struct SentRecord {
     pub(super) target: Arc<Target>,
     pub(super) tick: i64,
     pub(super) bytes: usize,
+    /// A copy of it is needed.
+    pub(super) is_failed_check: bool,
     /// When it was sent (Unix time): the report of a failed record has no timestamp.
     pub(super) at_millis: i64,
 }
 
 pub(super) struct Report {
     pub(super) sent: Box<Sent>,
-    /// The offset, or the error and the value.
-    pub(super) outcome: Result<i64, (KafkaError, Vec<u8>)>,
+    /// The offset.
+    pub(super) outcome: Result<i64, KafkaError>,
+    /// Empty if the record was delivered and no copy of it is needed.
+    pub(super) value: Vec<u8>,
 }
 
 /// Collects what librdkafka reports. All callbacks run on the publisher's thread, during `poll`.
@@ -177,11 +181,16 @@ impl ProducerContext for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, sent: Self::DeliveryOpaque) {
         self.events.fetch_add(1, Ordering::Relaxed);
-        let outcome = match result {
-            Ok(message) => Ok(message.offset()),
-            Err((error, message)) => Err((error.clone(), message.payload().unwrap_or_default().to_vec())),
+        let (outcome, message) = match result {
+            Ok(message) => (Ok(message.offset()), message),
+            Err((error, message)) => (Err(error.clone()), message),
         };
-        lock(&self.reports).push(Report { sent, outcome });
+        let is_copied = matches!(&*sent, Sent::Record(sent) if sent.is_failed_check);
+        let value = match outcome.is_err() || is_copied {
+            true => message.payload().unwrap_or_default().to_vec(),
+            false => Vec::new(),
+        };
+        lock(&self.reports).push(Report { sent, outcome, value });
     }
 }
 

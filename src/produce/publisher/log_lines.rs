@@ -24,6 +24,7 @@ impl Worker {
         self.report_silence(now);
         self.report_missing_topics(now);
         self.report_refused(now);
+        self.report_dropped_copies(now);
         let Deliveries {
             heartbeat, readiness, ..
         } = &*self.shared.deliveries;
@@ -42,7 +43,9 @@ impl Worker {
         } else if let Some(reason) = &self.spoiled {
             reason.clone()
         } else {
-            let Some(topic) = self.topics.iter().find(|topic| !topic.exists) else {
+            let mut topics = self.topics.iter().enumerate();
+            let missing = topics.find(|(index, topic)| !topic.exists && !self.is_for_copies(*index));
+            let Some((_, topic)) = missing else {
                 return Ok(());
             };
             let why_not = topic.why_not.as_deref().unwrap_or("Kafka has not answered yet");
@@ -102,6 +105,21 @@ impl Worker {
                     lasted.as_secs()
                 );
             }
+        }
+    }
+
+    fn report_dropped_copies(&mut self, now: Instant) {
+        let name = self.shared.failures_topic.as_deref().unwrap_or_default();
+        let is_early = |at: Instant| now.duration_since(at) < SAY_AFTER;
+        if let Some(copies) = &mut self.copies
+            && copies.dropped > 0
+            && !copies.dropped_reported_at.is_some_and(is_early)
+        {
+            copies.dropped_reported_at = Some(now);
+            log::error!(
+                "topic={name} {} copies of failed checks were dropped; their records are in the main topic",
+                std::mem::take(&mut copies.dropped)
+            );
         }
     }
 

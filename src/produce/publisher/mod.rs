@@ -6,6 +6,7 @@
 
 mod claims;
 mod client;
+mod copies;
 mod log_lines;
 mod reports;
 mod search;
@@ -24,7 +25,7 @@ use anyhow::Context as _;
 
 use crate::check::target::Target;
 use crate::clock::instant_now;
-use crate::config::KafkaConfig;
+use crate::config::ProduceConfig;
 use crate::http::health::{Heartbeat, Readiness};
 use crate::produce::share::Share;
 use crate::produce::share::shares::Event;
@@ -60,7 +61,9 @@ pub struct Record {
     pub tick: i64,
     /// From [`crate::sample::encode`], without an epoch.
     pub value: Vec<u8>,
-    /// What it counts for in the buffer. Kept, because an epoch changes the length of the value later.
+    /// KAFKA_TOPIC_FAILURES gets a copy of it.
+    pub is_failed_check: bool,
+    /// What it counts in the buffer. The value itself changes its length when it gets its epoch.
     bytes: usize,
 }
 
@@ -117,6 +120,10 @@ pub struct Deliveries {
     pub superseded: AtomicU64,
     /// The size of the keys and values on the way.
     pub bytes_on_the_way: AtomicUsize,
+    /// Copies of failed checks that Kafka has acknowledged.
+    pub copies_delivered: AtomicU64,
+    /// Copies of failed checks that were given up, because too many of them waited or Kafka refused them.
+    pub copies_dropped: AtomicU64,
     /// Of the publisher's thread.
     pub heartbeat: Heartbeat,
     /// Whether Kafka takes records.
@@ -145,6 +152,7 @@ pub const END_WITHIN: Duration = Duration::from_millis(800);
 
 struct Shared {
     default_topic: String,
+    failures_topic: Option<String>,
     bounds: Bounds,
     inbox: Mutex<Inbox>,
     changed: Condvar,
@@ -167,14 +175,15 @@ impl Publisher {
     /// # Errors
     /// librdkafka rejects the settings, for example because it cannot read a certificate file, or the thread does not start.
     pub fn start(
-        kafka: &KafkaConfig,
-        default_topic: &str,
+        config: &ProduceConfig,
         bounds: Bounds,
         deliveries: Arc<Deliveries>,
         membership: Option<Membership>,
     ) -> anyhow::Result<Self> {
-        let shared = Arc::new(Shared::new(default_topic, bounds, deliveries));
-        let worker = Worker::new(Arc::clone(&shared), kafka, membership)?;
+        let mut shared = Shared::new(&config.topic, bounds, deliveries);
+        shared.failures_topic.clone_from(&config.failures_topic);
+        let shared = Arc::new(shared);
+        let worker = Worker::new(Arc::clone(&shared), &config.kafka, membership)?;
         let (end, ended) = sync_channel(1);
         std::thread::Builder::new()
             .name("publisher".into())
@@ -283,14 +292,20 @@ impl fmt::Display for Unacknowledged {
 }
 
 impl Record {
-    pub fn new(target: Arc<Target>, share: Option<Share>, tick: i64, value: Vec<u8>) -> Self {
-        let bytes = target.address.len() + value.len();
+    pub fn new(
+        target: Arc<Target>,
+        share: Option<Share>,
+        tick: i64,
+        value: Vec<u8>,
+        is_failed_check: bool,
+    ) -> Self {
         Self {
+            bytes: target.address.len() + value.len(),
             target,
             share,
             tick,
             value,
-            bytes,
+            is_failed_check,
         }
     }
 }
@@ -317,6 +332,7 @@ impl Shared {
     fn new(default_topic: &str, bounds: Bounds, deliveries: Arc<Deliveries>) -> Self {
         Self {
             default_topic: default_topic.to_owned(),
+            failures_topic: None,
             bounds,
             inbox: Mutex::default(),
             changed: Condvar::new(),

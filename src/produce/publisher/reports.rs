@@ -13,7 +13,7 @@ use super::worker::{LOOK_EVERY, Worker};
 use super::{Letter, Record, Unacknowledged, lock};
 use crate::check::target::Target;
 use crate::clock::instant_now;
-use crate::produce::outbox::Kept;
+use crate::produce::outbox::{Kept, LaneId};
 use crate::produce::share::shares::Event;
 
 /// How long the thread waits at the end until librdkafka returns its records.
@@ -46,7 +46,7 @@ impl Worker {
 
     fn take_report(&mut self, report: Report) {
         match *report.sent {
-            Sent::Record(sent) => self.take_record_report(sent, report.outcome),
+            Sent::Record(sent) => self.take_record_report(sent, report.outcome, report.value),
             Sent::Claim { share, epoch } => {
                 let lane = self.lane_of_share(&share);
                 let topic = self.routes[lane.index()].topic;
@@ -57,7 +57,7 @@ impl Worker {
                         self.topic_takes(topic);
                         Some(offset)
                     }
-                    Err((error, _)) => {
+                    Err(error) => {
                         self.blame(topic, SendFailure::of(&error));
                         None
                     }
@@ -67,30 +67,38 @@ impl Worker {
         }
     }
 
-    fn take_record_report(&mut self, sent: SentRecord, outcome: Result<i64, (KafkaError, Vec<u8>)>) {
+    fn take_record_report(&mut self, sent: SentRecord, outcome: Result<i64, KafkaError>, value: Vec<u8>) {
         let SentRecord {
             lane,
             sequence,
             target,
             tick,
             bytes,
+            is_failed_check,
             at_millis,
         } = sent;
         let topic = self.routes[lane.index()].topic;
         self.topics[topic].in_flight -= 1;
-        let (error, value) = match outcome {
+        let error = match outcome {
             Ok(offset) => {
                 self.topic_takes(topic);
                 self.outbox.done(lane, tick, Some(offset));
+                if self.is_copy(lane) {
+                    return self.copy_left(bytes, true);
+                }
                 self.shared.deliveries.delivered.fetch_add(1, Ordering::Relaxed);
-                return self.shared.release(bytes);
+                self.shared.release(bytes);
+                if is_failed_check {
+                    self.copy(target, tick, value);
+                }
+                return;
             }
-            Err(returned) => returned,
+            Err(error) => error,
         };
         let failure = SendFailure::of(&error);
         if matches!(failure, SendFailure::Record) {
             self.outbox.done(lane, tick, None);
-            return self.refuse(&target, bytes, &error);
+            return self.refuse(lane, &target, bytes, &error);
         }
         self.shared.deliveries.failed.fetch_add(1, Ordering::Relaxed);
         let share = self.routes[lane.index()].share.clone();
@@ -103,6 +111,7 @@ impl Worker {
             share,
             tick,
             value,
+            is_failed_check,
             bytes,
         };
         self.outbox.came_back(lane, sequence, Kept { tick, record });
@@ -126,7 +135,10 @@ impl Worker {
         }
     }
 
-    pub(super) fn refuse(&mut self, target: &Target, bytes: usize, error: &KafkaError) {
+    pub(super) fn refuse(&mut self, lane: LaneId, target: &Target, bytes: usize, error: &KafkaError) {
+        if self.is_copy(lane) {
+            return self.copy_left(bytes, false);
+        }
         self.shared.deliveries.refused.fetch_add(1, Ordering::Relaxed);
         self.shared.release(bytes);
         let first = || (0, format!("{}: {error}", target.address));
@@ -175,7 +187,9 @@ impl Worker {
     /// The records that are left: those of librdkafka, those that wait for a topic or a share, and those in the inbox.
     pub(super) fn return_records(&mut self) -> Unacknowledged {
         let missing = (0..self.topics.len())
-            .find(|index| !self.topics[*index].exists && self.waiting_of(*index) > 0)
+            .find(|index| {
+                !self.topics[*index].exists && self.waiting_of(*index) > 0 && !self.is_for_copies(*index)
+            })
             .map(|index| format!("topic {} does not exist", self.topics[index].name));
         let reason = self.unreachable.clone().or(missing);
         let reason = reason.or_else(|| self.producer.context().last_error());
@@ -192,7 +206,7 @@ impl Worker {
         let mut count = |record: &Record| {
             *per_address.entry(record.target.address.clone()).or_insert(0) += 1;
         };
-        for route in &self.routes {
+        for route in self.routes.iter().filter(|route| !self.is_copy(route.lane)) {
             self.outbox
                 .waiting(route.lane)
                 .values()

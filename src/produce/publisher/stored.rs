@@ -66,13 +66,14 @@ impl Worker {
             found.push(sequence)
         })?;
         let took = instant_now().duration_since(search.begun());
-        let stored = self
-            .outbox
-            .discard(route.lane, |sequence, _| found.contains(&sequence));
+        let lane = route.lane;
+        let stored = self.outbox.discard(lane, |sequence, _| found.contains(&sequence));
         self.found_stored += stored.len();
-        let delivered = &self.shared.deliveries.delivered;
-        delivered.fetch_add(stored.len() as u64, Ordering::Relaxed);
-        self.release(&stored);
+        if !self.is_copy(lane) {
+            let delivered = &self.shared.deliveries.delivered;
+            delivered.fetch_add(stored.len() as u64, Ordering::Relaxed);
+        }
+        self.release(lane, stored, true);
         if is_over {
             self.search = None;
             self.topics[index].in_doubt_since = None;

@@ -9,6 +9,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::producer::{BaseProducer, BaseRecord};
 
 use super::client::{Context, SendFailure, Sent, SentRecord, client_config, new_producer};
+use super::copies::Copies;
 use super::search::Search;
 use super::topics::Topic;
 use super::{Inbox, Letter, Membership, Record, Shared, Unacknowledged, lock};
@@ -47,6 +48,8 @@ pub(super) struct Worker {
     pub(super) topics: Vec<Topic>,
     pub(super) topic_indices: HashMap<String, usize>,
     pub(super) claims_in_flight: usize,
+    /// With KAFKA_TOPIC_FAILURES.
+    pub(super) copies: Option<Copies>,
     /// Why the producer has failed. Nothing is sent until it is replaced.
     pub(super) spoiled: Option<String>,
     /// The search in the first topic with records in doubt.
@@ -96,6 +99,7 @@ impl Worker {
             topics: Vec::new(),
             topic_indices: HashMap::new(),
             claims_in_flight: 0,
+            copies: None,
             spoiled: None,
             search: None,
             found_stored: 0,
@@ -113,6 +117,7 @@ impl Worker {
         // Ask for the topic at once, so that a missing topic or an absent Kafka is logged before the first record is due.
         let shared = Arc::clone(&worker.shared);
         worker.topic_index(&shared.default_topic);
+        worker.start_copies();
         Ok(worker)
     }
 
@@ -129,11 +134,12 @@ impl Worker {
             self.replace_spoiled_producer();
             self.report_state();
             if let Some(stop_by) = self.stop_by
-                && (self.on_the_way() == 0 || instant_now() >= stop_by)
+                && ((self.on_the_way() == 0 && !self.has_copies_to_send()) || instant_now() >= stop_by)
             {
                 break;
             }
         }
+        self.log_left_copies();
         end(self.return_records());
         // The producer is dropped after the answer, because closing its connections may take longer than the stop may.
     }
@@ -194,12 +200,13 @@ impl Worker {
                     .outbox
                     .take_share(lane, &takeover, |record| &record.target.address);
                 // If no other producer had the share, the records were stored without an answer.
-                let count = match takeover.is_unbroken {
+                let is_stored = takeover.is_unbroken;
+                let count = match is_stored {
                     true => &self.shared.deliveries.delivered,
                     false => &self.shared.deliveries.superseded,
                 };
                 count.fetch_add(out.len() as u64, Ordering::Relaxed);
-                self.release(&out);
+                self.release(lane, out, is_stored);
             }
             Letter::End { share, ends_at } => {
                 let lane = self.lane_of_share(&share);
@@ -210,14 +217,23 @@ impl Worker {
                 let out = self.outbox.forget_share(lane);
                 let count = &self.shared.deliveries.superseded;
                 count.fetch_add(out.len() as u64, Ordering::Relaxed);
-                self.release(&out);
+                self.release(lane, out, false);
             }
         }
     }
 
-    pub(super) fn release(&self, out: &[Kept<Record>]) {
-        for kept in out {
-            self.shared.release(kept.record.bytes);
+    /// Records have left the outbox of this lane.
+    pub(super) fn release(&mut self, lane: LaneId, out: Vec<Kept<Record>>, is_delivered: bool) {
+        for Kept { tick, record } in out {
+            let bytes = record.bytes;
+            if self.is_copy(lane) {
+                self.copy_left(bytes, is_delivered);
+                continue;
+            }
+            self.shared.release(bytes);
+            if is_delivered && record.is_failed_check {
+                self.copy(record.target, tick, record.value);
+            }
         }
     }
 
@@ -228,7 +244,7 @@ impl Worker {
         let known = self
             .routes
             .iter()
-            .find(|route| route.topic == topic && route.share.is_none());
+            .find(|route| route.topic == topic && route.share.is_none() && !self.is_copy(route.lane));
         if let Some(route) = known {
             return route.lane;
         }
@@ -278,6 +294,7 @@ impl Worker {
         }
         let record = &kept.record;
         let sent = Box::new(Sent::Record(SentRecord {
+            is_failed_check: record.is_failed_check && self.copies.is_some(),
             lane,
             sequence,
             target: Arc::clone(&record.target),
@@ -298,8 +315,7 @@ impl Worker {
         match SendFailure::of(&error) {
             SendFailure::Record => {
                 self.outbox.done(lane, kept.tick, None);
-                let Record { target, .. } = &kept.record;
-                self.refuse(&Arc::clone(target), kept.record.bytes, &error);
+                self.refuse(lane, &kept.record.target, kept.record.bytes, &error);
                 return true;
             }
             SendFailure::Topic(why) => self.topics[topic].mark_missing(why),
@@ -349,10 +365,7 @@ mod tests {
                 .deliveries
                 .records_on_the_way
                 .fetch_add(1, Ordering::Relaxed);
-            let value = b"{\"epoch\":null}".to_vec();
-            let record = Record::new(Arc::new(target), None, 0, value);
-            let bytes = &worker.shared.deliveries.bytes_on_the_way;
-            bytes.fetch_add(record.bytes, Ordering::Relaxed);
+            let record = Record::new(Arc::new(target), None, 0, b"{}".to_vec(), false);
             worker.take(Letter::Record(record));
         }
         worker.send_waiting();

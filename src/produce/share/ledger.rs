@@ -19,6 +19,9 @@ pub struct Ledger {
     pub from: i64,
     /// The highest epoch before that offset. A reader that begins there starts with it.
     pub epoch_at_from: Epoch,
+    /// The number of partitions by which hosts are divided. All members use this number, even if the topic has more partitions
+    /// meanwhile: with different numbers, two of them would check a host.
+    pub partitions: i32,
 }
 
 /// The metadata of the group's committed offset is not a ledger.
@@ -39,9 +42,10 @@ impl Ledger {
             epoch,
             whole_before,
             epoch_at_from,
+            partitions,
             ..
         } = self;
-        format!("{VERSION} {epoch} {whole_before} {epoch_at_from}")
+        format!("{VERSION} {epoch} {whole_before} {epoch_at_from} {partitions}")
     }
 
     /// # Errors
@@ -58,6 +62,7 @@ impl Ledger {
                 whole_before: number()?,
                 from: offset,
                 epoch_at_from: number()?,
+                partitions: i32::try_from(number()?).ok().filter(|count| *count > 0)?,
             };
             words.next().is_none().then_some(ledger)
         };
@@ -79,8 +84,9 @@ mod tests {
             whole_before: 1_764_335_293_000_000,
             from: 77,
             epoch_at_from: 17,
+            partitions: 12,
         };
-        assert_eq!(ledger.metadata(), "1 18 1764335293000000 17");
+        assert_eq!(ledger.metadata(), "1 18 1764335293000000 17 12");
         assert_eq!(Ledger::parse(77, &ledger.metadata()), Ok(ledger));
     }
 
@@ -89,12 +95,13 @@ mod tests {
         for metadata in [
             "",
             "1",
-            "2 18 0 0",
-            "1 18 0",
+            "2 18 0 0 4",
+            "1 18 0 4",
+            "1 18 0 0 4 0",
             "1 18 0 0 0",
-            "1 -1 0 0",
-            "1 x 0 0",
-            "1  0 0",
+            "1 -1 0 0 4",
+            "1 x 0 0 4",
+            "1  0 0 4",
         ] {
             let error = Ledger::parse(3, metadata).unwrap_err();
             assert_eq!(error.metadata, metadata);

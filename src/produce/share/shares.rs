@@ -31,10 +31,12 @@ const RECORDS_WITHOUT_LEDGER: i64 = 10_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoredLedger {
     Ledger(Ledger),
-    /// The group has no offset for the partition, which contains the offsets from `low` up to, but not including, `high`.
+    /// The group has no offset for the partition, which contains the offsets from `low` up to, but not including, `high`. Its
+    /// topic has, or the ledgers of its other shares name, this number of partitions.
     Missing {
         low: i64,
         high: i64,
+        partitions: i32,
     },
 }
 
@@ -78,6 +80,8 @@ pub enum Event {
     Released { share: Share, ledger: Ledger },
     /// Records on their way to Kafka may or may not be stored. A new claim shows which ones are.
     InDoubt(Vec<Share>),
+    /// The process was suspended. Other producers may have had our shares meanwhile.
+    Suspended,
     /// Give everything back, at the latest then.
     Stop { until: i64 },
 }
@@ -134,6 +138,7 @@ enum Stage {
     WithoutLedger {
         low: i64,
         high: i64,
+        partitions: i32,
         is_asked: bool,
     },
     /// Our epoch has to be committed.
@@ -221,14 +226,8 @@ impl Shares {
                     tenure.not_before = now;
                 }
             }
-            Event::InDoubt(shares) => {
-                for share in shares {
-                    // A share that the group has not assigned to us again must not be taken.
-                    if self.tenures.get(&share).is_some_and(Tenure::is_ours) {
-                        self.take_anew(now, &share);
-                    }
-                }
-            }
+            Event::InDoubt(shares) => self.doubt(now, shares),
+            Event::Suspended => self.doubt(now, self.tenures.keys().cloned().collect()),
             Event::Stop { until } => {
                 self.is_stopping = true;
                 let shares: Vec<_> = self.tenures.keys().cloned().collect();
@@ -335,11 +334,13 @@ impl Shares {
                 Stage::WithoutLedger {
                     low,
                     high,
+                    partitions,
                     is_asked: false,
                 } => {
                     tenure.stage = Stage::WithoutLedger {
                         low,
                         high,
+                        partitions,
                         is_asked: true,
                     };
                     return Some(Action::ReadTail(Range {
@@ -431,6 +432,15 @@ impl Shares {
         }
     }
 
+    fn doubt(&mut self, now: i64, shares: Vec<Share>) {
+        for share in shares {
+            // A share that the group has not assigned to us again must not be taken.
+            if self.tenures.get(&share).is_some_and(Tenure::is_ours) {
+                self.take_anew(now, &share);
+            }
+        }
+    }
+
     /// The share is ours, but what we know about it may be out of date. Starts again at its ledger, and keeps the records meanwhile.
     fn take_anew(&mut self, now: i64, share: &Share) {
         let Some(tenure) = self.tenures.get_mut(share) else {
@@ -456,10 +466,15 @@ impl Shares {
                         ..*ledger
                     });
                 }
-                Some(StoredLedger::Missing { low, high }) => {
+                Some(StoredLedger::Missing {
+                    low,
+                    high,
+                    partitions,
+                }) => {
                     tenure.stage = Stage::WithoutLedger {
                         low: *low,
                         high: *high,
+                        partitions: *partitions,
                         is_asked: false,
                     };
                 }
@@ -522,22 +537,25 @@ impl Shares {
                 Stage::WithoutLedger {
                     low,
                     high,
+                    partitions,
                     is_asked: true,
                 },
                 tail,
             ) if epoch == 0 => match tail {
                 Some(tail) => {
-                    let (low, from) = (*low, start_without_ledger(*low, *high));
+                    let (from, partitions) = (start_without_ledger(*low, *high), *partitions);
                     tenure.stage = Stage::ToCommitEpoch(Ledger {
                         epoch: 1 + match tail.epoch() {
-                            // The consumer may know epochs that the partition no longer shows. Seconds since 1970 are above
-                            // all of them, because a share is taken less than once a second.
-                            0 if from > 0 || low > 0 => now / 1_000_000,
+                            // The consumer may know epochs that the partition no longer shows, for example of a deleted
+                            // topic. Seconds since 1970 are above all of them, because a share is taken less than once a
+                            // second.
+                            0 => now / 1_000_000,
                             highest => highest,
                         },
                         whole_before: 0,
                         from,
                         epoch_at_from: 0,
+                        partitions,
                     });
                 }
                 None => tenure.begin_again(now + RETRY_MICROS),

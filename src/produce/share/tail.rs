@@ -168,6 +168,7 @@ mod tests {
                 whole_before,
                 from: 0,
                 epoch_at_from: 4,
+                partitions: 1,
             },
             claim: 99,
             is_unbroken: false,
