@@ -143,7 +143,7 @@ impl<R> Outbox<R> {
     }
 
     /// The records of the lane are kept.
-    pub fn close(&mut self, lane: LaneId) {
+    fn close(&mut self, lane: LaneId) {
         self.lanes[lane.0].is_open = false;
     }
 
@@ -172,7 +172,8 @@ impl<R> Outbox<R> {
         self.lanes[lane.0].claimed = Some(epoch);
     }
 
-    /// Records that came back may be stored all the same. The lane stays closed until a new claim has shown which ones are.
+    /// It is not known which records are stored and count. The lane stays closed until a new claim has shown that, even if an
+    /// earlier takeover is reported meanwhile.
     pub fn doubt(&mut self, lane: LaneId) {
         self.close(lane);
         self.lanes[lane.0].claimed = None;

@@ -952,7 +952,7 @@ impl World {
             }
             Letter::Hold(share) => {
                 let lane = lane_of(outbox, &share);
-                outbox.close(lane);
+                outbox.doubt(lane);
             }
             Letter::Claim(share, epoch) => {
                 let lane = lane_of(outbox, &share);

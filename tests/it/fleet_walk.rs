@@ -413,7 +413,7 @@ impl World {
                     offset: Some(self.log.len() as i64 - 1),
                 }
             }
-            Action::Hold(_) => return producer.outbox.close(lane),
+            Action::Hold(_) => return producer.outbox.doubt(lane),
             Action::Take(takeover) => {
                 if !takeover.is_unbroken {
                     let first = takeover

@@ -215,7 +215,7 @@ impl Judge {
             .is_some_and(|asked| asked.at > now - ASK_EVERY);
         match was_down {
             Some(Some(up_at)) if failure.started_at < up_at => return Decision::Ours,
-            Some(None) if is_recent => return Decision::Ours,
+            Some(None) if is_down_still => return Decision::Ours,
             _ => {}
         }
         let asked = self.asked.as_ref().filter(|asked| asked.at >= failure.started_at);

@@ -191,7 +191,7 @@ impl Worker {
             Letter::Mark { now, open_since } => self.mark(now, &open_since),
             Letter::Hold(share) => {
                 let lane = self.lane_of_share(&share);
-                self.outbox.close(lane);
+                self.outbox.doubt(lane);
             }
             Letter::Claim { share, epoch } => self.claim(share, epoch),
             Letter::Open(takeover) => {
