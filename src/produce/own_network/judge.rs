@@ -209,10 +209,8 @@ impl Judge {
         }
         let way = way_of(failure, routes);
         let was_down = self.down.get(&way).copied();
-        let is_recent = self
-            .asked
-            .as_ref()
-            .is_some_and(|asked| asked.at > now - ASK_EVERY);
+        let recent = self.asked.as_ref().filter(|asked| asked.at > now - ASK_EVERY);
+        let is_down_still = recent.is_some_and(|asked| self.is_down(asked, &way, routes));
         match was_down {
             Some(Some(up_at)) if failure.started_at < up_at => return Decision::Ours,
             Some(None) if is_down_still => return Decision::Ours,
