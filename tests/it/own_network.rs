@@ -253,7 +253,14 @@ impl Run {
         let (shutdown, counters) = (Shutdown::new(), Arc::<Counters>::default());
         let (stop, seen) = (shutdown.clone(), Arc::clone(&counters));
         let thread = std::thread::spawn(move || {
-            produce::run_counted(&config, targets, None, Rounds::Endless, &stop, seen)
+            produce::run_counted(
+                &config,
+                targets,
+                produce::hosts::Sources::default(),
+                Rounds::Endless,
+                &stop,
+                seen,
+            )
         });
         Self {
             kafka,
