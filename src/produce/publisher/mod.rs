@@ -366,7 +366,7 @@ mod tests {
     #[test]
     fn an_epoch_changes_the_value_and_not_what_the_record_counts_for() {
         let target = crate::produce::host_file::target("a.example", &[], None).unwrap();
-        let mut record = Record::new(Arc::new(target), None, 0, br#"{"epoch":null}"#.to_vec());
+        let mut record = Record::new(Arc::new(target), None, 0, br#"{"epoch":null}"#.to_vec(), false);
         let bytes = record.bytes;
         crate::sample::epoch::write_into(&mut record.value, 1_000_000);
         assert_eq!(record.value, br#"{"epoch":1000000}"#);
