@@ -20,8 +20,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use log::LevelFilter;
-use rdkafka::consumer::Consumer;
-use rdkafka::error::KafkaResult;
 use rdkafka::mocking::MockCluster;
 
 use self::postgres::ThrowAwayPostgres;
@@ -42,7 +40,7 @@ use crate::produce::hosts::Sources;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal::cut;
-use crate::{consume, kafka, logging, produce};
+use crate::{consume, logging, produce};
 
 const TOPIC: &str = "host-metrics";
 /// PRODUCE_GROUP.
@@ -57,9 +55,6 @@ const PAUSE_PER_QUERY: u32 = 9;
 
 /// How long to wait, after `produce` has stopped, until `consume` has written all records.
 const CATCH_UP_WITHIN: Duration = Duration::from_secs(20);
-
-/// Kafka runs in this process, so a longer wait means that it hangs.
-const KAFKA_ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 
 /// The options from the command line and the variables.
 pub struct Options<'a> {
@@ -132,7 +127,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     let (audit, (ledger, ended)) = (pipeline.audit(), pipeline.stop(view.rows)?);
     view.finish(&ledger)?;
     ended.and(page.end())?;
-    if ledger.in_kafka == 0 {
+    if ledger.acknowledged == 0 {
         // Stopped before the first record, so there is nothing to audit.
         return Ok(ledger.balances());
     }
@@ -396,24 +391,22 @@ impl Pipeline {
     /// Stops the agents cleanly, `produce` first. Returns the ledger of the run, and the error of an agent that failed.
     ///
     /// # Errors
-    /// Kafka or Postgres does not answer.
+    /// Postgres does not answer.
     fn stop(mut self, rows: &mut Rows) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
         let produced = self.produce.end();
-        let in_kafka =
-            in_kafka(&self.consume_config).context("cannot read from Kafka how many records it has")?;
-        let counted = self.wait_for_rows(rows, in_kafka)?;
+        let acknowledged = self.counters.delivered();
+        let counted = self.wait_for_rows(rows, acknowledged)?;
         let consumed = self.consume.end();
         let ledger = Ledger {
             due: self.counters.ticks_due.load(Ordering::Relaxed),
-            acknowledged: self.counters.delivered(),
-            in_kafka,
+            acknowledged,
             counted,
         };
         Ok((ledger, produced.and(consumed)))
     }
 
-    /// Waits until the table has all records that Kafka has, but not longer than [`CATCH_UP_WITHIN`]. Returns the counts.
-    fn wait_for_rows(&self, rows: &mut Rows, in_kafka: u64) -> anyhow::Result<Counted> {
+    /// Waits until the table has all records that Kafka acknowledged, but not longer than [`CATCH_UP_WITHIN`]. Returns the counts.
+    fn wait_for_rows(&self, rows: &mut Rows, acknowledged: u64) -> anyhow::Result<Counted> {
         let deadline = now() + CATCH_UP_WITHIN;
         // A new handle, because a stop may have been requested on the program's own, which then no longer waits.
         let pause = Shutdown::new();
@@ -425,25 +418,12 @@ impl Pipeline {
                 Counted::default()
             };
             let stored = u64::try_from(counted.rows + counted.rejected).unwrap_or_default();
-            if stored >= in_kafka || is_over {
+            if stored >= acknowledged || is_over {
                 return Ok(counted);
             }
             pause.wait_until(now() + Duration::from_millis(50));
         }
     }
-}
-
-/// The number of records in the topics, from the end offsets of their partitions.
-fn in_kafka(config: &ConsumeConfig) -> KafkaResult<u64> {
-    let client = kafka::small_client(&config.kafka)?;
-    let mut count = 0;
-    for topic in &config.topics {
-        for partition in kafka::partitions(client.client(), topic, KAFKA_ANSWERS_WITHIN)? {
-            let (_, end) = client.fetch_watermarks(topic, partition.number, KAFKA_ANSWERS_WITHIN)?;
-            count += u64::try_from(end).unwrap_or_default();
-        }
-    }
-    Ok(count)
 }
 
 /// An agent on its own thread. Dropping it stops the agent.
@@ -514,15 +494,13 @@ impl Drop for RequestOnDrop {
 struct Ledger {
     due: u64,
     acknowledged: u64,
-    in_kafka: u64,
     counted: Counted,
 }
 
 impl Ledger {
     fn balances(&self) -> bool {
         self.due == self.acknowledged
-            && self.acknowledged == self.in_kafka
-            && u64::try_from(self.counted.rows) == Ok(self.in_kafka)
+            && u64::try_from(self.counted.rows) == Ok(self.acknowledged)
             && self.counted.rejected == 0
     }
 
@@ -530,7 +508,6 @@ impl Ledger {
         let Self {
             due,
             acknowledged,
-            in_kafka,
             counted: Counted { rows, rejected },
         } = self;
         let verdict = if self.balances() {
@@ -542,7 +519,6 @@ impl Ledger {
             "The ledger
   {due:>8}  ticks were due           counted by produce
   {acknowledged:>8}  records were sent        acknowledged by Kafka
-  {in_kafka:>8}  records are in Kafka     the ends of its partitions
   {rows:>8}  rows are in Postgres     SELECT count(*); {rejected} rejected
 {verdict}"
         )
@@ -567,7 +543,6 @@ mod tests {
         let good = Ledger {
             due: 7,
             acknowledged: 7,
-            in_kafka: 7,
             counted,
         };
         assert!(good.balances());
@@ -575,7 +550,6 @@ mod tests {
         let with = |counted| Ledger { counted, ..good };
         for bad in [
             Ledger { due: 8, ..good },
-            Ledger { in_kafka: 8, ..good },
             Ledger {
                 acknowledged: 6,
                 ..good

@@ -366,6 +366,8 @@ mod tests {
                 .records_on_the_way
                 .fetch_add(1, Ordering::Relaxed);
             let record = Record::new(Arc::new(target), None, 0, b"{}".to_vec(), false);
+            let bytes = &worker.shared.deliveries.bytes_on_the_way;
+            bytes.fetch_add(record.bytes, Ordering::Relaxed);
             worker.take(Letter::Record(record));
         }
         worker.send_waiting();
