@@ -44,6 +44,7 @@ pub(super) enum Order {
     Take(Takeover),
     Release(Share),
     Forget(Share),
+    Abandon(Share),
     /// We have left the group. No order follows.
     Left,
 }
@@ -355,6 +356,10 @@ impl Thread {
             Action::Forget(share) => {
                 log::info!("share={share} given up: it belongs to another producer now");
                 (self.orders)(Order::Forget(share));
+            }
+            Action::Abandon(share) => {
+                log::info!("share={share} not given back in time: this producer stops");
+                (self.orders)(Order::Abandon(share));
             }
             Action::GiveBack => self.member.give_back(),
             Action::Leave => {

@@ -75,7 +75,6 @@ impl Joining {
             ours: BTreeSet::new(),
             finishing: BTreeMap::new(),
             mark_at: 0,
-            is_stopping: false,
             has_left: false,
         }))
     }
@@ -92,7 +91,6 @@ pub(super) struct SharedHosts {
     /// Those of `ours` that are being given back, each with the time at which its checks are abandoned.
     finishing: BTreeMap<Share, i64>,
     mark_at: i64,
-    is_stopping: bool,
     has_left: bool,
 }
 
@@ -123,14 +121,10 @@ impl SharedHosts {
                 self.finishing.insert(share, now + micros(FINISH_WITHIN));
             }
             Order::Forget(share) => {
-                schedule.remove_share(&share);
-                self.ours.remove(&share);
-                self.finishing.remove(&share);
-                // At a stop, the publisher reports these records as not acknowledged.
-                if !self.is_stopping {
-                    publisher.tell(Letter::Forget(share));
-                }
+                self.remove(&share, schedule);
+                publisher.tell(Letter::Forget(share));
             }
+            Order::Abandon(share) => self.remove(&share, schedule),
             Order::Left => self.has_left = true,
         }
     }
@@ -150,9 +144,7 @@ impl SharedHosts {
         if !finished.is_empty() {
             let open_since = schedule.open_since();
             for share in finished {
-                schedule.remove_share(&share);
-                self.ours.remove(&share);
-                self.finishing.remove(&share);
+                self.remove(&share, schedule);
                 let ends_at = open_since.get(&share).copied().unwrap_or(looked_at);
                 publisher.tell(Letter::End { share, ends_at });
             }
@@ -166,6 +158,12 @@ impl SharedHosts {
         }
         let finishing = self.finishing.values().copied().min();
         finishing.unwrap_or(i64::MAX).min(self.mark_at.max(looked_at + 1))
+    }
+
+    fn remove(&mut self, share: &Share, schedule: &mut Schedule<Record>) {
+        schedule.remove_share(share);
+        self.ours.remove(share);
+        self.finishing.remove(share);
     }
 
     /// Replaces the hosts of the group.
@@ -186,7 +184,6 @@ impl SharedHosts {
 
     /// Gives all shares back, at the latest then.
     pub(super) fn stop(&mut self, until: i64) {
-        self.is_stopping = true;
         self.fleet.stop(until);
     }
 

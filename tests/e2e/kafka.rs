@@ -404,9 +404,13 @@ impl Kafka {
         let mut assignment = TopicPartitionList::new();
         let mut missing = 0;
         for partition in self.partitions(&consumer, topic) {
-            let (low, high) = consumer
-                .fetch_watermarks(topic, partition, REQUEST_WITHIN)
-                .unwrap();
+            // A topic that was just made may not have all its leaders yet.
+            let (low, high) = wait_for(
+                REQUEST_WITHIN,
+                "the ends of the partition",
+                || consumer.fetch_watermarks(topic, partition, REQUEST_WITHIN).ok(),
+                String::new,
+            );
             missing += high - low;
             assignment
                 .add_partition_offset(topic, partition, Offset::Beginning)

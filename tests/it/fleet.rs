@@ -689,7 +689,9 @@ impl World {
                     producer.to_timer.push_back(ToTimer::Take(takeover));
                 }
                 Action::Release(share) => producer.to_timer.push_back(ToTimer::Release(share)),
-                Action::Forget(share) => producer.to_timer.push_back(ToTimer::Forget(share)),
+                Action::Forget(share) | Action::Abandon(share) => {
+                    producer.to_timer.push_back(ToTimer::Forget(share))
+                }
                 Action::GiveBack => {
                     self.saw("handed over");
                     self.give_back(producer.name);

@@ -335,7 +335,7 @@ impl World {
         let mut producer = next.producers[index].clone();
         step(&mut next, &mut producer);
         // Decisions without a request belong to this step.
-        while let action @ (Action::Hold(_) | Action::Take(_) | Action::Forget(_)) =
+        while let action @ (Action::Hold(_) | Action::Take(_) | Action::Forget(_) | Action::Abandon(_)) =
             producer.shares.clone().next_action(LATE)
         {
             drop(action);
@@ -424,7 +424,7 @@ impl World {
                 drop(producer.outbox.take_share(lane, &takeover, |_| HOST));
                 return;
             }
-            Action::Forget(_) => {
+            Action::Forget(_) | Action::Abandon(_) => {
                 producer.next_tick = None;
                 drop(producer.outbox.forget_share(lane));
                 return;

@@ -31,8 +31,8 @@ use crate::check::target::Target;
 use crate::commands::audit;
 use crate::commands::page::Page;
 use crate::config::{
-    self, AuditConfig, CheckConfig, ConsumeConfig, GroupConfig, KafkaConfig, PageConfig, ProduceConfig,
-    References, Variables,
+    self, AuditConfig, CheckConfig, ConsumeConfig, KafkaConfig, PageConfig, ProduceConfig, References,
+    Variables,
 };
 use crate::page::view::Options as PageOptions;
 use crate::produce::counters::Counters;
@@ -43,8 +43,6 @@ use crate::terminal::cut;
 use crate::{consume, logging, produce};
 
 const TOPIC: &str = "host-metrics";
-/// PRODUCE_GROUP.
-const GROUP: &str = "demo";
 const PARTITIONS: i32 = 4;
 
 /// How often the live table is drawn, and how often a line is written if there is no terminal. With many rows the queries
@@ -186,10 +184,7 @@ fn configure(
         kafka,
         topic: TOPIC.to_owned(),
         failures_topic: None,
-        group: Some(GroupConfig {
-            name: GROUP.to_owned(),
-            instance_id: None,
-        }),
+        group: None,
         check,
         references: References::Gateways,
         metrics_addr: None,

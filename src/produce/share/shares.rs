@@ -118,6 +118,8 @@ pub enum Action {
     Release(Share),
     /// Another producer owns the share: forget its hosts and their records.
     Forget(Share),
+    /// At a stop: the share can no longer be given back. Forget its hosts; their records stay unacknowledged.
+    Abandon(Share),
     /// Tell the group that the shares that it wants back are free.
     GiveBack,
     /// Leave the group. No action follows.
@@ -194,7 +196,8 @@ pub struct Shares {
     /// Shares that the group wants back and that are not free yet.
     revoking: BTreeSet<Share>,
     committing: Vec<(Share, Ledger)>,
-    is_stopping: bool,
+    /// All shares have to be given back until then.
+    stops_at: Option<i64>,
     has_left: bool,
 }
 
@@ -228,11 +231,7 @@ impl Shares {
             }
             Event::InDoubt(shares) => self.doubt(now, shares),
             Event::Suspended => self.doubt(now, self.tenures.keys().cloned().collect()),
-            Event::Stop { until } => {
-                self.is_stopping = true;
-                let shares: Vec<_> = self.tenures.keys().cloned().collect();
-                self.revoked(&shares, until);
-            }
+            Event::Stop { until } => self.stop(until),
         }
     }
 
@@ -242,7 +241,7 @@ impl Shares {
         if let Some(action) = self.decided.pop_front() {
             return action;
         }
-        if self.is_stopping && self.tenures.is_empty() {
+        if self.stops_at.is_some() && self.tenures.is_empty() {
             if self.has_left {
                 return Action::Wait { until: None };
             }
@@ -363,6 +362,7 @@ impl Shares {
             Stage::ToClose { until, .. } => Some(until.min(tenure.not_before.max(now))),
             _ => Some(tenure.not_before).filter(|at| *at > now),
         });
+        let until = until.chain(self.stops_at.filter(|at| *at > now));
         Action::Wait { until: until.min() }
     }
 
@@ -370,7 +370,7 @@ impl Shares {
 
     fn assigned(&mut self, now: i64, shares: Vec<Share>) {
         for share in shares {
-            if self.is_stopping {
+            if self.stops_at.is_some() {
                 continue;
             }
             self.take_anew(now, &share);
@@ -403,8 +403,7 @@ impl Shares {
                 continue;
             }
             if tenure.stage == Stage::Owned {
-                tenure.stage = Stage::Releasing { until };
-                self.decided.push_back(Action::Release(share.clone()));
+                self.release(share, until);
             } else {
                 self.forget(share);
             }
@@ -414,11 +413,39 @@ impl Shares {
         }
     }
 
+    fn stop(&mut self, until: i64) {
+        self.stops_at = Some(until);
+        let shares: Vec<_> = self.tenures.keys().cloned().collect();
+        for share in &shares {
+            let Some(tenure) = self.tenures.get(share) else {
+                continue;
+            };
+            match tenure.stage {
+                Stage::Releasing { .. } | Stage::ToClose { .. } => {}
+                Stage::Owned => self.release(share, until),
+                // We keep records of its hosts. They are sent as soon as we own it again.
+                _ if tenure.is_ours() && tenure.epoch.is_some() => {}
+                _ => self.abandon(share),
+            }
+        }
+    }
+
+    fn release(&mut self, share: &Share, until: i64) {
+        if let Some(tenure) = self.tenures.get_mut(share) {
+            tenure.stage = Stage::Releasing { until };
+            self.decided.push_back(Action::Release(share.clone()));
+        }
+    }
+
     fn lost(&mut self, shares: &[Share]) {
         for share in shares {
             let Some(tenure) = self.tenures.get_mut(share) else {
                 continue;
             };
+            if self.stops_at.is_some() {
+                self.abandon(share);
+                continue;
+            }
             let is_leaving = matches!(tenure.stage, Stage::Releasing { .. } | Stage::ToClose { .. });
             if tenure.epoch.is_none() || is_leaving {
                 self.forget(share);
@@ -579,6 +606,9 @@ impl Shares {
                     tenure.epoch = Some(epoch);
                     tenure.stage = Stage::Owned;
                     self.decided.push_back(Action::Take(takeover));
+                    if let Some(until) = self.stops_at {
+                        self.release(&share, until);
+                    }
                 }
                 None => tenure.begin_again(now + RETRY_MICROS),
             },
@@ -588,9 +618,10 @@ impl Shares {
 
     /// Gives back shares whose time is over. The next owner records the rest as missed.
     fn end_overdue(&mut self, now: i64) {
+        let stops = self.stops_at.is_some_and(|at| at <= now);
         let is_overdue = |tenure: &Tenure| match tenure.stage {
             Stage::Releasing { until } | Stage::ToClose { until, .. } => until <= now,
-            _ => false,
+            _ => stops,
         };
         let overdue: Vec<_> = self
             .tenures
@@ -598,20 +629,33 @@ impl Shares {
             .filter(|(_, tenure)| is_overdue(tenure))
             .map(|(share, _)| share.clone())
             .collect();
-        overdue.iter().for_each(|share| self.forget(share));
+        for share in &overdue {
+            match self.stops_at {
+                Some(_) => self.abandon(share),
+                None => self.forget(share),
+            }
+        }
     }
 
     fn forget(&mut self, share: &Share) {
+        self.leave(share, Action::Forget(share.clone()));
+    }
+
+    fn abandon(&mut self, share: &Share) {
+        self.leave(share, Action::Abandon(share.clone()));
+    }
+
+    fn leave(&mut self, share: &Share, action: Action) {
         if let Some(tenure) = self.tenures.remove(share)
             && tenure.epoch.is_some()
         {
-            self.decided.push_back(Action::Forget(share.clone()));
+            self.decided.push_back(action);
         }
         self.mark_free(share);
     }
 
     fn mark_free(&mut self, share: &Share) {
-        if self.revoking.remove(share) && self.revoking.is_empty() && !self.is_stopping {
+        if self.revoking.remove(share) && self.revoking.is_empty() {
             self.decided.push_back(Action::GiveBack);
         }
     }
