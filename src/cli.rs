@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::commands::skip::Place;
+use crate::commands::skip::Argument;
 use crate::duration;
 use crate::tables::names::MAX_IDENTIFIER_BYTES;
 
@@ -245,7 +245,7 @@ pub struct Page {
 pub struct Skip {
     /// The partition and the offset of the batch to skip; without an offset, only show the next batch
     #[arg(value_name = "TOPIC/PARTITION[:OFFSET]")]
-    pub place: Place,
+    pub argument: Argument,
 
     #[command(flatten)]
     common: Common,

@@ -221,7 +221,7 @@ fn run_page(args: &cli::Page, variables: &Variables) -> anyhow::Result<bool> {
 fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::consume(variables)?;
     start_logging(variables, Servers::BOTH)?;
-    print(&skip::run(&config, &args.place)?)?;
+    print(&skip::run(&config, &args.argument)?)?;
     Ok(true)
 }
 

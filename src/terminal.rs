@@ -1,33 +1,31 @@
-//! How tables for people show values: sparklines, percentages, durations, text that is too long. Pure.
-//!
-//! The demo and `status` share it, so that both look alike.
+//! Tables for people: columns, sparklines, percentages, durations, and text from other machines. Pure.
 
 use std::fmt::Write;
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, ClassUnicode, HirKind};
 
-/// How many of a host's newest checks a sparkline shows.
+/// The number of checks in a sparkline.
 pub const SPARKLINE_CHECKS: usize = 20;
 
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
-/// Stands for a check without a response, which has no latency.
+/// For a check without a response, which has no latency.
 const NO_RESPONSE: char = '×';
 
-/// A smaller difference between two latencies does not show.
+/// A range of latencies below this does not fill the height of the sparkline.
 const NOISE_SECONDS: f64 = 0.02;
 
-/// Stands for a value that is not there.
+/// For a missing value.
 pub const NONE: &str = "-";
 
-/// A bar for each check. The scale is the host's own range, so that the changes of a fast host show as well as those of a
+/// A bar for each check. The scale is the range of the host itself, so changes of a fast host are as visible as those of a
 /// slow one.
 pub fn sparkline(latencies: &[Option<f64>]) -> String {
     let known = || latencies.iter().flatten().copied();
     let lowest = known().fold(f64::INFINITY, f64::min);
     let highest = known().fold(0.0, f64::max);
-    // A range below half of the lowest latency, or below NOISE_SECONDS, does not fill the scale.
+    // Noise of a steady host would otherwise look like large changes.
     let range = (highest - lowest).max(lowest / 2.0).max(NOISE_SECONDS);
     latencies
         .iter()
@@ -41,7 +39,7 @@ pub fn sparkline(latencies: &[Option<f64>]) -> String {
         .collect()
 }
 
-/// `text` in at most `width` characters, with an ellipsis for the part that does not fit.
+/// `text` cut to `width` characters, the last one an ellipsis if something was cut.
 pub fn cut(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
@@ -53,8 +51,8 @@ pub fn cut(text: &str, width: usize) -> String {
     short
 }
 
-/// Characters that a terminal or an editor obeys or does not show: control characters, marks that change the direction of
-/// writing, joiners, fillers, the empty braille pattern.
+/// Characters that terminals and editors interpret or do not show: control characters, marks for the direction of writing,
+/// joiners, fillers, the empty braille pattern.
 static HIDDEN: LazyLock<ClassUnicode> = LazyLock::new(|| {
     let class = r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\x{2800}]";
     match regex_syntax::parse(class).map(|parsed| parsed.into_kind()) {
@@ -74,17 +72,17 @@ fn is_hidden_in_lines(char: char) -> bool {
     is_hidden(char) && !matches!(char, '\n' | '\t')
 }
 
-/// `text` on one line, with a space for each hidden character. For text that comes from another machine.
+/// `text` on one line, with spaces instead of hidden characters. For text from other machines.
 pub fn plain(text: &str) -> String {
     text.replace(is_hidden, " ")
 }
 
-/// As [`plain`], but line ends and tabs stay.
+/// As [`plain`], but keeps line ends and tabs.
 pub fn plain_lines(text: &str) -> String {
     text.replace(is_hidden_in_lines, " ")
 }
 
-/// The same JSON with its hidden characters escaped, as in `\u202e`.
+/// The same JSON with hidden characters escaped, as in `\u202e`.
 pub fn plain_json(json: &str) -> String {
     let mut plain = String::with_capacity(json.len());
     for char in json.chars() {
@@ -106,7 +104,7 @@ pub fn percent(part: i64, all: i64) -> String {
         return NONE.to_owned();
     }
     let percent = part as f64 / all as f64 * 100.0;
-    // Rounded up to 100, it would hide that something failed.
+    // Rounding up to 100 would hide a failure.
     let percent = if part < all { percent.min(99.9) } else { percent };
     format!("{percent:.1} %")
 }
@@ -130,8 +128,8 @@ pub fn roughly(seconds: i64) -> String {
     }
 }
 
-/// The rows as lines, with columns as wide as their widest cell and two spaces between them. The first row is the heading.
-/// A column whose heading begins with a space is aligned right. Lines have no trailing spaces.
+/// The rows as lines, with two spaces between columns and no trailing spaces. The first row is the heading; a heading that
+/// begins with a space aligns its column to the right.
 pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
     let width = |text: &str| text.chars().count();
     let count = rows.iter().map(Vec::len).max().unwrap_or_default();

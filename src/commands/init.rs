@@ -1,15 +1,14 @@
-//! `host-metrics init` and `drop`: the topics and tables that the agents need, made or removed.
+//! `host-metrics init` and `drop`: create or remove the topics and tables that the agents need.
 //!
-//! Owns the topics' side (Kafka's admin requests), the waiting for servers that are still starting, and what is said about
-//! what exists already. The tables' text is `tables::schema`', making them `tables::migrate`'s, the same as for
-//! `consume`. Nothing that exists is changed; `drop` removes tables only if their comment says that we made them.
+//! Owns Kafka's admin requests, the wait for servers that are still starting, and the report on what exists already, which
+//! `init` never changes. `tables::migrate` creates and drops the tables.
 
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication, TopicResult};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::metadata::Metadata;
 use rdkafka::producer::{BaseProducer, Producer as _};
 use tokio::runtime::Runtime;
@@ -20,40 +19,44 @@ use crate::postgres::{self, Bounds, Fault, Kind, Session};
 use crate::tables::names::Object;
 use crate::tables::{days, destination, migrate, schema};
 
-/// Of a topic that `init` makes: room for as many consumers, and a number that divides well.
+/// For a new topic: as many consumers can share it, and it divides evenly among 2, 3, 4 or 6.
 const PARTITIONS: i32 = 12;
 
-/// One request to Kafka; a broker that is just electing a leader answers within it.
+/// Bounds a request to Kafka. An election of a leader takes less.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
-/// A server that is not there yet is asked again after this long.
+/// The pause before the next attempt to reach a server.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// What is waited for is first said after this long: services that start together are not news.
+/// The first warning about a wait. Services that start together need a moment, which deserves no warning.
 const SAY_AFTER: Duration = Duration::from_secs(3);
 
-/// And then again this often.
+/// Later warnings about the same wait.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
-/// What `init` is asked to do differently.
+/// Kafka rejects a replication factor above the number of brokers that are up, also while brokers are still starting
+/// (fenced). So this error is final only after this long.
+const BROKERS_START_WITHIN: Duration = Duration::from_secs(30);
+
+/// Options of `init`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options<'a> {
-    /// Of a topic that it creates.
+    /// For new topics.
     pub partitions: Option<i32>,
-    /// Of a topic that it creates; `None`: the broker's default.
+    /// For new topics; `None`: the broker's default.
     pub replication: Option<i32>,
-    /// Of a topic that it creates; `None`: the broker's default.
+    /// For new topics; `None`: the broker's default.
     pub retention: Option<Duration>,
-    /// The user that may read the state only, for `page`.
+    /// A user that gets the right to read the state, and nothing else, for `page`.
     pub reader: Option<&'a str>,
-    /// Print the SQL, touch nothing.
+    /// Only print the SQL.
     pub print_sql: bool,
 }
 
-/// Creates the topics and the tables that are missing. Waits for servers that cannot be reached, however long that takes.
+/// Creates missing topics and tables. Waits for servers that cannot be reached, without a limit.
 ///
 /// # Errors
-/// Something that waiting does not mend: a refused login, a missing right, an impossible replication factor.
+/// A fault that waiting does not mend: a rejected login, a missing right, an impossible replication factor.
 pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
     if options.print_sql {
         let table = &config.database.table;
@@ -68,10 +71,10 @@ pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
     }
 }
 
-/// Makes the tables and views that are missing; waits for a server that cannot be reached.
+/// Creates missing tables and views. Waits for a server that cannot be reached.
 ///
 /// # Errors
-/// Something that waiting does not mend.
+/// A fault that waiting does not mend.
 pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut waiting = Waiting::new();
@@ -87,7 +90,7 @@ pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the user that may read the state only, or grants that to an existing one.
+/// Creates the user if it does not exist, and grants it the right to read the state.
 fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
     postgres::runtime()?
         .block_on(async {
@@ -100,17 +103,17 @@ fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
             result
         })
         .map_err(|fault: Fault| {
-            let remedy = format!("have a superuser run CREATE ROLE for {reader:?}, then run this again");
-            anyhow::anyhow!("user {reader:?} not made: {}", fault.with_grant(&remedy))
+            let remedy = format!("let a superuser run CREATE ROLE for {reader:?}, and run `init` again");
+            anyhow::anyhow!("user {reader:?} not created: {}", fault.with_grant(&remedy))
         })?;
-    log::info!("user {reader:?} may read the state; set its password with ALTER ROLE, if it has none");
+    log::info!("user {reader:?} may read the state; if it has no password, set one with ALTER ROLE");
     Ok(())
 }
 
-/// Removes the tables and views that `init` made, and the topics if asked to.
+/// Removes the tables and views that `init` created, and with `topic` the topics.
 ///
 /// # Errors
-/// [`WrongInput`] without `yes`; a server that cannot be reached is not waited for.
+/// [`WrongInput`] without `yes`; a server cannot be reached or refuses.
 pub fn drop(config: &InitConfig, topic: bool, yes: bool) -> anyhow::Result<()> {
     if !yes {
         let table = config.database.table.quoted("");
@@ -120,8 +123,8 @@ pub fn drop(config: &InitConfig, topic: bool, yes: bool) -> anyhow::Result<()> {
             String::new()
         };
         let text = format!(
-            "drop removes table {table} of database {} with all its rows and positions{topics}: say --yes if that is \
-             meant",
+            "drop removes table {table} of database {} with all its rows and positions{topics}; to confirm, run it with \
+             --yes",
             config.database.name
         );
         return Err(WrongInput(text).into());
@@ -135,7 +138,7 @@ pub fn drop(config: &InitConfig, topic: bool, yes: bool) -> anyhow::Result<()> {
 
 fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
-        // Whoever reads has read enough.
+        // The reader has closed the pipe.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => result.context("cannot write to standard output"),
     }
@@ -146,12 +149,12 @@ fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()>
     let mut waiting = Waiting::new();
     let existing = all_topics(config, &mut waiting)?;
     let admin = admin(config)?;
-    let (there, missing): (Vec<&String>, Vec<&String>) = config
+    let (present, missing): (Vec<&String>, Vec<&String>) = config
         .topics
         .iter()
         .partition(|topic| find_topic(&existing, topic).is_some());
-    for topic in there {
-        say_differences(&runtime, &admin, &existing, topic, options);
+    for topic in present {
+        report_existing(&runtime, &admin, &existing, topic, options);
     }
     if missing.is_empty() {
         return Ok(());
@@ -162,6 +165,7 @@ fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()>
     let retention = options
         .retention
         .map(|retention| retention.as_millis().to_string());
+    let brokers_start_until = clock() + BROKERS_START_WITHIN;
     loop {
         let new: Vec<NewTopic<'_>> = missing
             .iter()
@@ -174,7 +178,8 @@ fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()>
             })
             .collect();
         let created = runtime.block_on(admin.create_topics(&new, &admin_options()));
-        match made(&created, "topic", "made", &[RDKafkaErrorCode::TopicAlreadyExists])? {
+        let may_be_starting = clock() < brokers_start_until;
+        match retry_because(&created, "created", Code::TopicAlreadyExists, may_be_starting)? {
             None => return Ok(()),
             Some(cause) => {
                 waiting.say(&format!("Kafka at {}: {cause}", config.kafka.bootstrap_servers));
@@ -189,31 +194,25 @@ fn drop_topics(config: &InitConfig) -> anyhow::Result<()> {
     let admin = admin(config)?;
     let names: Vec<&str> = config.topics.iter().map(String::as_str).collect();
     let dropped = runtime.block_on(admin.delete_topics(&names, &admin_options()));
-    match made(
-        &dropped,
-        "topic",
-        "dropped",
-        &[RDKafkaErrorCode::UnknownTopicOrPartition],
-    )? {
+    match retry_because(&dropped, "dropped", Code::UnknownTopicOrPartition, false)? {
         None => Ok(()),
         Some(cause) => bail!("Kafka at {}: {cause}", config.kafka.bootstrap_servers),
     }
 }
 
-/// Asks for the topics until Kafka answers.
+/// Asks for all topics until Kafka answers. A request for a missing topic would make some brokers create it.
 fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Metadata> {
-    // A producer, for an admin client does not tell its errors, and the request's own says only that no broker answered.
+    // The error of the request only says that no broker answered. A producer also reports the cause, an admin client does not.
     let client: BaseProducer<Listener> = client_config(&config.kafka)
         .create_with_context(Listener::new(&config.kafka))
         .context("KAFKA_* variables")?;
     let kafka = format!("Kafka at {}", config.kafka.bootstrap_servers);
     loop {
-        // All of them: asked for one that is missing, a broker may make it, with its own defaults.
         let error = match client.client().fetch_metadata(None, SAY_AFTER) {
             Ok(metadata) => return Ok(metadata),
             Err(error) => error,
         };
-        // Serves the errors, one a call.
+        // Each call of `poll` reports at most one error.
         let until = clock() + RETRY_AFTER;
         while let Some(left) = until
             .checked_duration_since(clock())
@@ -225,18 +224,15 @@ fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Meta
         let (code, cause) = listener
             .last()
             .unwrap_or_else(|| (error.rdkafka_error_code(), listener.explain(&error)));
-        if matches!(
-            code,
-            Some(RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed)
-        ) {
+        if matches!(code, Some(Code::Authentication | Code::SaslAuthenticationFailed)) {
             bail!("{kafka}: {cause}");
         }
         waiting.say(&format!("{kafka}: {cause}"));
     }
 }
 
-/// Says, of a topic that is there already, where it is not what was asked for.
-fn say_differences(
+/// Logs that a topic exists, and what differs from the options.
+fn report_existing(
     runtime: &Runtime,
     admin: &AdminClient<Listener>,
     metadata: &Metadata,
@@ -280,10 +276,10 @@ fn say_differences(
         }
     }
     if differences.is_empty() {
-        log::info!("topic {topic} exists: {partitions} partitions, left as it is");
+        log::info!("topic {topic} exists with {partitions} partitions and is not changed");
     } else {
         log::warn!(
-            "topic {topic} exists and is left as it is: {}",
+            "topic {topic} exists and is not changed: {}",
             differences.join("; ")
         );
     }
@@ -296,12 +292,15 @@ fn find_topic<'a>(metadata: &'a Metadata, name: &str) -> Option<&'a rdkafka::met
         .find(|topic| topic.name() == name && topic.error().is_none())
 }
 
-/// Sorts the answer to a request about topics: `None`, all is as it should be; a cause, to be tried again.
-fn made(
+/// Logs the answer to a request about topics. Returns the cause if the request has to be tried again.
+///
+/// `done`: the word for success. `already`: the error that means that nothing had to be done. `may_be_starting`: whether
+/// brokers that are still starting can be the reason for a missing one.
+fn retry_because(
     answer: &Result<Vec<TopicResult>, KafkaError>,
-    what: &str,
     done: &str,
-    fine: &[RDKafkaErrorCode],
+    already: Code,
+    may_be_starting: bool,
 ) -> anyhow::Result<Option<String>> {
     let results = match answer {
         Ok(results) => results,
@@ -310,31 +309,33 @@ fn made(
     let mut again = None;
     for result in results {
         match result {
-            Ok(name) => log::info!("{what} {name} {done}"),
-            Err((name, code)) if fine.contains(code) => log::info!("{what} {name}: {code}, left as it is"),
+            Ok(name) => log::info!("topic {name} {done}"),
+            Err((name, code)) if *code == already => log::info!("topic {name} not {done}: {code}"),
             Err((name, code)) => {
-                use RDKafkaErrorCode as Code;
-                let passing = matches!(
-                    code,
+                let is_passing = match code {
+                    Code::InvalidReplicationFactor => may_be_starting,
                     Code::RequestTimedOut
-                        | Code::OperationTimedOut
-                        | Code::NotController
-                        | Code::LeaderNotAvailable
-                        | Code::NetworkException
-                        | Code::BrokerTransportFailure
-                );
+                    | Code::OperationTimedOut
+                    | Code::NotController
+                    | Code::LeaderNotAvailable
+                    | Code::NetworkException
+                    | Code::BrokerTransportFailure => true,
+                    _ => false,
+                };
                 let remedy = match code {
-                    Code::InvalidReplicationFactor => ": fewer brokers than replicas? see --replication",
+                    Code::InvalidReplicationFactor => {
+                        ": there may be fewer brokers than replicas; see --replication"
+                    }
                     Code::InvalidPartitions => ": see --partitions",
                     Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed => {
-                        ": this Kafka user may not; have an administrator do it, or give the right to it"
+                        ": this Kafka user lacks the right; an administrator can grant it or run `init`"
                     }
                     _ => "",
                 };
-                if !passing {
-                    bail!("{what} {name} not {done}: {code}{remedy}");
+                if !is_passing {
+                    bail!("topic {name} not {done}: {code}{remedy}");
                 }
-                again = Some(format!("{what} {name} not {done} yet: {code}"));
+                again = Some(format!("topic {name} not {done} yet: {code}"));
             }
         }
     }
@@ -347,7 +348,7 @@ async fn make_tables_once(config: &DatabaseConfig) -> Result<(), Fault> {
         let today = days::today();
         let made = migrate::make(&session, today).await.map_err(|fault| {
             fault.with_grant(&format!(
-                "GRANT CREATE ON SCHEMA {} to {}, or let its owner run init",
+                "GRANT CREATE ON SCHEMA {} TO {}, or let the owner of the schema run `host-metrics init`",
                 session.table.schema.as_deref().unwrap_or_default(),
                 config.user
             ))
@@ -356,29 +357,29 @@ async fn make_tables_once(config: &DatabaseConfig) -> Result<(), Fault> {
         days::keep_days(&session, &found, today, None).await?;
         if let Some(version) = found.newer_version() {
             log::warn!(
-                "{} was made by a newer version of host-metrics (schema {version}), and is left as it is",
+                "{} was created by a newer version of host-metrics (schema {version}) and is not changed",
                 found.table.quoted("")
             );
         }
         for object in Object::ALL {
             let name = found.table.quoted(object.suffix());
             if made.contains(&object) {
-                log::info!("{name} made");
+                log::info!("{name} created");
             } else if found.is_ours(object) {
                 log::info!("{name} exists");
             } else if found.has(object) {
-                log::warn!("{name} exists, was not made by host-metrics, and is left as it is");
+                log::warn!("{name} exists and is not changed, because host-metrics did not create it");
             } else if found.newer_version().is_some() {
-                log::warn!("{name} not made: that is for the version that made the table");
+                log::warn!("{name} not created: run `init` of the version that created the table");
             } else {
-                log::warn!("{name} not made: it needs the columns of a table that host-metrics made");
+                log::warn!("{name} not created: it needs the columns of a table that host-metrics created");
             }
         }
         if found.has(Object::Main) && !found.is_ours(Object::Main) {
             let not_stored = destination::not_stored(&session, &found).await?;
             if !not_stored.is_empty() {
                 log::warn!(
-                    "{} has no column for, so these are not stored: {}",
+                    "not stored, because {} has no such column: {}",
                     found.table.quoted(""),
                     not_stored.join(", ")
                 );
@@ -406,7 +407,7 @@ fn drop_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
         log::info!("{name} dropped");
     }
     for name in &left {
-        log::warn!("{name} was not made by host-metrics, and is left as it is");
+        log::warn!("{name} not dropped, because host-metrics did not create it");
     }
     if dropped.is_empty() && left.is_empty() {
         log::info!("no table {} in database {}", config.table.quoted(""), config.name);
@@ -415,11 +416,11 @@ fn drop_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
 }
 
 fn pause(runtime: &Runtime) {
-    // The timer is the runtime's: it must be made inside.
+    // The timer belongs to the runtime and must be created inside it.
     runtime.block_on(async { tokio::time::sleep(RETRY_AFTER).await });
 }
 
-/// Says what is waited for: after a few seconds, then rarely; what was said without a cause, once more with it.
+/// Logs what is waited for: after a few seconds, then every minute, and once more when the cause becomes known.
 struct Waiting {
     say_at: Instant,
     said_without_cause: bool,
@@ -450,7 +451,6 @@ fn admin(config: &InitConfig) -> anyhow::Result<AdminClient<Listener>> {
         .context("KAFKA_* variables")
 }
 
-/// They bound every admin request; its answer comes from a thread of the client.
 fn admin_options() -> AdminOptions {
     AdminOptions::new()
         .request_timeout(Some(REQUEST_WITHIN))
@@ -459,8 +459,24 @@ fn admin_options() -> AdminOptions {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "the edge: when to say what is waited for"
+    reason = "an edge: how long is waited, and when to log it"
 )]
 fn clock() -> Instant {
     Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_few_brokers_end_init_only_after_the_time_that_brokers_need_to_start() {
+        let answer = Ok(vec![Err(("t".to_owned(), Code::InvalidReplicationFactor))]);
+        let again = retry_because(&answer, "created", Code::TopicAlreadyExists, true);
+        let cause = again.expect("it is tried again").expect("with a cause");
+        assert!(cause.contains("topic t not created yet"), "{cause}");
+        let ended = retry_because(&answer, "created", Code::TopicAlreadyExists, false);
+        let error = ended.expect_err("it is final").to_string();
+        assert!(error.contains("--replication"), "{error}");
+    }
 }

@@ -1,8 +1,8 @@
 //! `host-metrics skip`: moves a position past a batch that no consumer can read.
 //!
-//! Owns the statement that moves the position and notes in the rejected table which offsets were not read. Only the header
-//! of the batch is read, so a batch that expands hugely can be skipped too. No consumer has to run; a running one finds the
-//! position moved, as if another consumer had moved it.
+//! Owns the statement that moves the position and records the skipped offsets in the table of rejected records. Only the header
+//! of the batch is read, so a batch that expands to too many bytes can be skipped too. A running consumer continues from the
+//! new position, as if another consumer had moved it.
 
 use std::str::FromStr;
 
@@ -17,14 +17,14 @@ use crate::tables::names::Object;
 
 /// The argument of `skip`: `TOPIC/PARTITION` or `TOPIC/PARTITION:OFFSET`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct Argument {
     pub topic: String,
     pub partition: i32,
     /// An offset of the batch to skip. `None`: only show the batch.
     pub offset: Option<i64>,
 }
 
-impl FromStr for Place {
+impl FromStr for Argument {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -52,50 +52,50 @@ impl FromStr for Place {
 ///
 /// # Errors
 /// Kafka or Postgres does not answer, there is no such position or batch, or the position is already past that offset.
-pub fn run(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
+pub fn run(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
     let runtime = postgres::runtime()?;
-    let said = runtime.block_on(skip(config, place));
-    // Does not wait for a name look-up that may still run on a thread of the runtime.
+    let said = runtime.block_on(skip(config, argument));
+    // Does not wait for a name lookup that may still run on a thread of the runtime.
     runtime.shutdown_background();
     said
 }
 
-async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
+async fn skip(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
     let session = Session::open(&config.database, Bounds::default()).await?;
-    let Place { topic, partition, .. } = place;
+    let Argument { topic, partition, .. } = argument;
     let name = format!("{topic}/{partition}");
-    let Some(position) = position(&session, config, place).await? else {
+    let Some(position) = position(&session, config, argument).await? else {
         bail!(
             "group {} has no position of {name} in {}; `host-metrics consume` creates it when it first reads that partition",
             config.group_id,
             config.database.table.quoted(Object::Offsets.suffix())
         );
     };
-    let offset = place.offset.unwrap_or(position);
+    let offset = argument.offset.unwrap_or(position);
     let head = || batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"));
     if offset < position {
-        // The state has its own position, which may not have reached the batch yet.
+        // The state has its own position, which may still be before the batch.
         let next = head().map_or(offset, |head| head.last_offset.saturating_add(1));
-        if pass_state(&session, config, place, offset, offset, next).await? {
+        if pass_state(&session, config, argument, offset, offset, next).await? {
             return Ok(format!("The position of the state of {name} is now {next}\n"));
         }
         bail!("the position of {name} is {position}, which is already past offset {offset}");
     }
     let head = head()?;
-    let said = if place.offset.is_none() {
+    let said = if argument.offset.is_none() {
         format!(
             "The position of {name} is {position}. The batch there: {head}. To skip it: host-metrics skip {name}:{position}\n"
         )
     } else {
-        if !pass(&session, config, place, position, &head).await? {
+        if !pass(&session, config, argument, position, &head).await? {
             bail!(
                 "nothing was changed, because the position of {name} has just moved on from {position}; run `skip` again"
             );
         }
         let (first, last) = (head.first_offset, head.last_offset);
-        pass_state(&session, config, place, first, last, last.saturating_add(1)).await?;
+        pass_state(&session, config, argument, first, last, last.saturating_add(1)).await?;
         format!(
-            "The position of {name} is now {}. Offsets {position} to {} are noted in {} as not read\n",
+            "The position of {name} is now {}. Offsets {position} to {} are recorded in {} as not read\n",
             head.last_offset.saturating_add(1),
             head.last_offset,
             config.database.table.quoted(Object::Rejected.suffix())
@@ -105,12 +105,16 @@ async fn skip(config: &ConsumeConfig, place: &Place) -> anyhow::Result<String> {
     Ok(said)
 }
 
-async fn position(session: &Session, config: &ConsumeConfig, place: &Place) -> Result<Option<i64>, Fault> {
+async fn position(
+    session: &Session,
+    config: &ConsumeConfig,
+    argument: &Argument,
+) -> Result<Option<i64>, Fault> {
     let offsets = session.table.quoted(Object::Offsets.suffix());
     let sql = format!(
         "SELECT next_offset FROM {offsets} WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3"
     );
-    let params: [&(dyn ToSql + Sync); 3] = [&config.group_id, &place.topic, &place.partition];
+    let params: [&(dyn ToSql + Sync); 3] = [&config.group_id, &argument.topic, &argument.partition];
     session
         .bounded("reading the position", async {
             let row = session.client.query_opt(&sql, &params).await?;
@@ -119,11 +123,11 @@ async fn position(session: &Session, config: &ConsumeConfig, place: &Place) -> R
         .await
 }
 
-/// Moves the position and adds the note, in one statement. False if the position is no longer the expected one.
+/// Moves the position and records the skipped offsets in one statement. False if the position is no longer the expected one.
 async fn pass(
     session: &Session,
     config: &ConsumeConfig,
-    place: &Place,
+    argument: &Argument,
     position: i64,
     head: &BatchHead,
 ) -> Result<bool, Fault> {
@@ -145,8 +149,8 @@ async fn pass(
     );
     let params: [&(dyn ToSql + Sync); 6] = [
         &config.group_id,
-        &place.topic,
-        &place.partition,
+        &argument.topic,
+        &argument.partition,
         &position,
         &next,
         &reason,
@@ -157,11 +161,11 @@ async fn pass(
     Ok(noted == 1)
 }
 
-/// Has the state go on at `next`, if it stands between `first` and `last`.
+/// Moves the state's position to `next` if it is from `first` to `last`. False if it is not.
 async fn pass_state(
     session: &Session,
     config: &ConsumeConfig,
-    place: &Place,
+    argument: &Argument,
     first: i64,
     last: i64,
     next: i64,
@@ -172,7 +176,14 @@ async fn pass_state(
          AND next_offset BETWEEN $4 AND $5 AND next_offset < $6"
     );
     let group_id = state::config_of(config).group_id;
-    let params: [&(dyn ToSql + Sync); 6] = [&group_id, &place.topic, &place.partition, &first, &last, &next];
+    let params: [&(dyn ToSql + Sync); 6] = [
+        &group_id,
+        &argument.topic,
+        &argument.partition,
+        &first,
+        &last,
+        &next,
+    ];
     let moved = session
         .bounded("moving the position", session.client.execute(&sql, &params))
         .await?;
@@ -185,15 +196,15 @@ mod tests {
 
     #[test]
     fn a_place_is_a_partition_with_or_without_an_offset_and_nothing_else() {
-        let place = |topic: &str, partition, offset| {
-            Ok(Place {
+        let argument = |topic: &str, partition, offset| {
+            Ok(Argument {
                 topic: topic.to_owned(),
                 partition,
                 offset,
             })
         };
-        assert_eq!("a.b-c/0:7".parse(), place("a.b-c", 0, Some(7)));
-        assert_eq!("t/12".parse(), place("t", 12, None));
+        assert_eq!("a.b-c/0:7".parse(), argument("a.b-c", 0, Some(7)));
+        assert_eq!("t/12".parse(), argument("t", 12, None));
         for wrong in [
             "",
             "t",
@@ -208,7 +219,7 @@ mod tests {
             "t:0:1",
             "t/0:99999999999999999999",
         ] {
-            assert!(wrong.parse::<Place>().is_err(), "{wrong}");
+            assert!(wrong.parse::<Argument>().is_err(), "{wrong}");
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::consume::sink::{Sink, judge};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
-use crate::tables::destination::{self, Found};
+use crate::tables::destination::{self, ExistingObjects};
 use crate::tables::names::{Object, TableName};
 use crate::tables::row::{HEADER, Layout, Origin, TRAILER};
 use crate::tables::schema::Day;
@@ -165,7 +165,7 @@ impl Sink for RowsSink {
 }
 
 pub struct PreparedRows {
-    found: Found,
+    found: ExistingObjects,
     statements: Statements,
 }
 

@@ -1,35 +1,34 @@
-//! The days of the table: partitions made ahead, rows moved into them, and old ones removed (DB_RETENTION).
+//! The partitions of the main table, one per day: creates them ahead, moves rows into them, drops old ones (DB_RETENTION).
 //!
-//! Owns the upkeep that `consume` does by the hour and `init` once. It makes no writer wait for long, and what fails is said
-//! and tried again the next time.
+//! `consume` runs this every hour, `init` once. It never makes a writer wait for long; what fails is logged and tried again
+//! the next time.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::postgres::{Fault, Session};
-use crate::tables::ddl::{DDL_LOCK, execute, say};
-use crate::tables::destination::Found;
+use crate::tables::ddl::{DDL_LOCK, execute, log_failure};
+use crate::tables::destination::ExistingObjects;
 use crate::tables::schema::{self, DAYS_AHEAD, Day};
 
-/// Rows of one day that are moved out of the default partition at once, in about a second during which rows for the
-/// default partition wait. More are left there, and said.
+/// At most so many rows of one day are moved out of the default partition. It takes about a second, during which rows for the
+/// default partition wait. More rows than that stay there, and the log says so.
 const MOVE_ROWS: i64 = 100_000;
 
-/// Partitions dropped in one go: the writer waits meanwhile. The rest goes the next time.
+/// Partitions dropped per run, because the writer waits meanwhile.
 const DROP_PARTITIONS: usize = 50;
 
-/// Rows that are too old and removed from the default partition in one statement, and how many such statements in one
-/// go. The rest goes the next time.
+/// Old rows deleted from the default partition per statement, and statements per run.
 const DELETE_ROWS: i64 = 10_000;
 const DELETE_TIMES: usize = 20;
 
-/// A statement that reads all of a partition gets this long, less than the session's bound of a step: what takes longer ends
-/// with the server's word, and not with a connection that is given up.
+/// For a statement that reads a whole partition. Less than the session's bound of a step, so that the server ends the statement
+/// before this side gives up the connection.
 const READ_PARTITION: Duration = Duration::from_secs(10);
 
-/// The day in UTC.
+/// The present day in UTC.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the edge: partitions are made for the days ahead of now"
+    reason = "an edge: partitions are created for the days ahead of now"
 )]
 pub fn today() -> Day {
     const DAY_SECONDS: u64 = 86_400;
@@ -48,22 +47,22 @@ pub fn kept_since(retention: Duration) -> Day {
     today().plus(-retention_days(retention))
 }
 
-/// Makes the days ahead and drops what is older than `retention_days`, without making writers wait.
+/// Creates the partitions of the days ahead and drops those older than `retention_days`.
 ///
-/// What does not work out is said and left for the next time: rows of a day without a partition go to the default one.
+/// What fails is logged; rows of a day without a partition go to the default partition.
 ///
 /// # Errors
 /// Passing only: the connection is of no further use.
 pub async fn keep_days(
     session: &Session,
-    found: &Found,
+    found: &ExistingObjects,
     today: Day,
     retention_days: Option<i64>,
 ) -> Result<(), Fault> {
     let Some(main) = found.partitioned_main() else {
         if retention_days.is_some() {
             log::warn!(
-                "DB_RETENTION has no effect: table {} was not made by host-metrics",
+                "DB_RETENTION has no effect, because host-metrics did not create table {}",
                 found.table.quoted("")
             );
         }
@@ -73,8 +72,8 @@ pub async fn keep_days(
     let missing: Vec<Day> = Day::ahead(today, false)
         .filter(|&day| !partitions.days.iter().any(|p| p.from <= day && day < p.to))
         .collect();
-    let too_old: Vec<&Partition> = match retention_days {
-        // A day that is only partly too old stays.
+    let too_old: Vec<&DayPartition> = match retention_days {
+        // A partition goes when all of it is too old.
         Some(days) => partitions
             .days
             .iter()
@@ -83,34 +82,21 @@ pub async fn keep_days(
         None => Vec::new(),
     };
     if !partitions.may_change {
-        if missing.first().is_some_and(|&day| day <= today.plus(1)) {
-            log::warn!(
-                "no partition of {} for today or tomorrow, and this user may not make one: rows go to the default \
-                 partition; run `host-metrics init` at least every {DAYS_AHEAD} days, or let this user own the table",
-                found.table.quoted("")
-            );
-        }
-        if !too_old.is_empty() {
-            log::warn!(
-                "DB_RETENTION: {} partitions of {} are too old, but this user may not drop them",
-                too_old.len(),
-                found.table.quoted("")
-            );
-        }
+        warn_without_rights(found, today, &missing, too_old.len());
         return Ok(());
     }
     for day in missing {
-        let made = make_day(session, found, partitions.default.as_deref(), day).await;
-        say(
+        let made = create_day(session, found, partitions.default.as_deref(), day).await;
+        log_failure(
             session,
             made,
-            &format!("partition {} not made", found.table.quoted(&day.suffix())),
+            &format!("partition {} not created", found.table.quoted(&day.suffix())),
         )
         .await?;
     }
     if let (Some(days), Some(default)) = (retention_days, &partitions.default) {
         let deleted = delete_before(session, default, today.plus(-days)).await;
-        say(session, deleted, &format!("old rows of {default} not removed")).await?;
+        log_failure(session, deleted, &format!("old rows of {default} not deleted")).await?;
     }
     for partition in too_old.into_iter().take(DROP_PARTITIONS) {
         let sql = format!(
@@ -122,7 +108,7 @@ pub async fn keep_days(
         if dropped.is_ok() {
             log::info!("dropped partition {} (DB_RETENTION)", partition.name);
         }
-        say(
+        log_failure(
             session,
             dropped,
             &format!("partition {} not dropped", partition.name),
@@ -132,26 +118,43 @@ pub async fn keep_days(
     Ok(())
 }
 
+/// The log's warnings where this user may neither create nor drop partitions.
+fn warn_without_rights(found: &ExistingObjects, today: Day, missing: &[Day], too_old: usize) {
+    let table = found.table.quoted("");
+    if missing.first().is_some_and(|&day| day <= today.plus(1)) {
+        log::warn!(
+            "{table} has no partition for today or tomorrow, and this user may not create one: rows go to the default \
+             partition; run `host-metrics init` at least every {DAYS_AHEAD} days, or make this user the owner of the table"
+        );
+    }
+    if too_old > 0 {
+        log::warn!(
+            "DB_RETENTION: {too_old} partitions of {table} are too old, but this user may not drop them"
+        );
+    }
+}
+
 struct Partitions {
-    /// In the order of time.
-    days: Vec<Partition>,
+    /// In chronological order.
+    days: Vec<DayPartition>,
     /// The default partition's name, quoted.
     default: Option<String>,
-    /// Whether this user owns the table and may make new ones beside it.
+    /// Whether this user owns the table and may create partitions.
     may_change: bool,
 }
 
-struct Partition {
+/// The partition of a day; a user's own may hold several days.
+struct DayPartition {
     /// Quoted.
     name: String,
-    /// Whole days: from the first moment of the one, rounded up, to that of the other, rounded down.
+    /// The first whole day in it, and the day after the last one.
     from: Day,
     to: Day,
 }
 
 async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
     // The bounds are text in the catalogue, written by pg_get_expr in the session's time zone and read by the cast in
-    // the same one. An unbounded side (MINVALUE, MAXVALUE) has no quotes, does not match, and is left alone.
+    // the same one. An unbounded side (MINVALUE, MAXVALUE) has no quotes, does not match, and is left exclusively.
     const DAYS: &str = "WITH bounds AS ( \
             SELECT c.oid, pg_catalog.regexp_match(pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
                    '^FOR VALUES FROM [(]''([^'']+)''[)] TO [(]''([^'']+)''[)]$') AS b \
@@ -172,7 +175,7 @@ async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
         .bounded("reading the partitions", async {
             let mut days = Vec::new();
             for row in session.client.query(DAYS, &[&oid]).await? {
-                days.push(Partition {
+                days.push(DayPartition {
                     name: row.try_get(0)?,
                     from: Day::from_unix(row.try_get(1)?),
                     to: Day::from_unix(row.try_get(2)?),
@@ -188,8 +191,13 @@ async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
         .await
 }
 
-/// Makes one day's partition; what the default partition holds of that day moves.
-async fn make_day(session: &Session, found: &Found, default: Option<&str>, day: Day) -> Result<(), Fault> {
+/// Creates the partition of a day, and moves the rows of that day out of the default partition.
+async fn create_day(
+    session: &Session,
+    found: &ExistingObjects,
+    default: Option<&str>,
+    day: Day,
+) -> Result<(), Fault> {
     let mut rows = 0;
     if let Some(default) = default {
         let sql = schema::count_day(default, day, MOVE_ROWS + 1);
@@ -205,8 +213,8 @@ async fn make_day(session: &Session, found: &Found, default: Option<&str>, day: 
             )));
         }
     }
-    // The parent first, as ATTACH does, so that two of us do not wait for each other; the default partition before its
-    // rows are moved, so that none comes in between.
+    // The parent first, as ATTACH does, so that two processes cannot deadlock; the default partition before its rows are
+    // moved, so that no row is added in between.
     let mut sql = format!("BEGIN; SET LOCAL lock_timeout = '{}ms';", DDL_LOCK.as_millis());
     sql.push_str(&format!(
         "LOCK TABLE ONLY {} IN SHARE UPDATE EXCLUSIVE MODE;",
@@ -223,17 +231,16 @@ async fn make_day(session: &Session, found: &Found, default: Option<&str>, day: 
     sql.push_str("COMMIT");
     execute(session, &sql).await?;
     log::info!(
-        "made partition {} moved_rows={rows}",
+        "created partition {} moved_rows={rows}",
         found.table.quoted(&day.suffix())
     );
     Ok(())
 }
 
-/// Removes what is older than `day` from the default partition, where no whole day can be dropped, in short transactions
-/// that lock nothing but those rows.
+/// Deletes rows older than `day` from the default partition, in short transactions that lock only these rows.
 async fn delete_before(session: &Session, default: &str, day: Day) -> Result<(), Fault> {
     let sql = schema::delete_before(default, day, DELETE_ROWS);
-    let mut removed = 0;
+    let mut deleted = 0;
     let begin = format!(
         "BEGIN; SET LOCAL statement_timeout = '{}ms'",
         READ_PARTITION.as_millis()
@@ -241,16 +248,16 @@ async fn delete_before(session: &Session, default: &str, day: Day) -> Result<(),
     for _ in 0..DELETE_TIMES {
         execute(session, &begin).await?;
         let rows = session
-            .bounded("removing old rows", session.client.execute(&sql, &[]))
+            .bounded("deleting old rows", session.client.execute(&sql, &[]))
             .await?;
         execute(session, "COMMIT").await?;
-        removed += rows;
+        deleted += rows;
         if rows < DELETE_ROWS as u64 {
             break;
         }
     }
-    if removed > 0 {
-        log::info!("removed {removed} rows from {default} (DB_RETENTION)");
+    if deleted > 0 {
+        log::info!("deleted {deleted} rows from {default} (DB_RETENTION)");
     }
     Ok(())
 }

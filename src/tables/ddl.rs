@@ -1,4 +1,4 @@
-//! Running statements that change tables: bounded, one maker at a time, and a failure of upkeep said and left for later.
+//! Runs DDL: with bounds, one process at a time, and with failures of maintenance logged instead of returned.
 
 use std::time::Duration;
 
@@ -8,17 +8,17 @@ use crate::postgres::{Fault, Kind, Session};
 use crate::tables::names::TableName;
 use crate::tables::schema;
 
-/// A waiting DDL statement makes every writer behind it wait: this long at most, then it is given up until the next time.
+/// While DDL waits for a lock, all writers queue behind it; after this long it is given up until the next run.
 pub(super) const DDL_LOCK: Duration = Duration::from_millis(200);
 
-/// One maker or remover of the objects of `table` at a time.
+/// Takes the lock under which the objects of `table` are created or dropped.
 pub(super) fn lock(table: &TableName) -> String {
     let key = schema::lock_key(table);
     format!("SELECT pg_catalog.pg_advisory_xact_lock({key})")
 }
 
-/// Runs `work` in a transaction, as the only maker of the objects of `table`; nothing of it stays if it fails.
-pub(super) async fn alone<T>(
+/// Runs `work` in a transaction under that lock, and rolls back if it fails.
+pub(super) async fn exclusively<T>(
     session: &Session,
     table: &TableName,
     work: impl AsyncFnOnce() -> Result<T, Fault>,
@@ -49,18 +49,25 @@ pub(super) async fn rollback(session: &Session) -> Result<(), Fault> {
         .await
 }
 
-/// After a piece of upkeep: its failure is said, the connection is made usable again.
-pub(super) async fn say(session: &Session, result: Result<(), Fault>, what: &str) -> Result<(), Fault> {
+/// Logs a failure of maintenance and makes the connection usable again. `what`: what was not done.
+///
+/// # Errors
+/// The connection is of no further use.
+pub(super) async fn log_failure(
+    session: &Session,
+    result: Result<(), Fault>,
+    what: &str,
+) -> Result<(), Fault> {
     let Err(fault) = result else { return Ok(()) };
-    // Without an SQLSTATE a passing fault is a hang or a broken connection: no answer can be told from another now.
+    // A passing fault without an SQLSTATE is a hang or a broken connection: later answers may belong to earlier questions.
     if fault.kind == Kind::Passing && fault.code.is_none() {
         return Err(fault);
     }
     rollback(session).await?;
     match fault.code {
-        // Another consumer made or dropped it at the same moment.
+        // Another consumer created or dropped it at the same moment.
         Some(SqlState::DUPLICATE_TABLE | SqlState::UNDEFINED_TABLE) => log::debug!("{what}: {fault}"),
-        _ => log::warn!("{what}, to be tried again: {fault}"),
+        _ => log::warn!("{what}; will try again: {fault}"),
     }
     Ok(())
 }

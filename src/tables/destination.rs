@@ -1,6 +1,6 @@
-//! The tables that exist: which of DB_TABLE's objects are there, their columns, and this user's rights on them.
+//! Which of DB_TABLE's objects exist, their columns, and this user's rights on them.
 //!
-//! Owns the questions to the catalogue. It changes nothing: making what is missing is `migrate`'s.
+//! Owns the queries of Postgres' catalogue, and changes nothing; `migrate` does.
 
 use std::collections::BTreeSet;
 
@@ -11,47 +11,47 @@ use crate::tables::schema::{MARK, SCHEMA_VERSION};
 
 /// DB_TABLE with its schema, and which of its objects exist.
 #[derive(Clone, Debug)]
-pub struct Found {
-    /// With the schema that DB_TABLE means, also where it does not say it.
+pub struct ExistingObjects {
+    /// Always with its schema, even if DB_TABLE does not name one.
     pub table: TableName,
-    objects: Vec<FoundObject>,
+    objects: Vec<ExistingObject>,
 }
 
 #[derive(Clone, Debug)]
-struct FoundObject {
+struct ExistingObject {
     object: Object,
     oid: u32,
     /// `pg_class.relkind`: r table, p partitioned, v view, f foreign, m materialised.
     kind: char,
-    /// The version in our comment; `None`: somebody else's.
+    /// The version in host-metrics' comment; `None`: host-metrics did not create it.
     version: Option<u32>,
     is_owned: bool,
 }
 
-impl Found {
+impl ExistingObjects {
     pub fn has(&self, object: Object) -> bool {
         self.get(object).is_some()
     }
 
-    /// Whether the object carries our comment.
+    /// Whether host-metrics created the object: it has its comment.
     pub fn is_ours(&self, object: Object) -> bool {
         self.get(object).is_some_and(|found| found.version.is_some())
     }
 
-    /// Whether the object is ours, of this version or a newer one: that has all that this one knows.
+    /// Whether host-metrics created the object, in this version or a newer one, which has at least the same columns.
     pub fn is_current(&self, object: Object) -> bool {
         self.get(object)
             .is_some_and(|found| found.version >= Some(SCHEMA_VERSION))
     }
 
-    /// The oid of the main table, where it is ours and partitioned by day.
+    /// The oid of the main table, if host-metrics created it partitioned by day.
     pub(super) fn partitioned_main(&self) -> Option<u32> {
         self.get(Object::Main)
             .filter(|main| main.kind == 'p' && main.version.is_some())
             .map(|main| main.oid)
     }
 
-    /// Our objects that are older than `version`. Not the rest of a table that is newer: it fits that one.
+    /// The objects that a version before `version` created; none if the main table is newer, because they belong to it.
     pub(super) fn older_than(&self, version: u32) -> Vec<Object> {
         let version_of = |object| self.get(object).and_then(|found| found.version);
         if version_of(Object::Main) > Some(version) {
@@ -61,16 +61,16 @@ impl Found {
         Object::ALL.into_iter().filter(is_older).collect()
     }
 
-    /// Whether this user owns the object, and so may alter it.
+    /// Whether this user owns the object and so may alter it.
     pub(super) fn is_owned(&self, object: Object) -> bool {
         self.get(object).is_some_and(|found| found.is_owned)
     }
 
-    fn get(&self, object: Object) -> Option<&FoundObject> {
+    fn get(&self, object: Object) -> Option<&ExistingObject> {
         self.objects.iter().find(|found| found.object == object)
     }
 
-    /// The version of the table, where it is ours and newer than this program knows.
+    /// The version of the main table, if a newer host-metrics created it.
     pub fn newer_version(&self) -> Option<u32> {
         let version = self.get(Object::Main)?.version?;
         (version > SCHEMA_VERSION).then_some(version)
@@ -81,7 +81,7 @@ impl Found {
 ///
 /// # Errors
 /// This user may not use the schema, or the database does not answer.
-pub async fn find(session: &Session) -> Result<Found, Fault> {
+pub async fn find(session: &Session) -> Result<ExistingObjects, Fault> {
     const SCHEMA: &str = "SELECT pg_catalog.has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace \
                           WHERE nspname = $1::text";
     const OBJECTS: &str = "SELECT c.relname::text, c.oid, c.relkind::text, \
@@ -114,7 +114,7 @@ pub async fn find(session: &Session) -> Result<Found, Fault> {
                     .zip(&names)
                     .find(|(_, known)| **known == name);
                 if let Some((object, _)) = object {
-                    objects.push(FoundObject {
+                    objects.push(ExistingObject {
                         object,
                         oid: row.try_get(1)?,
                         kind: kind.chars().next().unwrap_or_default(),
@@ -123,13 +123,17 @@ pub async fn find(session: &Session) -> Result<Found, Fault> {
                     });
                 }
             }
-            Ok(Found { table, objects })
+            Ok(ExistingObjects { table, objects })
         })
         .await
 }
 
 /// The owner of an object, quoted.
-pub(super) async fn owner(session: &Session, found: &Found, object: Object) -> Result<String, Fault> {
+pub(super) async fn owner(
+    session: &Session,
+    found: &ExistingObjects,
+    object: Object,
+) -> Result<String, Fault> {
     const SQL: &str = "SELECT pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(relowner)) \
                        FROM pg_catalog.pg_class WHERE oid = $1";
     let oid = found.get(object).map_or(0, |found| found.oid);
@@ -143,16 +147,20 @@ pub(super) async fn owner(session: &Session, found: &Found, object: Object) -> R
 /// The table that `consume` writes to.
 pub struct Destination {
     pub layout: Layout,
-    /// Whether its days are ours to keep: it carries our comment and is partitioned.
+    /// Whether `consume` maintains its partitions: host-metrics created it partitioned.
     pub is_ours: bool,
 }
 
-/// Reads columns and rights, and checks that a row can be written at all.
+/// Reads columns and rights, and checks that rows can be written.
 ///
 /// # Errors
-/// The operator's: a column of an unfit type, a column that we do not write but that must not be null, a view that takes
-/// no rows, a right that is missing: all of them at once.
-pub async fn destination(session: &Session, found: &Found, user: &str) -> Result<Destination, Fault> {
+/// All problems for the operator at once: a column whose type does not fit, a column that must not be null but gets no
+/// value, a view without a trigger, missing rights.
+pub async fn destination(
+    session: &Session,
+    found: &ExistingObjects,
+    user: &str,
+) -> Result<Destination, Fault> {
     let main = found.table.quoted("");
     let Some(object) = found.get(Object::Main) else {
         return Err(Fault::operator(format!(
@@ -161,15 +169,15 @@ pub async fn destination(session: &Session, found: &Found, user: &str) -> Result
     };
     if let Some(version) = found.newer_version() {
         log::warn!(
-            "table {main} was made by a newer version of host-metrics (schema {version}, this one knows \
-             {SCHEMA_VERSION}) and is left as it is: columns that this one does not know stay empty"
+            "table {main} was created by a newer version of host-metrics (schema {version}, this one knows \
+             {SCHEMA_VERSION}) and is not changed: columns that this version does not know stay empty"
         );
     }
     let mut problems = Vec::new();
     if object.kind == 'v' && !has_insert_trigger(session, object.oid).await? {
         problems.push(format!(
-            "view {main} has no INSTEAD OF INSERT trigger: COPY cannot write to it otherwise; create the trigger, or \
-             name the table itself in DB_TABLE"
+            "view {main} has no INSTEAD OF INSERT trigger, which COPY needs: create one, or name the underlying \
+             table in DB_TABLE"
         ));
     }
     let columns = columns(session, object.oid).await?;
@@ -185,46 +193,33 @@ pub async fn destination(session: &Session, found: &Found, user: &str) -> Result
         ))
     })?;
     let written = layout.column_names();
+    let is_written = |column: &CatalogueColumn| written.contains(&column.column.name.as_str());
     for column in &columns {
         let name = &column.column.name;
-        let is_written = written.contains(&name.as_str());
-        if column.needs_value && !is_written {
+        if column.needs_value && !is_written(column) {
             problems.push(format!(
-                "column {name} of {main} is NOT NULL without a default, and no field of a record goes into it: give \
-                 it a default, or let it be null"
+                "column {name} of {main} is NOT NULL without a default, and no field of a record fills it: give it a \
+                 default, or allow null"
             ));
         }
     }
-    let insert = if columns
-        .iter()
-        .all(|c| c.may_insert || !written.contains(&c.column.name.as_str()))
-    {
-        Vec::new()
-    } else {
-        vec!["INSERT"]
-    };
-    let mut grants = vec![(Object::Main, insert)];
+    if columns.iter().any(|c| is_written(c) && !c.may_insert) {
+        problems.push(grant(found, Object::Main, &["INSERT"], user));
+    }
     for (object, rights) in [
         (Object::Offsets, &["SELECT", "INSERT", "UPDATE"][..]),
         (Object::Rejected, &["INSERT"][..]),
     ] {
         match found.get(object) {
-            Some(there) => {
-                grants.push((object, lacking(session, there.oid, rights).await?));
-            }
+            Some(table) => match missing_rights(session, table.oid, rights).await? {
+                missing if missing.is_empty() => {}
+                missing => problems.push(grant(found, object, &missing, user)),
+            },
             None => problems.push(format!(
                 "table {} does not exist: run `host-metrics init`",
                 found.table.quoted(object.suffix())
             )),
         }
-    }
-    for (object, rights) in grants.iter().filter(|(_, rights)| !rights.is_empty()) {
-        problems.push(format!(
-            "permission denied: GRANT {} ON {} TO \"{}\"",
-            rights.join(", "),
-            found.table.quoted(object.suffix()),
-            user.replace('"', "\"\"")
-        ));
     }
     if !problems.is_empty() {
         return Err(Fault::operator(problems.join("; ")));
@@ -235,9 +230,18 @@ pub async fn destination(session: &Session, found: &Found, user: &str) -> Result
     })
 }
 
-/// The fields of a record that an existing table has no column for; none where the table cannot take records at all,
-/// which [`destination`] says.
-pub async fn not_stored(session: &Session, found: &Found) -> Result<Vec<&'static str>, Fault> {
+fn grant(found: &ExistingObjects, object: Object, rights: &[&str], user: &str) -> String {
+    let table = found.table.quoted(object.suffix());
+    let user = user.replace('"', "\"\"");
+    format!(
+        "permission denied: GRANT {} ON {table} TO \"{user}\"",
+        rights.join(", ")
+    )
+}
+
+/// The fields of a record that an existing table has no column for; empty if the table cannot take records at all, which
+/// [`destination`] reports.
+pub async fn not_stored(session: &Session, found: &ExistingObjects) -> Result<Vec<&'static str>, Fault> {
     let Some(object) = found.get(Object::Main) else {
         return Ok(Vec::new());
     };
@@ -250,11 +254,11 @@ pub async fn not_stored(session: &Session, found: &Found) -> Result<Vec<&'static
     Ok(Layout::new(&ours).map_or_else(|_| Vec::new(), |layout| layout.not_stored()))
 }
 
-/// Whether the object is there and this user may SELECT from it.
-pub async fn may_read(session: &Session, found: &Found, object: Object) -> Result<bool, Fault> {
+/// Whether the object exists and this user may SELECT from it.
+pub async fn may_read(session: &Session, found: &ExistingObjects, object: Object) -> Result<bool, Fault> {
     match found.get(object) {
         None => Ok(false),
-        Some(there) => Ok(lacking(session, there.oid, &["SELECT"]).await?.is_empty()),
+        Some(there) => Ok(missing_rights(session, there.oid, &["SELECT"]).await?.is_empty()),
     }
 }
 
@@ -275,12 +279,12 @@ pub async fn column_names(session: &Session, main: &str) -> Result<BTreeSet<Stri
 struct CatalogueColumn {
     column: Column,
     is_generated: bool,
-    /// NOT NULL, and nothing fills it by itself.
+    /// NOT NULL without a default.
     needs_value: bool,
     may_insert: bool,
 }
 
-/// The columns in the table's order; of a domain the base type, and NOT NULL from wherever it comes.
+/// The columns in the order of the table. A domain is replaced by its base type; its NOT NULL and its default count.
 async fn columns(session: &Session, oid: u32) -> Result<Vec<CatalogueColumn>, Fault> {
     const SQL: &str = "WITH RECURSIVE base (attnum, oid, typtype, typbasetype, not_null, has_default) AS ( \
             SELECT a.attnum, t.oid, t.typtype, t.typbasetype, t.typnotnull, t.typdefault IS NOT NULL \
@@ -327,8 +331,12 @@ async fn has_insert_trigger(session: &Session, oid: u32) -> Result<bool, Fault> 
         .await
 }
 
-async fn lacking(session: &Session, oid: u32, rights: &[&'static str]) -> Result<Vec<&'static str>, Fault> {
-    let mut lacking = Vec::new();
+async fn missing_rights(
+    session: &Session,
+    oid: u32,
+    rights: &[&'static str],
+) -> Result<Vec<&'static str>, Fault> {
+    let mut missing = Vec::new();
     for &right in rights {
         let has: bool = session
             .bounded("reading the catalogue", async {
@@ -343,10 +351,10 @@ async fn lacking(session: &Session, oid: u32, rights: &[&'static str]) -> Result
             })
             .await?;
         if !has {
-            lacking.push(right);
+            missing.push(right);
         }
     }
-    Ok(lacking)
+    Ok(missing)
 }
 
 fn version_in(comment: &str) -> Option<u32> {

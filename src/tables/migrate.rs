@@ -1,20 +1,20 @@
-//! Makes the tables and views that are missing, brings older ones up to this version step by step, and removes ours.
+//! Creates missing tables and views, migrates older ones step by step, and drops what host-metrics created.
 //!
-//! An existing table is respected: nothing here alters one that does not carry our comment, or that of a newer version.
+//! Objects without host-metrics' comment, and those of a newer version, are never changed.
 
 use crate::postgres::{Fault, Session};
-use crate::tables::ddl::{alone, execute};
-use crate::tables::destination::{Found, find, owner};
+use crate::tables::ddl::{exclusively, execute};
+use crate::tables::destination::{ExistingObjects, find, owner};
 use crate::tables::names::Object;
 use crate::tables::schema::{self, Day, STEPS, Step};
 
-/// The tables are indexed by `date_bin`, which Postgres has since this version, as `server_version_num` has it.
+/// The first version with `date_bin`, which the index of the main table needs; in the form of `server_version_num`.
 const POSTGRES_NEEDED: i32 = 140_000;
 
-/// Brings what an older version made up to this one, and makes what is missing. Returns what was made.
+/// Migrates older objects and creates missing ones. Returns what was created.
 ///
 /// # Errors
-/// A right is missing, a name is taken, or the database does not answer. Steps that were finished before stay finished.
+/// A right is missing, a name is taken, or the database does not answer. Finished steps stay finished.
 pub async fn make(session: &Session, today: Day) -> Result<Vec<Object>, Fault> {
     migrate(session, STEPS).await?;
     let found = find(session).await?;
@@ -24,8 +24,8 @@ pub async fn make(session: &Session, today: Day) -> Result<Vec<Object>, Fault> {
     if !found.has(Object::Main) {
         check_server(session).await?;
     }
-    alone(session, &found.table, async || {
-        // Somebody may have been quicker while we waited for the lock.
+    exclusively(session, &found.table, async || {
+        // Another process may have created them while this one waited for the lock.
         let found = find(session).await?;
         let missing = missing(&found);
         for &object in &missing {
@@ -38,9 +38,9 @@ pub async fn make(session: &Session, today: Day) -> Result<Vec<Object>, Fault> {
     .await
 }
 
-/// What reads or writes the columns of another object is only made where that has them: our own, of this version. What
-/// belongs to a newer version's table is that version's to make.
-fn missing(found: &Found) -> Vec<Object> {
+/// What can be created. A view is left out if an object that it reads is another program's or of an older version, because
+/// that may lack the columns. Nothing is added to the tables of a newer version.
+fn missing(found: &ExistingObjects) -> Vec<Object> {
     let is_fit = |object: &Object| !found.has(*object) || found.is_current(*object);
     let may_make = |object: &Object| match object {
         Object::Latest => is_fit(&Object::Main) && is_fit(&Object::Series),
@@ -54,9 +54,9 @@ fn missing(found: &Found) -> Vec<Object> {
         .collect()
 }
 
-/// Takes each step that our objects have not taken yet, with their rows: the first of `steps` leads from version 1 to 2.
-/// Each step is one transaction, so that a failure leaves the version before it, whole. A user who does not own the tables
-/// is told who has to do it, and goes on with the older ones.
+/// Applies the steps that the objects still need; the first of `steps` leads from version 1 to 2. Each step is one
+/// transaction, so a failure leaves the previous version intact. If this user does not own the tables, the log says who has
+/// to migrate them, and the older tables stay in use.
 ///
 /// # Errors
 /// A statement of a step fails, for example because a lock is not to be had in time.
@@ -70,13 +70,13 @@ pub async fn migrate(session: &Session, steps: &[Step]) -> Result<(), Fault> {
         let main = found.table.quoted("");
         if !older.iter().all(|&object| found.is_owned(object)) {
             log::warn!(
-                "the tables of {main} were made by an older version of host-metrics, and this user does not own them; \
-                 rows are stored all the same: run `host-metrics init` as their owner to bring them to schema {version}"
+                "the tables of {main} were created by an older version of host-metrics, and this user does not own them; \
+                 rows are still stored; run `host-metrics init` as their owner to migrate them to schema {version}"
             );
             return Ok(());
         }
-        alone(session, &found.table, async || {
-            // Somebody may have been quicker while we waited for the lock.
+        exclusively(session, &found.table, async || {
+            // Another process may have applied it while this one waited for the lock.
             let found = find(session).await?;
             for object in found.older_than(version) {
                 if let Some(sql) = step(object, &found.table) {
@@ -87,13 +87,13 @@ pub async fn migrate(session: &Session, steps: &[Step]) -> Result<(), Fault> {
             Ok(())
         })
         .await?;
-        log::info!("the tables of {main} are brought to schema {version}");
+        log::info!("migrated the tables of {main} to schema {version}");
     }
     Ok(())
 }
 
 /// What belongs to a table that was there before belongs to its owner, whoever we are: views read with their owner's rights.
-async fn give_to_owner(session: &Session, found: &Found, object: Object) -> Result<(), Fault> {
+async fn give_to_owner(session: &Session, found: &ExistingObjects, object: Object) -> Result<(), Fault> {
     if !found.is_ours(Object::Main) || found.has(object) {
         return Ok(());
     }
@@ -116,19 +116,19 @@ async fn check_server(session: &Session) -> Result<(), Fault> {
 fn too_old(version_number: i32, version: &str) -> Option<String> {
     (version_number < POSTGRES_NEEDED).then(|| {
         format!(
-            "this server is Postgres {version}, and the tables of host-metrics need {} or newer: upgrade it, or make a \
+            "this server is Postgres {version}, but the tables of host-metrics need {} or newer: upgrade it, or create a \
              table of your own (four columns are enough: address, latency, status_code, is_valid)",
             POSTGRES_NEEDED / 10_000
         )
     })
 }
 
-/// Drops, of the objects of DB_TABLE, those that carry our comment. Returns what was dropped and what was left.
+/// Drops the objects of DB_TABLE that carry host-metrics' comment. Returns the names of the dropped and of the other objects.
 ///
 /// # Errors
 /// Something that a user built upon ours depends on it, a right is missing, or the database does not answer.
 pub async fn drop_ours(session: &Session) -> Result<(Vec<String>, Vec<String>), Fault> {
-    alone(session, &session.table, async || {
+    exclusively(session, &session.table, async || {
         let (mut dropped, mut left) = (Vec::new(), Vec::new());
         let found = find(session).await?;
         for object in Object::ALL.into_iter().rev().filter(|&object| found.has(object)) {

@@ -1,4 +1,4 @@
-//! The tables in Postgres: their names and SQL, a row as COPY takes it, tables that exist already, and their upkeep.
+//! The tables in Postgres: names, SQL, migrations, COPY's row format, checks of existing tables, and partitions.
 
 pub mod days;
 mod ddl;

@@ -1,16 +1,16 @@
-//! What things are called in SQL: DB_TABLE, the objects that belong to it, and how names and texts are quoted.
+//! Names in SQL: DB_TABLE, the objects that belong to it, and quoting.
 //!
-//! Pure text. What the objects are made of is `schema`'s.
+//! Pure text.
 
-/// Postgres cuts identifiers at 63 bytes (NAMEDATALEN), and the longest name made from a table's adds 23.
+/// Postgres truncates identifiers to 63 bytes (NAMEDATALEN), and the longest suffix to a table's name has 23.
 pub const MAX_TABLE_BYTES: usize = 40;
 pub const MAX_IDENTIFIER_BYTES: usize = 63;
 
-/// What every session of ours looks names up in. A function, an operator or a type that somebody made in another schema
-/// is never meant, however well it fits; so tables have to be named with their schema.
+/// The search path of our sessions. It excludes functions, operators and types that other users created in other schemas; so
+/// tables must be named with their schema.
 pub const SEARCH_PATH: &str = "pg_catalog, pg_temp";
 
-/// DB_TABLE: a table, in a schema or on the search path. Never quoted here; `quoted` and its kin do that.
+/// DB_TABLE: a table, with or without a schema. Unquoted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableName {
     pub schema: Option<String>,
@@ -18,10 +18,10 @@ pub struct TableName {
 }
 
 impl TableName {
-    /// Reads `table` or `schema.table`, each part as it is written, in its very case. A part that holds a dot or a
-    /// double quote stands in double quotes, as in SQL: `schema."My.Table"`.
+    /// Parses `table` or `schema.table`. Case is kept. A part with a dot or a double quote is written in double quotes, as in
+    /// SQL: `schema."My.Table"`.
     ///
-    /// `None`: not one or two parts, a part is empty or has control characters, or is too long.
+    /// `None`: there are not one or two parts, or a part is empty, too long, or has control characters.
     pub fn parse(text: &str) -> Option<Self> {
         let (first, rest) = identifier(text)?;
         let (schema, name) = match rest.strip_prefix('.') {
@@ -31,15 +31,15 @@ impl TableName {
             }
             None => rest.is_empty().then_some((None, first))?,
         };
-        let is_fit =
+        let is_valid =
             |part: &str, max_bytes| (1..=max_bytes).contains(&part.len()) && !part.contains(char::is_control);
-        let schema_is_fit = schema
+        let schema_is_valid = schema
             .as_deref()
-            .is_none_or(|schema| is_fit(schema, MAX_IDENTIFIER_BYTES));
-        (schema_is_fit && is_fit(&name, MAX_TABLE_BYTES)).then_some(Self { schema, name })
+            .is_none_or(|schema| is_valid(schema, MAX_IDENTIFIER_BYTES));
+        (schema_is_valid && is_valid(&name, MAX_TABLE_BYTES)).then_some(Self { schema, name })
     }
 
-    /// As an SQL identifier, each part quoted, with `suffix` appended to the table's own name: `"s"."host_metrics_offsets"`.
+    /// As a quoted SQL identifier with `suffix` appended to the table's name: `"s"."host_metrics_offsets"`.
     pub fn quoted(&self, suffix: &str) -> String {
         let quote = |part: &str| format!("\"{}\"", part.replace('"', "\"\""));
         let name = quote(&format!("{}{suffix}", self.name));
@@ -70,7 +70,7 @@ fn identifier(text: &str) -> Option<(String, &str)> {
     }
 }
 
-/// Everything that belongs to one DB_TABLE, in the order of making; `drop` goes the other way.
+/// The tables and views that belong to DB_TABLE, in the order of creation; `drop` uses the reverse order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Object {
     Main,
@@ -104,7 +104,7 @@ impl Object {
     /// The tables of the state, which the views read.
     pub const STATE: [Self; 3] = [Self::Series, Self::Rollups, Self::Incidents];
 
-    /// What is appended to the main table's name.
+    /// Appended to the main table's name.
     pub fn suffix(self) -> &'static str {
         match self {
             Self::Main => "",
@@ -134,14 +134,14 @@ impl Object {
 
     pub(super) fn comment(self) -> &'static str {
         match self {
-            Self::Main => "one row for every tick of every host",
+            Self::Main => "one row per tick of each host",
             Self::Offsets => {
-                "the next Kafka offset of every partition, moved in the transaction of the rows; of a group ending in \
-                 -state, in that of the state"
+                "the next Kafka offset of each partition, updated in the same transaction as the rows, or as the state for \
+                 groups whose name ends in -state"
             }
-            Self::Rejected => "every record that could not be stored, as it came, and why",
+            Self::Rejected => "records that could not be stored, unchanged, with the reason",
             Self::Series => {
-                "the state of every host as each place (agent) sees it: its last check, since when it is valid or not, and \
+                "the state of each host as each place (agent) sees it: the last check, since when it is valid or not, and \
                  the verdict of all places"
             }
             Self::Rollups => {
@@ -150,11 +150,11 @@ impl Object {
                  each bin, the last ones for bin 0; bin n ends at 0.1 ms * 1.25^n"
             }
             Self::Incidents => {
-                "a row per outage of a host by verdict, from the failed check that made it down to the valid one that made \
-                 it up (ended_at is null while it lasts)"
+                "one row per outage of a host by verdict, from the failed check that began it to the valid check that ended it \
+                 (ended_at is null while it lasts)"
             }
             Self::Hosts => "the hosts of produce -c postgres: each row is a line of the host file",
-            Self::Latest => "the newest row of every host and place",
+            Self::Latest => "the newest row of each host and place",
             Self::Uptime => {
                 "per host (agent is null) and place, by window: ticks due, ticks that were valid, ticks that were missed (not \
                  checked), uptime, the share of checks that were valid: valid / (due - missed), and verdict_uptime, the \
@@ -168,7 +168,7 @@ impl Object {
     }
 }
 
-/// `text` as an SQL string, whatever `standard_conforming_strings` says.
+/// `text` as an SQL string literal, correct for both values of `standard_conforming_strings`.
 pub fn literal(text: &str) -> String {
     let quoted = text.replace('\'', "''");
     if quoted.contains('\\') {
@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_literal_survives_quotes_and_backslashes() {
+    fn a_literal_escapes_quotes_and_backslashes() {
         assert_eq!(literal("a'b"), "'a''b'");
         assert_eq!(literal("a\\'b"), " E'a\\\\''b'");
     }

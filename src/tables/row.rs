@@ -1,8 +1,8 @@
-//! Rows in COPY's binary format, for the columns that the table really has.
+//! Rows in COPY's binary format, for the columns that the table has.
 //!
-//! Owns the mapping from a sample's fields to columns and Postgres types, and the encoder. Pure; the catalogue is read
-//! by `store`. The format of the stream is in Postgres's documentation of COPY ("Binary Format"); the format of a value
-//! is what its type's `…recv` function reads, named next to each encoder.
+//! Owns the mapping from the fields of a sample to columns and Postgres types, and the encoder. Pure. Postgres' documentation
+//! of COPY describes the stream ("Binary Format"); the format of a value is what the `…recv` function of its type reads, which
+//! is named at each encoder.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -10,29 +10,29 @@ use std::net::IpAddr;
 use crate::consume::batch::Offset;
 use crate::sample::{Field, Sample, Timestamp};
 
-/// What a binary COPY begins with: signature, no flags, no header extension.
+/// The start of a binary COPY: signature, no flags, no header extension.
 pub const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 
-/// What a binary COPY ends with: a row of -1 fields.
+/// The end of a binary COPY: a row of -1 fields.
 pub const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
 
 /// A column as the catalogue describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Column {
     pub name: String,
-    /// `pg_type.oid`; of a domain: its base type's.
+    /// `pg_type.oid`; for a domain, that of its base type.
     pub type_oid: u32,
-    /// For messages: `format_type`.
+    /// As `format_type` writes it, for messages.
     pub type_name: String,
 }
 
-/// Which fields go into which columns, in which types: decides the bytes of a row.
+/// The columns that a row fills, with their sources and types.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    cells: Vec<Cell>,
+    columns: Vec<FilledColumn>,
 }
 
-/// The Kafka position that a row carries.
+/// The position of a record in Kafka, stored with its row.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin<'a> {
     pub topic: &'a str,
@@ -41,21 +41,21 @@ pub struct Origin<'a> {
 }
 
 impl Layout {
-    /// Chooses, of a table's columns, those that a sample fills. Columns of other names are left to their defaults;
-    /// generated ones, which take no value, must not be among `columns`.
+    /// Chooses the columns that a sample fills; the others get their defaults. `columns` must not contain generated columns,
+    /// which take no value.
     ///
     /// # Errors
-    /// Columns of one of our names but of a type that cannot hold the field, or no column of our names at all: one
-    /// message each, for the operator.
+    /// A column has the name of a field but a type that cannot hold it, or no column has the name of a field: one message
+    /// each, for the operator.
     pub fn new(columns: &[Column]) -> Result<Self, Vec<String>> {
-        // Which kind of value a source gives does not depend on the sample.
+        // The kind of a value does not depend on the sample.
         let sample = Sample::default();
         let origin = Origin {
             topic: "",
             partition: 0,
             offset: Offset(0),
         };
-        let mut cells = Vec::new();
+        let mut filled = Vec::new();
         let mut problems = Vec::new();
         for column in columns {
             let Some(source) = Source::named(&column.name) else {
@@ -63,7 +63,7 @@ impl Layout {
             };
             let value = source.value(&sample, origin);
             match Type::of(column).filter(|to| value.fits(*to)) {
-                Some(to) => cells.push(Cell { source, to }),
+                Some(to) => filled.push(FilledColumn { source, to }),
                 None => problems.push(format!(
                     "column \"{}\" is of type {}, but it takes {}",
                     column.name,
@@ -72,37 +72,41 @@ impl Layout {
                 )),
             }
         }
-        if cells.is_empty() && problems.is_empty() {
+        if filled.is_empty() && problems.is_empty() {
             problems.push(
                 "the table has none of the columns that a record fills, such as \"address\" and \"is_valid\""
                     .to_owned(),
             );
         }
         if problems.is_empty() {
-            Ok(Self { cells })
+            Ok(Self { columns: filled })
         } else {
             Err(problems)
         }
     }
 
-    /// The columns written, in the order of a row's fields.
+    /// The names of the columns, in the order of a row's fields.
     pub fn column_names(&self) -> Vec<&str> {
-        self.cells.iter().map(|cell| cell.source.name()).collect()
+        self.columns.iter().map(|column| column.source.name()).collect()
     }
 
     /// The fields of a sample that the table has no column for, except those without a column in the tables of `init`.
     pub fn not_stored(&self) -> Vec<&'static str> {
-        let is_stored = |field| self.cells.iter().any(|cell| cell.source == Source::Field(field));
+        let is_stored = |field| {
+            self.columns
+                .iter()
+                .any(|column| column.source == Source::Field(field))
+        };
         stored_fields()
             .filter(|field| !is_stored(*field) && !WITHOUT_A_COLUMN.contains(field))
             .map(Field::name)
             .collect()
     }
 
-    /// Appends one row. On an error `into` is as it was before.
+    /// Appends one row, or nothing if there is an error.
     ///
     /// # Errors
-    /// A value that its column cannot hold: the reason, for the rejected table.
+    /// A column cannot hold its value: the reason, for the table of rejected records.
     pub fn encode_row(
         &self,
         sample: &Sample<'_>,
@@ -111,25 +115,25 @@ impl Layout {
     ) -> Result<(), String> {
         let row_start = into.len();
         // A table has 1,600 columns at most.
-        into.extend_from_slice(&(self.cells.len() as i16).to_be_bytes());
-        for cell in &self.cells {
-            if let Err(reason) = put(into, cell.source.value(sample, origin), cell.to) {
+        into.extend_from_slice(&(self.columns.len() as i16).to_be_bytes());
+        for column in &self.columns {
+            if let Err(reason) = put(into, column.source.value(sample, origin), column.to) {
                 into.truncate(row_start);
-                return Err(format!("{}: {reason}", cell.source.name()));
+                return Err(format!("{}: {reason}", column.source.name()));
             }
         }
         Ok(())
     }
 }
 
-/// One field of a row: where its value comes from and what it is written as.
+/// A column that a row fills: the source of its value, and the type it is written as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Cell {
+struct FilledColumn {
     source: Source,
     to: Type,
 }
 
-/// What a column of ours holds; its name is the column's.
+/// Where the value of a column comes from. The column has the name of its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
     Field(Field),
@@ -200,7 +204,7 @@ impl Source {
     }
 }
 
-/// What a column is to hold; `None` is null.
+/// A value for a column; `None` is null.
 #[derive(Clone, Copy, Debug)]
 enum Value<'a> {
     Text(Option<&'a str>),
@@ -212,7 +216,7 @@ enum Value<'a> {
 }
 
 impl Value<'_> {
-    /// Whether a column of type `to` can hold such values, at least those of an ordinary size.
+    /// Whether a column of type `to` can hold such values, unless they are too large.
     fn fits(self, to: Type) -> bool {
         match self {
             Self::Text(_) => to == Type::Text,
@@ -237,7 +241,7 @@ impl Value<'_> {
     }
 }
 
-/// The types that are written, those of one binary form as one.
+/// Types that can be written. Types with the same binary format are one variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Type {
     /// text, character varying, character, citext.
@@ -249,14 +253,14 @@ enum Type {
     Float4,
     Float8,
     Numeric,
-    /// With time zone, and without, which then holds UTC.
+    /// With or without time zone; without, it holds UTC.
     Timestamp,
     Inet,
 }
 
 impl Type {
-    /// By the numbers of Postgres's `pg_type.dat`, which never change. citext is an extension's: only its name is known,
-    /// after a schema where that is not on the search path.
+    /// The numbers are from Postgres' `pg_type.dat` and never change. citext is a type of an extension, so only its name is
+    /// known, with a schema in front if that is not on the search path.
     fn of(column: &Column) -> Option<Self> {
         match column.type_oid {
             25 | 1042 | 1043 => Some(Self::Text),
@@ -323,8 +327,8 @@ fn put(into: &mut Vec<u8>, value: Value<'_>, to: Type) -> Result<(), String> {
             | Value::Ip(None),
             _,
         ) => into.extend_from_slice(&(-1_i32).to_be_bytes()),
-        // Never: `Layout::new` lets only pairs that fit through. Were it wrong, records would be rejected, not lost.
-        (value, to) => return Err(format!("{value:?} does not go into {}", to.name())),
+        // `Layout::new` accepts only pairs that fit. If it were wrong, records would be rejected and not lost.
+        (value, to) => return Err(format!("{value:?} does not fit into {}", to.name())),
     }
     Ok(())
 }
@@ -360,10 +364,10 @@ fn put_inet(into: &mut Vec<u8>, ip: IpAddr) {
     }
 }
 
-/// `numeric_recv`: four 16-bit numbers (how many digits to base 10,000; the first one's weight, a power of 10,000; the
-/// sign; how many decimal digits after the point are shown), then the digits.
+/// `numeric_recv`: four 16-bit numbers (the number of digits in base 10,000; the weight of the first one as a power of 10,000;
+/// the sign; the number of decimal digits shown after the point), then the digits.
 ///
-/// A float becomes the shortest decimal that reads back as the same float, which is also what its JSON said.
+/// A float becomes the shortest decimal that reads back as the same float.
 fn put_numeric(into: &mut Vec<u8>, number: impl fmt::LowerExp) {
     let text = format!("{number:e}");
     let (mantissa, exponent) = text
@@ -371,7 +375,7 @@ fn put_numeric(into: &mut Vec<u8>, number: impl fmt::LowerExp) {
         .expect("LowerExp writes an exponent, as in 1.2345e-7");
     let exponent: i16 = exponent
         .parse()
-        .expect("no i64 and no f64 has an exponent of more than three digits");
+        .expect("the exponent of an i64 or f64 has at most three digits");
     let (sign, mantissa) = match mantissa.strip_prefix('-') {
         Some(mantissa) => (0x4000, mantissa),
         None => (0, mantissa),
@@ -381,8 +385,8 @@ fn put_numeric(into: &mut Vec<u8>, number: impl fmt::LowerExp) {
         .filter(u8::is_ascii_digit)
         .map(|digit| i16::from(digit - b'0'));
 
-    // The point lies between two digits to base 10,000, so the first decimal digit stands at one of four places in its
-    // group. 19 decimal digits (an i64's; a float has 17 at most) after three empty places fill six groups.
+    // The point is between two digits of base 10,000, so the first decimal digit has one of four places in its group. Three
+    // empty places and 19 decimal digits (of an i64; a float has at most 17) fill six groups.
     let weight = exponent.div_euclid(4);
     let first_place = 3 - exponent.rem_euclid(4) as usize;
     let mut groups = [0_i16; 6];
@@ -409,7 +413,7 @@ fn put_bytes<const N: usize>(into: &mut Vec<u8>, bytes: [u8; N]) {
     into.extend_from_slice(&bytes);
 }
 
-/// Of what is short by construction.
+/// For values that are short by construction.
 fn put_length(into: &mut Vec<u8>, bytes: usize) {
     into.extend_from_slice(&(bytes as i32).to_be_bytes());
 }
@@ -418,7 +422,7 @@ fn narrow<T: TryFrom<i64>>(integer: i64, to: Type) -> Result<T, String> {
     T::try_from(integer).ok().ok_or_else(|| does_not_fit(integer, to))
 }
 
-/// Rounds to the nearest; what is too small for `real` becomes 0.
+/// Rounds to the nearest `real`, which is 0 for the smallest numbers.
 fn narrow_float(seconds: f64, to: Type) -> Result<f32, String> {
     let narrowed = seconds as f32;
     if narrowed.is_finite() {

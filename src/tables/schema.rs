@@ -1,7 +1,7 @@
-//! The SQL of the tables and views of the contract: what `init` makes, what `consume` makes where it may.
+//! The SQL that creates and drops tables and views, and that changes partitions.
 //!
-//! Pure text: no connection and no clock. One source for `init`, `--print-sql`, `drop` and `consume`; what the database
-//! really has, and the running of this text, is `destination`'s. What the views ask is `views`'.
+//! Pure text, used by `init`, `init --print-sql`, `drop` and `consume`. `migrate` and `days` run it; the queries of the views
+//! are in `views`.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -12,32 +12,31 @@ use crate::tables::names::{Object, SEARCH_PATH, TableName, literal};
 use crate::tables::state::{INCIDENTS, ROLLUPS, SERIES};
 use crate::tables::views::{self, HOUR};
 
-/// Recorded in the comment of everything that [`create`] makes: 1, and one more for each of [`STEPS`].
+/// The version in the comment of everything that [`create`] creates: 1, and one more for each of [`STEPS`].
 pub const SCHEMA_VERSION: u32 = 1 + STEPS.len() as u32;
 
-/// What one version changes of the objects of the version before: the SQL for one object, `None` where it stays as it is.
-/// An object that is new needs no step, because what is missing is made.
+/// One migration: the SQL that changes an object of the previous version, `None` if it stays as it is. A new object needs no
+/// step, because missing objects are created.
 pub type Step = fn(Object, &TableName) -> Option<String>;
 
-/// The first leads from version 1 to 2. A step is never changed once it is released; [`create`] makes what all of them
-/// together lead to.
+/// The first leads from version 1 to 2. A released step is never changed; [`create`] creates the result of all steps.
 pub const STEPS: &[Step] = &[];
 
-/// How the comment of everything of ours begins; `drop` removes nothing else.
+/// How the comment of each object begins that host-metrics created; `drop` drops nothing else.
 pub const MARK: &str = "host-metrics schema ";
 
-/// Days made ahead of today: a consumer that may not create tables survives a week without `init`.
+/// Partitions are created so many days ahead: a consumer that may not create tables can go a week without `init`.
 pub const DAYS_AHEAD: i64 = 7;
 
-/// Days before today that a new table gets: what a topic with Kafka's default retention of seven days can still hold.
-pub const DAYS_BEHIND: i64 = 7;
+/// A new table gets partitions for so many past days: what a topic holds with Kafka's default retention.
+const DAYS_BEHIND: i64 = 7;
 
 /// A column of the main table and its type, in the table's order.
 ///
-/// The order is the record's, for whoever reads `SELECT *`. Sorted by alignment a row would be 3 % smaller (215 against
-/// 222 bytes with an 41 byte address).
+/// This order reads best in `SELECT *`; sorted by alignment a row would be 3 % smaller (215 instead of 222 bytes with an
+/// address of 41 bytes).
 pub const COLUMNS: [(&str, &str); 23] = [
-    // Byte order instead of the database's collation: a comparison is a memcmp, and the index serves on any locale.
+    // Byte order is quicker to compare than the database's collation, and the index does not depend on the locale.
     ("address", "text COLLATE \"C\" NOT NULL"),
     ("scheduled_at", "timestamptz"),
     ("is_valid", "boolean NOT NULL"),
@@ -83,7 +82,7 @@ impl Day {
         Self(self.0.saturating_add(days))
     }
 
-    /// The days that a table should have at `today`: of a new one also those behind it.
+    /// The days that a table should have partitions for; a new table also gets past ones.
     pub fn ahead(today: Self, is_new: bool) -> impl Iterator<Item = Self> {
         let first = if is_new { today.0 - DAYS_BEHIND } else { today.0 };
         (first..=today.0 + DAYS_AHEAD).map(Self)
@@ -100,19 +99,19 @@ impl Day {
         self.begin()..self.plus(1).begin()
     }
 
-    /// Its first moment, in microseconds since the Unix epoch.
+    /// Its start in microseconds since 1970.
     pub fn unix_micros(self) -> i64 {
         self.0.saturating_mul(DAY_MICROS)
     }
 
-    /// Its first moment, as a literal.
+    /// Its start as a literal.
     pub fn begin(self) -> String {
         let (year, month, day) = self.civil();
         format!("'{year:04}-{month:02}-{day:02} 00:00:00+00'")
     }
 
-    /// Year, month and day of the Gregorian calendar (Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms",
-    /// `civil_from_days`): years begin in March, so that the leap day is a year's last.
+    /// Year, month and day of the Gregorian calendar (`civil_from_days` of Howard Hinnant, "chrono-Compatible Low-Level Date
+    /// Algorithms"). Years begin in March there, so the leap day is the last day of a year.
     fn civil(self) -> (i64, i64, i64) {
         let days = self.0 + 719_468;
         let era = days.div_euclid(146_097);
@@ -132,13 +131,13 @@ impl Day {
     }
 }
 
-/// Makes one object that is not there yet, and says in its comment that it is ours.
+/// Creates one object if it is missing, with a comment that marks it as created by host-metrics.
 pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>) -> String {
     let name = table.quoted(object.suffix());
     let view = |query: String| format!("CREATE OR REPLACE VIEW {name} AS\n{query}");
     let mut sql = match object {
         Object::Main => create_main(table, days),
-        // Every flush updates its rows: with free space on the page the new version stays there, off the index.
+        // Every flush updates its rows: with free space on the page, an update needs no new index entry (HOT).
         Object::Offsets => format!(
             "CREATE TABLE IF NOT EXISTS {name} (\n    group_id text,\n    topic text,\n    \"partition\" integer,\n    \
              next_offset bigint NOT NULL,\n    epochs jsonb NOT NULL DEFAULT '{{}}',\n    first_offset bigint,\n    PRIMARY KEY (group_id, topic, \"partition\")\n\
@@ -162,14 +161,14 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
     sql
 }
 
-/// Says in an object's comment that it is ours and of which version.
+/// Sets the comment that marks an object as created by host-metrics in that version.
 pub fn mark(object: Object, table: &TableName, version: u32) -> String {
     let (keyword, name, comment) = (object.keyword(), table.quoted(object.suffix()), object.comment());
     format!("COMMENT ON {keyword} {name} IS '{MARK}{version}: {comment}';\n")
 }
 
-/// The whole text for `--print-sql`: one transaction, safe to repeat and to run twice at once. Without a server nobody knows
-/// which schema a table without one is in: it is `public`.
+/// The text of `--print-sql`: one transaction that may be repeated and may run twice at once. It uses schema `public` if
+/// DB_TABLE names none, because only a server could tell the right one.
 pub fn script(table: &TableName, today: Day) -> String {
     let mut sql = String::new();
     if table.schema.is_none() {
@@ -181,7 +180,7 @@ pub fn script(table: &TableName, today: Day) -> String {
     let _ = write!(
         sql,
         "BEGIN;\n\
-         -- Until COMMIT, so that no function or operator of another schema is taken for one of Postgres.\n\
+         -- So that names mean Postgres' own functions and operators.\n\
          SET LOCAL search_path = {SEARCH_PATH};\n\
          SELECT pg_advisory_xact_lock({});\n",
         lock_key(&table)
@@ -194,7 +193,7 @@ pub fn script(table: &TableName, today: Day) -> String {
     sql
 }
 
-/// Without a server nobody knows which schema a table without one is in: it is `public`.
+/// With schema `public` if it has none, because only a server could tell the right one.
 fn with_schema(table: &TableName) -> TableName {
     TableName {
         schema: Some(table.schema.clone().unwrap_or_else(|| "public".to_owned())),
@@ -202,7 +201,7 @@ fn with_schema(table: &TableName) -> TableName {
     }
 }
 
-/// Makes a user, unless there is one of that name, and lets it read the tables of the state. It has no password yet.
+/// Creates a user without a password, unless it exists, and lets it read the tables of the state.
 pub fn let_read(table: &TableName, reader: &str) -> String {
     let table = with_schema(table);
     let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
@@ -210,7 +209,7 @@ pub fn let_read(table: &TableName, reader: &str) -> String {
         quoted(reader),
         quoted(table.schema.as_deref().unwrap_or_default()),
     );
-    // Asked for first, because CREATE ROLE needs a right even where the user exists.
+    // CREATE ROLE needs a right even if the user exists, so this is checked first.
     let make = literal(&format!(
         "BEGIN IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) {}) \
          THEN CREATE ROLE {user} LOGIN; END IF; EXCEPTION WHEN duplicate_object THEN NULL; END",
@@ -222,7 +221,7 @@ pub fn let_read(table: &TableName, reader: &str) -> String {
     format!("DO {make};\nGRANT USAGE ON SCHEMA {schema} TO {user};\nGRANT SELECT ON {tables} TO {user};\n")
 }
 
-/// Removes one object. Not `CASCADE`: what a user built upon it is the user's.
+/// Drops one object. Without `CASCADE`, because what depends on it belongs to the user.
 pub fn drop(object: Object, table: &TableName) -> String {
     if object == Object::Hosts {
         return hosts::drop(table, object.suffix());
@@ -234,10 +233,9 @@ pub fn drop(object: Object, table: &TableName) -> String {
     )
 }
 
-/// A new day's table, to be filled with what the default partition holds of that day and then attached.
+/// Creates the table of a new day, to be filled from the default partition and then attached.
 ///
-/// Made apart and attached, because `CREATE TABLE … PARTITION OF` locks the parent against its writers, while
-/// `ATTACH PARTITION` does not (it locks the default partition only).
+/// `CREATE TABLE … PARTITION OF` would block the writers of the parent; `ATTACH PARTITION` locks only the default partition.
 pub fn create_day(table: &TableName, day: Day) -> String {
     format!(
         "CREATE TABLE {} (LIKE {} INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE INCLUDING CONSTRAINTS);",
@@ -256,7 +254,7 @@ pub fn move_day(table: &TableName, default: &str, day: Day) -> String {
     )
 }
 
-/// How many rows of a day the default partition (its name quoted) holds, counted up to `limit`.
+/// Counts the rows of a day in the default partition (its name quoted), up to `limit`.
 pub fn count_day(default: &str, day: Day, limit: i64) -> String {
     let Range { start, end } = day.bounds();
     format!(
@@ -265,7 +263,7 @@ pub fn count_day(default: &str, day: Day, limit: i64) -> String {
     )
 }
 
-/// Makes the table of [`create_day`] a partition.
+/// Attaches the table of [`create_day`] as a partition.
 pub fn attach_day(table: &TableName, day: Day) -> String {
     let Range { start, end } = day.bounds();
     format!(
@@ -275,8 +273,8 @@ pub fn attach_day(table: &TableName, day: Day) -> String {
     )
 }
 
-/// Removes at most `limit` rows from before `day` from the default partition (its name quoted). Without a word to rows
-/// that somebody else has locked, for example another consumer that does the same.
+/// Deletes at most `limit` rows before `day` from the default partition (its name quoted). Skips locked rows, because another
+/// consumer may be deleting them.
 pub fn delete_before(default: &str, day: Day, limit: i64) -> String {
     let start = day.bounds().start;
     format!(
@@ -285,16 +283,16 @@ pub fn delete_before(default: &str, day: Day, limit: i64) -> String {
     )
 }
 
-/// The partition for every day that has none of its own, and for rows without `scheduled_at`.
-pub const DEFAULT_SUFFIX: &str = "_default";
+/// The partition for days without one, and for rows without `scheduled_at`.
+const DEFAULT_SUFFIX: &str = "_default";
 
-/// The key of the advisory lock under which objects of `table` are made or dropped: one at a time.
+/// The key of the advisory lock under which objects of `table` are created or dropped.
 pub fn lock_key(table: &TableName) -> String {
     let text = format!("host-metrics {}", table.quoted(""));
     format!("hashtextextended({}, 0)", literal(&text))
 }
 
-/// The name of an index of `table`; it goes where the table is.
+/// The name of an index of `table`. It has no schema, because an index is always in the schema of its table.
 fn index(table: &TableName, suffix: &str) -> String {
     let name = table.name.clone();
     TableName { schema: None, name }.quoted(suffix)
@@ -388,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn days_follow_each_other_without_gap_and_a_new_table_gets_the_past_week_too() {
+    fn days_follow_each_other_without_gaps_and_a_new_table_gets_the_past_week_too() {
         let today = Day::of(at(1_790_000_000));
         let days: Vec<Day> = Day::ahead(today, true).collect();
         assert_eq!(days.len(), 15);
@@ -401,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_made_of_the_longest_table_name_fits_postgres() {
+    fn all_names_built_from_the_longest_table_name_are_short_enough_for_postgres() {
         let longest = "x".repeat(40);
         let suffixes = Object::ALL.map(Object::suffix);
         for suffix in suffixes.into_iter().chain([

@@ -38,10 +38,13 @@ fn init_makes_topics_and_tables_once_and_reports_what_differs() {
     // properties of the topics, verified below, show that one of the two created them.
     let said: String = both.iter().map(Agent::stderr).collect();
     for topic in ["init-a", "init-b"] {
-        let made = said.matches(&format!("topic {topic} made")).count();
+        let made = said.matches(&format!("topic {topic} created")).count();
         let found = said
             .lines()
-            .filter(|line| line.contains(&format!("topic {topic}")) && line.contains("left as it is"))
+            .filter(|line| {
+                line.contains(&format!("topic {topic} exists"))
+                    || line.contains(&format!("topic {topic} not created: "))
+            })
             .count();
         assert!(made <= 1 && made + found == 2, "{topic}: {said}");
     }
@@ -51,7 +54,7 @@ fn init_makes_topics_and_tables_once_and_reports_what_differs() {
     let (status, said) = run(&["init"], &variables);
     assert_eq!(status, Some(0), "{said}");
     for topic in ["init-a", "init-b"] {
-        let found = format!("topic {topic} exists: 12 partitions, left as it is");
+        let found = format!("topic {topic} exists with 12 partitions and is not changed");
         assert!(said.contains(&found), "{said}");
     }
     assert!(said.contains("\"host_metrics_certificates\" exists"), "{said}");
@@ -83,10 +86,14 @@ fn a_topic_that_cannot_be_made_ends_init_with_the_reason() {
     let variables = Variables::new()
         .kafka(&kafka.bootstrap_servers(), "init-never")
         .database(&server);
-    let (status, said) = run(&["init", "--replication", "5"], &variables);
+    let mut agent = Agent::start(&["init", "--replication", "5"], &variables);
+    // A cluster whose brokers are still starting gives the same answer.
+    agent.wait_for_stderr("waiting for Kafka", SOON);
+    let status = agent.wait(2 * SOON).code();
+    let said = agent.stderr();
     assert_eq!(status, Some(1), "{said}");
     assert!(
-        said.contains("init-never not made") && said.contains("--replication"),
+        said.contains("init-never not created") && said.contains("--replication"),
         "{said}"
     );
 }
@@ -194,7 +201,7 @@ fn init_reports_tables_of_a_newer_version() {
         said.contains(&format!("newer version of host-metrics (schema {newer})")),
         "{said}"
     );
-    assert!(said.contains("\"host_metrics_latest\" not made"), "{said}");
+    assert!(said.contains("\"host_metrics_latest\" not created"), "{said}");
 }
 
 #[test]
@@ -215,7 +222,7 @@ fn drop_requires_yes_and_keeps_the_topic_by_default() {
     assert!(said.contains("\"host_metrics\" dropped"), "{said}");
     let (_, said) = run(&["init"], &variables);
     assert!(said.contains("topic init-drop exists"), "{said}");
-    assert!(said.contains("\"host_metrics\" made"), "{said}");
+    assert!(said.contains("\"host_metrics\" created"), "{said}");
 
     let (status, said) = run(&["drop", "--yes", "--topic"], &variables);
     assert_eq!(status, Some(0), "{said}");

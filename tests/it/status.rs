@@ -165,7 +165,7 @@ fn the_exit_status_tells_whether_the_data_is_current() {
     let (status, text) = run(&[]);
     assert_eq!(status, Some(1));
     assert!(
-        text.contains("No host has a row.") && text.contains("STALE: there is no row."),
+        text.contains("The table has no row of any host.") && text.contains("STALE: the table has no row."),
         "{text}"
     );
     database.checks("a", 60, 3, &[]);
@@ -216,7 +216,7 @@ fn no_row_and_old_rows_are_stale() {
     let document = database.status(&[]);
     assert_eq!(
         (&document["stale"], &document["pipeline"]["stale_because"]),
-        (&json!(true), &json!("there is no row"))
+        (&json!(true), &json!("the table has no row"))
     );
     database.checks("a", 10, 5, &[]);
     assert_eq!(database.status(&[])["stale"], false);
@@ -300,7 +300,7 @@ fn the_originals_table_shows_what_it_can() {
     let text = status::text(&status::run(&database.config(&[])).unwrap(), None);
     assert!(text.contains("HOST  CHECKS  UPTIME"), "{text}");
     assert!(
-        text.contains("cannot be told, because the table has no column scheduled_at"),
+        text.contains("unknown, because the table has no column scheduled_at"),
         "{text}"
     );
 

@@ -1,4 +1,4 @@
-//! How far the tables are behind Kafka: the positions of the tables beside the ends of the partitions.
+//! The lag of the tables behind Kafka: the ends of the partitions minus the positions in the tables.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -10,26 +10,26 @@ use rdkafka::{Offset, TopicPartitionList};
 use crate::config::KafkaConfig;
 use crate::kafka::{Listener, client_config, look_up_topic, reason};
 
-/// All questions to Kafka together: a person waits, and what the tables say is told either way.
+/// Bounds all requests to Kafka together, because a person waits and the tables are reported anyway.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
-/// One partition's share of the lag.
+/// The lag of one partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lag {
     pub topic: String,
     pub partition: i32,
-    /// `None`: nothing of it was stored yet, and all of it is lag.
+    /// `None`: nothing is stored yet, and all records count as lag.
     pub next_offset: Option<i64>,
-    /// Behind the last record that can be read.
+    /// The offset after the last record that can be read.
     pub end_offset: i64,
-    /// Offsets, and so records at most: compaction and transactions leave gaps.
+    /// A number of offsets; compaction and transactions leave gaps, so there may be fewer records.
     pub records: i64,
 }
 
 /// Asks Kafka for the ends of all partitions of `topics`, and of those that have a position.
 ///
 /// # Errors
-/// Kafka did not answer in time, or not so: why, for a person.
+/// Kafka did not answer in time, or refused; the reason for a person.
 pub fn lag(
     kafka: &KafkaConfig,
     topics: &[String],
@@ -37,7 +37,7 @@ pub fn lag(
 ) -> Result<Vec<Lag>, String> {
     let deadline = now() + ANSWERS_WITHIN;
     let mut config = client_config(kafka);
-    // The end is where `consume` would stop reading. Without a group there is nothing to join or to leave.
+    // As for `consume`, which cannot read beyond the end of the last committed transaction.
     config.set("isolation.level", "read_committed");
     let client: BaseConsumer<Listener> = config
         .create_with_context(Listener::new(kafka))
@@ -75,7 +75,7 @@ fn ask(
     let mut partitions: BTreeSet<(String, i32)> = positions.keys().cloned().collect();
     for topic in topics {
         match look_up_topic(client.client(), topic, left())? {
-            // One of the past, perhaps; what has a position is asked for below.
+            // The topic may have been deleted. Its positions are still reported.
             Err(error) if positions.keys().any(|(known, _)| known == topic) => {
                 log::debug!("topic {topic}: {error}");
             }
@@ -102,7 +102,7 @@ fn ask(
     Ok(ends.iter().map(lag).collect())
 }
 
-/// The ends or beginnings of partitions, all of a broker's in one question.
+/// The ends or beginnings of partitions, with one request per broker.
 fn offsets<'a>(
     client: &BaseConsumer<Listener>,
     partitions: impl Iterator<Item = &'a (String, i32)>,
@@ -116,7 +116,7 @@ fn offsets<'a>(
     if list.count() == 0 {
         return Ok(BTreeMap::new());
     }
-    // "Latest" and "earliest" are times to Kafka (ListOffsets: -1 and -2).
+    // Kafka's ListOffsets takes the end and the beginning as the times -1 and -2.
     let found = client.offsets_for_times(list, within)?;
     let mut offsets = BTreeMap::new();
     for element in found.elements() {
@@ -124,14 +124,14 @@ fn offsets<'a>(
         let partition = (element.topic().to_owned(), element.partition());
         match element.offset() {
             Offset::Offset(offset) => offsets.insert(partition, offset),
-            // The answer for a partition without any record.
+            // The partition is empty.
             _ => offsets.insert(partition, 0),
         };
     }
     Ok(offsets)
 }
 
-#[expect(clippy::disallowed_methods, reason = "an edge: the answers have their time")]
+#[expect(clippy::disallowed_methods, reason = "an edge: the deadline of requests")]
 fn now() -> Instant {
     Instant::now()
 }

@@ -1,7 +1,7 @@
-//! `host-metrics status`: how the hosts do and how far the pipeline is behind, by what the tables say now.
+//! `host-metrics status`: the state of the hosts, and the lag of the pipeline, from the tables.
 //!
-//! Owns what is stale, and the two forms of the answer: a table for a person and JSON for a program. What the tables say
-//! is `rows`', the lag `lag`'s.
+//! Owns the rule for stale data, and the output: a table for people, JSON for programs. `rows` queries Postgres, `lag` asks
+//! Kafka.
 
 mod lag;
 mod rows;
@@ -20,24 +20,24 @@ use crate::sample::Timestamp;
 use crate::tables::destination;
 use crate::terminal::{NONE, columns, cut, percent, plain, plain_json, roughly, seconds, sparkline};
 
-/// Data is stale when its newest row is older than so many intervals of its host, and a minute for the way to the table.
+/// Data is stale if the newest row is older than so many intervals of its host, plus a minute for the pipeline.
 const STALE_AFTER_INTERVALS: f64 = 3.0;
 const STALE_AFTER_SECONDS: f64 = 60.0;
 
-/// Everything that is told.
+/// The answer.
 #[derive(Clone, Debug)]
 pub struct Report {
     rows: Rows,
-    /// Or why it is not known.
+    /// Or why it is unknown.
     lag: Result<Vec<Lag>, String>,
     group_id: String,
     topics: Vec<String>,
 }
 
-/// Asks the database, and Kafka for the lag. An absent database is not waited for, an absent Kafka only said.
+/// Reads the tables, and asks Kafka for the lag. If Kafka does not answer, the report says so.
 ///
 /// # Errors
-/// The database cannot be asked, or there is no such table.
+/// The database cannot be reached or read, or the table does not exist.
 pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
     let runtime = postgres::runtime()?;
     let rows = runtime.block_on(async {
@@ -54,7 +54,7 @@ pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
     let lag = match (&config.kafka, &rows.positions) {
         (None, _) => Err("KAFKA_BOOTSTRAP_SERVERS is not set".to_owned()),
         (_, None) => Err(format!(
-            "there is no table {}, or this user may not SELECT from it",
+            "table {} does not exist, or this user may not SELECT from it",
             config.database.table.quoted("_offsets")
         )),
         (Some(kafka), Some(positions)) => lag(kafka, &config.topics, positions),
@@ -68,12 +68,12 @@ pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
 }
 
 impl Report {
-    /// Whether the watcher itself needs watching: nothing new came for too long.
+    /// Whether no new row came for too long.
     pub fn is_stale(&self) -> bool {
         self.stale_because().is_some()
     }
 
-    /// Why the data is stale, if it is.
+    /// Why the data is stale; `None`: it is not.
     fn stale_because(&self) -> Option<String> {
         let Rows {
             newest,
@@ -89,13 +89,13 @@ impl Report {
                 roughly(newest.interval_seconds as i64)
             )),
             None if !hosts.is_empty() && missing_columns.contains(&"scheduled_at") => Some(
-                "whether it is fresh cannot be told, because the table has no column scheduled_at".to_owned(),
+                "the age of the rows is unknown, because the table has no column scheduled_at".to_owned(),
             ),
-            None => Some("there is no row".to_owned()),
+            None => Some("the table has no row".to_owned()),
         }
     }
 
-    /// How far the state is behind Kafka; `None`: it is not known, or there is no state.
+    /// The lag of the state in records; `None`: unknown, or there is no state.
     fn state_lag(&self) -> Option<i64> {
         let Rows {
             state_positions,
@@ -107,7 +107,7 @@ impl Report {
         };
         let behind = |lag: &Lag| {
             let position = state_positions.get(&(lag.topic.clone(), lag.partition));
-            // Without a position of its own it begins where the rows began.
+            // Without a position of its own, the state starts at the first position of the rows.
             position
                 .map_or(lag.end_offset, |position| lag.end_offset - position)
                 .max(0)
@@ -119,7 +119,7 @@ impl Report {
         self.age_seconds(newest.at) > stale_after_seconds(newest)
     }
 
-    /// Negative for what a clock that is ahead wrote.
+    /// Negative if the clock of the writer is ahead.
     fn age_seconds(&self, at: Timestamp) -> f64 {
         self.rows.now_micros.saturating_sub(at.unix_micros()) as f64 / 1e6
     }
@@ -145,13 +145,13 @@ fn stale_after_seconds(newest: Newest) -> f64 {
 enum State {
     Up,
     Down,
-    /// Its newest row is too old to say.
+    /// Its newest row is too old.
     Stale,
-    /// No check of seven days, or no column that says.
+    /// There was no check for seven days, or the table lacks a column.
     Unknown,
 }
 
-/// One JSON object and a line end; `schema/status.v1.json` describes it.
+/// One JSON object, described by `schema/status.v1.json`, and a line end.
 pub fn json(report: &Report) -> String {
     let hosts = report
         .rows
@@ -288,12 +288,12 @@ fn total(lag: &[Lag]) -> i64 {
     lag.iter().map(|lag| lag.records).sum()
 }
 
-/// For a person: a row per host, then the pipeline. No line is wider than `width`, where there is one.
+/// For people: a row per host, then the pipeline. Lines are cut to `width` characters.
 pub fn text(report: &Report, width: Option<usize>) -> String {
     let rows = &report.rows;
     let mut lines = Vec::new();
     if rows.hosts.is_empty() {
-        lines.push("No host has a row.".to_owned());
+        lines.push("The table has no row of any host.".to_owned());
     } else if rows.missing_columns.contains(&"scheduled_at") {
         lines.extend(columns(&counted_only(report)));
     } else {
@@ -306,7 +306,7 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
     }
     if !rows.missing_columns.is_empty() {
         lines.push(format!(
-            "The table has no column {}: what these would tell is not shown.",
+            "Not everything is shown, because the table has no column {}.",
             rows.missing_columns.join(", ")
         ));
     }
@@ -380,7 +380,7 @@ fn word(state: State) -> &'static str {
     }
 }
 
-/// Of a table without times.
+/// The rows for a table without times.
 fn counted_only(report: &Report) -> Vec<Vec<String>> {
     let mut table = vec![
         ["HOST", " CHECKS", " UPTIME", " P50", " P95"]
@@ -420,14 +420,16 @@ fn pipeline(report: &Report) -> Vec<Vec<String>> {
             let (records, partitions, topics) = (total(lag), lag.len(), topics.join(", "));
             format!("{records} records in {partitions} partitions of {topics}, group {group_id}")
         }
-        Err(reason) => format!("not known: {reason}"),
+        Err(reason) => format!("unknown: {reason}"),
     };
     let state_lag = match report.state_lag() {
         Some(records) => format!("{records} records, group {group_id}{GROUP_SUFFIX}"),
         None => NONE.to_owned(),
     };
     let rejected = match rows.rejected {
-        None => "not known: the table of rejected records is not there, or may not be read".to_owned(),
+        None => {
+            "unknown: the table of rejected records does not exist, or this user may not read it".to_owned()
+        }
         Some(count) if count > MAX_COUNTED => format!("more than {MAX_COUNTED} records"),
         Some(count) => format!("{count} records"),
     };

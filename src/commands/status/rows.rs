@@ -1,8 +1,8 @@
-//! What the tables say of the hosts and of the pipeline. Owns the questions.
+//! The queries of `status`, and their results.
 //!
-//! Three ways to ask, one answer. Where `consume` keeps the state, that has it all, at a cost that does not grow with the
-//! rows. Without it the rows of seven days are counted, of a table that may have no index, so they are sorted once. A table
-//! without `scheduled_at`, as the original had it, can only be counted.
+//! There are three queries with the same result. Where `consume` keeps the state, it is read, at a cost that does not grow with
+//! the rows. Otherwise the rows of seven days are counted, in one sort, because the table may have no index. A table without
+//! `scheduled_at`, like that of the original program, only gives counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,40 +12,40 @@ use tokio_postgres::Row;
 use crate::consume::state::GROUP_SUFFIX;
 use crate::postgres::{Fault, Session, bounded};
 use crate::sample::Timestamp;
-use crate::tables::destination::{self, Found};
+use crate::tables::destination::{self, ExistingObjects};
 use crate::tables::names::Object;
 use crate::tables::views::{self, CHECKED, NOT_CHECKED};
 use crate::terminal::SPARKLINE_CHECKS;
 
-/// Ten million rows of the last seven days take a few seconds on a small machine.
+/// Counting ten million rows takes a few seconds on a small machine.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
-/// Compiling a question over every partition takes seconds, more than it saves. An answer that nobody waits for any more
-/// is not worked for. All that is asked is of one moment, for the server's `now()` too.
+/// JIT compilation of a query over many partitions takes longer than it saves. The statement timeout ends queries whose result
+/// nobody waits for any more. All queries see one snapshot and one `now()`.
 const SETTINGS: &str =
     "SET jit = off; SET statement_timeout = '60s'; BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 
-/// Rejected records are counted up to here: beyond it the figure tells nothing new, and counting takes time.
+/// Rejected records are counted up to this number, because counting more takes time and tells little.
 pub const MAX_COUNTED: i64 = 100_000;
 
-/// Everything that the tables say.
+/// What is in the tables.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
-    /// By the database's clock.
+    /// The database's clock.
     pub now_micros: i64,
-    /// By address.
+    /// Sorted by address.
     pub hosts: Vec<Host>,
-    /// Of all rows; `None`: there is none, or it cannot be told.
+    /// The newest row of all hosts; `None`: there is none, or the rows have no time.
     pub newest: Option<Newest>,
-    /// Those that a row here is made of, and the table lacks.
+    /// The columns that `status` reads and the table lacks.
     pub missing_columns: Vec<&'static str>,
     /// Why the rows were counted; `None`: the state was read.
     pub counted_because: Option<String>,
-    /// The position of the state's group in each partition; empty where there is none.
+    /// The state's positions by topic and partition.
     pub state_positions: BTreeMap<(String, i32), i64>,
-    /// The position of the group in each partition; `None`: there is no table of positions, or it may not be read.
+    /// The positions by topic and partition; `None`: there is no table of positions, or this user may not read it.
     pub positions: Option<BTreeMap<(String, i32), i64>>,
-    /// Up to one more than [`MAX_COUNTED`]; `None`: as above.
+    /// At most one more than [`MAX_COUNTED`]; `None`: as for `positions`.
     pub rejected: Option<i64>,
 }
 
@@ -53,41 +53,41 @@ pub struct Rows {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Newest {
     pub at: Timestamp,
-    /// Of its host: by its own word, or else the time between the newest two rows.
+    /// The interval of its host; if the row does not have it, the time between the newest two rows.
     pub interval_seconds: f64,
 }
 
-/// What the rows of one host say. What a missing column would have told is `None`.
+/// What is known of one host. `None` also if the table lacks a column.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Host {
     pub address: String,
-    /// Of the newest check within seven days; a tick that was not checked is none.
+    /// Whether the newest check of the last seven days was valid. Ticks that were not checked do not count.
     pub is_valid: Option<bool>,
-    /// The first of the unbroken row of checks, up to the newest, that say the same.
+    /// The first check of those in a row that had the same result as the newest one.
     pub since: Option<Timestamp>,
-    /// It has been so for all of the seven days that are looked at, and there are older rows.
+    /// Whether it is the same for all of the seven days that are read, and there are older rows.
     pub is_longer: bool,
     pub uptime_1h: Option<Share>,
     pub uptime_24h: Option<Share>,
     pub uptime_7d: Option<Share>,
-    /// Of all rows; only where those have no time.
+    /// Of all rows; only if the rows have no time.
     pub uptime_ever: Option<Share>,
-    /// Ticks that were not checked, whatever the reason.
+    /// Ticks that were not checked, for any reason.
     pub missed_7d: Option<i64>,
-    /// Median and 95th percentile of the last 24 hours, or of all rows where those have no time.
+    /// Median and 95th percentile of the last 24 hours, or of all rows if these have no time.
     pub latency_p50_seconds: Option<f64>,
     pub latency_p95_seconds: Option<f64>,
     pub certificate_days_left: Option<i32>,
-    /// The newest row, missed or not.
+    /// The newest row, including ticks that were not checked.
     pub newest: Option<Newest>,
     pub last_outcome: Option<String>,
     /// The newest failed check within seven days.
     pub last_error: Option<LastError>,
-    /// Of the newest checks, oldest first, in seconds; `None`: no response came.
+    /// Latencies for the sparkline in seconds, oldest first; `None`: no response came.
     pub latencies: Vec<Option<f64>>,
 }
 
-/// Valid checks of all that were made.
+/// The number of valid checks, and of all checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     pub valid: i64,
@@ -101,13 +101,13 @@ pub struct LastError {
     pub error: Option<String>,
 }
 
-/// Asks everything.
+/// Runs all queries.
 ///
 /// # Errors
-/// There is no table, a right is missing, or the database does not answer in time.
+/// The table does not exist, a right is missing, or the database does not answer in time.
 pub async fn read(
     session: &Session,
-    found: &Found,
+    found: &ExistingObjects,
     group_id: &str,
     is_state_on: bool,
 ) -> Result<Rows, Fault> {
@@ -120,7 +120,7 @@ pub async fn read(
     }
     if !columns.contains("address") {
         return Err(Fault::operator(format!(
-            "table {main} has no column address: nothing can be told of any host"
+            "table {main} has no column address, so `status` cannot tell hosts apart"
         )));
     }
     let missing_columns: Vec<&'static str> = COLUMNS
@@ -184,8 +184,8 @@ pub async fn read(
     })
 }
 
-/// Why the state cannot be asked.
-async fn no_state(session: &Session, found: &Found, is_on: bool) -> Result<Option<String>, Fault> {
+/// Why the state cannot be read.
+async fn no_state(session: &Session, found: &ExistingObjects, is_on: bool) -> Result<Option<String>, Fault> {
     if !is_on {
         return Ok(Some("STATE=off".to_owned()));
     }
@@ -195,7 +195,7 @@ async fn no_state(session: &Session, found: &Found, is_on: bool) -> Result<Optio
     for object in needed {
         let name = found.table.quoted(object.suffix());
         if !found.is_current(object) {
-            return Ok(Some(format!("there is no {name} of this version")));
+            return Ok(Some(format!("{name} of this version does not exist")));
         }
         if !destination::may_read(session, found, object).await? {
             return Ok(Some(format!("this user may not SELECT from {name}")));
@@ -207,7 +207,7 @@ async fn no_state(session: &Session, found: &Found, is_on: bool) -> Result<Optio
         .bounded("reading the state", session.client.query_one(&sql, &[]))
         .await?;
     let has_any: bool = row.try_get(0)?;
-    Ok((!has_any).then(|| format!("{series} is empty: `consume` keeps no state here")))
+    Ok((!has_any).then(|| format!("{series} is empty")))
 }
 
 impl Host {
@@ -227,7 +227,7 @@ impl Host {
     }
 }
 
-/// What a row is made of, and the type that it is read as: a user's `latency` may be numeric.
+/// The columns that are read, and the types to which they are cast: a user's `latency` may be numeric.
 const COLUMNS: [(&str, &str); 8] = [
     ("address", "text"),
     ("scheduled_at", "timestamptz"),
@@ -239,7 +239,7 @@ const COLUMNS: [(&str, &str); 8] = [
     ("cert_expires_at", "timestamptz"),
 ];
 
-/// The table as if it had every column of [`COLUMNS`].
+/// A subquery that has all of [`COLUMNS`], with null for those that the table lacks.
 fn source(main: &str, columns: &BTreeSet<String>) -> String {
     let expressions = COLUMNS.map(|(name, kind)| match columns.contains(name) {
         true => format!("{name}::{kind} AS {name}"),
@@ -248,7 +248,7 @@ fn source(main: &str, columns: &BTreeSet<String>) -> String {
     format!("(SELECT {} FROM {main}) source", expressions.join(", "))
 }
 
-/// Moments as literals. `now() - interval '7 days'` is reckoned anew for every row and takes half of the time.
+/// Times as literals, because Postgres would compute `now() - interval '7 days'` again for each row.
 struct Times {
     now: String,
     hour_ago: String,
@@ -261,7 +261,7 @@ impl Times {
         const HOUR_MICROS: i64 = 3_600_000_000;
         let ago = |hours: i64| {
             let at = Timestamp::from_unix_micros(now_micros - hours * HOUR_MICROS);
-            // A server that lives outside the years 1970 to 9999 has no rows of ours.
+            // Rows are from the years 1970 to 9999, so a clock outside of them has no rows.
             at.map_or_else(
                 || "timestamptz '-infinity'".to_owned(),
                 |at| format!("timestamptz '{at}'"),
@@ -275,7 +275,7 @@ impl Times {
         }
     }
 
-    /// Since then; what a clock that is ahead wrote is not due yet.
+    /// Rows since then, without those from the future, which a clock that is ahead wrote.
     fn since(&self, then: &str) -> String {
         format!("scheduled_at > {then} AND scheduled_at <= {}", self.now)
     }
@@ -283,7 +283,7 @@ impl Times {
 
 const LATENCIES: &str = "percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY latency)";
 
-/// Of the rows of seven days.
+/// Counts over the rows of seven days.
 fn counts(times: &Times) -> String {
     let windows = [
         ("1h", Some(&times.hour_ago)),
@@ -304,7 +304,7 @@ fn counts(times: &Times) -> String {
     )
 }
 
-/// The newest valid and the newest invalid check; the earlier of them is the last one before the present state.
+/// The newest valid and the newest invalid check. The earlier one is the last check before the present state.
 fn last(over: &str) -> String {
     format!(
         "max(scheduled_at) FILTER (WHERE is_valid) {over} AS last_valid, \
@@ -316,7 +316,7 @@ const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NO
                          THEN least(last_valid, last_invalid) END AS turned_at";
 
 /// The state, by the views' own buckets. A dot of the sparkline is the mean of five minutes.
-fn of_the_state(found: &Found) -> String {
+fn of_the_state(found: &ExistingObjects) -> String {
     let name = |object: Object| found.table.quoted(object.suffix());
     let (series, rollups) = (name(Object::Series), name(Object::Rollups));
     let counts: Vec<String> = ["1h", "24h", "7d"]
@@ -431,12 +431,12 @@ fn of_a_table_without_time(source: &str) -> String {
     )
 }
 
-/// `infinity`, which only somebody else can have written, is nothing.
+/// Microseconds since 1970; null for `infinity`, which host-metrics never writes.
 fn micros(time: &str) -> String {
     format!("(CASE WHEN isfinite({time}) THEN extract(epoch FROM {time}) * 1000000 END)::bigint")
 }
 
-/// Reads a row of any of the questions; a column that a question does not ask for is nothing.
+/// Reads a row of any of the three queries, which have different columns.
 fn host(row: &Row) -> Result<Host, Fault> {
     let has = |name: &str| row.columns().iter().any(|column| column.name() == name);
     let share = |checks: &str, valid: &str| -> Result<Option<Share>, Fault> {
@@ -497,7 +497,7 @@ fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
     Ok(micros.and_then(Timestamp::from_unix_micros))
 }
 
-/// The newest row where none is of the last seven days.
+/// The newest row, for a table without rows of the last seven days.
 async fn newest_ever(session: &Session, source: &str) -> Result<Option<Newest>, Fault> {
     let sql = format!(
         "SELECT {} AS newest_at, interval_seconds FROM {source} \
@@ -522,7 +522,7 @@ async fn newest_ever(session: &Session, source: &str) -> Result<Option<Newest>, 
 
 async fn positions(
     session: &Session,
-    found: &Found,
+    found: &ExistingObjects,
     group_id: &str,
 ) -> Result<Option<BTreeMap<(String, i32), i64>>, Fault> {
     if !destination::may_read(session, found, Object::Offsets).await? {
@@ -542,7 +542,7 @@ async fn positions(
     Ok(Some(positions))
 }
 
-async fn rejected(session: &Session, found: &Found) -> Result<Option<i64>, Fault> {
+async fn rejected(session: &Session, found: &ExistingObjects) -> Result<Option<i64>, Fault> {
     if !destination::may_read(session, found, Object::Rejected).await? {
         return Ok(None);
     }

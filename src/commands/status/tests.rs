@@ -90,7 +90,7 @@ fn data_is_stale_after_three_intervals_and_a_minute_and_if_there_is_none() {
 }
 
 #[test]
-fn the_newest_row_of_all_decides_and_an_old_host_is_stale_alone() {
+fn the_newest_row_decides_for_all_and_each_host_is_stale_by_its_own() {
     let gone = Host {
         newest: Some(newest(100_000, 60.0)),
         ..host("gone")
@@ -102,7 +102,7 @@ fn the_newest_row_of_all_decides_and_an_old_host_is_stale_alone() {
 }
 
 #[test]
-fn a_person_reads_a_row_per_host_and_the_pipeline() {
+fn people_read_a_row_per_host_and_the_pipeline() {
     let down = Host {
         is_valid: Some(false),
         since: Some(ago(7_300)),
@@ -137,7 +137,7 @@ rejected    0 records
 }
 
 #[test]
-fn a_programs_document_has_hidden_characters_as_escapes() {
+fn json_escapes_hidden_characters() {
     let address = "https://a.example/\u{202e}\u{9b}x";
     let json = json(&report(vec![host(address)]));
     assert!(json.contains(r"https://a.example/\u202e\u009bx"), "{json}");
@@ -163,12 +163,12 @@ HOST  CHECKS  UPTIME    P50     P95
 a          4  75.0 %  12 ms  900 ms
 
 newest row  -
-lag         not known: Kafka at k:1: refused
+lag         unknown: Kafka at k:1: refused
 state lag   -
-rejected    not known: the table of rejected records is not there, or may not be read
+rejected    unknown: the table of rejected records does not exist, or this user may not read it
 Counted from the rows, because STATE=off.
-The table has no column scheduled_at, outcome: what these would tell is not shown.
-STALE: whether it is fresh cannot be told, because the table has no column scheduled_at.
+Not everything is shown, because the table has no column scheduled_at, outcome.
+STALE: the age of the rows is unknown, because the table has no column scheduled_at.
 ";
     assert_eq!(text(&report, None), expected);
     assert!(json(&report).contains(r#""state":"unknown""#));
