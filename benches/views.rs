@@ -1,9 +1,9 @@
-//! The state in figures: its cost per record, its size, and the time of its views.
+//! The cost of the state per record, its size, and the time that the views take.
 //!
-//! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS"]`. The state's store folds that many checks of each host, the newest
-//! from now, in batches of the usual size into a Postgres with default settings, which the benchmark starts. Kafka takes no
-//! part. Each query has a new connection, as from a dashboard; the median of five is printed, without the first (cold) one.
-//! Linux only, because CPU times are read from /proc.
+//! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS rows"]`. The stores of the pipelines write so many checks of each host,
+//! the newest one now, in batches of the usual size: the state, and with `rows` also the rows. Postgres has its default settings;
+//! Kafka is not involved. Each view is read on a new connection, as a dashboard does; the result is the median of five, without
+//! the first one. Linux only: CPU times are from /proc.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
@@ -14,12 +14,14 @@ use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::commands::status;
 use host_metrics::config::{self, StateConfig, Variables};
 use host_metrics::consume::Counters;
-use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{Batch, Encoded, Flushed, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::rows::RowsSink;
 use host_metrics::consume::sink::Sink;
 use host_metrics::consume::state::{self, StateSink};
 use host_metrics::consume::store::Store;
 use host_metrics::sample::epoch::Epochs;
 use host_metrics::sample::{Sample, Timestamp, encode};
+use host_metrics::tables::windows;
 use postgres::{Client, NoTls};
 
 use crate::median::median;
@@ -30,16 +32,20 @@ mod median;
 #[path = "../tests/e2e/scratch.rs"]
 mod scratch;
 
-const VIEWS: [&str; 4] = ["uptime", "latency", "certificates", "incidents"];
+const VIEWS: [&str; 5] = ["uptime", "latency", "latest", "certificates", "incidents"];
 const ROUNDS: usize = 5;
 const PARTITION: Partition = Partition { topic: 0, number: 0 };
 
 fn main() {
     // cargo passes `--bench`.
     let mut numbers = std::env::args().skip(1).filter_map(|word| word.parse().ok());
-    let hosts: i64 = numbers.next().unwrap_or(1_000);
-    let ticks: i64 = numbers.next().unwrap_or(1_440);
-    let interval: i64 = numbers.next().unwrap_or(60);
+    let load = Load {
+        hosts: numbers.next().unwrap_or(1_000),
+        ticks: numbers.next().unwrap_or(1_440),
+        interval: numbers.next().unwrap_or(60),
+        ends_at: wall_clock(),
+    };
+    let with_rows = std::env::args().any(|word| word == "rows");
 
     let server = ThrowAwayPostgres::start_with(&Settings {
         fsync: true,
@@ -48,21 +54,72 @@ fn main() {
         ..Settings::default()
     })
     .expect("Postgres starts");
+    let mut client = connect(&server);
+    write_state(&load, &server, &mut client);
+    if with_rows {
+        write_rows(&load, &server);
+    }
+    client
+        .batch_execute("VACUUM ANALYZE; CHECKPOINT")
+        .expect("the tables are cleaned up");
+    report_sizes(&mut client);
+    for view in VIEWS {
+        let sql = format!("SELECT * FROM host_metrics_{view}");
+        report(view, || {
+            connect(&server).simple_query(&sql).expect("a view answers");
+        });
+    }
+    let settings = config::status(&variables(&server)).expect("these are right");
+    report("status", || {
+        assert!(!status::run(&settings).expect("the state answers").is_stale());
+    });
+}
+
+/// The records that are written.
+struct Load {
+    hosts: i64,
+    ticks: i64,
+    interval: i64,
+    ends_at: i64,
+}
+
+impl Load {
+    fn records(&self) -> i64 {
+        self.hosts * self.ticks
+    }
+
+    fn batches(&self, size: usize) -> impl Iterator<Item = (i64, impl Iterator<Item = Sample<'static>>)> {
+        (0..self.records()).step_by(size).map(move |base| {
+            let end = self.records().min(base + size as i64);
+            let samples = (base..end).map(|number| {
+                let (tick, host) = (number / self.hosts, number % self.hosts);
+                let ago = (self.ticks - tick) * self.interval * 1_000_000
+                    - host * self.interval * 1_000_000 / self.hosts;
+                sample(host, tick, self.ends_at - ago, self.interval)
+            });
+            (base, samples)
+        })
+    }
+}
+
+fn variables(server: &ThrowAwayPostgres) -> Variables {
     let port = server.port().to_string();
-    let variables = Variables::from_pairs([
+    Variables::from_pairs([
         ("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1"),
         ("DB_HOST", server.host()),
         ("DB_PORT", &port),
         ("DB_NAME", server.database()),
         ("DB_USER", server.superuser()),
-    ]);
-    let settings = state::config_of(&config::consume(&variables).expect("these are right"));
+    ])
+}
+
+fn write_state(load: &Load, server: &ThrowAwayPostgres, client: &mut Client) {
+    let settings = state::config_of(&config::consume(&variables(server)).expect("these are right"));
     let sink = StateSink::new(StateConfig::default(), Counters::default());
     let mut store = Store::of(sink, &settings, Default::default()).expect("a store");
     store.open().expect("the tables are made");
     let start = BTreeMap::from([(PARTITION, NextOffset(0))]);
     store.positions(&[PARTITION], &start).expect("a position is made");
-    let mut client = connect(&server);
     let backend: i32 = client
         .query_one(
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'host-metrics'",
@@ -70,65 +127,64 @@ fn main() {
         )
         .expect("the store is connected")
         .get(0);
-
-    let records = hosts * ticks;
-    let size = settings.batch_size as i64;
-    let began_at = wall_clock();
+    let backend = backend.to_string();
     let (mut ours, mut theirs, mut seconds) = (0.0, 0.0, 0.0);
-    for base in (0..records).step_by(settings.batch_size) {
-        let samples = (base..records.min(base + size)).map(|number| {
-            let (tick, host) = (number / hosts, number % hosts);
-            let at = began_at - (ticks - tick) * interval * 1_000_000 + host * interval * 1_000_000 / hosts;
-            sample(host, tick, at, interval)
+    for (base, samples) in load.batches(settings.batch_size) {
+        let batch = batch(base, samples, |record, into| {
+            StateSink::encode(&(), "", record, &mut Epochs::default(), into)
         });
-        let batch = batch(base, samples);
-        let (cpu, of_backend, since) = (cpu_seconds("self"), cpu_seconds(&backend.to_string()), now());
+        let (cpu, of_backend, since) = (cpu_seconds("self"), cpu_seconds(&backend), now());
         assert_eq!(store.flush(&batch), Flushed::Durable);
         seconds += since.elapsed().as_secs_f64();
         ours += cpu_seconds("self") - cpu;
-        theirs += cpu_seconds(&backend.to_string()) - of_backend;
+        theirs += cpu_seconds(&backend) - of_backend;
     }
-    let per_record = |seconds: f64| seconds * 1e6 / records as f64;
+    let per_record = |seconds: f64| seconds * 1e6 / load.records() as f64;
     println!(
-        "{records} records of {hosts} hosts: {:.0}/s, CPU µs a record: {:.2} ours, {:.2} Postgres",
-        records as f64 / seconds,
+        "{} records of {} hosts: {:.0}/s, CPU µs a record: {:.2} ours, {:.2} Postgres",
+        load.records(),
+        load.hosts,
+        load.records() as f64 / seconds,
         per_record(ours),
         per_record(theirs)
     );
-    client
-        .batch_execute("VACUUM ANALYZE")
-        .expect("the tables are cleaned up");
-    for table in ["series", "rollups", "incidents"] {
-        let sql = format!(
-            "SELECT (SELECT count(*) FROM host_metrics_{table}), sum(pg_table_size(relid))::bigint, \
-             sum(pg_indexes_size(relid))::bigint FROM pg_partition_tree('host_metrics_{table}') WHERE isleaf \
-             UNION ALL SELECT (SELECT count(*) FROM host_metrics_{table}), pg_table_size('host_metrics_{table}'), \
-             pg_indexes_size('host_metrics_{table}') ORDER BY 2 DESC NULLS LAST LIMIT 1"
-        );
-        let row = client.query_one(&sql, &[]).expect("the tables answer");
-        let (rows, heap, index): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
-        println!(
-            "{table:<10} {rows:>9} rows, {:>4} + {:>3} bytes a row",
-            heap / rows.max(1),
-            index / rows.max(1)
-        );
-    }
-    for view in VIEWS {
-        let sql = format!("SELECT * FROM host_metrics_{view}");
-        report(view, || {
-            connect(&server).simple_query(&sql).expect("a view answers");
+    client.batch_execute("ANALYZE").expect("statistics are gathered");
+    for (window, (name, _)) in windows::WINDOWS.iter().enumerate() {
+        let sql = windows::refresh(&settings.database.table, window);
+        report(&format!("refresh {name}"), || {
+            client
+                .batch_execute(&format!("BEGIN; SET LOCAL jit = off; {sql} COMMIT"))
+                .expect("a window is refreshed");
         });
     }
-    let settings = config::status(&Variables::from_pairs([
-        ("DB_HOST", server.host()),
-        ("DB_PORT", &port),
-        ("DB_NAME", server.database()),
-        ("DB_USER", server.superuser()),
-    ]))
-    .expect("these are right");
-    report("status", || {
-        assert!(!status::run(&settings).expect("the state answers").is_stale());
-    });
+}
+
+fn write_rows(load: &Load, server: &ThrowAwayPostgres) {
+    let settings = config::consume(&variables(server)).expect("these are right");
+    let mut store = Store::new(&settings).expect("a store");
+    let layout = store.open().expect("the tables are made");
+    let start = BTreeMap::from([(PARTITION, NextOffset(0))]);
+    store.positions(&[PARTITION], &start).expect("a position is made");
+    for (base, samples) in load.batches(50_000) {
+        let batch = batch(base, samples, |record, into| {
+            RowsSink::encode(&layout, "", record, &mut Epochs::default(), into)
+        });
+        assert_eq!(store.flush(&batch), Flushed::Durable);
+    }
+}
+
+fn report_sizes(client: &mut Client) {
+    let sql = "SELECT c.relname::text, c.reltuples::bigint, pg_table_size(c.oid), pg_indexes_size(c.oid) FROM pg_class c \
+               WHERE relname LIKE 'host\\_metrics%' AND relkind = 'r' AND c.reltuples > 0 ORDER BY 1";
+    for row in client.query(sql, &[]).expect("the catalogue answers") {
+        let (name, rows, heap, index): (String, i64, i64, i64) =
+            (row.get(0), row.get(1), row.get(2), row.get(3));
+        println!(
+            "{name:<28} {rows:>9} rows, {:>4} + {:>3} bytes a row",
+            heap / rows,
+            index / rows
+        );
+    }
 }
 
 fn report(what: &str, mut ask: impl FnMut()) {
@@ -168,7 +224,11 @@ fn sample(host: i64, tick: i64, at: i64, interval: i64) -> Sample<'static> {
     }
 }
 
-fn batch(base: i64, samples: impl Iterator<Item = Sample<'static>>) -> Batch {
+fn batch(
+    base: i64,
+    samples: impl Iterator<Item = Sample<'static>>,
+    encode_as: impl Fn(&Record<'_>, &mut Vec<u8>) -> Result<Encoded, String>,
+) -> Batch {
     let mut batch = Batch::default();
     let mut value = Vec::new();
     for (offset, sample) in (base..).zip(samples) {
@@ -186,7 +246,7 @@ fn batch(base: i64, samples: impl Iterator<Item = Sample<'static>>) -> Batch {
                 value: Some(&value),
                 ..record
             };
-            StateSink::encode(&(), "", &record, &mut Epochs::default(), into)
+            encode_as(&record, into)
         });
     }
     batch

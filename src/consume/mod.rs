@@ -15,12 +15,13 @@ mod pipeline;
 mod positions;
 mod refused;
 mod report;
-mod rows;
+pub mod rows;
 pub mod sink;
 pub mod source;
 pub mod state;
 pub mod store;
 mod stuck;
+mod windows;
 mod writer;
 
 use std::thread::JoinHandle;

@@ -71,7 +71,12 @@ pub trait Sink: Send + 'static {
         batch: &Batch,
     ) -> Result<Flushed, Fault>;
 
-    /// Maintenance, once an hour.
+    /// When [`Sink::maintain`] is due at the latest, in microseconds since 1970.
+    fn maintain_at(&self) -> i64 {
+        i64::MAX
+    }
+
+    /// Maintenance, once an hour and at [`Sink::maintain_at`].
     async fn maintain(
         &mut self,
         session: &Session,

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::SinkExt;
 use futures_util::future::{join, join3, join4};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, ToSql, Type};
 use tokio_postgres::{Client, Row, Statement};
 
@@ -23,6 +24,7 @@ use crate::consume::fold::observed::Observed;
 use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
 use crate::consume::positions::{Keys, Positions};
 use crate::consume::sink::{Sink, judge};
+use crate::consume::windows::Windows;
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
@@ -32,7 +34,7 @@ use crate::tables::state::{
     INCIDENTS, SERIES, add_series, copy_rollups, delete_old, delete_rollups, read_incidents, read_series,
     take_rollups,
 };
-use crate::tables::{days, destination, migrate};
+use crate::tables::{days, ddl, destination, migrate, windows};
 
 /// The end of the group's name.
 pub const GROUP_SUFFIX: &str = "-state";
@@ -45,6 +47,13 @@ const BATCH_WAIT: Duration = Duration::from_secs(3);
 
 /// How long buckets of five minutes are kept.
 const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
+
+/// Old buckets are removed this often.
+const PRUNE_EVERY_MICROS: i64 = 3_600_000_000;
+
+/// The server ends the refresh of a window that takes longer, a little before the connection is given up.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(50);
+const REFRESH_BOUND: Duration = Duration::from_secs(60);
 
 /// The most buckets that one statement removes, and the most statements at once. The rest is removed an hour later.
 const DELETE_ROWS: i64 = 50_000;
@@ -72,6 +81,9 @@ pub struct StateSink {
     /// The counters of the rows' pipeline, which has priority.
     rows: Counters,
     last_flush_took: Duration,
+    windows: Windows,
+    /// In microseconds since 1970, as all times here.
+    prune_at: i64,
 }
 
 impl StateSink {
@@ -80,6 +92,8 @@ impl StateSink {
             config,
             rows,
             last_flush_took: Duration::ZERO,
+            windows: Windows::default(),
+            prune_at: 0,
         }
     }
 
@@ -94,8 +108,9 @@ impl StateSink {
     }
 
     /// Removes what is too old.
-    async fn prune(&self, session: &Session) -> Result<(), Fault> {
+    async fn prune(&mut self, session: &Session) -> Result<(), Fault> {
         let now = wall_micros();
+        self.prune_at = now.saturating_add(PRUNE_EVERY_MICROS);
         let time = |micros: i64| format!("to_timestamp({})", micros / 1_000_000);
         for seconds in WIDTHS {
             let oldest = self.oldest(seconds, now);
@@ -109,11 +124,37 @@ impl StateSink {
                 }
             }
         }
-        if self.config.rollup_retention.is_some() {
-            let sql = delete_old(&session.table, &time(self.oldest(WIDTHS[1], now)));
-            session
-                .bounded("removing old state", session.client.batch_execute(&sql))
-                .await?;
+        let sql = delete_old(&session.table, &time(self.oldest(WIDTHS[1], now)));
+        session
+            .bounded("removing old state", session.client.batch_execute(&sql))
+            .await
+    }
+
+    /// Brings the windows up to date that are due at `now`, without waiting for the disk, because they can be computed again.
+    /// Failures are logged.
+    ///
+    /// # Errors
+    /// The connection is of no further use, or a table is missing.
+    async fn refresh(&mut self, session: &Session, now: i64) -> Result<(), Fault> {
+        for window in self.windows.due(now) {
+            let began_at = instant_now();
+            let sql = format!(
+                "BEGIN; SET LOCAL jit = off; SET LOCAL synchronous_commit = off; SET LOCAL lock_timeout = 0; \
+                 SET LOCAL statement_timeout = '{}ms'; {} COMMIT",
+                REFRESH_TIMEOUT.as_millis(),
+                windows::refresh(&session.table, window)
+            );
+            let refresh = session.client.batch_execute(&sql);
+            let refreshed = bounded("refreshing the windows", REFRESH_BOUND, refresh).await;
+            let took = instant_now().saturating_duration_since(began_at);
+            self.windows
+                .refreshed(window, wall_micros(), refreshed.is_ok().then_some(took));
+            if let Err(fault) = &refreshed
+                && fault.code == Some(SqlState::UNDEFINED_TABLE)
+            {
+                return refreshed;
+            }
+            ddl::log_failure(session, refreshed, "windows of the state not refreshed").await?;
         }
         Ok(())
     }
@@ -234,11 +275,20 @@ impl Sink for StateSink {
                 _ => fault,
             })?;
         self.last_flush_took = instant_now().saturating_duration_since(began_at);
+        self.windows.change();
+        self.refresh(session, wall_micros()).await?;
         Ok(Flushed::Durable)
     }
 
-    async fn maintain(&mut self, session: &Session, _: &Statements, _: Timestamp) -> Result<(), Fault> {
-        self.prune(session).await
+    fn maintain_at(&self) -> i64 {
+        self.windows.due_at().min(self.prune_at)
+    }
+
+    async fn maintain(&mut self, session: &Session, _: &Statements, now: Timestamp) -> Result<(), Fault> {
+        if self.prune_at <= now.unix_micros() {
+            self.prune(session).await?;
+        }
+        self.refresh(session, now.unix_micros()).await
     }
 }
 

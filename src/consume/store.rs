@@ -127,7 +127,7 @@ impl<S: Sink> Store<S> {
         }
     }
 
-    /// The sink's maintenance, once an hour.
+    /// The sink's maintenance, once an hour and at [`Store::maintain_at`].
     ///
     /// # Errors
     /// The connection broke. All other errors are logged, and the next call tries again.
@@ -135,6 +135,11 @@ impl<S: Sink> Store<S> {
         let result = self
             .on_session(async |opened, _, sink| sink.maintain(&opened.session, &opened.prepared, now).await);
         result.map_err(StoreError::from)
+    }
+
+    /// When [`Store::maintain`] is due at the latest, in microseconds since 1970.
+    pub fn maintain_at(&self) -> i64 {
+        self.opened.as_ref().map_or(i64::MAX, |_| self.sink.maintain_at())
     }
 
     /// Drops the connection. The next [`Store::open`] ends its backend.

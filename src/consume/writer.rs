@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 
-use crate::clock::{self, instant_now};
+use crate::clock::{self, instant_now, wall_micros};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
 use crate::consume::sink::Sink;
 use crate::consume::store::{Store, StoreError};
@@ -137,7 +137,9 @@ fn write<S: Sink>(
     let mut maintained_at = instant_now();
     loop {
         let until_maintenance = (maintained_at + MAINTAIN_EVERY).saturating_duration_since(instant_now());
-        let request = match requests.recv_timeout(until_maintenance) {
+        let until_due = store.maintain_at().saturating_sub(wall_micros());
+        let until_due = Duration::from_micros(u64::try_from(until_due).unwrap_or(0));
+        let request = match requests.recv_timeout(until_maintenance.min(until_due)) {
             Ok(request) => Some(request),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
@@ -163,10 +165,10 @@ fn write<S: Sink>(
                 return;
             }
         }
-        if maintained_at + MAINTAIN_EVERY <= instant_now() {
+        if maintained_at + MAINTAIN_EVERY <= instant_now() || store.maintain_at() <= wall_micros() {
             maintained_at = instant_now();
             // If the connection broke, the next request reports it.
-            let today = clock::timestamp(clock::wall_micros());
+            let today = clock::timestamp(wall_micros());
             if let Err(error) = store.maintain(today) {
                 log::debug!("maintenance failed: {error}");
             }

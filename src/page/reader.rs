@@ -15,7 +15,7 @@ use crate::page::snapshot::{
 };
 use crate::postgres::{Bounds, Fault, Session};
 use crate::tables::names::{Object, TableName};
-use crate::tables::views::buckets;
+use crate::tables::windows;
 
 /// Every so many rounds everything is read again, for records that came late.
 const WHOLE_EVERY: u32 = 60;
@@ -82,7 +82,11 @@ impl Reader {
         };
         session.bounded("BEGIN", client.batch_execute(BEGIN)).await?;
         let series = query(&series(&session.table), &[]).await?;
-        let windows = query(&windows(&session.table), &[]).await?;
+        let windows = query(
+            &windows::counts(&session.table, &WINDOWS.map(|(name, _)| name)),
+            &[],
+        )
+        .await?;
         let now: i64 = query("SELECT (extract(epoch FROM now()) * 1000000)::bigint", &[])
             .await?
             .first()
@@ -184,15 +188,6 @@ fn series(table: &TableName) -> String {
         "SELECT address, agent, name, \"group\", interval_seconds, is_valid, outcome, error, verdict, {} \
          FROM {} ORDER BY address, agent, last_seen_at",
         times.join(", "),
-        table.quoted(Object::Series.suffix())
-    )
-}
-
-/// Of each host and window the counts over all places, with the same buckets as the view `_uptime`.
-fn windows(table: &TableName) -> String {
-    format!(
-        "SELECT address, period, {COUNTS} FROM ({}) b JOIN {} USING (series_id) GROUP BY address, period",
-        buckets(table, &WINDOWS),
         table.quoted(Object::Series.suffix())
     )
 }

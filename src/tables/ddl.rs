@@ -53,11 +53,7 @@ pub(super) async fn rollback(session: &Session) -> Result<(), Fault> {
 ///
 /// # Errors
 /// The connection is of no further use.
-pub(super) async fn log_failure(
-    session: &Session,
-    result: Result<(), Fault>,
-    what: &str,
-) -> Result<(), Fault> {
+pub async fn log_failure(session: &Session, result: Result<(), Fault>, what: &str) -> Result<(), Fault> {
     let Err(fault) = result else { return Ok(()) };
     // A passing fault without an SQLSTATE is a hang or a broken connection: later answers may belong to earlier questions.
     if fault.kind == Kind::Passing && fault.code.is_none() {

@@ -1,7 +1,7 @@
 //! The tables in Postgres: names, SQL, migrations, COPY's row format, checks of existing tables, and partitions.
 
 pub mod days;
-mod ddl;
+pub mod ddl;
 pub mod destination;
 pub mod hosts;
 pub mod migrate;
@@ -10,3 +10,4 @@ pub mod row;
 pub mod schema;
 pub mod state;
 pub mod views;
+pub mod windows;

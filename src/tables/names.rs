@@ -79,6 +79,7 @@ pub enum Object {
     Series,
     Rollups,
     Incidents,
+    Windows,
     Hosts,
     Latest,
     Uptime,
@@ -87,13 +88,14 @@ pub enum Object {
 }
 
 impl Object {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Main,
         Self::Offsets,
         Self::Rejected,
         Self::Series,
         Self::Rollups,
         Self::Incidents,
+        Self::Windows,
         Self::Hosts,
         Self::Latest,
         Self::Uptime,
@@ -102,7 +104,7 @@ impl Object {
     ];
 
     /// The tables of the state, which the views read.
-    pub const STATE: [Self; 3] = [Self::Series, Self::Rollups, Self::Incidents];
+    pub const STATE: [Self; 4] = [Self::Series, Self::Rollups, Self::Incidents, Self::Windows];
 
     /// Appended to the main table's name.
     pub fn suffix(self) -> &'static str {
@@ -113,6 +115,7 @@ impl Object {
             Self::Series => "_series",
             Self::Rollups => "_rollups",
             Self::Incidents => "_incidents",
+            Self::Windows => "_windows",
             Self::Hosts => "_hosts",
             Self::Latest => "_latest",
             Self::Uptime => "_uptime",
@@ -145,25 +148,29 @@ impl Object {
                  the verdict of all places"
             }
             Self::Rollups => {
-                "sums of every series by bucket of 300, 3600 and 86400 seconds; latencies in microseconds, phases in units \
-                 of 10 of them, null for zero; histogram: a number of 8 digits for \
-                 each bin, the last ones for bin 0; bin n ends at 0.1 ms * 1.25^n"
+                "totals of each series by bucket of 300, 3600 and 86400 seconds; latencies in microseconds, phases in units of \
+                 10 of them, null for zero; histogram: a number with 8 digits for each bin, the last ones for bin 0; bin n \
+                 ends at 0.1 ms * 1.25^n"
             }
             Self::Incidents => {
                 "one row per outage of a host by verdict, from the failed check that began it to the valid check that ended it \
                  (ended_at is null while it lasts)"
             }
+            Self::Windows => {
+                "the totals of each host and place over the windows of _uptime and _latency, computed from _rollups and \
+                 _incidents in the background"
+            }
             Self::Hosts => "the hosts of produce -c postgres: each row is a line of the host file",
             Self::Latest => "the newest row of each host and place",
             Self::Uptime => {
-                "per host (agent is null) and place, by window: ticks due, ticks that were valid, ticks that were missed (not \
-                 checked), uptime, the share of checks that were valid: valid / (due - missed), and verdict_uptime, the \
-                 share of time without an incident"
+                "per host (agent is null) and place, by window: ticks due, valid ticks, missed ticks (not checked), uptime (the \
+                 share of checks that were valid: valid / (due - missed)), and verdict_uptime (the share of time without an \
+                 incident)"
             }
             Self::Latency => {
-                "per host and window: percentiles of the latency, right within 12 %, and the maximum"
+                "per host and window: percentiles of the latency, accurate to 12 %, and the maximum"
             }
-            Self::Certificates => "per host: when the certificate last seen expires",
+            Self::Certificates => "per host: when the certificate that was seen last expires",
         }
     }
 }

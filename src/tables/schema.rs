@@ -11,6 +11,7 @@ use crate::tables::hosts;
 use crate::tables::names::{Object, SEARCH_PATH, TableName, literal};
 use crate::tables::state::{INCIDENTS, ROLLUPS, SERIES};
 use crate::tables::views::{self, HOUR};
+use crate::tables::windows;
 
 /// The version in the comment of everything that [`create`] creates: 1, and one more for each of [`STEPS`].
 pub const SCHEMA_VERSION: u32 = 1 + STEPS.len() as u32;
@@ -151,10 +152,11 @@ pub fn create(object: Object, table: &TableName, days: impl Iterator<Item = Day>
         Object::Series => SERIES.create(table, |suffix| index(table, suffix)),
         Object::Rollups => ROLLUPS.create(table, |suffix| index(table, suffix)),
         Object::Incidents => INCIDENTS.create(table, |suffix| index(table, suffix)),
+        Object::Windows => windows::create(table),
         Object::Hosts => hosts::create(table, object.suffix()),
         Object::Latest => view(views::latest(table)),
-        Object::Uptime => view(views::uptime(table)),
-        Object::Latency => view(views::latency(table)),
+        Object::Uptime => view(windows::uptime(table)),
+        Object::Latency => view(windows::latency(table)),
         Object::Certificates => view(views::certificates(table)),
     };
     sql.push_str(&mark(object, table, SCHEMA_VERSION));

@@ -203,8 +203,7 @@ impl Ran {
             2 * SOON,
             "the state has all of it",
             || {
-                let due =
-                    "SELECT coalesce(sum(due), 0)::text FROM host_metrics_rollups WHERE seconds = 86400";
+                let due = "SELECT coalesce(sum(due_365d), 0)::text FROM host_metrics_windows WHERE is_host";
                 (db.one(due) == (count + 2).to_string()).then_some(())
             },
             || tail(&consume.stderr()),
@@ -290,6 +289,7 @@ fn the_page_shows_what_the_pipeline_stored_to_a_user_who_can_read_only_that() {
         "host_metrics_incidents SELECT",
         "host_metrics_rollups SELECT",
         "host_metrics_series SELECT",
+        "host_metrics_windows SELECT",
     ];
     assert_eq!(may(&mut ran.case.db), all);
     // A second time nothing changes.

@@ -14,7 +14,7 @@ use crate::postgres::{Fault, Session, bounded};
 use crate::sample::Timestamp;
 use crate::tables::destination::{self, ExistingObjects};
 use crate::tables::names::Object;
-use crate::tables::views::{self, CHECKED, NOT_CHECKED};
+use crate::tables::views::{CHECKED, NOT_CHECKED};
 use crate::terminal::SPARKLINE_CHECKS;
 
 /// Counting ten million rows takes a few seconds on a small machine.
@@ -189,9 +189,7 @@ async fn no_state(session: &Session, found: &ExistingObjects, is_on: bool) -> Re
     if !is_on {
         return Ok(Some("STATE=off".to_owned()));
     }
-    let needed = Object::STATE
-        .into_iter()
-        .chain([Object::Latency, Object::Certificates]);
+    let needed = Object::STATE.into_iter().chain([Object::Certificates]);
     for object in needed {
         let name = found.table.quoted(object.suffix());
         if !found.is_current(object) {
@@ -315,24 +313,14 @@ fn last(over: &str) -> String {
 const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NOT NULL \
                          THEN least(last_valid, last_invalid) END AS turned_at";
 
-/// The state, by the views' own buckets. A dot of the sparkline is the mean of five minutes.
+/// The state. A dot of the sparkline is the mean of five minutes.
 fn of_the_state(found: &ExistingObjects) -> String {
     let name = |object: Object| found.table.quoted(object.suffix());
-    let (series, rollups) = (name(Object::Series), name(Object::Rollups));
-    let counts: Vec<String> = ["1h", "24h", "7d"]
-        .into_iter()
-        .flat_map(|period| {
-            [
-                ("valid", "coalesce(valid, 0)"),
-                ("checks", "coalesce(valid, 0) + coalesce(failed, 0)"),
-            ]
-            .map(|(name, what)| {
-                format!(
-                    "coalesce(sum({what}) FILTER (WHERE period = '{period}'), 0)::bigint AS {name}_{period}"
-                )
-            })
-        })
-        .collect();
+    let counts = ["1h", "24h", "7d"].map(|period| {
+        format!(
+            "coalesce(due_{period} - missed_{period}, 0) AS checks_{period}, coalesce(valid_{period}, 0) AS valid_{period}"
+        )
+    });
     format!(
         "WITH newest AS (
              SELECT DISTINCT ON (address) address, last_seen_at, outcome, interval_seconds, verdict, verdict_since
@@ -340,39 +328,22 @@ fn of_the_state(found: &ExistingObjects) -> String {
          ), failed AS (
              SELECT DISTINCT ON (address) address, last_failed_at, last_failed_outcome, last_error
              FROM {series} WHERE last_failed_at > now() - interval '168 hours' ORDER BY address, last_failed_at DESC
-         ), counts AS (
-             SELECT address, {counts},
-                 coalesce(sum(coalesce(missed, 0) + coalesce(offline, 0)) FILTER (WHERE period = '7d'), 0)::bigint AS missed_7d
-             FROM ({buckets}) buckets JOIN {series} USING (series_id) GROUP BY address
-         ), recent AS (
-             SELECT address, array_agg(latency ORDER BY starts_at) AS latencies
-             FROM (
-                 SELECT address, starts_at, sum(latency_us)::double precision / nullif(sum(valid), 0) / 1e6 AS latency
-                 FROM {rollups} JOIN {series} USING (series_id)
-                 WHERE seconds = 300 AND starts_at > now() - interval '5 minutes' * {SPARKLINE_CHECKS} AND starts_at <= now()
-                 GROUP BY address, starts_at
-             ) dots GROUP BY address
          )
          SELECT address, {newest_at} AS newest_at, outcome AS newest_outcome, interval_seconds,
              NULL::double precision AS gap_seconds, verdict = 'up' AS is_valid, {since} AS since, false AS is_longer,
-             {shares}, coalesce(missed_7d, 0) AS missed_7d, ARRAY[p50_seconds, p95_seconds] AS latency,
-             {failed_at} AS failed_at, last_failed_outcome AS failed_outcome, last_error AS failed_error, days_left, recent.latencies
-         FROM newest LEFT JOIN failed USING (address) LEFT JOIN counts USING (address) LEFT JOIN recent USING (address)
-         LEFT JOIN (SELECT * FROM {latency} WHERE period = '24h') latency USING (address)
-         LEFT JOIN {certificates} certificates USING (address)
+             {counts}, coalesce(missed_7d, 0) AS missed_7d, ARRAY[p50_seconds_24h, p95_seconds_24h] AS latency,
+             {failed_at} AS failed_at, last_failed_outcome AS failed_outcome, last_error AS failed_error, days_left,
+             recent_latencies AS latencies
+         FROM newest LEFT JOIN failed USING (address) LEFT JOIN {certificates} certificates USING (address)
+         LEFT JOIN (SELECT * FROM {windows} WHERE is_host) windows USING (address)
          ORDER BY address",
+        series = name(Object::Series),
+        windows = name(Object::Windows),
+        certificates = name(Object::Certificates),
         counts = counts.join(", "),
-        buckets = views::buckets(&found.table, &views::WINDOWS[..3]),
         newest_at = micros("last_seen_at"),
         since = micros("verdict_since"),
-        shares = ["1h", "24h", "7d"]
-            .map(|period| format!(
-                "coalesce(checks_{period}, 0) AS checks_{period}, coalesce(valid_{period}, 0) AS valid_{period}"
-            ))
-            .join(", "),
         failed_at = micros("last_failed_at"),
-        latency = name(Object::Latency),
-        certificates = name(Object::Certificates),
     )
 }
 
@@ -433,7 +404,7 @@ fn of_a_table_without_time(source: &str) -> String {
 
 /// Microseconds since 1970; null for `infinity`, which host-metrics never writes.
 fn micros(time: &str) -> String {
-    format!("(CASE WHEN isfinite({time}) THEN extract(epoch FROM {time}) * 1000000 END)::bigint")
+    format!("(CASE WHEN isfinite({time}) THEN date_part('epoch', {time}) * 1e6 END)::bigint")
 }
 
 /// Reads a row of any of the three queries, which have different columns.
