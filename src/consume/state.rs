@@ -275,7 +275,10 @@ impl Sink for StateSink {
                 _ => fault,
             })?;
         self.last_flush_took = instant_now().saturating_duration_since(began_at);
-        self.windows.change();
+        // A full batch has more behind it. While the state catches up, windows only move on.
+        if batch.len() < BATCH_SIZE {
+            self.windows.change();
+        }
         self.refresh(session, wall_micros()).await?;
         Ok(Flushed::Durable)
     }
