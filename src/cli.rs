@@ -151,9 +151,9 @@ pub struct Check {
 
 #[derive(Debug, Args)]
 pub struct Validate {
-    /// The host file; `-` is standard input
-    #[arg(short = 'c', value_name = "FILE")]
-    pub host_file: PathBuf,
+    /// The hosts to show; `-` is standard input, `postgres:` the table of `hosts` (repeatable)
+    #[arg(short = 'c', value_name = "FILE", required = true)]
+    pub host_files: Vec<PathBuf>,
 
     #[command(flatten)]
     common: Common,

@@ -141,9 +141,18 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
 }
 
 fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<bool> {
-    let hosts = read_hosts(&args.host_file, variables);
-    let (config, hosts) = both(config::validate(variables), hosts)?;
-    start_logging(variables, Servers::NONE)?;
+    let secrets = config::secrets_dir(variables);
+    let files = Sources::read_files(&args.host_files, secrets.as_deref());
+    let (config, hosts) = if args.host_files.iter().any(|name| hosts::is_table(name)) {
+        let ((config, table), (mut sources, mut hosts)) = both(config::validate_table(variables), files)?;
+        start_logging(variables, Servers::DATABASE)?;
+        sources.validate_table(&table, secrets.as_deref(), &mut hosts)?;
+        (config, hosts)
+    } else {
+        let (config, (_, hosts)) = both(config::validate(variables), files)?;
+        start_logging(variables, Servers::NONE)?;
+        (config, hosts)
+    };
     print(&validate::report(&config, &hosts))?;
     Ok(true)
 }
@@ -228,15 +237,7 @@ fn run_skip(args: &cli::Skip, variables: &Variables) -> anyhow::Result<bool> {
 fn run_hosts(action: &cli::Hosts, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::hosts(variables)?.database;
     let secrets = config::secrets_dir(variables);
-    let start_logging = || {
-        start_logging(
-            variables,
-            Servers {
-                kafka: false,
-                database: true,
-            },
-        )
-    };
+    let start_logging = || start_logging(variables, Servers::DATABASE);
     match action {
         cli::Hosts::Add(args) => {
             let host = commands::hosts::NewHost::new(args, secrets.as_deref())?;

@@ -1,4 +1,4 @@
-//! `host-metrics validate -c FILE`: lists the hosts as they are understood, and forecasts what checking them takes.
+//! `host-metrics validate`: lists the hosts as they are understood, and forecasts what checking them takes.
 //!
 //! Pure.
 

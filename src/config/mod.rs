@@ -310,14 +310,26 @@ pub struct ValidateConfig {
 /// # Errors
 /// All wrong variables.
 pub fn validate(variables: &Variables) -> Result<ValidateConfig, WrongVariables> {
+    read(variables, validate_config)
+}
+
+/// The configuration of `validate -c postgres:`.
+///
+/// # Errors
+/// All wrong variables.
+pub fn validate_table(variables: &Variables) -> Result<(ValidateConfig, HostsConfig), WrongVariables> {
     read(variables, |reader| {
-        check::secrets_dir(reader);
-        ValidateConfig {
-            timeout: check::timeout(reader),
-            max_threads: check::max_threads(reader),
-            max_body_bytes: check::max_body_bytes(reader),
-        }
+        (validate_config(reader), hosts_config(reader))
     })
+}
+
+fn validate_config(reader: &mut Reader<'_>) -> ValidateConfig {
+    check::secrets_dir(reader);
+    ValidateConfig {
+        timeout: check::timeout(reader),
+        max_threads: check::max_threads(reader),
+        max_body_bytes: check::max_body_bytes(reader),
+    }
 }
 
 /// LOG_LEVEL. The other functions here check it too, so that it is reported together with the other variables.

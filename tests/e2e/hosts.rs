@@ -107,6 +107,54 @@ fn hosts_are_added_changed_and_removed_and_a_file_goes_in_and_out() {
 }
 
 #[test]
+fn validate_shows_the_table_and_every_wrong_row_of_it() {
+    let (mut db, variables) = tables();
+    let add = |db: &mut Database, values: &str| {
+        db.execute(&format!(
+            "INSERT INTO host_metrics_hosts (address, frequency, options, enabled) VALUES {values}"
+        ));
+    };
+    let file = scratch::directory("hosts").join("hosts");
+    let path = file.to_str().unwrap();
+    fs::write(&file, "file.example 1m\n").unwrap();
+    add(
+        &mut db,
+        "('a.example', '5', 'status=200', true), ('off.example', 'x', NULL, false)",
+    );
+    let validate = ["validate", "-c", path, "-c", "postgres:"];
+    let (status, said) = run(&validate, &variables);
+    assert_eq!(status, 0, "{said}");
+    for line in [
+        "1m      10s     file.example ->",
+        "5m      10s     a.example ->",
+        "hosts        2\n",
+    ] {
+        assert!(said.contains(line), "{line:?} is not in {said}");
+    }
+
+    add(
+        &mut db,
+        "('b.example', '5x', 'status=y', true), ('c.example', '5', 'ip=5', true), ('file.example', '5', NULL, true)",
+    );
+    let (status, said) = run(&validate, &variables);
+    assert_eq!(status, 2, "{said}");
+    for error in [
+        "\"host_metrics_hosts\": the row \"b.example\" is not used: `5x` is not a valid FREQUENCY",
+        "; `status=y`: expected",
+        "\"host_metrics_hosts\": the row \"c.example\" is not used: `ip=5`: expected",
+        &format!("{path}:1: the address \"file.example\" is also in \"host_metrics_hosts\""),
+    ] {
+        assert!(said.contains(error), "{error:?} is not in {said}");
+    }
+    assert_eq!(db.count("host_metrics_hosts WHERE error IS NOT NULL"), 0);
+
+    db.execute("DROP TABLE host_metrics_hosts");
+    let (status, said) = run(&validate, &variables);
+    assert_eq!(status, 1, "{said}");
+    assert!(said.contains("\"host_metrics_hosts\" cannot be read: "), "{said}");
+}
+
+#[test]
 fn any_statement_of_anybody_who_may_write_the_table_moves_its_version() {
     let (mut db, _) = tables();
     let user = format!("writer_{}", db.name);

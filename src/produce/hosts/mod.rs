@@ -140,6 +140,37 @@ impl Sources {
             }
             Err(fault) => (None, cached(config, secrets, &fault, is_needed)?),
         };
+        self.push_table(config, hash, of_table, hosts);
+        self.check_addresses().map_err(|error| WrongInput(error.0))?;
+        Ok(())
+    }
+
+    /// Reads the table, too, but changes nothing there: for `validate`.
+    ///
+    /// # Errors
+    /// The table cannot be read. [`WrongInput`]: rows are wrong, or addresses are also in a file.
+    pub fn validate_table(
+        &mut self,
+        config: &HostsConfig,
+        secrets: Option<&Path>,
+        hosts: &mut Hosts,
+    ) -> anyhow::Result<()> {
+        let mut table = Table::new(config).context("cannot read the table of hosts")?;
+        let name = table.name();
+        let rows = table
+            .rows()
+            .map_err(|fault| anyhow!("{name} cannot be read: {fault}"))?;
+        let read = read_with_secrets(&name, &rows, secrets).map_err(|error| WrongInput(error.0))?;
+        self.push_table(config, None, read.hosts, hosts);
+        let mut errors = rows::messages(&name, &read.wrong);
+        errors.extend(self.check_addresses().err().map(|error| error.0));
+        match errors.is_empty() {
+            true => Ok(()),
+            false => Err(WrongInput(errors.join("\n")).into()),
+        }
+    }
+
+    fn push_table(&mut self, config: &HostsConfig, hash: Option<u64>, of_table: Hosts, hosts: &mut Hosts) {
         hosts.warnings.extend(of_table.warnings);
         let targets = match self.0.is_empty() {
             true => Vec::new(),
@@ -151,8 +182,6 @@ impl Sources {
             hash,
             targets,
         });
-        self.check_addresses().map_err(|error| WrongInput(error.0))?;
-        Ok(())
     }
 
     fn check_addresses(&self) -> Result<(), HostFileError> {

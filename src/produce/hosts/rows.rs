@@ -21,6 +21,22 @@ pub struct WrongRow {
     pub error: String,
 }
 
+/// The errors of the rows, for the log or a person: at most the first hundred. `table` is the table's name.
+pub fn messages<'a>(table: &str, wrong: impl IntoIterator<Item = &'a WrongRow>) -> Vec<String> {
+    const MAX_NAMED: usize = 100;
+    let mut wrong = wrong.into_iter();
+    let mut messages: Vec<String> = wrong
+        .by_ref()
+        .take(MAX_NAMED)
+        .map(|WrongRow { address, error }| format!("{table}: the row {address:?} is not used: {error}"))
+        .collect();
+    let more = wrong.count();
+    if more > 0 {
+        messages.push(format!("{table}: {more} more rows are not used"));
+    }
+    messages
+}
+
 /// The hosts of a table.
 #[derive(Debug, Default)]
 pub struct TableHosts {

@@ -13,15 +13,12 @@ use tokio_postgres::types::ToSql;
 
 use crate::config::HostsConfig;
 use crate::postgres::{self, Bounds, Fault, Session};
-use crate::produce::hosts::rows::{HostRow, WrongRow};
+use crate::produce::hosts::rows::{HostRow, WrongRow, messages};
 use crate::tables::hosts::VERSION_SUFFIX;
 use crate::tables::names::Object;
 
 /// As much as a host file may have.
 const MAX_BYTES: usize = 64 << 20;
-
-/// The wrong rows that are logged of one list.
-const MAX_LOGGED: usize = 100;
 
 pub(super) struct Table {
     config: HostsConfig,
@@ -101,16 +98,9 @@ impl Table {
 
     /// Logs the rows that are wrong and were not, or not in the same way.
     pub(super) fn log(&mut self, wrong: &[WrongRow]) {
-        let name = self.name();
-        let new: Vec<&WrongRow> = wrong
-            .iter()
-            .filter(|wrong| !self.logged.contains(wrong))
-            .collect();
-        for WrongRow { address, error } in new.iter().take(MAX_LOGGED) {
-            log::error!("{name}: the row {address:?} is not used: {error}");
-        }
-        if new.len() > MAX_LOGGED {
-            log::error!("{name}: {} more rows are not used", new.len() - MAX_LOGGED);
+        let new = wrong.iter().filter(|wrong| !self.logged.contains(wrong));
+        for message in messages(&self.name(), new) {
+            log::error!("{message}");
         }
         self.logged = wrong.iter().cloned().collect();
     }
