@@ -23,6 +23,7 @@ use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::certificate::{Validity, X509CertificateParser};
 use x509_parser::nom::Parser;
 
+use crate::check::details::Certificate;
 use crate::sample::Timestamp;
 
 /// OpenSSL's default security level: RSA keys of at least 2048 bits, and no SHA-1.
@@ -342,6 +343,43 @@ fn has_signed(
 /// When a certificate expires (`notAfter`); `None` if that cannot be read or is outside the years 1970 to 9999.
 pub(super) fn expires_at(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
     timestamp(validity(certificate)?.not_after.timestamp())
+}
+
+/// A server's certificates for a person; `None` if the first one cannot be read.
+pub(super) fn describe(leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>]) -> Option<Certificate> {
+    let subject_of = |certificate| {
+        let certificate = X509::from_der(certificate).ok();
+        certificate.map_or_else(
+            || "one that cannot be read".to_owned(),
+            |read| common_name(read.subject_name()),
+        )
+    };
+    let chain = [leaf]
+        .into_iter()
+        .chain(others)
+        .map(|der| subject_of(der))
+        .collect();
+    let name = |name| match name {
+        Presented::Dns(name) => name,
+        Presented::Ip(ip) => ip.to_string(),
+    };
+    let leaf = X509::from_der(leaf).ok()?;
+    Some(Certificate {
+        subject: whole_name(leaf.subject_name()),
+        issuer: whole_name(leaf.issuer_name()),
+        names: Presented::all_of(&leaf).into_iter().map(name).collect(),
+        chain,
+    })
+}
+
+/// As in `O=Example, CN=example.com`.
+fn whole_name(name: &openssl::x509::X509NameRef) -> String {
+    let parts = name.entries().map(|entry| {
+        let kind = entry.object().nid().short_name().unwrap_or("?");
+        let value = entry.data().to_string();
+        format!("{kind}={}", value.unwrap_or_default())
+    });
+    parts.collect::<Vec<_>>().join(", ")
 }
 
 fn validity(certificate: &[u8]) -> Option<Validity> {

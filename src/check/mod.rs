@@ -4,6 +4,7 @@
 //! and `observation` are pure.
 
 mod certificates;
+pub mod details;
 pub mod fault;
 pub mod http;
 pub mod json;

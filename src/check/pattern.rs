@@ -9,16 +9,18 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use regex_automata::hybrid::LazyStateID;
 use regex_automata::hybrid::dfa::{Cache, DFA};
+use regex_automata::hybrid::regex::Regex;
 use regex_automata::nfa::thompson::{Compiler, NFA, State, WhichCaptures};
 use regex_automata::util::look::Look;
 use regex_automata::util::prefilter::Prefilter;
 use regex_automata::util::primitives::StateID;
 use regex_automata::util::start;
-use regex_automata::{Anchored, MatchKind, Span};
+use regex_automata::{Anchored, Input, MatchKind, Span};
 use regex_syntax::hir::Hir;
 
 /// The memory that a compiled regex may take. `\w{3,30}`, which includes all of Unicode, takes 1.5 MB.
@@ -132,6 +134,17 @@ impl Pattern {
             }
             None => 3 * StateSet::bytes(states) + MAX_TABLE_BYTES,
         }
+    }
+
+    /// Where the first match is. `None` also if this way of searching does not support the regex (`\b` in text that is not
+    /// ASCII).
+    pub fn find(&self, text: &str) -> Option<Range<usize>> {
+        let config = DFA::config()
+            .skip_cache_capacity_check(true)
+            .unicode_word_boundary(true);
+        let regex = Regex::builder().dfa(config).build(&self.text).ok()?;
+        let found = regex.try_search(&mut regex.create_cache(), &Input::new(text));
+        found.ok()?.map(|found| found.range())
     }
 
     /// Whether the text has a match, without a deadline.
@@ -690,6 +703,17 @@ mod tests {
             assert_eq!(search.finish(), whole, "{pattern} in pieces of {text:?}");
         }
         whole
+    }
+
+    #[test]
+    fn a_match_is_found_where_it_is() {
+        let find = |pattern: &str, text: &str| Pattern::new(pattern).unwrap().find(text);
+        assert_eq!(find("l+o", "hello"), Some(2..5));
+        assert_eq!(find("b|ab", "cab"), Some(1..3), "the leftmost match");
+        assert_eq!(find("", "x"), Some(0..0));
+        assert_eq!(find("y", "x"), None);
+        assert_eq!(find(r"\bx", "a x"), Some(2..3));
+        assert_eq!(find(r"\bx", "ä x"), None, "not supported");
     }
 
     #[test]

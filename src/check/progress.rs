@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustls::sign::CertifiedKey;
 
+use crate::check::details::Details;
 use crate::check::http::Outgoing;
 use crate::check::observation::Phases;
 use crate::check::target::{IpFamily, Proxy, Target};
@@ -48,6 +49,8 @@ pub(super) struct Progress {
     pub cert_expires_at: Option<Timestamp>,
     /// Of all certificates that servers showed in this check, the expiry that comes first, and the seconds until then.
     pub soonest_expiry: Option<(Timestamp, i64)>,
+    /// `None`: nobody asks for them.
+    pub details: Option<Box<Details>>,
     /// Whether the peer has ended the current connection, cleanly or not.
     pub closed_by_peer: bool,
     request_sent_at: Option<Instant>,
@@ -73,6 +76,7 @@ impl Progress {
             ip: None,
             cert_expires_at: None,
             soonest_expiry: None,
+            details: None,
             closed_by_peer: false,
             request_sent_at: None,
             head_began_at: None,
@@ -142,10 +146,11 @@ impl SharedProgress {
     }
 
     /// Forgets the previous check.
-    pub fn begin_check(&self, deadline: Instant, target: &Target) {
+    pub fn begin_check(&self, deadline: Instant, target: &Target, details: Option<Box<Details>>) {
         *self.lock() = Progress {
             ip_family: target.ip_family,
             proxy: target.proxy.clone(),
+            details,
             ..Progress::new(deadline)
         };
     }

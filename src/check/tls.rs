@@ -14,10 +14,11 @@ use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme, StreamOwned,
+    ClientConfig, ClientConnection, DigitallySignedStruct, ProtocolVersion, RootCertStore, SignatureScheme,
+    StreamOwned,
 };
 
-use super::certificates::{Anchors, FURTHER_SCHEMES, expires_at, verify_signature};
+use super::certificates::{self, Anchors, FURTHER_SCHEMES, expires_at, verify_signature};
 use super::p521::Secp521r1;
 use super::progress::SharedProgress;
 use super::socket::{Socket, is_cut};
@@ -103,6 +104,17 @@ pub(super) fn handshake(
     Ok(StreamOwned::new(tls, socket))
 }
 
+/// Version and cipher suite, as in `TLS 1.3, TLS_AES_128_GCM_SHA256`.
+pub(super) fn describe(tls: &ClientConnection) -> Option<String> {
+    let version = match tls.protocol_version()? {
+        ProtocolVersion::TLSv1_3 => "TLS 1.3",
+        _ => "TLS 1.2",
+    };
+    let suite = tls.negotiated_cipher_suite()?.suite().as_str()?;
+    // rustls calls those of TLS 1.3 TLS13_…
+    Some(format!("{version}, {}", suite.replacen("TLS13_", "TLS_", 1)))
+}
+
 /// The alert that the server sent before it closed the connection, if there is one. It is still in the socket when writing
 /// fails.
 pub(super) fn received_alert(tls: &mut ClientConnection, socket: &mut Socket) -> Option<io::Error> {
@@ -171,6 +183,9 @@ impl ServerCertVerifier for Verifier {
             let mut progress = self.progress.lock();
             let expires_at = expires_at(leaf);
             progress.cert_expires_at = expires_at;
+            if let Some(details) = &mut progress.details {
+                details.certificate = certificates::describe(leaf, intermediates);
+            }
             if let Some(at) = expires_at {
                 let left =
                     at.unix_micros().div_euclid(1_000_000) - i64::try_from(now.as_secs()).unwrap_or(i64::MAX);

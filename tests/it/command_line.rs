@@ -605,7 +605,9 @@ fn check_prints_what_it_found_and_its_exit_status_tells_whether_that_is_valid() 
         "valid        yes",
         "outcome      ok",
         "status       200",
-        "regex        found",
+        "protocol     HTTP/1.1",
+        "body         5 bytes",
+        "regex        found in line 1: hello",
         "ip           127.0.0.1",
     ] {
         assert!(
@@ -619,8 +621,31 @@ fn check_prints_what_it_found_and_its_exit_status_tells_whether_that_is_valid() 
     assert_eq!((ran.status, ran.stderr.as_str()), (1, ""));
     let advice = "The server answered, but the text was not in the body.";
     assert!(ran.stdout.contains(advice), "{}", ran.stdout);
+    assert!(ran.stdout.contains("begins       hello\n"), "{}", ran.stdout);
     assert!(
         ran.stdout.contains("outcome      regex_mismatch"),
+        "{}",
+        ran.stdout
+    );
+
+    let address = site(hello);
+    let moved = format!("HTTP/1.1 301 Moved\r\nLocation: {address}\r\nContent-Length: 0\r\n\r\n");
+    let moved = site(moved.leak());
+    let ran = place.run(&["check", &moved, "--color", "always", "h.llo"]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+    assert!(
+        ran.stdout.contains("\x1b[1m\x1b[33mhello\x1b[0m"),
+        "{}",
+        ran.stdout.escape_debug()
+    );
+    for hop in [format!(" ms  301 {moved}"), format!(" ms  200 {address}")] {
+        assert!(ran.stdout.contains(&hop), "{}", ran.stdout);
+    }
+
+    let address = site("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
+    let ran = place.run(&["check", &address]);
+    assert!(
+        ran.stdout.contains("body         0 bytes, not read\n"),
         "{}",
         ran.stdout
     );

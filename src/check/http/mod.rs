@@ -18,11 +18,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use ureq::http::header::LOCATION;
+use ureq::http::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
 use ureq::http::{HeaderMap, HeaderValue, Response};
 use ureq::{Agent, Body};
 use url::Url;
 
+use crate::check::details::{Details, Exchange};
 use crate::check::fault::classify;
 use crate::check::observation::Observation;
 use crate::check::pattern::{DeadlinePassed, Search};
@@ -126,8 +127,24 @@ impl Checker {
     /// Checks `target` once, over new connections, and returns by `deadline`. The kernel's socket timeouts can delay that by
     /// 3 % of the time that was left when a wait began.
     pub fn check(&mut self, target: &Target, deadline: Instant) -> Observation {
+        self.observe(target, deadline, None)
+    }
+
+    /// As [`Checker::check`], with what a person wants to know beyond the record.
+    pub fn check_in_detail(&mut self, target: &Target, deadline: Instant) -> (Observation, Details) {
+        let observation = self.observe(target, deadline, Some(Box::default()));
+        let mut details = *self.progress.lock().details.take().unwrap_or_default();
+        for text in details.texts() {
+            for secret in target.secrets() {
+                secret.value().hide_in(text);
+            }
+        }
+        (observation, details)
+    }
+
+    fn observe(&mut self, target: &Target, deadline: Instant, details: Option<Box<Details>>) -> Observation {
         let started_at = now();
-        self.progress.begin_check(deadline, target);
+        self.progress.begin_check(deadline, target, details);
         let mut observation = Observation {
             outcome: Outcome::Ok,
             error: None,
@@ -143,6 +160,11 @@ impl Checker {
         match self.final_response(target, &mut observation) {
             Ok((mut response, method)) => {
                 observation.latency = Some(now() - started_at);
+                if let Some(details) = &mut self.progress.lock().details {
+                    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+                    details.content_type = response.headers().get(CONTENT_TYPE).map(text);
+                    details.content_length = response.headers().get(CONTENT_LENGTH).map(text);
+                }
                 self.judge(target, method, &mut response, &mut observation);
             }
             Err(Failure::Exchange(outcome, text)) => fail(&mut observation, outcome, text),
@@ -188,6 +210,13 @@ impl Checker {
             })?;
             observation.redirects = Some(followed);
             let status = response.status().as_u16();
+            if let Some(details) = &mut self.progress.lock().details {
+                details.exchanges.push(Exchange {
+                    url: request.url.to_string(),
+                    status,
+                    took: now() - began_at,
+                });
+            }
             if status == 407 && target.proxy.is_some() && request.url.scheme() == "http" {
                 observation.status_code = Some(status);
                 let text = "the proxy requires a user and a password (status 407)";
@@ -288,10 +317,10 @@ impl Checker {
         observation: &mut Observation,
     ) -> Option<(Outcome, String)> {
         let began_at = now();
-        let deadline = {
+        let (deadline, is_detailed) = {
             let mut progress = self.progress.lock();
             progress.phase = Phase::Body;
-            progress.deadline
+            (progress.deadline, progress.details.is_some())
         };
         let mut search = target.regex.as_ref().map(|regex| match self.search.take() {
             Some(mut last) if Arc::ptr_eq(last.pattern(), regex) => {
@@ -309,7 +338,7 @@ impl Checker {
             brotli: &self.brotli,
         };
         let result = body::read(response, &limits, &mut body_bytes, |text| {
-            if !target.json.is_empty() {
+            if is_detailed || !target.json.is_empty() {
                 document.push_str(text);
             }
             let Some(search) = &mut search else { return Ok(()) };
@@ -322,6 +351,9 @@ impl Checker {
             &mut self.progress.lock().phases.body,
             now() - began_at - searching,
         );
+        if let Some(details) = &mut self.progress.lock().details {
+            details.body.clone_from(&document);
+        }
         observation.body_bytes = Some(body_bytes);
         let end = match result {
             Ok(end) => end,

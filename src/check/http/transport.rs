@@ -163,7 +163,11 @@ impl CheckConnector {
     fn connect_tls(&self, host: &str, socket: Socket) -> io::Result<StreamOwned<ClientConnection, Socket>> {
         let began_at = now();
         let result = tls::handshake(&self.tls, host, socket);
-        add(&mut self.progress.lock().phases.tls, now() - began_at);
+        let mut progress = self.progress.lock();
+        add(&mut progress.phases.tls, now() - began_at);
+        if let (Ok(stream), Some(details)) = (&result, &mut progress.details) {
+            details.tls = tls::describe(&stream.conn);
+        }
         result
     }
 }
@@ -267,6 +271,9 @@ impl Connection {
                         continue;
                     }
                     self.is_http_1_0 = head.is_http_1_0;
+                    if let Some(details) = &mut self.progress.lock().details {
+                        details.protocol = Some(if head.is_http_1_0 { "HTTP/1.0" } else { "HTTP/1.1" });
+                    }
                     self.buffers.replace_head(bytes, head.strict);
                     return Ok(());
                 }

@@ -1,6 +1,7 @@
 //! `host-metrics check ADDRESS [REGEX]`: one check or several, reported in words or as the exact records.
 
 mod advice;
+mod excerpt;
 mod timeline;
 
 use std::fmt::Display;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anstyle::{AnsiColor, Style};
 use anyhow::Context;
 
+use crate::check::details::{Details, Exchange};
 use crate::check::http::Checks;
 use crate::check::observation::{Stamp, stamp};
 use crate::check::target::Target;
@@ -17,6 +19,9 @@ use crate::config::CheckConfig;
 use crate::sample::{self, Outcome, Sample, Timestamp};
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal;
+
+/// The most names of a certificate that are shown.
+const NAMES_SHOWN: usize = 10;
 
 const CANNOT_PRINT: &str = "cannot write to standard output";
 
@@ -52,9 +57,12 @@ pub fn run(
             break;
         }
         let (started_at, start) = now()?;
-        let observation = checks
-            .checker()
-            .check(target, start + target.timeout(config.timeout));
+        let is_report = options.repeat == 1 && !options.json;
+        let (mut checker, deadline) = (checks.checker(), start + target.timeout(config.timeout));
+        let (observation, details) = match is_report {
+            true => checker.check_in_detail(target, deadline),
+            false => (checker.check(target, deadline), Details::default()),
+        };
         let stamp_of_check = Stamp {
             scheduled_at: started_at,
             started_at: Some(started_at),
@@ -63,10 +71,10 @@ pub fn run(
         };
         let sample = stamp(target, observation, stamp_of_check);
         results.add(&sample);
-        let printed = print(&match (options.json, options.repeat) {
+        let printed = print(&match (options.json, is_report) {
             (true, _) => json(&sample),
-            (false, 1) => report(&sample),
-            (false, _) => line(number + 1, &sample),
+            (_, true) => report(&sample, target, &details),
+            (..) => line(number + 1, &sample),
         });
         match printed {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(results.failed == 0),
@@ -89,7 +97,7 @@ fn json(sample: &Sample<'_>) -> String {
 }
 
 /// The check as text for people: a line for each value that is known, the phases drawn to scale, and advice after a failure.
-fn report(sample: &Sample<'_>) -> String {
+fn report(sample: &Sample<'_>, target: &Target, details: &Details) -> String {
     let mut lines = Lines::default();
     lines.add("address", Some(terminal::plain(&sample.address)));
     let style = style(sample);
@@ -98,14 +106,17 @@ fn report(sample: &Sample<'_>) -> String {
     lines.add("outcome", sample.outcome.as_deref().map(terminal::plain));
     lines.add("error", sample.error.as_deref().map(terminal::plain));
     lines.add("status", sample.status_code);
-    lines.add(
-        "regex",
-        sample
-            .regex_matched
-            .map(|matched| if matched { "found" } else { "not found" }),
-    );
+    let protocol = details.protocol.map(str::to_owned);
+    let protocols: Vec<String> = protocol.into_iter().chain(details.tls.clone()).collect();
+    lines.add("protocol", (!protocols.is_empty()).then(|| protocols.join(", ")));
     lines.add("ip", sample.ip);
     lines.add("redirects", sample.redirects.filter(|followed| *followed > 0));
+    if details.exchanges.len() > 1 {
+        for Exchange { url, status, took } in &details.exchanges {
+            let took = millis(took.as_secs_f64());
+            lines.add("", Some(format!("{took}  {status} {}", terminal::plain(url))));
+        }
+    }
     for (name, seconds, bar) in timeline::bars(sample) {
         lines.add(name, Some(format!("{}  {bar}", millis(seconds))));
     }
@@ -114,15 +125,45 @@ fn report(sample: &Sample<'_>) -> String {
         "slow",
         sample.slow.map(|is_slow| if is_slow { "yes" } else { "no" }),
     );
-    lines.add(
-        "body size",
-        sample.body_bytes.map(|bytes| format!("{bytes} bytes")),
-    );
+    lines.add("body", body(sample, details));
+    let found = target.regex.as_ref().and_then(|regex| regex.find(&details.body));
+    let regex = sample.regex_matched.map(|matched| match (matched, &found) {
+        (true, Some(found)) => format!("found in {}", excerpt::around(&details.body, found.clone())),
+        (true, None) => "found".to_owned(),
+        (false, _) => "not found".to_owned(),
+    });
+    lines.add("regex", regex);
+    let beginning = excerpt::beginning(&details.body);
+    let is_shown = found.is_none() && !beginning.is_empty();
+    lines.add("begins", is_shown.then_some(beginning));
     lines.add("certificate", certificate(sample));
+    if let Some(certificate) = &details.certificate {
+        let all = |names: &[String]| terminal::plain(&names.join(", "));
+        let names = &certificate.names[..certificate.names.len().min(NAMES_SHOWN)];
+        let more = match certificate.names.len() - names.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        lines.add("subject", Some(terminal::plain(&certificate.subject)));
+        lines.add("issuer", Some(terminal::plain(&certificate.issuer)));
+        lines.add("names", Some(all(names) + &more));
+        let sent = certificate.chain.len();
+        lines.add("chain", Some(format!("{sent} sent: {}", all(&certificate.chain))));
+    }
     if let Some(advice) = outcome(sample).and_then(advice::advice) {
         lines.0 += &format!("\n{advice}\n");
     }
     lines.0
+}
+
+/// Size and type; without a REGEX or `json=` a check does not read the body.
+fn body(sample: &Sample<'_>, details: &Details) -> Option<String> {
+    let size = match (sample.body_bytes, &details.content_length) {
+        (Some(bytes), _) => Some(format!("{bytes} bytes")),
+        (None, length) => length.as_ref().map(|length| format!("{length} bytes, not read")),
+    };
+    let parts: Vec<String> = size.into_iter().chain(details.content_type.clone()).collect();
+    (!parts.is_empty()).then(|| terminal::plain(&parts.join(", ")))
 }
 
 fn outcome(sample: &Sample<'_>) -> Option<Outcome> {
@@ -227,6 +268,15 @@ fn now() -> anyhow::Result<(Timestamp, Instant)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::details::Certificate;
+
+    fn target() -> Target {
+        Target::new(
+            "a".into(),
+            "https://example.com/".parse().unwrap(),
+            Duration::ZERO,
+        )
+    }
 
     fn sample() -> Sample<'static> {
         let record = br#"{"address": "example.com", "is_valid": false}"#;
@@ -276,21 +326,51 @@ mod tests {
             cert_expires_at: Some("2026-01-31T12:00:00Z".parse().unwrap()),
             ..sample()
         };
+        let exchange = |url: &str, status, millis| Exchange {
+            url: url.into(),
+            status,
+            took: Duration::from_millis(millis),
+        };
+        let details = Details {
+            exchanges: vec![
+                exchange("http://example.com/", 301, 10),
+                exchange("https://example.com/", 503, 20),
+            ],
+            protocol: Some("HTTP/1.1"),
+            tls: Some("TLS 1.3, TLS_AES_128_GCM_SHA256".into()),
+            certificate: Some(Certificate {
+                subject: "CN=example.com".into(),
+                issuer: "O=Example, CN=CA".into(),
+                names: (0..12).map(|number| format!("n{number}")).collect(),
+                chain: vec!["example.com".into(), "CA".into()],
+            }),
+            content_type: Some("text/html".into()),
+            content_length: None,
+            body: "<html>\nService Unavailable".into(),
+        };
         assert_eq!(
-            plain(&report(&known)),
+            plain(&report(&known, &target(), &details)),
             "address      example.com\n\
              valid        no\n\
              outcome      bad_status\n\
              error        status 503\n\
              status       503\n\
-             regex        not found\n\
+             protocol     HTTP/1.1, TLS 1.3, TLS_AES_128_GCM_SHA256\n\
              ip           192.0.2.1\n\
              redirects    1\n\
+             \x20               10.000 ms  301 http://example.com/\n\
+             \x20               20.000 ms  503 https://example.com/\n\
              name            12.000 ms  ████████████████████████████████████████\n\
              latency        123.456 ms\n\
              slow         yes\n\
-             body size    512 bytes\n\
+             body         512 bytes, text/html\n\
+             regex        not found\n\
+             begins       <html> Service Unavailable\n\
              certificate  expires 2026-01-31T12:00:00.000000Z, 30 days left\n\
+             subject      CN=example.com\n\
+             issuer       O=Example, CN=CA\n\
+             names        n0, n1, n2, n3, n4, n5, n6, n7, n8, n9 and 2 more\n\
+             chain        2 sent: example.com, CA\n\
              \n"
             .to_owned()
                 + advice::advice(Outcome::BadStatus).unwrap()
@@ -301,7 +381,7 @@ mod tests {
     #[test]
     fn values_that_are_not_known_have_no_line() {
         assert_eq!(
-            plain(&report(&sample())),
+            plain(&report(&sample(), &target(), &Details::default())),
             "address      example.com\nvalid        no\n"
         );
     }
@@ -313,6 +393,9 @@ mod tests {
             cert_expires_at: Some("2026-01-01T23:59:59Z".parse().unwrap()),
             ..sample()
         };
-        assert!(report(&expired).ends_with("certificate  expired 2026-01-01T23:59:59.000000Z\n"));
+        assert!(
+            report(&expired, &target(), &Details::default())
+                .ends_with("certificate  expired 2026-01-01T23:59:59.000000Z\n")
+        );
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::sync::Arc;
 
+use host_metrics::check::http::Checks;
 use host_metrics::check::json::JsonRule;
 use host_metrics::check::secret::{CertificateFiles, SecretFile};
 use host_metrics::check::target::{Header, HeaderValue, Method, Target};
@@ -11,7 +12,7 @@ use host_metrics::sample::Outcome;
 use rustls::ServerConfig;
 use rustls::server::WebPkiClientVerifier;
 
-use super::{LONG, check, now, target, trusting};
+use super::{LONG, check, config, now, target, trusting};
 use crate::site::{self, Authority, Site};
 
 fn folder() -> tempfile::TempDir {
@@ -125,6 +126,9 @@ fn a_secret_that_a_server_sends_back_is_not_in_the_error() {
             error.contains("***") && !error.contains("hunter") && !error.contains("aHVudGVyMg"),
             "{error}"
         );
+        let checks = Checks::new(&config()).unwrap();
+        let (_, details) = checks.checker().check_in_detail(&target, now() + LONG);
+        assert!(details.body.ends_with(r#"***"}"#), "{details:?}");
     }
     let site = Site::answering(site::response("200 OK", "Content-Encoding: lz4\r\n", "x"));
     fs::write(folder.path().join("key"), "lz4").unwrap();

@@ -64,6 +64,30 @@ fn the_leaf_is_recorded_even_if_it_is_not_trusted_and_insecure_accepts_any() {
 }
 
 #[test]
+fn a_person_is_shown_the_handshake_and_the_certificates_even_if_they_are_refused() {
+    let authority = Authority::new("test authority");
+    let (intermediate, leaf, key) = authority.intermediate(&["site.test", "127.0.0.1"]);
+    let config = site::server_config(vec![leaf, intermediate], key);
+    let site = Site::tls(config, |stream| stream.write_all(&site::ok("hello")).unwrap());
+    let target = target(&site.https("site.test"));
+    let (seen, details) = trusting(&authority).check_in_detail(&target, now() + LONG);
+    assert_eq!(seen.outcome, Outcome::Ok, "{seen:?}");
+    let certificate = details.certificate.unwrap();
+    assert_eq!(details.tls.as_deref(), Some("TLS 1.3, TLS_AES_256_GCM_SHA384"));
+    assert_eq!(certificate.names, ["site.test", "127.0.0.1"]);
+    assert!(certificate.issuer.ends_with("CN=intermediate"), "{certificate:?}");
+    assert_eq!(certificate.chain.len(), 2, "{certificate:?}");
+    assert_eq!(details.exchanges.len(), 1);
+    assert_eq!((details.protocol, details.body.as_str()), (Some("HTTP/1.1"), ""));
+
+    let other = Authority::new("other authority");
+    let (seen, details) = trusting(&other).check_in_detail(&target, now() + LONG);
+    assert_eq!(seen.outcome, Outcome::TlsCertUntrusted, "{seen:?}");
+    assert_eq!(details.certificate, Some(certificate));
+    assert_eq!((details.tls, details.exchanges.len()), (None, 0));
+}
+
+#[test]
 fn every_handshake_is_full_and_names_the_host() {
     let authority = Authority::new("test authority");
     let mut config = authority.server(&["site.test", "127.0.0.1"], |_| {});
