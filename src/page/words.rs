@@ -225,6 +225,14 @@ pub fn phase(outcome: &str) -> Option<&'static str> {
     (!phase.is_empty()).then_some(*phase)
 }
 
+/// The name of a place.
+pub fn place(agent: &str) -> String {
+    match crate::terminal::cut(&crate::terminal::plain(agent), 60) {
+        empty if empty.trim().is_empty() => "a place without a name".to_owned(),
+        agent => agent,
+    }
+}
+
 /// `A, B and 3 more`
 pub fn list(names: &[&str], at_most: usize) -> String {
     let shown = names.len().min(at_most);

@@ -3,10 +3,9 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, micros};
 use crate::produce::fleet::Order;
 use crate::produce::host_file::Hosts;
-use crate::produce::micros;
 use crate::produce::result::CheckResult;
 
 /// A result does not wake the timer loop if its next turn is this close. With 50 checks a second and more, only ticks wake it.

@@ -16,6 +16,7 @@ pub mod pool;
 pub mod publisher;
 mod result;
 pub mod schedule;
+mod setup;
 pub mod share;
 mod shared_hosts;
 mod stop;
@@ -42,17 +43,12 @@ use crate::produce::publisher::{Bounds, Publisher};
 use crate::produce::result::CheckResult;
 use crate::produce::schedule::{Limits, Schedule};
 use crate::produce::shared_hosts::Joining;
-use crate::produce::timer::TimerLoop;
+use crate::produce::timer::{Ended, TimerLoop};
 use crate::shutdown::Shutdown;
+pub use setup::{Rounds, Setup};
 
-/// When a run ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rounds {
-    /// `--once`: after one check of each host, when Kafka has acknowledged every record.
-    Once,
-    /// When a stop is requested.
-    Endless,
-}
+/// How long the end of `--once` may take. All records are acknowledged then, and only copies of failed checks may be left.
+const COPIES_WITHIN: Duration = Duration::from_secs(5);
 
 /// Checks `targets` and publishes one record per tick. `sources` is where they come from; their changes are followed.
 ///
@@ -108,16 +104,6 @@ pub fn run_counted(
     })
 }
 
-/// What a run needs from its caller. Tests use their own checks and bounds.
-pub struct Setup<'a> {
-    pub config: &'a ProduceConfig,
-    pub sources: Sources,
-    pub rounds: Rounds,
-    pub shutdown: &'a Shutdown,
-    pub counters: Arc<Counters>,
-    pub bounds: Bounds,
-}
-
 impl Setup<'_> {
     /// Checks `targets` with the functions that `make_check` returns, one for each thread.
     ///
@@ -168,7 +154,11 @@ impl Setup<'_> {
             Rounds::Once => Schedule::once(targets, limits, now),
             Rounds::Endless => Schedule::endless(targets, limits, now),
         };
-        TimerLoop::new(self, schedule, shared_hosts, pool, publisher, clock, mailbox)?.run()
+        let mut timer = TimerLoop::new(self, schedule, shared_hosts, pool, publisher, clock, mailbox)?;
+        match timer.run() {
+            Ended::StopRequested(at) => timer.stop(at),
+            Ended::Once => timer.end(COPIES_WITHIN),
+        }
     }
 
     /// PRODUCE_GROUP. A run of [`Rounds::Once`] checks all hosts itself.
@@ -202,8 +192,4 @@ impl Setup<'_> {
             results.put_result(CheckResult::of(done, clock.now_micros(), &agent_name));
         })
     }
-}
-
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }

@@ -6,10 +6,9 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use crate::check::target::Target;
-use crate::clock::Clock;
+use crate::clock::{Clock, micros};
 use crate::config::ProduceConfig;
 use crate::produce::fleet::{self, Fleet, Order, Partitions};
-use crate::produce::micros;
 use crate::produce::publisher::{Letter, LetterBox, Membership, Publisher, Record};
 use crate::produce::schedule::Schedule;
 use crate::produce::share::Share;

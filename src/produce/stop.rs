@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
-use super::micros;
 use super::publisher::{END_WITHIN, Unacknowledged};
 use super::timer::{Backlog, LOOK_FOR_ROOM_EVERY, TimerLoop};
-use crate::clock::instant_now;
+use crate::clock::{instant_now, micros};
 use crate::http::health;
 use crate::shutdown::STOP_WITHIN;
 
@@ -92,7 +91,7 @@ impl TimerLoop<'_> {
         let counters = &self.setup.counters;
         counters.set_ticks(self.schedule.ticks_due(), self.schedule.missed());
         counters.left.store(left.records(), Ordering::Relaxed);
-        self.log_stopped();
+        self.summary.log_stopped();
         if !left.per_address.is_empty() {
             bail!("stopped, but Kafka never acknowledged {left}");
         }

@@ -1,20 +1,23 @@
 //! What the timer loop counts and logs: a summary every minute, and conditions that an operator should know of.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::counters::Snapshot;
-use super::micros;
-use super::schedule::{MissedCounts, MissedReason};
-use super::timer::TimerLoop;
+use super::counters::{Counters, Snapshot};
+use super::pool::Pool;
+use super::publisher::{Publisher, Record};
+use super::schedule::{MissedReason, Schedule};
+use crate::clock::{Clock, micros};
 
 const SUMMARY_EVERY: Duration = Duration::from_secs(60);
 
 /// A change of the wall clock by more than this is logged.
 const CLOCK_DEVIATION: Duration = Duration::from_secs(1);
 
-/// What was logged so far.
 pub(super) struct Summary {
+    counters: Arc<Counters>,
+    clock: Clock,
     /// The counters at the last summary.
     last: Snapshot,
     due_at: i64,
@@ -25,14 +28,16 @@ pub(super) struct Summary {
 }
 
 impl Summary {
-    pub(super) fn new(counters: Snapshot, now: i64) -> Self {
+    pub(super) fn new(counters: Arc<Counters>, clock: Clock) -> Self {
         Self {
-            last: counters,
-            due_at: now + micros(SUMMARY_EVERY),
+            last: counters.snapshot(),
+            due_at: clock.now_micros() + micros(SUMMARY_EVERY),
             clock_deviation: 0,
             no_room_count: 0,
             no_room_line: OnceAMinute::default(),
             agent_errors: AgentErrors::default(),
+            counters,
+            clock,
         }
     }
 
@@ -43,63 +48,51 @@ impl Summary {
     pub(super) fn add_agent_error(&mut self, address: &str, error: &str) {
         self.agent_errors.add(address, error);
     }
-}
 
-impl TimerLoop<'_> {
     /// Updates the counters, and logs what is due.
-    pub(super) fn count(&mut self) {
-        let missed = *self.schedule.missed();
-        let counters = &self.setup.counters;
-        if self.shared_hosts.is_some() {
-            counters.hosts.store(self.schedule.hosts(), Ordering::Relaxed);
-        }
-        counters.set_ticks(self.schedule.ticks_due(), &missed);
-        counters
+    pub(super) fn count(&mut self, schedule: &Schedule<Record>, pool: &Pool, publisher: &Publisher) {
+        self.counters.set_ticks(schedule.ticks_due(), schedule.missed());
+        self.counters
             .under_way
-            .store(self.schedule.under_way(), Ordering::Relaxed);
-        counters.threads.store(self.pool.threads(), Ordering::Relaxed);
-        self.log_no_room(missed);
+            .store(schedule.under_way(), Ordering::Relaxed);
+        self.counters.threads.store(pool.threads(), Ordering::Relaxed);
         let now = self.clock.now_micros();
-        self.summary.agent_errors.log_if_due(now);
-        if now >= self.summary.due_at {
-            self.summary.due_at = now + micros(SUMMARY_EVERY);
-            self.log_summary();
+        self.log_no_room(schedule.missed().count(MissedReason::NoRoom), publisher, now);
+        self.agent_errors.log_if_due(now);
+        if now >= self.due_at {
+            self.due_at = now + micros(SUMMARY_EVERY);
+            let counters = self.counters.snapshot();
+            log::info!(
+                "produce {} under_way={} threads={} on_the_way={}",
+                counters.since(&self.last),
+                schedule.under_way(),
+                pool.threads(),
+                publisher.on_the_way(),
+            );
+            self.last = counters;
             self.log_clock_deviation();
         }
     }
 
     /// When the buffer becomes full, and once a minute while ticks are missed for that reason.
-    fn log_no_room(&mut self, missed: MissedCounts) {
-        let count = missed.count(MissedReason::NoRoom);
-        if count == self.summary.no_room_count {
+    fn log_no_room(&mut self, count: u64, publisher: &Publisher, now: i64) {
+        if count == self.no_room_count {
             return;
         }
-        self.summary.no_room_count = count;
-        if self.summary.no_room_line.is_due(self.clock.now_micros()) {
+        self.no_room_count = count;
+        if self.no_room_line.is_due(now) {
             log::error!(
                 "Kafka takes no records, and the buffer is full with {} of them: until Kafka takes them, hosts are not \
                  checked and their ticks ({count} so far) are recorded as missed",
-                self.publisher.on_the_way(),
+                publisher.on_the_way(),
             );
         }
     }
 
-    fn log_summary(&mut self) {
-        let now = self.setup.counters.snapshot();
-        log::info!(
-            "produce {} under_way={} threads={} on_the_way={}",
-            now.since(&self.summary.last),
-            self.schedule.under_way(),
-            self.pool.threads(),
-            self.publisher.on_the_way(),
-        );
-        self.summary.last = now;
-    }
-
     fn log_clock_deviation(&mut self) {
         let ahead = self.clock.wall_clock_ahead_micros();
-        if (ahead - self.summary.clock_deviation).abs() > micros(CLOCK_DEVIATION) {
-            self.summary.clock_deviation = ahead;
+        if (ahead - self.clock_deviation).abs() > micros(CLOCK_DEVIATION) {
+            self.clock_deviation = ahead;
             log::warn!(
                 "the machine's clock was set by {:.3} s since the start; ticks and records keep the old time until a restart",
                 ahead as f64 / 1e6,
@@ -108,9 +101,8 @@ impl TimerLoop<'_> {
     }
 
     pub(super) fn log_stopped(&mut self) {
-        self.summary.agent_errors.log();
-        let counters = self.setup.counters.snapshot();
-        log::info!("stopped {}", counters.since(&self.summary.last));
+        self.agent_errors.log();
+        log::info!("stopped {}", self.counters.snapshot().since(&self.last));
     }
 }
 

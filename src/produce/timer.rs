@@ -1,11 +1,11 @@
 //! The timer loop: one thread that waits for the next tick, a result, a signal or a reload, and acts on it.
 //!
-//! Connects the schedule, the pool, the publisher and, with PRODUCE_GROUP, the shares. `stop` ends the loop, and `summary`
-//! counts and logs.
+//! Connects the schedule, the pool, the publisher and, with PRODUCE_GROUP, the shares. `summary` counts and logs, and `stop` is
+//! what follows the loop.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -14,12 +14,12 @@ use super::pool::Pool;
 use super::publisher::{Publisher, Record};
 use super::result::{CheckResult, missed_record};
 use super::schedule::{BacklogItem, Next, Schedule};
+use super::setup::{Rounds, Setup};
 use super::shared_hosts::SharedHosts;
 use super::summary::Summary;
-use super::{Rounds, Setup, micros};
 use crate::check::observation::Observation;
 use crate::check::target::Target;
-use crate::clock::Clock;
+use crate::clock::{Clock, micros};
 use crate::http::health;
 use crate::produce::host_file::Hosts;
 use crate::produce::hosts::Watch;
@@ -31,9 +31,6 @@ const BACKLOG_AT_A_TIME: usize = 100;
 /// How often the publisher is asked for room while the backlog waits for it.
 pub(super) const LOOK_FOR_ROOM_EVERY: Duration = Duration::from_millis(10);
 
-/// How long the end of `--once` may take. All records are acknowledged then, and only copies of failed checks may be left.
-const COPIES_WITHIN: Duration = Duration::from_secs(5);
-
 pub(super) struct TimerLoop<'a> {
     pub(super) setup: Setup<'a>,
     pub(super) schedule: Schedule<Record>,
@@ -41,7 +38,7 @@ pub(super) struct TimerLoop<'a> {
     pub(super) looked_at: i64,
     /// With PRODUCE_GROUP.
     pub(super) shared_hosts: Option<SharedHosts>,
-    pub(super) pool: Pool,
+    pool: Pool,
     pub(super) publisher: Publisher,
     pub(super) clock: Clock,
     mailbox: Arc<Mailbox>,
@@ -59,6 +56,13 @@ pub(super) enum Backlog {
     NotEmpty,
     /// Not empty, and the publisher has no room.
     NoRoom,
+}
+
+/// Why the loop has ended.
+pub(super) enum Ended {
+    StopRequested(Instant),
+    /// `--once`: every host was checked, and Kafka has acknowledged all records.
+    Once,
 }
 
 impl<'a> TimerLoop<'a> {
@@ -84,27 +88,26 @@ impl<'a> TimerLoop<'a> {
                 Some(watch.context("cannot start a thread to watch the hosts")?)
             }
         };
-        let now = clock.now_micros();
         Ok(Self {
             schedule,
-            looked_at: now,
+            looked_at: clock.now_micros(),
             shared_hosts,
             pool,
             publisher,
             clock,
             mailbox,
             watch,
-            summary: Summary::new(setup.counters.snapshot(), now),
+            summary: Summary::new(Arc::clone(&setup.counters), clock),
             backlog: Vec::with_capacity(BACKLOG_AT_A_TIME),
             setup,
         })
     }
 
-    pub(super) fn run(mut self) -> anyhow::Result<()> {
+    pub(super) fn run(&mut self) -> Ended {
         loop {
             self.take_mail();
             if let Some(requested_at) = self.setup.shutdown.requested_at() {
-                return self.stop(requested_at);
+                return Ended::StopRequested(requested_at);
             }
             if self.setup.shutdown.take_reload()
                 && let Some(watch) = &self.watch
@@ -114,11 +117,15 @@ impl<'a> TimerLoop<'a> {
             let next_tick = self.start_due();
             let backlog = self.write_backlog();
             let shares_due_at = self.look_at_shares();
-            self.count();
+            if self.shared_hosts.is_some() {
+                let hosts = self.schedule.hosts();
+                self.setup.counters.hosts.store(hosts, Ordering::Relaxed);
+            }
+            self.summary.count(&self.schedule, &self.pool, &self.publisher);
             let now = self.clock.now_micros();
             if self.setup.rounds == Rounds::Once && self.schedule.is_over() {
                 if self.publisher.on_the_way() == 0 {
-                    return self.end(COPIES_WITHIN);
+                    return Ended::Once;
                 }
                 self.wait_until(now + micros(LOOK_FOR_ROOM_EVERY));
                 continue;

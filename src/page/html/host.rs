@@ -101,7 +101,7 @@ pub fn differing(shown: &Shown<'_>, now: i64) -> Markup {
     let fresh: Vec<_> = states.filter(|(_, state)| *state != State::NotChecked).collect();
     let names = |wanted| -> Vec<String> {
         let places = fresh.iter().filter(|(_, state)| *state == wanted);
-        places.map(|(place, _)| agent(&place.agent)).collect()
+        places.map(|(place, _)| words::place(&place.agent)).collect()
     };
     let (up, down) = (names(State::Up), names(State::Down));
     let joined = |names: &[String]| words::list(&names.iter().map(String::as_str).collect::<Vec<_>>(), 5);
@@ -136,7 +136,7 @@ fn places(view: &View<'_>, shown: &Shown<'_>) -> Markup {
                 tbody {
                     @for place in &shown.host.places {
                         tr {
-                            th scope="row" { (agent(&place.agent)) }
+                            th scope="row" { (words::place(&place.agent)) }
                             td { (badge(place.state(now))) }
                             td { @if let Some(at) = place.last_check_at { (moment(at)) } @else { "–" } }
                             td { @if let Some(outcome) = &place.outcome { (words::outcome(outcome)) } @else { "–" } }
@@ -146,13 +146,5 @@ fn places(view: &View<'_>, shown: &Shown<'_>) -> Markup {
                 }
             }
         }
-    }
-}
-
-/// The name of a place.
-pub fn agent(agent: &str) -> String {
-    match crate::terminal::cut(&crate::terminal::plain(agent), 60) {
-        empty if empty.trim().is_empty() => "a place without a name".to_owned(),
-        agent => agent,
     }
 }

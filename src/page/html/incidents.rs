@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use crate::consume::fold::rollup::series_id;
-use crate::page::html::{Page, host, mark, moment};
+use crate::page::html::{Page, mark, moment};
 use crate::page::snapshot::{Incident, State};
 use crate::page::view::{Shown, View, encoded};
 use crate::page::words;
@@ -53,7 +53,7 @@ pub fn summary(incident: &Incident, now: i64) -> String {
 
 /// The places that saw it; `None` if only one did that has no name.
 pub fn places(incident: &Incident) -> Option<String> {
-    let names: Vec<String> = incident.places.iter().map(|place| host::agent(place)).collect();
+    let names: Vec<String> = incident.places.iter().map(|place| words::place(place)).collect();
     let is_unnamed = incident.places.iter().all(String::is_empty);
     (!is_unnamed).then(|| words::list(&names.iter().map(String::as_str).collect::<Vec<_>>(), 10))
 }

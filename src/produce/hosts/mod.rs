@@ -22,7 +22,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 
 use crate::check::target::Target;
-use crate::clock::instant_now;
+use crate::clock::{instant_now, micros};
 use crate::config::{HostsConfig, WrongInput};
 use crate::outage::Outage;
 use crate::postgres::{Fault, Kind};
@@ -30,7 +30,6 @@ use crate::produce::host_file::{self, HostFileError, Hosts, OnDisk};
 use crate::produce::hosts::rows::{TableHosts, read_rows};
 use crate::produce::hosts::table::Table;
 use crate::produce::hosts::watch::{Content, Version};
-use crate::produce::micros;
 
 /// What `-c` names the table of hosts.
 pub const TABLE: &str = "postgres:";

@@ -10,7 +10,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 use rdkafka::{ClientContext, Message};
 
-use super::{Bounds, lock};
+use super::shared::{Bounds, lock};
 use crate::check::target::Target;
 use crate::config::KafkaConfig;
 use crate::kafka::Explainer;

@@ -5,23 +5,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
-use super::worker::{Route, Worker};
-use super::{PART_OF_A_MISSING_TOPIC, Record};
+use super::shared::{PART_OF_A_MISSING_TOPIC, Record};
+use super::worker::{Copies, Route, Worker};
 use crate::check::target::Target;
-use crate::produce::outbox::LaneId;
-
-pub(super) struct Copies {
-    pub(super) lane: LaneId,
-    topic: usize,
-    /// Waiting or in flight.
-    records: usize,
-    bytes: usize,
-    /// Dropped since the last log line.
-    pub(super) dropped: u64,
-    pub(super) dropped_reported_at: Option<Instant>,
-}
+use crate::produce::outbox::{Kept, LaneId};
 
 impl Worker {
     pub(super) fn start_copies(&mut self) {
@@ -88,6 +76,21 @@ impl Worker {
                     .fetch_add(1, Ordering::Relaxed)
             }
             false => self.drop_copy(),
+        }
+    }
+
+    /// Records have left the outbox of this lane.
+    pub(super) fn release(&mut self, lane: LaneId, out: Vec<Kept<Record>>, is_delivered: bool) {
+        for Kept { tick, record } in out {
+            let bytes = record.bytes;
+            if self.is_copy(lane) {
+                self.copy_left(bytes, is_delivered);
+                continue;
+            }
+            self.shared.release(bytes);
+            if is_delivered && record.is_failed_check {
+                self.copy(record.target, tick, record.value);
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use rdkafka::producer::Producer;
 
-use super::Deliveries;
+use super::shared::Deliveries;
 use super::worker::{LOOK_EVERY_IDLE, Worker};
 use crate::clock::instant_now;
 use crate::kafka::names_a_cause;

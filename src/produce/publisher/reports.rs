@@ -9,8 +9,8 @@ use rdkafka::error::KafkaError;
 use rdkafka::producer::{Producer, PurgeConfig};
 
 use super::client::{Report, SendFailure, Sent, SentRecord, new_producer};
+use super::shared::{Letter, Record, Unacknowledged, lock};
 use super::worker::{LOOK_EVERY, Worker};
-use super::{Letter, Record, Unacknowledged, lock};
 use crate::check::target::Target;
 use crate::clock::instant_now;
 use crate::produce::outbox::{Kept, LaneId};

@@ -13,7 +13,7 @@ use rdkafka::consumer::Consumer;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::{Offset, TopicPartitionList};
 
-use super::Record;
+use super::shared::Record;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
 use crate::kafka::look_up_topic;

@@ -6,49 +6,14 @@ use std::time::{Duration, Instant};
 
 use rdkafka::producer::Producer;
 
-use super::worker::Worker;
-use super::{PART_OF_A_MISSING_TOPIC, lock};
+use super::shared::{PART_OF_A_MISSING_TOPIC, lock};
+use super::worker::{Topic, Worker};
 use crate::clock::instant_now;
 use crate::kafka::look_up_topic;
-use crate::outage::Outage;
 
 /// How often Kafka is asked for a missing topic, and how long the answer may take.
 const LOOK_FOR_TOPIC_EVERY: Duration = Duration::from_secs(1);
 const LOOK_FOR_TOPIC_WITHIN: Duration = Duration::from_millis(500);
-
-pub(super) struct Topic {
-    pub(super) name: String,
-    /// Whether it is known to exist. Its records wait until then.
-    pub(super) exists: bool,
-    /// Why it cannot be used. After Kafka has refused its records, only an acknowledged one resets this.
-    pub(super) why_not: Option<String>,
-    pub(super) was_refused: bool,
-    /// Without a group: the time at which the oldest record was sent that came back and that Kafka may have stored. Unix time
-    /// in milliseconds.
-    pub(super) in_doubt_since: Option<i64>,
-    /// Its records and claims that librdkafka has.
-    pub(super) in_flight: usize,
-    pub(super) missing: Outage,
-}
-
-impl Topic {
-    pub(super) fn new(name: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            exists: false,
-            why_not: None,
-            was_refused: false,
-            in_doubt_since: None,
-            in_flight: 0,
-            missing: Outage::default(),
-        }
-    }
-
-    pub(super) fn mark_missing(&mut self, why: String) {
-        self.exists = false;
-        self.why_not = Some(why);
-    }
-}
 
 impl Worker {
     pub(super) fn topic_index(&mut self, name: &str) -> usize {

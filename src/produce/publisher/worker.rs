@@ -1,38 +1,30 @@
-//! The publisher's thread: takes letters, and gives librdkafka the records that the outbox selects.
+//! The state of the publisher's thread. `thread` is its loop; the other files have a subject each.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdkafka::config::ClientConfig;
-use rdkafka::producer::{BaseProducer, BaseRecord};
+use rdkafka::producer::BaseProducer;
 
-use super::client::{Context, SendFailure, Sent, SentRecord, client_config, new_producer};
-use super::copies::Copies;
+use super::client::Context;
 use super::search::Search;
-use super::topics::Topic;
-use super::{Inbox, Letter, Membership, Record, Shared, Unacknowledged, lock};
-use crate::check::target::Target;
-use crate::clock::{instant_now, wall_micros};
+use super::shared::{Membership, Record, Shared};
+use crate::clock::instant_now;
 use crate::config::KafkaConfig;
 use crate::kafka::Explainer;
 use crate::outage::Outage;
-use crate::produce::outbox::{Kept, LaneId, Outbox, Sequence};
+use crate::produce::outbox::{LaneId, Outbox};
 use crate::produce::share::Share;
-use crate::sample::epoch;
 
 /// How often the thread looks for letters and reports while records are in flight. No record wakes it, so 2,000 records a second
 /// cost 50 wake-ups.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// The same while all records wait for a topic.
-const LOOK_EVERY_WAITING: Duration = Duration::from_millis(50);
-
 /// The longest sleep without any records. The first letter ends it.
 pub(super) const LOOK_EVERY_IDLE: Duration = Duration::from_secs(1);
 
-/// The thread's state.
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) kafka: KafkaConfig,
@@ -78,72 +70,53 @@ pub(super) struct Route {
     pub(super) share: Option<Share>,
 }
 
-impl Worker {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        kafka: &KafkaConfig,
-        membership: Option<Membership>,
-    ) -> anyhow::Result<Self> {
-        let explainer = Explainer::new(kafka);
-        let config = client_config(kafka, shared.bounds);
-        let mut worker = Self {
-            producer: new_producer(&config, &explainer)?,
-            kafka: kafka.clone(),
-            config,
-            explainer,
-            servers: kafka.bootstrap_servers.clone(),
-            membership,
-            outbox: Outbox::default(),
-            routes: Vec::new(),
-            lane_of_share: HashMap::new(),
-            topics: Vec::new(),
-            topic_indices: HashMap::new(),
-            claims_in_flight: 0,
-            copies: None,
-            spoiled: None,
-            search: None,
-            found_stored: 0,
-            search_failed_at: None,
-            stop_by: None,
-            looked_for_topics_at: None,
-            unreachable: None,
-            acknowledged_at: instant_now(),
-            reported_at: instant_now(),
-            silence: Outage::default(),
-            refused: None,
-            refused_reported_at: None,
-            shared,
-        };
-        // Ask for the topic at once, so that a missing topic or an absent Kafka is logged before the first record is due.
-        let shared = Arc::clone(&worker.shared);
-        worker.topic_index(&shared.default_topic);
-        worker.start_copies();
-        Ok(worker)
-    }
+pub(super) struct Topic {
+    pub(super) name: String,
+    /// Whether it is known to exist. Its records wait until then.
+    pub(super) exists: bool,
+    /// Why it cannot be used. After Kafka has refused its records, only an acknowledged one resets this.
+    pub(super) why_not: Option<String>,
+    pub(super) was_refused: bool,
+    /// Without a group: the time at which the oldest record was sent that came back and that Kafka may have stored. Unix time
+    /// in milliseconds.
+    pub(super) in_doubt_since: Option<i64>,
+    /// Its records and claims that librdkafka has.
+    pub(super) in_flight: usize,
+    pub(super) missing: Outage,
+}
 
-    pub(super) fn run(mut self, end: impl FnOnce(Unacknowledged)) {
-        loop {
-            for letter in self.take_inbox() {
-                self.take(letter);
-            }
-            self.look_for_topics();
-            self.mark_crowded_topics();
-            self.send_waiting();
-            self.serve();
-            self.release_shares();
-            self.replace_spoiled_producer();
-            self.report_state();
-            if let Some(stop_by) = self.stop_by
-                && ((self.on_the_way() == 0 && !self.has_copies_to_send()) || instant_now() >= stop_by)
-            {
-                break;
-            }
+impl Topic {
+    pub(super) fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            exists: false,
+            why_not: None,
+            was_refused: false,
+            in_doubt_since: None,
+            in_flight: 0,
+            missing: Outage::default(),
         }
-        self.log_left_copies();
-        end(self.return_records());
-        // The producer is dropped after the answer, because closing its connections may take longer than the stop may.
     }
 
+    pub(super) fn mark_missing(&mut self, why: String) {
+        self.exists = false;
+        self.why_not = Some(why);
+    }
+}
+
+/// The copies of failed checks.
+pub(super) struct Copies {
+    pub(super) lane: LaneId,
+    pub(super) topic: usize,
+    /// Waiting or in flight.
+    pub(super) records: usize,
+    pub(super) bytes: usize,
+    /// Dropped since the last log line.
+    pub(super) dropped: u64,
+    pub(super) dropped_reported_at: Option<Instant>,
+}
+
+impl Worker {
     /// The number of records and claims that librdkafka has.
     pub(super) fn in_flight(&self) -> usize {
         self.outbox.in_flight() + self.claims_in_flight
@@ -153,111 +126,6 @@ impl Worker {
         self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed)
     }
 
-    fn is_idle(&self) -> bool {
-        self.outbox.is_idle() && self.topics.iter().all(|topic| topic.exists)
-    }
-
-    /// The new letters, after a pause.
-    fn take_inbox(&mut self) -> Vec<Letter> {
-        let is_idle = self.in_flight() == 0 && self.is_idle();
-        let pause = match self.in_flight() {
-            0 if is_idle => LOOK_EVERY_IDLE,
-            0 => LOOK_EVERY_WAITING,
-            _ => LOOK_EVERY,
-        };
-        let mut inbox = lock(&self.shared.inbox);
-        inbox.is_asleep = is_idle;
-        let goes_on = |inbox: &mut Inbox| !is_idle || (inbox.letters.is_empty() && inbox.stop_by.is_none());
-        inbox = self
-            .shared
-            .changed
-            .wait_timeout_while(inbox, pause, goes_on)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0;
-        inbox.is_asleep = false;
-        self.stop_by = inbox.stop_by;
-        std::mem::take(&mut inbox.letters)
-    }
-
-    fn take(&mut self, letter: Letter) {
-        match letter {
-            Letter::Record(record) => {
-                let lane = match &record.share {
-                    Some(share) => self.lane_of_share(share),
-                    None => self.lane_of_topic(&record.target),
-                };
-                self.outbox.take(lane, record.tick, record);
-            }
-            Letter::Mark { now, open_since } => self.mark(now, &open_since),
-            Letter::Hold(share) => {
-                let lane = self.lane_of_share(&share);
-                self.outbox.doubt(lane);
-            }
-            Letter::Claim { share, epoch } => self.claim(share, epoch),
-            Letter::Open(takeover) => {
-                let lane = self.lane_of_share(&takeover.share);
-                let out = self
-                    .outbox
-                    .take_share(lane, &takeover, |record| &record.target.address);
-                // If no other producer had the share, the records were stored without an answer.
-                let is_stored = takeover.is_unbroken;
-                let count = match is_stored {
-                    true => &self.shared.deliveries.delivered,
-                    false => &self.shared.deliveries.superseded,
-                };
-                count.fetch_add(out.len() as u64, Ordering::Relaxed);
-                self.release(lane, out, is_stored);
-            }
-            Letter::End { share, ends_at } => {
-                let lane = self.lane_of_share(&share);
-                self.outbox.end_share(lane, ends_at);
-            }
-            Letter::Forget(share) => {
-                let lane = self.lane_of_share(&share);
-                let out = self.outbox.forget_share(lane);
-                let count = &self.shared.deliveries.superseded;
-                count.fetch_add(out.len() as u64, Ordering::Relaxed);
-                self.release(lane, out, false);
-            }
-        }
-    }
-
-    /// Records have left the outbox of this lane.
-    pub(super) fn release(&mut self, lane: LaneId, out: Vec<Kept<Record>>, is_delivered: bool) {
-        for Kept { tick, record } in out {
-            let bytes = record.bytes;
-            if self.is_copy(lane) {
-                self.copy_left(bytes, is_delivered);
-                continue;
-            }
-            self.shared.release(bytes);
-            if is_delivered && record.is_failed_check {
-                self.copy(record.target, tick, record.value);
-            }
-        }
-    }
-
-    /// The lane of a record without a share.
-    fn lane_of_topic(&mut self, target: &Target) -> LaneId {
-        let shared = Arc::clone(&self.shared);
-        let topic = self.topic_index(shared.topic_of(target));
-        let known = self
-            .routes
-            .iter()
-            .find(|route| route.topic == topic && route.share.is_none() && !self.is_copy(route.lane));
-        if let Some(route) = known {
-            return route.lane;
-        }
-        let lane = self.outbox.add_lane();
-        self.outbox.open(lane);
-        self.routes.push(Route {
-            lane,
-            topic,
-            share: None,
-        });
-        lane
-    }
-
     /// Call it after the record or claim was counted as in flight.
     pub(super) fn note_sent(&mut self, topic: usize) {
         if self.in_flight() == 1 {
@@ -265,135 +133,5 @@ impl Worker {
             self.acknowledged_at = instant_now();
         }
         self.topics[topic].in_flight += 1;
-    }
-
-    /// Sends the records that wait for topics that exist, in order.
-    fn send_waiting(&mut self) {
-        for index in 0..self.routes.len() {
-            let (lane, topic) = (self.routes[index].lane, self.routes[index].topic);
-            while self.spoiled.is_none()
-                && self.topics[topic].exists
-                && let Some((sequence, kept)) = self.outbox.next_to_send(lane)
-            {
-                if !self.send(index, sequence, kept) {
-                    break;
-                }
-            }
-            if self.outbox.waiting(lane).is_empty() && self.routes[index].share.is_none() {
-                self.topics[topic].in_doubt_since = None;
-            }
-        }
-    }
-
-    /// Gives a record to librdkafka. Returns false if the record has to wait.
-    fn send(&mut self, route: usize, sequence: Sequence, mut kept: Kept<Record>) -> bool {
-        let Route { lane, topic, share } = &self.routes[route];
-        let (lane, topic) = (*lane, *topic);
-        if let Some(epoch) = self.outbox.epoch(lane) {
-            epoch::write_into(&mut kept.record.value, epoch);
-        }
-        let record = &kept.record;
-        let sent = Box::new(Sent::Record(SentRecord {
-            is_failed_check: record.is_failed_check && self.copies.is_some(),
-            lane,
-            sequence,
-            target: Arc::clone(&record.target),
-            tick: kept.tick,
-            bytes: record.bytes,
-            at_millis: wall_micros() / 1_000,
-        }));
-        let mut message = BaseRecord::with_opaque_to(&self.topics[topic].name, sent)
-            .key(record.target.address.as_str())
-            .payload(record.value.as_slice());
-        if let Some(share) = share {
-            message = message.partition(share.partition);
-        }
-        let Err((error, _)) = self.producer.send(message) else {
-            self.note_sent(topic);
-            return true;
-        };
-        match SendFailure::of(&error) {
-            SendFailure::Record => {
-                self.outbox.done(lane, kept.tick, None);
-                self.refuse(lane, &kept.record.target, kept.record.bytes, &error);
-                return true;
-            }
-            SendFailure::Topic(why) => self.topics[topic].mark_missing(why),
-            // A full queue becomes empty again, and librdkafka reports a failed producer as a fatal error too.
-            SendFailure::Producer(_) | SendFailure::Returned => {}
-        }
-        self.outbox.came_back(lane, sequence, kept);
-        false
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use rdkafka::mocking::MockCluster;
-    use rdkafka::producer::Producer;
-
-    use super::super::Bounds;
-    use super::*;
-    use crate::config::KafkaSecurity;
-    use crate::produce::host_file;
-
-    #[test]
-    fn the_reports_of_all_answered_requests_are_taken_at_once() {
-        const PARTITIONS: i32 = 64;
-        const BOUND: Duration = Duration::from_secs(60);
-        let cluster = MockCluster::new(1).unwrap();
-        cluster.create_topic("t", PARTITIONS, 1).unwrap();
-        let kafka = KafkaConfig {
-            bootstrap_servers: cluster.bootstrap_servers(),
-            security: KafkaSecurity {
-                tls: None,
-                sasl: None,
-            },
-        };
-        let shared = Arc::new(Shared::new("t", Bounds::default(), Arc::default()));
-        let mut worker = Worker::new(shared, &kafka, None).unwrap();
-        let deadline = instant_now() + BOUND;
-        while !worker.is_idle() {
-            assert!(instant_now() < deadline, "the topic is there");
-            worker.looked_for_topics_at = None;
-            worker.look_for_topics();
-        }
-        for i in 0..4 * PARTITIONS {
-            let target = host_file::target(&format!("h{i}.example"), &[], None).unwrap();
-            worker
-                .shared
-                .deliveries
-                .records_on_the_way
-                .fetch_add(1, Ordering::Relaxed);
-            let record = Record::new(Arc::new(target), None, 0, b"{}".to_vec(), false);
-            let bytes = &worker.shared.deliveries.bytes_on_the_way;
-            bytes.fetch_add(record.bytes, Ordering::Relaxed);
-            worker.take(Letter::Record(record));
-        }
-        worker.send_waiting();
-        assert_eq!(worker.in_flight(), 256);
-        // librdkafka sends one request for each partition.
-        let stored = |worker: &Worker| -> i64 {
-            let client = worker.producer.client();
-            let ends =
-                (0..PARTITIONS).map(|partition| client.fetch_watermarks("t", partition, BOUND).unwrap().1);
-            ends.sum()
-        };
-        while stored(&worker) < 256 {
-            assert!(instant_now() < deadline, "all are stored");
-        }
-        let mut looks = 0;
-        while worker.in_flight() > 0 {
-            assert!(instant_now() < deadline, "all are reported");
-            let before = worker.in_flight();
-            worker.serve();
-            looks += usize::from(worker.in_flight() < before);
-        }
-        let bytes = worker.shared.deliveries.bytes_on_the_way.load(Ordering::Relaxed);
-        assert_eq!(bytes, 0, "every record gives back the room that it took");
-        assert!(
-            looks <= 8,
-            "{looks} looks for the reports of about {PARTITIONS} requests"
-        );
     }
 }
