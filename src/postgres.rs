@@ -446,6 +446,9 @@ async fn set_up(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(
         ("lock_timeout", format!("{}ms", bounds.lock.as_millis().max(1))),
         // Suppresses "relation exists, skipping", and the notices of a user's trigger for every row.
         ("client_min_messages", "warning".to_owned()),
+        // A server that loses the last commits in a crash would lose rows that a quiet partition only repeats after its next
+        // record.
+        ("synchronous_commit", "on".to_owned()),
         // The bounds of partitions are read as text; this style includes the offset from UTC.
         ("DateStyle", "ISO".to_owned()),
     ];
@@ -467,7 +470,8 @@ async fn set_up(client: &Client, bounds: &Bounds, table: &TableName) -> Result<(
         .simple_query(&format!(
             "SELECT {schema}; SELECT pg_catalog.set_config('search_path', '{SEARCH_PATH}', false); \
              SELECT set_config(s.name, v.value, false) FROM (VALUES {}) v (name, value) \
-             JOIN pg_catalog.pg_settings s ON s.name = v.name; {WHO_SERVES_US}",
+             JOIN pg_catalog.pg_settings s ON s.name = v.name \
+             WHERE s.name <> 'synchronous_commit' OR s.setting = 'off'; {WHO_SERVES_US}",
             values.join(", ")
         ))
         .await?;

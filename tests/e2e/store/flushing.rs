@@ -54,6 +54,35 @@ fn a_flush_makes_rows_rejected_records_and_positions_durable_together() {
 }
 
 #[test]
+fn a_server_that_may_lose_commits_does_not_lose_those_of_a_flush() {
+    for (of_the_server, of_the_flush) in [
+        ("off", "on"),
+        ("local", "local"),
+        ("remote_apply", "remote_apply"),
+    ] {
+        let mut db = Database::new();
+        db.execute(&format!(
+            "ALTER DATABASE {} SET synchronous_commit = {of_the_server}",
+            db.name
+        ));
+        let mut store = db.store();
+        let layout = store.open().unwrap();
+        start_at(&mut store, &[(P0, 0)]);
+        db.execute(
+            "CREATE TABLE seen (setting text);
+             CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 INSERT INTO public.seen SELECT pg_catalog.current_setting('synchronous_commit'); RETURN NEW;
+             END $$;
+             CREATE TRIGGER see BEFORE INSERT ON host_metrics FOR EACH ROW EXECUTE FUNCTION see()",
+        );
+        let mut batch = Batch::default();
+        row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+        assert_eq!(store.flush(&batch), Flushed::Durable);
+        assert_eq!(db.one("SELECT setting FROM seen"), of_the_flush);
+    }
+}
+
+#[test]
 fn a_stale_position_of_one_partition_keeps_the_whole_batch_out() {
     let mut db = Database::new();
     let (mut mine, mut theirs) = (db.store(), db.store());
