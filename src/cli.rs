@@ -201,8 +201,20 @@ pub struct Drop {
 
 #[derive(Debug, Args)]
 pub struct Status {
-    /// Print JSON instead
+    /// Show one host, by address or name: its places, latency by hour, outcomes and last incidents
+    #[arg(long, value_name = "NAME")]
+    pub host: Option<String>,
+
+    /// Show the last incidents, of all hosts or of --host
     #[arg(long)]
+    pub incidents: bool,
+
+    /// Show it again every 2 s until stopped; on a terminal, in place
+    #[arg(long)]
+    pub watch: bool,
+
+    /// Print JSON instead
+    #[arg(long, conflicts_with_all = ["host", "incidents", "watch"])]
     pub json: bool,
 
     #[command(flatten)]

@@ -190,14 +190,27 @@ fn run_drop(args: &cli::Drop, variables: &Variables) -> anyhow::Result<bool> {
 fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::status(variables)?;
     start_logging(variables, Servers::BOTH)?;
-    let report = status::run(&config)?;
-    let width = terminal_size::terminal_size().filter(|_| io::stdout().is_terminal());
-    print(&if args.json {
-        status::json(&report)
-    } else {
-        status::text(&report, width.map(|(width, _)| width.0.into()))
-    })?;
-    Ok(!report.is_stale())
+    let answer = || {
+        let width = terminal_size::terminal_size().filter(|_| io::stdout().is_terminal());
+        let width = width.map(|(width, _)| width.0.into());
+        if args.incidents || args.host.is_some() {
+            let history = status::history(&config, args.host.as_deref(), args.incidents, width)?;
+            return anyhow::Ok((history, true));
+        }
+        let report = status::run(&config)?;
+        let text = match args.json {
+            true => status::json(&report),
+            false => status::text(&report, width),
+        };
+        Ok((text, !report.is_stale()))
+    };
+    if args.watch {
+        status::watch(&listen_to_signals()?, || Ok(answer()?.0))?;
+        return Ok(true);
+    }
+    let (text, is_good) = answer()?;
+    print(&text)?;
+    Ok(is_good)
 }
 
 fn run_tail(args: &cli::Tail, variables: &Variables) -> anyhow::Result<bool> {

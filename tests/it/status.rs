@@ -1,6 +1,7 @@
 //! `status` with a temporary Postgres that has prepared rows, and an in-process Kafka.
 
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
@@ -408,6 +409,96 @@ fn an_absent_kafka_is_reported_within_seconds_beside_the_state() {
         (&document["stale"], &document["hosts"][0]["state"]),
         (&json!(false), &json!("up"))
     );
+}
+
+#[test]
+fn one_host_and_the_incidents_are_read_from_the_state() {
+    let mut database = Database::with_tables();
+    database.execute(
+        "INSERT INTO host_metrics_series (series_id, address, agent, name, is_valid, since, last_seen_at, outcome, error, verdict, verdict_since)
+         SELECT n, CASE WHEN n < 3 THEN 'https://a.example/' ELSE 'https://b.example/' END, 'place-' || n, 'Shop ' || n / 3,
+             n <> 2, now() - interval '10 minutes', now() - interval '5 seconds', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
+             CASE WHEN n = 2 THEN 'status 503' END, 'up', now() - interval '3 hours'
+         FROM generate_series(1, 3) n;
+         INSERT INTO host_metrics_rollups (series_id, starts_at, seconds, due, valid, failed, missed, outcomes, histogram)
+         SELECT n, date_bin('1 hour', now(), timestamptz '2000-01-01 00:00:00+00') - interval '1 hour' * h, 3600, 60, 57, 2, 1,
+             '{\"bad_status\": 2}', 57e160
+         FROM generate_series(1, 3) n, generate_series(0, 200) h;
+         INSERT INTO host_metrics_incidents (address, number, started_at, ended_at, checks, first_outcome, most_frequent_outcome, last_outcome, outcomes, places, last_error)
+         SELECT 'https://a.example/', n, now() - interval '1 day' * n, now() - interval '1 day' * n + interval '7 minutes', 7,
+             'bad_status', 'bad_status', 'bad_status', '{}', '[\"place-1\", \"place-2\"]', 'status 503'
+         FROM generate_series(1, 30) n",
+    );
+    let history = |host: Option<&str>, only_incidents| {
+        status::history(&database.config(&[]), host, only_incidents, None)
+            .map_err(|error| format!("{error:#}"))
+    };
+    let text = history(Some("https://a.example/"), false).unwrap();
+    let has = |line: &str| assert!(text.lines().any(|shown| shown == line), "{line}:\n{text}");
+    has("https://a.example/  Shop 0");
+    has("up for 3 h");
+    has("place-2  DOWN   10 min     5 s ago  bad_status  status 503");
+    has("ok                   19152");
+    has("bad_status             672");
+    has("not checked            336");
+    assert_eq!(
+        text.matches("  7.8 ms  7.8 ms     118       4  ").count(),
+        24,
+        "{text}"
+    );
+    assert_eq!(
+        text.matches("  7 min  https://a.example/  bad_status  ").count(),
+        5,
+        "{text}"
+    );
+    assert!(text.contains("place-1, place-2  status 503"), "{text}");
+
+    assert!(
+        history(Some("Shop 1"), false)
+            .unwrap()
+            .contains("https://b.example/  Shop 1\n")
+    );
+    assert_eq!(history(Some("Shop 1"), true).unwrap(), "No incidents.\n");
+    assert_eq!(history(None, true).unwrap().lines().count(), 21);
+    assert!(
+        history(Some("c"), false)
+            .unwrap_err()
+            .contains("no host has the address or the name")
+    );
+    let off = status::history(&database.config(&[("STATE", "off")]), None, true, None);
+    assert!(off.unwrap_err().to_string().contains("but STATE=off"));
+}
+
+#[test]
+fn watch_answers_again_until_a_signal_without_a_terminal_too() {
+    let mut database = Database::with_tables();
+    database.checks("a", 60, 3, &[]);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_host-metrics"))
+        .args(["status", "--watch"])
+        .env_clear()
+        .env("DB_HOST", database.server.host())
+        .env("DB_PORT", database.server.port().to_string())
+        .env("DB_NAME", database.server.database())
+        .env("DB_USER", database.server.superuser())
+        .current_dir(std::env::temp_dir())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        let heading = lines.find(|line| line.as_ref().unwrap().starts_with("HOST  STATE"));
+        assert!(heading.is_some());
+    }
+    let id = child.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &id])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(lines.all(|line| !line.unwrap().contains('\x1b')));
 }
 
 /// Verifies that a time is that many seconds before the answer, or a few more on a busy machine.

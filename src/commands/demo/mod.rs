@@ -5,7 +5,7 @@
 
 pub mod postgres;
 mod rows;
-mod screen;
+pub(super) mod screen;
 mod site;
 mod table;
 

@@ -3,8 +3,10 @@
 //! Owns the rule for stale data, and the output: a table for people, JSON for programs. `rows` queries Postgres, `lag` asks
 //! Kafka.
 
+mod history;
 mod lag;
 mod rows;
+mod watch;
 
 use std::fmt::Write as _;
 
@@ -15,10 +17,12 @@ use crate::commands::status::lag::{Lag, lag};
 use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
 use crate::config::StatusConfig;
 use crate::consume::state::GROUP_SUFFIX;
-use crate::postgres::{self, Bounds, Session};
+use crate::postgres::{self, Bounds, Fault, Session};
 use crate::sample::Timestamp;
 use crate::tables::destination;
 use crate::terminal::{NONE, columns, cut, percent, plain, plain_json, roughly, seconds, sparkline};
+
+pub use watch::watch;
 
 /// Data is stale if the newest row is older than so many intervals of its host, plus a minute for the pipeline.
 const STALE_AFTER_INTERVALS: f64 = 3.0;
@@ -65,6 +69,29 @@ pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
         group_id: config.group_id.clone(),
         topics: config.topics.clone(),
     })
+}
+
+/// What `--host` and `--incidents` show, for people. `host` is an address or a `name=`.
+///
+/// # Errors
+/// The database cannot be read, there is no state, or it has no such host.
+pub fn history(
+    config: &StatusConfig,
+    host: Option<&str>,
+    only_incidents: bool,
+    width: Option<usize>,
+) -> anyhow::Result<String> {
+    let history = postgres::runtime()?.block_on(async {
+        let session = Session::open(&config.database, Bounds::default()).await?;
+        let history = match destination::find(&session).await {
+            Ok(found) => history::read(&session, &found, host, only_incidents, config.is_state_on).await,
+            Err(fault) => Err(fault),
+        };
+        session.close().await;
+        history
+    });
+    let history = history.map_err(|fault: Fault| anyhow!("{fault}"))?;
+    Ok(joined(history::lines(&history), width))
 }
 
 impl Report {
@@ -313,6 +340,10 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
     if let Some(reason) = report.stale_because() {
         lines.push(format!("STALE: {reason}."));
     }
+    joined(lines, width)
+}
+
+fn joined(lines: Vec<String>, width: Option<usize>) -> String {
     let mut text = String::new();
     for line in lines {
         let line = width.map_or_else(|| line.clone(), |width| cut(&line, width));

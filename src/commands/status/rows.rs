@@ -23,7 +23,7 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 /// JIT compilation of a query over many partitions takes longer than it saves. 50,000 hosts are sorted in memory with this
 /// `work_mem`, and on disk with Postgres's default. The statement timeout ends queries whose result nobody waits for any more. All
 /// queries see one snapshot and one `now()`.
-const SETTINGS: &str = "SET jit = off; SET work_mem = '64MB'; SET statement_timeout = '60s'; \
+pub(super) const SETTINGS: &str = "SET jit = off; SET work_mem = '64MB'; SET statement_timeout = '60s'; \
                         BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 
 /// Rejected records are counted up to this number, because counting more takes time and tells little.
@@ -186,7 +186,11 @@ pub async fn read(
 }
 
 /// Why the state cannot be read.
-async fn no_state(session: &Session, found: &ExistingObjects, is_on: bool) -> Result<Option<String>, Fault> {
+pub(super) async fn no_state(
+    session: &Session,
+    found: &ExistingObjects,
+    is_on: bool,
+) -> Result<Option<String>, Fault> {
     if !is_on {
         return Ok(Some("STATE=off".to_owned()));
     }
@@ -404,7 +408,7 @@ fn of_a_table_without_time(source: &str) -> String {
 }
 
 /// Microseconds since 1970; null for `infinity`, which host-metrics never writes.
-fn micros(time: &str) -> String {
+pub(super) fn micros(time: &str) -> String {
     format!("(CASE WHEN isfinite({time}) THEN date_part('epoch', {time}) * 1e6 END)::bigint")
 }
 
@@ -464,7 +468,7 @@ fn host(row: &Row) -> Result<Host, Fault> {
     Ok(host)
 }
 
-fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
+pub(super) fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
     let micros: Option<i64> = row.try_get(name)?;
     Ok(micros.and_then(Timestamp::from_unix_micros))
 }

@@ -1,0 +1,453 @@
+//! What `--host` and `--incidents` show: one host's places, last day and outcomes, and the newest incidents. From the state only.
+
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+use crate::commands::status::rows::{SETTINGS, micros, no_state, time};
+use crate::consume::fold::rollup::Histogram;
+use crate::postgres::{Fault, Session};
+use crate::sample::Timestamp;
+use crate::tables::destination::ExistingObjects;
+use crate::tables::names::Object;
+use crate::terminal::{NONE, columns, plain, roughly, seconds};
+
+/// How many incidents are shown, with a host's other figures and alone.
+const INCIDENTS_OF_HOST: i64 = 5;
+const INCIDENTS: i64 = 20;
+
+/// The width of the latency plot, in characters.
+const PLOT_WIDTH: f64 = 30.0;
+
+/// The answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct History {
+    now_micros: i64,
+    /// `None`: only incidents were asked for.
+    host: Option<Host>,
+    /// The newest first.
+    incidents: Vec<Incident>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Host {
+    address: String,
+    name: Option<String>,
+    verdict: Option<String>,
+    verdict_since: Option<Timestamp>,
+    places: Vec<Place>,
+    /// Those of the last 24 that have records, oldest first.
+    hours: Vec<Hour>,
+    /// Of seven days, the most frequent first.
+    outcomes: Vec<(String, i64)>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Place {
+    agent: String,
+    is_valid: Option<bool>,
+    since: Option<Timestamp>,
+    last_seen_at: Option<Timestamp>,
+    outcome: Option<String>,
+    error: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Hour {
+    starts_at: Option<Timestamp>,
+    p50: Option<f64>,
+    p95: Option<f64>,
+    checks: i64,
+    failed: i64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Incident {
+    address: String,
+    started_at: Option<Timestamp>,
+    ended_at: Option<Timestamp>,
+    checks: i64,
+    outcome: String,
+    places: Vec<String>,
+    last_error: Option<String>,
+}
+
+/// Reads the state. `host` is an address or a `name=`.
+///
+/// # Errors
+/// There is no state, or it has no such host, or several.
+pub async fn read(
+    session: &Session,
+    found: &ExistingObjects,
+    host: Option<&str>,
+    only_incidents: bool,
+    is_state_on: bool,
+) -> Result<History, Fault> {
+    session
+        .bounded("session settings", session.client.batch_execute(SETTINGS))
+        .await?;
+    if let Some(reason) = no_state(session, found, is_state_on).await? {
+        return Err(Fault::operator(format!(
+            "--host and --incidents read the state that `consume` keeps, but {reason}"
+        )));
+    }
+    let [series, rollups, incidents] = [Object::Series, Object::Rollups, Object::Incidents]
+        .map(|object| found.table.quoted(object.suffix()));
+    let query = async |sql: &str, parameters: &[&(dyn ToSql + Sync)]| {
+        session
+            .bounded("reading the state", session.client.query(sql, parameters))
+            .await
+    };
+    let address = match host {
+        None => None,
+        Some(wanted) => {
+            let sql =
+                format!("SELECT DISTINCT address FROM {series} WHERE address = $1 OR name = $1 ORDER BY 1");
+            let mut addresses = Vec::new();
+            for row in query(&sql, &[&wanted]).await? {
+                addresses.push(row.try_get::<_, String>(0)?);
+            }
+            Some(one_of(wanted, addresses)?)
+        }
+    };
+    let limit = if address.is_none() || only_incidents {
+        INCIDENTS
+    } else {
+        INCIDENTS_OF_HOST
+    };
+    let sql = format!(
+        "SELECT address, {} AS started, {} AS ended, checks, most_frequent_outcome, last_error, \
+             ARRAY(SELECT jsonb_array_elements_text(places)) AS places \
+         FROM {incidents} WHERE $1::text IS NULL OR address = $1 ORDER BY started_at DESC LIMIT $2",
+        micros("started_at"),
+        micros("ended_at")
+    );
+    let rows = query(&sql, &[&address, &limit]).await?;
+    let now = query("SELECT (extract(epoch FROM now()) * 1000000)::bigint", &[]).await?;
+    let mut history = History {
+        now_micros: now.first().map_or(Ok(0), |row| row.try_get(0))?,
+        host: None,
+        incidents: rows.iter().map(incident).collect::<Result<_, _>>()?,
+    };
+    let Some(address) = address.filter(|_| !only_incidents) else {
+        return Ok(history);
+    };
+    let sql = format!(
+        "SELECT name, verdict, {} AS verdict_at, agent, is_valid, {} AS valid_at, {} AS seen_at, outcome, error \
+         FROM {series} WHERE address = $1 ORDER BY agent",
+        micros("verdict_since"),
+        micros("since"),
+        micros("last_seen_at")
+    );
+    let mut host = Host {
+        address,
+        ..Host::default()
+    };
+    for row in query(&sql, &[&host.address]).await? {
+        host.name = row.try_get::<_, Option<_>>("name")?.or(host.name);
+        host.verdict = row.try_get("verdict")?;
+        host.verdict_since = time(&row, "verdict_at")?;
+        host.places.push(Place {
+            agent: row.try_get("agent")?,
+            is_valid: row.try_get("is_valid")?,
+            since: time(&row, "valid_at")?,
+            last_seen_at: time(&row, "seen_at")?,
+            outcome: row.try_get("outcome")?,
+            error: row.try_get("error")?,
+        });
+    }
+    // Every bucket is looked up by its key, so the time does not grow with the other hosts.
+    let hours = |count: i32| {
+        format!(
+            "{rollups} WHERE seconds = 3600 AND starts_at = ANY (ARRAY(SELECT date_bin('1 hour', now(), timestamptz \
+             '2000-01-01 00:00:00+00') - interval '1 hour' * n FROM generate_series(0, {count} - 1) n)) \
+             AND series_id = ANY (ARRAY(SELECT series_id FROM {series} WHERE address = $1))"
+        )
+    };
+    let sql = format!(
+        "SELECT {} AS starts, sum(coalesce(valid, 0) + coalesce(failed, 0))::bigint AS checks, \
+             coalesce(sum(failed), 0)::bigint AS failed, sum(histogram) AS histogram \
+         FROM {} GROUP BY starts_at ORDER BY starts_at",
+        micros("starts_at"),
+        hours(24)
+    );
+    for row in query(&sql, &[&host.address]).await? {
+        let histogram: Histogram = row.try_get::<_, Option<_>>("histogram")?.unwrap_or_default();
+        host.hours.push(Hour {
+            starts_at: time(&row, "starts")?,
+            p50: histogram.percentile(0.5),
+            p95: histogram.percentile(0.95),
+            checks: row.try_get("checks")?,
+            failed: row.try_get("failed")?,
+        });
+    }
+    let sql = format!(
+        "WITH week AS (SELECT valid, missed, offline, outcomes FROM {}) \
+         SELECT outcome, sum(count)::bigint AS count FROM ( \
+             SELECT 'ok' AS outcome, valid::bigint AS count FROM week UNION ALL \
+             SELECT 'not checked', coalesce(missed, 0)::bigint + coalesce(offline, 0) FROM week UNION ALL \
+             SELECT key, value::bigint FROM week, jsonb_each_text(outcomes) \
+         ) counts GROUP BY outcome HAVING sum(count) > 0 ORDER BY 2 DESC, 1",
+        hours(7 * 24)
+    );
+    for row in query(&sql, &[&host.address]).await? {
+        host.outcomes.push((row.try_get(0)?, row.try_get(1)?));
+    }
+    history.host = Some(host);
+    Ok(history)
+}
+
+/// The address of the one host that is meant.
+fn one_of(wanted: &str, addresses: Vec<String>) -> Result<String, Fault> {
+    match addresses.as_slice() {
+        [address] => Ok(address.clone()),
+        [] => Err(Fault::operator(format!(
+            "no host has the address or the name {wanted:?}: `host-metrics status` lists the addresses"
+        ))),
+        several if several.iter().any(|address| address == wanted) => Ok(wanted.to_owned()),
+        several => Err(Fault::operator(format!(
+            "several hosts have the name {wanted:?}: name one by its address: {}",
+            several.join(", ")
+        ))),
+    }
+}
+
+fn incident(row: &Row) -> Result<Incident, Fault> {
+    Ok(Incident {
+        address: row.try_get("address")?,
+        started_at: time(row, "started")?,
+        ended_at: time(row, "ended")?,
+        checks: row.try_get("checks")?,
+        outcome: row.try_get("most_frequent_outcome")?,
+        places: row.try_get("places")?,
+        last_error: row.try_get("last_error")?,
+    })
+}
+
+impl History {
+    fn ago(&self, at: Option<Timestamp>) -> String {
+        at.map_or_else(
+            || NONE.to_owned(),
+            |at| roughly((self.now_micros - at.unix_micros()) / 1_000_000),
+        )
+    }
+}
+
+/// Lines for people.
+pub fn lines(history: &History) -> Vec<String> {
+    let Some(host) = &history.host else {
+        return incidents(history);
+    };
+    let name = host.name.as_ref().map(|name| format!("  {}", plain(name)));
+    let verdict = match host.verdict.as_deref() {
+        Some("down") => format!("DOWN for {}", history.ago(host.verdict_since)),
+        Some(verdict) => format!("{} for {}", plain(verdict), history.ago(host.verdict_since)),
+        None => "not checked yet".to_owned(),
+    };
+    let mut lines = vec![plain(&host.address) + &name.unwrap_or_default(), verdict];
+    lines.push(String::new());
+    lines.extend(places(history, host));
+    lines.push(String::new());
+    lines.extend(plot(host));
+    lines.push(String::new());
+    let mut outcomes = vec![vec!["OUTCOMES OF 7 DAYS".to_owned(), " CHECKS".to_owned()]];
+    let counted = |(outcome, count): &(String, i64)| vec![plain(outcome), count.to_string()];
+    outcomes.extend(host.outcomes.iter().map(counted));
+    lines.extend(columns(&outcomes));
+    lines.push(String::new());
+    lines.extend(incidents(history));
+    lines
+}
+
+fn places(history: &History, host: &Host) -> Vec<String> {
+    let heading = ["PLACE", "STATE", " SINCE", " LAST CHECK", "OUTCOME", "ERROR"];
+    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    for place in &host.places {
+        let state = match place.is_valid {
+            Some(true) => "up",
+            Some(false) => "DOWN",
+            None => "?",
+        };
+        let text = |text: &Option<String>| text.as_deref().map(plain).unwrap_or_default();
+        table.push(vec![
+            plain(&place.agent),
+            state.to_owned(),
+            history.ago(place.since),
+            history.ago(place.last_seen_at) + " ago",
+            text(&place.outcome),
+            text(&place.error),
+        ]);
+    }
+    columns(&table)
+}
+
+/// The median as a full bar, and from there to the 95th percentile a light one.
+fn plot(host: &Host) -> Vec<String> {
+    let heading = ["HOUR (UTC)", " P50", " P95", " CHECKS", " FAILED", "P50 █ P95 ░"];
+    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    let longest = host.hours.iter().filter_map(|hour| hour.p95).fold(0.0, f64::max);
+    let width = |latency: Option<f64>| match latency {
+        Some(latency) if longest > 0.0 => ((latency / longest * PLOT_WIDTH).round() as usize).max(1),
+        _ => 0,
+    };
+    for hour in &host.hours {
+        let starts_at = hour.starts_at.map(|at| at.to_string()).unwrap_or_default();
+        let starts_at = starts_at.get(5..16).unwrap_or_default().replace('T', " ");
+        let (median, end) = (width(hour.p50), width(hour.p95));
+        let latency = |latency: Option<f64>| latency.map_or_else(|| NONE.to_owned(), seconds);
+        table.push(vec![
+            starts_at,
+            latency(hour.p50),
+            latency(hour.p95),
+            hour.checks.to_string(),
+            hour.failed.to_string(),
+            "█".repeat(median) + &"░".repeat(end.saturating_sub(median)),
+        ]);
+    }
+    columns(&table)
+}
+
+fn incidents(history: &History) -> Vec<String> {
+    if history.incidents.is_empty() {
+        return vec!["No incidents.".to_owned()];
+    }
+    let heading = [
+        "INCIDENT (UTC)",
+        " LASTED",
+        "HOST",
+        "OUTCOME",
+        " FAILED CHECKS",
+        "PLACES",
+        "LAST ERROR",
+    ];
+    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    for incident in &history.incidents {
+        let started_at = incident.started_at.map(|at| at.to_string()).unwrap_or_default();
+        let end = incident
+            .ended_at
+            .map_or(history.now_micros, |at| at.unix_micros());
+        let lasted = incident.started_at.map_or_else(
+            || NONE.to_owned(),
+            |at| roughly((end - at.unix_micros()) / 1_000_000),
+        );
+        let goes_on = if incident.ended_at.is_none() {
+            " so far"
+        } else {
+            ""
+        };
+        table.push(vec![
+            started_at.get(..16).unwrap_or_default().replace('T', " "),
+            lasted + goes_on,
+            plain(&incident.address),
+            plain(&incident.outcome),
+            incident.checks.to_string(),
+            plain(&incident.places.join(", ")),
+            incident.last_error.as_deref().map(plain).unwrap_or_default(),
+        ]);
+    }
+    columns(&table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: i64 = 1_790_000_000_000_000;
+
+    fn ago(seconds: i64) -> Option<Timestamp> {
+        Timestamp::from_unix_micros(NOW - seconds * 1_000_000)
+    }
+
+    #[test]
+    fn people_read_one_hosts_places_latency_by_hour_outcomes_and_incidents() {
+        let place = |agent: &str, is_valid, error: Option<&str>| Place {
+            agent: agent.into(),
+            is_valid: Some(is_valid),
+            since: ago(600),
+            last_seen_at: ago(5),
+            outcome: Some(if is_valid { "ok" } else { "bad_status" }.into()),
+            error: error.map(str::to_owned),
+        };
+        let hour = |hours: i64, p50, p95| Hour {
+            starts_at: ago(hours * 3_600),
+            p50,
+            p95,
+            checks: 60,
+            failed: 2,
+        };
+        let history = History {
+            now_micros: NOW,
+            host: Some(Host {
+                address: "https://a.example/".into(),
+                name: Some("Shop\x1b".into()),
+                verdict: Some("down".into()),
+                verdict_since: ago(600),
+                places: vec![
+                    place("fra-1", false, Some("status 503")),
+                    place("nyc-1", true, None),
+                ],
+                hours: vec![
+                    hour(2, Some(0.1), Some(0.3)),
+                    hour(1, None, None),
+                    hour(0, Some(0.001), Some(0.002)),
+                ],
+                outcomes: vec![("ok".into(), 1_000), ("bad_status".into(), 7)],
+            }),
+            incidents: vec![
+                Incident {
+                    address: "https://a.example/".into(),
+                    started_at: ago(600),
+                    ended_at: None,
+                    checks: 10,
+                    outcome: "bad_status".into(),
+                    places: vec!["fra-1".into(), "nyc-1".into()],
+                    last_error: Some("status 503".into()),
+                },
+                Incident {
+                    address: "https://a.example/".into(),
+                    started_at: ago(90_000),
+                    ended_at: ago(89_970),
+                    checks: 1,
+                    outcome: "dns_error".into(),
+                    ..Incident::default()
+                },
+            ],
+        };
+        let expected = "\
+https://a.example/  Shop\u{20}
+DOWN for 10 min
+
+PLACE  STATE   SINCE  LAST CHECK  OUTCOME     ERROR
+fra-1  DOWN   10 min     5 s ago  bad_status  status 503
+nyc-1  up     10 min     5 s ago  ok
+
+HOUR (UTC)      P50     P95  CHECKS  FAILED  P50 █ P95 ░
+09-21 12:13  100 ms  300 ms      60       2  ██████████░░░░░░░░░░░░░░░░░░░░
+09-21 13:13       -       -      60       2
+09-21 14:13  1.0 ms  2.0 ms      60       2  █
+
+OUTCOMES OF 7 DAYS  CHECKS
+ok                    1000
+bad_status               7
+
+INCIDENT (UTC)           LASTED  HOST                OUTCOME     FAILED CHECKS  PLACES        LAST ERROR
+2026-09-21 14:03  10 min so far  https://a.example/  bad_status             10  fra-1, nyc-1  status 503
+2026-09-20 13:13           30 s  https://a.example/  dns_error               1";
+        assert_eq!(lines(&history).join("\n"), expected);
+        assert_eq!(lines(&History::default()), ["No incidents."]);
+    }
+
+    #[test]
+    fn an_address_wins_over_a_name_and_a_name_must_be_of_one_host() {
+        let one = |addresses: &[&str]| {
+            one_of(
+                "a",
+                addresses.iter().map(|address| (*address).to_owned()).collect(),
+            )
+            .map_err(|fault| fault.to_string())
+        };
+        assert_eq!(one(&["b"]), Ok("b".to_owned()));
+        assert_eq!(one(&["a", "b"]), Ok("a".to_owned()));
+        assert!(one(&[]).unwrap_err().contains("no host has"));
+        assert!(one(&["b", "c"]).unwrap_err().contains("by its address: b, c"));
+    }
+}

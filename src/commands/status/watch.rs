@@ -1,0 +1,61 @@
+//! `--watch`: the answer again and again, on a terminal in place of the last one.
+
+use std::io;
+use std::time::Duration;
+
+use crate::clock::instant_now;
+use crate::commands::demo::screen::Screen;
+use crate::shutdown::{Shutdown, Wake};
+use crate::terminal::plain;
+
+const EVERY: Duration = Duration::from_secs(2);
+
+/// Shows `answer` until a signal arrives or the reader of standard output closes it. After the first answer, an error is shown in
+/// its place.
+///
+/// # Errors
+/// The first answer failed, or standard output cannot be written.
+pub fn watch(shutdown: &Shutdown, mut answer: impl FnMut() -> anyhow::Result<String>) -> anyhow::Result<()> {
+    let mut screen = Screen::new();
+    let mut text = answer()?;
+    loop {
+        let shown = match screen.is_terminal() {
+            // A picture that is higher than the terminal would scroll.
+            true => screen.draw(&lines(&text, screen.height())),
+            false => screen.print(&text),
+        };
+        match shown {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            shown => shown?,
+        }
+        let due = instant_now() + EVERY;
+        while let wake @ (Wake::Stop | Wake::Reload) = shutdown.wait_until(due) {
+            if wake == Wake::Stop {
+                return Ok(());
+            }
+        }
+        text = answer().unwrap_or_else(|error| plain(&format!("error: {error:#}")));
+    }
+}
+
+fn lines(text: &str, height: usize) -> Vec<String> {
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    if lines.len() > height {
+        let more = lines.len() - (height - 1);
+        lines.truncate(height - 1);
+        lines.push(format!("… {more} more lines"));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_is_not_higher_than_the_terminal() {
+        assert_eq!(lines("a\nb\nc", 3), ["a", "b", "c"]);
+        assert_eq!(lines("a\nb\nc", 2), ["a", "… 2 more lines"]);
+        assert_eq!(lines("a\nb\nc", 1), ["… 3 more lines"]);
+    }
+}
