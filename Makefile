@@ -37,9 +37,9 @@ e2e: setup ## the tests with a real Kafka and a real Postgres, which they start;
 test: setup lint ## all checks and tests
 	cargo test --locked
 
-pictures: setup ## make the README's pictures of the status page, and others in target/pictures, from a pipeline that really ran
-	PICTURES="$$PWD/target/pictures" cargo test --locked --test e2e -- page::a_browser
-	mkdir -p docs/pictures && cd target/pictures && cp overview-800-light.png overview-800-dark.png host-800-light.png ../../docs/pictures
+pictures: setup ## make the pictures of the README, and others in target/pictures, from a pipeline that really ran
+	PICTURES="$$PWD/target/pictures" cargo test --locked --test e2e -- page::a_browser docs::a_check
+	mkdir -p docs/pictures && cd target/pictures && cp overview-800-light.png overview-800-dark.png host-800-light.png check-760-dark.png ../../docs/pictures
 
 soak: setup ## kill consumers, broker and database at random for SOAK_SECONDS=600, then audit; SOAK_SEED=N repeats a run
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --locked --test e2e -- --nocapture kills::

@@ -11,6 +11,7 @@ mod bundled_postgres;
 mod case;
 mod database;
 mod demo;
+mod docs;
 mod existing_tables;
 mod faults;
 mod fleet;

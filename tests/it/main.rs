@@ -7,6 +7,7 @@ mod command_line;
 mod consume;
 mod demo;
 mod deployment;
+mod docs;
 mod fleet;
 mod fleet_walk;
 mod host_file;
