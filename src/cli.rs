@@ -35,37 +35,103 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Check the hosts of a file until stopped, and send a record of every check to Kafka
+    #[command(after_help = examples(&[
+        "host-metrics produce -c producer_config",
+        "host-metrics produce -c shops.hosts -c postgres: --env-file env",
+        "host-metrics produce -c producer_config --once -e KAFKA_BOOTSTRAP_SERVERS=localhost:9092",
+    ]))]
     Produce(Produce),
     /// Read records from Kafka and write them to Postgres until stopped
+    #[command(after_help = examples(&[
+        "host-metrics consume --env-file env",
+        "host-metrics consume --env-file env -e DB_BATCH_SIZE=10000 -e DB_RETENTION=90d",
+    ]))]
     Consume(Consume),
     /// Check one address once, without Kafka or a database
+    #[command(after_help = examples(&[
+        "host-metrics check example.com",
+        "host-metrics check https://example.com/ 'Example Domain' -o slow=500ms -o cert-days=14",
+        "host-metrics check http://10.0.0.7:8080/health --repeat 10 --every 500ms",
+        "host-metrics check https://api.example/health -o json=/status:ok --json",
+    ]))]
     Check(Check),
     /// Check a host file and show its hosts and what their checks will cost
+    #[command(after_help = examples(&[
+        "host-metrics validate -c producer_config",
+    ]))]
     Validate(Validate),
     /// Create the topics and tables that do not exist yet
+    #[command(after_help = examples(&[
+        "host-metrics init --env-file env",
+        "host-metrics init --partitions 24 --replication 3 --retention 7d",
+        "host-metrics init --reader status_page",
+        "host-metrics init --print-sql",
+    ]))]
     Init(Init),
     /// Remove the tables and views that `init` made
+    #[command(after_help = examples(&[
+        "host-metrics drop --env-file env            # shows what would be removed",
+        "host-metrics drop --env-file env --yes",
+    ]))]
     Drop(Drop),
     /// Show the state of every host, the lag behind Kafka, and whether the data is stale
+    #[command(after_help = examples(&[
+        "host-metrics status --env-file env",
+        "host-metrics status --watch",
+        "host-metrics status --host 'Shop front'",
+        "host-metrics status --incidents",
+    ]))]
     Status(Status),
     /// Print records as they arrive in Kafka
+    #[command(after_help = examples(&[
+        "host-metrics tail --failed --since 10m",
+        "host-metrics tail --host https://shop.example/ --json",
+    ]))]
     Tail(Tail),
     /// Serve the status page until stopped, or write its files
+    #[command(after_help = examples(&[
+        "host-metrics page -e DB_USER=status_page -e PAGE_TITLE=Status",
+        "host-metrics page --out /var/www/status",
+    ]))]
     Page(Page),
     /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
+    #[command(after_help = examples(&[
+        "host-metrics skip host-metrics/3             # shows the next batch",
+        "host-metrics skip host-metrics/3:41200",
+    ]))]
     Skip(Skip),
     /// Change or show the hosts in the database, which `produce -c postgres:` checks
-    #[command(subcommand)]
+    #[command(subcommand, after_help = examples(&[
+        "host-metrics hosts add https://shop.example/ 30s 'Add to basket' -o timeout=3s",
+        "host-metrics hosts import producer_config --replace",
+        "host-metrics hosts list",
+    ]))]
     Hosts(Hosts),
     /// Check that every record is stored exactly once and every tick has exactly one row
+    #[command(after_help = examples(&[
+        "host-metrics audit --env-file env",
+    ]))]
     Audit(Audit),
     /// Ask the agent at METRICS_ADDR on this machine whether it is ready
+    #[command(after_help = examples(&[
+        "host-metrics health -e METRICS_ADDR=127.0.0.1:9464",
+    ]))]
     Health(Health),
     /// Run the whole pipeline in one process, with its own Kafka, Postgres and web sites
+    #[command(after_help = examples(&[
+        "host-metrics demo --for 30s",
+        "host-metrics demo -c producer_config",
+    ]))]
     Demo(Demo),
     /// Print a script that completes commands and flags in a shell
+    #[command(after_help = examples(&[
+        "host-metrics completions bash > /etc/bash_completion.d/host-metrics",
+    ]))]
     Completions(Completions),
     /// Write the manual pages to a directory
+    #[command(after_help = examples(&[
+        "host-metrics man /usr/local/share/man/man1",
+    ]))]
     Man(Man),
 }
 
@@ -82,7 +148,7 @@ pub struct Common {
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
 
-    /// When to use colours
+    /// When to use colours; auto: on a terminal, unless NO_COLOR or TERM=dumb is set
     #[arg(long, value_name = "WHEN", value_enum)]
     color: Option<When>,
 
@@ -94,7 +160,6 @@ pub struct Common {
 /// The values of `--color`.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum When {
-    /// On a terminal, unless NO_COLOR or TERM=dumb is set
     Auto,
     Always,
     Never,
@@ -466,6 +531,14 @@ static VERSION: LazyLock<String> = LazyLock::new(|| {
     }
 });
 
+/// The end of a command's help.
+fn examples(lines: &[&str]) -> String {
+    format!(
+        "Examples:\n  {}\n\nThe variables are listed by `host-metrics --help`.",
+        lines.join("\n  ")
+    )
+}
+
 static LONG_HELP: LazyLock<String> = LazyLock::new(|| format!("{VARIABLES}\n\n{EXAMPLES}"));
 
 const EXAMPLES: &str = "\
@@ -523,3 +596,36 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   LOG_LEVEL                 OFF, ERROR, WARN, INFO, DEBUG or TRACE [INFO]
 A secret on the command line is visible to every user of the machine. Instead, set
 DB_PASSWORD_FILE, KAFKA_SASL_USERNAME_FILE and KAFKA_SASL_PASSWORD_FILE to files with the values.";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_command_has_examples_that_can_be_typed() {
+        for command in Cli::command().get_subcommands() {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            let examples: Vec<&str> = help.lines().filter_map(|line| line.strip_prefix("  ")).collect();
+            assert!(!examples.is_empty(), "{}", command.get_name());
+            for example in examples {
+                let typed = example.split(['#', '>']).next().unwrap_or_default();
+                // Every second part is in quotes.
+                let mut words = Vec::new();
+                for (number, part) in typed.split('\'').enumerate() {
+                    match number % 2 {
+                        0 => words.extend(part.split_whitespace().map(str::to_owned)),
+                        _ => words.push(part.to_owned()),
+                    }
+                }
+                if let Err(error) = Cli::try_parse_from(words) {
+                    panic!("{example}: {error}");
+                }
+            }
+        }
+    }
+}

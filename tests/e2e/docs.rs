@@ -65,7 +65,9 @@ fn follow(page: &str) {
     let server = server();
     let (port, topic) = (server.port().to_string(), format!("docs-{page}"));
     let program = Path::new(env!("CARGO_BIN_EXE_host-metrics")).parent().unwrap();
-    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::iter::once(program.to_owned()).chain(std::env::split_paths(&path));
+    let path = std::env::join_paths(path).unwrap().into_string().unwrap();
     let directory = scratch::directory(page);
     let log = directory.join("log");
     let file = File::create(&log).unwrap();
