@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, ClassUnicode, HirKind};
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 /// The number of checks in a sparkline.
 pub const SPARKLINE_CHECKS: usize = 20;
@@ -46,6 +47,32 @@ pub fn cut(text: &str, width: usize) -> String {
     }
     let mut short: String = text.chars().take(width.saturating_sub(1)).collect();
     if width > 0 {
+        short.push('…');
+    }
+    short
+}
+
+/// The columns that `text` takes on a terminal: two for most characters of East Asia, none for accents.
+pub fn width(text: &str) -> usize {
+    text.width()
+}
+
+/// As [`cut`], but in at most `columns` columns of a terminal.
+pub fn fit(text: &str, columns: usize) -> String {
+    if width(text) <= columns {
+        return text.to_owned();
+    }
+    let mut left = columns.saturating_sub(1);
+    let mut short: String = text
+        .chars()
+        .take_while(|char| {
+            let width = char.width().unwrap_or(0);
+            let fits = width <= left;
+            left = left.saturating_sub(width);
+            fits
+        })
+        .collect();
+    if columns > 0 {
         short.push('…');
     }
     short
@@ -131,7 +158,6 @@ pub fn roughly(seconds: i64) -> String {
 /// The rows as lines, with two spaces between columns and no trailing spaces. The first row is the heading; a heading that
 /// begins with a space aligns its column to the right.
 pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
-    let width = |text: &str| text.chars().count();
     let count = rows.iter().map(Vec::len).max().unwrap_or_default();
     let widths: Vec<usize> = (0..count)
         .map(|column| {
@@ -151,9 +177,10 @@ pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
             let cell = cell.trim_start();
             let gap = if column == 0 { "" } else { "  " };
+            let room = " ".repeat(width.saturating_sub(self::width(cell)));
             line += &match is_right(column) {
-                true => format!("{gap}{cell:>width$}"),
-                false => format!("{gap}{cell:width$}"),
+                true => format!("{gap}{room}{cell}"),
+                false => format!("{gap}{cell}{room}"),
             };
         }
         line.trim_end().to_owned()
@@ -263,5 +290,23 @@ mod tests {
         ]);
         assert_eq!(lines, ["HOST      UP  LAST", "a       12 %", "äöüäöü   1 %  x"]);
         assert!(columns(&[]).is_empty());
+        let lines = columns(&[row(["HOST", " UP", "LAST"]), row(["日本", "e\u{301}", "x"])]);
+        assert_eq!(lines, ["HOST  UP  LAST", "日本   e\u{301}  x"]);
+    }
+
+    #[test]
+    fn a_text_is_cut_to_the_columns_of_a_terminal() {
+        let cases = [
+            ("日本語", 6, "日本語"),
+            ("日本語", 5, "日本…"),
+            ("日本語", 4, "日…"),
+            ("日本語", 1, "…"),
+            ("日本語", 0, ""),
+            ("e\u{301}te\u{301}", 3, "e\u{301}te\u{301}"),
+            ("abc", 2, "a…"),
+        ];
+        for (text, columns, expected) in cases {
+            assert_eq!(fit(text, columns), expected, "{text} in {columns}");
+        }
     }
 }

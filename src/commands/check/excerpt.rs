@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use anstyle::{AnsiColor, Style};
 
-use crate::terminal::{cut, plain};
+use crate::terminal::{fit, plain};
 
 /// How much of the line is shown on each side of the match, in characters.
 const CONTEXT: usize = 30;
@@ -26,8 +26,8 @@ pub(super) fn around(body: &str, found: Range<usize>) -> String {
         Some((at, _)) if at > 0 => format!("…{}", &line[at..]),
         _ => line.to_owned(),
     };
-    let right = cut(after.lines().next().unwrap_or_default().trim_end(), CONTEXT + 1);
-    let found = cut(&body[found], MATCH);
+    let right = fit(after.lines().next().unwrap_or_default().trim_end(), CONTEXT + 1);
+    let found = fit(&body[found], MATCH);
     format!(
         "line {number}: {}{FOUND}{}{FOUND:#}{}",
         plain(&left),
@@ -41,7 +41,7 @@ pub(super) fn beginning(body: &str) -> String {
     // Enough of it even if most of its characters are blanks.
     let part: String = body.chars().take(BEGINNING * 8).collect();
     let words: Vec<_> = plain(&part).split_whitespace().map(str::to_owned).collect();
-    cut(&words.join(" "), BEGINNING)
+    fit(&words.join(" "), BEGINNING)
 }
 
 #[cfg(test)]

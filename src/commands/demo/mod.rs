@@ -39,7 +39,7 @@ use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
-use crate::terminal::cut;
+use crate::terminal::fit;
 use crate::{consume, logging, produce};
 
 const TOPIC: &str = "host-metrics";
@@ -282,7 +282,7 @@ impl View<'_> {
             return Ok(self.screen.print(&summary)?);
         }
         let width = self.screen.width();
-        let mut picture = vec![cut(&summary, width), String::new()];
+        let mut picture = vec![fit(&summary, width), String::new()];
         if totals.rows > 0 {
             picture.extend(self.table()?);
         } else {

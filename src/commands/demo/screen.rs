@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use terminal_size::{Height, Width, terminal_size};
 
-use crate::terminal::{cut, plain};
+use crate::terminal::{fit, plain};
 
 /// The size if there is no terminal, or if it does not report its size. Lines in a file may be long.
 const DEFAULT_WIDTH: usize = 160;
@@ -92,7 +92,7 @@ struct Kept {
 impl Notices {
     /// The newest line, in at most `width` characters.
     pub fn newest(&self, width: usize) -> Option<String> {
-        self.kept().lines.back().map(|line| cut(line, width))
+        self.kept().lines.back().map(|line| fit(line, width))
     }
 
     /// All lines that are kept, and the number of earlier ones.

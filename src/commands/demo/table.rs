@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::terminal::{SPARKLINE_CHECKS, cut, percent, seconds, sparkline};
+use crate::terminal::{SPARKLINE_CHECKS, fit, percent, seconds, sparkline};
 
 /// The length of a sparkline on a terminal narrower than WIDE, such as one of 80 columns.
 const FEWER_CHECKS: usize = 8;
@@ -70,7 +70,7 @@ pub fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<String> {
         "NEWEST",
         "LAST OUTCOME",
     ]);
-    let mut lines = vec![paint(&cut(&heading, width), Colour::Bold, is_coloured)];
+    let mut lines = vec![paint(&fit(&heading, width), Colour::Bold, is_coloured)];
     lines.extend(hosts.iter().map(|host| line(host, columns, width, is_coloured)));
     lines
 }
@@ -110,7 +110,7 @@ impl Columns {
     }
 }
 
-/// As [`cut`], but keeps the end, which distinguishes the pages of a site.
+/// As [`fit`], but keeps the end, which distinguishes the pages of a site.
 fn cut_front(text: &str, width: usize) -> String {
     let count = text.chars().count();
     if count <= width {
@@ -157,7 +157,7 @@ fn line(host: &Host, columns: Columns, width: usize, is_coloured: bool) -> Strin
         &sparkline(newest),
         &outcome,
     ]);
-    let plain = cut(plain.trim_end(), width);
+    let plain = fit(plain.trim_end(), width);
     // Colours are added after cutting, because an escape has no width and must not be cut.
     let state_at = columns.address + 2;
     let painted: Vec<char> = plain.chars().collect();
@@ -300,7 +300,7 @@ HOST                  STATE  CHECKS   UPTIME   LATENCY  NEWEST    LAST OUTCOME
         ) {
             let host = Host { latencies, ..host(&address, newest("tls_error", Some(&error))) };
             for line in lines(&[host], width, false) {
-                prop_assert!(line.chars().count() <= width, "{line}");
+                prop_assert!(crate::terminal::width(&line) <= width, "{line}");
             }
         }
     }

@@ -20,7 +20,7 @@ use crate::consume::state::GROUP_SUFFIX;
 use crate::postgres::{self, Bounds, Fault, Session};
 use crate::sample::Timestamp;
 use crate::tables::destination;
-use crate::terminal::{NONE, columns, cut, percent, plain, plain_json, roughly, seconds, sparkline};
+use crate::terminal::{self, NONE, columns, fit, percent, plain, plain_json, roughly, seconds, sparkline};
 
 pub use watch::watch;
 
@@ -324,7 +324,7 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
     } else if rows.missing_columns.contains(&"scheduled_at") {
         lines.extend(columns(&counted_only(report)));
     } else {
-        lines.extend(columns(&table(report)));
+        lines.extend(columns(&narrowed(table(report), width)));
     }
     lines.push(String::new());
     lines.extend(columns(&pipeline(report)));
@@ -346,11 +346,51 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
 fn joined(lines: Vec<String>, width: Option<usize>) -> String {
     let mut text = String::new();
     for line in lines {
-        let line = width.map_or_else(|| line.clone(), |width| cut(&line, width));
+        let line = width.map_or_else(|| line.clone(), |width| fit(&line, width));
         // Writing to a string cannot fail.
         let _ = writeln!(text, "{line}");
     }
     text
+}
+
+/// What a narrow terminal has no room for, the most dispensable first.
+const DISPENSABLE: [&str; 9] = [
+    "NEWEST CHECKS",
+    " 1 H",
+    " P50",
+    " LAST CHECK",
+    " 24 H",
+    " CERT",
+    " P95",
+    " SINCE",
+    " 7 D",
+];
+
+/// Room for the beginning of the last error.
+const ERROR_WIDTH: usize = 24;
+
+/// The table without columns for which there is no room.
+fn narrowed(mut table: Vec<Vec<String>>, width: Option<usize>) -> Vec<Vec<String>> {
+    let Some(width) = width else { return table };
+    let mut errors = table.iter().skip(1).filter_map(|row| row.last());
+    let room = width.saturating_sub(if errors.any(|error| !error.is_empty()) {
+        ERROR_WIDTH
+    } else {
+        0
+    });
+    for row in &mut table {
+        row[0] = fit(&row[0], (width / 2).max(20));
+    }
+    for heading in DISPENSABLE {
+        let rest: Vec<_> = table.iter().map(|row| row[..row.len() - 1].to_vec()).collect();
+        if columns(&rest).iter().all(|line| terminal::width(line) <= room) {
+            break;
+        }
+        if let Some(at) = table[0].iter().position(|cell| cell == heading) {
+            table.iter_mut().for_each(|row| drop(row.remove(at)));
+        }
+    }
+    table
 }
 
 fn table(report: &Report) -> Vec<Vec<String>> {

@@ -134,6 +134,16 @@ rejected    0 records
     for line in text(&report, Some(40)).lines() {
         assert!(line.chars().count() <= 40, "{line}");
     }
+    let narrow = "\
+HOST                      STATE  SINCE     7 D     P95  LAST ERROR
+https://a.example/longer  up     > 6 d  99.9 %  900 ms
+https://b.example/        DOWN     2 h  99.9 %       -  64 s ago, bad_status: 5…
+";
+    assert!(
+        text(&report, Some(80)).starts_with(narrow),
+        "{}",
+        text(&report, Some(80))
+    );
 }
 
 #[test]
