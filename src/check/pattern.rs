@@ -47,6 +47,12 @@ pub struct Pattern {
     bytes_per_deadline_check: usize,
 }
 
+impl PartialEq for Pattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
 /// Why a text is not a valid regex. `at`: the byte of the text where the mistake is.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{why}")]

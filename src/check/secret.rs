@@ -218,6 +218,13 @@ impl<T, const N: usize> Watched<T, N> {
     }
 }
 
+/// Two are equal if they are the same files.
+impl<T, const N: usize> PartialEq for Watched<T, N> {
+    fn eq(&self, other: &Self) -> bool {
+        self.paths == other.paths
+    }
+}
+
 impl<T, const N: usize> fmt::Debug for Watched<T, N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "@{}", self.name)

@@ -24,7 +24,7 @@ pub const DEFAULT_FOLLOW: u32 = 10;
 /// The statuses that are good without `status=`.
 pub const DEFAULT_STATUS: RangeInclusive<u16> = 200..=399;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Target {
     /// As written in the host file: the record's key and `address`.
     pub address: String,
@@ -106,13 +106,13 @@ impl Method {
 }
 
 /// `header="NAME: VALUE"`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Header {
     pub name: String,
     pub value: HeaderValue,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum HeaderValue {
     Plain(String),
     /// `PREFIX@NAME`: the prefix, as in `Bearer @NAME`, may be empty.
@@ -120,7 +120,7 @@ pub enum HeaderValue {
 }
 
 /// `body=`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RequestBody {
     /// The path after the `@` of `body=@FILE`; `None` if the body is in the line.
     pub file: Option<String>,

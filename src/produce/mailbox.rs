@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::clock::{Clock, micros};
 use crate::produce::fleet::Order;
-use crate::produce::host_file::Hosts;
+use crate::produce::hosts::list::Changes;
 use crate::produce::result::CheckResult;
 
 /// A result does not wake the timer loop if its next turn is this close. With 50 checks a second and more, only ticks wake it.
@@ -26,8 +26,7 @@ pub(super) struct Mailbox {
 struct Mail {
     results: Vec<CheckResult>,
     orders: Vec<Order>,
-    /// The newest list.
-    hosts: Option<Hosts>,
+    changes: Vec<Changes>,
     is_urgent: bool,
     /// Ticks wait for a thread, and every result frees one.
     results_are_urgent: bool,
@@ -35,7 +34,7 @@ struct Mail {
     wakes_at: i64,
 }
 
-pub(super) type Taken = (Vec<CheckResult>, Vec<Order>, Option<Hosts>);
+pub(super) type Taken = (Vec<CheckResult>, Vec<Order>, Vec<Changes>);
 
 impl Mailbox {
     pub(super) fn new(clock: Clock) -> Self {
@@ -59,8 +58,8 @@ impl Mailbox {
         self.wake();
     }
 
-    pub(super) fn put_hosts(&self, hosts: Hosts) {
-        self.mail().hosts = Some(hosts);
+    pub(super) fn put_changes(&self, changes: Changes) {
+        self.mail().changes.push(changes);
         self.wake();
     }
 
@@ -93,11 +92,11 @@ impl Mailbox {
     pub(super) fn take(&self) -> Taken {
         let mut mail = self.mail();
         mail.is_urgent = false;
-        let (results, orders) = (
+        (
             std::mem::take(&mut mail.results),
             std::mem::take(&mut mail.orders),
-        );
-        (results, orders, mail.hosts.take())
+            std::mem::take(&mut mail.changes),
+        )
     }
 
     fn mail(&self) -> MutexGuard<'_, Mail> {

@@ -125,6 +125,8 @@ impl Setup<'_> {
         let waker = Arc::clone(&mailbox);
         self.shutdown.on_request(move || waker.wake());
 
+        let targets: Vec<Arc<Target>> = targets.into_iter().map(Arc::new).collect();
+        let hosts = targets.iter().cloned().collect();
         let (joining, targets) = match self.group() {
             Some(_) => (Some(Joining::new(targets)), Vec::new()),
             None => (None, targets),
@@ -154,7 +156,16 @@ impl Setup<'_> {
             Rounds::Once => Schedule::once(targets, limits, now),
             Rounds::Endless => Schedule::endless(targets, limits, now),
         };
-        let mut timer = TimerLoop::new(self, schedule, shared_hosts, pool, publisher, clock, mailbox)?;
+        let mut timer = TimerLoop::new(
+            self,
+            hosts,
+            schedule,
+            shared_hosts,
+            pool,
+            publisher,
+            clock,
+            mailbox,
+        )?;
         match timer.run() {
             Ended::StopRequested(at) => timer.stop(at),
             Ended::Once => timer.end(COPIES_WITHIN),

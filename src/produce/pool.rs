@@ -429,7 +429,7 @@ mod tests {
             max_under_way: count,
             check_timeout: BOUND,
         };
-        let mut schedule = Schedule::<()>::once((0..count).map(target).collect(), limits, 0);
+        let mut schedule = Schedule::<()>::once((0..count).map(target).map(Arc::new).collect(), limits, 0);
         std::iter::from_fn(|| match schedule.next(0, |_| true) {
             Next::Start(tick) => Some(tick),
             Next::Wait(_) => None,

@@ -9,6 +9,7 @@ use crate::check::target::Target;
 use crate::clock::{Clock, micros};
 use crate::config::ProduceConfig;
 use crate::produce::fleet::{self, Fleet, Order, Partitions};
+use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::publisher::{Letter, LetterBox, Membership, Publisher, Record};
 use crate::produce::schedule::Schedule;
 use crate::produce::share::Share;
@@ -23,14 +24,14 @@ const MARK_EVERY: Duration = Duration::from_secs(2);
 /// The part that exists before the publisher has started.
 pub(super) struct Joining {
     events: (std::sync::mpsc::Sender<Event>, std::sync::mpsc::Receiver<Event>),
-    targets: Vec<Arc<Target>>,
+    targets: HostList,
 }
 
 impl Joining {
-    pub(super) fn new(targets: Vec<Target>) -> Self {
+    pub(super) fn new(targets: Vec<Arc<Target>>) -> Self {
         Self {
             events: channel(),
-            targets: targets.into_iter().map(Arc::new).collect(),
+            targets: targets.into_iter().collect(),
         }
     }
 
@@ -63,7 +64,7 @@ impl Joining {
             partitions: &partitions,
             clock,
         };
-        let topics = topics_of(&self.targets, &config.topic);
+        let topics = topics_of(&self.targets.topics(), &config.topic);
         let fleet = Fleet::start(&settings, &topics, self.events, letters, orders)?;
         Ok(Some(SharedHosts {
             fleet,
@@ -83,7 +84,7 @@ pub(super) struct SharedHosts {
     fleet: Fleet,
     partitions: Partitions,
     default_topic: String,
-    targets: Vec<Arc<Target>>,
+    targets: HostList,
     topics: Vec<String>,
     /// Shares whose hosts are in the schedule.
     ours: BTreeSet<Share>,
@@ -165,20 +166,22 @@ impl SharedHosts {
         self.finishing.remove(share);
     }
 
-    /// Replaces the hosts of the group.
-    pub(super) fn reload(&mut self, targets: Vec<Target>, schedule: &mut Schedule<Record>, now: i64) {
-        self.targets = targets.into_iter().map(Arc::new).collect();
-        let topics = topics_of(&self.targets, &self.default_topic);
+    /// Changes the hosts of the group.
+    pub(super) fn change(&mut self, changes: Changes, schedule: &mut Schedule<Record>, now: i64) {
+        self.targets.apply(&changes);
+        let topics = topics_of(&changes.topics, &self.default_topic);
         if topics != self.topics {
             self.topics.clone_from(&topics);
             self.fleet.subscribe(topics);
         }
-        let is_ours = |target: &&Arc<Target>| {
+        let is_ours = |target: &Arc<Target>| {
             let share = self.share_of(target);
             share.is_some_and(|share| self.ours.contains(&share) && !self.finishing.contains_key(&share))
         };
-        let ours = self.targets.iter().filter(is_ours).cloned().collect();
-        schedule.reload(ours, |target| self.share_of(target), now);
+        // A host that has another topic may be another producer's now.
+        let (ours, others): (Vec<_>, Vec<_>) = changes.changed.into_iter().partition(is_ours);
+        let removed = changes.removed.iter().chain(&others);
+        schedule.change(ours, removed, |target| self.share_of(target), now);
     }
 
     /// Gives all shares back, at the latest then.
@@ -197,10 +200,10 @@ impl SharedHosts {
 }
 
 /// The topics of the records of these hosts; without hosts the default one.
-fn topics_of(targets: &[Arc<Target>], default_topic: &str) -> Vec<String> {
-    let mut topics: BTreeSet<&str> = targets
+fn topics_of(topics: &BTreeSet<Option<String>>, default_topic: &str) -> Vec<String> {
+    let mut topics: BTreeSet<&str> = topics
         .iter()
-        .map(|target| target.topic.as_deref().unwrap_or(default_topic))
+        .map(|topic| topic.as_deref().unwrap_or(default_topic))
         .collect();
     // A group cannot be joined without a topic.
     if topics.is_empty() {

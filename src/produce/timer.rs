@@ -21,8 +21,8 @@ use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::{Clock, micros};
 use crate::http::health;
-use crate::produce::host_file::Hosts;
 use crate::produce::hosts::Watch;
+use crate::produce::hosts::list::{Changes, HostList};
 use crate::sample::Outcome;
 
 /// How many records of the backlog are written before the loop looks again at what is due: 0.2 ms of work.
@@ -68,6 +68,7 @@ pub(super) enum Ended {
 impl<'a> TimerLoop<'a> {
     pub(super) fn new(
         mut setup: Setup<'a>,
+        hosts: HostList,
         schedule: Schedule<Record>,
         shared_hosts: Option<SharedHosts>,
         pool: Pool,
@@ -84,7 +85,9 @@ impl<'a> TimerLoop<'a> {
                     Arc::clone(&mailbox),
                 );
                 let secrets = setup.config.check.secrets_dir.clone();
-                let watch = sources.watch(secrets, has_error, move |hosts| lists.put_hosts(hosts));
+                let watch = sources.watch(hosts, secrets, has_error, move |changes| {
+                    lists.put_changes(changes);
+                });
                 Some(watch.context("cannot start a thread to watch the hosts")?)
             }
         };
@@ -175,7 +178,7 @@ impl<'a> TimerLoop<'a> {
     }
 
     pub(super) fn take_mail(&mut self) {
-        let (results, orders, hosts) = self.mailbox.take();
+        let (results, orders, changes) = self.mailbox.take();
         for result in results {
             self.take_result(result);
         }
@@ -185,10 +188,8 @@ impl<'a> TimerLoop<'a> {
                 shared_hosts.obey(order, &mut self.schedule, &self.publisher, now);
             }
         }
-        if let Some(hosts) = hosts
-            && !self.setup.shutdown.requested()
-        {
-            self.replace_hosts(hosts);
+        if !self.setup.shutdown.requested() {
+            changes.into_iter().for_each(|changes| self.change_hosts(changes));
         }
     }
 
@@ -234,20 +235,18 @@ impl<'a> TimerLoop<'a> {
         left
     }
 
-    fn replace_hosts(&mut self, hosts: Hosts) {
-        let Hosts { targets, warnings } = hosts;
-        for line in warnings {
+    fn change_hosts(&mut self, changes: Changes) {
+        for line in &changes.warnings {
             log::warn!("reload: {line}");
         }
-        log::info!("reload hosts={}", targets.len());
-        self.setup.counters.hosts.store(targets.len(), Ordering::Relaxed);
+        log::info!("reload hosts={}", changes.hosts);
+        self.setup.counters.hosts.store(changes.hosts, Ordering::Relaxed);
         let now = self.clock.now_micros();
         match &mut self.shared_hosts {
-            Some(shared_hosts) => shared_hosts.reload(targets, &mut self.schedule, now),
-            None => {
-                let targets = targets.into_iter().map(Arc::new).collect();
-                self.schedule.reload(targets, |_| None, now);
-            }
+            Some(shared_hosts) => shared_hosts.change(changes, &mut self.schedule, now),
+            None => self
+                .schedule
+                .change(changes.changed, &changes.removed, |_| None, now),
         }
     }
 }

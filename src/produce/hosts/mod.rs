@@ -1,9 +1,10 @@
 //! Where the hosts come from: files, standard input and the table of hosts.
 //!
 //! Owns the first reading, and the threads that notice later changes: one for each source, because a database that does not
-//! answer must not delay a file. `watch` decides when to read again, `rows` reads rows, `table` asks Postgres, and
-//! `host_file` reads lines. Each source keeps its last good list, so an error in one changes nothing of the others.
+//! answer must not delay a file. `watch` decides when to read again, `rows` reads rows, `table` asks Postgres, `list` compares
+//! lists, and `host_file` reads lines. Each source keeps its last good list, so an error in one changes nothing of the others.
 
+pub mod list;
 pub mod rows;
 mod table;
 pub mod watch;
@@ -27,6 +28,7 @@ use crate::config::{HostsConfig, WrongInput};
 use crate::outage::Outage;
 use crate::postgres::{Fault, Kind};
 use crate::produce::host_file::{self, HostFileError, Hosts, OnDisk};
+use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::hosts::rows::{TableHosts, read_rows};
 use crate::produce::hosts::table::Table;
 use crate::produce::hosts::watch::{Content, Version};
@@ -189,27 +191,31 @@ impl Sources {
         check_addresses(&origins, &lists)
     }
 
-    /// Watches all sources, each on a thread of its own. `put` takes a new list; `has_error` tells whether the newest list of a
-    /// source is not in force. The threads end after the result is dropped.
+    /// Watches all sources, each on a thread of its own. `hosts` is what they had. `put` takes what a new list changes;
+    /// `has_error` tells whether the newest list of a source is not in force. The threads end after the result is dropped.
     ///
     /// # Errors
     /// A thread cannot be started.
     pub(super) fn watch(
         self,
+        hosts: HostList,
         secrets: Option<PathBuf>,
         has_error: Arc<AtomicBool>,
-        put: impl Fn(Hosts) + Send + Sync + 'static,
+        put: impl Fn(Changes) + Send + Sync + 'static,
     ) -> io::Result<Watch> {
         let shared = Arc::new(Shared {
             origins: self.0.iter().map(|source| source.origin.clone()).collect(),
-            lists: Mutex::new(self.0.iter().map(List::first).collect()),
+            lists: Mutex::new(Lists {
+                of_sources: self.0.iter().map(List::first).collect(),
+                all: hosts,
+            }),
             requests: Mutex::default(),
             requested: Condvar::new(),
             secrets,
             has_error,
             put: Box::new(put),
         });
-        shared.note_errors(&shared.lists());
+        shared.note_errors(&shared.lists().of_sources);
         for (index, source) in self.0.into_iter().enumerate() {
             let shared = Arc::clone(&shared);
             thread::Builder::new()
@@ -244,17 +250,24 @@ impl Drop for Watch {
 
 struct Shared {
     origins: Vec<Origin>,
-    lists: Mutex<Vec<List>>,
+    lists: Mutex<Lists>,
     requests: Mutex<Requests>,
     requested: Condvar,
     /// SECRETS_DIR.
     secrets: Option<PathBuf>,
     has_error: Arc<AtomicBool>,
-    put: Box<dyn Fn(Hosts) + Send + Sync>,
+    put: Box<dyn Fn(Changes) + Send + Sync>,
+}
+
+struct Lists {
+    of_sources: Vec<List>,
+    /// The hosts that are in force.
+    all: HostList,
 }
 
 /// The last good list of a source.
 struct List {
+    /// Empty if there is only one source.
     targets: Vec<Target>,
     /// Whether the source has had no error since.
     is_current: bool,
@@ -390,11 +403,12 @@ impl Shared {
     fn take(&self, index: usize, hosts: Hosts) {
         let Hosts { targets, warnings } = hosts;
         let mut lists = self.lists();
-        lists[index] = List {
+        let Lists { of_sources, all } = &mut *lists;
+        of_sources[index] = List {
             targets,
             is_current: true,
         };
-        let targets = match lists.as_mut_slice() {
+        let targets = match of_sources.as_mut_slice() {
             [only] => std::mem::take(&mut only.targets),
             lists => {
                 let lists: Vec<&[Target]> = lists.iter().map(|list| list.targets.as_slice()).collect();
@@ -407,9 +421,9 @@ impl Shared {
                 lists.concat()
             }
         };
-        self.note_errors(&lists);
-        // While the lists are locked, so that no older list follows.
-        (self.put)(Hosts { targets, warnings });
+        self.note_errors(of_sources);
+        // While the lists are locked, because the changes have an order.
+        (self.put)(all.replace(targets, warnings));
     }
 
     /// A source has an error.
@@ -420,8 +434,8 @@ impl Shared {
 
     fn set_current(&self, index: usize, is_current: bool) {
         let mut lists = self.lists();
-        lists[index].is_current = is_current;
-        self.note_errors(&lists);
+        lists.of_sources[index].is_current = is_current;
+        self.note_errors(&lists.of_sources);
     }
 
     fn note_errors(&self, lists: &[List]) {
@@ -429,7 +443,7 @@ impl Shared {
         self.has_error.store(has_error, Ordering::Relaxed);
     }
 
-    fn lists(&self) -> MutexGuard<'_, Vec<List>> {
+    fn lists(&self) -> MutexGuard<'_, Lists> {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

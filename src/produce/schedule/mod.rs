@@ -105,16 +105,16 @@ pub struct Limits {
 
 impl<R> Schedule<R> {
     /// All ticks of all targets from `now` on.
-    pub fn endless(targets: Vec<Target>, limits: Limits, now: i64) -> Self {
+    pub fn endless(targets: Vec<Arc<Target>>, limits: Limits, now: i64) -> Self {
         Self::new(Rhythm::Grid, targets, limits, now)
     }
 
     /// One tick of each target, at `now`.
-    pub fn once(targets: Vec<Target>, limits: Limits, now: i64) -> Self {
+    pub fn once(targets: Vec<Arc<Target>>, limits: Limits, now: i64) -> Self {
         Self::new(Rhythm::Once, targets, limits, now)
     }
 
-    fn new(rhythm: Rhythm, targets: Vec<Target>, limits: Limits, now: i64) -> Self {
+    fn new(rhythm: Rhythm, targets: Vec<Arc<Target>>, limits: Limits, now: i64) -> Self {
         let mut schedule = Self {
             hosts: Vec::with_capacity(targets.len()),
             vacant: Vec::new(),
@@ -132,7 +132,9 @@ impl<R> Schedule<R> {
             rhythm,
             limits,
         };
-        schedule.replace(targets.into_iter().map(Arc::new).collect(), |_| None, now);
+        targets
+            .into_iter()
+            .for_each(|target| schedule.put(target, None, now));
         schedule
     }
 
@@ -234,17 +236,29 @@ impl<R> Schedule<R> {
         !self.backlogged.is_empty()
     }
 
-    /// Replaces the hosts. A host with the same address and interval keeps its ticks and its check under way, and its next
+    /// Changes hosts. A host with the same address and interval keeps its ticks and its check under way, and its next
     /// check has the new options. A host with another interval continues on its new grid. A new host begins as at the start,
     /// and a removed one has no more ticks. `share_of` returns the share of a host.
-    pub fn reload(
+    pub fn change<'a>(
         &mut self,
-        targets: Vec<Arc<Target>>,
+        changed: Vec<Arc<Target>>,
+        removed: impl IntoIterator<Item = &'a Arc<Target>>,
         share_of: impl Fn(&Target) -> Option<Share>,
         now: i64,
     ) {
         self.fall_due(now, |_| true);
-        self.replace(targets, share_of, now);
+        for target in changed {
+            let share = share_of(&target);
+            self.put(target, share, now);
+        }
+        for target in removed {
+            self.remove(&target.address);
+        }
+        // Entries that are out of date would otherwise stay until their time.
+        if self.due.len() > 2 * self.by_address.len() {
+            let Self { due, hosts, .. } = self;
+            due.retain(|Reverse((tick, id))| hosts[*id].as_ref().and_then(|host| host.next) == Some(*tick));
+        }
     }
 
     /// Adds the hosts of a share that we own from now on. `recorded` returns the latest tick of a host that has a record; the
@@ -463,44 +477,40 @@ impl<R> Schedule<R> {
         })
     }
 
-    fn replace(&mut self, targets: Vec<Arc<Target>>, share_of: impl Fn(&Target) -> Option<Share>, now: i64) {
-        let mut gone = std::mem::take(&mut self.by_address);
-        for target in targets {
-            let address = target.address.clone();
-            let id = match gone.remove(&address) {
-                Some(id) => id,
-                None => self.id_of(&address),
-            };
-            let share = share_of(&target);
-            match &mut self.hosts[id] {
-                Some(host) => {
-                    host.become_like(target, self.rhythm, self.limits, now);
-                    host.share = share;
-                }
-                vacant => {
-                    let mut host = Host::new(target);
-                    host.share = share;
-                    host.next = Some(host.first_tick(self.rhythm, self.limits, now));
-                    *vacant = Some(host);
-                }
+    /// Adds a host, or gives it its new options.
+    fn put(&mut self, target: Arc<Target>, share: Option<Share>, now: i64) {
+        let id = self.id_of(&target.address);
+        let before = self.hosts[id].as_ref().and_then(|host| host.next);
+        let host = match &mut self.hosts[id] {
+            Some(host) => {
+                host.become_like(target, self.rhythm, self.limits, now);
+                host
             }
-            self.by_address.insert(address, id);
-        }
-        for (address, id) in gone {
-            if let Some(host) = &mut self.hosts[id] {
-                host.next = None;
-                host.give_up_waiting(&mut self.missed, MissedReason::Removed);
+            vacant => {
+                self.by_address.insert(target.address.clone(), id);
+                let mut host = Host::new(target);
+                host.next = Some(host.first_tick(self.rhythm, self.limits, now));
+                vacant.insert(host)
             }
-            // If the host comes back before its last record is written, it must get this place, which keeps its records in order.
-            self.by_address.insert(address, id);
-            self.note_backlog(id);
-            self.forget_if_gone(id);
+        };
+        host.share = share;
+        if let Some(next) = host.next.filter(|next| Some(*next) != before) {
+            self.due.push(Reverse((next, id)));
         }
-        let next_ticks = self.hosts.iter().enumerate().filter_map(|(id, host)| {
-            let tick = host.as_ref()?.next?;
-            Some(Reverse((tick, id)))
-        });
-        self.due = next_ticks.collect();
+    }
+
+    /// Ends the ticks of a host.
+    fn remove(&mut self, address: &str) {
+        let Some(&id) = self.by_address.get(address) else {
+            return;
+        };
+        if let Some(host) = &mut self.hosts[id] {
+            host.next = None;
+            host.give_up_waiting(&mut self.missed, MissedReason::Removed);
+        }
+        // Until its last record is written it keeps this place. If it comes back before, its records stay in order.
+        self.note_backlog(id);
+        self.forget_if_gone(id);
     }
 
     fn note_backlog(&mut self, id: usize) {

@@ -14,7 +14,7 @@ const LIMITS: Limits = Limits {
 #[test]
 fn ticks_of_a_host_lie_on_its_grid_whenever_the_agent_starts() {
     for start in [START, START + 1, START + 86_400 * SECOND + 77] {
-        let mut schedule = Schedule::<()>::endless(vec![host("a.example", 5)], LIMITS, start);
+        let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 5)], LIMITS, start);
         let mut last = start;
         for _ in 0..100 {
             let tick = quick_check(&mut schedule).scheduled_at_micros;
@@ -55,7 +55,7 @@ fn hosts_with_like_addresses_are_spread_over_their_interval() {
 
 #[test]
 fn a_long_interval_does_not_delay_the_first_check() {
-    let hosts = (0..1_000).map(|i| host(&format!("h{i}.example"), 300));
+    let hosts = (0..1_000).map(|i| shared(&format!("h{i}.example"), 300));
     let mut schedule = Schedule::<()>::endless(
         hosts.collect(),
         Limits {
@@ -93,7 +93,7 @@ fn a_first_check_that_hangs_is_over_when_the_grid_has_its_tick() {
 
 #[test]
 fn once_checks_every_host_now_and_is_over() {
-    let hosts = (0..9).map(|i| host(&format!("h{i}.example"), 3_600)).collect();
+    let hosts = (0..9).map(|i| shared(&format!("h{i}.example"), 3_600)).collect();
     let mut schedule = Schedule::<()>::once(hosts, LIMITS, START);
     let mut now = START;
     let mut checked = Vec::new();
@@ -116,7 +116,7 @@ fn once_checks_every_host_now_and_is_over() {
 
 #[test]
 fn a_tick_during_its_hosts_check_is_missed_and_written_after_it() {
-    let mut schedule = Schedule::endless(vec![host("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::endless(vec![shared("a.example", 1)], LIMITS, START);
     let (first, now) = start_one(&mut schedule, START);
     for i in 1..=3 {
         let wait = schedule.next(now + i * SECOND, |_| true);
@@ -130,7 +130,7 @@ fn a_tick_during_its_hosts_check_is_missed_and_written_after_it() {
 
 #[test]
 fn a_stall_costs_its_ticks_and_makes_no_burst() {
-    let hosts = (0..50).map(|i| host(&format!("h{i}.example"), 10)).collect();
+    let hosts = (0..50).map(|i| shared(&format!("h{i}.example"), 10)).collect();
     let limits = Limits {
         max_under_way: 50,
         ..LIMITS
@@ -155,7 +155,7 @@ fn a_stall_costs_its_ticks_and_makes_no_burst() {
 
 #[test]
 fn a_suspended_day_of_five_thousand_hosts_is_held_as_ranges() {
-    let hosts = (0..5_000).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = (0..5_000).map(|i| shared(&format!("h{i}.example"), 1)).collect();
     let mut schedule = Schedule::<()>::endless(hosts, LIMITS, START);
     let woken = START + 86_400 * SECOND;
     let mut entries = 0;
@@ -172,7 +172,7 @@ fn a_suspended_day_of_five_thousand_hosts_is_held_as_ranges() {
 
 #[test]
 fn without_a_free_thread_a_tick_waits_until_the_next_one_and_no_longer() {
-    let hosts = vec![host("a.example", 1), host("b.example", 60)];
+    let hosts = vec![shared("a.example", 1), shared("b.example", 60)];
     let limits = Limits {
         max_under_way: 1,
         ..LIMITS
@@ -212,7 +212,7 @@ fn without_a_free_thread_a_tick_waits_until_the_next_one_and_no_longer() {
 
 #[test]
 fn without_room_ticks_are_missed_and_written_when_there_is_room_again() {
-    let mut schedule = Schedule::<()>::endless(vec![host("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 1)], LIMITS, START);
     for second in 1..=3_600 {
         let next = schedule.next(START + second * SECOND, |_| false);
         assert!(matches!(next, Next::Wait(_)));
@@ -230,15 +230,15 @@ fn without_room_ticks_are_missed_and_written_when_there_is_room_again() {
 
 #[test]
 fn a_reload_leaves_unchanged_hosts_their_rhythm_and_gives_them_their_new_options() {
-    let mut schedule = Schedule::endless(vec![host("a.example", 7)], LIMITS, START);
+    let mut schedule = Schedule::endless(vec![shared("a.example", 7)], LIMITS, START);
     let (before, now) = start_one(&mut schedule, START);
     let changed = Target {
         follow: 3,
         ..host("a.example", 7)
     };
-    schedule.reload(
+    reload(
+        &mut schedule,
         vec![changed.into(), shared("b.example", 1)],
-        |_| None,
         now + SECOND,
     );
     assert_eq!(schedule.finished(&before, "old"), Some("old"));
@@ -257,10 +257,10 @@ fn a_reload_leaves_unchanged_hosts_their_rhythm_and_gives_them_their_new_options
 
 #[test]
 fn a_host_removed_and_added_again_during_its_check_is_still_checked_once_at_a_time() {
-    let mut schedule = Schedule::endless(vec![host("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::endless(vec![shared("a.example", 1)], LIMITS, START);
     let (open, now) = start_one(&mut schedule, START);
-    schedule.reload(vec![shared("b.example", 3_600)], |_| None, now + 1);
-    schedule.reload(vec![shared("a.example", 1)], |_| None, now + 2);
+    reload(&mut schedule, vec![shared("b.example", 3_600)], now + 1);
+    reload(&mut schedule, vec![shared("a.example", 1)], now + 2);
     assert!(matches!(schedule.next(now + SECOND, |_| true), Next::Wait(_)));
     assert_eq!(schedule.finished(&open, "old"), Some("old"));
     assert_eq!(
@@ -272,17 +272,22 @@ fn a_host_removed_and_added_again_during_its_check_is_still_checked_once_at_a_ti
 
 #[test]
 fn removed_hosts_take_no_memory_once_their_records_are_written() {
-    let mut schedule = Schedule::<()>::endless(vec![host("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 1)], LIMITS, START);
     for i in 0..1_000 {
-        schedule.reload(vec![shared(&format!("h{i}.example"), 1)], |_| None, START + i);
+        reload(
+            &mut schedule,
+            vec![shared(&format!("h{i}.example"), 1)],
+            START + i,
+        );
     }
     assert!(schedule.hosts.len() <= 2);
     assert_eq!(schedule.by_address.len(), 1);
+    assert!(schedule.due.len() <= 2);
 }
 
 #[test]
 fn a_stop_ends_the_ticks_and_cuts_off_what_hangs() {
-    let hosts = vec![host("a.example", 1), host("b.example", 1)];
+    let hosts = vec![shared("a.example", 1), shared("b.example", 1)];
     let limits = Limits {
         max_under_way: 1,
         ..LIMITS
@@ -554,7 +559,7 @@ impl Model {
             }
         }
         self.hosts = hosts;
-        self.schedule.reload(targets, |_| None, self.now);
+        reload(&mut self.schedule, targets, self.now);
     }
 
     fn stop(&mut self) -> Result<(), TestCaseError> {
@@ -630,6 +635,14 @@ fn shared(address: &str, interval_seconds: u64) -> Arc<Target> {
 fn host(address: &str, interval_seconds: u64) -> Target {
     let url = url::Url::parse(&format!("https://{address}/")).unwrap();
     Target::new(address.to_owned(), url, Duration::from_secs(interval_seconds))
+}
+
+/// The hosts become these.
+fn reload<R>(schedule: &mut Schedule<R>, targets: Vec<Arc<Target>>, now: i64) {
+    let is_left = |host: &&Arc<Target>| targets.iter().all(|target| target.address != host.address);
+    let hosts = schedule.hosts.iter().flatten().map(|host| &host.target);
+    let removed: Vec<Arc<Target>> = hosts.filter(is_left).cloned().collect();
+    schedule.change(targets, &removed, |_| None, now);
 }
 
 /// Waits for the next check and begins it.

@@ -1,0 +1,169 @@
+//! The list of all hosts, and what a newer list changes in it.
+//!
+//! Pure. The threads that watch the sources compare the lists, because that takes too long for the timer loop.
+
+use std::borrow::Borrow;
+use std::collections::{BTreeSet, HashSet};
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+use crate::check::target::Target;
+
+/// Hosts by their address.
+#[derive(Default)]
+pub struct HostList(HashSet<Entry>);
+
+/// What a newer list changes.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// The hosts that are new or have another line.
+    pub changed: Vec<Arc<Target>>,
+    /// The hosts that are in the list no more.
+    pub removed: Vec<Arc<Target>>,
+    /// The number of hosts in the newer list.
+    pub hosts: usize,
+    /// The topics of the newer list; `None` is KAFKA_TOPIC.
+    pub topics: BTreeSet<Option<String>>,
+    /// For the log.
+    pub warnings: Vec<String>,
+}
+
+impl HostList {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Target>> {
+        self.0.iter().map(|Entry(target)| target)
+    }
+
+    pub fn topics(&self) -> BTreeSet<Option<String>> {
+        let mut topics = BTreeSet::new();
+        for target in self.iter() {
+            if !topics.contains(&target.topic) {
+                topics.insert(target.topic.clone());
+            }
+        }
+        topics
+    }
+
+    /// Becomes the newer list.
+    pub fn replace(&mut self, targets: Vec<Target>, warnings: Vec<String>) -> Changes {
+        let mut newer = HashSet::with_capacity(targets.len());
+        let mut changed = Vec::new();
+        for target in targets {
+            let entry = match self.0.take(target.address.as_str()) {
+                Some(entry) if *entry.0 == target => entry,
+                _ => {
+                    let target = Arc::new(target);
+                    changed.push(Arc::clone(&target));
+                    Entry(target)
+                }
+            };
+            newer.insert(entry);
+        }
+        let left = std::mem::replace(&mut self.0, newer);
+        Changes {
+            changed,
+            removed: left.into_iter().map(|Entry(target)| target).collect(),
+            hosts: self.0.len(),
+            topics: self.topics(),
+            warnings,
+        }
+    }
+
+    /// Does what another list did when it became newer.
+    pub fn apply(&mut self, changes: &Changes) {
+        for target in &changes.removed {
+            self.0.remove(target.address.as_str());
+        }
+        for target in &changes.changed {
+            self.0.replace(Entry(Arc::clone(target)));
+        }
+    }
+}
+
+impl FromIterator<Arc<Target>> for HostList {
+    fn from_iter<T: IntoIterator<Item = Arc<Target>>>(targets: T) -> Self {
+        Self(targets.into_iter().map(Entry).collect())
+    }
+}
+
+/// A host that is found by its address.
+struct Entry(Arc<Target>);
+
+impl Borrow<str> for Entry {
+    fn borrow(&self) -> &str {
+        &self.0.address
+    }
+}
+
+impl Hash for Entry {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.address.hash(state);
+    }
+}
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.address == other.0.address
+    }
+}
+
+impl Eq for Entry {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::produce::host_file;
+
+    fn targets(lines: &str) -> Vec<Target> {
+        host_file::parse("hosts", lines.as_bytes()).unwrap().targets
+    }
+
+    fn texts(targets: &[Arc<Target>]) -> Vec<String> {
+        targets.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_newer_list_changes_only_the_lines_that_differ() {
+        let mut list: HostList = targets("a.example 5 status=200 (x)\nb.example 5\nc.example 5 topic=t\n")
+            .into_iter()
+            .map(Arc::new)
+            .collect();
+        let mut follower: HostList = list.iter().cloned().collect();
+        let newer = "d.example 5\nb.example 5 body=\"x\" method=PUT\na.example 5m status=200 (x)\n";
+        let changes = list.replace(targets(newer), Vec::new());
+        assert_eq!(
+            texts(&changes.changed),
+            ["d.example 5m", "b.example 5m method=PUT body=\"x\""]
+        );
+        assert_eq!(texts(&changes.removed), ["c.example 5m topic=t"]);
+        assert_eq!((changes.hosts, changes.topics), (3, [None].into()));
+        let changes = Changes {
+            topics: BTreeSet::new(),
+            ..changes
+        };
+        follower.apply(&changes);
+        let sorted = |list: &HostList| {
+            let mut lines: Vec<String> = list.iter().map(ToString::to_string).collect();
+            lines.sort();
+            lines
+        };
+        assert_eq!(sorted(&follower), sorted(&list));
+
+        let changes = list.replace(targets(newer), Vec::new());
+        assert_eq!((changes.changed.len(), changes.removed.len()), (0, 0));
+        for (line, other) in [
+            ("a.example 5 x", "a.example 5 y"),
+            ("a.example 5 x", "a.example 5 ! x"),
+            ("a.example 5", "a.example 5 slow=1s"),
+            ("a.example 5 header=X:y", "a.example 5 header=X:z"),
+            ("a.example 5 json=/a:1", "a.example 5 json=/a:2"),
+        ] {
+            let mut list: HostList = targets(line).into_iter().map(Arc::new).collect();
+            assert_eq!(list.replace(targets(line), Vec::new()).changed.len(), 0, "{line}");
+            assert_eq!(
+                list.replace(targets(other), Vec::new()).changed.len(),
+                1,
+                "{other}"
+            );
+        }
+    }
+}
