@@ -18,14 +18,15 @@ pub struct JsonRule {
 }
 
 impl JsonRule {
-    /// Reads `/pointer:value`. The pointer ends at the first colon. `None` if it is not valid.
+    /// Reads `/pointer:value`. The pointer ends at the first colon; a colon in a key is `~2`, which RFC 6901 does not use.
+    /// `None` if it is not valid.
     pub fn parse(text: &str) -> Option<Self> {
         let (pointer, expected) = text.split_once(':')?;
         let is_pointer = pointer.is_empty() || pointer.starts_with('/');
-        // `~0` is a tilde and `~1` a slash.
+        // `~0` is a tilde, `~1` a slash and `~2` a colon.
         let is_escaped = pointer
             .match_indices('~')
-            .all(|(at, _)| pointer[at + 1..].starts_with(['0', '1']));
+            .all(|(at, _)| pointer[at + 1..].starts_with(['0', '1', '2']));
         (is_pointer && is_escaped).then(|| Self {
             pointer: pointer.to_owned(),
             expected: expected.to_owned(),
@@ -82,7 +83,7 @@ impl JsonRule {
             .pointer
             .split('/')
             .skip(1)
-            .map(|token| token.replace("~1", "/").replace("~0", "~"))
+            .map(|token| token.replace("~1", "/").replace("~2", ":").replace("~0", "~"))
             .collect();
         let mut json = serde_json::Deserializer::from_str(body);
         let found = At(&tokens).deserialize(&mut json)?;
@@ -206,7 +207,7 @@ mod tests {
     fn a_pointer_finds_what_rfc_6901_says() {
         // The document of RFC 6901, section 5.
         let document = r#"{"foo": ["bar", "baz"], "": 0, "a/b": 1, "c%d": 2, "e^f": 3, "g|h": 4, "i\\j": 5, "k\"l": 6,
-            " ": 7, "m~n": 8}"#;
+            " ": 7, "m~n": 8, "a:b~2": 9}"#;
         for rule in [
             r#"/foo:["bar", "baz"]"#,
             "/foo/0:bar",
@@ -220,6 +221,7 @@ mod tests {
             "/k\"l:6",
             "/ :7",
             "/m~0n:8",
+            "/a~2b~02:9",
         ] {
             assert_eq!(holds(rule, document), Ok(()), "{rule}");
         }
@@ -322,7 +324,7 @@ mod tests {
                 expected: "b:c".into(),
             })
         );
-        for text in ["", "/a", "a:b", "/a~:b", "/a~2:b", "$.a:b"] {
+        for text in ["", "/a", "a:b", "/a~:b", "/a~3:b", "$.a:b"] {
             assert_eq!(JsonRule::parse(text), None, "{text}");
         }
     }

@@ -346,3 +346,63 @@ fn run<T>(
     runtime.shutdown_background();
     done.map_err(|fault| anyhow!("{fault}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::check::target::Target;
+    use crate::cli::{self, Cli, Command};
+
+    fn read(line: &str) -> Target {
+        let mut hosts = host_file::parse("hosts", line.as_bytes()).unwrap();
+        assert_eq!(hosts.targets.len(), 1, "{line}");
+        hosts.targets.remove(0)
+    }
+
+    proptest! {
+        /// What `export` prints is the host that `add` or `import` was given, whatever has to be quoted.
+        #[test]
+        fn an_exported_host_is_the_one_that_was_added(
+            name in r#"[a-zä"\\][ -~ä]{0,12}"#,
+            body in r#"[ -~ä\t]{1,20}"#,
+            value in r#"[!-?A-~][ -?A-~]{0,12}"#,
+            expected in r#"[ -~]{0,12}"#,
+            regex in proptest::option::of(r#"[a-z]{0,2}[ä !#@"]{0,3}[a-z]\.?"#),
+        ) {
+            let options = [
+                format!("name={name}"),
+                "method=POST".to_owned(),
+                format!("body={body}"),
+                format!("header=X-Y: {value}"),
+                format!("json=/a:{expected}"),
+            ];
+            let regex = regex.map(|regex| regex.trim().to_owned());
+            // An unquoted value that begins with a quote is one that is quoted already, and may be wrong.
+            let Ok(given) = host_file::target("a.example", &options, regex.as_deref()) else {
+                return Ok(());
+            };
+            let mut words = vec!["host-metrics", "hosts", "add"];
+            options.iter().for_each(|option| words.extend(["-o", option]));
+            words.extend(["--", "a.example", "5"]);
+            words.extend(regex.as_deref());
+            let Command::Hosts(cli::Hosts::Add(args)) = Cli::parse_from(words).command else {
+                unreachable!("it is `hosts add`");
+            };
+            let Ok(added) = NewHost::new(&args, None) else {
+                return Ok(());
+            };
+            let line = added.row.line().unwrap();
+            let exported = read(&line);
+            let given = Target { interval: exported.interval, ..given };
+            prop_assert_eq!(&exported, &given, "{}", line);
+
+            let [address, frequency, options, regex] = host_file::columns(&line).map(str::to_owned);
+            let imported = HostRow { address, frequency, options, regex };
+            prop_assert_eq!(&read(&imported.line().unwrap()), &given);
+            prop_assert_eq!(&read(&given.to_string()), &given, "{}", given);
+        }
+    }
+}

@@ -41,6 +41,17 @@ fn produce_is_given_nothing_of_the_database() {
 }
 
 #[test]
+fn only_produce_sees_the_secrets_of_the_host_file_and_cannot_change_them() {
+    let compose = file("docker-compose.yml");
+    assert_eq!(compose.matches("./secrets:/secrets:ro").count(), 1);
+    let pod = file("deploy/kubernetes/produce.yaml");
+    assert!(pod.contains("- {name: secrets, mountPath: /secrets, readOnly: true}"));
+    assert!(pod.contains("secret: {secretName: site-secrets, defaultMode: 0440}"));
+    assert!(!file("deploy/kubernetes/consume.yaml").contains("site-secrets"));
+    assert!(file("deploy/kubernetes/kustomization.yaml").contains("- name: site-secrets\n"));
+}
+
+#[test]
 fn the_units_filter_of_system_calls_lets_the_agents_raise_their_limit_of_open_files() {
     for agent in ["produce", "consume", "page"] {
         let unit = file(&format!("deploy/systemd/host-metrics-{agent}.service"));

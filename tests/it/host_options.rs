@@ -608,6 +608,19 @@ fn secrets_in_the_file_and_files_that_everybody_can_read_are_warned_of() {
             .is_empty()
     );
 
+    let lines = "@x tls=insecure\na.example 5 tls=insecure auth=@shop\nb.example 5 header=\"X: @key\" @x\nc.example 5 @x\nd.example 5 \
+                 header=X:y tls=insecure";
+    let warnings = folder.warnings(lines);
+    let places: Vec<_> = warnings
+        .iter()
+        .filter_map(|warning| warning.split_once(" with tls=insecure, whoever"))
+        .collect();
+    assert_eq!(
+        places.iter().map(|(place, _)| *place).collect::<Vec<_>>(),
+        ["hosts:2:13:", "hosts:3:30:"],
+        "{warnings:?}"
+    );
+
     folder.write("open", "hunter");
     fs::set_permissions(folder.path().join("open"), fs::Permissions::from_mode(0o644)).unwrap();
     let file = folder.path().join("hosts");

@@ -10,7 +10,7 @@ use super::address::read_address;
 use super::fault::{HostFileError, LineFault};
 use super::files::{Files, OnDisk};
 use super::options::{INTERVALS, Options, known_options, read_frequency};
-use super::profiles::{Profiles, place};
+use super::profiles::{Profiles, place as place_of};
 use super::quote::quoted;
 use super::regexes::{Regexes, compile};
 use super::report::ErrorReport;
@@ -79,7 +79,15 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
             report.warn(place, text, &fault);
         }
         match target {
-            Ok(target) => targets.push(target),
+            Ok(target) => {
+                if target.tls_insecure && target.secrets().next().is_some() {
+                    let what = "with tls=insecure, whoever can redirect the connection gets the secret; verify the certificate \
+                                (CHECK_CA_FILE) or send no secret";
+                    let fault = line.at(place_of(&line, "tls", &profiles), LineFault::new(0, what));
+                    report.warn(place, text, &fault);
+                }
+                targets.push(target);
+            }
             Err(faults) => faults.iter().for_each(|fault| report.add(place, text, fault)),
         }
     }
@@ -153,7 +161,7 @@ pub fn target_with(
 fn argument(option: &str) -> Option<OptionWord<'_>> {
     let (word, rest) = option_word(option)?;
     match rest {
-        "" => Some(word),
+        "" if word.is_quoted || word.word == option => Some(word),
         _ if word.is_quoted => None,
         _ => Some(OptionWord {
             word: option,
@@ -223,7 +231,7 @@ impl<'a> Line<'a> {
         if let Some(url) = &url {
             for (name, what) in settings.contradictions(url) {
                 let fault = Err::<(), _>(LineFault::new(0, what));
-                self.keep(&mut faults, place(self, name, profiles), fault);
+                self.keep(&mut faults, place_of(self, name, profiles), fault);
             }
         }
         let regex = self.keep(&mut faults, self.regex, self.regex(regexes, &settings));
