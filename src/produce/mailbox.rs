@@ -45,6 +45,10 @@ impl Mailbox {
         }
     }
 
+    pub(super) fn clock(&self) -> Clock {
+        self.clock
+    }
+
     pub(super) fn put_result(&self, result: CheckResult) {
         let mut mail = self.mail();
         mail.results.push(result);

@@ -156,16 +156,7 @@ impl Setup<'_> {
             Rounds::Once => Schedule::once(targets, limits, now),
             Rounds::Endless => Schedule::endless(targets, limits, now),
         };
-        let mut timer = TimerLoop::new(
-            self,
-            hosts,
-            schedule,
-            shared_hosts,
-            pool,
-            publisher,
-            clock,
-            mailbox,
-        )?;
+        let mut timer = TimerLoop::new(self, hosts, schedule, shared_hosts, pool, publisher, mailbox)?;
         match timer.run() {
             Ended::StopRequested(at) => timer.stop(at),
             Ended::Once => timer.end(COPIES_WITHIN),

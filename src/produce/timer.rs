@@ -73,7 +73,6 @@ impl<'a> TimerLoop<'a> {
         shared_hosts: Option<SharedHosts>,
         pool: Pool,
         publisher: Publisher,
-        clock: Clock,
         mailbox: Arc<Mailbox>,
     ) -> anyhow::Result<Self> {
         let sources = std::mem::take(&mut setup.sources);
@@ -91,6 +90,7 @@ impl<'a> TimerLoop<'a> {
                 Some(watch.context("cannot start a thread to watch the hosts")?)
             }
         };
+        let clock = mailbox.clock();
         Ok(Self {
             schedule,
             looked_at: clock.now_micros(),

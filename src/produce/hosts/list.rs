@@ -2,16 +2,14 @@
 //!
 //! Pure. The threads that watch the sources compare the lists, because that takes too long for the timer loop.
 
-use std::borrow::Borrow;
-use std::collections::{BTreeSet, HashSet};
-use std::hash::{Hash, Hasher};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::check::target::Target;
 
 /// Hosts by their address.
 #[derive(Default)]
-pub struct HostList(HashSet<Entry>);
+pub struct HostList(HashMap<String, Arc<Target>>);
 
 /// What a newer list changes.
 #[derive(Debug, Default)]
@@ -30,7 +28,7 @@ pub struct Changes {
 
 impl HostList {
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Target>> {
-        self.0.iter().map(|Entry(target)| target)
+        self.0.values()
     }
 
     pub fn topics(&self) -> BTreeSet<Option<String>> {
@@ -45,23 +43,23 @@ impl HostList {
 
     /// Becomes the newer list.
     pub fn replace(&mut self, targets: Vec<Target>, warnings: Vec<String>) -> Changes {
-        let mut newer = HashSet::with_capacity(targets.len());
+        let mut newer = HashMap::with_capacity(targets.len());
         let mut changed = Vec::new();
         for target in targets {
-            let entry = match self.0.take(target.address.as_str()) {
-                Some(entry) if *entry.0 == target => entry,
+            let target = match self.0.remove(&target.address) {
+                Some(known) if *known == target => known,
                 _ => {
                     let target = Arc::new(target);
                     changed.push(Arc::clone(&target));
-                    Entry(target)
+                    target
                 }
             };
-            newer.insert(entry);
+            newer.insert(target.address.clone(), target);
         }
         let left = std::mem::replace(&mut self.0, newer);
         Changes {
             changed,
-            removed: left.into_iter().map(|Entry(target)| target).collect(),
+            removed: left.into_values().collect(),
             hosts: self.0.len(),
             topics: self.topics(),
             warnings,
@@ -71,42 +69,20 @@ impl HostList {
     /// Does what another list did when it became newer.
     pub fn apply(&mut self, changes: &Changes) {
         for target in &changes.removed {
-            self.0.remove(target.address.as_str());
+            self.0.remove(&target.address);
         }
         for target in &changes.changed {
-            self.0.replace(Entry(Arc::clone(target)));
+            self.0.insert(target.address.clone(), Arc::clone(target));
         }
     }
 }
 
 impl FromIterator<Arc<Target>> for HostList {
     fn from_iter<T: IntoIterator<Item = Arc<Target>>>(targets: T) -> Self {
-        Self(targets.into_iter().map(Entry).collect())
+        let by_address = |target: Arc<Target>| (target.address.clone(), target);
+        Self(targets.into_iter().map(by_address).collect())
     }
 }
-
-/// A host that is found by its address.
-struct Entry(Arc<Target>);
-
-impl Borrow<str> for Entry {
-    fn borrow(&self) -> &str {
-        &self.0.address
-    }
-}
-
-impl Hash for Entry {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.address.hash(state);
-    }
-}
-
-impl PartialEq for Entry {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.address == other.0.address
-    }
-}
-
-impl Eq for Entry {}
 
 #[cfg(test)]
 mod tests {
