@@ -45,15 +45,24 @@ fn has_route(address: SocketAddr) -> bool {
         .is_ok()
 }
 
+/// How soon a write that waits for the peer notices that the peer has sent something.
+const LOOK_FOR_INPUT_EVERY: Duration = Duration::from_millis(50);
+
 /// A TCP connection whose reads and writes end at the deadline with `TimedOut`.
 pub(super) struct Socket {
     stream: TcpStream,
     deadline: Instant,
+    /// Whether a write that would wait ends with `WouldBlock` when there is something to read.
+    pub(super) yields_to_input: bool,
 }
 
 impl Socket {
     pub(super) fn new(stream: TcpStream, deadline: Instant) -> Self {
-        Self { stream, deadline }
+        Self {
+            stream,
+            deadline,
+            yields_to_input: false,
+        }
     }
 
     /// Whether the server has closed the connection. Reads up to [`MAX_LEFT_BYTES`] of unread data to find out.
@@ -73,6 +82,11 @@ impl Socket {
     pub(super) fn close_in_order(&mut self) {
         // It only fails if the connection no longer exists.
         let _ = SockRef::from(&self.stream).set_linger(None);
+    }
+
+    /// Whether a read would not wait.
+    fn has_input(&self) -> bool {
+        recv(&self.stream, &mut [0; 1], RecvFlags::DONTWAIT | RecvFlags::PEEK).is_ok()
     }
 
     fn time_left(&self) -> io::Result<Duration> {
@@ -112,9 +126,17 @@ impl Write for Socket {
     /// rustls passes several messages at once, which then go out in one packet.
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
-            self.stream.set_write_timeout(Some(self.time_left()?))?;
+            let left = self.time_left()?;
+            self.stream.set_write_timeout(Some(match self.yields_to_input {
+                true => left.min(LOOK_FOR_INPUT_EVERY),
+                false => left,
+            }))?;
             match self.stream.write_vectored(slices) {
-                Err(error) if is_interrupted(&error) => {}
+                Err(error) if is_interrupted(&error) => {
+                    if self.yields_to_input && self.has_input() {
+                        return Err(io::ErrorKind::WouldBlock.into());
+                    }
+                }
                 result => return result,
             }
         }

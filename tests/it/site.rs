@@ -36,7 +36,14 @@ impl Site {
         address: SocketAddr,
         handle: impl Fn(TcpStream, &Mutex<Vec<Vec<u8>>>) + Send + Sync + 'static,
     ) -> Self {
-        let listener = TcpListener::bind(address).unwrap();
+        Self::start_on(TcpListener::bind(address).unwrap(), handle)
+    }
+
+    /// The same on a listener with options of its own.
+    pub fn start_on(
+        listener: TcpListener,
+        handle: impl Fn(TcpStream, &Mutex<Vec<Vec<u8>>>) + Send + Sync + 'static,
+    ) -> Self {
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
         let ended = Arc::new(AtomicBool::new(false));

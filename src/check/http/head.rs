@@ -76,6 +76,13 @@ pub(super) struct Head {
     pub strict: Vec<u8>,
 }
 
+impl Head {
+    /// Whether another response follows (100, 103). 101 is final: the server switches to a protocol that was not requested.
+    pub(super) fn is_interim(&self) -> bool {
+        matches!(self.status, 100 | 102..=199)
+    }
+}
+
 /// Reads a whole head.
 ///
 /// # Errors

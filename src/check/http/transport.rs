@@ -217,6 +217,8 @@ impl Stream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Plain(socket) => socket.read(into),
+            // The rest of a request that the server does not want is never sent.
+            Self::Tls(stream) if stream.conn.wants_write() => read_only(stream, into),
             Self::Tls(stream) => match stream.read(into) {
                 Err(error) if error.kind() != io::ErrorKind::UnexpectedEof && is_cut(&error) => {
                     if let Some(alert) = tls::received_alert(&mut stream.conn, &mut stream.sock) {
@@ -232,12 +234,46 @@ impl Stream {
         }
     }
 
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Writes a part of the bytes; without bytes, what was kept back.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Plain(socket) => socket.write_all(bytes),
-            Self::Tls(stream) => stream.write_all(bytes),
+            Self::Plain(socket) if bytes.is_empty() => socket.flush().map(|()| 0),
+            Self::Plain(socket) => socket.write(bytes),
+            Self::Tls(stream) => {
+                // rustls's own function would wait for input when the peer takes nothing.
+                while stream.conn.wants_write() {
+                    stream.conn.write_tls(&mut stream.sock)?;
+                }
+                stream.conn.writer().write(bytes)
+            }
         }
     }
+
+    fn socket(&mut self) -> &mut Socket {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(stream) => &mut stream.sock,
+        }
+    }
+}
+
+fn read_only(stream: &mut StreamOwned<ClientConnection, Socket>, into: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match stream.conn.reader().read(into) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => drop(read_records(stream)?),
+            result => return result,
+        }
+    }
+}
+
+/// Reads from the socket once. Returns whether data or the end came: it may have been a session ticket.
+fn read_records(stream: &mut StreamOwned<ClientConnection, Socket>) -> io::Result<bool> {
+    let count = stream.conn.read_tls(&mut stream.sock)?;
+    let state = stream
+        .conn
+        .process_new_packets()
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    Ok(count == 0 || state.plaintext_bytes_to_read() > 0 || state.peer_has_closed())
 }
 
 /// One connection as ureq sees it.
@@ -264,8 +300,7 @@ impl Connection {
             match head::look(input, looked_at) {
                 Start::Head(bytes) if bytes <= MAX_HEAD_BYTES => {
                     let head = head::read(&input[..bytes]).map_err(CheckFault::Protocol)?;
-                    // 101 is final: the server switches to a protocol that was not requested.
-                    if matches!(head.status, 100 | 102..=199) {
+                    if head.is_interim() {
                         self.buffers.input_consume(bytes);
                         looked_at = 0;
                         continue;
@@ -292,6 +327,43 @@ impl Connection {
                 return Err(CheckFault::Io(io::ErrorKind::UnexpectedEof.into()).into());
             }
         }
+    }
+
+    /// Sends the bytes, unless the server answers or closes before it has read them. Returns whether they were sent.
+    fn send(&mut self, bytes: &[u8]) -> Result<bool, ureq::Error> {
+        let mut left = bytes;
+        loop {
+            match self.stream.write(left) {
+                Ok(0) if left.is_empty() => return Ok(true),
+                Ok(count) => left = &left[count..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.is_answered()? {
+                        return Ok(false);
+                    }
+                }
+                // The server may have sent a response or a TLS alert before it closed. It will be read next.
+                Err(error) if is_cut(&error) => return Ok(false),
+                Err(error) => return Err(CheckFault::Io(error).into()),
+            }
+        }
+    }
+
+    /// Whether the final response has begun, or the server has closed the connection. There is something to read.
+    fn is_answered(&mut self) -> Result<bool, ureq::Error> {
+        if let Stream::Tls(stream) = &mut self.stream
+            && !read_records(stream).map_err(CheckFault::Io)?
+        {
+            return Ok(false);
+        }
+        if self.read_more()? == 0 {
+            return Ok(true);
+        }
+        while let Start::Head(bytes) = head::look(self.buffers.input(), 0)
+            && head::read(&self.buffers.input()[..bytes]).is_ok_and(|head| head.is_interim())
+        {
+            self.buffers.input_consume(bytes);
+        }
+        Ok(!self.buffers.input().is_empty())
     }
 
     /// Waits for bytes and reads them. Returns 0 if the server has ended the connection or the buffer is full.
@@ -352,15 +424,11 @@ impl Transport for Connection {
     fn transmit_output(&mut self, _amount: usize, _timeout: NextTimeout) -> Result<(), ureq::Error> {
         let outgoing = self.progress.lock().outgoing.take();
         let Some(outgoing) = outgoing else { return Ok(()) };
-        let sent = self
-            .stream
-            .write_all(&outgoing.head)
-            .and_then(|()| outgoing.body.map_or(Ok(()), |body| self.stream.write_all(&body)));
-        match sent {
-            Ok(()) => {}
-            // The server may have sent a response or a TLS alert before it closed. It will be read next.
-            Err(error) if is_cut(&error) => {}
-            Err(error) => return Err(CheckFault::Io(error).into()),
+        self.stream.socket().yields_to_input = true;
+        if self.send(&outgoing.head)?
+            && let Some(body) = outgoing.body
+        {
+            self.send(&body)?;
         }
         self.progress.lock().request_sent();
         Ok(())

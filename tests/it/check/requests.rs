@@ -1,15 +1,18 @@
 //! What a check sends.
 
-use std::io::Write;
-use std::net::Ipv6Addr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex};
 
 use host_metrics::check::http::Checks;
 use host_metrics::check::target::{Header, HeaderValue, Method, RequestBody, Target};
 use host_metrics::config::CheckConfig;
 use host_metrics::sample::Outcome;
 
-use super::{check, config, target, with_regex};
-use crate::site::{self, Site};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use super::{LONG, check, config, now, target, trusting, with_regex};
+use crate::site::{self, Authority, Site, Wire};
 
 #[test]
 fn one_check_sends_one_request_with_the_expected_headers_only() {
@@ -125,4 +128,69 @@ fn a_body_of_1_mib_arrives_whole() {
     };
     assert_eq!(check(&posting).outcome, Outcome::Ok);
     assert!(site.requests()[0].as_bytes().ends_with(&body));
+}
+
+/// A site that takes little of a request before it has read it: its window and the client's segments are small.
+fn narrow(respond: impl Fn(&mut dyn Wire) + Send + Sync + 'static, tls: Option<ServerConfig>) -> Site {
+    let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    listener.set_recv_buffer_size(4_096).unwrap();
+    listener.set_tcp_mss(600).unwrap();
+    listener
+        .bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())
+        .unwrap();
+    listener.listen(9).unwrap();
+    let tls = tls.map(Arc::new);
+    let open = Mutex::new(Vec::new());
+    Site::start_on(listener.into(), move |stream, _| {
+        let mut wire: Box<dyn Wire + Send> = match &tls {
+            None => Box::new(stream),
+            Some(tls) => Box::new(StreamOwned::new(
+                ServerConnection::new(Arc::clone(tls)).unwrap(),
+                stream,
+            )),
+        };
+        site::read_head(&mut wire);
+        respond(&mut wire);
+        open.lock().unwrap().push(wire);
+    })
+}
+
+#[test]
+fn an_answer_that_comes_before_the_request_was_read_is_the_answer() {
+    const BODY: usize = 1 << 20;
+    let authority = Authority::new("early");
+    let tls = || authority.server(&["site.test"], |_| {});
+    let large = |url: &str| Target {
+        method: Method::Post,
+        body: Some(RequestBody {
+            file: None,
+            bytes: vec![b'x'; BODY].into(),
+        }),
+        ..target(url)
+    };
+    let refuses = |wire: &mut dyn Wire| {
+        wire.write_all(&site::response("413 Too Large", "", "")).unwrap();
+    };
+    let interim = b"HTTP/1.1 100 Continue\r\n\r\n";
+    let reads = |wire: &mut dyn Wire| {
+        wire.write_all(interim).unwrap();
+        let body = &mut Read::take(&mut *wire, BODY as u64);
+        assert_eq!(std::io::copy(body, &mut std::io::sink()).unwrap(), BODY as u64);
+        wire.write_all(&site::ok("thanks")).unwrap();
+    };
+    let sites = [
+        (narrow(refuses, None), false, 413),
+        (narrow(refuses, Some(tls())), true, 413),
+        (narrow(reads, None), false, 200),
+        (narrow(reads, Some(tls())), true, 200),
+    ];
+    for (site, is_tls, status) in &sites {
+        let url = if *is_tls {
+            site.https("site.test")
+        } else {
+            site.url("/")
+        };
+        let seen = trusting(&authority).check(&large(&url), now() + LONG);
+        assert_eq!(seen.status_code, Some(*status), "{url}: {seen:?}");
+    }
 }
