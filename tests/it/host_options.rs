@@ -564,6 +564,19 @@ fn wrong_values_are_told_with_what_was_expected() {
 }
 
 #[test]
+fn the_host_file_of_the_comparison_is_valid() {
+    let folder = Folder::new();
+    let (certificate, key) = crate::site::Authority::new("clients").leaf_pem(&["me"]);
+    folder.secret("partner.crt", certificate);
+    folder.secret("partner.key", key);
+    folder.secret("api", "Bearer x");
+    let hosts = folder
+        .parse(include_str!("../../docs/compared/producer_config"))
+        .unwrap();
+    assert_eq!((hosts.targets.len(), hosts.warnings), (20, Vec::new()));
+}
+
+#[test]
 fn secrets_in_the_file_and_files_that_everybody_can_read_are_warned_of() {
     let folder = Folder::new();
     let in_address = |address: &str| folder.warnings(&format!("{address} 5"));
