@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use rustls::sign::CertifiedKey;
 
 use crate::check::details::Details;
-use crate::check::http::Outgoing;
 use crate::check::observation::Phases;
 use crate::check::target::{IpFamily, Proxy, Target};
 use crate::sample::Timestamp;
@@ -23,6 +22,12 @@ pub(super) enum Phase {
     /// From the established connection to the end of the response's headers.
     Response,
     Body,
+}
+
+/// A request as it is sent. It has no `Debug`, because it may contain secrets.
+pub(super) struct Outgoing {
+    pub head: Vec<u8>,
+    pub body: Option<Arc<[u8]>>,
 }
 
 /// It has no `Debug`, because a request may contain secrets.

@@ -35,7 +35,6 @@ use crate::config::CheckConfig;
 use crate::sample::Outcome;
 pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
 use body::{BodyEnd, BodyFault, BodyLimits, BrotliDecoders};
-pub(super) use request::Outgoing;
 use request::{Request, origin};
 use transport::CheckConnector;
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use url::Url;
 
+use crate::check::progress::Outgoing;
 use crate::check::target::{Header, HeaderValue, Method, Target};
 
 /// The headers that only go to the origin of the line: what identifies the user there, and the name of the host.
@@ -25,12 +26,6 @@ pub(super) struct Request<'a> {
     pub url: Url,
     pub method: Method,
     has_body: bool,
-}
-
-/// A request as it is sent. It has no `Debug`, because it may contain secrets.
-pub(in crate::check) struct Outgoing {
-    pub head: Vec<u8>,
-    pub body: Option<Arc<[u8]>>,
 }
 
 impl<'a> Request<'a> {

@@ -6,8 +6,7 @@ use std::net::Ipv6Addr;
 use url::{Host, Url};
 
 use super::fault::LineFault;
-use super::quote::{quoted, userinfo};
-use super::words::is_blank;
+use super::quote::{is_blank, quoted, userinfo};
 use crate::check::target::{NOT_NAMED, can_be_named};
 use crate::sample::MAX_ADDRESS_BYTES;
 

@@ -11,11 +11,11 @@ use super::fault::{HostFileError, LineFault};
 use super::files::{Files, OnDisk};
 use super::options::{INTERVALS, Options, known_options, read_frequency};
 use super::profiles::{Profiles, place as place_of};
-use super::quote::quoted;
+use super::quote::{is_blank, quoted};
 use super::regexes::{Regexes, compile};
 use super::report::ErrorReport;
 use super::slips::{self, Slip};
-use super::words::{Line, MAX_WORDS, OptionWord, Word, is_blank, option_word, split_line, split_word};
+use super::words::{Line, MAX_WORDS, OptionWord, Word, option_word, split_line, split_word};
 use crate::check::pattern::Pattern;
 use crate::check::target::Target;
 

@@ -8,8 +8,8 @@ use nom::Offset;
 use super::fault::LineFault;
 use super::files::Files;
 use super::options::Options;
-use super::quote::quoted;
-use super::words::{Line, MAX_WORDS, Word, is_blank, profile_name, split_options, split_word};
+use super::quote::{is_blank, quoted};
+use super::words::{Line, MAX_WORDS, Word, profile_name, split_options, split_word};
 
 /// How many profiles a message lists.
 const MAX_LISTED: usize = 10;

@@ -7,8 +7,6 @@ use std::ops::Range;
 use nom::Offset;
 use url::Url;
 
-use super::words::is_blank;
-
 /// How much of a word is quoted in a message.
 pub(super) const MAX_QUOTED_CHARS: usize = 60;
 
@@ -84,6 +82,10 @@ pub(super) fn quoted(word: &str) -> String {
         None => word,
     };
     format!("`{}`", printable(&word))
+}
+
+pub(super) fn is_blank(c: char) -> bool {
+    c == ' ' || c == '\t'
 }
 
 pub(super) fn printable(text: &str) -> String {

@@ -3,8 +3,7 @@
 use std::fmt::Display;
 
 use super::fault::{HostFileError, LineFault};
-use super::quote::{printable, without_credentials};
-use super::words::is_blank;
+use super::quote::{is_blank, printable, without_credentials};
 
 /// The most errors, and the most warnings, that are printed of one file.
 const MAX_SHOWN_FAULTS: usize = 100;

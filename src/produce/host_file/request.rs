@@ -4,8 +4,8 @@ use url::Url;
 
 use super::fault::LineFault;
 use super::files::{Files, MAX_REQUEST_BODY_BYTES};
-use super::quote::quoted;
-use super::words::{OptionWord, is_blank, profile_name};
+use super::quote::{is_blank, quoted};
+use super::words::{OptionWord, profile_name};
 use crate::check::target::{Header, HeaderValue, Proxy, RequestBody, bare};
 
 /// The headers that the client sets itself, because they describe the connection and how it reads the response.

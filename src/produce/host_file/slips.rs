@@ -6,9 +6,9 @@
 use super::fault::LineFault;
 use super::files::OnDisk;
 use super::options::{FIRST_OPTIONS, OPTION_NAMES, Options};
-use super::quote::{MAX_QUOTED_CHARS, quoted};
+use super::quote::{MAX_QUOTED_CHARS, is_blank, quoted};
 use super::regexes::MAX_REGEX_BYTES;
-use super::words::{Line, OptionWord, is_blank, option_word, profile_name, split_word};
+use super::words::{Line, OptionWord, option_word, profile_name, split_word};
 use crate::duration;
 
 pub(super) enum Slip {

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use nom::Offset;
 
 use super::fault::LineFault;
+use super::quote::is_blank;
 
 /// The most options and profiles of a line. Without a limit, a long file that is no host file would take much memory.
 pub(super) const MAX_WORDS: usize = 100;
@@ -184,10 +185,6 @@ impl OptionWord<'_> {
     pub fn fault(&self, what: impl Into<String>) -> LineFault {
         LineFault::new(self.name.len() + 1, what)
     }
-}
-
-pub(super) fn is_blank(c: char) -> bool {
-    c == ' ' || c == '\t'
 }
 
 /// The text up to the first blank, and the text after the blanks.
