@@ -585,7 +585,7 @@ struct Ledger {
     began_at: i64,
     stopped_at: i64,
     interval: i64,
-    /// The judge of each partition: with PRODUCE_GROUP.
+    /// The epochs of each partition, with PRODUCE_GROUP.
     epochs: HashMap<i32, Epochs>,
 }
 
@@ -699,10 +699,10 @@ impl Ledger {
             Ok(sample)
                 if sample
                     .epoch
-                    .is_some_and(|epoch| epochs.judge(&place(&sample), epoch).is_err()) => {}
+                    .is_some_and(|epoch| epochs.admit(&place(&sample), epoch).is_err()) => {}
             Err(_) if Claim::decode(value).is_some() => {
                 if let Some(claim) = Claim::decode(value) {
-                    let _ = epochs.judge(claim.place(), claim.epoch);
+                    let _ = epochs.admit(claim.place(), claim.epoch);
                 }
             }
             Ok(sample) => {

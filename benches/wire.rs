@@ -136,7 +136,7 @@ impl Machine {
         };
         self.next = record.offset.next();
         let taken = self.ingest.record(self.now, record, |epochs, into| {
-            epochs.judge("fra-1", 18).map_err(|void| void.to_string())?;
+            epochs.admit("fra-1", 18).map_err(|void| void.to_string())?;
             into.extend_from_slice(row);
             Ok(Encoded::Row)
         });

@@ -1,7 +1,7 @@
 //! `host-metrics page`: serves the status page, or writes its files.
 //!
-//! Owns the rounds: read, render, publish, every ten seconds, whatever the number of visitors. While Postgres is away, the
-//! last snapshot is rendered again with its age.
+//! Reads, renders and publishes the page every ten seconds, whatever the number of visitors. While Postgres is away, the last
+//! snapshot is rendered again with its age.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -28,7 +28,7 @@ use crate::shutdown::{Shutdown, Wake};
 
 const ROUND: Duration = Duration::from_secs(10);
 
-/// While there is no page yet, so that it appears soon after the tables do.
+/// The same until there is a page, so that it appears soon after the tables.
 const FIRST_ROUND: Duration = Duration::from_secs(1);
 
 /// A page whose server listens.
@@ -42,7 +42,7 @@ impl Page {
     /// Listens. There is no page before the first round of [`Page::run`].
     ///
     /// # Errors
-    /// PAGE_ADDR is in use or not this machine's.
+    /// PAGE_ADDR is in use, or is not an address of this machine.
     pub fn start(config: PageConfig) -> anyhow::Result<Self> {
         let shelf = Shelf::new(&config.logins);
         let server = Server::start("page", "PAGE_ADDR", config.addr, LIMITS, shelf.clone())?;
@@ -61,7 +61,7 @@ impl Page {
     /// Reads, renders and publishes until a stop is requested.
     ///
     /// # Errors
-    /// The first login is refused. Later the database is waited for.
+    /// The first login is refused. Later errors of the database are waited out.
     pub fn run(&self, shutdown: &Shutdown) -> anyhow::Result<()> {
         rounds(&self.config, &self.shelf, shutdown)
     }
@@ -107,7 +107,7 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
                 }
                 last = Some(snapshot);
             }
-            // The tables may come: `init` or `consume` makes them.
+            // `init` or `consume` may still create the tables.
             Err(fault)
                 if fault.kind != Kind::Passing
                     && last.is_none()
@@ -150,7 +150,7 @@ pub fn write(config: &PageConfig, directory: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each file is replaced at once, so that a visitor never gets a part of one.
+/// Each file is replaced as a whole, so that a visitor never gets a part of one.
 fn write_files(files: &Files, directory: &Path) -> anyhow::Result<()> {
     for (name, file) in files {
         let path = directory.join(name);
@@ -168,7 +168,7 @@ fn write_files(files: &Files, directory: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// For the web server, which is another user. A temporary file is its owner's alone.
+/// Lets the web server, which is another user, read the file. Only its owner may read a temporary file.
 fn make_readable(file: &fs::File) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     file.set_permissions(fs::Permissions::from_mode(0o644))

@@ -19,7 +19,7 @@ use crate::config::ConsumeConfig;
 use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
 use crate::consume::positions::{Keys, Positions, not_a_rows};
 use crate::consume::refused::Trials;
-use crate::consume::sink::{Sink, judge};
+use crate::consume::sink::{Sink, admit};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
@@ -74,7 +74,7 @@ impl Sink for RowsSink {
         epochs: &mut Epochs,
         row: &mut Vec<u8>,
     ) -> Result<Encoded, String> {
-        let Some(mut sample) = judge(record.value.unwrap_or_default(), epochs)? else {
+        let Some(mut sample) = admit(record.value.unwrap_or_default(), epochs)? else {
             return Ok(Encoded::Claim);
         };
         if sample.scheduled_at.is_none() {

@@ -10,13 +10,13 @@ use crate::sample::{self, Sample, Timestamp};
 ///
 /// # Errors
 /// The bytes are not a valid record, or a record of a higher epoch came before.
-pub fn judge<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'a>>, String> {
+pub fn admit<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'a>>, String> {
     let sample = match sample::decode(value) {
         Ok(sample) => sample,
         Err(rejection) => {
             let claim = Claim::decode(value).ok_or(rejection.0)?;
             // A superseded claim has no effect. A claim is rejected only if there are too many places.
-            return match epochs.judge(claim.place(), claim.epoch) {
+            return match epochs.admit(claim.place(), claim.epoch) {
                 Ok(()) | Err(Void::Superseded { .. }) => Ok(None),
                 Err(void) => Err(void.to_string()),
             };
@@ -24,7 +24,7 @@ pub fn judge<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'
     };
     if let Some(epoch) = sample.epoch {
         let place = sample.agent.as_deref().unwrap_or_default();
-        epochs.judge(place, epoch).map_err(|void| void.to_string())?;
+        epochs.admit(place, epoch).map_err(|void| void.to_string())?;
     }
     Ok(Some(sample))
 }

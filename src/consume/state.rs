@@ -23,7 +23,7 @@ use crate::consume::fold::host::{Certificate, Checks, Host, Incident, Series, Ve
 use crate::consume::fold::observed::Observed;
 use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
 use crate::consume::positions::{Keys, Positions};
-use crate::consume::sink::{Sink, judge};
+use crate::consume::sink::{Sink, admit};
 use crate::consume::windows::Windows;
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
@@ -184,7 +184,7 @@ impl Sink for StateSink {
         if value.len() > MAX_READ_BYTES {
             return Err("longer than the rows accept".to_owned());
         }
-        let Some(sample) = judge(value, epochs)? else {
+        let Some(sample) = admit(value, epochs)? else {
             return Ok(Encoded::Claim);
         };
         let observed = Observed::of(&sample, record.timestamp).ok_or("it has no time")?;

@@ -9,7 +9,7 @@ use crate::page::snapshot::State;
 use crate::page::view::Shown;
 use crate::page::words;
 
-/// The light scheme's colours of the style sheet, on which white text can be read.
+/// The colours of the style sheet's light scheme. White text is readable on them.
 fn color(state: State) -> &'static str {
     match state {
         State::Up => "#1a7340",
@@ -28,7 +28,7 @@ fn message(shown: &Shown<'_>) -> String {
     }
 }
 
-/// An SVG file. The words are told to a screen reader too.
+/// An SVG file. Screen readers read its words too.
 pub fn svg(shown: &Shown<'_>) -> String {
     const PADDING: usize = 6;
     let (label, message) = (&shown.name, message(shown));
@@ -49,7 +49,7 @@ pub fn svg(shown: &Shown<'_>) -> String {
     .into_string()
 }
 
-/// About how wide the text is; `textLength` then makes it exactly so wide.
+/// The approximate width of a text. `textLength` then gives the text exactly this width.
 fn text_width(text: &str) -> usize {
     let width = |char: char| match char {
         'i' | 'j' | 'l' | 't' | 'f' | 'r' | 'I' | '.' | ',' | ' ' | ':' | '\'' => 4,

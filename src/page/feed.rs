@@ -1,6 +1,6 @@
 //! The incidents as an Atom feed (RFC 4287), which is XML from the same templates.
 //!
-//! Pure. The feed does not know at which address it stands, so its links are relative, which RFC 4287 allows.
+//! Pure. The feed does not know its own address, so its links are relative, which RFC 4287 allows.
 
 use maud::{PreEscaped, html};
 
@@ -10,7 +10,7 @@ use crate::page::snapshot::Incident;
 use crate::page::view::View;
 use crate::page::words;
 
-/// How many incidents it has.
+/// The most incidents in the feed.
 const NEWEST: usize = 50;
 
 pub fn render(view: &View<'_>) -> String {
@@ -53,7 +53,7 @@ pub fn render(view: &View<'_>) -> String {
     .into_string()
 }
 
-/// An identity that never changes: a UUID of version 8 (RFC 9562), made of hashes of both.
+/// An identifier that never changes: a UUID of version 8 (RFC 9562), made of hashes of both.
 fn urn(address: &str, number: i64) -> String {
     let (high, low) = (
         series_id(address, "incident"),

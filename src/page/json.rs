@@ -9,7 +9,7 @@ use crate::page::view::View;
 use crate::page::words::machine_time;
 use crate::terminal::plain_json;
 
-/// How many incidents it has.
+/// The most incidents in the document.
 const NEWEST: usize = 100;
 
 #[derive(Serialize)]
@@ -68,7 +68,7 @@ struct Uptime {
     not_made: i64,
 }
 
-/// The words of the states; the schema has them.
+/// The states as words, which the schema lists.
 fn word(state: State) -> &'static str {
     match state {
         State::Up => "up",

@@ -1,7 +1,7 @@
-//! The status page: everything that it consists of, made from one snapshot of the state.
+//! The status page. All of its files are made from one snapshot of the state.
 //!
-//! `reader` asks Postgres and `server` answers browsers; both are edges, and all between them is pure: a [`Snapshot`], the
-//! [`Options`] and the time go in, files come out. The same files are served from memory and written by `--out`.
+//! `reader` asks Postgres, and `server` answers browsers. Everything between them is pure: it makes files from a [`Snapshot`], the
+//! [`Options`] and the time. The same files are served from memory and written by `--out`.
 
 pub mod badge;
 pub mod feed;
@@ -26,9 +26,9 @@ use crate::page::view::{Options, View};
 pub struct File {
     pub content_type: &'static str,
     pub body: Bytes,
-    /// Made when it is first asked for.
+    /// Compressed at the first request for it.
     gzipped: OnceLock<Bytes>,
-    /// The entity tag, weak because it stands for the compressed form too.
+    /// The entity tag. It is weak, because the compressed form has the same one.
     pub tag: String,
 }
 
@@ -39,7 +39,7 @@ const HTML: &str = "text/html; charset=utf-8";
 const JSON: &str = "application/json";
 const SVG: &str = "image/svg+xml";
 
-/// Makes all of the files. `now` decides only whether the snapshot is told to be old.
+/// Makes all of the files. `now` only decides whether the page says that the snapshot is old.
 pub fn render(snapshot: &Snapshot, options: &Options, now: i64) -> Files {
     let view = View::new(snapshot, options, now);
     let mut files = Files::new();

@@ -1,7 +1,7 @@
 //! Reads the snapshot from Postgres: one read-only transaction over `_series`, `_rollups` and `_incidents`.
 //!
-//! Owns all SQL of the page. The user needs no more than SELECT on these three tables, which `init --reader` grants. Sums of
-//! days that have passed hardly change, so all of them are read only now and then, and the newest ones every time.
+//! This file has all SQL of the page. The user needs only SELECT on these three tables, which `init --reader` grants. The sums of
+//! past days hardly change, so they are read only now and then, and the newest sums every time.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -17,7 +17,7 @@ use crate::postgres::{Bounds, Fault, Session};
 use crate::tables::names::{Object, TableName};
 use crate::tables::windows;
 
-/// Every so many rounds everything is read again, for records that came late.
+/// After this many rounds everything is read again, because records may have come late.
 const WHOLE_EVERY: u32 = 60;
 
 /// The most incidents in memory; older ones are not shown.
@@ -119,7 +119,7 @@ impl Reader {
                 *buckets = buckets.split_off(&first);
             }
         }
-        // What changed since the round before is open, or ended since then; the minutes are for records that come late.
+        // An incident that changed since the last round is open, or has ended since then. The minutes are for late records.
         const AGAIN: i64 = 15 * 60;
         let since = if is_whole { 0 } else { now / SECOND - AGAIN };
         let limit = i64::try_from(MAX_INCIDENTS).unwrap_or(i64::MAX) + 1;
@@ -273,7 +273,7 @@ fn incident(row: &Row) -> Result<Incident, Fault> {
         ended_at: row.try_get("ended_at")?,
         checks: row.try_get("checks")?,
         outcome: row.try_get("most_frequent_outcome")?,
-        // A value that this program did not write is read as no places.
+        // Only another program can have written an invalid value.
         places: serde_json::from_str(&places).unwrap_or_default(),
         last_error: row.try_get("last_error")?,
     })

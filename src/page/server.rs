@@ -37,7 +37,7 @@ struct Shared {
     files: RwLock<Arc<Files>>,
     /// Whether the files are as new as they should be.
     ready: Readiness,
-    /// The value of the header of every allowed user; empty: everybody may read.
+    /// The header's value for each allowed user. Empty: everybody may read.
     logins: Vec<Secret>,
 }
 

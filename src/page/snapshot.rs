@@ -1,4 +1,4 @@
-//! What the page shows, as plain values: the state of every host, its sums by hour and day, and the incidents.
+//! The data of the page: the state of every host, its sums by hour and day, and the incidents.
 //!
 //! Pure. `reader` fills it from the tables; everything else in `page` is made from it. Times are microseconds since 1970.
 
@@ -31,7 +31,7 @@ pub struct Snapshot {
     pub hosts: Vec<Host>,
     /// The newest first.
     pub incidents: Vec<Incident>,
-    /// There are more incidents, which are older.
+    /// Whether there are earlier incidents.
     pub has_more_incidents: bool,
 }
 
@@ -68,7 +68,7 @@ pub struct Place {
     pub certificate: Option<(i64, i64)>,
 }
 
-/// How many ticks of a time became what.
+/// What became of the ticks of a period.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub valid: i64,
@@ -126,7 +126,7 @@ impl Bucket {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Incident {
     pub address: String,
-    /// Identifies it together with the host, for ever.
+    /// Identifies the incident among those of its host. It never changes.
     pub number: i64,
     pub started_at: i64,
     /// `None` while it lasts.
@@ -152,7 +152,7 @@ pub enum State {
 impl State {
     pub const ALL: [Self; 5] = [Self::Up, Self::Slow, Self::Partly, Self::Down, Self::NotChecked];
 
-    /// Of a time with these counts.
+    /// The state in a period with these counts.
     pub fn of(counts: Counts) -> Self {
         let checks = counts.checks();
         if checks == 0 {
@@ -170,7 +170,7 @@ impl State {
 }
 
 impl Place {
-    /// A check that is three intervals and a minute old says nothing about now. `status` has the same rule.
+    /// The state is unknown if the last check is older than three intervals and a minute. `status` has the same rule.
     pub fn state(&self, now: i64) -> State {
         const WITHOUT_INTERVAL_SECONDS: f64 = 60.0;
         let interval = self.interval_seconds.unwrap_or(WITHOUT_INTERVAL_SECONDS);
@@ -201,13 +201,13 @@ impl Host {
         }
     }
 
-    /// At least half of the checks of the last hour with any were slow.
+    /// Whether at least half of the checks were slow in the last hour that had any.
     fn is_slow(&self, now: i64) -> bool {
         let newest = self.hours.last().filter(|hour| hour.starts_at > now - 2 * HOUR);
         newest.is_some_and(|hour| hour.counts.slow > 0 && hour.counts.slow * 2 >= hour.counts.checks())
     }
 
-    /// Of the certificate that was seen last.
+    /// The end of the certificate that was seen last.
     pub fn certificate_expires_at(&self) -> Option<i64> {
         let certificates = self.places.iter().filter_map(|place| place.certificate);
         certificates
@@ -219,7 +219,7 @@ impl Host {
         self.places.iter().filter_map(|place| place.last_check_at).max()
     }
 
-    /// The last check of a place that sees the host as it is on the whole; if it is down, one that failed.
+    /// The newest check that agrees with the host's state: a failed one if the host is down.
     pub fn last_check(&self) -> Option<&Place> {
         let fits = |place: &&Place| place.is_valid == self.is_down.map(|is_down| !is_down);
         let newest = |places: &mut dyn Iterator<Item = &'_ Place>| -> Option<i64> {
@@ -231,7 +231,7 @@ impl Host {
     }
 }
 
-/// The buckets of the last `count` widths until `now`, each with its beginning; `None` where there is no record.
+/// The last `count` periods until `now`: the beginning of each, and its bucket if there are records.
 pub fn slots(buckets: &[Bucket], width: i64, count: i64, now: i64) -> Vec<(i64, Option<&Bucket>)> {
     let last = now.div_euclid(width) * width;
     (0..count)

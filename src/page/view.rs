@@ -1,8 +1,8 @@
-//! What of a snapshot is shown: which hosts, under which name and address of the page, in which state, and the sentence
-//! over all of them.
+//! What the page shows of a snapshot: the hosts, their names and addresses within the page, their states, and the sentence about
+//! all of them.
 //!
-//! Pure. Texts from elsewhere (names, errors, agents) come out of here without hidden characters and not too long; the
-//! templates escape them. With addresses hidden, none leaves through here: not in a name, an error or a file name.
+//! Pure. Texts from elsewhere (names, errors, agents) are shortened and lose their hidden characters here; the templates escape
+//! them. If addresses are hidden, they are removed here from names, errors and file names.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -40,7 +40,7 @@ pub struct View<'a> {
     /// By group, then by name. Hosts without a group come last.
     pub hosts: Vec<Shown<'a>>,
     by_address: HashMap<&'a str, usize>,
-    /// How old the snapshot is, if that has to be said.
+    /// The age of the snapshot, if the page has to show it.
     pub age: Option<i64>,
 }
 
@@ -48,16 +48,16 @@ pub struct View<'a> {
 #[derive(Debug)]
 pub struct Shown<'a> {
     pub host: &'a Host,
-    /// What stands for it in addresses of the page: `host/KEY/`, `badge/KEY.svg`.
+    /// Its part of addresses of the page: `host/KEY/`, `badge/KEY.svg`.
     pub key: String,
     pub name: String,
     pub group: Option<String>,
-    /// Unless it is hidden, or is the name.
+    /// `None` if it is hidden, or is the name already.
     pub address: Option<String>,
     pub state: State,
 }
 
-/// A snapshot older than this is told to be old. Three rounds of reading.
+/// The page says that a snapshot is old if it is older than this: three rounds of reading.
 const OLD_AFTER: i64 = 30 * crate::page::snapshot::SECOND;
 
 impl<'a> View<'a> {

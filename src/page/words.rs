@@ -98,7 +98,7 @@ pub fn share(counts: Counts) -> Option<String> {
     })
 }
 
-/// What the share is a share of: `of 43,180 checks, 21 not made`.
+/// The checks that a share refers to: `of 43,180 checks, 21 not made`.
 pub fn of_checks(counts: Counts) -> String {
     let checks = counted(counts.checks(), "check", "checks");
     let of = if counts.checks() == 0 {
@@ -200,7 +200,7 @@ const OUTCOMES: [(&str, &str, &str); 26] = [
     ("agent_offline", "The checking machine was offline", ""),
 ];
 
-/// An outcome in words. One that this version does not know is shown as it is written.
+/// An outcome in words. One that this version does not know is shown as it is.
 pub fn outcome(outcome: &str) -> String {
     match OUTCOMES.iter().find(|(known, ..)| *known == outcome) {
         Some((_, words, _)) => (*words).to_owned(),
@@ -208,7 +208,7 @@ pub fn outcome(outcome: &str) -> String {
     }
 }
 
-/// With a small letter at its beginning, unless a name or an abbreviation stands there.
+/// The words with a small first letter, unless they begin with an abbreviation.
 pub fn in_a_sentence(words: &str) -> String {
     let mut chars = words.chars();
     match (chars.next(), chars.next()) {

@@ -1,10 +1,10 @@
-//! Epochs and claims: who may write for a group of producers, and the judge that says which records count.
+//! Epochs and claims: which of several producers may write to a partition, and which records count.
 //!
-//! Producers of one group (PRODUCE_GROUP) write every record under the epoch of their latest claim. Two of them may write
-//! to the same partition for a while, because one does not know yet that it was replaced. The order of the partition
-//! decides between them: a record whose epoch is lower than one that stands before it was superseded. Whoever reads the
-//! whole partition finds the same, so the consumer and the next producer agree. A group is one place: its name, or
-//! AGENT_NAME where that is set, is the `agent` of its records, by which the judge tells groups apart.
+//! The producers of a group (PRODUCE_GROUP) write every record with the epoch of their latest claim. Two of them may write to the
+//! same partition for a while, because a producer that was replaced may not know it yet. The order of the partition decides
+//! between them: a record does not count if a higher epoch stands before it. Everyone who reads the whole partition comes to the
+//! same result, so the consumer and the next producer agree. A group is one place, and its records have the place as their
+//! `agent`: AGENT_NAME, or the group's name if that is not set.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::record::Epoch;
 
-/// Different places in one partition that are told apart. Far more than anybody has; it bounds what records that name
-/// ever new places can make the judge remember.
+/// The most places in one partition. It is more than anybody has, and bounds the memory if records name ever new places.
 pub const MAX_PLACES: usize = 256;
 
 /// The highest epoch so far of each place in one partition.
@@ -43,7 +42,7 @@ impl From<Epochs> for BTreeMap<String, Epoch> {
 }
 
 impl Epochs {
-    /// Nothing but this is known.
+    /// The epochs of a partition of which only this one is known.
     pub fn of(place: &str, epoch: Epoch) -> Self {
         match epoch {
             0 => Self::default(),
@@ -51,11 +50,11 @@ impl Epochs {
         }
     }
 
-    /// Takes note of the epoch of the next record, or claim, of a partition.
+    /// Takes note of the epoch of the partition's next record or claim.
     ///
     /// # Errors
-    /// It does not count.
-    pub fn judge(&mut self, place: &str, epoch: Epoch) -> Result<(), Void> {
+    /// The record or claim does not count.
+    pub fn admit(&mut self, place: &str, epoch: Epoch) -> Result<(), Void> {
         if let Some((_, highest)) = self.0.iter_mut().find(|(known, _)| known == place) {
             if epoch < *highest {
                 return Err(Void::Superseded {
@@ -73,20 +72,19 @@ impl Epochs {
         Ok(())
     }
 
-    /// Grows whenever an epoch does.
+    /// The sum of all epochs. It grows whenever one of them does.
     pub fn sum(&self) -> Epoch {
         self.0.iter().fold(0, |sum, (_, epoch)| sum.wrapping_add(*epoch))
     }
 
-    /// Zero where the place has none.
+    /// The highest epoch of a place, or zero.
     pub fn highest(&self, place: &str) -> Epoch {
         let known = self.0.iter().find(|(known, _)| known == place);
         known.map_or(0, |(_, epoch)| *epoch)
     }
 }
 
-/// Writes the epoch into the value of a record that [`super::encode`] made: which one it is is known only when the record is
-/// sent. It is the last field.
+/// Writes the epoch, which is known only when the record is sent, into a value that [`super::encode`] made. It is the last field.
 pub fn write_into(value: &mut Vec<u8>, epoch: Epoch) {
     if let Some(colon) = value.iter().rposition(|byte| *byte == b':') {
         value.truncate(colon + 1);
@@ -104,7 +102,7 @@ pub struct Claim {
     #[serde(rename = "claim")]
     group: String,
     pub epoch: Epoch,
-    /// Only where it is not the group's name.
+    /// Only if it differs from the group's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     agent: Option<String>,
 }
@@ -119,7 +117,7 @@ impl Claim {
         }
     }
 
-    /// The `agent` of the records that it speaks of.
+    /// The `agent` of the records under this claim.
     pub fn place(&self) -> &str {
         self.agent.as_deref().unwrap_or(&self.group)
     }
@@ -129,7 +127,7 @@ impl Claim {
         serde_json::to_vec(self).expect("strings and numbers are JSON")
     }
 
-    /// `None`: this is no claim.
+    /// `None`: the value is not a claim.
     pub fn decode(value: &[u8]) -> Option<Self> {
         let claim: Self = serde_json::from_slice(value).ok()?;
         let is_ours = claim.v == super::VERSION && claim.epoch > 0 && !claim.place().is_empty();
@@ -154,10 +152,10 @@ mod tests {
             ("eu", 4, false),
             ("us", 1, true),
         ] {
-            assert_eq!(epochs.judge(place, epoch).is_ok(), counts, "{place} {epoch}");
+            assert_eq!(epochs.admit(place, epoch).is_ok(), counts, "{place} {epoch}");
         }
         assert_eq!(
-            epochs.judge("eu", 3).unwrap_err().to_string(),
+            epochs.admit("eu", 3).unwrap_err().to_string(),
             "superseded by epoch 5 of eu"
         );
         assert_eq!((epochs.highest("eu"), epochs.highest("asia")), (5, 0));
@@ -166,7 +164,7 @@ mod tests {
     #[test]
     fn epochs_are_stored_as_an_object_of_places() {
         let mut epochs = Epochs::of("eu", 5);
-        epochs.judge("us", 1).unwrap();
+        epochs.admit("us", 1).unwrap();
         let stored = serde_json::to_string(&epochs).unwrap();
         assert_eq!(stored, r#"{"eu":5,"us":1}"#);
         assert_eq!(serde_json::from_str::<Epochs>(&stored).unwrap(), epochs);
@@ -176,10 +174,10 @@ mod tests {
     fn any_number_of_new_places_takes_bounded_memory() {
         let mut epochs = Epochs::default();
         for place in 0..MAX_PLACES {
-            assert_eq!(epochs.judge(&place.to_string(), 1), Ok(()));
+            assert_eq!(epochs.admit(&place.to_string(), 1), Ok(()));
         }
-        assert_eq!(epochs.judge("one more", 1), Err(Void::TooManyPlaces));
-        assert_eq!(epochs.judge("7", 2), Ok(()));
+        assert_eq!(epochs.admit("one more", 1), Err(Void::TooManyPlaces));
+        assert_eq!(epochs.admit("7", 2), Ok(()));
     }
 
     #[test]

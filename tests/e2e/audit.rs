@@ -78,7 +78,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
     let variables = case.variables().with("LOG_LEVEL", "WARN");
     let whole = audit(&mut case, &variables, "");
     let summary = "2 partitions, 400 rows, 2 rejected, 2 claims of producers";
-    let holds = "It holds: every record is stored once, and every tick has one row.";
+    let holds = "Passed: every record is stored once, and every tick has one row.";
     assert_says(&whole, 0, &[summary, "4 hosts and places, 400 ticks", holds]);
 
     let row =
@@ -99,7 +99,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
         &lost,
         1,
         &[
-            "DOES NOT HOLD",
+            "FAILED",
             "1 records are not stored",
             offset,
             "1 ticks have no row",
@@ -188,7 +188,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
     );
     let skipped = "DELETE FROM host_metrics WHERE kafka_partition = 1 AND kafka_offset IN (21, 22)";
     let skipped = audit(&mut case, &variables, skipped);
-    assert_says(&skipped, 1, &["2 skipped", "DOES NOT HOLD:\n2 ticks have no row"]);
+    assert_says(&skipped, 1, &["2 skipped", "FAILED:\n2 ticks have no row"]);
 
     let other = audit(&mut case, &variables.clone().with("KAFKA_GROUP_ID", "other"), "");
     assert_says(
@@ -199,7 +199,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
 }
 
 #[test]
-fn what_kafka_cannot_tell_is_said_and_is_no_violation() {
+fn offsets_of_which_kafka_tells_nothing_are_reported_and_are_no_violation() {
     let mut case = stored("audit-alone");
     let variables = case.variables().with("LOG_LEVEL", "OFF");
     for (servers, reason) in [
@@ -209,11 +209,11 @@ fn what_kafka_cannot_tell_is_said_and_is_no_violation() {
         let alone = variables.clone().with("KAFKA_BOOTSTRAP_SERVERS", servers);
         // The two claims.
         let said = audit(&mut case, &alone, "");
-        let unknown = "Whether 2 offsets that are not stored had a record is not known: ";
+        let unknown = "2 offsets are not stored, and it is not known whether they had a record: ";
         assert_says(
             &said,
             0,
-            &["2 not known", unknown, reason, "It holds, as far as is known: "],
+            &["2 not known", unknown, reason, "Passed, as far as is known: "],
         );
     }
     case.kafka.delete_records(case.name, 0, 100);
@@ -243,7 +243,7 @@ fn what_kafka_cannot_tell_is_said_and_is_no_violation() {
     );
     let expired = said.1.contains("removed by DB_RETENTION");
     assert!(expired, "{}", said.1);
-    assert_says(&said, 0, &["It holds, as far as is known"]);
+    assert_says(&said, 0, &["Passed, as far as is known"]);
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn ticks_are_audited_for_each_grid_of_each_place() {
         "3 hosts and places, 4531 ticks, 1 of them single checks after a start",
         "7 rows have no interval",
         "rows have no Kafka offset",
-        "It holds",
+        "Passed",
     ];
     assert_says(&said, 0, &texts);
 
@@ -345,7 +345,7 @@ fn a_table_without_offsets_and_ticks_cannot_be_audited_and_one_with_offsets_alon
         &[
             "1 partitions, 1000 rows",
             "not audited",
-            "It holds: every record is stored once.",
+            "Passed: every record is stored once.",
         ],
     );
     let said = run(&["audit"], &variables.with("DB_TABLE", "nothing"));

@@ -84,7 +84,7 @@ impl Fleet {
             let epochs = epochs.entry(record.partition).or_default();
             if let Some(claim) = Claim::decode(&value) {
                 judged.claims += usize::from(claim.place() == place);
-                let _ = epochs.judge(claim.place(), claim.epoch);
+                let _ = epochs.admit(claim.place(), claim.epoch);
                 continue;
             }
             let sample = sample::decode(&value).unwrap();
@@ -95,7 +95,7 @@ impl Fleet {
             // A record without an epoch is that of `--once`.
             if sample
                 .epoch
-                .is_some_and(|epoch| epochs.judge(place, epoch).is_err())
+                .is_some_and(|epoch| epochs.admit(place, epoch).is_err())
             {
                 judged.superseded.push(at);
                 continue;
@@ -164,7 +164,7 @@ fn now_micros() -> i64 {
 }
 
 #[test]
-fn a_lone_producer_accounts_for_the_time_that_it_did_not_run() {
+fn a_lone_producer_records_the_ticks_of_the_time_in_which_it_did_not_run() {
     let kafka = Kafka::shared();
     let fleet = Fleet::new(kafka, "fleet_lone");
     let mut first = fleet.start();
@@ -303,11 +303,11 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
         said.contains(&format!("{} claims of producers", judged.claims)),
         "{said}"
     );
-    assert!(said.contains("It holds: every record"), "{said}");
+    assert!(said.contains("Passed: every record"), "{said}");
 }
 
 #[test]
-fn what_a_lone_producer_measures_while_kafka_is_away_counts_once() {
+fn checks_of_a_lone_producer_during_an_outage_of_kafka_count_once() {
     let mut kafka = Kafka::start();
     let fleet = Fleet::new(&kafka, "fleet_away");
     let agent = fleet.start();
@@ -393,7 +393,7 @@ fn two_groups_on_one_topic_are_two_places_and_members_without_a_share_wait() {
 }
 
 #[test]
-fn a_topic_made_anew_and_deleted_offsets_end_no_ticks_and_repeat_none() {
+fn a_recreated_topic_and_deleted_offsets_neither_end_nor_repeat_ticks() {
     let kafka = Kafka::start();
     let fleet = Fleet::new(&kafka, "fleet_anew");
     let agent = fleet.start();

@@ -155,7 +155,7 @@ fn validate_shows_the_table_and_every_wrong_row_of_it() {
 }
 
 #[test]
-fn any_statement_of_anybody_who_may_write_the_table_moves_its_version() {
+fn every_statement_that_changes_the_table_changes_its_version() {
     let (mut db, _) = tables();
     let user = format!("writer_{}", db.name);
     db.execute(&format!(

@@ -105,7 +105,7 @@ fn start_consumer(variables: &Variables, index: usize) -> Agent {
 }
 
 #[test]
-fn what_kafka_acknowledged_is_stored_exactly_once_through_kills_of_everything() {
+fn every_acknowledged_record_is_stored_exactly_once_although_every_process_is_killed() {
     let seed = number("SOAK_SEED").unwrap_or_else(|| fastrand::u64(..));
     let faults_for = number("SOAK_SECONDS").map_or(FAULTS_FOR, Duration::from_secs);
     eprintln!("SOAK_SEED={seed}");

@@ -26,7 +26,7 @@ fn last_line(said: &str) -> &str {
 }
 
 #[test]
-fn what_the_operator_must_mend_ends_consume_with_what_to_do() {
+fn an_error_that_the_operator_must_correct_ends_consume_with_advice() {
     let mut case = Case::new("operator", 1);
     case.write(0, 0..10);
     let user = format!("poor_{}", case.db.name);
@@ -108,7 +108,7 @@ fn a_wrong_password_ends_consume_and_is_never_shown() {
 }
 
 #[test]
-fn what_is_taken_away_while_running_ends_consume_and_mended_nothing_is_lost_or_doubled() {
+fn rights_and_tables_that_are_removed_end_consume_and_after_their_return_no_record_is_lost() {
     let mut case = Case::new("taken", 2);
     let user = format!("taken_{}", case.db.name);
     case.db.execute(&format!(

@@ -26,7 +26,7 @@ const GIVEN_UP_WITHIN: Duration = Duration::from_secs(25);
 const PASSING: [&str; 6] = ["53100", "53200", "40001", "40P01", "58030", "XX000"];
 
 #[test]
-fn what_passes_is_waited_out_named_in_one_line_and_everything_is_stored_once() {
+fn temporary_errors_are_waited_out_logged_in_one_line_and_cost_no_record() {
     let mut case = Case::new("passing", 2);
     let user = format!("limited_{}", case.db.name);
     case.db.execute(&format!(
@@ -330,7 +330,7 @@ fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
 
 /// Not with librdkafka's in-process broker, which ignores sequence numbers, so that a retry would store records twice.
 #[test]
-fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_lost() {
+fn lost_acknowledgements_neither_double_nor_reorder_records() {
     let mut deaf = DeafProducer::start();
     for _ in 0..3 {
         deaf.lose_acknowledgements(|_| ());
@@ -340,7 +340,7 @@ fn what_produce_sends_is_in_kafka_once_and_in_order_though_acknowledgements_get_
 
 /// A restarted broker knows at most the last request of a producer, and refuses earlier ones.
 #[test]
-fn what_kafka_stored_and_forgot_is_looked_for_before_it_is_sent_again() {
+fn records_that_kafka_stored_before_a_restart_are_found_and_not_sent_again() {
     /// Not every time does a partition have more than one unanswered request.
     const MAX_ROUNDS: usize = 10;
     let mut deaf = DeafProducer::start();
@@ -442,7 +442,7 @@ impl DeafProducer {
 }
 
 #[test]
-fn kafka_frozen_and_killed_is_waited_out_and_a_stop_meanwhile_is_clean() {
+fn a_frozen_or_killed_kafka_is_waited_out_and_a_stop_meanwhile_is_clean() {
     let mut kafka = Kafka::start();
     kafka.create_topic("broker", 2);
     let mut db = Database::new();

@@ -110,7 +110,7 @@ fn planted_database() -> Database {
 }
 
 #[test]
-fn nothing_that_others_planted_is_bound_or_called() {
+fn objects_that_others_planted_are_neither_used_nor_called() {
     let mut db = planted_database();
     db.execute("SET search_path = pg_catalog, postgres");
     let mut config = db.config();
@@ -190,7 +190,7 @@ fn nothing_that_others_planted_is_bound_or_called() {
 }
 
 #[test]
-fn the_printed_sql_binds_nothing_that_others_planted_and_leaves_the_search_path_as_it_was() {
+fn the_printed_sql_uses_no_planted_object_and_keeps_the_search_path() {
     let mut db = planted_database();
     let table = TableName {
         schema: Some("postgres".into()),

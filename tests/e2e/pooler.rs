@@ -63,7 +63,7 @@ impl Pooler {
 }
 
 #[test]
-fn a_pooler_that_keeps_sessions_works_whoever_had_its_connections_before() {
+fn a_pooler_that_keeps_sessions_works_whatever_its_connections_were_used_for() {
     let mut case = Case::new("pooled-session", 2);
     let pooler = Pooler::start("session", "");
     for numbers in [0..10, 10..20] {

@@ -19,7 +19,7 @@ const CONNECTION: [&str; 6] = [
 ];
 
 #[test]
-fn produce_is_given_nothing_of_the_database() {
+fn produce_gets_no_variable_of_the_database() {
     let compose = file("docker-compose.yml");
     let (_, produce) = compose.split_once("\n  produce:\n").unwrap();
     let (produce, _) = produce.split_once("\n  consume:\n").unwrap();

@@ -1,5 +1,5 @@
 //! Producers that share their hosts, in a simulated world from a seed: a group coordinator, a log, producers with the real
-//! schedule, outbox and shares, a consumer with the real judge, and faults.
+//! schedule, outbox and shares, a consumer with the real epochs, and faults.
 //!
 //! Verifies that the table has each tick of each host exactly once, and that every share is owned and every due tick recorded
 //! once the faults stop. `FLEET_SEEDS=n` runs that many histories (default [`DEFAULT_SEEDS`]); `FLEET_SEED=seed` repeats one
@@ -1235,14 +1235,14 @@ impl World {
                 }
                 match record {
                     Record::Claim(epoch) => {
-                        let _ = epochs.judge(PLACE, *epoch);
+                        let _ = epochs.admit(PLACE, *epoch);
                     }
                     Record::Result {
                         address,
                         tick,
                         epoch,
                         is_missed,
-                    } => match epochs.judge(PLACE, *epoch) {
+                    } => match epochs.admit(PLACE, *epoch) {
                         Ok(()) => {
                             self.consumer
                                 .rows

@@ -1,6 +1,6 @@
 //! Every interleaving of two producers that share one host, up to a bound.
 //!
-//! The producers have the real machine, outbox and judge. The world around them (the coordinator, the log, time) is as small as
+//! The producers have the real machine, outbox and epochs. The world around them (the coordinator, the log, time) is as small as
 //! possible, and each of its steps may come at any moment or never. What a producer does without a request belongs to the step
 //! before it; the races between its threads are tested in `fleet`.
 
@@ -61,7 +61,7 @@ fn no_interleaving_of_two_producers_doubles_a_tick_or_leaves_one_out() {
 }
 
 #[test]
-fn the_walk_finds_what_goes_wrong_without_generations() {
+fn without_generations_the_walk_finds_a_violation() {
     let bounds = Bounds {
         ticks: 2,
         rebalances: 3,
@@ -212,8 +212,8 @@ impl World {
         let mut last = None;
         for record in &self.log {
             match record {
-                Record::Claim(epoch) => drop(epochs.judge(PLACE, *epoch)),
-                Record::Tick(tick, epoch) if epochs.judge(PLACE, *epoch).is_ok() => {
+                Record::Claim(epoch) => drop(epochs.admit(PLACE, *epoch)),
+                Record::Tick(tick, epoch) if epochs.admit(PLACE, *epoch).is_ok() => {
                     if last.is_some_and(|last: i64| *tick != last + 1) {
                         return Err(format!("{tick} follows {last:?} in {:?}", self.log));
                     }

@@ -29,8 +29,10 @@ const C: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const REFERENCE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 99);
 
 #[test]
-fn a_route_that_is_removed_blames_no_host_and_a_real_outage_after_it_is_told() {
-    if !is_alone("own_network::a_route_that_is_removed_blames_no_host_and_a_real_outage_after_it_is_told") {
+fn a_removed_route_is_not_blamed_on_a_host_and_a_later_outage_of_a_host_is_reported() {
+    if !is_alone(
+        "own_network::a_removed_route_is_not_blamed_on_a_host_and_a_later_outage_of_a_host_is_reported",
+    ) {
         return;
     }
     let uplink = Uplink::new(1, &[A, B, C]);

@@ -293,11 +293,11 @@ fn a_wrong_topic_of_one_host_does_not_stop_the_others() {
     run.wait_for("all of them", |counters| counters.delivered() >= ticks);
     let counters = run.stop().expect("a clean stop");
     let mut records = kafka.records(TOPIC);
-    let for_want_of_room = |record: &Record| {
+    let was_missed = |record: &Record| {
         let error = record.sample().error.map(|error| error.into_owned());
         error.as_deref() == Some(MissedReason::NoRoom.as_str())
     };
-    assert!(!records.iter().any(for_want_of_room));
+    assert!(!records.iter().any(was_missed));
     records.extend(kafka.records("slip"));
     assert_balanced(&counters, &records);
     assert_ticks_follow_each_other(&records, 1_000_000);

@@ -74,7 +74,7 @@ fn the_revision_is_the_commit_and_dirty_only_with_other_sources() {
 }
 
 #[test]
-fn what_is_watched_is_there_and_changes_with_every_commit() {
+fn the_watched_files_exist_and_change_with_every_commit() {
     let package = package();
     let package = package.path();
     let contents = |directory: &Path| -> Vec<_> {

@@ -19,7 +19,7 @@ use crate::sample::{self, Timestamp};
 /// One question to Kafka.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
-/// All reading. Few offsets are missing in a sound table, and each costs a fetch.
+/// Reading all ranges. A sound table has few missing offsets, and each costs a fetch.
 const READ_WITHIN: Duration = Duration::from_secs(60);
 
 /// Partitions, each with offsets that are not stored, in ascending order.
@@ -35,12 +35,12 @@ pub struct Found {
     pub expired: i64,
     /// Compacted records, records of aborted transactions, and markers of transactions.
     pub no_record: i64,
-    /// Why it is not known, and of how many.
+    /// How many offsets it is not known of, by the reason.
     pub unknown: BTreeMap<String, i64>,
 }
 
 impl Found {
-    pub fn is_unknown(&mut self, why: impl Into<String>, offsets: i64) {
+    pub fn add_unknown(&mut self, why: impl Into<String>, offsets: i64) {
         if offsets > 0 {
             *self.unknown.entry(why.into()).or_default() += offsets;
         }
@@ -65,7 +65,7 @@ pub fn look_up(kafka: &KafkaConfig, missing: &Missing, kept_since: Option<i64>) 
                     log::warn!("topic {topic}: {error}");
                 }
             }
-            Err(why) => found.is_unknown(format!("topic {topic}: {why}"), all),
+            Err(why) => found.add_unknown(format!("topic {topic}: {why}"), all),
         }
     }
     found
@@ -88,8 +88,8 @@ fn readable(
         for range in *ranges {
             let before = range.start..range.end.min(low);
             let after = range.start.max(high)..range.end;
-            found.is_unknown("they are older than what Kafka keeps", length(&before).max(0));
-            found.is_unknown(
+            found.add_unknown("they are older than what Kafka keeps", length(&before).max(0));
+            found.add_unknown(
                 format!("topic {topic} ends before them; it was probably recreated"),
                 length(&after).max(0),
             );
@@ -166,7 +166,7 @@ fn read(
         let offsets: i64 = ranges.values().map(|range| length(range)).sum();
         match is_read {
             Ok(true) => found.no_record += offsets - records,
-            Ok(false) => found.is_unknown(
+            Ok(false) => found.add_unknown(
                 format!(
                     "reading topic {topic} took longer than {} s",
                     READ_WITHIN.as_secs()
@@ -174,7 +174,7 @@ fn read(
                 offsets - records,
             ),
             Err(error) => {
-                found.is_unknown(format!("topic {topic}: {error}"), offsets - records);
+                found.add_unknown(format!("topic {topic}: {error}"), offsets - records);
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::postgres::{self, Fault};
 use crate::tables::days;
 use crate::terminal::{columns, plain};
 
-/// How many violations of a kind are named.
+/// How many violations of each kind are listed.
 const NAMED: usize = 10;
 
 /// What was found.
@@ -138,11 +138,11 @@ fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> Found {
         }
         None => {
             let mut found = Found::default();
-            found.is_unknown("KAFKA_BOOTSTRAP_SERVERS is not set", listed);
+            found.add_unknown("KAFKA_BOOTSTRAP_SERVERS is not set", listed);
             found
         }
     };
-    found.is_unknown("there are too many gaps to look up", counted - listed);
+    found.add_unknown("there are too many gaps to look up", counted - listed);
     found
 }
 
@@ -253,7 +253,7 @@ fn of_ticks(stored: &StoredTicks, doubled: &[(usize, i64, i64)]) -> Vec<Kind> {
             twice,
         ),
         Kind::new(
-            "hosts have two grids at once",
+            "hosts are checked on two schedules at once",
             as_count(findings.two_grids.len()),
             grids,
         ),
@@ -271,7 +271,7 @@ impl Kind {
 }
 
 impl Report {
-    /// Whether nothing was found that should not be.
+    /// Whether no violation was found.
     pub fn holds(&self) -> bool {
         self.violations.is_empty()
     }
@@ -296,13 +296,13 @@ pub fn text(report: &Report) -> String {
         let known = if is_known { "" } else { ", as far as is known" };
         lines.push(match (&report.stored.offsets, &report.stored.ticks) {
             (Ok(_), Ok(_)) => {
-                format!("It holds{known}: every record is stored once, and every tick has one row.")
+                format!("Passed{known}: every record is stored once, and every tick has one row.")
             }
-            (Ok(_), _) => format!("It holds{known}: every record is stored once."),
-            _ => "It holds: every tick has one row.".to_owned(),
+            (Ok(_), _) => format!("Passed{known}: every record is stored once."),
+            _ => "Passed: every tick has one row.".to_owned(),
         });
     } else {
-        lines.push("IT DOES NOT HOLD:".to_owned());
+        lines.push("FAILED:".to_owned());
     }
     for Kind { count, what, named } in &report.violations {
         lines.push(format!("{count} {what}:"));
@@ -359,7 +359,7 @@ fn notes(report: &Report) -> Vec<String> {
     let mut notes = Vec::new();
     for (why, offsets) in &report.found.unknown {
         notes.push(format!(
-            "Whether {offsets} offsets that are not stored had a record is not known: {why}."
+            "{offsets} offsets are not stored, and it is not known whether they had a record: {why}."
         ));
     }
     if let Ok(stored) = &report.stored.offsets
@@ -378,13 +378,13 @@ fn notes(report: &Report) -> Vec<String> {
     {
         if *without_grid > 0 {
             notes.push(format!(
-                "{without_grid} rows have no interval, as those of the original host-metrics, so nothing is known about their ticks."
+                "{without_grid} rows have no interval, like those of the original host-metrics, so their ticks are not audited."
             ));
         }
         let away = &findings.away;
         if !away.is_empty() {
             notes.push(format!(
-                "{} times a host has no ticks for an hour or longer while its place checked others; it was probably not in the host list:",
+                "{} gaps of an hour or longer are not counted: the place checked other hosts meanwhile, so the host was probably not in its list:",
                 away.len()
             ));
             notes.extend(away.iter().take(NAMED).map(|gap| {

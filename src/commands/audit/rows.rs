@@ -1,4 +1,4 @@
-//! What the tables hold, as `offsets` and `ticks` take it: the queries of `audit`.
+//! The queries of `audit`. They return what the tables hold in the form that `offsets` and `ticks` need.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
@@ -18,13 +18,13 @@ use crate::tables::names::Object;
 /// One query. Ten million rows take seconds; a table may have a thousand times as many.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(3_600);
 
-/// For the groups of the largest queries. They spill to disk beyond it.
+/// The memory for the groups of the largest queries. Beyond it, Postgres uses the disk.
 const MEMORY: &str = "64MB";
 
 /// What the tables hold.
 #[derive(Debug)]
 pub struct Stored {
-    /// `Err`: why it cannot be told.
+    /// `Err`: why this is unknown.
     pub offsets: Result<StoredOffsets, String>,
     pub ticks: Result<StoredTicks, String>,
 }
@@ -405,6 +405,6 @@ impl Tables {
     }
 }
 
-/// A row that belongs to a grid. The original's records say no interval.
+/// A row that belongs to a grid. The records of the original host-metrics have no interval.
 const HAS_GRID: &str = "scheduled_at >= '1970-01-01 00:00:00+00' AND scheduled_at < '10000-01-01 00:00:00+00' \
                         AND interval_seconds >= 0.001 AND interval_seconds <= 1e9";

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::commands::audit::offsets::BLOCK;
 
-/// A host that has no tick for so long, and so many intervals, while its place checks others, was not in the host list.
+/// A host was not in the host list if it has no tick for this time and this many intervals, while its place checks other hosts.
 const AWAY_MICROS: i64 = 3_600_000_000;
 const AWAY_TICKS: i64 = 10;
 
@@ -49,7 +49,7 @@ pub struct Gap {
     /// The ticks around the gap.
     pub from: i64,
     pub to: i64,
-    /// At least so many; if the interval was changed meanwhile, it is not known how many.
+    /// The number of missing ticks, or the least possible one if the interval was changed meanwhile.
     pub ticks: i64,
 }
 
@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_check_soon_after_the_start_is_no_tick_of_the_grid() {
+    fn the_first_check_after_a_start_is_not_a_tick_of_the_grid() {
         let mut times = every(300 * SECOND, START, 20);
         times.extend([START - 200 * SECOND, START + 1_234_567]);
         let (_, found) = audit(&[("a", "eu", 300 * SECOND, times)]);
@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_in_which_nobody_checked_is_said_once_for_all_hosts() {
+    fn a_time_without_any_check_is_reported_once_for_all_hosts() {
         let hole = START + 100 * SECOND + 1..START + 160 * SECOND;
         let hosts: Vec<_> = (0..5)
             .map(|host| {
@@ -470,13 +470,13 @@ mod tests {
         };
         assert_eq!((silence.hosts, silence.ticks), (5, 5 * 60 - 1));
 
-        // One host of its own is named.
+        // The only host of a place is named.
         let (_, found) = audit(&hosts[..1]);
         assert_eq!((found.silences.len(), found.gaps.len()), (0, 1));
     }
 
     #[test]
-    fn a_host_that_left_the_list_and_came_back_misses_nothing() {
+    fn a_host_that_was_not_in_the_list_for_a_while_misses_no_tick() {
         let other = ("b", "eu", SECOND, every(SECOND, START, 20_000));
         let host = |away: i64| {
             let times = every(30 * SECOND, START, 600);
@@ -490,14 +490,14 @@ mod tests {
         let (_, found) = audit(&[host(2 * HOUR), other.clone()]);
         assert!(is_whole(&found), "{found:?}");
         assert_eq!(found.away.len(), 1);
-        // For less than an hour it is not assumed.
+        // A shorter gap than an hour is a gap.
         let (_, found) = audit(&[host(HOUR / 2), other.clone()]);
         assert_eq!((found.away.len(), found.gaps.len()), (0, 1));
-        // Nor if its place was silent.
+        // So is one in which the place checked nothing.
         let elsewhere = ("b", "us", SECOND, every(SECOND, START, 20_000));
         let (_, found) = audit(&[host(2 * HOUR), elsewhere]);
         assert_eq!((found.away.len(), found.gaps.len()), (0, 1));
-        // Nor for a single tick of a day.
+        // So is a single missing tick of a host that is checked once a day.
         let daily = every(24 * HOUR, START, 9);
         let hole = START + 4 * 24 * HOUR..START + 4 * 24 * HOUR + 1;
         let (_, found) = audit(&[

@@ -4,15 +4,15 @@ use crate::consume::batch::{Form, Offset};
 const P: Partition = Partition { topic: 0, number: 0 };
 const Q: Partition = Partition { topic: 0, number: 1 };
 
-/// The time of the tests: milliseconds since something.
+/// A time of the tests, in milliseconds.
 fn at(millis: u64) -> Instant {
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-    #[expect(clippy::disallowed_methods, reason = "an instant to count from")]
+    #[expect(clippy::disallowed_methods, reason = "the tests need some instant")]
     let start = *START.get_or_init(Instant::now);
     start + Duration::from_millis(millis)
 }
 
-/// A machine whose store is open; batches of 3 within 200 ms.
+/// A state machine whose store is open. A batch is full with 3 records, and waits for at most 200 ms.
 fn open() -> Ingest {
     let limits = Limits {
         batch_size: 3,
@@ -24,41 +24,62 @@ fn open() -> Ingest {
     ingest
 }
 
-/// One that reads `partitions` from offset 100, at time 0.
+/// The same, and it reads `partitions` from offset 100 on.
 fn reading(partitions: &[Partition]) -> Ingest {
     let mut ingest = open();
     ingest.handle(at(0), Event::Assigned(partitions.to_vec()));
-    let locate = Action::Locate {
-        partitions: partitions.to_vec(),
-        missing_from: BTreeMap::new(),
-    };
+    let locate = locate(partitions, BTreeMap::new());
     assert_eq!(ingest.next_action(at(0)), locate);
-    ingest.handle(at(0), Event::Located(found_at(partitions, 100)));
-    let starts: Vec<_> = all_at(partitions, 100).into_iter().collect();
+    ingest.handle(at(0), Event::Located(positions_at(partitions, 100)));
+    let starts: Vec<_> = starts_at(partitions, 100).into_iter().collect();
     assert_eq!(ingest.next_action(at(0)), Action::Read(starts.clone()));
     assert_eq!(ingest.next_action(at(0)), Action::Commit(starts));
     ingest
 }
 
-fn all_at(partitions: &[Partition], position: i64) -> BTreeMap<Partition, NextOffset> {
+fn starts_at(partitions: &[Partition], position: i64) -> BTreeMap<Partition, NextOffset> {
     let place = |partition: &Partition| (*partition, NextOffset(position));
     partitions.iter().map(place).collect()
 }
 
-/// As the table says it.
-fn found_at(partitions: &[Partition], position: i64) -> BTreeMap<Partition, Position> {
+/// The positions in the table.
+fn positions_at(partitions: &[Partition], position: i64) -> BTreeMap<Partition, Position> {
     let place = |partition: &Partition| (*partition, Position::from(NextOffset(position)));
     partitions.iter().map(place).collect()
 }
 
-fn read(ingest: &mut Ingest, millis: u64, partition: Partition, offset: i64) -> bool {
-    let record = Record {
+fn record(partition: Partition, offset: i64) -> Record<'static> {
+    Record {
         partition,
         offset: Offset(offset),
         timestamp: None,
         key: None,
         value: Some(b"value"),
-    };
+    }
+}
+
+fn read_from(offset: i64) -> Action {
+    Action::Read(vec![(P, NextOffset(offset))])
+}
+
+fn commit_of(offset: i64) -> Action {
+    Action::Commit(vec![(P, NextOffset(offset))])
+}
+
+fn locate(partitions: &[Partition], missing_from: BTreeMap<Partition, NextOffset>) -> Action {
+    Action::Locate {
+        partitions: partitions.to_vec(),
+        missing_from,
+    }
+}
+
+/// Whether the batch was stored is not known.
+fn lost(batch: Batch) -> Event {
+    Event::Flushed(batch, Flushed::Retry("lost".into()))
+}
+
+fn read(ingest: &mut Ingest, millis: u64, partition: Partition, offset: i64) -> bool {
+    let record = record(partition, offset);
     ingest.record(at(millis), record, |_, row| {
         row.extend_from_slice(b"row");
         Ok(Encoded::Row)
@@ -79,8 +100,8 @@ fn span(base: i64, next: i64) -> Span {
     }
 }
 
-/// Lets the machine do what it wants up to its next wait; the store is not to be asked for anything.
-fn wait_of(ingest: &mut Ingest, millis: u64) -> Action {
+/// The next wait of the machine. Until then it must not ask for anything of the store.
+fn next_wait(ingest: &mut Ingest, millis: u64) -> Action {
     loop {
         match ingest.next_action(at(millis)) {
             action @ (Action::Poll { .. } | Action::Hold { .. }) => return action,
@@ -91,7 +112,7 @@ fn wait_of(ingest: &mut Ingest, millis: u64) -> Action {
 }
 
 #[test]
-fn nothing_is_read_or_asked_before_the_store_is_open() {
+fn nothing_is_read_before_the_store_is_open() {
     let limits = Limits {
         batch_size: 1,
         batch_wait: Duration::ZERO,
@@ -100,7 +121,7 @@ fn nothing_is_read_or_asked_before_the_store_is_open() {
     ingest.handle(at(0), Event::Assigned(vec![P]));
     assert_eq!(ingest.next_action(at(0)), Action::Open);
     assert!(matches!(ingest.next_action(at(0)), Action::Poll { .. }));
-    assert!(!read(&mut ingest, 0, P, 0), "taken before its place is known");
+    assert!(!read(&mut ingest, 0, P, 0), "its position is not known yet");
 }
 
 #[test]
@@ -109,7 +130,7 @@ fn a_small_batch_is_written_when_its_oldest_record_has_waited() {
     assert!(read(&mut ingest, 1_000, P, 100));
     assert!(read(&mut ingest, 1_150, Q, 107));
     let until = at(1_200);
-    assert_eq!(wait_of(&mut ingest, 1_199), Action::Poll { until });
+    assert_eq!(next_wait(&mut ingest, 1_199), Action::Poll { until });
     let batch = flush(&mut ingest, 1_200);
     assert_eq!(
         batch.spans,
@@ -136,7 +157,7 @@ fn a_backlog_is_written_in_full_batches_and_the_next_one_fills_meanwhile() {
 }
 
 #[test]
-fn a_record_that_finds_no_room_is_read_again_and_not_skipped() {
+fn a_record_for_which_there_is_no_room_is_read_again() {
     let mut ingest = reading(&[P]);
     for offset in 100..103 {
         assert!(read(&mut ingest, 0, P, offset));
@@ -144,10 +165,7 @@ fn a_record_that_finds_no_room_is_read_again_and_not_skipped() {
     assert!(!read(&mut ingest, 0, P, 103));
     assert!(!read(&mut ingest, 0, P, 104));
     let _batch = flush(&mut ingest, 0);
-    assert_eq!(
-        ingest.next_action(at(0)),
-        Action::Read(vec![(P, NextOffset(103))])
-    );
+    assert_eq!(ingest.next_action(at(0)), read_from(103));
 }
 
 #[test]
@@ -167,10 +185,7 @@ fn with_both_batches_full_reading_pauses_after_a_second_and_continues_where_it_w
     assert!(!read(&mut ingest, 1_100, P, 106), "it is paused");
     ingest.handle(at(5_000), Event::Flushed(batch, Flushed::Durable));
     flush(&mut ingest, 5_000);
-    assert_eq!(
-        ingest.next_action(at(5_000)),
-        Action::Read(vec![(P, NextOffset(106))])
-    );
+    assert_eq!(ingest.next_action(at(5_000)), read_from(106));
 }
 
 #[test]
@@ -186,29 +201,17 @@ fn the_position_of_a_stuck_partition_is_read_again_once_nothing_is_unwritten() {
     ingest.handle(at(400), Event::Flushed(batch, Flushed::Durable));
 
     ingest.handle(at(400), Event::Stuck(vec![P]));
-    let expected = Action::Locate {
-        partitions: vec![P],
-        missing_from: BTreeMap::new(),
-    };
+    let expected = locate(&[P], BTreeMap::new());
     assert_eq!(ingest.next_action(at(400)), expected);
-    ingest.handle(at(400), Event::Located(found_at(&[P], 150)));
-    assert_eq!(
-        ingest.next_action(at(400)),
-        Action::Read(vec![(P, NextOffset(150))])
-    );
+    ingest.handle(at(400), Event::Located(positions_at(&[P], 150)));
+    assert_eq!(ingest.next_action(at(400)), read_from(150));
 }
 
 #[test]
 fn a_batch_of_huge_records_is_full_before_it_has_batch_size_records() {
     let mut ingest = reading(&[P]);
     for offset in 100..102 {
-        let record = Record {
-            partition: P,
-            offset: Offset(offset),
-            timestamp: None,
-            key: None,
-            value: None,
-        };
+        let record = record(P, offset);
         let half = |_: &mut Epochs, row: &mut Vec<u8>| {
             row.resize(row.len() + LEAST_BATCH_BYTES / 2, 0);
             Ok(Encoded::Row)
@@ -219,43 +222,37 @@ fn a_batch_of_huge_records_is_full_before_it_has_batch_size_records() {
 }
 
 #[test]
-fn a_batch_moves_the_highest_epochs_with_the_position_and_the_table_has_the_last_word() {
+fn a_batch_stores_the_highest_epochs_and_those_of_the_table_count() {
     let mut ingest = reading(&[P, Q]);
-    let judge = |ingest: &mut Ingest, offset, epoch| {
-        let record = Record {
-            partition: P,
-            offset: Offset(offset),
-            timestamp: None,
-            key: None,
-            value: None,
-        };
+    let admit = |ingest: &mut Ingest, offset, epoch| {
+        let record = record(P, offset);
         let mut is_valid = false;
         ingest.record(at(0), record, |epochs, _| {
-            is_valid = epochs.judge("eu", epoch).is_ok();
+            is_valid = epochs.admit("eu", epoch).is_ok();
             Ok(Encoded::Row)
         });
         is_valid
     };
-    assert!(judge(&mut ingest, 100, 7));
+    assert!(admit(&mut ingest, 100, 7));
     read(&mut ingest, 0, Q, 100);
-    assert!(!judge(&mut ingest, 101, 6));
+    assert!(!admit(&mut ingest, 101, 6));
     let batch = flush(&mut ingest, 200);
     assert_eq!(batch.epochs, BTreeMap::from([(P, Epochs::of("eu", 7))]));
-    // Somebody else was there, and has seen more.
+    // Another consumer has moved the position, and has seen a higher epoch.
     ingest.handle(at(200), Event::Flushed(batch, Flushed::Fenced));
-    let elsewhere = Position {
+    let moved = Position {
         next: NextOffset(150),
         epochs: Epochs::of("eu", 9),
     };
     assert!(matches!(ingest.next_action(at(200)), Action::Locate { .. }));
-    let found = BTreeMap::from([(P, elsewhere)])
+    let found = BTreeMap::from([(P, moved)])
         .into_iter()
-        .chain(found_at(&[Q], 101));
+        .chain(positions_at(&[Q], 101));
     ingest.handle(at(200), Event::Located(found.collect()));
     while !matches!(ingest.next_action(at(200)), Action::Poll { .. }) {}
-    assert!(!judge(&mut ingest, 150, 8));
-    assert!(judge(&mut ingest, 151, 9));
-    // Nothing was raised: nothing has to be written.
+    assert!(!admit(&mut ingest, 150, 8));
+    assert!(admit(&mut ingest, 151, 9));
+    // The highest epoch has not changed, so it does not have to be written.
     assert_eq!(flush(&mut ingest, 400).epochs, BTreeMap::new());
 }
 
@@ -265,7 +262,7 @@ fn retries_of_a_failing_store_become_rarer_up_to_a_bound_until_one_succeeds() {
     read(&mut ingest, 0, P, 100);
     let mut now = 200;
     let batch = flush(&mut ingest, now);
-    ingest.handle(at(now), Event::Flushed(batch, Flushed::Retry("gone".into())));
+    ingest.handle(at(now), lost(batch));
     let mut waits = Vec::new();
     for _ in 0..12 {
         let failed_at = now;
@@ -288,7 +285,11 @@ fn retries_of_a_failing_store_become_rarer_up_to_a_bound_until_one_succeeds() {
         "{waits:?}"
     );
     assert!(ingest.store_is_away());
-    assert_eq!(ingest.unwritten(), 1, "what was read is kept through the outage");
+    assert_eq!(
+        ingest.unwritten(),
+        1,
+        "records that were read are kept during the outage"
+    );
 }
 
 #[test]
@@ -297,17 +298,17 @@ fn after_a_lost_answer_the_position_shows_whether_the_rows_are_stored() {
         let mut ingest = reading(&[P]);
         read(&mut ingest, 0, P, 100);
         let batch = flush(&mut ingest, 200);
-        ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("lost".into())));
-        assert!(matches!(wait_of(&mut ingest, 200), Action::Poll { .. }));
+        ingest.handle(at(200), lost(batch));
+        assert!(matches!(next_wait(&mut ingest, 200), Action::Poll { .. }));
         assert_eq!(ingest.next_action(at(400)), Action::Open);
         ingest.handle(at(400), Event::Opened { same_layout: true });
         assert!(matches!(ingest.next_action(at(400)), Action::Locate { .. }));
-        ingest.handle(at(400), Event::Located(found_at(&[P], position)));
+        ingest.handle(at(400), Event::Located(positions_at(&[P], position)));
         assert_eq!(ingest.unwritten(), usize::from(!is_written));
         match is_written {
             false => assert_eq!(flush(&mut ingest, 400).spans[&P], span(100, 101)),
             true => {
-                let commit = Action::Commit(vec![(P, NextOffset(101))]);
+                let commit = commit_of(101);
                 assert_eq!(ingest.next_action(at(1_400)), commit);
             }
         }
@@ -315,7 +316,7 @@ fn after_a_lost_answer_the_position_shows_whether_the_rows_are_stored() {
 }
 
 #[test]
-fn a_fence_costs_only_the_partition_that_was_moved() {
+fn a_moved_position_costs_only_the_records_of_its_partition() {
     let mut ingest = reading(&[P, Q]);
     read(&mut ingest, 0, P, 100);
     read(&mut ingest, 0, Q, 100);
@@ -324,9 +325,9 @@ fn a_fence_costs_only_the_partition_that_was_moved() {
     read(&mut ingest, 200, Q, 101);
     ingest.handle(at(200), Event::Flushed(batch, Flushed::Fenced));
     assert!(matches!(ingest.next_action(at(200)), Action::Locate { .. }));
-    let positions = found_at(&[P], 150)
+    let positions = positions_at(&[P], 150)
         .into_iter()
-        .chain(found_at(&[Q], 100))
+        .chain(positions_at(&[Q], 100))
         .collect();
     ingest.handle(at(200), Event::Located(positions));
     let fenced = Notice::Fenced {
@@ -338,10 +339,7 @@ fn a_fence_costs_only_the_partition_that_was_moved() {
     assert_eq!(ingest.next_action(at(200)), Action::Tell(fenced));
     let batch = flush(&mut ingest, 200);
     assert_eq!(batch.spans, BTreeMap::from([(Q, span(100, 101))]));
-    assert_eq!(
-        ingest.next_action(at(200)),
-        Action::Read(vec![(P, NextOffset(150))])
-    );
+    assert_eq!(ingest.next_action(at(200)), read_from(150));
 }
 
 #[test]
@@ -351,15 +349,15 @@ fn a_refused_row_is_rejected_and_the_others_are_written_with_it() {
     read(&mut ingest, 0, P, 101);
     read(&mut ingest, 0, P, 102);
     let batch = flush(&mut ingest, 200);
-    let poison = Flushed::Refused(vec![(1, "refused".into()), (2, "refused".into())]);
-    ingest.handle(at(200), Event::Flushed(batch, poison));
+    let refused = Flushed::Refused(vec![(1, "refused".into()), (2, "refused".into())]);
+    ingest.handle(at(200), Event::Flushed(batch, refused));
     let batch = flush(&mut ingest, 200);
     assert!(matches!(batch.entries[0].form, Form::Row(_)));
     assert_eq!(batch.entries[1].form, Form::Rejected("refused".into()));
-    // A store that names nothing new would make this spin: it counts as a failure.
-    let poison = Flushed::Refused(vec![(1, "refused".into())]);
-    ingest.handle(at(200), Event::Flushed(batch, poison));
-    assert!(matches!(wait_of(&mut ingest, 200), Action::Poll { .. }));
+    // A refusal that names no further row counts as a failure. Otherwise the batch would be sent again at once, for ever.
+    let refused = Flushed::Refused(vec![(1, "refused".into())]);
+    ingest.handle(at(200), Event::Flushed(batch, refused));
+    assert!(matches!(next_wait(&mut ingest, 200), Action::Poll { .. }));
 }
 
 #[test]
@@ -371,7 +369,7 @@ fn a_revoked_partition_is_no_longer_written_committed_or_read() {
     read(&mut ingest, 200, Q, 100);
     ingest.handle(at(200), Event::Revoked(vec![P]));
     assert!(!read(&mut ingest, 200, P, 102));
-    ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("lost".into())));
+    ingest.handle(at(200), lost(batch));
     assert_eq!(ingest.next_action(at(400)), Action::Open);
     ingest.handle(at(400), Event::Opened { same_layout: true });
     let batch = flush(&mut ingest, 400);
@@ -387,11 +385,11 @@ fn a_stop_writes_and_commits_first_and_takes_no_more() {
     let batch = flush(&mut ingest, 10);
     assert!(matches!(ingest.next_action(at(10)), Action::Poll { .. }));
     ingest.handle(at(20), Event::Flushed(batch, Flushed::Durable));
-    let commit = Action::Commit(vec![(P, NextOffset(101))]);
+    let commit = commit_of(101);
     assert_eq!(
         ingest.next_action(at(20)),
         commit,
-        "at once, though one was just made"
+        "at once, although the last commit was less than a second ago"
     );
     assert_eq!(ingest.next_action(at(20)), Action::Stop { unwritten: 0 });
 }
@@ -402,7 +400,7 @@ fn a_stop_without_the_store_ends_after_a_few_tries_and_reports_what_is_not_writt
     read(&mut ingest, 0, P, 100);
     read(&mut ingest, 0, P, 101);
     let batch = flush(&mut ingest, 200);
-    ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("gone".into())));
+    ingest.handle(at(200), lost(batch));
     ingest.handle(at(210), Event::Stop { deadline: at(5_000) });
     for _ in 0..TRIES_DURING_STOP {
         assert_eq!(ingest.next_action(at(210)), Action::Open);
@@ -439,7 +437,7 @@ fn commits_follow_flushes_at_most_once_a_second_and_a_failed_one_is_made_again()
         ingest.handle(at(millis + 200), Event::Flushed(batch, Flushed::Durable));
     }
     assert!(matches!(ingest.next_action(at(999)), Action::Poll { .. }));
-    let commit = Action::Commit(vec![(P, NextOffset(102))]);
+    let commit = commit_of(102);
     assert_eq!(ingest.next_action(at(1_000)), commit);
     ingest.handle(at(1_100), Event::CommitFailed(vec![P]));
     assert!(matches!(ingest.next_action(at(1_999)), Action::Poll { .. }));
@@ -453,21 +451,15 @@ fn a_partition_without_a_position_starts_at_kafkas_commit_or_beginning() {
     assert!(matches!(ingest.next_action(at(0)), Action::Locate { .. }));
     ingest.handle(at(0), Event::Located(BTreeMap::new()));
     assert_eq!(ingest.next_action(at(0)), Action::FindStarts(vec![P]));
-    // No answer: asked again, but not at once.
+    // Without an answer Kafka is asked again, but not at once.
     ingest.handle(at(0), Event::Starts(BTreeMap::new()));
-    assert!(matches!(wait_of(&mut ingest, 999), Action::Poll { .. }));
+    assert!(matches!(next_wait(&mut ingest, 999), Action::Poll { .. }));
     assert_eq!(ingest.next_action(at(1_000)), Action::FindStarts(vec![P]));
-    ingest.handle(at(1_000), Event::Starts(all_at(&[P], 42)));
-    let locate = Action::Locate {
-        partitions: vec![P],
-        missing_from: all_at(&[P], 42),
-    };
+    ingest.handle(at(1_000), Event::Starts(starts_at(&[P], 42)));
+    let locate = locate(&[P], starts_at(&[P], 42));
     assert_eq!(ingest.next_action(at(1_000)), locate);
-    ingest.handle(at(1_000), Event::Located(found_at(&[P], 42)));
-    assert_eq!(
-        ingest.next_action(at(1_000)),
-        Action::Read(vec![(P, NextOffset(42))])
-    );
+    ingest.handle(at(1_000), Event::Located(positions_at(&[P], 42)));
+    assert_eq!(ingest.next_action(at(1_000)), read_from(42));
 }
 
 #[test]
@@ -479,7 +471,7 @@ fn a_recreated_topic_is_read_from_its_beginning_and_moves_the_position_back() {
     };
     ingest.handle(at(0), Event::OutOfRange);
     for millis in [0, 1_000] {
-        // One answer does not suffice for a decision that stores everything anew.
+        // One answer is not enough, because the whole partition is stored again.
         assert_eq!(ingest.next_action(at(millis)), Action::FindExtents(vec![P]));
         ingest.handle(at(millis), Event::Extents(BTreeMap::from([(P, extent)])));
     }
@@ -490,16 +482,13 @@ fn a_recreated_topic_is_read_from_its_beginning_and_moves_the_position_back() {
         forgotten: 0,
     };
     assert_eq!(ingest.next_action(at(1_000)), Action::Tell(notice));
-    assert!(matches!(wait_of(&mut ingest, 1_000), Action::Poll { .. }));
-    assert_eq!(
-        ingest.next_action(at(2_000)),
-        Action::Read(vec![(P, NextOffset(0))])
-    );
+    assert!(matches!(next_wait(&mut ingest, 1_000), Action::Poll { .. }));
+    assert_eq!(ingest.next_action(at(2_000)), read_from(0));
     assert!(read(&mut ingest, 2_000, P, 0));
     let batch = flush(&mut ingest, 2_200);
     assert_eq!(batch.spans[&P], span(100, 1));
     ingest.handle(at(2_200), Event::Flushed(batch, Flushed::Durable));
-    let commit = Action::Commit(vec![(P, NextOffset(1))]);
+    let commit = commit_of(1);
     assert_eq!(ingest.next_action(at(2_200)), commit);
 }
 
@@ -522,10 +511,7 @@ fn records_deleted_by_retention_are_reported_and_those_read_before_are_written()
     assert_eq!(ingest.next_action(at(0)), Action::Tell(notice));
     let batch = flush(&mut ingest, 1_000);
     assert_eq!(batch.spans[&P], span(100, 101));
-    assert_eq!(
-        ingest.next_action(at(1_000)),
-        Action::Read(vec![(P, NextOffset(500))])
-    );
+    assert_eq!(ingest.next_action(at(1_000)), read_from(500));
 }
 
 #[test]
@@ -533,21 +519,18 @@ fn rows_for_other_columns_are_forgotten_and_read_again() {
     let mut ingest = reading(&[P]);
     read(&mut ingest, 0, P, 100);
     let batch = flush(&mut ingest, 200);
-    ingest.handle(at(200), Event::Flushed(batch, Flushed::Retry("lost".into())));
+    ingest.handle(at(200), lost(batch));
     assert_eq!(ingest.next_action(at(400)), Action::Open);
     ingest.handle(at(400), Event::Opened { same_layout: false });
     let notice = Action::Tell(Notice::OtherLayout { forgotten: 1 });
     assert_eq!(ingest.next_action(at(400)), notice);
     assert!(matches!(ingest.next_action(at(400)), Action::Locate { .. }));
-    ingest.handle(at(400), Event::Located(found_at(&[P], 100)));
-    assert_eq!(
-        ingest.next_action(at(400)),
-        Action::Read(vec![(P, NextOffset(100))])
-    );
+    ingest.handle(at(400), Event::Located(positions_at(&[P], 100)));
+    assert_eq!(ingest.next_action(at(400)), read_from(100));
 }
 
 #[test]
-fn another_layout_without_records_in_hand_is_not_reported() {
+fn another_layout_is_not_reported_if_no_record_was_read() {
     let mut ingest = reading(&[P]);
     ingest.handle(at(0), Event::StoreFailed);
     assert_eq!(ingest.next_action(at(200)), Action::Open);
@@ -561,7 +544,7 @@ fn extents_that_are_missing_are_asked_for_again_after_a_second() {
     ingest.handle(at(0), Event::OutOfRange);
     assert_eq!(ingest.next_action(at(0)), Action::FindExtents(vec![P]));
     ingest.handle(at(0), Event::Extents(BTreeMap::new()));
-    assert!(matches!(wait_of(&mut ingest, 999), Action::Poll { .. }));
+    assert!(matches!(next_wait(&mut ingest, 999), Action::Poll { .. }));
     assert_eq!(ingest.next_action(at(1_000)), Action::FindExtents(vec![P]));
 }
 
@@ -572,10 +555,10 @@ fn a_start_that_the_table_does_not_take_is_asked_for_again_after_a_second() {
     assert!(matches!(ingest.next_action(at(0)), Action::Locate { .. }));
     ingest.handle(at(0), Event::Located(BTreeMap::new()));
     assert_eq!(ingest.next_action(at(0)), Action::FindStarts(vec![P]));
-    ingest.handle(at(0), Event::Starts(all_at(&[P], 42)));
+    ingest.handle(at(0), Event::Starts(starts_at(&[P], 42)));
     assert!(matches!(ingest.next_action(at(0)), Action::Locate { .. }));
     ingest.handle(at(0), Event::Located(BTreeMap::new()));
-    assert!(matches!(wait_of(&mut ingest, 999), Action::Poll { .. }));
+    assert!(matches!(next_wait(&mut ingest, 999), Action::Poll { .. }));
     assert_eq!(ingest.next_action(at(1_000)), Action::FindStarts(vec![P]));
 }
 
@@ -594,8 +577,8 @@ fn repeated_fences_wait_before_the_next_try() {
             }
             action => panic!("{action:?}"),
         }
-        // The position is ours after all.
-        ingest.handle(at(200), Event::Located(found_at(&[P], 100)));
+        // Nobody has moved the position.
+        ingest.handle(at(200), Event::Located(positions_at(&[P], 100)));
     }
     panic!("it does not wait");
 }

@@ -1,7 +1,7 @@
 //! The pictures: the bar of days, the response time, and its phases, as SVG.
 //!
 //! Each has a text alternative, and a table beside it has its figures. The pictures stretch to the width of the page, so
-//! their labels stand outside of them. States differ in shape, lines in dashes, phases in their order and lightness.
+//! their labels are outside of them. States differ in their shape, lines in their dashes, and phases in their order and lightness.
 
 use std::fmt::Write as _;
 
@@ -57,7 +57,7 @@ pub fn days(slots: &Slots<'_>) -> Markup {
     }
 }
 
-/// What the bars of one page hatch with.
+/// The pattern for hatching the bars of a page.
 pub fn hatch() -> Markup {
     html! {
         svg.unseen aria-hidden="true" focusable="false" {
@@ -75,7 +75,7 @@ pub fn sample(state: State) -> Markup {
     html! {
         svg.sample viewBox="0 0 8 32" aria-hidden="true" focusable="false" {
             @match state {
-                // The hatching by hand, because not every page has a bar.
+                // Drawn without the pattern, because not every page has it.
                 State::NotChecked => path.hatch d="M1 8l6-6M1 14l6-6M1 20l6-6M1 26l6-6M1 32l6-6" {},
                 state => path class=(words::class(state)) d={ "M4 0" (stroke(state)) } {},
             }

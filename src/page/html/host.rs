@@ -95,7 +95,7 @@ pub fn uptime(host: &Host) -> Markup {
     }
 }
 
-/// The places that see the host otherwise than it is on the whole.
+/// Which places see the host up and which see it down, if they differ.
 pub fn differing(shown: &Shown<'_>, now: i64) -> Markup {
     let states = shown.host.places.iter().map(|place| (place, place.state(now)));
     let fresh: Vec<_> = states.filter(|(_, state)| *state != State::NotChecked).collect();

@@ -67,7 +67,7 @@ pub fn anchor(incident: &Incident) -> String {
     )
 }
 
-/// The page of all months, which shows the newest one, and the page of each month: where each stands, and its text.
+/// The page of all months, which shows the newest one, and the page of each month: the path and the text of each.
 pub fn render(view: &View<'_>) -> Vec<(String, String)> {
     let months = view.months();
     let links = |root: &str, current: &str| {

@@ -13,7 +13,7 @@ use crate::page::snapshot::State;
 use crate::page::view::View;
 use crate::page::words;
 
-/// Of the header, and of a `<meta>` for files on another server. Only a header can forbid frames.
+/// Sent as a header, and in a `<meta>` for files on another server. Only a header can forbid frames.
 pub const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; \
                           base-uri 'none'; form-action 'none'";
 
@@ -21,7 +21,7 @@ pub const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self
 pub struct Page<'a> {
     pub title: &'a str,
     pub root: &'a str,
-    /// The word in the navigation that this page is.
+    /// The word for this page in the navigation.
     pub place: &'a str,
     pub main: Markup,
 }
@@ -115,7 +115,7 @@ pub fn badge(state: State) -> Markup {
     }
 }
 
-/// The mark alone: the words stand beside it.
+/// The mark alone, for use beside the words.
 pub fn mark(state: State) -> Markup {
     html! {
         svg.mark.(words::class(state)) viewBox="0 0 16 16" aria-hidden="true" focusable="false" { (shape(state)) }

@@ -1,4 +1,4 @@
-//! The first page: how all sites are, and each with its last 90 days.
+//! The first page: the state of all sites, and the last 90 days of each.
 
 use maud::{Markup, html};
 
@@ -7,7 +7,7 @@ use crate::page::snapshot::{DAY, DAYS_SHOWN, State, slots};
 use crate::page::view::{Shown, View, encoded};
 use crate::page::words;
 
-/// How many incidents stand below the hosts.
+/// How many incidents are shown below the hosts.
 const NEWEST: usize = 5;
 
 pub fn render(view: &View<'_>) -> String {

@@ -1,4 +1,4 @@
-//! Asks references whether they can be reached: a TCP connection, or a question to a name server.
+//! Asks references: opens a TCP connection, or sends a question to a name server.
 
 use std::fs;
 use std::io;
@@ -9,7 +9,8 @@ use super::judge::{Answer, Reference, Reply};
 use super::routes::{FirstHop, Routes};
 use crate::clock::instant_now;
 
-/// Where a gateway is asked. Many of them serve names there, and the others refuse the connection, which is an answer too.
+/// The port at which a gateway is asked. Many gateways are name servers, and the others refuse the connection, which is an answer
+/// too.
 const GATEWAY_PORT: u16 = 53;
 const DNS_PORT: u16 = 53;
 
@@ -29,7 +30,7 @@ pub(super) fn name_servers() -> Vec<IpAddr> {
     text.lines().filter_map(address).take(MAX_NAME_SERVERS).collect()
 }
 
-/// Waits for the answer of one reference, until `deadline` at the latest unless a name has to be looked up.
+/// Waits for the answer of one reference, until `deadline` at the latest. Only the lookup of its name may take longer.
 pub(super) fn ask(reference: Reference, deadline: Instant) -> Answer {
     let (ip, reply) = match &reference {
         Reference::Host(name, port) => ask_host(name, *port, deadline),
@@ -57,7 +58,7 @@ fn ask_host(name: &str, port: u16, deadline: Instant) -> (Option<IpAddr>, Reply)
 fn ask_gateway(hop: &FirstHop, deadline: Instant) -> Reply {
     let address = match hop.gateway {
         Some(IpAddr::V4(ip)) => SocketAddr::from((ip, GATEWAY_PORT)),
-        // Gateways of IPv6 have addresses that are valid on one device only.
+        // The address of an IPv6 gateway is valid on one device only.
         Some(IpAddr::V6(ip)) => SocketAddrV6::new(ip, GATEWAY_PORT, 0, device_index(&hop.device)).into(),
         None => return Reply::Nothing,
     };

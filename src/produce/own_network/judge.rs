@@ -1,11 +1,10 @@
 //! Decides whether a failed check is the fault of our own network.
 //!
-//! Pure: `now` and all times are microseconds of a clock that never goes back. The edge (`mod.rs`) asks what this says, and
-//! reports the answers.
+//! Pure: `now` and all times are microseconds of a clock that never goes back. `mod.rs` sends the questions and reports the answers.
 //!
-//! A failure is our own if nothing else can be reached on the same way. Two other networks that were reached meanwhile prove that
-//! our network works. Otherwise the reference hosts are asked, at most once a second for the whole agent. An answer counts only if
-//! it was asked for after the check began.
+//! A failure is our own if nothing else can be reached through the same uplink. If two other networks were reached meanwhile, our
+//! network works. Otherwise the reference hosts are asked, at most once a second for the whole agent. An answer counts only if the
+//! question was sent after the check began.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -16,22 +15,22 @@ use crate::sample::Outcome;
 
 const SECOND: i64 = 1_000_000;
 
-/// How old the proof may be that other networks can be reached.
+/// How long the answer of another network proves that our network works.
 const PROOF_LASTS: i64 = 2 * SECOND;
 
-/// So many other networks have to be reached.
+/// How many other networks have to be reached.
 const OTHER_NETWORKS: usize = 2;
 
 /// References are asked at most this often.
 const ASK_EVERY: i64 = SECOND;
 
-/// The most recent networks that are remembered, so that enough are left on each of a few ways.
+/// How many networks are remembered, the most recent ones, so that there are enough behind each of a few uplinks.
 const MAX_NETWORKS: usize = 16;
 
-/// The most gateways and ways that are remembered. A machine has one or two.
-const MAX_WAYS: usize = 64;
+/// How many gateways and uplinks are remembered. A machine has one or two.
+const MAX_UPLINKS: usize = 64;
 
-/// Whether a failure with this outcome could be that of our own network.
+/// Whether our own network can be the cause of this outcome.
 pub fn could_be_ours(outcome: Outcome) -> bool {
     matches!(
         outcome,
@@ -43,7 +42,7 @@ pub fn could_be_ours(outcome: Outcome) -> bool {
     )
 }
 
-/// What can be asked whether our network works.
+/// Something whose answer shows that our network works.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reference {
     /// A member of REFERENCE_HOSTS.
@@ -56,10 +55,10 @@ pub enum Reference {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reply {
     Answered,
-    /// A name server that reports a failure, as one does whose own uplink is down.
+    /// A name server reports a failure. It does so if it cannot reach the internet itself.
     ServerFailure,
     Nothing,
-    /// The gateway does not even answer in the local network (ARP).
+    /// The gateway does not answer ARP in the local network.
     NoNeighbour,
 }
 
@@ -84,13 +83,13 @@ pub struct Failure {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// The failure is the host's.
+    /// The host failed.
     Host,
-    /// The failure is that of our own network.
+    /// Our own network failed.
     Ours,
     /// Ask the references, report the answers, then decide again.
     Ask,
-    /// Decide again then, or (`None`) when the answers are there.
+    /// Decide again at this time, or (`None`) when the answers have arrived.
     Wait(Option<i64>),
 }
 
@@ -101,13 +100,13 @@ pub struct Judge {
     /// The last question and its answers.
     asked: Option<Asked>,
     is_asking_since: Option<i64>,
-    /// Gateways that have answered, and name servers that have answered well: only from these, silence or a failure says anything.
+    /// The references that have answered at least once. Only their silence or failure shows that our network is down.
     proven: HashSet<Reference>,
-    /// The families of IP addresses that had a default route at some time.
+    /// Whether there has ever been a gateway for IPv4 and for IPv6.
     had_route: [bool; 2],
-    /// The ways that were found to be down, each with the time at which it was first found to be up again. A check that began
-    /// before that says nothing about its host.
-    down: HashMap<Way, Option<i64>>,
+    /// The uplinks that were found to be down, each with the time at which it was first found to be up again. The failure of a
+    /// check that began before that time is our own.
+    down: HashMap<Uplink, Option<i64>>,
 }
 
 /// A network that was reached.
@@ -115,7 +114,7 @@ pub struct Judge {
 struct Reached {
     network: Network,
     ip: IpAddr,
-    /// With the help of a name server.
+    /// A name server gave the address.
     by_name: bool,
     at: i64,
 }
@@ -126,9 +125,9 @@ struct Asked {
     answers: Vec<Answer>,
 }
 
-/// Failures on one way have one cause.
+/// The part of our network that a check depends on: its first hop, or the name servers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Way {
+struct Uplink {
     first_hop: Option<FirstHop>,
     is_ipv6: bool,
     is_dns: bool,
@@ -165,10 +164,10 @@ impl Judge {
     pub fn reached(&mut self, now: i64, ip: IpAddr, by_name: bool, routes: impl FnOnce() -> Routes) {
         if self.down.values().any(Option::is_none) {
             let routes = routes();
-            for (way, up_at) in &mut self.down {
-                let is_same = match way.is_dns {
+            for (uplink, up_at) in &mut self.down {
+                let is_same = match uplink.is_dns {
                     true => by_name,
-                    false => routes.first_hop(ip) == way.first_hop.as_ref(),
+                    false => routes.first_hop(ip) == uplink.first_hop.as_ref(),
                 };
                 if is_same {
                     up_at.get_or_insert(now);
@@ -195,7 +194,7 @@ impl Judge {
         }
     }
 
-    /// Takes note of the routes, so that a missing one is noticed later.
+    /// Remembers which gateways exist, so that a missing one is noticed later.
     pub fn saw(&mut self, routes: &Routes) {
         for gateway in routes.gateways().filter_map(|hop| hop.gateway) {
             self.had_route[usize::from(gateway.is_ipv6())] = true;
@@ -207,10 +206,10 @@ impl Judge {
         if is_here && self.references == References::Gateways {
             return Decision::Host;
         }
-        let way = way_of(failure, routes);
-        let was_down = self.down.get(&way).copied();
+        let uplink = uplink_of(failure, routes);
+        let was_down = self.down.get(&uplink).copied();
         let recent = self.asked.as_ref().filter(|asked| asked.at > now - ASK_EVERY);
-        let is_down_still = recent.is_some_and(|asked| self.is_down(asked, &way, routes));
+        let is_down_still = recent.is_some_and(|asked| self.is_down(asked, &uplink, routes));
         match was_down {
             Some(Some(up_at)) if failure.started_at < up_at => return Decision::Ours,
             Some(None) if is_down_still => return Decision::Ours,
@@ -218,21 +217,21 @@ impl Judge {
         }
         let asked = self.asked.as_ref().filter(|asked| asked.at >= failure.started_at);
         let is_up = match asked {
-            _ if self.is_proven_up(failure, &way, routes) => Some(true),
-            Some(asked) => Some(!self.is_down(asked, &way, routes)),
+            _ if self.is_proven_up(failure, &uplink, routes) => Some(true),
+            Some(asked) => Some(!self.is_down(asked, &uplink, routes)),
             None => None,
         };
         match is_up {
             Some(true) if was_down == Some(None) => {
-                self.down.insert(way, Some(now));
+                self.down.insert(uplink, Some(now));
                 return Decision::Ours;
             }
             Some(true) => return Decision::Host,
             Some(false) => {
-                if self.down.len() >= MAX_WAYS {
+                if self.down.len() >= MAX_UPLINKS {
                     self.down.clear();
                 }
-                self.down.insert(way, None);
+                self.down.insert(uplink, None);
                 return Decision::Ours;
             }
             None => {}
@@ -249,7 +248,7 @@ impl Judge {
         }
     }
 
-    /// Whether it is worth asking once while everything works, to learn which references answer.
+    /// Whether to ask now, while everything works, to learn which references answer. This is done once.
     pub fn should_learn(&mut self, now: i64) -> bool {
         let is_first = self.asked.is_none() && self.is_asking_since.is_none();
         if is_first {
@@ -258,7 +257,7 @@ impl Judge {
         is_first
     }
 
-    /// What to ask. `name_servers` are those of the system.
+    /// The references to ask. `name_servers` are those of the system.
     pub fn references(&self, routes: &Routes, name_servers: &[IpAddr]) -> Vec<Reference> {
         let mut references: Vec<Reference> = match &self.references {
             References::Hosts(hosts) => {
@@ -280,7 +279,7 @@ impl Judge {
     /// The answers to [`Decision::Ask`].
     pub fn answered(&mut self, now: i64, answers: Vec<Answer>) {
         for answer in answers.iter().filter(|answer| answer.reply == Reply::Answered) {
-            if self.proven.len() < MAX_WAYS {
+            if self.proven.len() < MAX_UPLINKS {
                 self.proven.insert(answer.reference.clone());
             }
         }
@@ -290,16 +289,16 @@ impl Judge {
         });
     }
 
-    /// Whether enough other networks were reached on the same way.
-    fn is_proven_up(&self, failure: &Failure, way: &Way, routes: &Routes) -> bool {
+    /// Whether enough other networks were reached through the same uplink.
+    fn is_proven_up(&self, failure: &Failure, uplink: &Uplink, routes: &Routes) -> bool {
         let since = failure.started_at.max(failure.ended_at - PROOF_LASTS);
         let own = failure.ip.map(Network::of);
-        let on_this_way = |reached: &&Reached| {
-            !failure.is_dns && routes.first_hop(reached.ip) == way.first_hop.as_ref()
+        let behind_this_uplink = |reached: &&Reached| {
+            !failure.is_dns && routes.first_hop(reached.ip) == uplink.first_hop.as_ref()
                 || failure.is_dns && reached.by_name
         };
         let mut networks = Vec::new();
-        for reached in self.reached.iter().filter(on_this_way) {
+        for reached in self.reached.iter().filter(behind_this_uplink) {
             if reached.at >= since && Some(reached.network) != own && !networks.contains(&reached.network) {
                 networks.push(reached.network);
             }
@@ -307,8 +306,8 @@ impl Judge {
         networks.len() >= OTHER_NETWORKS
     }
 
-    fn is_down(&self, asked: &Asked, way: &Way, routes: &Routes) -> bool {
-        way.is_dns && self.has_no_name_server(asked) || self.is_cut_off(asked, way, routes)
+    fn is_down(&self, asked: &Asked, uplink: &Uplink, routes: &Routes) -> bool {
+        uplink.is_dns && self.has_no_name_server(asked) || self.is_cut_off(asked, uplink, routes)
     }
 
     fn has_no_name_server(&self, asked: &Asked) -> bool {
@@ -328,31 +327,31 @@ impl Judge {
             })
     }
 
-    /// Whether no reference on this way has answered.
-    fn is_cut_off(&self, asked: &Asked, way: &Way, routes: &Routes) -> bool {
+    /// Whether no reference behind this uplink has answered.
+    fn is_cut_off(&self, asked: &Asked, uplink: &Uplink, routes: &Routes) -> bool {
         if let References::Hosts(_) = self.references {
             let hosts: Vec<&Answer> = asked
                 .answers
                 .iter()
                 .filter(|answer| matches!(answer.reference, Reference::Host(..)))
                 .collect();
-            let is_on_way = |answer: &&&Answer| {
+            let is_behind_uplink = |answer: &&&Answer| {
                 answer
                     .ip
-                    .is_some_and(|ip| routes.first_hop(ip) == way.first_hop.as_ref())
+                    .is_some_and(|ip| routes.first_hop(ip) == uplink.first_hop.as_ref())
             };
-            let on_way: Vec<&Answer> = hosts.iter().filter(is_on_way).copied().collect();
-            let relevant = match on_way.is_empty() || way.first_hop.is_none() {
+            let behind_uplink: Vec<&Answer> = hosts.iter().filter(is_behind_uplink).copied().collect();
+            let relevant = match behind_uplink.is_empty() || uplink.first_hop.is_none() {
                 true => hosts,
-                false => on_way,
+                false => behind_uplink,
             };
             return !relevant.iter().any(|answer| answer.reply == Reply::Answered);
         }
-        let Some(first_hop) = &way.first_hop else {
-            // The machine has lost its route. Without one from the start, nothing can be said.
-            return self.had_route[usize::from(way.is_ipv6)];
+        let Some(first_hop) = &uplink.first_hop else {
+            // The machine has lost its route. If it never had one, nothing is known.
+            return self.had_route[usize::from(uplink.is_ipv6)];
         };
-        // A host in our own network has no gateway; then the one to all other networks shows whether our link works.
+        // A host in our own network is reached without a gateway. Then the default gateway shows whether our link works.
         let gateway = match first_hop.gateway {
             Some(_) => Some(first_hop),
             None => routes.default_hop(),
@@ -369,12 +368,12 @@ impl Judge {
     }
 }
 
-fn way_of(failure: &Failure, routes: &Routes) -> Way {
+fn uplink_of(failure: &Failure, routes: &Routes) -> Uplink {
     let first_hop = match failure.ip {
         Some(ip) => routes.first_hop(ip),
         None => routes.default_hop(),
     };
-    Way {
+    Uplink {
         first_hop: first_hop.cloned(),
         is_ipv6: failure.ip.is_some_and(|ip| ip.is_ipv6()),
         is_dns: failure.is_dns,
@@ -421,7 +420,7 @@ mod tests {
         )
     }
 
-    /// Asks, and lets these references answer; the others stay silent.
+    /// Asks all references, of which only `answering` answer.
     fn ask(judge: &mut Judge, now: i64, failure: &Failure, routes: &Routes, answering: &[&str]) -> Decision {
         assert_eq!(judge.decide(now, failure, routes), Decision::Ask);
         answer(judge, now + 5, routes, answering);
@@ -516,12 +515,12 @@ mod tests {
         let mut judge = Judge::new(hosts(&["10.0.0.9", "10.0.0.8"]));
         let down = failure(0, Some(A));
         assert_eq!(ask(&mut judge, 10, &down, &routes, &[]), Decision::Ours);
-        // For a second nobody is asked again.
+        // Nobody is asked again for a second.
         assert_eq!(
             judge.decide(SECOND, &failure(SECOND - 10, Some(A)), &routes),
             Decision::Ours
         );
-        // The check began before the network was known to be up again. The next one did not.
+        // This check began before the network was known to be up again, and the next one afterwards.
         let later = failure(2 * SECOND, Some(A));
         let decision = ask(&mut judge, 2 * SECOND + 10, &later, &routes, &["10.0.0.8"]);
         assert_eq!(decision, Decision::Ours);
@@ -574,7 +573,7 @@ mod tests {
             "the second uplink is down"
         );
         assert_eq!(ask_at(6, A, &[first]), Decision::Host);
-        // Other networks do not prove anything about this uplink.
+        // Networks behind the first uplink prove nothing about the second one.
         judge.reached(8 * SECOND, ip(A), false, Routes::default);
         judge.reached(8 * SECOND, ip(B), false, Routes::default);
         assert_eq!(judge.decide(8 * SECOND + 10, &at(8), &routes), Decision::Ask);
@@ -600,7 +599,7 @@ mod tests {
         let failure = failure(0, None);
         let decision = ask(&mut judge, 10, &failure, &routes, &["10.0.0.9", "10.0.1.53"]);
         assert_eq!(decision, Decision::Host);
-        // Hosts without a name prove nothing about name servers.
+        // Hosts that were reached without a name prove nothing about name servers.
         let later = Failure {
             started_at: 2 * SECOND,
             ended_at: 2 * SECOND + 10,

@@ -1,7 +1,7 @@
 //! `agent_offline`: whether a failed check is the fault of our own network (REFERENCE_HOSTS).
 //!
-//! `judge` and `routes` are pure and decide; `ask` sends the questions. This file connects them with the checks: a check that
-//! failed waits here, on its own thread, until it is known whose fault that is.
+//! `judge` and `routes` are pure: they decide. `ask` sends the questions. This file connects them with the checks: a failed check
+//! waits here, on its own thread, until the cause is known.
 
 mod ask;
 pub mod judge;
@@ -20,7 +20,7 @@ use crate::config::References;
 use crate::sample::Outcome;
 use judge::{Answer, Decision, Failure, Judge, Reference, Reply, could_be_ours};
 
-/// How long the references have for an answer, and how long their answers are waited for.
+/// How long a reference may take for its answer, and how long all answers are waited for.
 const ANSWER_WITHIN: Duration = Duration::from_millis(900);
 const WAIT_FOR_ANSWERS: Duration = Duration::from_secs(1);
 
@@ -116,7 +116,7 @@ impl Shared {
         }
     }
 
-    /// Waits until it is known.
+    /// Waits until the cause is known.
     fn is_ours(self: &Arc<Self>, failure: &Failure) -> bool {
         let routes = ask::routes();
         let mut judge = self.judge();
@@ -199,8 +199,8 @@ impl Shared {
         if now >= *log_from {
             *log_from = now + LOG_EVERY_MICROS;
             log::warn!(
-                "agent_offline address={address:?} {error}: no reference host answers (REFERENCE_HOSTS), so our own network is \
-                 down, which says nothing about the host"
+                "agent_offline address={address:?} {error}: no reference host answers (REFERENCE_HOSTS), so the network of this \
+                 machine is down, and the state of the host is unknown"
             );
         }
     }

@@ -1,11 +1,11 @@
-//! The routes of this machine: which gateway the way to an address leads through.
+//! The routes of this machine: which gateway leads to an address.
 //!
 //! Pure. Reads Linux's text formats of /proc/net/route and /proc/net/ipv6_route (net/ipv4/fib_trie.c and net/ipv6/route.c in the
 //! kernel's source).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The first step of the way to an address.
+/// Where packets for an address are sent first.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FirstHop {
     pub device: String,

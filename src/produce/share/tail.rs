@@ -67,7 +67,7 @@ impl Tail {
         match entry {
             Entry::Claim { place, epoch } if place == self.place => {
                 // A void claim changes nothing.
-                let _ = self.epochs.judge(place, epoch);
+                let _ = self.epochs.admit(place, epoch);
             }
             Entry::Result {
                 place,
@@ -75,7 +75,7 @@ impl Tail {
                 address,
                 scheduled_at_micros,
             } if place == self.place => {
-                let counts = epoch.is_none_or(|epoch| self.epochs.judge(place, epoch).is_ok());
+                let counts = epoch.is_none_or(|epoch| self.epochs.admit(place, epoch).is_ok());
                 if !counts {
                     return;
                 }

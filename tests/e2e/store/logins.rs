@@ -105,7 +105,7 @@ fn a_login_that_cannot_succeed_stops_with_what_to_do_and_shows_no_password() {
 }
 
 #[test]
-fn the_five_words_of_sslmode_mean_what_libpq_means() {
+fn the_five_values_of_sslmode_mean_the_same_as_in_libpq() {
     let own = tls_server();
     use DbSslMode::{Disable, Prefer, Require, VerifyCa, VerifyFull};
     let (ca, other_ca) = (Some(own.file("ca.pem")), Some(own.file("other-ca.pem")));

@@ -20,7 +20,7 @@ fn texts(count: usize) -> impl Iterator<Item = String> {
 }
 
 #[test]
-fn every_table_that_is_accepted_is_that_table_to_postgres() {
+fn every_accepted_name_names_the_same_table_in_postgres() {
     let mut db = Database::new();
     let mut accepted = 0;
     // As written in DB_TABLE: bare, with a schema, and in double quotes.
@@ -46,7 +46,7 @@ fn every_table_that_is_accepted_is_that_table_to_postgres() {
 }
 
 #[test]
-fn a_table_of_the_oddest_name_is_made_and_written_to() {
+fn a_table_with_an_odd_name_is_created_and_written() {
     let mut db = Database::new();
     let table = TableName::parse(r#""A ä.b""c'd\\e;--""#).unwrap();
     db.execute(&format!(
