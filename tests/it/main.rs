@@ -8,6 +8,7 @@ mod consume;
 mod demo;
 mod deployment;
 mod docs;
+mod documents;
 mod fleet;
 mod fleet_walk;
 mod host_file;
