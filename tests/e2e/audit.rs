@@ -222,7 +222,7 @@ fn offsets_of_which_kafka_tells_nothing_are_reported_and_are_no_violation() {
         &variables,
         "DELETE FROM host_metrics WHERE kafka_offset = 80",
     );
-    let older = "Whether 2 offsets that are not stored had a record is not known: they are older than what Kafka keeps.";
+    let older = "2 offsets are not stored, and it is not known whether they had a record: they are older than what Kafka keeps.";
     assert_says(
         &said,
         1,

@@ -21,6 +21,8 @@ use host_metrics::produce::share::tail::{Entry, Tail, Takeover};
 use host_metrics::produce::share::{Share, partition_of};
 use host_metrics::sample::epoch::{Epoch, Epochs};
 
+use crate::simulator::{say, variable};
+
 const DEFAULT_SEEDS: u64 = 2_000;
 
 const FAULTY_STEPS: usize = 1_200;
@@ -124,19 +126,6 @@ fn attempt(seed: u64, mutant: Option<Mutant>) -> Result<BTreeMap<&'static str, u
             .or_else(|| panic.downcast_ref::<&str>().map(|reason| (*reason).to_owned()))
             .unwrap_or_default()
     })
-}
-
-#[expect(
-    clippy::print_stdout,
-    reason = "the test harness shows it where it is asked for"
-)]
-fn say(what: fmt::Arguments<'_>) {
-    println!("{what}");
-}
-
-#[expect(clippy::disallowed_methods, reason = "the test's own switches")]
-fn variable(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
 }
 
 /// A record of the log.

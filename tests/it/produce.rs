@@ -39,7 +39,7 @@ const BOUND: Duration = Duration::from_secs(60);
 #[test]
 fn every_tick_has_one_record_with_its_hosts_key_in_its_hosts_partition_in_order() {
     let kafka = Kafka::start();
-    let hosts = (0..40).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(40);
     let run = Running::start(&kafka, hosts, Bounds::default(), |target| {
         match target.address.len() {
             10 => fault(Outcome::ConnectRefused),
@@ -54,8 +54,7 @@ fn every_tick_has_one_record_with_its_hosts_key_in_its_hosts_partition_in_order(
 
     let records = kafka.records(TOPIC);
     assert_eq!(records.len() as u64, counters.ticks_due.load(Ordering::Relaxed));
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
     for record in &records {
         let sample = record.sample();
         assert_eq!(record.key, record.address());
@@ -142,7 +141,7 @@ fn a_stop_with_hundreds_of_hanging_checks_is_in_time_and_records_which_were_cut_
 #[test]
 fn a_broker_that_goes_and_comes_back_loses_and_doubles_nothing() {
     let kafka = Kafka::start();
-    let hosts = (0..50).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(50);
     let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
     for round in 1..=2 {
         let delivered = run.counters.delivered();
@@ -158,15 +157,14 @@ fn a_broker_that_goes_and_comes_back_loses_and_doubles_nothing() {
     run.wait_for("what was kept", |counters| counters.delivered() >= ticks);
     let counters = run.stop().expect("a clean stop");
     let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
     assert!(records.iter().all(|record| record.outcome() == "ok"));
 }
 
 #[test]
 fn a_full_buffer_stops_the_checks_and_every_tick_still_gets_its_record() {
     let kafka = Kafka::start();
-    let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(20);
     let bounds = Bounds {
         records: 50,
         bytes: 1 << 20,
@@ -185,8 +183,7 @@ fn a_full_buffer_stops_the_checks_and_every_tick_still_gets_its_record() {
     let counters = run.stop().expect("a clean stop");
     assert_eq!(counters.lost(), 0);
     let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
     let missed = records
         .iter()
         .filter(|record| record.outcome() == "missed")
@@ -245,7 +242,7 @@ fn a_topic_that_is_missing_is_waited_for_and_nothing_is_lost() {
     let missing = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
     let there = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
     kafka.cluster.topic_error(TOPIC, missing).unwrap();
-    let mut hosts: Vec<_> = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let mut hosts = hosts(20);
     kafka.cluster.create_topic("other", 1, 1).unwrap();
     hosts.push(Target {
         topic: Some("other".to_owned()),
@@ -262,8 +259,7 @@ fn a_topic_that_is_missing_is_waited_for_and_nothing_is_lost() {
     let others = kafka.records("other");
     assert!(others.iter().all(|record| record.key == "other.example"));
     records.extend(others);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
 }
 
 #[test]
@@ -272,7 +268,7 @@ fn a_wrong_topic_of_one_host_does_not_stop_the_others() {
     kafka.cluster.create_topic("slip", 1, 1).unwrap();
     let missing = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART;
     kafka.cluster.topic_error("slip", missing).unwrap();
-    let mut hosts: Vec<_> = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let mut hosts = hosts(20);
     hosts.extend((0..20).map(|i| Target {
         topic: Some("slip".to_owned()),
         ..host(&format!("slip{i}.example"), 1)
@@ -299,14 +295,13 @@ fn a_wrong_topic_of_one_host_does_not_stop_the_others() {
     };
     assert!(!records.iter().any(was_missed));
     records.extend(kafka.records("slip"));
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
 }
 
 #[test]
 fn records_returned_for_a_missing_topic_are_sent_in_order_when_it_exists() {
     let kafka = Kafka::start();
-    let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(20);
     let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
     run.wait_for("a start", |counters| counters.delivered() >= 20);
     let forbidden = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
@@ -321,8 +316,7 @@ fn records_returned_for_a_missing_topic_are_sent_in_order_when_it_exists() {
     let counters = run.stop().expect("a clean stop");
     assert_eq!(counters.lost(), 0);
     let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
 }
 
 #[test]
@@ -333,7 +327,7 @@ fn a_producer_that_the_broker_forgot_is_replaced_and_loses_nothing() {
         RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_PRODUCER_EPOCH,
     ] {
         let kafka = Kafka::start();
-        let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+        let hosts = hosts(20);
         let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
         run.wait_for("a start", |counters| counters.delivered() >= 20);
         kafka
@@ -344,15 +338,14 @@ fn a_producer_that_the_broker_forgot_is_replaced_and_loses_nothing() {
         let counters = run.stop().expect("a clean stop");
         assert_eq!(counters.lost(), 0);
         let records = kafka.records(TOPIC);
-        assert_balanced(&counters, &records);
-        assert_ticks_follow_each_other(&records, 1_000_000);
+        assert_whole(&counters, &records);
     }
 }
 
 #[test]
 fn a_record_that_kafka_refuses_permanently_is_counted_and_delays_no_other() {
     let kafka = Kafka::start();
-    let hosts = (0..5).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(5);
     let run = Running::start(&kafka, hosts, Bounds::default(), |_| ok());
     run.wait_for("a start", |counters| counters.delivered() >= 5);
     let refusal = RDKafkaRespErr::RD_KAFKA_RESP_ERR_INVALID_RECORD;
@@ -369,7 +362,7 @@ fn a_record_that_kafka_refuses_permanently_is_counted_and_delays_no_other() {
 #[test]
 fn a_group_of_one_checks_every_host_and_leaves_an_empty_buffer() {
     let kafka = Kafka::start();
-    let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(20);
     let group = GroupConfig {
         name: "eu".to_owned(),
         instance_id: None,
@@ -384,8 +377,7 @@ fn a_group_of_one_checks_every_host_and_leaves_an_empty_buffer() {
     run.wait_for("records of each", |counters| counters.delivered() >= 60);
     let counters = run.stop().expect("a clean stop");
     let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
     assert!(records.iter().all(|record| record.sample().epoch.is_some()));
     let deliveries = &counters.deliveries;
     assert_eq!(deliveries.records_on_the_way.load(Ordering::Relaxed), 0);
@@ -416,7 +408,7 @@ fn half_fails(target: &Target, _: Instant) -> Observation {
 #[test]
 fn a_failed_check_is_copied_to_the_topic_for_failures_and_nothing_else_is() {
     let kafka = Kafka::start();
-    let hosts = (0..8).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(8);
     let config = config_with_failures(&kafka);
     let run = Running::start_at(
         config,
@@ -488,7 +480,7 @@ fn once_waits_for_the_copies_of_failed_checks() {
 #[test]
 fn with_fewer_threads_than_hosts_every_tick_has_its_record() {
     let kafka = Kafka::start();
-    let hosts = (0..6).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(6);
     let mut config = config(&kafka.servers(), TOPIC);
     config.check.max_threads = 2;
     let run = Running::start_at(
@@ -507,8 +499,7 @@ fn with_fewer_threads_than_hosts_every_tick_has_its_record() {
     });
     let counters = run.stop().expect("a clean stop");
     let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
 }
 
 #[test]
@@ -520,7 +511,7 @@ fn without_threads_checks_are_agent_errors_and_every_tick_has_its_record() {
         return child::run(SELF, &mut child::limitable());
     }
     let kafka = Kafka::start();
-    let hosts = (0..20).map(|i| host(&format!("h{i}.example"), 1)).collect();
+    let hosts = hosts(20);
     let hanging = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let hangs = Arc::clone(&hanging);
     let run = Running::start(&kafka, hosts, Bounds::default(), move |_| {
@@ -545,8 +536,7 @@ fn without_threads_checks_are_agent_errors_and_every_tick_has_its_record() {
     });
     let counters = run.stop().expect("a clean stop");
     let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
     let mut ours = 0;
     for record in &records {
         match record.outcome().as_str() {
@@ -630,8 +620,7 @@ fn a_reload_takes_the_new_hosts_and_a_bad_file_changes_nothing() {
     });
     let counters = run.stop().expect("a clean stop");
     let records = kafka.records(TOPIC);
-    assert_balanced(&counters, &records);
-    assert_ticks_follow_each_other(&records, 1_000_000);
+    assert_whole(&counters, &records);
     let newest = |key: &str| {
         records
             .iter()
@@ -940,13 +929,15 @@ fn assert_balanced(counters: &Counters, records: &[Record]) {
     assert_eq!(counted, missed as u64);
 }
 
-/// The records of each host, in the order of its partition, are an interval apart: none is missing, repeated or out of order.
-fn assert_ticks_follow_each_other(records: &[Record], interval_micros: i64) {
+/// The same, and the records of each host, in the order of its partition, are a second apart: none is missing, repeated or out of
+/// order.
+fn assert_whole(counters: &Counters, records: &[Record]) {
+    assert_balanced(counters, records);
     let mut last = HashMap::new();
     for record in records {
         let tick = record.scheduled_at();
         if let Some(before) = last.insert(record.key.clone(), tick) {
-            assert_eq!(tick - before, interval_micros, "{} at {before}", record.key);
+            assert_eq!(tick - before, 1_000_000, "{} at {before}", record.key);
         }
     }
 }
@@ -975,6 +966,11 @@ pub fn config(servers: &str, topic: &str) -> ProduceConfig {
         },
         metrics_addr: None,
     }
+}
+
+/// `h0.example` and so on, checked every second.
+fn hosts(count: usize) -> Vec<Target> {
+    (0..count).map(|i| host(&format!("h{i}.example"), 1)).collect()
 }
 
 fn host(address: &str, interval_seconds: u64) -> Target {

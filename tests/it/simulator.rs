@@ -126,12 +126,12 @@ impl Seen {
     clippy::print_stdout,
     reason = "the test harness shows it where it is asked for, or for a failure"
 )]
-fn say(what: fmt::Arguments<'_>) {
+pub fn say(what: fmt::Arguments<'_>) {
     println!("{what}");
 }
 
 #[expect(clippy::disallowed_methods, reason = "the test's own switches")]
-fn variable(name: &str) -> Option<u64> {
+pub fn variable(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
     Some(
         value
