@@ -1,4 +1,5 @@
-//! `docs/` and the README: every message that they explain is in the program, and every link leads somewhere.
+//! The documents: every message that they explain is in the program, every link leads somewhere, and every file and function that
+//! they name for developers exists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -55,7 +56,7 @@ fn anchor(heading: &str) -> String {
 #[test]
 fn every_link_leads_to_a_file_and_a_heading() {
     let mut pages = files(&root().join("docs"), "md");
-    pages.push(root().join("README.md"));
+    pages.extend(["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(|page| root().join(page)));
     for page in pages {
         let text = fs::read_to_string(&page).unwrap();
         for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
@@ -76,5 +77,69 @@ fn every_link_leads_to_a_file_and_a_heading() {
                 assert!(has, "{}: {link}", page.display());
             }
         }
+    }
+}
+
+/// The texts between backticks in the documents for developers, without those of code blocks.
+fn code() -> Vec<String> {
+    let pages =
+        ["ARCHITECTURE.md", "CONTRIBUTING.md"].map(|page| fs::read_to_string(root().join(page)).unwrap());
+    let prose = pages.iter().flat_map(|page| page.split("```").step_by(2));
+    let code = prose.flat_map(|prose| prose.split('`').skip(1).step_by(2));
+    code.map(str::to_owned).collect()
+}
+
+fn sources() -> Vec<PathBuf> {
+    let folders = ["src", "tests", "benches", "fuzz/fuzz_targets"];
+    folders
+        .iter()
+        .flat_map(|folder| files(&root().join(folder), "rs"))
+        .collect()
+}
+
+#[test]
+fn every_file_that_the_documents_for_developers_name_exists() {
+    let sources = sources();
+    // A path may leave out its beginning and the ending `.rs`.
+    let exists = |path: &str| {
+        let folder = Path::new("src").join(path);
+        root().join(path).exists()
+            || root().join(folder).exists()
+            || sources.iter().any(|source| {
+                let parts = [
+                    source.clone(),
+                    source.with_extension(""),
+                    source.parent().unwrap().into(),
+                ];
+                parts.iter().any(|part| part.ends_with(path))
+            })
+    };
+    let is_path = |text: &String| {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
+        text.chars().all(is_plain) && (text.contains('/') || text.ends_with(".rs"))
+    };
+    let named: Vec<String> = code().into_iter().filter(is_path).collect();
+    assert!(named.len() > 100);
+    let missing: Vec<&String> = named.iter().filter(|path| !exists(path)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn every_function_that_the_documents_for_developers_name_exists() {
+    let sources: String = sources()
+        .iter()
+        .map(|source| fs::read_to_string(source).unwrap())
+        .collect();
+    let is_word = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    // `Type::function`, and the sentences that are the names of tests.
+    let is_function = |text: &&String| {
+        text.split("::").all(is_word) && (text.contains("::") || text.matches('_').count() > 3)
+    };
+    for function in code().iter().filter(is_function) {
+        let last = function.rsplit("::").next().unwrap();
+        let exists = ["fn", "const"]
+            .iter()
+            .any(|kind| sources.contains(&format!("{kind} {last}")));
+        assert!(exists, "{function}");
     }
 }

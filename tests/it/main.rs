@@ -8,7 +8,6 @@ mod consume;
 mod demo;
 mod deployment;
 mod docs;
-mod documents;
 mod fleet;
 mod fleet_walk;
 mod host_file;
