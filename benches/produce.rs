@@ -430,6 +430,9 @@ fn takeovers(stage: &Stage) -> Result<(), String> {
     Ok(())
 }
 
+/// The time from the first share that a producer takes to the last one.
+const TAKING_MICROS: i64 = 500_000;
+
 const MILLION: usize = 1_000_000;
 const MILLION_INTERVAL: i64 = 300_000_000;
 
@@ -468,6 +471,8 @@ fn million(stage: &Stage, time: Duration) -> bool {
     let mut result = Ok(());
     for agent in agents {
         result = result.and_then(|()| ledger.read_to_the_end_of(agent));
+        // The next one takes over.
+        ledger.read_for(JOIN);
     }
     let result = result.and_then(|()| ledger.close(&hosts, since));
     let missed = ledger
@@ -771,7 +776,8 @@ impl Ledger {
         let mut faults = self.faults.clone();
         let starts_before = self.began_at + micros(PATIENCE);
         let first = self.accounts.values().map(|account| account.first).min();
-        let first_until = first.unwrap_or_default() + INTERVAL_MICROS;
+        // With PRODUCE_GROUP, the shares are taken one after another.
+        let first_until = first.unwrap_or_default() + INTERVAL_MICROS + TAKING_MICROS;
         for host in hosts {
             let fault = match self.accounts.get(host) {
                 None => "no record".to_owned(),
