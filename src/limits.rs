@@ -70,7 +70,7 @@ pub fn checks_that_fit(limits: Limits, checks: usize) -> usize {
 
 /// How many checks fit into a limit of open files. If it is very low, half of it is for the checks.
 fn fits_open_files(limit: u64) -> u64 {
-    (limit.saturating_sub(OTHER_FILES)).max(limit / 2).max(1)
+    limit.saturating_sub(OTHER_FILES).max(limit / 2).max(1)
 }
 
 /// A line for each limit that this many checks at the same time would exceed; `lookups` of them look up a name.

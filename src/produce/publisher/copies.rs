@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::shared::{PART_OF_A_MISSING_TOPIC, Record};
-use super::worker::{Copies, Route, Worker};
+use super::worker::{Copies, Worker};
 use crate::check::target::Target;
 use crate::produce::outbox::{Kept, LaneId};
 
@@ -17,13 +17,7 @@ impl Worker {
             return;
         };
         let topic = self.topic_index(&topic);
-        let lane = self.outbox.add_lane();
-        self.outbox.open(lane);
-        self.routes.push(Route {
-            lane,
-            topic,
-            share: None,
-        });
+        let lane = self.add_open_lane(topic);
         self.copies = Some(Copies {
             lane,
             topic,

@@ -167,6 +167,11 @@ impl Worker {
         if let Some(route) = known {
             return route.lane;
         }
+        self.add_open_lane(topic)
+    }
+
+    /// Adds a lane without a share.
+    pub(super) fn add_open_lane(&mut self, topic: usize) -> LaneId {
         let lane = self.outbox.add_lane();
         self.outbox.open(lane);
         self.routes.push(Route {
