@@ -21,6 +21,7 @@ mod files;
 pub mod http;
 pub mod kafka;
 pub mod limits;
+mod lock;
 pub mod logging;
 mod outage;
 pub mod page;

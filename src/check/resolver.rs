@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dns_lookup::{AddrFamily, AddrInfoHints, LookupError, LookupErrorKind, SockType};
@@ -16,6 +16,7 @@ use ureq::unversioned::transport::NextTimeout;
 use super::fault::{CheckFault, NameError};
 use super::progress::{SharedProgress, add, now};
 use crate::check::target::{IpFamily, bare};
+use crate::lock::lock;
 
 /// Returns the addresses of a name in the order in which to try them. It blocks.
 pub type Lookup = dyn Fn(&str, Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> + Send + Sync;
@@ -217,11 +218,6 @@ impl Lookups {
             self.under_way.remove(question);
         }
     }
-}
-
-// A panic cannot leave them half changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// ureq's resolver for one checker.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -15,6 +15,7 @@ use crate::config::{GroupConfig, KafkaConfig};
 use crate::kafka::Named;
 use crate::kafka::member::{self, Change, Member, NotCommitted};
 use crate::kafka::reader::{Part, Reader};
+use crate::lock::lock;
 use crate::outage::Outage;
 use crate::produce::publisher::{Letter, LetterBox};
 use crate::produce::share::ledger::Ledger;
@@ -57,7 +58,7 @@ pub(super) struct Partitions(Arc<Mutex<HashMap<Arc<str>, i32>>>);
 impl Partitions {
     /// The share of a host. `None`: the number of partitions of its topic is not known yet.
     pub(super) fn share_of(&self, topic: &str, address: &str) -> Option<Share> {
-        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = lock(&self.0);
         let (topic, count) = counts.get_key_value(topic)?;
         Some(Share {
             topic: Arc::clone(topic),
@@ -66,12 +67,12 @@ impl Partitions {
     }
 
     fn of(&self, topic: &str) -> Option<i32> {
-        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = lock(&self.0);
         counts.get(topic).copied()
     }
 
     fn set(&self, topic: &str, count: i32) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = lock(&self.0);
         counts.insert(topic.into(), count);
     }
 }
@@ -304,11 +305,7 @@ impl Thread {
                 lasted.as_secs()
             );
         }
-        let failure = self
-            .commit_failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let failure = lock(&self.commit_failure).take();
         if let Some(why) = failure {
             self.outage.begin(
                 now,
@@ -462,7 +459,7 @@ impl Thread {
                 }
                 Err(NotCommitted::Failed(why)) => {
                     log::debug!("group={group} a commit failed: {why}");
-                    *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+                    *lock(&failure) = Some(why);
                     CommitOutcome::Failed
                 }
             };

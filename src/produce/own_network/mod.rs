@@ -17,6 +17,7 @@ use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::instant_now;
 use crate::config::References;
+use crate::lock::lock;
 use crate::sample::Outcome;
 use judge::{Answer, Decision, Failure, Judge, Reference, Reply, could_be_ours};
 
@@ -208,9 +209,4 @@ impl Shared {
     fn judge(&self) -> MutexGuard<'_, Judge> {
         lock(&self.judge)
     }
-}
-
-/// The values here are valid even after a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

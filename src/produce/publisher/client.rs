@@ -10,10 +10,11 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 use rdkafka::{ClientContext, Message};
 
-use super::shared::{Bounds, lock};
+use super::shared::Bounds;
 use crate::check::target::Target;
 use crate::config::KafkaConfig;
 use crate::kafka::Explainer;
+use crate::lock::lock;
 use crate::produce::outbox::{LaneId, Sequence};
 use crate::produce::share::Share;
 use crate::sample::epoch::Epoch;

@@ -27,8 +27,9 @@ use anyhow::Context as _;
 use crate::check::target::Target;
 use crate::clock::instant_now;
 use crate::config::ProduceConfig;
+use crate::lock::lock;
+use shared::Shared;
 pub use shared::{Bounds, Deliveries, Letter, LetterBox, Membership, Record, Unacknowledged};
-use shared::{Shared, lock};
 use worker::Worker;
 
 pub struct Publisher {

@@ -9,10 +9,11 @@ use rdkafka::error::KafkaError;
 use rdkafka::producer::{Producer, PurgeConfig};
 
 use super::client::{Report, SendFailure, Sent, SentRecord, new_producer};
-use super::shared::{Letter, Record, Unacknowledged, lock};
+use super::shared::{Letter, Record, Unacknowledged};
 use super::worker::{LOOK_EVERY, Worker};
 use crate::check::target::Target;
 use crate::clock::instant_now;
+use crate::lock::lock;
 use crate::produce::outbox::{Kept, LaneId};
 use crate::produce::share::shares::Event;
 

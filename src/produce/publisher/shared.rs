@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use crate::check::target::Target;
 use crate::http::health::{Heartbeat, Readiness};
+use crate::lock::lock;
 use crate::produce::share::Share;
 use crate::produce::share::shares::Event;
 use crate::produce::share::tail::Takeover;
@@ -233,11 +234,6 @@ impl Shared {
             .bytes_on_the_way
             .fetch_sub(bytes, Ordering::Relaxed);
     }
-}
-
-/// The mutexes here protect values that a panic cannot leave in an invalid state.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -8,12 +8,13 @@ use std::time::Duration;
 use rdkafka::producer::BaseRecord;
 
 use super::client::{SendFailure, Sent, SentRecord, client_config, new_producer};
-use super::shared::{Inbox, Letter, Membership, Record, Shared, Unacknowledged, lock};
+use super::shared::{Inbox, Letter, Membership, Record, Shared, Unacknowledged};
 use super::worker::{LOOK_EVERY, LOOK_EVERY_IDLE, Route, Worker};
 use crate::check::target::Target;
 use crate::clock::{instant_now, wall_micros};
 use crate::config::KafkaConfig;
 use crate::kafka::Explainer;
+use crate::lock::lock;
 use crate::outage::Outage;
 use crate::produce::outbox::{Kept, LaneId, Outbox, Sequence};
 use crate::sample::epoch;

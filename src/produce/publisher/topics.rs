@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use rdkafka::producer::Producer;
 
-use super::shared::{PART_OF_A_MISSING_TOPIC, lock};
+use super::shared::PART_OF_A_MISSING_TOPIC;
 use super::worker::{Topic, Worker};
 use crate::clock::instant_now;
 use crate::kafka::look_up_topic;
+use crate::lock::lock;
 
 /// How often Kafka is asked for a missing topic, and how long the answer may take.
 const LOOK_FOR_TOPIC_EVERY: Duration = Duration::from_secs(1);

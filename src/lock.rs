@@ -1,0 +1,8 @@
+//! Locks a mutex whose value a panic of another thread cannot leave half changed.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Also after a panic of another thread.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
