@@ -110,7 +110,7 @@ fn a_user_with_the_contracts_rights_alone_stores_and_outlives_a_lost_connection(
          CREATE TABLE host_metrics (address text, latency numeric, status_code integer, is_valid boolean); \
          GRANT INSERT ON host_metrics TO {user}"
     ));
-    // The tables next to it, created by hand as the README says.
+    // The tables next to it, created by hand as docs/reference/tables.md says.
     let mut init = Agent::start(&["init"], &case.variables());
     assert_eq!(init.wait(SOON).code(), Some(0), "{}", init.stderr());
     case.db.execute(&format!(

@@ -223,7 +223,7 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
         &agents.iter().collect::<Vec<_>>(),
     );
     let (most, _) = fleet.judged(kafka).assert_whole(begun_at);
-    // One tick at most (README); a machine that is short of CPU adds the delay of a rebalance.
+    // One tick at most (docs/reference/several-producers.md); a machine that is short of CPU adds the delay of a rebalance.
     assert!(most <= 2, "{most} ticks of a host are missed by a planned stop");
 
     // A kill: the others get its shares when its session has ended.

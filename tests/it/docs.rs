@@ -4,6 +4,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use clap::CommandFactory;
+use host_metrics::cli::Cli;
+use host_metrics::config::NAMES;
+use host_metrics::produce::host_file;
+use host_metrics::sample::{Field, Outcome};
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -46,6 +52,36 @@ fn every_explained_message_is_in_the_program() {
     }
 }
 
+#[test]
+fn the_reference_has_every_command_variable_option_field_and_outcome() {
+    let commands = Cli::command();
+    let commands = commands
+        .get_subcommands()
+        .filter(|command| !command.is_hide_set());
+    let commands = commands.map(|command| format!("host-metrics {}", command.get_name()));
+    let outcomes = Outcome::ALL
+        .iter()
+        .map(|outcome| format!("`{}`", outcome.as_str()));
+    let fields = Field::ALL.iter().map(|field| format!("`{}`", field.name()));
+    // The suffix _FILE is explained once for all variables.
+    let variables = NAMES
+        .iter()
+        .filter(|name| !name.ends_with("_FILE") || !NAMES.contains(&name.trim_end_matches("_FILE")));
+    let options = host_file::OPTION_NAMES.map(|name| format!("`{name}="));
+    let pages: [(&str, Vec<String>); 4] = [
+        ("commands", commands.collect()),
+        ("record", outcomes.chain(fields).collect()),
+        ("variables", variables.map(|name| (*name).to_owned()).collect()),
+        ("host-file", options.into()),
+    ];
+    for (page, words) in pages {
+        let path = root().join("docs/reference").join(page).with_extension("md");
+        let text = fs::read_to_string(path).unwrap();
+        let missing: Vec<_> = words.iter().filter(|word| !text.contains(*word)).collect();
+        assert!(missing.is_empty(), "{page}: {missing:?}");
+    }
+}
+
 /// The anchor that GitHub gives a heading.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim_start_matches('#').trim().to_lowercase();
@@ -56,7 +92,9 @@ fn anchor(heading: &str) -> String {
 #[test]
 fn every_link_leads_to_a_file_and_a_heading() {
     let mut pages = files(&root().join("docs"), "md");
-    pages.extend(["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(|page| root().join(page)));
+    pages.extend(
+        ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(|page| root().join(page)),
+    );
     for page in pages {
         let text = fs::read_to_string(&page).unwrap();
         for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {

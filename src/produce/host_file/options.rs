@@ -54,7 +54,7 @@ pub(super) fn read_frequency(text: &str) -> Result<Duration, LineFault> {
     Ok(interval)
 }
 
-pub(super) const OPTION_NAMES: [&str; 18] = [
+pub const OPTION_NAMES: [&str; 18] = [
     "timeout",
     "status",
     "method",
