@@ -86,11 +86,6 @@ pub fn wall_micros() -> i64 {
     }
 }
 
-/// A duration in microseconds, the unit of this clock.
-pub fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

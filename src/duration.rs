@@ -18,6 +18,11 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);
 
+/// In microseconds, the unit of the schedule's times.
+pub fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
 /// Reads a whole number with one of [`UNITS`]. A number that is too large becomes the longest duration, so that the caller
 /// reports it as out of range and not as bad syntax.
 pub fn parse(text: &str) -> Option<Duration> {

@@ -68,7 +68,9 @@ impl<L: Log> Log for Plain<L> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex, PoisonError};
+    use std::sync::{Arc, Mutex};
+
+    use crate::lock::lock;
 
     use super::*;
 
@@ -81,7 +83,7 @@ mod tests {
         }
 
         fn log(&self, record: &Record<'_>) {
-            let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut kept = lock(&self.0);
             *kept += &record.args().to_string();
         }
 
@@ -103,7 +105,7 @@ mod tests {
                     .build(),
             );
         }
-        let text = text.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = lock(&text);
         assert_eq!(*text, "the server says   [2J\nand more");
     }
 

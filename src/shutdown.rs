@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::lock::lock;
+
 /// The longest time from the stop signal to the end of the process, including the last flush. Container runtimes kill
 /// after ten seconds.
 pub const STOP_WITHIN: Duration = Duration::from_secs(9);
@@ -140,7 +142,7 @@ impl Shutdown {
 
     // Ignores a poisoned lock, so that the program can be stopped after a panic in a waker.
     fn lock(&self) -> MutexGuard<'_, Requests> {
-        self.0.requests.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.requests)
     }
 }
 

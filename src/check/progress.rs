@@ -3,7 +3,7 @@
 //! Measures the phases. Only the checker's thread uses it; it has a lock because ureq requires its parts to be `Sync`.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustls::sign::CertifiedKey;
@@ -11,6 +11,7 @@ use rustls::sign::CertifiedKey;
 use crate::check::details::Details;
 use crate::check::observation::Phases;
 use crate::check::target::{IpFamily, Proxy, Target};
+use crate::lock::lock;
 use crate::sample::Timestamp;
 
 /// The phase that a check is in. It decides the outcome of errors that can come in every phase, such as a timeout.
@@ -162,7 +163,7 @@ impl SharedProgress {
 
     pub fn lock(&self) -> MutexGuard<'_, Progress> {
         // A panic cannot leave it half changed.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use openssl::base64;
 use rustls::pki_types::pem::PemObject;
@@ -14,6 +14,7 @@ use rustls::sign::CertifiedKey;
 
 use crate::config::pem;
 use crate::files;
+use crate::lock::lock;
 
 /// The longest secret. It must fit into the header of a request.
 const MAX_SECRET_BYTES: u64 = 8 << 10;
@@ -203,7 +204,7 @@ impl<T, const N: usize> Watched<T, N> {
     pub fn value(&self) -> Arc<T> {
         let stamps = stamps(&self.paths);
         // A panic cannot leave it half changed.
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = lock(&self.current);
         if current.stamps != stamps {
             match read_all(&self.paths, self.max_bytes, self.read) {
                 Ok(value) => current.value = Arc::new(value),

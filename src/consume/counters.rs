@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use prometheus::{Histogram, HistogramOpts};
 
 use crate::http::health::{Heartbeat, Readiness};
 use crate::http::metrics::FLUSH_BUCKETS;
+use crate::lock::lock;
 
 /// The counters of a pipeline. Clones share them.
 #[derive(Debug, Default, Clone)]
@@ -77,11 +78,11 @@ impl Counters {
 
     /// The records that are not durable, of each assigned partition by topic and number.
     pub fn lags(&self) -> BTreeMap<(String, i32), u64> {
-        self.0.lags.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0.lags).clone()
     }
 
     pub(super) fn set_lags(&self, lags: BTreeMap<(String, i32), u64>) {
-        *self.0.lags.lock().unwrap_or_else(PoisonError::into_inner) = lags;
+        *lock(&self.0.lags) = lags;
     }
 }
 

@@ -25,6 +25,7 @@ use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
 use crate::consume::positions::{Keys, Positions};
 use crate::consume::sink::{Sink, admit};
 use crate::consume::windows::Windows;
+use crate::duration;
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
@@ -103,8 +104,7 @@ impl StateSink {
             300 => Some(NARROW_KEPT),
             _ => self.config.rollup_retention,
         };
-        let micros = |kept: Duration| i64::try_from(kept.as_micros()).unwrap_or(i64::MAX);
-        kept.map_or(0, |kept| now_micros.saturating_sub(micros(kept)).max(0))
+        kept.map_or(0, |kept| now_micros.saturating_sub(duration::micros(kept)).max(0))
     }
 
     /// Removes what is too old.
@@ -643,6 +643,5 @@ fn time(micros: i64) -> SystemTime {
 }
 
 fn micros(time: SystemTime) -> i64 {
-    let since_epoch = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX)
+    duration::micros(time.duration_since(UNIX_EPOCH).unwrap_or_default())
 }

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::duration;
 use crate::tables::windows::WINDOWS;
 
 /// After a refresh, a window rests for so many times as long as that took.
@@ -57,7 +58,7 @@ impl Windows {
     /// Plans the next refresh of a window, which `took` so long; `None`: it failed.
     pub fn refreshed(&mut self, window: usize, now: i64, took: Option<Duration>) {
         let rest = took.map_or(REST_AFTER_FAILURE, |took| REST_TIMES * took);
-        let rest_micros = i64::try_from(rest.as_micros()).unwrap_or(i64::MAX);
+        let rest_micros = duration::micros(rest);
         self.0[window] = Window {
             is_changed: took.is_none(),
             rests_until: now.saturating_add(rest_micros),

@@ -4,11 +4,13 @@
 //! to its servers. An agent that waits for Kafka or Postgres is alive, and a restart would not help it. `http` serves both.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ureq::Agent;
+
+use crate::lock::lock;
 
 /// The longest that an idle agent's loop takes for one iteration.
 pub const TURN_EVERY: Duration = Duration::from_secs(5);
@@ -75,13 +77,13 @@ impl Default for Readiness {
 impl Readiness {
     /// Sets the state; an error is what the agent waits for.
     pub fn set(&self, ready: Result<(), String>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = ready;
+        *lock(&self.0) = ready;
     }
 
     /// # Errors
     /// What the agent waits for, for a person.
     pub fn check(&self) -> Result<(), String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0).clone()
     }
 }
 

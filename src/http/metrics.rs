@@ -111,14 +111,16 @@ impl Page {
         );
         #[cfg(target_os = "linux")]
         {
-            use std::sync::{LazyLock, Mutex, PoisonError};
+            use std::sync::{LazyLock, Mutex};
 
             use prometheus::process_collector::ProcessCollector;
+
+            use crate::lock::lock;
 
             // A single one, because it keeps the CPU time of its last call.
             static PROCESS: LazyLock<Mutex<ProcessCollector>> =
                 LazyLock::new(|| Mutex::new(ProcessCollector::for_self()));
-            self.collect(&*PROCESS.lock().unwrap_or_else(PoisonError::into_inner));
+            self.collect(&*lock(&PROCESS));
         }
     }
 

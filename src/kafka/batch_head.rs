@@ -18,8 +18,9 @@ use openssl::ssl::{SslStream, SslVerifyMode};
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::RDKafkaErrorCode;
 
+use super::client::small_client;
 use super::connection::{Connection, tls_session};
-use super::{partitions, small_client};
+use super::topics::partitions;
 use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaSasl};
 

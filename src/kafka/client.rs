@@ -5,7 +5,8 @@ use std::time::Duration;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaError, KafkaResult};
 
-use super::{Listener, client_config};
+use super::listener::Listener;
+use super::settings::client_config;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
 

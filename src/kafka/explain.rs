@@ -9,7 +9,7 @@ use std::fs;
 use std::io::Read;
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use super::connection::{Connection, host_of, tls_session};
 use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaTls};
+use crate::lock::lock;
 use crate::terminal;
 
 /// The bound on connecting, and on the handshake.
@@ -163,7 +164,7 @@ impl Explainer {
 
     /// A panic leaves no entry half written, so a poisoned lock is still usable.
     fn handshakes(&self) -> MutexGuard<'_, BTreeMap<String, Handshake>> {
-        self.handshakes.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.handshakes)
     }
 }
 
@@ -297,7 +298,7 @@ fn shake_hands(
     let callback = {
         let shown = Arc::clone(&shown);
         move |is_good: bool, store: &mut X509StoreContextRef| {
-            let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut shown = lock(&shown);
             shown.speaks_tls = true;
             if !is_good && shown.fault.is_none() {
                 let fault = fault(
@@ -328,7 +329,7 @@ fn shake_hands(
             read.err().map(|error| error.to_string()).unwrap_or_default()
         }
     };
-    let mut shown = std::mem::take(&mut *shown.lock().unwrap_or_else(PoisonError::into_inner));
+    let mut shown = std::mem::take(&mut *lock(&shown));
     if is_closed && !shown.speaks_tls && tls.is_some() {
         shown.fault = Some(NO_TLS.to_owned());
     }

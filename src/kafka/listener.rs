@@ -1,6 +1,6 @@
 //! What librdkafka reports to the small clients of `init`, `drop`, `status` and `skip`.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -8,8 +8,9 @@ use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{DeliveryResult, ProducerContext};
 
+use super::explain::Explainer;
 use crate::config::KafkaConfig;
-use crate::kafka::Explainer;
+use crate::lock::lock;
 
 /// Keeps the last error that names a cause, and logs everything else at DEBUG: while no broker answers, librdkafka writes
 /// many lines a second.
@@ -28,7 +29,7 @@ impl Listener {
 
     /// The code and the explained cause of the last error that named one.
     pub fn last(&self) -> Option<(Option<RDKafkaErrorCode>, String)> {
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = lock(&self.last);
         let (code, cause) = last.as_ref()?;
         Some((*code, self.explainer.explain(cause)))
     }
@@ -51,7 +52,7 @@ impl ClientContext for Listener {
         // "All brokers are down" follows an error that names the cause.
         if code != Some(RDKafkaErrorCode::AllBrokersDown) {
             let last = (code, reason.to_owned());
-            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(last);
+            *lock(&self.last) = Some(last);
         }
     }
 }

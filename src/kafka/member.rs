@@ -4,7 +4,7 @@
 //! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -15,9 +15,12 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 
+use super::explain::Explainer;
+use super::settings::client_config;
+use super::topics::{Named, partitions};
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
-use crate::kafka::{Explainer, Named, client_config, partitions};
+use crate::lock::lock;
 use crate::outage::Outage;
 
 /// How long a question to Kafka may take. The member gets no news from the group meanwhile.
@@ -289,7 +292,7 @@ struct Context {
 impl Context {
     /// A panic leaves nothing half written, so a poisoned lock is still usable.
     fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.heard)
     }
 }
 

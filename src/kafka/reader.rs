@@ -13,9 +13,9 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::BorrowedMessage;
 use rdkafka::{Message, Offset, TopicPartitionList};
 
+use super::settings::client_config;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
-use crate::kafka::client_config;
 
 /// A part of a partition.
 #[derive(Clone, Debug)]

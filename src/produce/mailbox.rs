@@ -3,7 +3,9 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::clock::{Clock, micros};
+use crate::clock::Clock;
+use crate::duration::micros;
+use crate::lock::lock;
 use crate::produce::fleet::Order;
 use crate::produce::hosts::list::Changes;
 use crate::produce::result::CheckResult;
@@ -104,6 +106,6 @@ impl Mailbox {
     }
 
     fn mail(&self) -> MutexGuard<'_, Mail> {
-        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.mail)
     }
 }

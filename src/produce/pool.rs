@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::{Clock, instant_now};
+use crate::lock::lock;
 use crate::produce::schedule::Tick;
 use crate::sample::Outcome;
 
@@ -199,7 +200,7 @@ impl Shared {
     }
 
     fn idle(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.idle)
     }
 }
 
@@ -230,7 +231,7 @@ impl JobSlot {
     }
 
     fn job(&self) -> MutexGuard<'_, Option<Job>> {
-        self.job.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.job)
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use crate::check::target::Target;
-use crate::clock::{Clock, micros};
+use crate::clock::Clock;
 use crate::config::ProduceConfig;
+use crate::duration::micros;
 use crate::produce::fleet::{self, Fleet, Order, Partitions};
 use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::publisher::{Letter, LetterBox, Membership, Publisher, Record};

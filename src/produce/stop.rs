@@ -7,7 +7,8 @@ use anyhow::bail;
 
 use super::publisher::{END_WITHIN, Unacknowledged};
 use super::timer::{Backlog, LOOK_FOR_ROOM_EVERY, TimerLoop};
-use crate::clock::{instant_now, micros};
+use crate::clock::instant_now;
+use crate::duration::micros;
 use crate::http::health;
 use crate::shutdown::STOP_WITHIN;
 

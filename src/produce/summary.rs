@@ -8,7 +8,8 @@ use super::counters::{Counters, Snapshot};
 use super::pool::Pool;
 use super::publisher::{Publisher, Record};
 use super::schedule::{MissedReason, Schedule};
-use crate::clock::{Clock, micros};
+use crate::clock::Clock;
+use crate::duration::micros;
 
 const SUMMARY_EVERY: Duration = Duration::from_secs(60);
 

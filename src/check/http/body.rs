@@ -17,6 +17,7 @@ use super::inflate::Inflate;
 use crate::check::fault::CheckFault;
 use crate::check::pattern::DeadlinePassed;
 use crate::check::progress::now;
+use crate::lock::lock;
 
 /// The `Accept-Encoding` of a request whose body is read.
 pub(super) const ACCEPTED_CODINGS: &str = "gzip, br";
@@ -302,7 +303,7 @@ impl BrotliDecoders {
         let cut = body.take(most).read_to_end(&mut coded).err();
 
         let time_left = limits.deadline.saturating_duration_since(now());
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = lock(&self.free);
         let (mut free, _) = self
             .changed
             .wait_timeout_while(free, time_left, |free| *free == 0)
@@ -320,7 +321,7 @@ struct DecoderGuard<'a>(&'a BrotliDecoders);
 
 impl Drop for DecoderGuard<'_> {
     fn drop(&mut self) {
-        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        *lock(&self.0.free) += 1;
         self.0.changed.notify_one();
     }
 }

@@ -2,10 +2,11 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use terminal_size::{Height, Width, terminal_size};
 
+use crate::lock::lock;
 use crate::terminal::{fit, plain};
 
 /// The size if there is no terminal, or if it does not report its size. Lines in a file may be long.
@@ -105,7 +106,7 @@ impl Notices {
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -4,7 +4,7 @@
 //! waits to be told in a rebalance.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use log::Level;
@@ -21,6 +21,7 @@ use crate::consume::batch::{NextOffset, Partition};
 use crate::consume::ingest::Event;
 use crate::consume::stuck::{Look, Stuck};
 use crate::kafka::{Explainer, Named};
+use crate::lock::lock;
 use crate::outage::Outage;
 
 pub(super) struct Context {
@@ -77,7 +78,7 @@ impl Reported {
 impl Context {
     /// A panic leaves nothing half written, so a poisoned lock is still usable.
     pub(super) fn reported(&self) -> MutexGuard<'_, Reported> {
-        self.reported.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.reported)
     }
 
     pub(super) fn topic(&self, partition: Partition) -> &str {

@@ -23,8 +23,10 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 
 use crate::check::target::Target;
-use crate::clock::{instant_now, micros};
+use crate::clock::instant_now;
 use crate::config::{HostsConfig, WrongInput};
+use crate::duration::micros;
+use crate::lock::lock;
 use crate::outage::Outage;
 use crate::postgres::{Fault, Kind};
 use crate::produce::host_file::{self, HostFileError, Hosts, OnDisk};
@@ -444,11 +446,11 @@ impl Shared {
     }
 
     fn lists(&self) -> MutexGuard<'_, Lists> {
-        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.lists)
     }
 
     fn requests(&self) -> MutexGuard<'_, Requests> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.requests)
     }
 }
 

@@ -5,8 +5,9 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{BacklogItem, Limits, MissedCounts, MissedReason, MissedTick, Rhythm, micros};
+use super::missed::{MissedCounts, MissedReason, MissedTick};
 use crate::check::target::Target;
+use crate::duration::micros;
 use crate::produce::share::Share;
 
 /// How late a check may begin after a delay of the program or a takeover: a tenth of the interval, within these bounds. A
@@ -17,6 +18,29 @@ pub(super) const MAX_LATE: RangeInclusive<Duration> = Duration::from_millis(500)
 /// A host with a longer interval than this is also checked once soon after the start, so that its first row does not take
 /// an interval to appear. These first checks are spread over this time.
 pub(super) const FIRST_CHECK_WITHIN: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rhythm {
+    /// Each host has a tick every interval.
+    Grid,
+    /// Each host has one tick.
+    Once,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// MAX_THREADS.
+    pub max_under_way: usize,
+    /// CHECK_TIMEOUT, for hosts without a timeout of their own.
+    pub check_timeout: Duration,
+}
+
+/// A record that had to wait for earlier records of its host.
+#[derive(Clone, Debug)]
+pub enum BacklogItem<R> {
+    Missed(MissedTick),
+    Result(R),
+}
 
 #[derive(Debug)]
 pub(super) struct Host<R> {
@@ -31,9 +55,9 @@ pub(super) struct Host<R> {
     pub(super) state: HostState,
     /// Records that are not written yet, in the order of their ticks.
     pub(super) backlog: VecDeque<BacklogEntry<R>>,
-    /// It has an entry in [`Schedule::waiting`].
+    /// It has an entry in `Schedule::waiting`.
     pub(super) in_waiting: bool,
-    /// It has an entry in [`Schedule::backlogged`].
+    /// It has an entry in `Schedule::backlogged`.
     pub(super) in_backlogged: bool,
 }
 
@@ -45,7 +69,7 @@ pub(super) enum HostState {
     UnderWay {
         tick: i64,
         started_at: i64,
-        /// [`Tick::number`].
+        /// `Tick::number`.
         number: u64,
     },
 }

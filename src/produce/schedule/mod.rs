@@ -16,12 +16,12 @@ mod tests;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::check::target::Target;
+use crate::duration::micros;
 use crate::produce::share::Share;
-pub use host::phase_micros;
-use host::{BacklogEntry, Host, HostState, max_late};
+use host::{BacklogEntry, Host, HostState, Rhythm, max_late};
+pub use host::{BacklogItem, Limits, phase_micros};
 pub use missed::{MissedCounts, MissedReason, MissedTick};
 
 /// How many results, over all hosts, may wait until the earlier missed ticks of their host are written. Above this number,
@@ -53,21 +53,6 @@ pub enum Next {
     Wait(Option<i64>),
 }
 
-/// A record that had to wait for earlier records of its host.
-#[derive(Clone, Debug)]
-pub enum BacklogItem<R> {
-    Missed(MissedTick),
-    Result(R),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rhythm {
-    /// Each host has a tick every interval.
-    Grid,
-    /// Each host has one tick.
-    Once,
-}
-
 /// The schedule of a set of hosts. `R` is what the caller makes of a finished check.
 #[derive(Debug)]
 pub struct Schedule<R> {
@@ -93,14 +78,6 @@ pub struct Schedule<R> {
     missed: MissedCounts,
     rhythm: Rhythm,
     limits: Limits,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// MAX_THREADS.
-    pub max_under_way: usize,
-    /// CHECK_TIMEOUT, for hosts without a timeout of their own.
-    pub check_timeout: Duration,
 }
 
 impl<R> Schedule<R> {
@@ -537,8 +514,4 @@ impl<R> Schedule<R> {
             self.vacant.push(id);
         }
     }
-}
-
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX / 4)
 }
