@@ -58,6 +58,7 @@ pub enum Command {
     /// Check a host file and show its hosts and what their checks will cost
     #[command(after_help = examples(&[
         "host-metrics validate -c producer_config",
+        "host-metrics validate -c producer_config --try",
     ]))]
     Validate(Validate),
     /// Create the topics and tables that do not exist yet
@@ -219,6 +220,10 @@ pub struct Validate {
     /// The hosts to show; `-` is standard input, `postgres:` the table of `hosts` (repeatable)
     #[arg(short = 'c', value_name = "FILE", required = true)]
     pub host_files: Vec<PathBuf>,
+
+    /// Check each host once, and show the outcome beside it
+    #[arg(long = "try")]
+    pub tries: bool,
 
     #[command(flatten)]
     common: Common,

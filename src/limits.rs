@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
 /// Open files that the checks do not use: connections to Kafka, requests for metrics, the program's own files.
-const OTHER_FILES: u64 = 64;
+pub const OTHER_FILES: u64 = 64;
 
 /// Threads that do not check: librdkafka's and our own.
 const OTHER_THREADS: u64 = 32;

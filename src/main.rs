@@ -14,6 +14,7 @@ use signal_hook::consts::SIGHUP;
 
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
+use host_metrics::commands::demo::can_redraw;
 use host_metrics::commands::{self, audit, check, demo, init, page, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
@@ -153,7 +154,19 @@ fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<b
         start_logging(variables, Servers::NONE)?;
         (config, hosts)
     };
-    print(&validate::report(&config, &hosts))?;
+    // A progress bar replaces itself; elsewhere it would fill a log.
+    let shows = can_redraw(&io::stderr());
+    let show = |bar: &str| {
+        if shows {
+            // Without standard error there is nobody to see it.
+            let _ = write!(io::stderr(), "\r{bar}");
+        }
+    };
+    let report = validate::run(&config, &hosts, args.tries, show)?;
+    if shows && args.tries {
+        let _ = write!(io::stderr(), "\r{:40}\r", "");
+    }
+    print(&report)?;
     Ok(true)
 }
 

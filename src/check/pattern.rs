@@ -127,6 +127,17 @@ impl Pattern {
         self.text.len() + self.nfa.memory_usage() + prefilter + size_of::<Self>()
     }
 
+    /// Whether it matches every body or none; `None`: that depends on the body.
+    pub fn always(&self) -> Option<bool> {
+        let hir = regex_syntax::parse(&self.text).ok()?;
+        let properties = hir.properties();
+        match properties.minimum_len() {
+            None => Some(false),
+            Some(0) if properties.look_set().is_empty() => Some(true),
+            Some(_) => None,
+        }
+    }
+
     /// The most memory that one search for it takes.
     pub fn search_bytes(&self) -> usize {
         let states = self.nfa.states().len();

@@ -298,38 +298,22 @@ pub fn demo(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, false))
 }
 
-#[derive(Clone, Debug)]
-pub struct ValidateConfig {
-    pub timeout: Duration,
-    pub max_threads: usize,
-    pub max_body_bytes: u64,
-}
-
-/// The configuration of `validate`: the variables that its forecast depends on.
+/// The configuration of `validate`.
 ///
 /// # Errors
 /// All wrong variables.
-pub fn validate(variables: &Variables) -> Result<ValidateConfig, WrongVariables> {
-    read(variables, validate_config)
+pub fn validate(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
+    read(variables, |reader| check::checks(reader, false))
 }
 
 /// The configuration of `validate -c postgres:`.
 ///
 /// # Errors
 /// All wrong variables.
-pub fn validate_table(variables: &Variables) -> Result<(ValidateConfig, HostsConfig), WrongVariables> {
+pub fn validate_table(variables: &Variables) -> Result<(CheckConfig, HostsConfig), WrongVariables> {
     read(variables, |reader| {
-        (validate_config(reader), hosts_config(reader))
+        (check::checks(reader, false), hosts_config(reader))
     })
-}
-
-fn validate_config(reader: &mut Reader<'_>) -> ValidateConfig {
-    check::secrets_dir(reader);
-    ValidateConfig {
-        timeout: check::timeout(reader),
-        max_threads: check::max_threads(reader),
-        max_body_bytes: check::max_body_bytes(reader),
-    }
 }
 
 /// LOG_LEVEL. The other functions here check it too, so that it is reported together with the other variables.

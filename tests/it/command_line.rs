@@ -466,19 +466,25 @@ fn validate_prints_the_hosts_and_the_forecast() {
     );
     let ran = place.run(&["validate", "-c", "hosts"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+    let (before, cpu) = ran.stdout.split_once("cpu ").unwrap();
+    let (cpu, after) = cpu.split_once('\n').unwrap();
+    assert!(cpu.ends_with(" ms over https (measured here)"), "{cpu}");
     assert_eq!(
-        ran.stdout,
-        "EVERY   TIMEOUT HOST\n\
-         5m      10s     https://google.com\n\
-         10s     9500ms  https://shop.example/, good status 200-299,301, body matches Add to basket\n\
+        format!("{before}{after}"),
+        "EVERY  TIMEOUT  HOST\n\
+         5m     10s      https://google.com\n\
+         10s    9500ms   https://shop.example/  good status 200-299,301, body matches Add to basket\n\
          \n\
          hosts        2\n\
          checks/s     0.10\n\
-         threads      at most 2, if every host hangs\n\
+         threads      about 1 if a check takes 300ms, at most 2 if every host hangs\n\
+         files        about 65, at most 66\n\
+         memory       about 12 MB, at most 12 MB if every host hangs\n\
+         bodies       at most 23 MB more memory while bodies are read (up to 1 at once, MAX_BODY_BYTES=1048576), \
+         and 2 KB for the compiled regexes (1 distinct)\n\
          records/day  8928\n\
          table/month  80 MB, at 300 bytes per row including the index\n\
-         memory       at most 23 MB while bodies are read (up to 1 at once, MAX_BODY_BYTES=1048576), \
-         and 2 KB for the compiled regexes (1 distinct)\n\
+         state/year   3 MB for each place that checks\n\
          \n\
          warning: https://shop.example/: timeout=30s is reduced to 9500ms, 95 % of the interval of 10s, \
          so that a check ends before the next one is due\n"

@@ -415,8 +415,8 @@ fn an_absent_kafka_is_reported_within_seconds_beside_the_state() {
 fn one_host_and_the_incidents_are_read_from_the_state() {
     let mut database = Database::with_tables();
     database.execute(
-        "INSERT INTO host_metrics_series (series_id, address, agent, name, is_valid, since, last_seen_at, outcome, error, verdict, verdict_since)
-         SELECT n, CASE WHEN n < 3 THEN 'https://a.example/' ELSE 'https://b.example/' END, 'place-' || n, 'Shop ' || n / 3,
+        "INSERT INTO host_metrics_series (series_id, address, agent, name, \"group\", is_valid, since, last_seen_at, outcome, error, verdict, verdict_since)
+         SELECT n, CASE WHEN n < 3 THEN 'https://a.example/' ELSE 'https://b.example/' END, 'place-' || n, 'Shop ' || n / 3, 'Shops',
              n <> 2, now() - interval '10 minutes', now() - interval '5 seconds', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
              CASE WHEN n = 2 THEN 'status 503' END, 'up', now() - interval '3 hours'
          FROM generate_series(1, 3) n;
@@ -428,6 +428,11 @@ fn one_host_and_the_incidents_are_read_from_the_state() {
          SELECT 'https://a.example/', n, now() - interval '1 day' * n, now() - interval '1 day' * n + interval '7 minutes', 7,
              'bad_status', 'bad_status', 'bad_status', '{}', '[\"place-1\", \"place-2\"]', 'status 503'
          FROM generate_series(1, 30) n",
+    );
+    let hosts = &database.status(&[])["hosts"];
+    assert_eq!(
+        (&hosts[1]["name"], &hosts[1]["group"]),
+        (&json!("Shop 1"), &json!("Shops"))
     );
     let history = |host: Option<&str>, only_incidents| {
         status::history(&database.config(&[]), host, only_incidents, None)

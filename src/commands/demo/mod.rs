@@ -6,7 +6,7 @@
 pub mod postgres;
 mod rows;
 pub(super) mod screen;
-mod site;
+pub mod site;
 mod table;
 
 use std::fs;
@@ -24,6 +24,7 @@ use rdkafka::mocking::MockCluster;
 
 use self::postgres::ThrowAwayPostgres;
 use self::rows::{Counted, Rows};
+pub use self::screen::can_redraw;
 use self::screen::{Notices, Screen};
 use self::site::SampleSite;
 use self::table::Totals;

@@ -16,6 +16,11 @@ const DEFAULT_HEIGHT: usize = 50;
 /// The most log lines that are kept for the end.
 const MAX_NOTICES: usize = 100;
 
+/// Whether a picture can replace the one before it: on a terminal that knows more than lines of text.
+pub fn can_redraw(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
 /// Writes plain lines and, on a terminal, a picture that replaces the one before.
 pub struct Screen {
     is_terminal: bool,
@@ -25,7 +30,7 @@ pub struct Screen {
 impl Screen {
     pub fn new() -> Self {
         Self {
-            is_terminal: io::stdout().is_terminal(),
+            is_terminal: can_redraw(&io::stdout()),
             drawn_lines: 0,
         }
     }

@@ -206,6 +206,8 @@ struct Document<'a> {
 #[derive(Serialize)]
 struct HostDocument<'a> {
     address: &'a str,
+    name: Option<&'a str>,
+    group: Option<&'a str>,
     state: State,
     since: Option<String>,
     since_is_earlier: bool,
@@ -232,6 +234,8 @@ impl<'a> HostDocument<'a> {
         let failed = host.last_error.as_ref();
         Self {
             address: &host.address,
+            name: host.name.as_deref(),
+            group: host.group.as_deref(),
             state: report.state(host),
             since: host.since.map(|at| at.to_string()),
             since_is_earlier: host.is_longer,
@@ -324,7 +328,7 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
     } else if rows.missing_columns.contains(&"scheduled_at") {
         lines.extend(columns(&counted_only(report)));
     } else {
-        lines.extend(columns(&narrowed(table(report), width)));
+        lines.extend(by_group(report, width));
     }
     lines.push(String::new());
     lines.extend(columns(&pipeline(report)));
@@ -353,10 +357,39 @@ fn joined(lines: Vec<String>, width: Option<usize>) -> String {
     text
 }
 
+/// The table, with a heading for each group as on the status page: hosts without a group come last.
+fn by_group(report: &Report, width: Option<usize>) -> Vec<String> {
+    let mut hosts: Vec<&Host> = report.rows.hosts.iter().collect();
+    hosts.sort_by_cached_key(|host| {
+        (
+            host.group.is_none(),
+            host.group.clone(),
+            title(host).to_lowercase(),
+        )
+    });
+    let mut table = columns(&narrowed(table(report, &hosts), width)).into_iter();
+    let mut lines: Vec<String> = table.next().into_iter().collect();
+    for group in hosts.chunk_by(|a, b| a.group == b.group) {
+        match &group[0].group {
+            Some(name) => lines.extend([String::new(), plain(name)]),
+            None if group.len() < hosts.len() => lines.extend([String::new(), "Other sites".to_owned()]),
+            None => {}
+        }
+        lines.extend(table.by_ref().take(group.len()));
+    }
+    lines
+}
+
+/// The name, or the address of a host without one.
+fn title(host: &Host) -> String {
+    plain(host.name.as_ref().unwrap_or(&host.address))
+}
+
 /// What a narrow terminal has no room for, the most dispensable first.
-const DISPENSABLE: [&str; 9] = [
+const DISPENSABLE: [&str; 10] = [
     "NEWEST CHECKS",
     " 1 H",
+    "ADDRESS",
     " P50",
     " LAST CHECK",
     " 24 H",
@@ -372,14 +405,14 @@ const ERROR_WIDTH: usize = 24;
 /// The table without columns for which there is no room.
 fn narrowed(mut table: Vec<Vec<String>>, width: Option<usize>) -> Vec<Vec<String>> {
     let Some(width) = width else { return table };
-    let mut errors = table.iter().skip(1).filter_map(|row| row.last());
-    let room = width.saturating_sub(if errors.any(|error| !error.is_empty()) {
-        ERROR_WIDTH
-    } else {
-        0
-    });
+    let has_errors = table
+        .iter()
+        .skip(1)
+        .any(|row| row.last().is_some_and(|error| !error.is_empty()));
+    let room = width.saturating_sub(if has_errors { ERROR_WIDTH } else { 0 });
     for row in &mut table {
         row[0] = fit(&row[0], (width / 2).max(20));
+        row[1] = fit(&row[1], (width / 2).max(20));
     }
     for heading in DISPENSABLE {
         let rest: Vec<_> = table.iter().map(|row| row[..row.len() - 1].to_vec()).collect();
@@ -390,12 +423,16 @@ fn narrowed(mut table: Vec<Vec<String>>, width: Option<usize>) -> Vec<Vec<String
             table.iter_mut().for_each(|row| drop(row.remove(at)));
         }
     }
+    if !has_errors {
+        table.iter_mut().for_each(|row| drop(row.pop()));
+    }
     table
 }
 
-fn table(report: &Report) -> Vec<Vec<String>> {
+fn table(report: &Report, hosts: &[&Host]) -> Vec<Vec<String>> {
     let headline = [
         "HOST",
+        "ADDRESS",
         "STATE",
         " SINCE",
         " 1 H",
@@ -412,7 +449,7 @@ fn table(report: &Report) -> Vec<Vec<String>> {
     let none = || NONE.to_owned();
     let share = |share: Option<Share>| share.map_or_else(none, |share| percent(share.valid, share.checks));
     let ago = |at: Timestamp| roughly(report.age_seconds(at) as i64);
-    for host in &report.rows.hosts {
+    for host in hosts {
         let since = host.since.map_or_else(none, |since| {
             let longer = if host.is_longer { "> " } else { "" };
             format!("{longer}{}", ago(since))
@@ -423,7 +460,10 @@ fn table(report: &Report) -> Vec<Vec<String>> {
             format!("{} ago, {outcome}{}", ago(failed.at), error.unwrap_or_default())
         });
         table.push(vec![
-            plain(&host.address),
+            title(host),
+            host.name
+                .as_ref()
+                .map_or_else(String::new, |_| plain(&host.address)),
             word(report.state(host)).to_owned(),
             since,
             share(host.uptime_1h),
@@ -438,6 +478,9 @@ fn table(report: &Report) -> Vec<Vec<String>> {
             sparkline(&host.latencies),
             plain(&last_error),
         ]);
+    }
+    if hosts.iter().all(|host| host.name.is_none()) {
+        table.iter_mut().for_each(|row| drop(row.remove(1)));
     }
     table
 }

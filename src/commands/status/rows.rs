@@ -62,6 +62,9 @@ pub struct Newest {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Host {
     pub address: String,
+    /// As in the host file; only the state has them.
+    pub name: Option<String>,
+    pub group: Option<String>,
     /// Whether the newest check of the last seven days was valid. Ticks that were not checked do not count.
     pub is_valid: Option<bool>,
     /// The first check of those in a row that had the same result as the newest one.
@@ -328,13 +331,13 @@ fn of_the_state(found: &ExistingObjects) -> String {
     });
     format!(
         "WITH newest AS (
-             SELECT DISTINCT ON (address) address, last_seen_at, outcome, interval_seconds, verdict, verdict_since
+             SELECT DISTINCT ON (address) address, name, \"group\", last_seen_at, outcome, interval_seconds, verdict, verdict_since
              FROM {series} ORDER BY address, last_seen_at DESC NULLS LAST
          ), failed AS (
              SELECT DISTINCT ON (address) address, last_failed_at, last_failed_outcome, last_error
              FROM {series} WHERE last_failed_at > now() - interval '168 hours' ORDER BY address, last_failed_at DESC
          )
-         SELECT address, {newest_at} AS newest_at, outcome AS newest_outcome, interval_seconds,
+         SELECT address, name, \"group\", {newest_at} AS newest_at, outcome AS newest_outcome, interval_seconds,
              NULL::double precision AS gap_seconds, verdict = 'up' AS is_valid, {since} AS since, false AS is_longer,
              {counts}, coalesce(missed_7d, 0) AS missed_7d, ARRAY[p50_seconds_24h, p95_seconds_24h] AS latency,
              {failed_at} AS failed_at, last_failed_outcome AS failed_outcome, last_error AS failed_error, days_left,
@@ -426,6 +429,8 @@ fn host(row: &Row) -> Result<Host, Fault> {
     let latency = |at: usize| latency.as_ref().and_then(|both| *both.get(at)?);
     let mut host = Host {
         address: row.try_get("address")?,
+        name: None,
+        group: None,
         is_valid: None,
         since: None,
         is_longer: false,
@@ -444,6 +449,10 @@ fn host(row: &Row) -> Result<Host, Fault> {
     };
     if !has("newest_at") {
         return Ok(host);
+    }
+    if has("name") {
+        host.name = row.try_get("name")?;
+        host.group = row.try_get("group")?;
     }
     host.is_valid = row.try_get("is_valid")?;
     host.since = time(row, "since")?;

@@ -18,6 +18,8 @@ fn host(address: &str) -> Host {
     let share = |valid, checks| Some(Share { valid, checks });
     Host {
         address: address.into(),
+        name: None,
+        group: None,
         is_valid: Some(true),
         since: Some(ago(600_000)),
         is_longer: true,
@@ -143,6 +145,41 @@ https://b.example/        DOWN     2 h  99.9 %       -  64 s ago, bad_status: 5�
         text(&report, Some(80)).starts_with(narrow),
         "{}",
         text(&report, Some(80))
+    );
+}
+
+#[test]
+fn hosts_stand_in_their_groups_by_name_and_those_without_a_group_last() {
+    let named = |address: &str, name: &str, group: Option<&str>| Host {
+        name: Some(name.into()),
+        group: group.map(str::to_owned),
+        ..host(address)
+    };
+    let report = report(vec![
+        host("https://a.example/"),
+        named("https://b.example/", "店頭", Some("Shops")),
+        named("https://c.example/", "api", Some("Shops")),
+        named("https://d.example/", "Blog", Some("About\u{1b}")),
+    ]);
+    let expected = "\
+HOST                STATE  SINCE    24 H     7 D     P95  CERT  LAST CHECK
+
+About 
+Blog                up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
+
+Shops
+api                 up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
+店頭                up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
+
+Other sites
+https://a.example/  up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
+";
+    let narrow = text(&report, Some(80));
+    assert!(narrow.starts_with(expected), "{narrow}");
+    let wide = text(&report, None);
+    assert!(
+        wide.contains("\napi                 https://c.example/  up "),
+        "{wide}"
     );
 }
 

@@ -23,6 +23,8 @@ use crate::check::target::Target;
 #[derive(Clone, Debug, Default)]
 pub struct Hosts {
     pub targets: Vec<Target>,
+    /// The profiles that a host uses, by its address; hosts without one are left out.
+    pub profiles: HashMap<String, String>,
     /// Lines that are valid but probably not what was meant, as `FILE:LINE:COLUMN: what`.
     pub warnings: Vec<String>,
 }
@@ -48,6 +50,7 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
     }
 
     let mut targets = Vec::new();
+    let mut used = HashMap::new();
     let mut regexes = Regexes::default();
     let mut numbers = HashMap::new();
     let contents = contents.strip_prefix(b"\xef\xbb\xbf").unwrap_or(contents);
@@ -86,6 +89,11 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
                     let fault = line.at(place_of(&line, "tls", &profiles), LineFault::new(0, what));
                     report.warn(place, text, &fault);
                 }
+                let names = line.words.iter().filter(|word| matches!(word, Word::Profile(_)));
+                let names: Vec<&str> = names.map(Word::text).collect();
+                if !names.is_empty() {
+                    used.insert(target.address.clone(), names.join(" "));
+                }
                 targets.push(target);
             }
             Err(faults) => faults.iter().for_each(|fault| report.add(place, text, fault)),
@@ -100,7 +108,11 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
         report.add(format_args!("{name}:1"), "", &LineFault::new(0, what));
     }
     let warnings = report.take_warnings();
-    report.finish(Some(Hosts { targets, warnings }))
+    report.finish(Some(Hosts {
+        targets,
+        profiles: used,
+        warnings,
+    }))
 }
 
 /// [`target_with`] without secrets and bodies from files.

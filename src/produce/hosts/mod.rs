@@ -107,6 +107,7 @@ impl Sources {
                         targets,
                     });
                     all.targets.extend(hosts.targets);
+                    all.profiles.extend(hosts.profiles);
                     all.warnings.extend(hosts.warnings);
                 }
                 Err(error) => errors.push(error.0),
@@ -403,7 +404,9 @@ impl Shared {
 
     /// A source has a new list.
     fn take(&self, index: usize, hosts: Hosts) {
-        let Hosts { targets, warnings } = hosts;
+        let Hosts {
+            targets, warnings, ..
+        } = hosts;
         let mut lists = self.lists();
         let Lists { of_sources, all } = &mut *lists;
         of_sources[index] = List {
