@@ -12,7 +12,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
-use crate::config::pem;
+use crate::config::{Secret, pem};
 use crate::files;
 use crate::lock::lock;
 
@@ -20,34 +20,39 @@ use crate::lock::lock;
 const MAX_SECRET_BYTES: u64 = 8 << 10;
 const MAX_PEM_BYTES: u64 = 1 << 20;
 
-/// A secret as it is sent. It has neither `Debug` nor `Display`, so no text can contain it by accident.
-pub struct Secret {
-    header_value: String,
+/// A secret as it is sent.
+pub struct SecretHeader {
+    value: Secret,
     /// What must not be in any text: the secret in all forms in which a server could send it back.
-    forms: Vec<String>,
+    forms: Vec<Secret>,
 }
 
-impl Secret {
+impl SecretHeader {
     /// For the request only.
     pub fn header_value(&self) -> &str {
-        &self.header_value
+        self.value.reveal()
     }
 
     /// Replaces the secret by `***` in a text that a server may have sent.
     pub fn hide_in(&self, text: &mut String) {
-        for form in &self.forms {
+        for form in self.forms.iter().map(Secret::reveal) {
             if text.contains(form) {
                 *text = text.replace(form, "***");
             }
         }
     }
 
+    fn new(value: String, forms: &[&str]) -> Self {
+        let forms = forms.iter().filter(|form| !form.is_empty());
+        Self {
+            value: Secret::new(value),
+            forms: forms.map(|form| Secret::new((*form).to_owned())).collect(),
+        }
+    }
+
     fn of_header([file]: [&[u8]; 1]) -> Result<Self, String> {
         let text = as_header(read_text(file)?)?;
-        Ok(Self {
-            header_value: text.to_owned(),
-            forms: vec![text.to_owned()],
-        })
+        Ok(Self::new(text.to_owned(), &[text]))
     }
 
     /// The Authorization header (RFC 7617 and RFC 6750).
@@ -57,22 +62,13 @@ impl Secret {
             .split_once(' ')
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer"));
         if let Some((_, token)) = bearer {
-            return Ok(Self {
-                header_value: as_header(text)?.to_owned(),
-                forms: vec![token.trim().to_owned()],
-            });
+            return Ok(Self::new(as_header(text)?.to_owned(), &[token.trim()]));
         }
         let Some((_, password)) = text.split_once(':') else {
             return Err("expected `user:password` or `Bearer TOKEN` in the file".to_owned());
         };
         let encoded = base64::encode_block(text.as_bytes());
-        let forms = [text, &encoded, password]
-            .into_iter()
-            .filter(|form| !form.is_empty());
-        Ok(Self {
-            header_value: format!("Basic {encoded}"),
-            forms: forms.map(str::to_owned).collect(),
-        })
+        Ok(Self::new(format!("Basic {encoded}"), &[text, &encoded, password]))
     }
 }
 
@@ -141,7 +137,7 @@ struct Current<T, const N: usize> {
     value: Arc<T>,
 }
 
-pub type SecretFile = Watched<Secret, 1>;
+pub type SecretFile = Watched<SecretHeader, 1>;
 pub type CertificateFiles = Watched<ClientCertificate, 2>;
 
 impl SecretFile {
@@ -150,7 +146,7 @@ impl SecretFile {
     /// # Errors
     /// The file cannot be read, or holds neither a user with a password nor a bearer token.
     pub fn auth(folder: &Path, name: &str) -> Result<Self, String> {
-        Self::open(name, [folder.join(name)], MAX_SECRET_BYTES, Secret::of_auth)
+        Self::open(name, [folder.join(name)], MAX_SECRET_BYTES, SecretHeader::of_auth)
     }
 
     /// The secret of `header="NAME: @NAME"`.
@@ -158,7 +154,12 @@ impl SecretFile {
     /// # Errors
     /// The file cannot be read, or cannot be the value of a header.
     pub fn header(folder: &Path, name: &str) -> Result<Self, String> {
-        Self::open(name, [folder.join(name)], MAX_SECRET_BYTES, Secret::of_header)
+        Self::open(
+            name,
+            [folder.join(name)],
+            MAX_SECRET_BYTES,
+            SecretHeader::of_header,
+        )
     }
 }
 
@@ -254,7 +255,7 @@ mod tests {
     use super::*;
 
     fn auth(text: &str) -> Result<String, String> {
-        Secret::of_auth([text.as_bytes()]).map(|secret| secret.header_value)
+        SecretHeader::of_auth([text.as_bytes()]).map(|header| header.header_value().to_owned())
     }
 
     #[test]
@@ -283,18 +284,18 @@ mod tests {
         ] {
             assert!(auth(text).is_err(), "{text:?}");
         }
-        assert!(Secret::of_header([b"\xff"]).is_err());
-        assert!(Secret::of_header(["ü".as_bytes()]).is_err());
+        assert!(SecretHeader::of_header([b"\xff"]).is_err());
+        assert!(SecretHeader::of_header(["ü".as_bytes()]).is_err());
         assert!(auth("ü:p").is_ok());
     }
 
     #[test]
     fn a_secret_is_hidden_in_every_form_in_which_a_server_may_send_it_back() {
-        let basic = Secret::of_auth([b"me:hunter2"]).unwrap();
+        let basic = SecretHeader::of_auth([b"me:hunter2"]).unwrap();
         let mut text = "got bWU6aHVudGVyMg== of me:hunter2, hunter2!".to_owned();
         basic.hide_in(&mut text);
         assert_eq!(text, "got *** of ***, ***!");
-        let bearer = Secret::of_auth([b"Bearer abc"]).unwrap();
+        let bearer = SecretHeader::of_auth([b"Bearer abc"]).unwrap();
         let mut text = "Bearer abc".to_owned();
         bearer.hide_in(&mut text);
         assert_eq!(text, "Bearer ***");

@@ -12,7 +12,7 @@ const DEFAULT_TABLE: &str = "host_metrics";
 const DEFAULT_PORT: u16 = 5_432;
 const BATCH_SECONDS: std::ops::RangeInclusive<f64> = 0.01..=3_600.0;
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct DatabaseConfig {
     /// A name, an IP address (IPv6 without brackets), or the directory of a Unix-domain socket.
     pub host: String,

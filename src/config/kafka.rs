@@ -30,13 +30,13 @@ pub struct GroupConfig {
 }
 
 /// How to connect to Kafka. The parts are consistent with each other.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct KafkaConfig {
     pub bootstrap_servers: String,
     pub security: KafkaSecurity,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct KafkaSecurity {
     pub tls: Option<KafkaTls>,
     pub sasl: Option<KafkaSasl>,
@@ -51,7 +51,7 @@ pub struct KafkaTls {
     pub key_file: Option<PathBuf>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct KafkaSasl {
     /// PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
     pub mechanism: String,

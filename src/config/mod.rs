@@ -47,7 +47,7 @@ const BATCH_SIZES: RangeInclusive<usize> = 1..=100_000;
 #[error("{0}")]
 pub struct WrongInput(pub String);
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ProduceConfig {
     pub kafka: KafkaConfig,
     /// The topic for the records of hosts without `topic=`.
@@ -82,7 +82,7 @@ fn produce_config(reader: &mut Reader<'_>) -> ProduceConfig {
 }
 
 /// The table of hosts.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct HostsConfig {
     pub database: DatabaseConfig,
     /// Where `produce` keeps the last good list.
@@ -112,7 +112,7 @@ fn hosts_config(reader: &mut Reader<'_>) -> HostsConfig {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ConsumeConfig {
     pub kafka: KafkaConfig,
     /// Not empty, without duplicates.
@@ -149,7 +149,7 @@ pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
 }
 
 /// The configuration of `init` and `drop`; [`init()`] describes which parts may be empty.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct InitConfig {
     pub kafka: KafkaConfig,
     pub topics: Vec<String>,
@@ -179,7 +179,7 @@ pub fn init(variables: &Variables, servers: Servers) -> Result<InitConfig, Wrong
     })
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct StatusConfig {
     /// `None`: do not show the lag.
     pub kafka: Option<KafkaConfig>,
@@ -204,7 +204,7 @@ pub fn status(variables: &Variables) -> Result<StatusConfig, WrongVariables> {
     })
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct TailConfig {
     pub kafka: KafkaConfig,
     pub topics: Vec<String>,
@@ -221,7 +221,7 @@ pub fn tail(variables: &Variables) -> Result<TailConfig, WrongVariables> {
     })
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct AuditConfig {
     /// `None`: what Kafka has at offsets that are not stored stays unknown.
     pub kafka: Option<KafkaConfig>,

@@ -9,7 +9,7 @@ use super::reader::Reader;
 use super::secret::Secret;
 use crate::page::view::Options;
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PageConfig {
     pub database: DatabaseConfig,
     pub addr: SocketAddr,

@@ -1,4 +1,4 @@
-//! Secrets: a type that hides its value, and functions that hide secrets in other text.
+//! Secrets: a type that nothing prints, and functions that hide secrets in other text.
 
 use std::fmt;
 use std::path::Path;
@@ -11,9 +11,20 @@ const MAX_SHOWN_CHARS: usize = 100;
 
 const HIDDEN: &str = "***";
 
-/// A value that no log line, error or `Debug` output shows.
+/// A secret. It has neither `Debug` nor `Display`, so no text can contain it by accident.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
+
+// With one of the two, the call would be ambiguous and this would not compile.
+const _: fn() = || {
+    trait Shown<T> {
+        fn is_not() {}
+    }
+    impl<T> Shown<()> for T {}
+    impl<T: fmt::Debug> Shown<u8> for T {}
+    impl<T: fmt::Display> Shown<u16> for T {}
+    <Secret as Shown<_>>::is_not();
+};
 
 impl Secret {
     pub fn new(value: String) -> Self {
@@ -22,12 +33,6 @@ impl Secret {
 
     pub fn reveal(&self) -> &str {
         &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(HIDDEN)
     }
 }
 

@@ -457,7 +457,7 @@ fn client(server: &ThrowAwayPostgres) -> postgres::Client {
 
 /// Tries until there is a result. Each try waits by itself.
 #[track_caller]
-fn wait_for<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let deadline = now() + PATIENCE;
     loop {
         if let Some(result) = attempt() {

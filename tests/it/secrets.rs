@@ -2,16 +2,21 @@
 //! planted secrets, and everything that comes out is searched for them.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use host_metrics::commands::demo::postgres::free_port;
+use host_metrics::produce::host_file;
+
+use crate::consume::wait_for;
 use crate::site::{self, Site};
 
 const PLANTED: [&str; 4] = ["planted-password", "cGxhbnRlZC", "planted-key", "planted-bearer"];
 
-#[test]
-fn no_command_shows_a_secret_of_the_host_file() {
-    // It sends back what it got, and what it got is in no error either.
+/// A site that sends back what it got, and a folder with secrets and with host files that name them.
+fn planted() -> (Site, tempfile::TempDir) {
     let site = Site::start(|mut stream, requests| {
         let request = site::read_request(&mut stream);
         let text = String::from_utf8_lossy(&request).replace("\r\n", " ");
@@ -38,7 +43,73 @@ fn no_command_shows_a_secret_of_the_host_file() {
         site.url("/d")
     );
     fs::write(folder.path().join("wrong"), wrong).unwrap();
+    (site, folder)
+}
 
+fn assert_shows_none(what: &str, text: &str) {
+    for planted in PLANTED {
+        assert!(!text.contains(planted), "{what} shows {planted}: {text}");
+    }
+}
+
+/// The password is only sent in base64.
+fn assert_all_were_sent(site: &Site) {
+    let requests = site.requests().join("\n");
+    for planted in &PLANTED[1..] {
+        assert!(requests.contains(planted), "{planted} was never sent: {requests}");
+    }
+}
+
+#[test]
+fn no_metric_panic_or_crash_shows_a_secret_of_the_host_file() {
+    let (site, folder) = planted();
+    let path = |name: &str| folder.path().join(name);
+    let hosts = host_file::parse_contents(&path("hosts"), fs::read(path("hosts")), Some(&path("secrets")));
+    let targets = hosts.unwrap().targets;
+    assert!(targets.iter().all(|target| target.auth.is_some()));
+    // A panic has nothing else to show.
+    assert_shows_none("the message of a panic", &format!("{targets:?}"));
+
+    let port = free_port().unwrap();
+    let metrics = format!("METRICS_ADDR=127.0.0.1:{port}");
+    let args = [
+        "produce",
+        "-c",
+        "hosts",
+        "-e",
+        "KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:1",
+        "-e",
+        &metrics,
+    ];
+    let agent = command(folder.path(), "60", &args)
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let scrape = || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
+        let mut page = String::new();
+        stream.read_to_string(&mut page).ok()?;
+        let counted = "host_metrics_checks_total{outcome=\"json_mismatch\"} 2\n";
+        page.contains(counted).then_some(page)
+    };
+    let page = wait_for(scrape);
+    assert_shows_none("/metrics", &page);
+    assert_all_were_sent(&site);
+    // `timeout` passes the signal on to the agent.
+    let killed = Command::new("kill")
+        .args(["-QUIT", &agent.id().to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+    let output = agent.wait_with_output().unwrap();
+    assert_shows_none("a crash", &String::from_utf8_lossy(&output.stderr));
+    assert_shows_none("a crash", &String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn no_command_shows_a_secret_of_the_host_file() {
+    let (site, folder) = planted();
     let address = site.url("/");
     let checked = [
         "-o",
@@ -111,26 +182,24 @@ fn no_command_shows_a_secret_of_the_host_file() {
     for args in commands {
         let output = run(folder.path(), &args);
         for text in [&output.stdout, &output.stderr] {
-            let text = String::from_utf8_lossy(text);
-            for planted in PLANTED {
-                assert!(!text.contains(planted), "{args:?} shows {planted}: {text}");
-            }
+            assert_shows_none(&format!("{args:?}"), &String::from_utf8_lossy(text));
         }
     }
-    let requests = site.requests().join("\n");
-    // The password is only sent in base64.
-    for planted in &PLANTED[1..] {
-        assert!(requests.contains(planted), "{planted} was never sent: {requests}");
-    }
+    assert_all_were_sent(&site);
 }
 
 /// Runs the command until it ends by itself or by a signal after some seconds, for agents whose servers are not there.
-fn run(folder: &std::path::Path, args: &[&str]) -> Output {
-    Command::new("timeout")
+fn run(folder: &Path, args: &[&str]) -> Output {
+    command(folder, "3", args).output().unwrap()
+}
+
+fn command(folder: &Path, seconds: &str, args: &[&str]) -> Command {
+    let mut command = Command::new("timeout");
+    command
         .args([
             "--signal=TERM",
             "--kill-after=20",
-            "3",
+            seconds,
             env!("CARGO_BIN_EXE_host-metrics"),
         ])
         .args(args)
@@ -139,7 +208,6 @@ fn run(folder: &std::path::Path, args: &[&str]) -> Output {
         .env("PATH", "/usr/bin:/bin")
         .env("RUST_BACKTRACE", "full")
         .current_dir(folder)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
+        .stdin(Stdio::null());
+    command
 }

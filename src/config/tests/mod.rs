@@ -94,12 +94,12 @@ impl Pems {
 fn variables_that_are_not_set_have_their_defaults() {
     let config = produced(&[]);
     assert_eq!(config.kafka.bootstrap_servers, "kafka:9092");
-    assert_eq!(
-        config.kafka.security,
-        KafkaSecurity {
-            tls: None,
-            sasl: None
-        }
+    assert!(
+        config.kafka.security
+            == KafkaSecurity {
+                tls: None,
+                sasl: None
+            }
     );
     assert_eq!(config.topic, "host-metrics");
     assert_eq!(config.check.timeout, Duration::from_secs(10));
@@ -123,7 +123,7 @@ fn variables_that_are_not_set_have_their_defaults() {
         (config.database.host.as_str(), config.database.port),
         ("db", 5_432)
     );
-    assert_eq!(config.database.password, None);
+    assert!(config.database.password.is_none());
     assert_eq!(config.database.table.quoted(""), "\"host_metrics\"");
     assert_eq!(config.database.ssl_mode, DbSslMode::Prefer);
 }
@@ -137,7 +137,7 @@ fn an_empty_variable_has_its_default() {
         ("DB_RETENTION", ""),
     ]);
     assert_eq!(config.database.port, 5_432);
-    assert_eq!(config.database.password, None);
+    assert!(config.database.password.is_none());
     assert_eq!(config.kafka.security.tls, None);
 }
 
@@ -177,7 +177,6 @@ fn every_variable_is_read() {
     );
     assert_eq!(config.retention, Some(Duration::from_secs(90 * 86_400)));
     assert_eq!(config.metrics_addr, Some("[::]:9464".parse().unwrap()));
-    assert!(!format!("{config:?}").contains("secret"));
 
     let config = produced(&[
         ("KAFKA_TOPIC", "a.b_c-D9"),
