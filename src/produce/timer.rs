@@ -19,7 +19,7 @@ use super::shared_hosts::SharedHosts;
 use super::summary::Summary;
 use crate::check::observation::Observation;
 use crate::check::target::Target;
-use crate::clock::Clock;
+use crate::clock::{Clock, instant_now};
 use crate::duration::micros;
 use crate::http::health;
 use crate::produce::hosts::Watch;
@@ -240,8 +240,12 @@ impl<'a> TimerLoop<'a> {
         for line in &changes.warnings {
             log::warn!("reload: {line}");
         }
-        log::info!("reload hosts={}", changes.hosts);
-        self.setup.counters.hosts.store(changes.hosts, Ordering::Relaxed);
+        let (begun_at, hosts, differ) = (
+            changes.begun_at,
+            changes.hosts,
+            changes.changed.len() + changes.removed.len(),
+        );
+        self.setup.counters.hosts.store(hosts, Ordering::Relaxed);
         let now = self.clock.now_micros();
         match &mut self.shared_hosts {
             Some(shared_hosts) => shared_hosts.change(changes, &mut self.schedule, now),
@@ -249,5 +253,7 @@ impl<'a> TimerLoop<'a> {
                 .schedule
                 .change(changes.changed, &changes.removed, |_| None, now),
         }
+        let seconds = instant_now().duration_since(begun_at).as_secs_f64();
+        log::info!("reload hosts={hosts} lines_changed={differ} seconds={seconds:.3}");
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
+use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
 
 use crate::agent::{Agent, Variables, run};
 use crate::case::{Case, SOON};
@@ -270,14 +270,9 @@ fn produce_follows_the_table_and_a_wrong_row_affects_no_other_one() {
     );
     both_say("reload hosts=2000");
 
-    // Renamed, made anew, locked.
-    case.db.execute("ALTER TABLE host_metrics_hosts RENAME TO elsewhere; UPDATE host_metrics_hosts_version SET version = version + 1");
-    both_say("cannot be read, so its hosts stay as they were: relation");
-    case.db
-        .execute("ALTER TABLE elsewhere RENAME TO host_metrics_hosts");
-    both_say("can be read again");
-    case.db.execute("BEGIN; DELETE FROM host_metrics_hosts WHERE frequency = '1d'; UPDATE host_metrics_hosts SET enabled = true; LOCK host_metrics_hosts");
-    case.db.execute("COMMIT");
+    case.db.execute(
+        "DELETE FROM host_metrics_hosts WHERE frequency = '1d'; UPDATE host_metrics_hosts SET enabled = true",
+    );
     scratch::wait_for(
         SOON,
         "both have four hosts again",
@@ -309,6 +304,87 @@ fn produce_follows_the_table_and_a_wrong_row_affects_no_other_one() {
         ticks.len() > 4 && ticks.iter().all(|tick| (tick - ticks[0]) % 1_000_000 == 0),
         "{ticks:?}"
     );
+}
+
+#[test]
+fn a_table_that_is_dropped_renamed_locked_or_filled_with_nonsense_leaves_the_hosts_as_they_were() {
+    let mut case = Case::new("hosts-gone", 1);
+    let (status, said) = run(&["init"], &case.variables());
+    assert_eq!(status, 0, "{said}");
+    let good = "INSERT INTO host_metrics_hosts (address, frequency) VALUES ('http://127.0.0.1:1/', '1s')";
+    case.db.execute(good);
+    let metrics = format!("127.0.0.1:{}", free_port().unwrap());
+    let variables = case
+        .variables()
+        .with("LOG_LEVEL", "INFO")
+        .with("METRICS_ADDR", metrics);
+    let agent = Agent::start(&["produce", "-c", "postgres:"], &variables);
+    agent.wait_for_stderr("produce hosts=1 ", SOON);
+
+    let mut other = Database::again(&case.db.name);
+    let init = |_: &mut Database| {
+        let (status, said) = run(&["init"], &variables);
+        assert_eq!(status, 0, "{said}");
+    };
+    // What happens to the table, what the log says of it, and what ends it.
+    type Trouble<'a> = (&'a str, &'a str, &'a dyn Fn(&mut Database));
+    let troubles: [Trouble<'_>; 3] = [
+        (
+            "ALTER TABLE host_metrics_hosts RENAME TO elsewhere",
+            "does not exist",
+            &|db| db.execute("ALTER TABLE elsewhere RENAME TO host_metrics_hosts"),
+        ),
+        ("BEGIN; LOCK host_metrics_hosts", "lock timeout", &|db| {
+            db.execute("COMMIT")
+        }),
+        (
+            "DROP TABLE host_metrics_hosts, host_metrics_hosts_version",
+            "does not exist",
+            &init,
+        ),
+    ];
+    for (number, (trouble, reason, end)) in troubles.iter().enumerate() {
+        other.execute(trouble);
+        // Otherwise the table would be read within a minute. The version may be gone, too.
+        let _ = case
+            .db
+            .client
+            .batch_execute("UPDATE host_metrics_hosts_version SET version = version + 1");
+        let lines = |what: &str| agent.said(&format!("\"host_metrics_hosts\" {what}"));
+        let stays = "cannot be read, so its hosts stay as they were";
+        let says = |what: &str| {
+            let said = || (lines(what) == number + 1).then_some(());
+            scratch::wait_for(SOON, what, said, || agent.stderr());
+        };
+        says(stays);
+        let (status, said) = run(&["health"], &variables);
+        assert_eq!(status, 0, "{said}");
+        // Two more attempts are not logged.
+        let ticks = || case.kafka.records(case.name).len();
+        let before = ticks();
+        let checked = || (ticks() > before + 4).then_some(());
+        scratch::wait_for(SOON, "the host is still checked", checked, || agent.stderr());
+        assert_eq!(lines(stays), number + 1, "{}", agent.stderr());
+        assert!(
+            agent
+                .stderr()
+                .lines()
+                .any(|line| line.contains(stays) && line.contains(reason)),
+            "{}",
+            agent.stderr()
+        );
+        end(&mut other);
+        says("can be read again");
+    }
+    // The new table is empty, and the next one is nearly all wrong.
+    agent.wait_for_stderr("reload hosts=0 ", SOON);
+    case.db.execute(&format!(
+        "{good}; INSERT INTO host_metrics_hosts (address, frequency) SELECT 'http://127.0.0.1:1/' || n, 'x' FROM generate_series(1, 100000) n"
+    ));
+    agent.wait_for_stderr("99900 more rows are not used", SOON);
+    agent.wait_for_stderr("reload hosts=1 ", SOON);
+    assert_eq!(agent.said("is not used: `x`"), 100, "{}", agent.stderr());
+    agent.stop();
 }
 
 #[test]

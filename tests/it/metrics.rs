@@ -477,6 +477,32 @@ fn the_dashboards_queries_are_valid() {
 }
 
 #[test]
+fn a_wrong_host_file_leaves_the_producer_ready_and_a_metric_tells_it() {
+    let kafka = MockCluster::new(1).unwrap();
+    kafka.create_topic("host-metrics", 2, 1).unwrap();
+    let address = free_address();
+    let variables = Variables::from_pairs([
+        ("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers().as_str()),
+        ("METRICS_ADDR", address.to_string().as_str()),
+    ]);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, "http://127.0.0.1:1/ 1s\n").unwrap();
+    let (sources, hosts) = Sources::read_files(&[file.path().to_owned()], None).unwrap();
+    let config = config::produce(&variables).unwrap();
+    let agent =
+        Running::start(move |stop| produce::run(&config, hosts.targets, sources, Rounds::Endless, stop));
+    let is_current = || try_value(&get(address, "/metrics").1, "host_metrics_host_list_current");
+    wait_for("it is ready", || is_ready(address).then_some(()));
+    assert_eq!(is_current(), Some(1.0));
+    std::fs::write(&file, "http://127.0.0.1:1/ 1x\n").unwrap();
+    wait_for("a metric tells it", || (is_current() == Some(0.0)).then_some(()));
+    assert_eq!(get(address, "/readyz"), (200, "ready\n".into()));
+    std::fs::write(&file, "http://127.0.0.1:1/ 2s\n").unwrap();
+    wait_for("it is corrected", || (is_current() == Some(1.0)).then_some(()));
+    agent.stop();
+}
+
+#[test]
 fn an_outage_of_kafka_makes_the_producer_unready_and_its_end_ready_again() {
     let kafka = MockCluster::new(1).unwrap();
     kafka.create_topic("host-metrics", 2, 1).unwrap();

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::check::target::Target;
 
@@ -12,8 +13,10 @@ use crate::check::target::Target;
 pub struct HostList(HashMap<String, Arc<Target>>);
 
 /// What a newer list changes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Changes {
+    /// When the reading of the newer list began.
+    pub begun_at: Instant,
     /// The hosts that are new or have another line.
     pub changed: Vec<Arc<Target>>,
     /// The hosts that are in the list no more.
@@ -42,7 +45,7 @@ impl HostList {
     }
 
     /// Becomes the newer list.
-    pub fn replace(&mut self, targets: Vec<Target>, warnings: Vec<String>) -> Changes {
+    pub fn replace(&mut self, begun_at: Instant, targets: Vec<Target>, warnings: Vec<String>) -> Changes {
         let mut newer = HashMap::with_capacity(targets.len());
         let mut changed = Vec::new();
         for target in targets {
@@ -58,6 +61,7 @@ impl HostList {
         }
         let left = std::mem::replace(&mut self.0, newer);
         Changes {
+            begun_at,
             changed,
             removed: left.into_values().collect(),
             hosts: self.0.len(),
@@ -87,6 +91,7 @@ impl FromIterator<Arc<Target>> for HostList {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::instant_now;
     use crate::produce::host_file;
 
     fn targets(lines: &str) -> Vec<Target> {
@@ -105,7 +110,7 @@ mod tests {
             .collect();
         let mut follower: HostList = list.iter().cloned().collect();
         let newer = "d.example 5\nb.example 5 body=\"x\" method=PUT\na.example 5m status=200 (x)\n";
-        let changes = list.replace(targets(newer), Vec::new());
+        let changes = list.replace(instant_now(), targets(newer), Vec::new());
         assert_eq!(
             texts(&changes.changed),
             ["d.example 5m", "b.example 5m method=PUT body=\"x\""]
@@ -124,7 +129,7 @@ mod tests {
         };
         assert_eq!(sorted(&follower), sorted(&list));
 
-        let changes = list.replace(targets(newer), Vec::new());
+        let changes = list.replace(instant_now(), targets(newer), Vec::new());
         assert_eq!((changes.changed.len(), changes.removed.len()), (0, 0));
         for (line, other) in [
             ("a.example 5 x", "a.example 5 y"),
@@ -134,9 +139,17 @@ mod tests {
             ("a.example 5 json=/a:1", "a.example 5 json=/a:2"),
         ] {
             let mut list: HostList = targets(line).into_iter().map(Arc::new).collect();
-            assert_eq!(list.replace(targets(line), Vec::new()).changed.len(), 0, "{line}");
             assert_eq!(
-                list.replace(targets(other), Vec::new()).changed.len(),
+                list.replace(instant_now(), targets(line), Vec::new())
+                    .changed
+                    .len(),
+                0,
+                "{line}"
+            );
+            assert_eq!(
+                list.replace(instant_now(), targets(other), Vec::new())
+                    .changed
+                    .len(),
                 1,
                 "{other}"
             );

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 
@@ -313,6 +313,7 @@ impl Shared {
             LOOK_EVERY
         };
         while let Some(is_requested) = self.wait(&mut reloads, look_every) {
+            let begun_at = instant_now();
             let contents = match look_every {
                 // A pipe that has replaced the file would block.
                 LOOK_EVERY if is_special(path) => Err(io::Error::other("it is not a regular file any more")),
@@ -325,7 +326,7 @@ impl Shared {
                 continue;
             }
             match host_file::parse_contents(path, contents, self.secrets.as_deref()) {
-                Ok(hosts) => self.take(index, hosts),
+                Ok(hosts) => self.take(index, begun_at, hosts),
                 Err(error) => self.refuse(index, &error.0),
             }
         }
@@ -343,7 +344,8 @@ impl Shared {
         let mut reloads = 0;
         let mut wait = LOOK_EVERY;
         while let Some(is_requested) = self.wait(&mut reloads, wait) {
-            let now = micros(start.elapsed());
+            let begun_at = instant_now();
+            let now = micros(begun_at - start);
             let read = table.version().and_then(|found| {
                 let is_due = is_requested || version.is_due(now, found);
                 let rows = is_due.then(|| table.rows()).transpose()?;
@@ -380,7 +382,7 @@ impl Shared {
                 Ok(read) => {
                     hash = Some(new);
                     keep(&mut table, config, &read);
-                    self.take(index, read.hosts);
+                    self.take(index, begun_at, read.hosts);
                 }
                 Err(error) => {
                     if hash.replace(new) != Some(new) {
@@ -402,8 +404,8 @@ impl Shared {
         (!requests.is_over).then_some(is_requested)
     }
 
-    /// A source has a new list.
-    fn take(&self, index: usize, hosts: Hosts) {
+    /// A source has a new list, which was read since then.
+    fn take(&self, index: usize, begun_at: Instant, hosts: Hosts) {
         let Hosts {
             targets, warnings, ..
         } = hosts;
@@ -428,7 +430,7 @@ impl Shared {
         };
         self.note_errors(of_sources);
         // While the lists are locked, because the changes have an order.
-        (self.put)(all.replace(targets, warnings));
+        (self.put)(all.replace(begun_at, targets, warnings));
     }
 
     /// A source has an error.
