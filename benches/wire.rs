@@ -42,7 +42,7 @@ fn main() {
     let origin = Origin {
         topic: "host-metrics",
         partition: 3,
-        offset: Offset(123_456_789),
+        offset: 123_456_789,
     };
     let mut row = Vec::new();
     report("encode_row", ok.len(), || {

@@ -86,7 +86,7 @@ impl Sink for RowsSink {
         let origin = Origin {
             topic,
             partition: record.partition.number,
-            offset: record.offset,
+            offset: record.offset.0,
         };
         layout.encode_row(&sample, origin, row)?;
         Ok(Encoded::Row)

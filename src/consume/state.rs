@@ -21,7 +21,7 @@ use crate::consume::counters::Counters;
 use crate::consume::fold::Fold;
 use crate::consume::fold::host::{Certificate, Checks, Host, Incident, Series, Verdict};
 use crate::consume::fold::observed::Observed;
-use crate::consume::fold::rollup::{Histogram, Key, Rollup, WIDTHS, series_id};
+use crate::consume::fold::rollup::{Key, Rollup};
 use crate::consume::positions::{Keys, Positions};
 use crate::consume::sink::{Sink, admit};
 use crate::consume::windows::Windows;
@@ -29,6 +29,7 @@ use crate::duration;
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
+use crate::tables::buckets::{Histogram, WIDTHS, series_id};
 use crate::tables::names::{Object, TableName};
 use crate::tables::row::{HEADER, TRAILER};
 use crate::tables::state::{

@@ -4,11 +4,11 @@
 
 use maud::{PreEscaped, html};
 
-use crate::consume::fold::rollup::series_id;
 use crate::page::html::incidents;
 use crate::page::snapshot::Incident;
 use crate::page::view::View;
 use crate::page::words;
+use crate::tables::buckets::series_id;
 
 /// The most incidents in the feed.
 const NEWEST: usize = 50;

@@ -84,7 +84,7 @@ impl File {
     fn new(content_type: &'static str, body: String) -> Self {
         let tag = format!(
             "W/\"{:016x}\"",
-            crate::consume::fold::rollup::series_id(&body, content_type)
+            crate::tables::buckets::series_id(&body, content_type)
         );
         Self {
             content_type,

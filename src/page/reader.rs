@@ -9,11 +9,11 @@ use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::config::DatabaseConfig;
-use crate::consume::fold::rollup::Histogram;
 use crate::page::snapshot::{
     Bucket, Counts, DAY, DAYS_SHOWN, HOUR, HOURS_SHOWN, Host, Incident, Place, SECOND, Snapshot, WINDOWS,
 };
 use crate::postgres::{Bounds, Fault, Session};
+use crate::tables::buckets::Histogram;
 use crate::tables::names::{Object, TableName};
 use crate::tables::windows;
 

@@ -2,7 +2,7 @@
 //!
 //! Pure. `reader` fills it from the tables; everything else in `page` is made from it. Times are microseconds since 1970.
 
-use crate::consume::fold::rollup::Histogram;
+use crate::tables::buckets::Histogram;
 
 pub const SECOND: i64 = 1_000_000;
 pub const HOUR: i64 = 3_600 * SECOND;

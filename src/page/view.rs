@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use crate::consume::fold::rollup::series_id;
 use crate::page::snapshot::{Host, Incident, Snapshot, State};
 use crate::page::words;
+use crate::tables::buckets::series_id;
 use crate::terminal::{cut, plain};
 
 /// What the operator decides.

@@ -1,5 +1,6 @@
 //! The tables in Postgres: names, SQL, migrations, COPY's row format, checks of existing tables, and partitions.
 
+pub mod buckets;
 pub mod days;
 pub mod ddl;
 pub mod destination;

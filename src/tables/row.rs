@@ -7,7 +7,6 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use crate::consume::batch::Offset;
 use crate::sample::{Field, Sample, Timestamp};
 
 /// The start of a binary COPY: signature, no flags, no header extension.
@@ -37,7 +36,7 @@ pub struct Layout {
 pub struct Origin<'a> {
     pub topic: &'a str,
     pub partition: i32,
-    pub offset: Offset,
+    pub offset: i64,
 }
 
 impl Layout {
@@ -53,7 +52,7 @@ impl Layout {
         let origin = Origin {
             topic: "",
             partition: 0,
-            offset: Offset(0),
+            offset: 0,
         };
         let mut filled = Vec::new();
         let mut problems = Vec::new();
@@ -199,7 +198,7 @@ impl Source {
             },
             Self::KafkaTopic => Value::Text(Some(origin.topic)),
             Self::KafkaPartition => Value::Integer(Some(origin.partition.into())),
-            Self::KafkaOffset => Value::Integer(Some(origin.offset.0)),
+            Self::KafkaOffset => Value::Integer(Some(origin.offset)),
         }
     }
 }
@@ -449,7 +448,7 @@ mod tests {
     const ORIGIN: Origin<'static> = Origin {
         topic: "host-metrics",
         partition: 3,
-        offset: Offset(1 << 40),
+        offset: 1 << 40,
     };
 
     fn column(name: &str, of: &PostgresType) -> Column {

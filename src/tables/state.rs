@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use crate::consume::fold::rollup::WIDTHS;
+use crate::tables::buckets::WIDTHS;
 use crate::tables::names::{Object, TableName};
 
 /// A column: its name, its type, and what follows the type in CREATE TABLE.

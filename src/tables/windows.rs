@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use crate::consume::fold::rollup::{BIN_DIGITS, BIN_RATIO, FIRST_BIN_MICROS};
+use crate::tables::buckets::{BIN_DIGITS, BIN_RATIO, FIRST_BIN_MICROS};
 use crate::tables::names::{Object, TableName, literal};
 
 /// The windows: the suffix of their columns, and their length.

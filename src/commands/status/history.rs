@@ -4,9 +4,9 @@ use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
 use crate::commands::status::rows::{SETTINGS, micros, no_state, time};
-use crate::consume::fold::rollup::Histogram;
 use crate::postgres::{Fault, Session};
 use crate::sample::Timestamp;
+use crate::tables::buckets::Histogram;
 use crate::tables::destination::ExistingObjects;
 use crate::tables::names::Object;
 use crate::terminal::{NONE, columns, plain, roughly, seconds};

@@ -17,7 +17,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::consume::fold::host::{DownWhen, Host};
 use crate::consume::fold::observed::Observed;
-use crate::consume::fold::rollup::{Key, Rollup, WIDTHS, series_id};
+use crate::consume::fold::rollup::{Key, Rollup};
+use crate::tables::buckets::{WIDTHS, series_id};
 
 /// The records of a batch, by series, and their sums.
 #[derive(Debug, Default)]

@@ -3,9 +3,9 @@
 use proptest::prelude::*;
 
 use super::host::{Incident, Verdict};
-use super::rollup::WIDTHS;
 use super::*;
 use crate::sample::{self, Sample, Timestamp};
+use crate::tables::buckets::WIDTHS;
 
 const HOST: &str = "https://a.example/";
 

@@ -2,11 +2,11 @@
 
 use maud::{Markup, html};
 
-use crate::consume::fold::rollup::series_id;
 use crate::page::html::{Page, mark, moment};
 use crate::page::snapshot::{Incident, State};
 use crate::page::view::{Shown, View, encoded};
 use crate::page::words;
+use crate::tables::buckets::series_id;
 
 type Pair<'v, 'a> = (&'v Shown<'a>, &'a Incident);
 

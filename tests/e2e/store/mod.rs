@@ -100,10 +100,9 @@ pub fn row(
     offset: i64,
     sample: &Sample<'_>,
 ) {
-    let offset = Offset(offset);
     let record = Record {
         partition,
-        offset,
+        offset: Offset(offset),
         timestamp: None,
         key: Some(sample.address.as_bytes()),
         value: Some(b"{}"),
