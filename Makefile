@@ -70,7 +70,7 @@ bench-consume: setup ## compare the speed of `consume` with psql's \copy; ARGS="
 bench-views: setup ## measure the cost of the state per record, its size and the views; ARGS="1000 1440 60" sets hosts, checks per host and seconds between them
 	cargo bench --locked --bench views -- $(ARGS)
 
-bench-produce: ## measure the cost and lateness of checks with 100 to 5,000 hosts (Linux, root); ARGS="https 1000" selects cases; ARGS=group compares with PRODUCE_GROUP, ARGS=million takes six minutes
+bench-produce: ## measure the cost and lateness of checks with 100 to 5,000 hosts (Linux, root); ARGS="https 1000" selects cases; ARGS=group compares with PRODUCE_GROUP, ARGS=takeover counts missed ticks (after `make setup`), ARGS=million takes six minutes
 	cargo bench --locked --bench produce --no-run
 	scripts/alone cargo bench --locked --offline --bench produce -- $(ARGS)
 

@@ -8,12 +8,19 @@
 //! namespace of its own, because thousands of connections a second would fill the machine's connection tables.
 //!
 //! Arguments: `seconds=12` per case, and words that a case's name must contain, such as `https 1000`; or `soak` and
-//! `seconds=300`. `group` compares a producer with PRODUCE_GROUP and one without, and measures takeovers. `million` lets three
-//! producers share a million hosts at five minutes, kills one of them, and takes six minutes. Both run only if they are named.
+//! `seconds=300`. `group` compares a producer with PRODUCE_GROUP and one without. `takeover` counts the ticks that are missed when
+//! producers are stopped, restarted and killed, with a real Kafka. `million` lets three producers share a million hosts at five
+//! minutes, kills one of them, and takes six minutes. These run only if they are named.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 
+#[allow(dead_code, reason = "the end-to-end tests may need more of it")]
+#[path = "../tests/e2e/kafka.rs"]
+mod kafka;
 mod median;
+#[allow(dead_code, reason = "the end-to-end tests may need more of it")]
+#[path = "../tests/e2e/scratch.rs"]
+mod scratch;
 mod site;
 
 use std::cell::Cell;
@@ -74,10 +81,11 @@ fn main() -> ExitCode {
     let is_soak = words.iter().any(|word| word == "soak");
     let wanted: Vec<_> = words.iter().filter(|word| !word.contains('=')).collect();
     let is_named = |name: &str| words.iter().any(|word| word == name);
-    let stage = Stage::set();
+    let mut stage = Stage::set();
     let is_balanced = match is_soak {
         true => soak(&stage, Duration::from_secs(seconds.unwrap_or(300))),
         false if is_named("group") => group(&stage, Duration::from_secs(seconds.unwrap_or(12))),
+        false if is_named("takeover") => takeovers(&mut stage, seconds.unwrap_or(3)),
         false if is_named("million") => million(&stage, Duration::from_secs(seconds.unwrap_or(340))),
         false => bench(&stage, Duration::from_secs(seconds.unwrap_or(12)), |case| {
             wanted
@@ -213,7 +221,7 @@ impl fmt::Display for Row {
 
 fn measure(stage: &Stage, case: Case, time: Duration) -> Result<Row, String> {
     let topic = stage.new_topic();
-    let mut ledger = Ledger::new(&stage.kafka, &topic);
+    let mut ledger = Ledger::new(&stage.servers, &topic);
     let is_https = case.scheme == "https";
     let (well, hangs) = match is_https {
         true => (stage.site.https, stage.site.https_hanging),
@@ -306,11 +314,9 @@ const JOIN: Duration = Duration::from_secs(8);
 /// Longer than a session, 6 s, and a takeover.
 const SESSION: Duration = Duration::from_secs(12);
 
-/// The price of PRODUCE_GROUP in one run, the idle cost of a member, and what a planned stop and a kill cost.
+/// The price of PRODUCE_GROUP in one run, and the idle cost of a member.
 fn group(stage: &Stage, time: Duration) -> bool {
-    let result = compare_with_a_group(stage, time)
-        .and_then(|()| idle_member(stage, time))
-        .and_then(|()| takeovers(stage));
+    let result = compare_with_a_group(stage, time).and_then(|()| idle_member(stage, time));
     if let Err(reason) = &result {
         println!("{reason}");
     }
@@ -330,7 +336,7 @@ fn turn(
     time: Duration,
 ) -> Result<(f64, f64, u64), String> {
     let topic = stage.new_topic();
-    let mut ledger = Ledger::new(&stage.kafka, &topic);
+    let mut ledger = Ledger::new(&stage.servers, &topic);
     let begun = now();
     let agent = Agent::start_as(stage, &topic, hosts, "1s", group);
     while ledger.entries.iter().all(|entry| entry.late_micros.is_none()) {
@@ -382,7 +388,7 @@ fn idle_member(stage: &Stage, time: Duration) -> Result<(), String> {
     let hosts = well_hosts(stage, 12);
     for group in [None, Some("idle")] {
         let topic = stage.new_topic();
-        let mut ledger = Ledger::new(&stage.kafka, &topic);
+        let mut ledger = Ledger::new(&stage.servers, &topic);
         let agent = Agent::start_as(stage, &topic, &hosts, "1s", group);
         ledger.read_for(JOIN);
         let before = Usage::now(stage, &[&agent]);
@@ -399,35 +405,62 @@ fn idle_member(stage: &Stage, time: Duration) -> Result<(), String> {
     Ok(())
 }
 
-fn takeovers(stage: &Stage) -> Result<(), String> {
-    let hosts = well_hosts(stage, 120);
-    let topic = stage.new_topic();
-    let mut ledger = Ledger::new(&stage.kafka, &topic);
-    let start = || Agent::start_as(stage, &topic, &hosts, "1s", Some("takeovers"));
-    let (planned, mut killed, last) = (start(), start(), start());
-    ledger.read_for(JOIN + JOIN);
-    let stopped_at = wall_micros();
-    ledger.read_to_the_end_of(planned)?;
-    ledger.read_for(JOIN);
-    let killed_at = wall_micros();
-    killed.process.kill().map_err(|error| error.to_string())?;
-    ledger.read_for(SESSION + JOIN);
-    ledger.read_to_the_end_of(last)?;
-    ledger.balance(&hosts)?;
-    let missed = |from: i64, until: i64| {
-        let missed = ledger
-            .entries
-            .iter()
-            .filter(|entry| entry.late_micros.is_none() && (from..until).contains(&entry.scheduled_at));
-        missed.count()
-    };
+const FAST_HOSTS: usize = 120;
+const SLOW_HOSTS: usize = 40;
+
+/// With a real Kafka: how many ticks of a host three producers miss when one is stopped, replaced or killed.
+fn takeovers(stage: &mut Stage, rounds: u64) -> bool {
+    let kafka = kafka::Kafka::start();
+    stage.servers = kafka.bootstrap_servers();
+    let mut hosts = well_hosts(stage, FAST_HOSTS);
+    hosts.extend((0..SLOW_HOSTS).map(|i| format!("http://{}{SLOW}{i}", stage.site.http)));
     println!(
-        "three members, 120 hosts at 1 s: {} ticks missed by a planned stop, {} by a kill ({:.1} s of a third of the hosts)",
-        missed(stopped_at, killed_at),
-        missed(killed_at, ledger.stopped_at),
-        missed(killed_at, ledger.stopped_at) as f64 / (hosts.len() as f64 / 3.0)
+        "three members, {FAST_HOSTS} hosts at 1 s and {SLOW_HOSTS} at 10 s, {PARTITIONS} partitions; missed ticks: the most of a \
+         host at 1 s, the most of one at 10 s, all"
     );
-    Ok(())
+    let mut result = Ok(());
+    for round in 1..=rounds {
+        result = result.and_then(|()| takeover(stage, &kafka, &hosts, round));
+    }
+    if let Err(reason) = &result {
+        println!("{reason}");
+    }
+    result.is_ok()
+}
+
+fn takeover(stage: &Stage, kafka: &kafka::Kafka, hosts: &[String], round: u64) -> Result<(), String> {
+    let topic = format!("takeover-{round}");
+    kafka.create_topic(&topic, PARTITIONS);
+    let mut ledger = Ledger::new(&stage.servers, &topic);
+    let start = || Agent::start_as(stage, &topic, hosts, "1s", Some(&topic));
+    let mut agents = vec![start(), start(), start()];
+    ledger.read_for(JOIN + JOIN);
+
+    let mut from = wall_micros();
+    ledger.read_to_the_end_of(agents.remove(0))?;
+    ledger.read_for(JOIN);
+    ledger.say_missed("a planned stop (target 1, 0)", &mut from);
+    agents.push(start());
+    ledger.read_for(JOIN);
+    ledger.say_missed("a start (target 1, 0)", &mut from);
+    for _ in 0..agents.len() {
+        agents.push(start());
+        ledger.read_for(JOIN);
+        ledger.read_to_the_end_of(agents.remove(0))?;
+        ledger.read_for(JOIN);
+        ledger.say_missed("a start and a stop (target 1 each, 0)", &mut from);
+    }
+    agents
+        .remove(0)
+        .process
+        .kill()
+        .map_err(|error| error.to_string())?;
+    ledger.read_for(SESSION + JOIN);
+    ledger.say_missed("a kill (target 6 to 8, 1)", &mut from);
+    for agent in agents {
+        ledger.read_to_the_end_of(agent)?;
+    }
+    ledger.faults_of(Vec::new())
 }
 
 /// The time from the first share that a producer takes to the last one.
@@ -440,7 +473,7 @@ const MILLION_INTERVAL: i64 = 300_000_000;
 fn million(stage: &Stage, time: Duration) -> bool {
     let hosts = well_hosts(stage, MILLION);
     let topic = stage.new_topic();
-    let mut ledger = Ledger::new(&stage.kafka, &topic);
+    let mut ledger = Ledger::new(&stage.servers, &topic);
     ledger.interval = MILLION_INTERVAL;
     // Otherwise all hosts would be new, and be checked within the first ten seconds.
     let since = wall_micros();
@@ -468,12 +501,18 @@ fn million(stage: &Stage, time: Duration) -> bool {
         .map(|agent| agent.status("VmHWM:") * 1_024)
         .max()
         .unwrap_or(0);
+    // A fourth one takes over at the end, and records what the others left.
+    agents.push(start());
+    ledger.read_for(JOIN);
     let mut result = Ok(());
+    let mut third_stopped_at = 0;
     for agent in agents {
+        third_stopped_at = ledger.stopped_at;
         result = result.and_then(|()| ledger.read_to_the_end_of(agent));
         // The next one takes over.
         ledger.read_for(JOIN);
     }
+    ledger.stopped_at = third_stopped_at;
     let result = result.and_then(|()| ledger.close(&hosts, since));
     let missed = ledger
         .entries
@@ -509,7 +548,7 @@ const OUTAGE: Duration = Duration::from_secs(8);
 /// have exactly one record.
 fn soak(stage: &Stage, time: Duration) -> bool {
     let topic = stage.new_topic();
-    let mut ledger = Ledger::new(&stage.kafka, &topic);
+    let mut ledger = Ledger::new(&stage.servers, &topic);
     let Site {
         http,
         https,
@@ -587,6 +626,8 @@ struct Ledger {
     entries: Vec<Entry>,
     outcomes: HashMap<String, u64>,
     faults: Vec<String>,
+    /// The ticks that were missed, with their hosts.
+    missed: Vec<(String, i64)>,
     began_at: i64,
     stopped_at: i64,
     interval: i64,
@@ -608,13 +649,17 @@ struct Entry {
     is_well_site: bool,
 }
 
+/// In the path of a host at ten seconds.
+const SLOW: &str = "/well/slow/";
+const SLOW_INTERVAL: i64 = 10 * INTERVAL_MICROS;
+
 /// How many faults are printed; more would add nothing.
 const TOLD_FAULTS: usize = 10;
 
 impl Ledger {
-    fn new(kafka: &Kafka, topic: &str) -> Self {
+    fn new(servers: &str, topic: &str) -> Self {
         let consumer: BaseConsumer = ClientConfig::new()
-            .set("bootstrap.servers", kafka.bootstrap_servers())
+            .set("bootstrap.servers", servers)
             .set("group.id", "ledger")
             .set("enable.auto.commit", "false")
             .set("auto.offset.reset", "error")
@@ -636,6 +681,7 @@ impl Ledger {
             entries: Vec::new(),
             outcomes: HashMap::new(),
             faults: Vec::new(),
+            missed: Vec::new(),
             began_at: wall_micros(),
             stopped_at: i64::MAX,
             interval: INTERVAL_MICROS,
@@ -712,10 +758,12 @@ impl Ledger {
             }
             Ok(sample) => {
                 let scheduled_at = sample.scheduled_at.map_or(0, Timestamp::unix_micros);
+                let is_slow = sample.address.contains(SLOW);
+                let interval = if is_slow { SLOW_INTERVAL } else { self.interval };
                 let account = self.accounts.entry(sample.address.to_string());
                 let account = account
                     .and_modify(|account| {
-                        if scheduled_at != account.last + self.interval {
+                        if scheduled_at != account.last + interval {
                             let since = (scheduled_at - account.last) as f64 / 1e6;
                             faults.push(format!(
                                 "{}: a record {since} s after the one before",
@@ -733,6 +781,9 @@ impl Ledger {
                     Some(count) => *count += 1,
                     None => drop(self.outcomes.insert(outcome.to_owned(), 1)),
                 }
+                if sample.started_at.is_none() {
+                    self.missed.push((sample.address.to_string(), scheduled_at));
+                }
                 self.entries.push(Entry {
                     scheduled_at,
                     late_micros: sample.started_at.map(|at| at.unix_micros() - scheduled_at),
@@ -747,7 +798,7 @@ impl Ledger {
 
     /// Every tick of every host after `since` has its record: the first one on its grid, and each later one.
     fn close(&self, hosts: &[String], since: i64) -> Result<(), String> {
-        let mut faults = self.faults.clone();
+        let mut faults = Vec::new();
         for host in hosts {
             let phase = phase_micros(host, self.interval);
             let first = since + self.interval - (since - phase).rem_euclid(self.interval);
@@ -762,18 +813,43 @@ impl Ledger {
                 _ => {}
             }
         }
+        self.faults_of(faults)
+    }
+
+    /// `more` are faults beside those that were noticed when the records were read.
+    fn faults_of(&self, more: Vec<String>) -> Result<(), String> {
+        let faults = [self.faults.as_slice(), &more].concat();
         match faults.len() {
             0 => Ok(()),
             count => Err(format!(
-                "the ledger is not closed, {count} faults:\n{}",
+                "the ledger does not balance, {count} faults:\n{}",
                 faults[..count.min(TOLD_FAULTS)].join("\n")
             )),
         }
     }
 
+    /// Prints what was missed since then, and begins anew.
+    fn say_missed(&self, what: &str, from: &mut i64) {
+        let mut of_hosts: HashMap<&str, usize> = HashMap::new();
+        for (host, _) in self.missed.iter().filter(|(_, tick)| tick >= from) {
+            *of_hosts.entry(host).or_default() += 1;
+        }
+        let most = |is_slow: bool| {
+            let of_kind = of_hosts.iter().filter(|(host, _)| host.contains(SLOW) == is_slow);
+            of_kind.map(|(_, count)| *count).max().unwrap_or(0)
+        };
+        println!(
+            "{what:<40}{:>4}{:>4}{:>6}",
+            most(false),
+            most(true),
+            of_hosts.values().sum::<usize>()
+        );
+        *from = wall_micros();
+    }
+
     /// Every tick of every host from the start to the stop has exactly one record, in order.
     fn balance(&self, hosts: &[String]) -> Result<(), String> {
-        let mut faults = self.faults.clone();
+        let mut faults = Vec::new();
         let starts_before = self.began_at + micros(PATIENCE);
         let first = self.accounts.values().map(|account| account.first).min();
         // With PRODUCE_GROUP, the shares are taken one after another.
@@ -797,24 +873,18 @@ impl Ledger {
         if self.accounts.len() > hosts.len() {
             faults.push(format!("{} hosts of {}", self.accounts.len(), hosts.len()));
         }
-        match faults.len() {
-            0 => Ok(()),
-            count => Err(format!(
-                "the ledger does not balance, {count} faults:\n{}",
-                faults[..count.min(TOLD_FAULTS)].join("\n")
-            )),
-        }
+        self.faults_of(faults)
     }
 }
 
 // --- The stage -----------------------------------------------------------------------------------------------------
 
-type Kafka = MockCluster<'static, DefaultProducerContext>;
-
 struct Stage {
     scratch: tempfile::TempDir,
     ca_file: PathBuf,
-    kafka: Kafka,
+    kafka: MockCluster<'static, DefaultProducerContext>,
+    /// Of `kafka`, or of a real one.
+    servers: String,
     site: Site,
     topics: Cell<usize>,
     agents: Cell<usize>,
@@ -824,9 +894,11 @@ impl Stage {
     fn set() -> Self {
         let scratch = tempfile::tempdir().expect("a temporary directory");
         let ca_file = scratch.path().join("ca.pem");
+        let kafka = MockCluster::new(1).expect("a broker");
         Self {
             site: Site::start(&ca_file),
-            kafka: MockCluster::new(1).expect("a broker"),
+            servers: kafka.bootstrap_servers(),
+            kafka,
             topics: Cell::new(0),
             agents: Cell::new(0),
             ca_file,
@@ -837,7 +909,7 @@ impl Stage {
     /// A group that has recorded everything until `since`.
     fn write_ledgers(&self, group: &str, topic: &str, since: i64) {
         let consumer: BaseConsumer = ClientConfig::new()
-            .set("bootstrap.servers", self.kafka.bootstrap_servers())
+            .set("bootstrap.servers", &self.servers)
             .set("group.id", group)
             .create()
             .expect("good settings");
@@ -954,7 +1026,11 @@ impl Agent {
         let number = stage.agents.get();
         let path = |name: &str| stage.scratch.path().join(format!("{number}.{name}"));
         let (host_file, log_file) = (path("hosts"), path("log"));
-        let lines: String = hosts.iter().map(|host| format!("{host} {interval}\n")).collect();
+        let line = |host: &String| match host.contains(SLOW) {
+            true => format!("{host} 10s\n"),
+            false => format!("{host} {interval}\n"),
+        };
+        let lines: String = hosts.iter().map(line).collect();
         fs::write(&host_file, lines).expect("room for it");
         let process = Command::new(env!("CARGO_BIN_EXE_host-metrics"))
             .env_clear()
@@ -963,7 +1039,7 @@ impl Agent {
             .current_dir(stage.scratch.path())
             .args(["produce", "-c"])
             .arg(host_file)
-            .env("KAFKA_BOOTSTRAP_SERVERS", stage.kafka.bootstrap_servers())
+            .env("KAFKA_BOOTSTRAP_SERVERS", &stage.servers)
             .env("KAFKA_TOPIC", topic)
             .env("CHECK_CA_FILE", &stage.ca_file)
             .env("AGENT_NAME", "bench")

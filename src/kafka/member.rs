@@ -84,7 +84,7 @@ impl Member {
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("session.timeout.ms", SESSION_MS)
             // How soon a member learns about a rebalance.
-            .set("heartbeat.interval.ms", "500")
+            .set("heartbeat.interval.ms", "300")
             // A restarted coordinator keeps dead members this long. It has to be longer than a question to Kafka may take.
             .set("max.poll.interval.ms", "10000")
             .set("socket.timeout.ms", "5000")

@@ -24,6 +24,10 @@ const CLAIM_AGAIN_MICROS: i64 = 2_000_000;
 /// meanwhile.
 const RELEASE_WITHIN_MICROS: i64 = 2_000_000;
 
+/// How long an owner goes on after the group has asked for a share. A member that has just joined does not ask for it earlier:
+/// librdkafka leaves a second between two requests to join.
+const KEEP_MICROS: i64 = 1_000_000;
+
 /// If a share has no ledger, its hosts continue from what this many records at the end of the partition say.
 const RECORDS_WITHOUT_LEDGER: i64 = 10_000;
 
@@ -173,6 +177,8 @@ struct Tenure {
     /// A later ledger, to be committed next.
     progress: Option<Ledger>,
     not_before: i64,
+    /// The group wants it back: it is released then.
+    release_at: Option<i64>,
 }
 
 impl Tenure {
@@ -206,7 +212,7 @@ impl Shares {
     pub fn handle(&mut self, now: i64, event: Event) {
         match event {
             Event::Assigned(shares) => self.assigned(now, shares),
-            Event::Revoked(shares) => self.revoked(&shares, now + RELEASE_WITHIN_MICROS),
+            Event::Revoked(shares) => self.revoked(now, &shares),
             Event::Lost(shares) => self.lost(&shares),
             Event::Ledgers(found) => self.ledgers(now, &found),
             Event::TailRead { share, epoch, tail } => self.tail_read(now, share, epoch, tail),
@@ -238,6 +244,7 @@ impl Shares {
     /// What to do next. Every action except [`Action::Wait`] is returned once, and the machine assumes that it begins.
     pub fn next_action(&mut self, now: i64) -> Action {
         self.end_overdue(now);
+        self.release_due(now);
         if let Some(action) = self.decided.pop_front() {
             return action;
         }
@@ -360,7 +367,9 @@ impl Shares {
         let until = self.tenures.values().filter_map(|tenure| match tenure.stage {
             Stage::Releasing { until } => Some(until),
             Stage::ToClose { until, .. } => Some(until.min(tenure.not_before.max(now))),
-            _ => Some(tenure.not_before).filter(|at| *at > now),
+            _ => tenure
+                .release_at
+                .or(Some(tenure.not_before).filter(|at| *at > now)),
         });
         let until = until.chain(self.stops_at.filter(|at| *at > now));
         Action::Wait { until: until.min() }
@@ -380,6 +389,7 @@ impl Shares {
                 committed: None,
                 progress: None,
                 not_before: now,
+                release_at: None,
             });
         }
         // The group has assigned the shares that it does not name here to other members.
@@ -392,7 +402,7 @@ impl Shares {
         others.iter().for_each(|share| self.forget(share));
     }
 
-    fn revoked(&mut self, shares: &[Share], until: i64) {
+    fn revoked(&mut self, now: i64, shares: &[Share]) {
         self.revoking.extend(shares.iter().cloned());
         for share in shares {
             let Some(tenure) = self.tenures.get_mut(share) else {
@@ -403,7 +413,7 @@ impl Shares {
                 continue;
             }
             if tenure.stage == Stage::Owned {
-                self.release(share, until);
+                tenure.release_at.get_or_insert(now + KEEP_MICROS);
             } else {
                 self.forget(share);
             }
@@ -430,6 +440,16 @@ impl Shares {
         }
     }
 
+    fn release_due(&mut self, now: i64) {
+        let is_due = |(share, tenure): (&Share, &Tenure)| {
+            let is_due = tenure.stage == Stage::Owned && tenure.release_at.is_some_and(|at| at <= now);
+            is_due.then(|| share.clone())
+        };
+        let due: Vec<Share> = self.tenures.iter().filter_map(is_due).collect();
+        due.iter()
+            .for_each(|share| self.release(share, now + RELEASE_WITHIN_MICROS));
+    }
+
     fn release(&mut self, share: &Share, until: i64) {
         if let Some(tenure) = self.tenures.get_mut(share) {
             tenure.stage = Stage::Releasing { until };
@@ -446,7 +466,8 @@ impl Shares {
                 self.abandon(share);
                 continue;
             }
-            let is_leaving = matches!(tenure.stage, Stage::Releasing { .. } | Stage::ToClose { .. });
+            let is_leaving = tenure.release_at.is_some()
+                || matches!(tenure.stage, Stage::Releasing { .. } | Stage::ToClose { .. });
             if tenure.epoch.is_none() || is_leaving {
                 self.forget(share);
                 continue;
@@ -475,6 +496,7 @@ impl Shares {
         };
         match tenure.stage {
             Stage::Releasing { .. } | Stage::ToClose { .. } => return,
+            Stage::Owned if tenure.release_at.is_some() => return self.forget(share),
             Stage::Owned => self.decided.push_back(Action::Hold(share.clone())),
             _ => {}
         }
@@ -526,6 +548,7 @@ impl Shares {
                 (Stage::Owned, CommitOutcome::Done) if tenure.epoch == Some(ledger.epoch) => {
                     tenure.committed = Some(ledger);
                 }
+                (Stage::Owned, CommitOutcome::Refused) if tenure.release_at.is_some() => self.forget(&share),
                 (Stage::Owned, CommitOutcome::Refused) if tenure.epoch == Some(ledger.epoch) => {
                     self.decided.push_back(Action::Hold(share.clone()));
                     tenure.begin_again(now + RETRY_MICROS);
