@@ -63,7 +63,7 @@ coverage: ## the share of the code that the unit and integration tests run; ARGS
 	@$(call require,cargo-llvm-cov,cargo install cargo-llvm-cov --locked)
 	cargo llvm-cov --locked --lib --test it $(ARGS)
 
-bench-consume: setup ## compare the speed of `consume` with psql's \copy; ARGS="9 100" runs nine rounds with batches of 100 only
+bench-consume: setup ## compare the speed of `consume` with psql's \copy; ARGS="9 100 slow-disk" runs nine rounds with batches of 100 only, with a millisecond added to each flush of the disk
 	cargo bench --locked --bench wire
 	cargo bench --locked --bench consume -- $(ARGS)
 

@@ -1,6 +1,7 @@
 //! How fast `consume` drains a backlog, compared with `psql \copy` of the same rows into the same table.
 //!
-//! `make bench-consume [ARGS="ROUNDS [DB_BATCH_SIZE ...]"]`. The benchmark starts a real Kafka and a real Postgres (fsync
+//! `make bench-consume [ARGS="ROUNDS [DB_BATCH_SIZE ...] [slow-disk]"]`. With `slow-disk`, Postgres waits for a millisecond before
+//! it flushes its log, as a slower disk would make it do. The benchmark starts a real Kafka and a real Postgres (fsync
 //! on), and runs the program as a child process. Every round measures each DB_BATCH_SIZE and both formats of `\copy`, each
 //! into a new table made by `init`. A ratio compares two numbers of the same round; the median of the rounds is printed.
 //! Rows count when they are durable. Linux only, because CPU times and memory are read from /proc.
@@ -38,7 +39,14 @@ const CASES: [(usize, u32); 5] = [
     (10, 50_000),
     (100, 500_000),
     (1_000, 500_000),
-    (10_000, 500_000),
+    (10_000, 2_000_000),
+];
+
+/// What is measured with each DB_BATCH_SIZE: its name, STATE and DB_SYNCHRONOUS_COMMIT.
+const VARIANTS: [(&str, &str, &str); 3] = [
+    ("", "off", "on"),
+    (" + state", "on", "on"),
+    (" async", "off", "off"),
 ];
 
 /// The case whose rows `\copy` writes too.
@@ -59,7 +67,7 @@ fn main() {
     let mut cases = CASES.to_vec();
     cases.retain(|(batch_size, _)| only.is_empty() || only.contains(batch_size));
 
-    let bench = Bench::start();
+    let bench = Bench::start(std::env::args().any(|word| word == "slow-disk"));
     for records in BTreeSet::from_iter(cases.iter().chain([&COPIED]).map(|(_, records)| *records)) {
         bench.fill(records);
     }
@@ -67,15 +75,15 @@ fn main() {
     let files = bench.files_of(COPIED);
 
     let mut copies = [Vec::new(), Vec::new()];
-    let mut drains = vec![[Vec::new(), Vec::new()]; cases.len()];
+    let mut drains = vec![[const { Vec::new() }; VARIANTS.len()]; cases.len()];
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}");
         for (copies, file) in copies.iter_mut().zip(&files) {
             copies.push(bench.copy(file));
         }
         for (drains, case) in drains.iter_mut().zip(&cases) {
-            for (drains, state) in drains.iter_mut().zip(["off", "on"]) {
-                drains.push(bench.drain(*case, state, |_| ()));
+            for (drains, variant) in drains.iter_mut().zip(VARIANTS) {
+                drains.push(bench.drain(*case, variant, |_| ()));
             }
         }
     }
@@ -87,9 +95,9 @@ fn main() {
     report("\\copy text", text, text, binary);
     report("\\copy binary", binary, text, binary);
     for (drains, (batch_size, _)) in drains.iter().zip(&cases) {
-        let [rows_alone, with_state] = drains;
-        report(&batch_size.to_string(), rows_alone, text, binary);
-        report(&format!("{batch_size} + state"), with_state, text, binary);
+        for (drains, (name, ..)) in drains.iter().zip(VARIANTS) {
+            report(&format!("{batch_size}{name}"), drains, text, binary);
+        }
     }
 }
 
@@ -136,11 +144,18 @@ struct Bench {
 }
 
 impl Bench {
-    fn start() -> Self {
+    fn start(is_disk_slow: bool) -> Self {
+        // Postgres's default. The demo's cluster uses less.
+        let mut configuration = vec![("shared_buffers".into(), "128MB".into())];
+        if is_disk_slow {
+            configuration.extend([
+                ("commit_delay".into(), "1000".into()),
+                ("commit_siblings".into(), "0".into()),
+            ]);
+        }
         let settings = Settings {
             fsync: true,
-            // Postgres's default. The demo's cluster uses less.
-            configuration: vec![("shared_buffers".into(), "128MB".into())],
+            configuration,
             ..Settings::default()
         };
         Self {
@@ -231,7 +246,7 @@ impl Bench {
     fn files_of(&self, case: (usize, u32)) -> [PathBuf; 2] {
         let directory = scratch::directory("rows");
         let files = ["text", "binary"].map(|format| directory.join(format));
-        self.drain(case, "off", |schema| {
+        self.drain(case, VARIANTS[0], |schema| {
             for file in &files {
                 self.psql(&[&format!(
                     "\\copy (SELECT * FROM {schema}.host_metrics ORDER BY tableoid, ctid) TO '{}' ({})",
@@ -243,9 +258,14 @@ impl Bench {
         files
     }
 
-    /// Lets the program drain the topic into a new table. `state` is the variable STATE: with `on`, the state's pipeline
-    /// runs too, and its CPU time is included.
-    fn drain(&self, (batch_size, records): (usize, u32), state: &str, look: impl FnOnce(&str)) -> Measured {
+    /// Lets the program drain the topic into a new table. With STATE=on, the state's pipeline runs too, and its CPU time is
+    /// included.
+    fn drain(
+        &self,
+        (batch_size, records): (usize, u32),
+        (_, state, commit): (&str, &str, &str),
+        look: impl FnOnce(&str),
+    ) -> Measured {
         let schema = "drained";
         let mut client = self.new_tables(schema);
         let directory = scratch::directory("consume");
@@ -264,6 +284,7 @@ impl Bench {
             .env("DB_TABLE", format!("{schema}.host_metrics"))
             .env("DB_BATCH_SIZE", batch_size.to_string())
             .env("STATE", state)
+            .env("DB_SYNCHRONOUS_COMMIT", commit)
             .current_dir(directory)
             .stdin(Stdio::null())
             .stderr(File::create(&log).unwrap());

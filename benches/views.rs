@@ -2,7 +2,7 @@
 //!
 //! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS rows"]`. The stores of the pipelines write so many checks of each host,
 //! the newest one now, in batches of the usual size: the state, and with `rows` also the rows. Postgres has its default settings;
-//! Kafka is not involved. Each view is read on a new connection, as a dashboard does; the result is the median of five, without
+//! `status` asks a broker in this process for the lag. Each view is read on a new connection, as a dashboard does; the result is the median of five, without
 //! the first one. Linux only: CPU times are from /proc.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
@@ -23,6 +23,7 @@ use host_metrics::sample::epoch::Epochs;
 use host_metrics::sample::{Sample, Timestamp, encode};
 use host_metrics::tables::windows;
 use postgres::{Client, NoTls};
+use rdkafka::mocking::MockCluster;
 
 use crate::median::median;
 use crate::scratch::now;
@@ -69,7 +70,9 @@ fn main() {
             connect(&server).simple_query(&sql).expect("a view answers");
         });
     }
-    let settings = config::status(&variables(&server)).expect("these are right");
+    let kafka = MockCluster::new(1).expect("a broker");
+    kafka.create_topic("host-metrics", 1, 1).expect("a topic");
+    let settings = config::status(&variables(&server, &kafka.bootstrap_servers())).expect("these are right");
     report("status", || {
         assert!(!status::run(&settings).expect("the state answers").is_stale());
     });
@@ -102,10 +105,13 @@ impl Load {
     }
 }
 
-fn variables(server: &ThrowAwayPostgres) -> Variables {
+/// Where no Kafka is.
+const NOWHERE: &str = "127.0.0.1:1";
+
+fn variables(server: &ThrowAwayPostgres, kafka: &str) -> Variables {
     let port = server.port().to_string();
     Variables::from_pairs([
-        ("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1"),
+        ("KAFKA_BOOTSTRAP_SERVERS", kafka),
         ("DB_HOST", server.host()),
         ("DB_PORT", &port),
         ("DB_NAME", server.database()),
@@ -114,7 +120,7 @@ fn variables(server: &ThrowAwayPostgres) -> Variables {
 }
 
 fn write_state(load: &Load, server: &ThrowAwayPostgres, client: &mut Client) {
-    let settings = state::config_of(&config::consume(&variables(server)).expect("these are right"));
+    let settings = state::config_of(&config::consume(&variables(server, NOWHERE)).expect("these are right"));
     let sink = StateSink::new(StateConfig::default(), Counters::default());
     let mut store = Store::of(sink, &settings, Default::default()).expect("a store");
     store.open().expect("the tables are made");
@@ -160,7 +166,7 @@ fn write_state(load: &Load, server: &ThrowAwayPostgres, client: &mut Client) {
 }
 
 fn write_rows(load: &Load, server: &ThrowAwayPostgres) {
-    let settings = config::consume(&variables(server)).expect("these are right");
+    let settings = config::consume(&variables(server, NOWHERE)).expect("these are right");
     let mut store = Store::new(&settings).expect("a store");
     let layout = store.open().expect("the tables are made");
     let start = BTreeMap::from([(PARTITION, NextOffset(0))]);

@@ -111,6 +111,7 @@ impl Machine {
         let limits = Limits {
             batch_size: 1_000,
             batch_wait: Duration::from_secs(1),
+            is_asynchronous: false,
         };
         let next = NextOffset(0);
         let mut machine = Self {

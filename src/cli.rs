@@ -577,6 +577,7 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   DB_SSLROOTCERT            PEM file of the database's certificate authority
   DB_BATCH_SIZE             the most records in a transaction [100]
   DB_BATCH_SECONDS          how long a smaller batch waits [1]
+  DB_SYNCHRONOUS_COMMIT     on or off: whether commits wait for the database's disk [on]
   DB_RETENTION              how long rows are kept, e.g. 90d [no limit]
   DB_ROLLUP_RETENTION       how long sums by hour and incidents are kept, e.g. 400d [no limit]
   STATE                     on or off: whether `consume` keeps the state beside the rows [on]

@@ -123,6 +123,8 @@ pub struct ConsumeConfig {
     pub batch_size: usize,
     /// DB_BATCH_SECONDS: a batch that is not full is written when its oldest record has waited this long.
     pub batch_wait: Duration,
+    /// DB_SYNCHRONOUS_COMMIT=off: commits do not wait for the server's disk.
+    pub is_asynchronous: bool,
     pub retention: Option<Duration>,
     /// `None`: rows only.
     pub state: Option<StateConfig>,
@@ -142,6 +144,7 @@ pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
         database: database::database(reader),
         batch_size: reader.number("DB_BATCH_SIZE", BATCH_SIZES, 100),
         batch_wait: database::batch_wait(reader),
+        is_asynchronous: !reader.switch("DB_SYNCHRONOUS_COMMIT"),
         retention: retention(reader),
         state: state::state(reader),
         metrics_addr: metrics_addr(reader),

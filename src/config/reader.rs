@@ -156,6 +156,16 @@ impl<'a> Reader<'a> {
         .unwrap_or(default)
     }
 
+    /// `on` or `off`; `on` unless it is set.
+    pub(super) fn switch(&mut self, name: &'static str) -> bool {
+        let is_on = self.read(name, "on or off", |text| match text {
+            "on" => Some(true),
+            "off" => Some(false),
+            _ => None,
+        });
+        is_on.unwrap_or(true)
+    }
+
     pub(super) fn duration(
         &mut self,
         name: &'static str,

@@ -15,15 +15,11 @@ pub struct StateConfig {
 
 /// All three are read, also where STATE is `off`; `None`: it is.
 pub(super) fn state(reader: &mut Reader<'_>) -> Option<StateConfig> {
-    let is_on = reader.read("STATE", "on or off", |text| match text {
-        "on" => Some(true),
-        "off" => Some(false),
-        _ => None,
-    });
+    let is_on = reader.switch("STATE");
     let expected = "any, majority, all, or how many places must see a host down, from 1";
     let down_when = reader.read("DOWN_WHEN", expected, |text| text.parse().ok());
     let rollup_retention = reader.duration("DB_ROLLUP_RETENTION", RETENTIONS, "400d");
-    is_on.unwrap_or(true).then(|| StateConfig {
+    is_on.then(|| StateConfig {
         down_when: down_when.unwrap_or_default(),
         rollup_retention,
     })

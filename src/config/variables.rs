@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::problem::Problem;
 
 /// The names of all variables. Other names are ignored in `.env` and in the environment, and are an error after `-e`.
-pub const NAMES: [&str; 45] = [
+pub const NAMES: [&str; 46] = [
     "KAFKA_BOOTSTRAP_SERVERS",
     "KAFKA_TOPIC",
     "KAFKA_TOPIC_FAILURES",
@@ -33,6 +33,7 @@ pub const NAMES: [&str; 45] = [
     "DB_BATCH_SECONDS",
     "DB_RETENTION",
     "DB_ROLLUP_RETENTION",
+    "DB_SYNCHRONOUS_COMMIT",
     "STATE",
     "DOWN_WHEN",
     "CHECK_TIMEOUT",

@@ -58,7 +58,8 @@ pub struct Span {
 /// The result of a flush.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Flushed {
-    /// Rows, rejected records and positions are committed.
+    /// Rows, rejected records and positions are committed. A crash of the server can lose them only if the batch
+    /// [may be lost](Batch::may_be_lost), and then it loses all of them.
     Durable,
     /// Another consumer moved a position. Nothing was written.
     Fenced,
@@ -143,6 +144,8 @@ pub struct Batch {
     /// What the sink encoded: for the rows, COPY's binary format without header and trailer. A partition that was removed leaves a
     /// gap.
     pub encoded: Vec<u8>,
+    /// The commit does not wait for the server's disk.
+    pub may_be_lost: bool,
 }
 
 impl Batch {
@@ -240,6 +243,7 @@ impl Batch {
         self.entries.clear();
         self.spans.clear();
         self.epochs.clear();
+        self.may_be_lost = false;
     }
 
     fn keep(&mut self, bytes: &[u8]) -> Range<usize> {

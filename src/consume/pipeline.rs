@@ -83,6 +83,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         let limits = Limits {
             batch_size: config.batch_size,
             batch_wait: config.batch_wait,
+            is_asynchronous: config.is_asynchronous,
         };
         let now = instant_now();
         Self {
@@ -260,6 +261,8 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             Answer::Flushed(_, Flushed::Fatal(text), _) => return Err(anyhow!(text)),
             Answer::Flushed(batch, flushed, took) => {
                 match &flushed {
+                    // It only waited for the disk.
+                    Flushed::Durable if batch.spans.is_empty() => {}
                     Flushed::Durable => self.durable(now, &batch, took),
                     Flushed::Retry(reason) => self.failed(now, reason.clone()),
                     Flushed::Fenced => {

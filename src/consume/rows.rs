@@ -19,7 +19,7 @@ use crate::config::ConsumeConfig;
 use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
 use crate::consume::positions::{Keys, Positions, not_a_rows};
 use crate::consume::refused::Trials;
-use crate::consume::sink::{Sink, admit};
+use crate::consume::sink::{Sink, admit, begin};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
@@ -245,13 +245,14 @@ impl Flush<'_> {
         let rejected = Rejected::chunks(self.keys, batch)?;
         // No other statement can run while a COPY is open, so an INSERT comes before it and costs a round trip.
         let copies_at_once = has_rows && rejected.is_empty();
+        let begin = begin(BEGIN, batch);
 
         // They are sent in the order in which they are polled. Under repeatable read, which may be the user's default, the
         // compare-and-set would fail with 40001 instead of finding no row.
         let (began, moved, copy) = bounded("BEGIN to COPY", step, async {
             Ok::<_, Fault>(
                 join3(
-                    client.batch_execute(BEGIN),
+                    client.batch_execute(&begin),
                     self.positions.advance(self.session, self.keys, batch),
                     async {
                         match copies_at_once {

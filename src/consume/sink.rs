@@ -1,5 +1,7 @@
 //! What a pipeline writes. There are two sinks: `rows` and `state`.
 
+use std::borrow::Cow;
+
 use crate::consume::batch::{Batch, Encoded, Flushed, Record};
 use crate::consume::positions::{Keys, Positions};
 use crate::postgres::{Fault, Session};
@@ -27,6 +29,14 @@ pub fn admit<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'
         epochs.admit(place, epoch).map_err(|void| void.to_string())?;
     }
     Ok(Some(sample))
+}
+
+/// The beginning of the transaction that writes `batch`.
+pub fn begin(sql: &'static str, batch: &Batch) -> Cow<'static, str> {
+    match batch.may_be_lost {
+        true => format!("{sql}; SET LOCAL synchronous_commit = off").into(),
+        false => sql.into(),
+    }
 }
 
 /// What a pipeline writes.

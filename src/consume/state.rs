@@ -23,7 +23,7 @@ use crate::consume::fold::host::{Certificate, Checks, Host, Incident, Series, Ve
 use crate::consume::fold::observed::Observed;
 use crate::consume::fold::rollup::{Key, Rollup};
 use crate::consume::positions::{Keys, Positions};
-use crate::consume::sink::{Sink, admit};
+use crate::consume::sink::{Sink, admit, begin};
 use crate::consume::windows::Windows;
 use crate::duration;
 use crate::postgres::{Fault, Kind, Session, bounded};
@@ -242,11 +242,12 @@ impl Sink for StateSink {
         let client = &session.client;
         let records = u32::try_from(batch.len()).unwrap_or(u32::MAX);
         let within = session.bounds.step + session.bounds.per_row.saturating_mul(records).saturating_mul(4);
+        let begin = begin(BEGIN, batch);
         // They are sent in the order in which they are polled.
         let (began, moved, stored) = bounded("BEGIN to the stored state", within, async {
             Ok::<_, Fault>(
                 join3(
-                    client.batch_execute(BEGIN),
+                    client.batch_execute(&begin),
                     positions.advance(session, keys, batch),
                     read(client, prepared, &fold, &mut rollups),
                 )

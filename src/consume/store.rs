@@ -105,7 +105,7 @@ impl<S: Sink> Store<S> {
         result.map_err(StoreError::from)
     }
 
-    /// Writes the batch in one transaction.
+    /// Writes the batch in one transaction. An empty batch waits until all earlier ones are on the server's disk.
     pub fn flush(&mut self, batch: &Batch) -> Flushed {
         let written = self.on_session(async |opened, keys, sink| {
             let Opened {
@@ -113,6 +113,14 @@ impl<S: Sink> Store<S> {
                 positions,
                 prepared,
             } = opened;
+            if batch.spans.is_empty() {
+                // A commit waits for everything before it in the write-ahead log, but only if it has written to it itself.
+                let sql = "SELECT pg_catalog.pg_logical_emit_message(true, 'host-metrics', '')";
+                session
+                    .bounded("waiting for the server's disk", session.client.batch_execute(sql))
+                    .await?;
+                return Ok(Flushed::Durable);
+            }
             sink.flush(session, keys, positions, prepared, batch).await
         });
         match written {

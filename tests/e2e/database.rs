@@ -107,6 +107,7 @@ pub fn config(server: &ThrowAwayPostgres, database: &str, table: &str) -> Consum
         },
         batch_size: 100,
         batch_wait: Duration::from_secs(1),
+        is_asynchronous: false,
         retention: None,
         state: None,
         metrics_addr: None,

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
-use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
+use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::shutdown::Shutdown;
 use rdkafka::ClientContext;
 use rdkafka::message::{DeliveryResult, Message};
@@ -113,12 +113,19 @@ fn every_acknowledged_record_is_stored_exactly_once_although_every_process_is_ki
 
     let mut kafka = Kafka::start();
     kafka.create_topic(TOPIC, PARTITIONS);
-    let server = ThrowAwayPostgres::start().unwrap();
+    // Commits that do not wait stay in the server's memory for up to 30 s, so that a crash undoes them.
+    let commit = if rng.bool() { "off" } else { "on" };
+    let settings = Settings {
+        configuration: vec![("wal_writer_delay".into(), "10s".into())],
+        ..Settings::default()
+    };
+    let server = ThrowAwayPostgres::start_with(&settings).unwrap();
     let variables = Variables::new()
         .kafka(&kafka.bootstrap_servers(), TOPIC)
         .database(&server)
         .with("LOG_LEVEL", "INFO")
-        .with("DB_BATCH_SECONDS", "0.1");
+        .with("DB_BATCH_SECONDS", "0.1")
+        .with("DB_SYNCHRONOUS_COMMIT", commit);
     let end_of_stream = Arc::new(AtomicBool::new(false));
     let stream = stream(&kafka, Arc::clone(&end_of_stream));
     let mut consumers: Vec<Agent> = (0..CONSUMERS)
@@ -178,7 +185,10 @@ fn every_acknowledged_record_is_stored_exactly_once_although_every_process_is_ki
     }
     end_of_stream.store(true, Ordering::Relaxed);
     let acknowledged = stream.join().unwrap();
-    let context = format!("SOAK_SEED={seed}, {} records, {faults:?}", acknowledged.len());
+    let context = format!(
+        "SOAK_SEED={seed}, commit {commit}, {} records, {faults:?}",
+        acknowledged.len()
+    );
     eprintln!("{context}");
 
     let mut client = connect(&server);

@@ -6,7 +6,7 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
+use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres, free_port};
 use host_metrics::sample::{self, Timestamp};
 use host_metrics::shutdown::Shutdown;
 use postgres::Client;
@@ -482,4 +482,41 @@ fn a_frozen_or_killed_kafka_is_waited_out_and_a_stop_meanwhile_is_clean() {
         .map(|record| format!("{}/{}", record.partition, record.offset))
         .collect();
     assert_eq!(stored, sent);
+}
+
+#[test]
+fn what_a_crash_of_postgres_undoes_is_read_again_without_a_new_record() {
+    let settings = Settings {
+        // Without a commit that waits, the server writes to its disk only after 30 s.
+        configuration: vec![("wal_writer_delay".into(), "10s".into())],
+        ..Settings::default()
+    };
+    let server = ThrowAwayPostgres::start_with(&settings).unwrap();
+    let kafka = Kafka::shared();
+    kafka.create_topic("undone", 2);
+    let variables = Variables::new()
+        .kafka(&kafka.bootstrap_servers(), "undone")
+        .with("KAFKA_GROUP_ID", "undone")
+        .database(&server)
+        .with("DB_BATCH_SECONDS", "0.1")
+        .with("DB_SYNCHRONOUS_COMMIT", "off");
+    let consumer = Agent::start(&["consume"], &variables);
+    let (mut written, mut undone) = (0, 0);
+    // A commit that waits can come between the rows and the crash.
+    while undone == 0 {
+        assert!(written < 400, "no crash has undone a commit");
+        write(kafka, "undone", written as i32 / 20 % 2, written..written + 20);
+        written += 20;
+        table::wait_for_stored(&mut table::connect(&server), written as usize, SOON, &consumer);
+        server.restart_immediately().unwrap();
+        let mut client = table::connect(&server);
+        undone = written - table::stored(&mut client);
+        table::wait_for_stored(&mut client, written as usize, SOON, &consumer);
+    }
+    consumer.stop();
+    let records = kafka.records("undone");
+    let mut client = table::connect(&server);
+    let different = "SELECT count(DISTINCT (kafka_partition, kafka_offset)) FROM host_metrics";
+    assert_eq!(table::count(&mut client, different), written);
+    table::assert_positions(&mut client, kafka, "undone", "undone", &records);
 }

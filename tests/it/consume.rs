@@ -359,6 +359,7 @@ fn config(bootstrap_servers: String, postgres: Option<&ThrowAwayPostgres>) -> Co
         },
         batch_size: 50,
         batch_wait: Duration::from_millis(50),
+        is_asynchronous: false,
         retention: None,
         state: None,
         metrics_addr: None,

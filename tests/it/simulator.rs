@@ -95,12 +95,14 @@ impl Seen {
             "commit",
             "commit failed",
             "crash",
+            "crash of Postgres",
             "durable",
             "fenced",
             "flush failed",
             "hang",
             "layout changed",
             "locked",
+            "lost commits",
             "no position in the table",
             "open failed",
             "outage",
@@ -111,6 +113,7 @@ impl Seen {
             "recreated",
             "retention",
             "stuck",
+            "synced",
             "undecodable",
             "zombie record",
         ];
@@ -173,23 +176,33 @@ struct Transaction {
     spans: BTreeMap<Partition, Span>,
     rows: Vec<u64>,
     rejected: Vec<u64>,
+    may_be_lost: bool,
 }
 
 #[derive(Debug, Default)]
 struct Postgres {
-    positions: BTreeMap<Partition, NextOffset>,
-    /// Whether a record is in the table (true) or in the rejected table.
-    stored: BTreeMap<u64, bool>,
-    /// The state, folded from the rows transaction by transaction.
-    state: State,
+    tables: Tables,
+    /// What a crash leaves, if there were commits that did not wait for the disk.
+    on_disk: Option<Tables>,
+    /// The number of crashes. Each ends all connections.
+    crashes: u32,
     /// Transactions whose result their client does not know. They hold their locks, and commit or roll back later.
     in_doubt: Vec<Transaction>,
     away: bool,
     layout: u32,
 }
 
+#[derive(Clone, Debug, Default)]
+struct Tables {
+    positions: BTreeMap<Partition, NextOffset>,
+    /// Whether a record is in the table (true) or in the rejected table.
+    stored: BTreeMap<u64, bool>,
+    /// The state, folded from the rows transaction by transaction.
+    state: State,
+}
+
 /// The tables of the state.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct State {
     hosts: BTreeMap<String, Host>,
     rollups: BTreeMap<Key, Rollup>,
@@ -239,6 +252,8 @@ struct Member {
     name: u32,
     ingest: Ingest,
     layout: Option<u32>,
+    /// [`Postgres::crashes`] when it connected.
+    connection: u32,
     request: Option<(Request, Duration)>,
     /// The offset that Kafka's client reads next.
     fetching: BTreeMap<Partition, i64>,
@@ -280,6 +295,7 @@ impl History {
         let limits = Limits {
             batch_size: rng.usize(1..=7),
             batch_wait: Duration::from_millis(rng.u64(1..50)),
+            is_asynchronous: rng.bool(),
         };
         Self {
             seed,
@@ -357,7 +373,9 @@ impl History {
                 self.postgres.layout += 1;
             }
             143..=162 => self.settle_one_in_doubt(),
-            163..=362 => self.pass_time(),
+            163..=165 => self.crash_postgres(),
+            166..=167 => self.sync(),
+            168..=362 => self.pass_time(),
             _ => self.step_somebody(),
         }
     }
@@ -392,17 +410,27 @@ impl History {
             "not drained: {missing:?} are missing, with {:#?}",
             self.members
         );
-        for (id, in_table) in &self.postgres.stored {
+        for (id, in_table) in &self.postgres.tables.stored {
             let good = self.kinds[id] == Kind::Good;
             assert_eq!(good, *in_table, "record {id} is in the wrong table");
         }
-        let rows = self.postgres.stored.iter().filter(|(_, in_table)| **in_table);
+        let rows = self
+            .postgres
+            .tables
+            .stored
+            .iter()
+            .filter(|(_, in_table)| **in_table);
         let values = rows.map(|(id, _)| value(self.homes[id], *id));
         let mut at_once = State::default();
         at_once.fold(&values.collect::<Vec<_>>());
-        assert_eq!(self.postgres.state, at_once);
+        assert_eq!(self.postgres.tables.state, at_once);
         for (partition, log) in &self.logs {
-            let position = self.postgres.positions.get(partition).map_or(0, |next| next.0);
+            let position = self
+                .postgres
+                .tables
+                .positions
+                .get(partition)
+                .map_or(0, |next| next.0);
             let owed = log
                 .records
                 .iter()
@@ -430,7 +458,7 @@ impl History {
                     .iter()
                     .map(|(offset, record)| (*partition, *offset, record.id))
             })
-            .filter(|(_, _, id)| !self.postgres.stored.contains_key(id) && !self.waived.contains(id))
+            .filter(|(_, _, id)| !self.postgres.tables.stored.contains_key(id) && !self.waived.contains(id))
     }
 
     // Kafka.
@@ -510,7 +538,7 @@ impl History {
     /// The topic is deleted and created again, and offsets start at 0.
     fn recreate(&mut self) {
         let partition = self.some_partition();
-        let Some(position) = self.postgres.positions.get(&partition) else {
+        let Some(position) = self.postgres.tables.positions.get(&partition) else {
             return;
         };
         if self.logs[&partition].max_high.is_some() {
@@ -523,7 +551,10 @@ impl History {
             .iter()
             .filter_map(|transaction| transaction.spans.get(&partition))
             .flat_map(|span| [span.base.0, span.next.0]);
-        let shortest = held.chain(in_doubt).fold(position.0, i64::min);
+        let on_disk = self.postgres.on_disk.as_ref();
+        let on_disk = on_disk.and_then(|tables| tables.positions.get(&partition));
+        let others = held.chain(in_doubt).chain(on_disk.map(|next| next.0));
+        let shortest = others.fold(position.0, i64::min);
         if shortest < 2 {
             return;
         }
@@ -545,14 +576,15 @@ impl History {
     /// Once no member holds a position of the old topic, the new one may grow beyond it.
     fn forget_the_old_topic(&mut self, partition: Partition) {
         let high = self.logs[&partition].high;
-        let positions = self.postgres.positions.get(&partition).map(|next| next.0);
+        let tables = std::iter::once(&self.postgres.tables).chain(&self.postgres.on_disk);
+        let positions = tables.filter_map(|tables| tables.positions.get(&partition).map(|next| next.0));
         let held = self.members.iter().flat_map(|member| held(member, partition));
         let in_doubt = self
             .postgres
             .in_doubt
             .iter()
             .any(|transaction| transaction.spans.contains_key(&partition));
-        if !in_doubt && positions.into_iter().chain(held).all(|position| position <= high) {
+        if !in_doubt && positions.chain(held).all(|position| position <= high) {
             self.logs.get_mut(&partition).unwrap().max_high = None;
         }
     }
@@ -589,6 +621,7 @@ impl History {
             name,
             ingest: Ingest::new(self.limits, self.rng.u64(..)),
             layout: None,
+            connection: 0,
             request: None,
             fetching: BTreeMap::new(),
             unseen: Vec::new(),
@@ -834,7 +867,8 @@ impl History {
 
     fn check_flush(&self, index: usize, batch: &Batch) {
         let member = &self.members[index];
-        assert!(!batch.is_empty(), "an empty flush");
+        let only_waits = self.limits.is_asynchronous && batch.spans.is_empty() && !batch.may_be_lost;
+        assert!(only_waits || !batch.is_empty(), "an empty flush");
         assert!(batch.len() <= self.limits.batch_size, "a batch too large");
         let ours: BTreeSet<Partition> = member.ingest.assigned_partitions().collect();
         let mut last: BTreeMap<Partition, Offset> = BTreeMap::new();
@@ -919,7 +953,8 @@ impl History {
         let ours: BTreeSet<Partition> = member.ingest.assigned_partitions().collect();
         for (partition, next) in commits {
             assert!(ours.contains(partition), "commits what is not ours");
-            let durable = self.postgres.positions.get(partition);
+            let on_disk = self.postgres.on_disk.as_ref().unwrap_or(&self.postgres.tables);
+            let durable = on_disk.positions.get(partition);
             assert!(
                 self.recreated.contains(partition) || durable.is_some_and(|durable| next <= durable),
                 "commits {next:?} of {partition:?}, while {durable:?} is durable"
@@ -965,6 +1000,7 @@ impl History {
             return;
         };
         let now = self.instant();
+        let is_broken = self.members[index].connection != self.postgres.crashes;
         let fails = self.postgres.away || (self.faults && self.rng.u8(0..12) == 0);
         let event = match request {
             Request::Open if fails => {
@@ -972,25 +1008,32 @@ impl History {
                 Event::StoreFailed
             }
             Request::Open => {
+                self.members[index].connection = self.postgres.crashes;
                 let layout = Some(self.postgres.layout);
                 let previous = std::mem::replace(&mut self.members[index].layout, layout);
                 Event::Opened {
                     same_layout: previous.is_none() || previous == layout,
                 }
             }
-            Request::Locate(..) if fails => Event::StoreFailed,
+            Request::Locate(..) if fails || is_broken => Event::StoreFailed,
             Request::Locate(partitions, missing_from) => {
                 // A plain read sees what is committed, and waits for no lock.
                 let mut found = BTreeMap::new();
                 for partition in partitions {
-                    if let Some(start) = missing_from.get(&partition) {
-                        self.postgres.positions.entry(partition).or_insert(*start);
+                    if let Some(start) = missing_from.get(&partition)
+                        && !self.postgres.tables.positions.contains_key(&partition)
+                    {
+                        self.postgres.tables.positions.insert(partition, *start);
+                        self.sync();
                     }
-                    if let Some(position) = self.postgres.positions.get(&partition) {
+                    if let Some(position) = self.postgres.tables.positions.get(&partition) {
                         found.insert(partition, Position::from(*position));
                     }
                 }
                 Event::Located(found)
+            }
+            Request::Flush(batch) if is_broken => {
+                Event::Flushed(batch, Flushed::Retry("connection lost".into()))
             }
             Request::Flush(batch) => {
                 let layout = self.members[index].layout.map(u32::to_be_bytes);
@@ -1034,7 +1077,7 @@ impl History {
                 self.apply(&transaction);
             }
         }
-        let current = |partition: &Partition| self.postgres.positions.get(partition).copied();
+        let current = |partition: &Partition| self.postgres.tables.positions.get(partition).copied();
         if batch
             .spans
             .iter()
@@ -1076,11 +1119,29 @@ impl History {
                 .all(|locked| !locked)
         };
         let fits = |(partition, span): (&Partition, &Span)| {
-            free(partition) && self.postgres.positions.get(partition) == Some(&span.base)
+            free(partition) && self.postgres.tables.positions.get(partition) == Some(&span.base)
         };
         let clean = transaction.rows.iter().all(|id| self.kinds[id] != Kind::Poison);
         if clean && transaction.spans.iter().all(fits) && self.rng.u8(0..4) != 0 {
             self.postgres.in_doubt.push(transaction);
+        }
+    }
+
+    /// The server is killed and starts again. All connections end, and with them the transactions that are under way.
+    fn crash_postgres(&mut self) {
+        self.saw("crash of Postgres");
+        self.postgres.crashes += 1;
+        self.postgres.in_doubt.clear();
+        if let Some(on_disk) = self.postgres.on_disk.take() {
+            self.saw("lost commits");
+            self.postgres.tables = on_disk;
+        }
+    }
+
+    /// Everything that is committed is on disk, as after a commit that waited for it, or after a while.
+    fn sync(&mut self) {
+        if self.postgres.on_disk.take().is_some() {
+            self.saw("synced");
         }
     }
 
@@ -1098,18 +1159,24 @@ impl History {
 
     fn apply(&mut self, transaction: &Transaction) {
         self.log(format_args!("applied: {transaction:?}"));
+        if transaction.may_be_lost && self.postgres.on_disk.is_none() {
+            self.postgres.on_disk = Some(self.postgres.tables.clone());
+        }
         for (partition, span) in &transaction.spans {
-            let previous = self.postgres.positions.insert(*partition, span.next);
+            let previous = self.postgres.tables.positions.insert(*partition, span.next);
             assert_eq!(previous, Some(span.base), "the model's own locks are broken");
         }
         let rows = transaction.rows.iter().map(|id| (*id, true));
         let rejected = transaction.rejected.iter().map(|id| (*id, false));
         for (id, in_table) in rows.chain(rejected) {
-            let twice = self.postgres.stored.insert(id, in_table).is_some();
+            let twice = self.postgres.tables.stored.insert(id, in_table).is_some();
             assert!(!twice, "record {id} is stored twice");
         }
+        if !transaction.may_be_lost {
+            self.sync();
+        }
         let values = transaction.rows.iter().map(|id| value(self.homes[id], *id));
-        self.postgres.state.fold(&values.collect::<Vec<_>>());
+        self.postgres.tables.state.fold(&values.collect::<Vec<_>>());
     }
 
     // Helpers.
@@ -1176,6 +1243,7 @@ fn transaction(batch: &Batch) -> Transaction {
         spans: batch.spans.clone(),
         rows: Vec::new(),
         rejected: Vec::new(),
+        may_be_lost: batch.may_be_lost,
     };
     for index in 0..batch.len() {
         let id = id_of(batch, index);

@@ -242,6 +242,7 @@ fn a_wrong_value_is_reported_with_its_name_and_what_was_expected() {
         ("DB_RETENTION", "90"),
         ("DB_ROLLUP_RETENTION", "1"),
         ("STATE", "yes"),
+        ("DB_SYNCHRONOUS_COMMIT", "false"),
         ("DOWN_WHEN", "0"),
         ("DOWN_WHEN", "most"),
         ("DB_RETENTION", "1h"),
@@ -308,10 +309,13 @@ fn a_command_reads_only_the_variables_that_it_needs() {
     assert_eq!(
         wrong_names(validate(&variables).map(drop)),
         [
-            "SECRETS_DIR",
             "CHECK_TIMEOUT",
             "MAX_THREADS",
             "MAX_BODY_BYTES",
+            "USER_AGENT",
+            "CHECK_CA_FILE",
+            "SECRETS_DIR",
+            "AGENT_NAME",
             "LOG_LEVEL"
         ]
     );

@@ -91,6 +91,7 @@ impl Ingest {
                     located.next = extent.low;
                     located.reading = false;
                     located.committed = None;
+                    located.on_disk = None;
                     located.restarted = true;
                 });
                 self.epochs.remove(&partition);
@@ -143,7 +144,8 @@ impl Ingest {
 
     fn opened(&mut self, same_layout: bool) {
         self.store = StoreState::Open;
-        if same_layout {
+        // The server may have crashed, and lost what it had committed.
+        if same_layout && !self.limits.is_asynchronous {
             return;
         }
         let forgotten = self.unwritten();
@@ -154,7 +156,7 @@ impl Ingest {
                 *progress = PartitionState::Unlocated { start: None };
             }
         }
-        if forgotten > 0 {
+        if forgotten > 0 && !same_layout {
             self.notices.push_back(Notice::OtherLayout { forgotten });
         }
     }
@@ -170,6 +172,10 @@ impl Ingest {
         }
         if self.flight.is_none() {
             self.failures = 0;
+        }
+        if self.limits.is_asynchronous {
+            // A position may be one that another consumer has just written.
+            self.unsynced_since.get_or_insert(now);
         }
         for (partition, progress) in &mut self.partitions {
             if let PartitionState::Unlocated { start } = progress {
@@ -236,6 +242,9 @@ impl Ingest {
                 for (partition, span) in spans {
                     self.advance(partition, span);
                 }
+                if !batch.may_be_lost {
+                    self.synced();
+                }
                 self.recycle(batch);
             }
             Flushed::Refused(refused) => {
@@ -270,7 +279,19 @@ impl Ingest {
         }
     }
 
+    /// A commit waited for the disk, and so for all commits before it.
+    fn synced(&mut self) {
+        self.unsynced_since = None;
+        for progress in self.partitions.values_mut() {
+            if let Some(located) = progress.located_mut().filter(|located| !located.restarted) {
+                located.on_disk = Some(located.durable);
+            }
+        }
+    }
+
     fn store_failed(&mut self, now: Instant) {
+        // The next connection starts from the positions in the table.
+        self.unsynced_since = None;
         self.failures = self.failures.saturating_add(1);
         let open_at = match &mut self.stopping {
             Some(stopping) => {

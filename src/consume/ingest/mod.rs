@@ -17,6 +17,10 @@
 //!
 //! Kafka's committed offsets take no part in this. They show the table's positions to lag tools, and are where reading starts
 //! if the table has no position.
+//!
+//! With DB_SYNCHRONOUS_COMMIT=off, a crash of the server can lose the last transactions, rows and positions together. It ends
+//! the connection too, so every new connection starts from the positions in the table. Once a second a commit waits for the
+//! disk, and only what is on disk is committed to Kafka.
 
 mod happened;
 mod next;
@@ -47,6 +51,9 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// The shortest time between two commits, which are only for lag tools.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 
+/// With DB_SYNCHRONOUS_COMMIT=off, one commit waits for the disk at the latest this long after one that did not.
+const SYNC_EVERY: Duration = Duration::from_secs(1);
+
 /// The wait before a retry of something that Kafka refused or did not answer.
 const KAFKA_RETRY: Duration = Duration::from_secs(1);
 
@@ -63,6 +70,8 @@ pub struct Limits {
     pub batch_size: usize,
     /// DB_BATCH_SECONDS: a smaller batch is written this long after its oldest record was read.
     pub batch_wait: Duration,
+    /// DB_SYNCHRONOUS_COMMIT=off: most commits do not wait for the server's disk.
+    pub is_asynchronous: bool,
 }
 
 impl Limits {
@@ -199,6 +208,8 @@ pub struct Ingest {
     beyond_end: BTreeMap<Partition, NextOffset>,
     read_at: Option<Instant>,
     commit_at: Option<Instant>,
+    /// The first commit that a crash of the server could undo.
+    unsynced_since: Option<Instant>,
     notices: VecDeque<Notice>,
     stopping: Option<Stopping>,
 }
@@ -251,6 +262,8 @@ struct Located {
     durable: NextOffset,
     /// The position in the table once the flight is durable: the base of the next batch.
     tail: NextOffset,
+    /// The last `durable` that no crash of the server can undo, if commits may be undone.
+    on_disk: Option<NextOffset>,
     /// The next record to read.
     next: NextOffset,
     /// What was last committed to Kafka.
@@ -266,6 +279,7 @@ impl Located {
         Self {
             durable: position,
             tail: position,
+            on_disk: None,
             next: position,
             committed: None,
             reading: false,
@@ -310,6 +324,7 @@ impl Ingest {
             beyond_end: BTreeMap::new(),
             read_at: None,
             commit_at: None,
+            unsynced_since: None,
             notices: VecDeque::new(),
             stopping: None,
         }
@@ -426,6 +441,16 @@ impl Ingest {
     /// Whether another record fits into the batch that is being filled.
     pub fn has_room(&self) -> bool {
         self.filling.len() < self.limits.batch_size && self.filling.bytes() < self.limits.batch_bytes()
+    }
+
+    /// What can be committed to Kafka now.
+    fn committable(&self, located: &Located) -> Option<NextOffset> {
+        let next = match self.limits.is_asynchronous {
+            true => located.on_disk,
+            false => Some(located.durable),
+        };
+        // While `restarted`, the position in the table is still the old topic's.
+        next.filter(|next| !located.restarted && located.committed != Some(*next))
     }
 
     fn is_any(&self, condition: impl Fn(&Located) -> bool) -> bool {

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::{
-    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, Located, PAUSE_AFTER, PartitionState, StoreState,
+    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, PAUSE_AFTER, PartitionState, SYNC_EVERY,
+    StoreState,
 };
 
 impl Ingest {
@@ -63,10 +64,15 @@ impl Ingest {
     }
 
     fn flush(&mut self, now: Instant) -> Option<Action> {
-        if self.flight.is_none() && self.is_due(now) {
-            let batch = std::mem::replace(&mut self.filling, std::mem::take(&mut self.spare));
+        let is_sync_due = self.is_sync_due(now);
+        if self.flight.is_none() && (is_sync_due || self.is_due(now)) {
+            let mut batch = std::mem::replace(&mut self.filling, std::mem::take(&mut self.spare));
             self.filling_since = None;
             self.full_since = None;
+            batch.may_be_lost = self.limits.is_asynchronous && self.stopping.is_none() && !is_sync_due;
+            if batch.may_be_lost {
+                self.unsynced_since.get_or_insert(now);
+            }
             for (partition, span) in &batch.spans {
                 if let Some(located) = self
                     .partitions
@@ -86,6 +92,12 @@ impl Ingest {
         let batch = self.flight.as_mut()?.batch.take()?;
         self.store = StoreState::Busy;
         Some(Action::Flush(batch))
+    }
+
+    fn is_sync_due(&self, now: Instant) -> bool {
+        self.unsynced_since.is_some_and(|since| {
+            self.stopping.is_some() || now.saturating_duration_since(since) >= SYNC_EVERY
+        })
     }
 
     fn is_due(&self, now: Instant) -> bool {
@@ -153,16 +165,13 @@ impl Ingest {
         if self.stopping.is_none() && self.commit_at.is_some_and(|at| now < at) {
             return None;
         }
-        let mut commits = Vec::new();
-        for (partition, progress) in &mut self.partitions {
-            let Some(located) = progress.located_mut() else {
-                continue;
-            };
-            // The position in the table is still the old topic's.
-            if located.committed != Some(located.durable) && !located.restarted {
-                located.committed = Some(located.durable);
-                commits.push((*partition, located.durable));
-            }
+        let commits: Vec<_> = self
+            .partitions
+            .iter()
+            .filter_map(|(partition, progress)| Some((*partition, self.committable(progress.located()?)?)))
+            .collect();
+        for (partition, next) in &commits {
+            self.set(*partition, |located| located.committed = Some(*next));
         }
         if commits.is_empty() {
             return None;
@@ -174,7 +183,7 @@ impl Ingest {
     fn stop_action(&mut self, now: Instant) -> Option<Action> {
         self.stopping?;
         let unwritten = self.unwritten();
-        if unwritten > 0 && !self.has_given_up(now) {
+        if (unwritten > 0 || self.unsynced_since.is_some()) && !self.has_given_up(now) {
             return None;
         }
         self.commit(now).or(Some(Action::Stop { unwritten }))
@@ -186,12 +195,16 @@ impl Ingest {
             _ => None,
         };
         let filled = match (self.store, &self.flight) {
-            (StoreState::Open, None) => self.filling_since.map(|since| since + self.limits.batch_wait),
+            (StoreState::Open, None) => {
+                let filled = self.filling_since.map(|since| since + self.limits.batch_wait);
+                let unsynced = self.unsynced_since.map(|since| since + SYNC_EVERY);
+                filled.into_iter().chain(unsynced).min()
+            }
             _ => None,
         };
-        let uncommitted =
-            |located: &Located| located.committed != Some(located.durable) && !located.restarted;
-        let committing = self.commit_at.filter(|_| self.is_any(uncommitted));
+        let committing = self
+            .commit_at
+            .filter(|_| self.is_any(|located| self.committable(located).is_some()));
         let starting = self.find_starts_at.filter(|_| !self.startless().is_empty());
         let until = [opening, filled, committing, starting]
             .into_iter()

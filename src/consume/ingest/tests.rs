@@ -12,12 +12,19 @@ fn at(millis: u64) -> Instant {
     start + Duration::from_millis(millis)
 }
 
-/// A state machine whose store is open. A batch is full with 3 records, and waits for at most 200 ms.
+/// A batch is full with 3 records, and waits for at most 200 ms.
+const LIMITS: Limits = Limits {
+    batch_size: 3,
+    batch_wait: Duration::from_millis(200),
+    is_asynchronous: false,
+};
+
+/// A state machine whose store is open.
 fn open() -> Ingest {
-    let limits = Limits {
-        batch_size: 3,
-        batch_wait: Duration::from_millis(200),
-    };
+    open_with(LIMITS)
+}
+
+fn open_with(limits: Limits) -> Ingest {
     let mut ingest = Ingest::new(limits, 1);
     assert_eq!(ingest.next_action(at(0)), Action::Open);
     ingest.handle(at(0), Event::Opened { same_layout: true });
@@ -113,11 +120,7 @@ fn next_wait(ingest: &mut Ingest, millis: u64) -> Action {
 
 #[test]
 fn nothing_is_read_before_the_store_is_open() {
-    let limits = Limits {
-        batch_size: 1,
-        batch_wait: Duration::ZERO,
-    };
-    let mut ingest = Ingest::new(limits, 1);
+    let mut ingest = Ingest::new(LIMITS, 1);
     ingest.handle(at(0), Event::Assigned(vec![P]));
     assert_eq!(ingest.next_action(at(0)), Action::Open);
     assert!(matches!(ingest.next_action(at(0)), Action::Poll { .. }));
@@ -599,4 +602,73 @@ fn after_its_deadline_a_stop_writes_nothing_more() {
     read(&mut ingest, 0, P, 100);
     ingest.handle(at(10), Event::Stop { deadline: at(100) });
     assert_eq!(ingest.next_action(at(100)), Action::Stop { unwritten: 1 });
+}
+
+/// Reads P from offset 100 on. Commits do not wait for the disk.
+fn asynchronous() -> Ingest {
+    let mut ingest = open_with(Limits {
+        is_asynchronous: true,
+        ..LIMITS
+    });
+    ingest.handle(at(0), Event::Assigned(vec![P]));
+    assert_eq!(ingest.next_action(at(0)), locate(&[P], BTreeMap::new()));
+    ingest.handle(at(0), Event::Located(positions_at(&[P], 100)));
+    assert_eq!(ingest.next_action(at(0)), read_from(100));
+    ingest
+}
+
+#[test]
+fn kafka_gets_only_what_is_on_disk_for_which_one_commit_a_second_waits() {
+    let mut ingest = asynchronous();
+    read(&mut ingest, 0, P, 100);
+    let batch = flush(&mut ingest, 200);
+    assert!(batch.may_be_lost);
+    ingest.handle(at(210), Event::Flushed(batch, Flushed::Durable));
+    // Nothing more comes, not even a record.
+    let until = at(1_000);
+    assert_eq!(next_wait(&mut ingest, 210), Action::Poll { until });
+    let nothing = flush(&mut ingest, 1_000);
+    assert_eq!(nothing, Batch::default());
+    ingest.handle(at(1_001), Event::Flushed(nothing, Flushed::Durable));
+    assert_eq!(ingest.next_action(at(1_001)), commit_of(101));
+    assert!(matches!(next_wait(&mut ingest, 9_000), Action::Poll { .. }));
+}
+
+#[test]
+fn a_position_that_another_consumer_wrote_is_brought_to_the_disk_too() {
+    let mut ingest = asynchronous();
+    let until = at(1_000);
+    assert_eq!(next_wait(&mut ingest, 0), Action::Poll { until });
+    assert_eq!(flush(&mut ingest, 1_000), Batch::default());
+}
+
+#[test]
+fn after_a_crash_that_lost_commits_reading_starts_at_the_position_that_is_left() {
+    let mut ingest = asynchronous();
+    for offset in [100, 101, 102] {
+        read(&mut ingest, 0, P, offset);
+    }
+    let batch = flush(&mut ingest, 0);
+    ingest.handle(at(0), Event::Flushed(batch, Flushed::Durable));
+    read(&mut ingest, 0, P, 103);
+    let batch = flush(&mut ingest, 200);
+    ingest.handle(at(200), lost(batch));
+    assert_eq!(ingest.next_action(at(400)), Action::Open);
+    ingest.handle(at(400), Event::Opened { same_layout: true });
+    assert_eq!(ingest.next_action(at(400)), locate(&[P], BTreeMap::new()));
+    ingest.handle(at(400), Event::Located(positions_at(&[P], 100)));
+    assert_eq!(ingest.next_action(at(400)), read_from(100));
+}
+
+#[test]
+fn a_stop_waits_for_the_disk() {
+    let mut ingest = asynchronous();
+    read(&mut ingest, 0, P, 100);
+    let batch = flush(&mut ingest, 200);
+    ingest.handle(at(200), Event::Stop { deadline: at(5_000) });
+    ingest.handle(at(210), Event::Flushed(batch, Flushed::Durable));
+    let nothing = flush(&mut ingest, 210);
+    ingest.handle(at(220), Event::Flushed(nothing, Flushed::Durable));
+    assert_eq!(ingest.next_action(at(220)), commit_of(101));
+    assert_eq!(ingest.next_action(at(220)), Action::Stop { unwritten: 0 });
 }
