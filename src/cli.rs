@@ -337,18 +337,31 @@ pub struct Skip {
 #[command(disable_help_subcommand = true)]
 pub enum Hosts {
     /// Add a host
+    #[command(after_help = examples(&[
+        "host-metrics hosts add https://shop.example/ 30s",
+        "host-metrics hosts add https://shop.example/ 30s 'Add to basket' -o timeout=3s --note 'the shop team'",
+    ]))]
     Add(HostsAdd),
     /// Remove hosts
+    #[command(after_help = examples(&["host-metrics hosts remove https://shop.example/"]))]
     Remove(HostsNamed),
     /// Show all hosts, and what is wrong with them
+    #[command(after_help = examples(&["host-metrics hosts list"]))]
     List(HostsAll),
     /// Check hosts again that were disabled
+    #[command(after_help = examples(&["host-metrics hosts enable https://shop.example/"]))]
     Enable(HostsNamed),
     /// Stop checking hosts, but keep them in the table
+    #[command(after_help = examples(&["host-metrics hosts disable https://shop.example/"]))]
     Disable(HostsNamed),
     /// Add the hosts of a host file, or change them, all at once
+    #[command(after_help = examples(&[
+        "host-metrics hosts import producer_config             # adds and changes",
+        "host-metrics hosts import producer_config --replace   # removes the others, too",
+    ]))]
     Import(HostsImport),
     /// Print the hosts as a host file
+    #[command(after_help = examples(&["host-metrics hosts export > producer_config"]))]
     Export(HostsAll),
 }
 
@@ -611,7 +624,9 @@ mod tests {
 
     #[test]
     fn every_command_has_examples_that_can_be_typed() {
-        for command in Cli::command().get_subcommands() {
+        let cli = Cli::command();
+        let nested = cli.get_subcommands().flat_map(clap::Command::get_subcommands);
+        for command in cli.get_subcommands().chain(nested) {
             let help = command
                 .get_after_help()
                 .map(ToString::to_string)

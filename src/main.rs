@@ -137,6 +137,7 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
         repeat: args.repeat,
         every: args.every,
         json: args.json,
+        columns: columns_of_terminal(),
     };
     check::run(&config, &target, options, &listen_to_signals()?, print_styled)
 }
@@ -204,8 +205,7 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool>
     let config = config::status(variables)?;
     start_logging(variables, Servers::BOTH)?;
     let answer = || {
-        let width = terminal_size::terminal_size().filter(|_| io::stdout().is_terminal());
-        let width = width.map(|(width, _)| width.0.into());
+        let width = columns_of_terminal();
         if args.incidents || args.host.is_some() {
             let history = status::history(&config, args.host.as_deref(), args.incidents, width)?;
             return anyhow::Ok((history, true));
@@ -327,7 +327,12 @@ fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<bool> {
         how_long: args.how_long,
         log_level: config::log_level(variables)?,
     };
-    demo::run(options, &listen_to_signals()?)
+    let ended = demo::run(options, &listen_to_signals()?);
+    ended.or_else(|error| match error.downcast_ref::<io::Error>() {
+        // The reader has seen enough.
+        Some(closed) if closed.kind() == io::ErrorKind::BrokenPipe => Ok(true),
+        _ => Err(error),
+    })
 }
 
 fn run_completions(args: &cli::Completions) -> anyhow::Result<bool> {
@@ -401,6 +406,11 @@ fn both<A, B>(one: Result<A, WrongVariables>, other: Result<B, HostFileError>) -
         (Err(wrong), Ok(_)) => Err(WrongInput(wrong.to_string())),
         (Ok(_), Err(wrong)) => Err(WrongInput(wrong.to_string())),
     }
+}
+
+fn columns_of_terminal() -> Option<usize> {
+    let size = terminal_size::terminal_size().filter(|_| io::stdout().is_terminal());
+    size.map(|(width, _)| width.0.into())
 }
 
 /// Prints results to standard output, with a space for each hidden character. A reader that closes the pipe early, as `head`

@@ -78,6 +78,25 @@ pub fn fit(text: &str, columns: usize) -> String {
     short
 }
 
+/// As [`fit`], but keeps the end.
+pub fn fit_end(text: &str, columns: usize) -> String {
+    let mut left = width(text);
+    if left <= columns {
+        return text.to_owned();
+    }
+    let end = text.chars().skip_while(|char| {
+        let is_cut = left >= columns;
+        left -= char.width().unwrap_or(0);
+        is_cut
+    });
+    let mut short = String::new();
+    if columns > 0 {
+        short.push('…');
+        short.extend(end);
+    }
+    short
+}
+
 /// Characters that terminals and editors interpret or do not show: control characters, marks for the direction of writing,
 /// joiners, fillers, the empty braille pattern.
 static HIDDEN: LazyLock<ClassUnicode> = LazyLock::new(|| {
@@ -308,5 +327,17 @@ mod tests {
         for (text, columns, expected) in cases {
             assert_eq!(fit(text, columns), expected, "{text} in {columns}");
         }
+        let ends = [
+            (6, "日本語"),
+            (5, "…本語"),
+            (4, "…語"),
+            (2, "…"),
+            (1, "…"),
+            (0, ""),
+        ];
+        for (columns, expected) in ends {
+            assert_eq!(fit_end("日本語", columns), expected, "the end in {columns}");
+        }
+        assert_eq!(fit_end("abcd", 3), "…cd");
     }
 }

@@ -248,10 +248,12 @@ enum Kind {
 }
 
 fn kind(sample: &Sample<'_>) -> Kind {
-    let not_checked = [Outcome::Missed, Outcome::AgentError].map(Outcome::as_str);
-    match &sample.outcome {
-        Some(outcome) if not_checked.contains(&outcome.as_ref()) => Kind::NotChecked,
+    let outcome = Outcome::ALL
+        .into_iter()
+        .find(|known| Some(known.as_str()) == sample.outcome.as_deref());
+    match outcome {
         _ if sample.is_valid => Kind::Valid,
+        Some(outcome) if !outcome.is_failed_check() => Kind::NotChecked,
         _ => Kind::Failed,
     }
 }
@@ -309,6 +311,16 @@ mod tests {
                 "2023-11-14 22:13:20.0  not valid           503    100 ms  -  c.example\n",
             ]
         );
+    }
+
+    #[test]
+    fn an_agent_that_was_offline_has_checked_nothing() {
+        let value = REFUSED.replace("connect_refused", "agent_offline");
+        let options = Options {
+            failed: true,
+            ..Options::default()
+        };
+        assert_eq!(line(&message(&value), &options), None);
     }
 
     #[test]

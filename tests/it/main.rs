@@ -25,3 +25,5 @@ mod secrets;
 mod simulator;
 mod site;
 mod status;
+#[cfg(target_os = "linux")]
+mod terminal;

@@ -33,6 +33,8 @@ pub struct Options {
     pub every: Duration,
     /// Print each record's JSON.
     pub json: bool,
+    /// The width of the terminal, if there is one.
+    pub columns: Option<usize>,
 }
 
 /// Checks the target with the same code as `produce`, and hands each text to `print`. True if every check was valid. A
@@ -73,7 +75,7 @@ pub fn run(
         results.add(&sample);
         let printed = print(&match (options.json, is_report) {
             (true, _) => json(&sample),
-            (_, true) => report(&sample, target, &details),
+            (_, true) => report(&sample, target, &details, options.columns),
             (..) => line(number + 1, &sample),
         });
         match printed {
@@ -97,7 +99,7 @@ fn json(sample: &Sample<'_>) -> String {
 }
 
 /// The check as text for people: a line for each value that is known, the phases drawn to scale, and advice after a failure.
-fn report(sample: &Sample<'_>, target: &Target, details: &Details) -> String {
+fn report(sample: &Sample<'_>, target: &Target, details: &Details, columns: Option<usize>) -> String {
     let mut lines = Lines::default();
     lines.add("address", Some(terminal::plain(&sample.address)));
     let style = style(sample);
@@ -117,7 +119,7 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details) -> String {
             lines.add("", Some(format!("{took}  {status} {}", terminal::plain(url))));
         }
     }
-    for (name, seconds, bar) in timeline::bars(sample) {
+    for (name, seconds, bar) in timeline::bars(sample, columns) {
         lines.add(name, Some(format!("{}  {bar}", millis(seconds))));
     }
     lines.add("latency", sample.latency.map(millis));
@@ -349,7 +351,7 @@ mod tests {
             body: "<html>\nService Unavailable".into(),
         };
         assert_eq!(
-            plain(&report(&known, &target(), &details)),
+            plain(&report(&known, &target(), &details, None)),
             "address      example.com\n\
              valid        no\n\
              outcome      bad_status\n\
@@ -381,7 +383,7 @@ mod tests {
     #[test]
     fn values_that_are_not_known_have_no_line() {
         assert_eq!(
-            plain(&report(&sample(), &target(), &Details::default())),
+            plain(&report(&sample(), &target(), &Details::default(), None)),
             "address      example.com\nvalid        no\n"
         );
     }
@@ -394,7 +396,7 @@ mod tests {
             ..sample()
         };
         assert!(
-            report(&expired, &target(), &Details::default())
+            report(&expired, &target(), &Details::default(), None)
                 .ends_with("certificate  expired 2026-01-01T23:59:59.000000Z\n")
         );
     }

@@ -2,14 +2,18 @@
 
 use crate::sample::Sample;
 
-/// The width of all phases together, in characters.
-const WIDTH: f64 = 40.0;
+/// The most and the fewest characters that all phases together take.
+const MOST: usize = 40;
+const FEWEST: usize = 8;
+
+/// What stands before a bar.
+const LABEL: usize = 27;
 
 /// A bar's last character, in eighths.
 const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
 
 /// Name, seconds and bar of each phase that was reached. The bar has the spaces before it, and every phase is visible.
-pub(super) fn bars(sample: &Sample<'_>) -> Vec<(&'static str, f64, String)> {
+pub(super) fn bars(sample: &Sample<'_>, columns: Option<usize>) -> Vec<(&'static str, f64, String)> {
     let phases = [
         ("name", sample.dns_seconds),
         ("connect", sample.connect_seconds),
@@ -22,9 +26,10 @@ pub(super) fn bars(sample: &Sample<'_>) -> Vec<(&'static str, f64, String)> {
         .filter_map(|(name, seconds)| Some((name, seconds?)))
         .collect();
     let total: f64 = reached.iter().map(|(_, seconds)| seconds).sum();
+    let width = columns.map_or(MOST, |columns| columns.saturating_sub(LABEL).clamp(FEWEST, MOST));
     // In eighths of a character.
     let scale = |seconds: f64| match total > 0.0 {
-        true => (seconds / total * WIDTH * 8.0).round() as usize,
+        true => (seconds / total * width as f64 * 8.0).round() as usize,
         false => 0,
     };
     let mut before = 0.0;
@@ -53,7 +58,7 @@ mod tests {
             ttfb_seconds: Some(0.1),
             ..Sample::default()
         };
-        let bars: Vec<_> = bars(&sample)
+        let bars: Vec<_> = bars(&sample, None)
             .into_iter()
             .map(|(name, _, bar)| (name, bar))
             .collect();
@@ -66,10 +71,15 @@ mod tests {
                 ("first byte", " ".repeat(30) + &"█".repeat(10)),
             ]
         );
+        for (columns, widest) in [(200, 40), (40, 13), (0, 8)] {
+            let bars = super::bars(&sample, Some(columns));
+            let width = bars.iter().map(|(.., bar)| bar.chars().count()).max();
+            assert_eq!(width, Some(widest), "in {columns} columns");
+        }
     }
 
     #[test]
     fn a_check_that_reached_no_phase_has_no_bars() {
-        assert!(bars(&Sample::default()).is_empty());
+        assert!(bars(&Sample::default(), None).is_empty());
     }
 }

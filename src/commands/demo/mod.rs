@@ -65,6 +65,12 @@ pub struct Options<'a> {
     pub log_level: LevelFilter,
 }
 
+const NEXT: &str = "
+Try next
+  host-metrics check https://example.com/    one check of your site, drawn as a timeline
+  host-metrics demo -c FILE                  this demo with your own hosts, one a line: ADDRESS FREQUENCY
+  host-metrics --help                        all commands; docs/tutorial.md starts with your own servers";
+
 /// Runs the demo. Returns whether the ledger balances.
 ///
 /// # Errors
@@ -133,6 +139,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     let audit = audit::run(&audit)?;
     view.screen
         .print(&format!("\nhost-metrics audit\n{}", audit::text(&audit)))?;
+    view.screen.print(NEXT)?;
     Ok(ledger.balances() && audit.holds())
 }
 
@@ -287,9 +294,8 @@ impl View<'_> {
         if totals.rows > 0 {
             picture.extend(self.table()?);
         } else {
-            picture.push(
-                "(the consumer is joining its group; the first rows appear in a few seconds)".to_owned(),
-            );
+            let waiting = "(the consumer is joining its group; the first rows appear in a few seconds)";
+            picture.push(fit(waiting, width));
         }
         if let Some(notice) = self.notices.newest(width) {
             picture.extend([String::new(), notice]);
@@ -315,9 +321,10 @@ impl View<'_> {
         let fitting = self.screen.height().saturating_sub(OTHER_LINES).max(1);
         let shown: Vec<&str> = self.addresses.iter().take(fitting).map(String::as_str).collect();
         let hosts = self.rows.hosts(&shown)?;
-        let mut lines = table::lines(&hosts, self.screen.width(), self.screen.is_terminal());
+        let mut lines = table::lines(&hosts, self.screen.width(), self.screen.is_coloured());
         if shown.len() < self.addresses.len() {
-            lines.push(format!("... and {} more", self.addresses.len() - shown.len()));
+            let more = format!("... and {} more", self.addresses.len() - shown.len());
+            lines.push(fit(&more, self.screen.width()));
         }
         Ok(lines)
     }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex};
 
+use anstream::{AutoStream, ColorChoice};
 use terminal_size::{Height, Width, terminal_size};
 
 use crate::lock::lock;
@@ -37,6 +38,11 @@ impl Screen {
 
     pub fn is_terminal(&self) -> bool {
         self.is_terminal
+    }
+
+    /// As NO_COLOR, TERM and `--color` say.
+    pub fn is_coloured(&self) -> bool {
+        AutoStream::choice(&io::stdout()) != ColorChoice::Never
     }
 
     pub fn width(&self) -> usize {

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use crate::terminal::{SPARKLINE_CHECKS, fit, percent, seconds, sparkline};
+use crate::sample::Outcome;
+use crate::terminal::{self, NONE, SPARKLINE_CHECKS, columns, fit, fit_end, percent, seconds, sparkline};
 
 /// The length of a sparkline on a terminal narrower than WIDE, such as one of 80 columns.
 const FEWER_CHECKS: usize = 8;
 const WIDE: usize = 110;
 
 /// The width of state, checks, uptime, latency and the spaces between all columns.
-const FIXED_WIDTH: usize = 38;
+const OTHER_WIDTH: usize = 38;
 const MIN_ADDRESS_WIDTH: usize = 16;
 
 /// A host's data in the database.
@@ -58,84 +59,56 @@ pub fn summary(totals: Totals, elapsed: Duration) -> String {
     )
 }
 
-/// The heading and a line per host, each at most `width` characters wide without the escapes for colours.
+/// The heading and a line per host, each at most `width` columns wide without the escapes for colours.
 pub fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<String> {
-    let columns = Columns::of(hosts, width);
-    let heading = columns.join([
+    let checks = if width < WIDE {
+        FEWER_CHECKS
+    } else {
+        SPARKLINE_CHECKS
+    };
+    // The address gets up to three fifths of the rest; the last outcome gets what remains.
+    let address_width = (width.saturating_sub(OTHER_WIDTH + checks) * 3 / 5).max(MIN_ADDRESS_WIDTH);
+    let heading = [
         "HOST",
         "STATE",
-        "CHECKS",
-        "UPTIME",
-        "LATENCY",
+        " CHECKS",
+        " UPTIME",
+        " LATENCY",
         "NEWEST",
         "LAST OUTCOME",
-    ]);
-    let mut lines = vec![paint(&fit(&heading, width), Colour::Bold, is_coloured)];
-    lines.extend(hosts.iter().map(|host| line(host, columns, width, is_coloured)));
+    ];
+    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    table.extend(hosts.iter().map(|host| row(host, address_width, checks)));
+    let longest = table.iter().map(|row| terminal::width(&row[0])).max();
+    let mut lines: Vec<String> = columns(&table).iter().map(|line| fit(line, width)).collect();
+    lines[0] = paint(&lines[0], Colour::Bold, is_coloured);
+    for ((line, row), host) in lines[1..].iter_mut().zip(&table[1..]).zip(hosts) {
+        // Colours are added after cutting, because an escape has no width and must not be cut.
+        let (address, (state, colour)) = (&row[0], state(host));
+        let at = address.len() + longest.unwrap_or_default() - terminal::width(address) + 2;
+        if line.get(at..).is_some_and(|rest| rest.starts_with(state)) {
+            line.replace_range(at..at + state.len(), &paint(state, colour, is_coloured));
+        }
+    }
     lines
 }
 
-/// The column widths that depend on the width of the terminal.
-#[derive(Clone, Copy)]
-struct Columns {
-    address: usize,
-    checks: usize,
-}
-
-impl Columns {
-    fn of(hosts: &[Host], width: usize) -> Self {
-        let checks = if width < WIDE {
-            FEWER_CHECKS
-        } else {
-            SPARKLINE_CHECKS
-        };
-        let longest = hosts
-            .iter()
-            .map(|host| host.address.chars().count())
-            .max()
-            .unwrap_or_default();
-        // The address gets up to three fifths of the rest; the last outcome gets what remains.
-        let most = (width.saturating_sub(FIXED_WIDTH + checks) * 3 / 5).max(MIN_ADDRESS_WIDTH);
-        Self {
-            address: longest.clamp(MIN_ADDRESS_WIDTH, most),
-            checks,
-        }
-    }
-
-    fn join(self, [address, state, checks, uptime, latency, newest, outcome]: [&str; 7]) -> String {
-        let (address_width, newest_width) = (self.address, self.checks);
-        format!(
-            "{address:address_width$}  {state:5}  {checks:>6}  {uptime:>7}  {latency:>8}  {newest:newest_width$}  {outcome}"
-        )
-    }
-}
-
-/// As [`fit`], but keeps the end, which distinguishes the pages of a site.
-fn cut_front(text: &str, width: usize) -> String {
-    let count = text.chars().count();
-    if count <= width {
-        return text.to_owned();
-    }
-    let end = text.chars().skip(count - width.saturating_sub(1));
-    std::iter::once('…').chain(end).collect()
-}
-
-fn line(host: &Host, columns: Columns, width: usize, is_coloured: bool) -> String {
-    let (state, colour) = match &host.newest {
+fn state(host: &Host) -> (&'static str, Colour) {
+    let is_failed = |outcome: &str| {
+        let known = Outcome::ALL.into_iter().find(|known| known.as_str() == outcome);
+        known.is_none_or(Outcome::is_failed_check)
+    };
+    match &host.newest {
         None => ("…", Colour::Dim),
         Some(newest) if newest.is_valid => ("up", Colour::Green),
+        Some(newest) if is_failed(&newest.outcome) => ("DOWN", Colour::Red),
         // The host was not checked, so its state is unknown.
-        Some(newest) if ["missed", "agent_error", "agent_offline"].contains(&newest.outcome.as_str()) => {
-            ("?", Colour::Dim)
-        }
-        Some(_) => ("DOWN", Colour::Red),
-    };
-    let latency = host
-        .latencies
-        .last()
-        .copied()
-        .flatten()
-        .map_or_else(|| "-".to_owned(), seconds);
+        Some(_) => ("?", Colour::Dim),
+    }
+}
+
+fn row(host: &Host, address_width: usize, checks: usize) -> Vec<String> {
+    let latency = host.latencies.last().copied().flatten();
     let outcome = match &host.newest {
         None => "no check yet".to_owned(),
         Some(Newest {
@@ -147,32 +120,16 @@ fn line(host: &Host, columns: Columns, width: usize, is_coloured: bool) -> Strin
             ..
         }) => format!("{outcome}: {error}"),
     };
-    let newest = &host.latencies[host.latencies.len().saturating_sub(columns.checks)..];
-    let plain = columns.join([
-        &cut_front(&host.address, columns.address),
-        state,
-        &host.checks.to_string(),
-        &percent(host.valid, host.checks),
-        &latency,
-        &sparkline(newest),
-        &outcome,
-    ]);
-    let plain = fit(plain.trim_end(), width);
-    // Colours are added after cutting, because an escape has no width and must not be cut.
-    let state_at = columns.address + 2;
-    let painted: Vec<char> = plain.chars().collect();
-    if painted.len() < state_at + state.chars().count() {
-        return plain;
-    }
-    let (before, rest) = painted.split_at(state_at);
-    let (state, after) = rest.split_at(state.chars().count());
-    let text = |part: &[char]| part.iter().collect::<String>();
-    format!(
-        "{}{}{}",
-        text(before),
-        paint(&text(state), colour, is_coloured),
-        text(after)
-    )
+    let newest = &host.latencies[host.latencies.len().saturating_sub(checks)..];
+    vec![
+        fit_end(&host.address, address_width),
+        state(host).0.to_owned(),
+        host.checks.to_string(),
+        percent(host.valid, host.checks),
+        latency.map_or_else(|| NONE.to_owned(), seconds),
+        sparkline(newest),
+        outcome,
+    ]
 }
 
 #[derive(Clone, Copy)]
@@ -243,11 +200,11 @@ mod tests {
         ];
         let text = lines(&hosts, 120, false).join("\n");
         let expected = "\
-HOST                      STATE  CHECKS   UPTIME   LATENCY  NEWEST                LAST OUTCOME
-http://a.example/up       up          4   75.0 %     12 ms  ▁                     ok
-http://a.example/failing  DOWN        4   75.0 %     12 ms  ▁                     bad_status: 503 Service Unavailable
-http://a.example/late     ?           4   75.0 %     12 ms  ▁                     missed: no thread was free
-http://a.example/new      …           0        -         -                        no check yet";
+HOST                      STATE  CHECKS  UPTIME  LATENCY  NEWEST  LAST OUTCOME
+http://a.example/up       up          4  75.0 %    12 ms  ▁       ok
+http://a.example/failing  DOWN        4  75.0 %    12 ms  ▁       bad_status: 503 Service Unavailable
+http://a.example/late     ?           4  75.0 %    12 ms  ▁       missed: no thread was free
+http://a.example/new      …           0       -        -          no check yet";
         assert_eq!(text, expected);
     }
 
@@ -261,8 +218,8 @@ http://a.example/new      …           0        -         -                    
             )
         }];
         let expected = "\
-HOST                  STATE  CHECKS   UPTIME   LATENCY  NEWEST    LAST OUTCOME
-….1:43677/wrong-body  DOWN        4   75.0 %    100 ms  ▁▁▁▁▁▁▁▁  regex_mismatc…";
+HOST                  STATE  CHECKS  UPTIME  LATENCY  NEWEST    LAST OUTCOME
+….1:43677/wrong-body  DOWN        4  75.0 %   100 ms  ▁▁▁▁▁▁▁▁  regex_mismatch:…";
         let text = lines(&hosts, 80, false).join("\n");
         assert_eq!(text, expected);
     }
