@@ -3,7 +3,7 @@
 SHELL_SCRIPTS = .ci/run scripts/* deploy/postgres/*.sh tests/docker/run tests/docker/stand-ins tests/docker/kafka-run tests/docker/postgres-run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check unit e2e test pictures soak test-docker fuzz mutants coverage bench-consume bench-views bench-produce soak-produce setup lint deny install config image start stop restart status logs reload validate clean
+.PHONY: help demo check unit e2e test pictures soak test-docker fuzz mutants coverage bench-consume bench-views bench-page bench-produce soak-produce setup lint deny install config image start stop restart status logs reload validate clean
 
 # $(call require,PROGRAM,COMMAND): stops with the command that installs the program, if it is missing.
 require = command -v $(1) >/dev/null || { echo "$(1) is not installed; to install it: $(2)" >&2; exit 1; }
@@ -69,6 +69,9 @@ bench-consume: setup ## compare the speed of `consume` with psql's \copy; ARGS="
 
 bench-views: setup ## measure the cost of the state per record, its size and the views; ARGS="1000 1440 60" sets hosts, checks per host and seconds between them
 	cargo bench --locked --bench views -- $(ARGS)
+
+bench-page: ## measure the status page: requests per second of a core, idle connections, rendering 1,000 hosts (Linux)
+	cargo bench --locked --bench page
 
 bench-produce: ## measure the cost and lateness of checks with 100 to 5,000 hosts (Linux, root); ARGS="https 1000" selects cases; ARGS=group compares with PRODUCE_GROUP, ARGS=takeover counts missed ticks (after `make setup`), ARGS=million takes six minutes
 	cargo bench --locked --bench produce --no-run
