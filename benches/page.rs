@@ -258,6 +258,7 @@ fn snapshot(hosts: i64) -> Snapshot {
         hours: buckets(HOUR, 48, number),
         days: buckets(DAY, 90, number),
         windows: [counts(7); 4],
+        verdict_uptimes: [Some(0.999); 4],
     };
     let incident = |number: i64| Incident {
         address: format!("https://site-{number}.example/"),

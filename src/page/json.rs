@@ -63,6 +63,7 @@ struct IncidentDocument<'a> {
 #[derive(Serialize)]
 struct Uptime {
     share: Option<f64>,
+    verdict_share: Option<f64>,
     checks: i64,
     valid: i64,
     not_made: i64,
@@ -79,10 +80,11 @@ fn word(state: State) -> &'static str {
     }
 }
 
-fn uptime(counts: Counts) -> Uptime {
+fn uptime(counts: Counts, verdict_share: Option<f64>) -> Uptime {
     let checks = counts.checks();
     Uptime {
         share: (checks > 0).then(|| counts.valid as f64 / checks as f64),
+        verdict_share,
         checks,
         valid: counts.valid,
         not_made: counts.not_made,
@@ -97,8 +99,12 @@ pub fn render(view: &View<'_>) -> String {
         let uptime = WINDOWS
             .iter()
             .zip(host.windows)
-            .filter_map(|((name, _), counts)| {
-                Some(((*name).to_owned(), serde_json::to_value(uptime(counts)).ok()?))
+            .zip(host.verdict_uptimes)
+            .filter_map(|(((name, _), counts), verdict)| {
+                Some((
+                    (*name).to_owned(),
+                    serde_json::to_value(uptime(counts, verdict)).ok()?,
+                ))
             });
         HostDocument {
             key: &shown.key,

@@ -146,6 +146,7 @@ impl Reader {
             let index = WINDOWS.iter().position(|(name, _)| *name == period);
             if let (Some(host), Some(index)) = (hosts.get_mut(&address), index) {
                 host.windows[index] = counts(row)?;
+                host.verdict_uptimes[index] = row.try_get("verdict_uptime")?;
             }
         }
         let all = |kept: &HashMap<String, BTreeMap<i64, Bucket>>, address: &str| -> Vec<Bucket> {

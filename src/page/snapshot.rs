@@ -47,6 +47,8 @@ pub struct Host {
     pub places: Vec<Place>,
     /// In the order of [`WINDOWS`].
     pub windows: [Counts; WINDOWS.len()],
+    /// The share of each window's time in which the host was not down by verdict.
+    pub verdict_uptimes: [Option<f64>; WINDOWS.len()],
     /// Those that have records, by time.
     pub hours: Vec<Bucket>,
     pub days: Vec<Bucket>,

@@ -62,6 +62,7 @@ fn host(address: &str, name: Option<&str>, group: Option<&str>, is_valid: bool) 
         since: Some(NOW - HOUR),
         places: vec![place("fra", is_valid), place("nyc", true)],
         windows: [counts; 4],
+        verdict_uptimes: [Some(1.0), Some(0.999), None, None],
         hours: (0..40)
             .map(|hour| bucket(this_hour - (39 - hour) * HOUR, counts))
             .collect(),
@@ -188,6 +189,7 @@ fn the_page_of_a_host_has_its_figures_and_its_incidents() {
             "Mean time of each phase by day, stacked; TLS takes the longest.",
             r#"<th scope="row">28 Nov 2026, 16:00</th><td>partly down</td><td class="number">43,180</td>"#,
             "in 62 d.",
+            "of 43,180 checks, 21 not made</span><span>up 99.90 % of the time</span>",
             "connection refused by 10.0.0.7:8080",
             "The connection was refused (connection); 12 checks failed, seen from fra.",
             "still down",

@@ -98,6 +98,14 @@ pub fn share(counts: Counts) -> Option<String> {
     })
 }
 
+/// As [`share`], of time.
+pub fn share_of_time(share: f64) -> String {
+    match (share.clamp(0.0, 1.0) * 10_000.0).floor() {
+        10_000.0 => "100 %".to_owned(),
+        hundredths => format!("{:.2} %", hundredths / 100.0),
+    }
+}
+
 /// The checks that a share refers to: `of 43,180 checks, 21 not made`.
 pub fn of_checks(counts: Counts) -> String {
     let checks = counted(counts.checks(), "check", "checks");
@@ -273,6 +281,8 @@ mod tests {
         };
         assert_eq!(of_checks(counts), "of 43,180 checks, 21 not made");
         assert_eq!(of_checks(Counts::default()), "no checks");
+        let times = [1.0, 0.999_999, 0.5, 0.0, -0.1].map(share_of_time);
+        assert_eq!(times, ["100 %", "99.99 %", "50.00 %", "0.00 %", "0.00 %"]);
     }
 
     #[test]

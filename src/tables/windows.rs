@@ -231,28 +231,40 @@ fn percentiles() -> String {
     )
 }
 
-/// The counts of the hosts in some of the [`WINDOWS`], for the status page.
+/// The share of a window's time in which a host had no incident, from its first check until two intervals after its last one.
+fn verdict_uptime(window: usize) -> String {
+    let (name, start) = (WINDOWS[window].0, start(window));
+    format!(
+        "CASE WHEN first_check_at IS NOT NULL THEN 1 - down_seconds_{name} / nullif(greatest(0, date_part('epoch', \
+             least(watched_until, now()) - greatest(first_check_at, {start}))), 0) END"
+    )
+}
+
+/// The counts of the hosts in some of the [`WINDOWS`], and their uptime by verdict, for the status page.
 pub fn counts(table: &TableName, windows: &[&str]) -> String {
     let name = table.quoted(Object::Windows.suffix());
-    let part = |window: &&str| {
+    let part = |(index, (window, _)): (usize, &(&str, &str))| {
+        let verdict = verdict_uptime(index);
         format!(
             "SELECT address, '{window}' AS period, valid_{window} AS valid, due_{window} - missed_{window} - valid_{window} AS failed, \
-             missed_{window} AS not_made, slow_{window} AS slow FROM {name} WHERE is_host AND due_{window} IS NOT NULL"
+             missed_{window} AS not_made, slow_{window} AS slow, {verdict} AS verdict_uptime FROM {name} WHERE is_host AND due_{window} IS NOT NULL"
         )
     };
-    windows.iter().map(part).collect::<Vec<_>>().join(" UNION ALL ")
+    let wanted = WINDOWS
+        .iter()
+        .enumerate()
+        .filter(|(_, (window, _))| windows.contains(window));
+    wanted.map(part).collect::<Vec<_>>().join(" UNION ALL ")
 }
 
 /// The view `_uptime`: a row for each host (its agent is null) and each place (`''` if the records have no agent).
 pub(super) fn uptime(table: &TableName) -> String {
     let columns: Vec<String> = (0..WINDOWS.len())
         .map(|window| {
-            let (name, start) = (WINDOWS[window].0, start(window));
+            let (name, verdict) = (WINDOWS[window].0, verdict_uptime(window));
             format!(
                 "due_{name}, valid_{name}, missed_{name}, \
-                 valid_{name}::double precision / nullif(due_{name} - missed_{name}, 0) AS uptime_{name}, \
-                 CASE WHEN first_check_at IS NOT NULL THEN 1 - down_seconds_{name} / nullif(greatest(0, date_part('epoch', \
-                     least(watched_until, now()) - greatest(first_check_at, {start}))), 0) END AS verdict_uptime_{name}"
+                 valid_{name}::double precision / nullif(due_{name} - missed_{name}, 0) AS uptime_{name}, {verdict} AS verdict_uptime_{name}"
             )
         })
         .collect();

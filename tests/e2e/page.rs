@@ -336,6 +336,8 @@ fn the_page_shows_what_the_pipeline_stored_to_a_user_who_can_read_only_that() {
     for host in hosts {
         for window in ["24h", "7d", "30d", "90d"] {
             let said = &host["uptime"][window];
+            let share = said["verdict_share"].as_f64();
+            assert!(share.is_some_and(|share| (0.0..=1.0).contains(&share)), "{said}");
             let said = format!("{} {} {}", said["valid"], said["checks"], said["not_made"]);
             let plain = ran.case.db.one(&format!(
                 "SELECT concat_ws(' ', valid_{window}, due_{window} - missed_{window}, missed_{window}) FROM host_metrics_uptime \

@@ -78,16 +78,21 @@ pub fn render(view: &View<'_>, shown: &Shown<'_>) -> String {
     page.render(view)
 }
 
-/// The share of valid checks in each window.
+/// The share of valid checks in each window. With several places the checks can differ, so the share of time without an incident
+/// is shown as well.
 pub fn uptime(host: &Host) -> Markup {
+    let has_places = host.places.len() > 1;
     html! {
         dl.uptime {
-            @for ((_, name), counts) in WINDOWS.iter().zip(host.windows) {
+            @for (((_, name), counts), verdict) in WINDOWS.iter().zip(host.windows).zip(host.verdict_uptimes) {
                 div {
                     dt { (match *name { "24 hours" => "24 hours", "168 hours" => "7 days", "720 hours" => "30 days", _ => "90 days" }) }
                     dd {
                         @if let Some(share) = words::share(counts) { strong { (share) } " " }
                         span { (words::of_checks(counts)) }
+                        @if let (true, Some(verdict)) = (has_places, verdict) {
+                            span { "up " (words::share_of_time(verdict)) " of the time" }
+                        }
                     }
                 }
             }
