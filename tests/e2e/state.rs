@@ -16,7 +16,7 @@ use crate::agent::{Agent, run};
 use crate::case::{Case, SOON};
 use crate::database::Database;
 use crate::scratch::wait_for;
-use crate::store::{P0, row};
+use crate::store::{P0, P1, row};
 
 /// A store of the state next to that of the rows.
 pub fn state_store(db: &Database, table: &str, config: StateConfig) -> Store<StateSink> {
@@ -409,6 +409,25 @@ fn wait_for_due(db: &mut Database, due: i64, consumer: &Agent) {
         (is_due && db.one(in_view) == due.to_string()).then_some(())
     };
     wait_for(SOON, "the state has caught up", is_due, || consumer.stderr());
+}
+
+/// When a topic gets more partitions, the later records of a host come from another one, which another consumer may have.
+#[test]
+fn a_host_whose_records_move_to_an_added_partition_keeps_its_state() {
+    let mut db = Database::new();
+    let samples = history(4);
+    let in_one_partition = || state_store(&db, "host_metrics", StateConfig::default());
+    fold(&mut in_one_partition(), &samples, 700);
+    let (before, after) = samples.split_at(samples.len() / 2);
+    let mut first = state_store(&db, "moved", StateConfig::default());
+    fold(&mut first, before, 700);
+    let mut second = state_store(&db, "moved", StateConfig::default());
+    second.open().unwrap();
+    locate(&mut second, P1, 0);
+    for (number, part) in (0..).zip(after.chunks(500)) {
+        assert_eq!(second.flush(&batch(P1, 500 * number, part)), Flushed::Durable);
+    }
+    assert!(whole_state(&mut db, "host_metrics") == whole_state(&mut db, "moved"));
 }
 
 #[test]

@@ -28,7 +28,7 @@ use crate::database::{Database, config, server};
 use crate::scratch;
 
 pub const P0: Partition = Partition { topic: 0, number: 0 };
-const P1: Partition = Partition { topic: 0, number: 1 };
+pub const P1: Partition = Partition { topic: 0, number: 1 };
 const P2: Partition = Partition { topic: 0, number: 2 };
 
 impl Database {
