@@ -1,14 +1,7 @@
 //! host-metrics: checks web sites on schedule and stores every result exactly once.
 //!
-//! The path of the data, which has another name after each boundary:
-//!
-//! ```text
-//! host file line → Target → Tick → Observation → Sample ──JSON──▶ record → Row → durable → committed
-//!      text        parsed   due     observed     stamped   Kafka          COPY   Postgres   Kafka
-//! ```
-//!
-//! `produce` is the left half, `consume` the right half, and [`sample`] defines the record between them. The program is
-//! `main.rs`; this library exists so that tests, benchmarks and fuzz targets can use the parts.
+//! ARCHITECTURE.md has the map. The program is `main.rs`; this library exists so that tests, benchmarks and fuzz targets can use the
+//! parts.
 
 pub mod check;
 pub mod cli;

@@ -329,7 +329,7 @@ mod tests {
     fn a_record_that_is_too_long_is_rejected_unread_with_its_beginning_its_length_and_its_hash() {
         let long = vec![b'x'; MAX_READ_BYTES + 1];
         let fits = &long[1..];
-        // Of the two together it is the key that is said.
+        // If both are too long, the reason names the key.
         for (key, value, said) in [
             (Some(fits), Some(long.as_slice()), Some("value: ")),
             (None, Some(&long), Some("value: ")),

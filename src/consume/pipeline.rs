@@ -261,7 +261,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             Answer::Flushed(_, Flushed::Fatal(text), _) => return Err(anyhow!(text)),
             Answer::Flushed(batch, flushed, took) => {
                 match &flushed {
-                    // It only waited for the disk.
+                    // An empty batch only waited for the disk.
                     Flushed::Durable if batch.spans.is_empty() => {}
                     Flushed::Durable => self.durable(now, &batch, took),
                     Flushed::Retry(reason) => self.failed(now, reason.clone()),

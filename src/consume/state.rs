@@ -53,7 +53,7 @@ const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
 /// Old buckets are removed this often.
 const PRUNE_EVERY_MICROS: i64 = 3_600_000_000;
 
-/// The server ends the refresh of a window that takes longer, a little before the connection is given up.
+/// The longest refresh of a window. The server ends it a little before the connection would be given up.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(50);
 const REFRESH_BOUND: Duration = Duration::from_secs(60);
 
@@ -61,7 +61,7 @@ const REFRESH_BOUND: Duration = Duration::from_secs(60);
 const DELETE_ROWS: i64 = 50_000;
 const DELETE_TIMES: usize = 20;
 
-/// While the rows have a larger backlog than this, the state pauses before each flush for this many times as long as the last one
+/// While the rows have a larger backlog than this, the state pauses before each flush this many times as long as the last flush
 /// took.
 const ROWS_BEHIND: u64 = 10_000;
 const REST_TIMES: u32 = 5;

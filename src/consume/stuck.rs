@@ -56,8 +56,8 @@ impl Stuck {
         lasted
     }
 
-    /// A partition the header of whose batch should be read, and its offset. It is returned again only after further [`LOOKS`]
-    /// at the same offset.
+    /// A partition, and the offset at which the header of a batch should be read. It is returned again only after further
+    /// [`LOOKS`] at the same offset.
     pub fn next_question(&mut self) -> Option<(Partition, i64)> {
         let mut stands = self.0.iter_mut();
         let (partition, stand) = stands.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;

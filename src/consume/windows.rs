@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::duration;
 use crate::tables::windows::WINDOWS;
 
-/// After a refresh, a window rests for so many times as long as that took.
+/// After a refresh, a window rests this many times as long as the refresh took.
 const REST_TIMES: u32 = 50;
 
 /// Windows move on even if no record comes.
@@ -37,7 +37,7 @@ impl Window {
 }
 
 impl Windows {
-    /// Says that buckets have changed.
+    /// Buckets have changed, so every window has to be refreshed.
     pub fn change(&mut self) {
         for window in &mut self.0 {
             window.is_changed = true;
@@ -55,7 +55,7 @@ impl Windows {
         (0..self.0.len()).filter(is_due).collect()
     }
 
-    /// Plans the next refresh of a window, which `took` so long; `None`: it failed.
+    /// Plans the next refresh of a window, which took `took`; `None`: it failed.
     pub fn refreshed(&mut self, window: usize, now: i64, took: Option<Duration>) {
         let rest = took.map_or(REST_AFTER_FAILURE, |took| REST_TIMES * took);
         let rest_micros = duration::micros(rest);

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use host_metrics::check::target::{HeaderValue, Method, Proxy, Target};
-use host_metrics::produce::host_file::{Hosts, OnDisk, parse_with, read, target_with};
+use host_metrics::produce::host_file::{Hosts, OPTION_NAMES, OnDisk, parse_with, read, target_with};
 
 /// A folder with a host file, the bodies that it names, and secrets.
 struct Folder(tempfile::TempDir);
@@ -117,6 +117,16 @@ fn every_option_is_understood_and_printed_as_it_is_read() {
         format!("{:?}", folder.host(&plain.to_string())),
         format!("{plain:?}")
     );
+    // The others are in `host_file`.
+    for name in &OPTION_NAMES[7..] {
+        let option = format!(" {name}=");
+        assert!(
+            [&written, &plain.to_string()]
+                .iter()
+                .any(|line| line.contains(&option)),
+            "{name}"
+        );
+    }
 }
 
 #[test]

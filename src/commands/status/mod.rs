@@ -385,7 +385,7 @@ fn title(host: &Host) -> String {
     plain(host.name.as_ref().unwrap_or(&host.address))
 }
 
-/// What a narrow terminal has no room for, the most dispensable first.
+/// The columns that a narrow terminal leaves out, the least important first.
 const DISPENSABLE: [&str; 10] = [
     "NEWEST CHECKS",
     " 1 H",

@@ -21,7 +21,7 @@ use crate::terminal::SPARKLINE_CHECKS;
 const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
 /// JIT compilation of a query over many partitions takes longer than it saves. 50,000 hosts are sorted in memory with this
-/// `work_mem`, and on disk with Postgres's default. The statement timeout ends queries whose result nobody waits for any more. All
+/// `work_mem`, and on disk with Postgres's default. The statement timeout ends a query after `status` was interrupted. All
 /// queries see one snapshot and one `now()`.
 pub(super) const SETTINGS: &str = "SET jit = off; SET work_mem = '64MB'; SET statement_timeout = '60s'; \
                         BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
@@ -281,7 +281,7 @@ impl Times {
         }
     }
 
-    /// Rows since then, without those from the future, which a clock that is ahead wrote.
+    /// Rows since then, without those from the future, which come from a clock that is ahead.
     fn since(&self, then: &str) -> String {
         format!("scheduled_at > {then} AND scheduled_at <= {}", self.now)
     }

@@ -20,7 +20,7 @@ pub fn watch(shutdown: &Shutdown, mut answer: impl FnMut() -> anyhow::Result<Str
     let mut text = answer()?;
     loop {
         let shown = match screen.is_terminal() {
-            // A picture that is higher than the terminal would scroll.
+            // An answer with more lines than the terminal would scroll.
             true => screen.draw(&lines(&text, screen.height())),
             false => screen.print(&text),
         };

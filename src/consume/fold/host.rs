@@ -178,9 +178,9 @@ const MAX_PLACES: usize = 256;
 pub struct Incident {
     /// Counts a host's incidents from 1.
     pub number: i64,
-    /// The time of the failed check that turned the verdict to down.
+    /// The time of the failed check that made the verdict `down`.
     pub started_at: i64,
-    /// The time of the valid check that turned it to up again.
+    /// The time of the valid check that made it `up` again.
     pub ended_at: Option<i64>,
     /// Failed checks, by outcome.
     pub outcomes: BTreeMap<String, i32>,

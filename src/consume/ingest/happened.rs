@@ -96,7 +96,7 @@ impl Ingest {
                 });
                 self.epochs.remove(&partition);
             } else {
-                // To start over is to store the whole partition again. One answer is not enough for that: it may come from a
+                // Starting over stores the whole partition again, so one answer is not enough: it may come from a
                 // replica that is behind.
                 self.beyond_end.insert(partition, position);
                 ask_again = true;
@@ -111,7 +111,7 @@ impl Ingest {
         }
     }
 
-    /// Has the positions read again, once nothing that was read of these partitions is unwritten: writing it would move them.
+    /// Reads these positions again once everything that was read of the partitions is written, because writing moves them.
     fn stuck(&mut self, partitions: &[Partition]) {
         for partition in partitions {
             let in_flight = self

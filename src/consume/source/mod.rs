@@ -226,7 +226,7 @@ impl Source {
         }
     }
 
-    /// Whether there was a moment since then at which no broker could be reached.
+    /// Whether no broker could be reached at some moment since then.
     pub fn lost_kafka_since(&self, since: Instant) -> bool {
         self.reported().all_down_at.is_some_and(|at| at >= since)
     }

@@ -89,6 +89,13 @@ pub(super) fn known_options() -> String {
     format!("the options are {} and {last}", names.join(", "))
 }
 
+fn unknown_option(name: &str) -> LineFault {
+    LineFault::new(
+        0,
+        format!("{} is not an option; {}", quoted(name), known_options()),
+    )
+}
+
 /// The options that were given so far, on the line of a host or of a profile.
 #[derive(Clone, Default)]
 pub(super) struct Options {
@@ -118,6 +125,7 @@ impl Options {
             return Err(LineFault::new(at, what));
         }
         match option.name {
+            name if !OPTION_NAMES.contains(&name) => Err(unknown_option(name)),
             "timeout" => option.once(
                 &mut self.timeout,
                 read_timeout,
@@ -175,10 +183,7 @@ impl Options {
             "cert-days" => option.once(&mut self.cert_days, read_days, "a number of days from 1 to 3650"),
             "name" => option.once(&mut self.name, read_name, NAME_RULE),
             "group" => option.once(&mut self.group, read_name, NAME_RULE),
-            name => Err(LineFault::new(
-                0,
-                format!("{} is not an option; {}", quoted(name), known_options()),
-            )),
+            name => Err(unknown_option(name)),
         }
     }
 

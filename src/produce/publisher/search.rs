@@ -66,8 +66,8 @@ impl Search {
         })
     }
 
-    /// Searches until then at the latest; the first call may take longer by two questions. `found` gets the sequence of each
-    /// stored record. Returns whether the search is over.
+    /// Searches until `until`; the first call may end later, because it asks Kafka two questions. `found` gets the sequence of
+    /// each stored record. Returns whether the search is over.
     ///
     /// # Errors
     /// Kafka does not allow it, or did not answer the questions. Other errors are retried.

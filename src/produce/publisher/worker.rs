@@ -77,7 +77,7 @@ pub(super) struct Topic {
     /// Why it cannot be used. After Kafka has refused its records, only an acknowledged one resets this.
     pub(super) why_not: Option<String>,
     pub(super) was_refused: bool,
-    /// Without a group: the time at which the oldest record was sent that came back and that Kafka may have stored. Unix time
+    /// Without a group: when the oldest of the records was sent that came back although Kafka may have stored them. Unix time
     /// in milliseconds.
     pub(super) in_doubt_since: Option<i64>,
     /// Its records and claims that librdkafka has.

@@ -19,8 +19,8 @@ pub struct Ledger {
     pub from: i64,
     /// The highest epoch before that offset. A reader that begins there starts with it.
     pub epoch_at_from: Epoch,
-    /// The number of partitions by which hosts are divided. All members use this number, even if the topic has more partitions
-    /// meanwhile: with different numbers, two of them would check a host.
+    /// The number of partitions by which hosts are divided. All members use this number, even if partitions were added to the
+    /// topic: with different numbers, two members would check the same host.
     pub partitions: i32,
 }
 

@@ -13,7 +13,7 @@ use crate::produce::share::ledger::Ledger;
 use crate::produce::share::tail::{Tail, Takeover};
 use crate::sample::epoch::Epoch;
 
-/// The wait before a step that failed is tried again.
+/// The wait before a failed step is tried again.
 const RETRY_MICROS: i64 = 500_000;
 
 /// The wait after a claim was not appended, for example because the topic is missing. Every attempt uses an epoch, and epochs must
@@ -24,7 +24,7 @@ const CLAIM_AGAIN_MICROS: i64 = 2_000_000;
 /// meanwhile.
 const RELEASE_WITHIN_MICROS: i64 = 2_000_000;
 
-/// How long an owner goes on after the group has asked for a share. A member that has just joined does not ask for it earlier:
+/// How long an owner goes on checking after the group has asked for a share. The next owner could not take it earlier, because
 /// librdkafka leaves a second between two requests to join.
 const KEEP_MICROS: i64 = 1_000_000;
 
@@ -35,8 +35,8 @@ const RECORDS_WITHOUT_LEDGER: i64 = 10_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoredLedger {
     Ledger(Ledger),
-    /// The group has no offset for the partition, which contains the offsets from `low` up to, but not including, `high`. Its
-    /// topic has, or the ledgers of its other shares name, this number of partitions.
+    /// The group has no offset for the partition, which contains the offsets from `low` up to, but not including, `high`. The
+    /// hosts are divided by `partitions`: the number in the ledgers of other shares, or else that of the topic.
     Missing {
         low: i64,
         high: i64,
@@ -86,7 +86,7 @@ pub enum Event {
     InDoubt(Vec<Share>),
     /// The process was suspended. Other producers may have had our shares meanwhile.
     Suspended,
-    /// Give everything back, at the latest then.
+    /// Give everything back by this time.
     Stop { until: i64 },
 }
 
@@ -160,7 +160,7 @@ enum Stage {
     Releasing {
         until: i64,
     },
-    /// Everything is acknowledged, and the last ledger has to be committed until then.
+    /// Everything is acknowledged, and the last ledger has to be committed by this time.
     ToClose {
         ledger: Ledger,
         until: i64,
@@ -177,7 +177,7 @@ struct Tenure {
     /// A later ledger, to be committed next.
     progress: Option<Ledger>,
     not_before: i64,
-    /// The group wants it back: it is released then.
+    /// The group wants it back, and it is released at this time.
     release_at: Option<i64>,
 }
 
@@ -202,7 +202,7 @@ pub struct Shares {
     /// Shares that the group wants back and that are not free yet.
     revoking: BTreeSet<Share>,
     committing: Vec<(Share, Ledger)>,
-    /// All shares have to be given back until then.
+    /// All shares have to be given back by this time.
     stops_at: Option<i64>,
     has_left: bool,
 }
