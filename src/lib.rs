@@ -11,6 +11,7 @@ pub mod config;
 pub mod consume;
 pub mod duration;
 mod files;
+mod hash;
 pub mod http;
 pub mod kafka;
 pub mod limits;

@@ -18,6 +18,7 @@ use std::sync::OnceLock;
 
 use bytes::Bytes;
 
+use crate::hash::fnv1a;
 use crate::page::snapshot::Snapshot;
 use crate::page::view::{Options, View};
 
@@ -82,10 +83,7 @@ pub fn render(snapshot: &Snapshot, options: &Options, now: i64) -> Files {
 
 impl File {
     fn new(content_type: &'static str, body: String) -> Self {
-        let tag = format!(
-            "W/\"{:016x}\"",
-            crate::tables::buckets::series_id(&body, content_type)
-        );
+        let tag = format!("W/\"{:016x}\"", fnv1a(body.bytes().chain(content_type.bytes())));
         Self {
             content_type,
             body: body.into(),

@@ -48,7 +48,7 @@ impl Timestamp {
 impl Timestamp {
     /// `2026-01-31T12:00:00.123456Z`
     pub(super) fn text(self) -> [u8; 27] {
-        let (seconds, micros) = (self.0 / MICROS_PER_SECOND, self.0 % MICROS_PER_SECOND);
+        let seconds = self.0 / MICROS_PER_SECOND;
         let (year, month, day) = date_of(seconds).to_calendar_date();
         let second_of_day = seconds % SECONDS_PER_DAY;
         let mut text = *b"0000-00-00T00:00:00.000000Z";
@@ -59,7 +59,8 @@ impl Timestamp {
             (11..13, second_of_day / 3_600),
             (14..16, second_of_day / 60 % 60),
             (17..19, second_of_day % 60),
-            (20..26, micros),
+            // The last six digits.
+            (20..26, self.0),
         ] {
             write_digits(number.unsigned_abs(), &mut text[place]);
         }

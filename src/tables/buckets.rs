@@ -1,5 +1,9 @@
 //! How the state's buckets are stored: their widths, the number of a series, and the histogram of the latencies. Pure.
 
+use tokio_postgres::types::{FromSql, Type};
+
+use crate::hash::fnv1a;
+
 /// Bucket widths in seconds: five minutes for the last hour, hours for days, and days for months and years.
 pub const WIDTHS: [i32; 3] = [300, 3_600, 86_400];
 
@@ -22,11 +26,7 @@ const MAX_COUNT: u32 = 99_999_999;
 /// The database does not assign it, so a replay gives the same numbers, and no round trip is needed. The probability that two of a
 /// million series have the same number is 3 in 100 million.
 pub fn series_id(address: &str, agent: &str) -> i64 {
-    let bytes = address.bytes().chain([0]).chain(agent.bytes());
-    let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    hash.cast_signed()
+    fnv1a(address.bytes().chain([0]).chain(agent.bytes())).cast_signed()
 }
 
 /// The bin of a latency: the first one whose upper bound is at least that.
@@ -116,6 +116,16 @@ impl Histogram {
             }
         }
         histogram
+    }
+}
+
+impl<'a> FromSql<'a> for Histogram {
+    fn from_sql(_: &Type, numeric: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Self::from_numeric(numeric))
+    }
+
+    fn accepts(of: &Type) -> bool {
+        *of == Type::NUMERIC
     }
 }
 

@@ -752,6 +752,10 @@ fn a_time_that_is_not_rfc_3339_is_refused() {
 
 #[test]
 fn a_timestamp_lies_in_the_years_1970_to_9999() {
+    assert_eq!(
+        Timestamp::from_unix_micros(1_234_567).unwrap().unix_micros(),
+        1_234_567
+    );
     let last = 253_402_300_799_999_999;
     assert_eq!(
         Timestamp::from_unix_micros(0).map(Timestamp::unix_micros),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::missed::{MissedCounts, MissedReason, MissedTick};
 use crate::check::target::Target;
 use crate::duration::micros;
+use crate::hash::fnv1a;
 use crate::produce::share::Share;
 
 /// How late a check may begin after a delay of the program or a takeover: a tenth of the interval, within these bounds. A
@@ -312,14 +313,8 @@ pub(super) fn max_late(interval: Duration) -> Duration {
 /// The position of a host's ticks on its grid: all times whose microseconds since the Unix epoch, modulo the interval, equal
 /// this number. It spreads hosts evenly, and is the same after a restart and on every machine.
 ///
-/// It is the 64-bit FNV-1a hash of the address as written in the host file, modulo the interval
-/// (<https://datatracker.ietf.org/doc/html/draft-eastlake-fnv>).
+/// It is the FNV-1a hash of the address as written in the host file, modulo the interval.
 pub fn phase_micros(address: &str, interval_micros: i64) -> i64 {
-    const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-    const PRIME: u64 = 0x0000_0100_0000_01b3;
-    let hash = address.bytes().fold(OFFSET_BASIS, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(PRIME)
-    });
     let interval = interval_micros.max(1).unsigned_abs();
-    i64::try_from(hash % interval).unwrap_or(0)
+    i64::try_from(fnv1a(address.bytes()) % interval).unwrap_or(0)
 }

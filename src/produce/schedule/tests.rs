@@ -287,6 +287,105 @@ fn removed_hosts_take_no_memory_once_their_records_are_written() {
     assert!(schedule.due.len() <= 2);
 }
 
+/// One host of our share, which was last recorded a minute ago, and one without a share.
+fn with_a_share(share: &Share) -> Schedule<()> {
+    let mut schedule = Schedule::endless(vec![shared("own.example", 60)], LIMITS, START);
+    let recorded = |_: &str| Some(START - 60 * SECOND);
+    schedule.add_share(share, [shared("a.example", 1)], recorded, START);
+    schedule
+}
+
+#[test]
+fn the_ticks_before_a_takeover_are_missed_and_the_last_one_is_checked() {
+    let share = Share {
+        topic: "t".into(),
+        partition: 0,
+    };
+    let mut schedule = with_a_share(&share);
+    assert_eq!(schedule.hosts(), 2);
+    let Next::Start(tick) = schedule.next(START, |_| true) else {
+        panic!("the last tick is not late")
+    };
+    assert_eq!(tick.share.as_ref(), Some(&share));
+    assert!(schedule.has_open(&share));
+    let oldest = schedule.open_since()[&share];
+    assert!(
+        (START - 60 * SECOND..=START - 59 * SECOND).contains(&oldest),
+        "{oldest}"
+    );
+    assert_eq!(
+        schedule.finished(&tick, ()),
+        None,
+        "earlier ones are written first"
+    );
+    let late = drained(&mut schedule);
+    assert_eq!(late.len(), 60);
+    assert!(
+        late[..59]
+            .iter()
+            .all(|(_, reason)| *reason == Some(MissedReason::Unattended))
+    );
+    assert!(!schedule.has_open(&share));
+    assert_eq!(schedule.open_since().get(&share), None);
+}
+
+#[test]
+fn a_share_that_was_finished_has_no_later_ticks() {
+    let share = Share {
+        topic: "t".into(),
+        partition: 0,
+    };
+    let mut schedule = with_a_share(&share);
+    schedule.finish_share(&share, START);
+    assert!(schedule.has_open(&share), "what is due is still checked");
+    while let Next::Start(tick) = schedule.next(START, |_| true) {
+        schedule.finished(&tick, ());
+    }
+    drained(&mut schedule);
+    assert!(!schedule.has_open(&share));
+    assert_eq!(schedule.open_since()[&share], START + 1);
+    let (next, _) = start_one(&mut schedule, START);
+    assert_eq!(next.target.address, "own.example");
+    schedule.remove_share(&share);
+    assert_eq!(schedule.open_since().get(&share), None);
+    assert_eq!(schedule.hosts(), 1);
+}
+
+#[test]
+fn the_result_of_a_check_whose_share_was_given_up_frees_its_thread_once() {
+    let share = Share {
+        topic: "t".into(),
+        partition: 0,
+    };
+    let mut schedule = with_a_share(&share);
+    let (given_up, now) = start_one(&mut schedule, START);
+    let (own, _) = start_one(&mut schedule, now);
+    assert_eq!(own.target.address, "own.example");
+    schedule.remove_share(&share);
+    assert_eq!((schedule.under_way(), schedule.hosts()), (2, 1));
+    assert_eq!(schedule.finished(&given_up, ()), None);
+    assert_eq!(schedule.under_way(), 1);
+    schedule.cut_off();
+    assert_eq!(schedule.under_way(), 0);
+    assert_eq!(schedule.finished(&own, ()), None, "it was cut off");
+    assert_eq!(schedule.under_way(), 0);
+}
+
+#[test]
+fn results_of_a_share_that_was_given_up_are_no_longer_held() {
+    let share = Share {
+        topic: "t".into(),
+        partition: 0,
+    };
+    let mut schedule = with_a_share(&share);
+    let (tick, _) = start_one(&mut schedule, START);
+    assert_eq!(schedule.finished(&tick, ()), None);
+    assert_eq!(schedule.held, 1);
+    schedule.remove_share(&share);
+    assert_eq!((schedule.held, schedule.hosts()), (0, 1));
+    assert_eq!(drained(&mut schedule), []);
+}
+
 #[test]
 fn a_stop_ends_the_ticks_and_cuts_off_what_hangs() {
     let hosts = vec![shared("a.example", 1), shared("b.example", 1)];

@@ -1,8 +1,4 @@
-//! The sink of the state. A flush reads the stored state of the batch's hosts, folds the batch into it and writes it back, in the
-//! transaction that moves the positions.
-//!
-//! It takes three round trips: `BEGIN`, compare-and-set and the stored state; the hosts' new state; the buckets and `COMMIT`. All
-//! consumers lock the rows in the same order, by host and place.
+//! The stored state: the statements of a flush, and how rows become hosts and buckets, and these become rows.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,299 +6,22 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::SinkExt;
 use futures_util::future::{join, join3, join4};
-use tokio_postgres::error::SqlState;
-use tokio_postgres::types::{FromSql, ToSql, Type};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
-use crate::clock::{instant_now, wall_micros};
-use crate::config::{ConsumeConfig, StateConfig};
-use crate::consume::batch::{Batch, Encoded, Flushed, Form, MAX_READ_BYTES, Record};
-use crate::consume::counters::Counters;
 use crate::consume::fold::Fold;
 use crate::consume::fold::host::{Certificate, Checks, Host, Incident, Series, Verdict};
-use crate::consume::fold::observed::Observed;
 use crate::consume::fold::rollup::{Key, Rollup};
-use crate::consume::positions::{Keys, Positions};
-use crate::consume::sink::{Sink, admit, begin};
-use crate::consume::windows::Windows;
 use crate::duration;
-use crate::postgres::{Fault, Kind, Session, bounded};
-use crate::sample::Timestamp;
-use crate::sample::epoch::Epochs;
-use crate::tables::buckets::{Histogram, WIDTHS, series_id};
-use crate::tables::names::{Object, TableName};
+use crate::tables::buckets::series_id;
+use crate::tables::names::TableName;
 use crate::tables::row::{HEADER, TRAILER};
 use crate::tables::state::{
-    INCIDENTS, SERIES, add_series, copy_rollups, delete_old, delete_rollups, read_incidents, read_series,
-    take_rollups,
+    INCIDENTS, SERIES, add_series, copy_rollups, read_incidents, read_series, take_rollups,
 };
-use crate::tables::{days, ddl, destination, migrate, windows};
-
-/// The end of the group's name.
-pub const GROUP_SUFFIX: &str = "-state";
-
-/// The most records in a flush. The more there are, the less often each bucket is written.
-const BATCH_SIZE: usize = 100_000;
-
-/// The longest wait before a flush, and so the usual delay of the state.
-const BATCH_WAIT: Duration = Duration::from_secs(3);
-
-/// How long buckets of five minutes are kept.
-const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
-
-/// Old buckets are removed this often.
-const PRUNE_EVERY_MICROS: i64 = 3_600_000_000;
-
-/// The longest refresh of a window. The server ends it a little before the connection would be given up.
-const REFRESH_TIMEOUT: Duration = Duration::from_secs(50);
-const REFRESH_BOUND: Duration = Duration::from_secs(60);
-
-/// The most buckets that one statement removes, and the most statements at once. The rest is removed an hour later.
-const DELETE_ROWS: i64 = 50_000;
-const DELETE_TIMES: usize = 20;
-
-/// While the rows have a larger backlog than this, the state pauses before each flush this many times as long as the last flush
-/// took.
-const ROWS_BEHIND: u64 = 10_000;
-const REST_TIMES: u32 = 5;
-const REST_AT_MOST: Duration = Duration::from_secs(2);
-
-/// The configuration of the state's pipeline.
-pub fn config_of(config: &ConsumeConfig) -> ConsumeConfig {
-    ConsumeConfig {
-        group_id: format!("{}{GROUP_SUFFIX}", config.group_id),
-        batch_size: BATCH_SIZE,
-        batch_wait: BATCH_WAIT,
-        ..config.clone()
-    }
-}
-
-/// The state of DB_TABLE.
-pub struct StateSink {
-    config: StateConfig,
-    /// The counters of the rows' pipeline, which has priority.
-    rows: Counters,
-    last_flush_took: Duration,
-    windows: Windows,
-    /// In microseconds since 1970, as all times here.
-    prune_at: i64,
-}
-
-impl StateSink {
-    pub fn new(config: StateConfig, rows: Counters) -> Self {
-        Self {
-            config,
-            rows,
-            last_flush_took: Duration::ZERO,
-            windows: Windows::default(),
-            prune_at: 0,
-        }
-    }
-
-    /// The oldest start of a bucket that is kept, in microseconds since 1970.
-    fn oldest(&self, seconds: i32, now_micros: i64) -> i64 {
-        let kept = match seconds {
-            300 => Some(NARROW_KEPT),
-            _ => self.config.rollup_retention,
-        };
-        kept.map_or(0, |kept| now_micros.saturating_sub(duration::micros(kept)).max(0))
-    }
-
-    /// Removes what is too old.
-    async fn prune(&mut self, session: &Session) -> Result<(), Fault> {
-        let now = wall_micros();
-        self.prune_at = now.saturating_add(PRUNE_EVERY_MICROS);
-        let time = |micros: i64| format!("to_timestamp({})", micros / 1_000_000);
-        for seconds in WIDTHS {
-            let oldest = self.oldest(seconds, now);
-            let sql = delete_rollups(&session.table, seconds, &time(oldest), DELETE_ROWS);
-            for _ in 0..DELETE_TIMES {
-                let removed = session
-                    .bounded("removing old buckets", session.client.execute(&sql, &[]))
-                    .await?;
-                if removed < DELETE_ROWS as u64 {
-                    break;
-                }
-            }
-        }
-        let sql = delete_old(&session.table, &time(self.oldest(WIDTHS[1], now)));
-        session
-            .bounded("removing old state", session.client.batch_execute(&sql))
-            .await
-    }
-
-    /// Brings the windows up to date that are due at `now`, without waiting for the disk, because they can be computed again.
-    /// Failures are logged.
-    ///
-    /// # Errors
-    /// The connection is of no further use, or a table is missing.
-    async fn refresh(&mut self, session: &Session, now: i64) -> Result<(), Fault> {
-        for window in self.windows.due(now) {
-            let began_at = instant_now();
-            let sql = format!(
-                "BEGIN; SET LOCAL jit = off; SET LOCAL synchronous_commit = off; SET LOCAL lock_timeout = 0; \
-                 SET LOCAL statement_timeout = '{}ms'; {} COMMIT",
-                REFRESH_TIMEOUT.as_millis(),
-                windows::refresh(&session.table, window)
-            );
-            let refresh = session.client.batch_execute(&sql);
-            let refreshed = bounded("refreshing the windows", REFRESH_BOUND, refresh).await;
-            let took = instant_now().saturating_duration_since(began_at);
-            self.windows
-                .refreshed(window, wall_micros(), refreshed.is_ok().then_some(took));
-            if let Err(fault) = &refreshed
-                && fault.code == Some(SqlState::UNDEFINED_TABLE)
-            {
-                return refreshed;
-            }
-            ddl::log_failure(session, refreshed, "windows of the state not refreshed").await?;
-        }
-        Ok(())
-    }
-
-    async fn make_way(&self) {
-        let behind: u64 = self.rows.lags().values().sum();
-        if behind > ROWS_BEHIND {
-            tokio::time::sleep((REST_TIMES * self.last_flush_took).min(REST_AT_MOST)).await;
-        }
-    }
-}
-
-impl Sink for StateSink {
-    const IS_FIRST: bool = false;
-    const KEEPS_RECORDS: bool = false;
-    type Layout = ();
-    type Prepared = Statements;
-
-    fn encode(
-        (): &(),
-        _: &str,
-        record: &Record<'_>,
-        epochs: &mut Epochs,
-        into: &mut Vec<u8>,
-    ) -> Result<Encoded, String> {
-        let value = record.value.unwrap_or_default();
-        if value.len() > MAX_READ_BYTES {
-            return Err("longer than the rows accept".to_owned());
-        }
-        let Some(sample) = admit(value, epochs)? else {
-            return Ok(Encoded::Claim);
-        };
-        let observed = Observed::of(&sample, record.timestamp).ok_or("it has no time")?;
-        observed.encode(into);
-        Ok(Encoded::Row)
-    }
-
-    async fn prepare(&mut self, session: &Session) -> Result<((), Statements), Fault> {
-        let made = migrate::make(session, days::today()).await;
-        let not_made = match made {
-            Ok(_) => None,
-            Err(fault) if fault.kind == Kind::Operator => Some(fault),
-            Err(fault) => return Err(fault),
-        };
-        let found = destination::find(session).await?;
-        if let Some(object) = Object::STATE
-            .into_iter()
-            .find(|object| !found.is_current(*object))
-        {
-            let name = session.table.quoted(object.suffix());
-            return Err(Fault::operator(match not_made {
-                Some(fault) => format!("{name} is missing, and this user could not create it: {fault}"),
-                None => format!(
-                    "{name} was not created by this version of host-metrics; rename it, and run `host-metrics init`"
-                ),
-            }));
-        }
-        let statements = Statements::prepare(&session.client, &session.table);
-        let statements = session.bounded("preparing", statements).await;
-        let tables = Object::STATE
-            .map(|object| session.table.quoted(object.suffix()))
-            .join(", ");
-        let grant = format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} to this user");
-        let statements = statements.map_err(|fault| fault.with_grant(&grant))?;
-        self.prune(session).await?;
-        Ok(((), statements))
-    }
-
-    async fn flush(
-        &mut self,
-        session: &Session,
-        keys: &Keys,
-        positions: &Positions,
-        prepared: &Statements,
-        batch: &Batch,
-    ) -> Result<Flushed, Fault> {
-        self.make_way().await;
-        let began_at = instant_now();
-        let mut fold = folded(batch);
-        let mut rollups = fold.take_rollups();
-        let now = wall_micros();
-        let oldest = BTreeMap::from(WIDTHS.map(|seconds| (seconds, self.oldest(seconds, now))));
-        rollups.retain(|(key, _)| oldest[&key.seconds] <= key.starts_at);
-        let client = &session.client;
-        let records = u32::try_from(batch.len()).unwrap_or(u32::MAX);
-        let within = session.bounds.step + session.bounds.per_row.saturating_mul(records).saturating_mul(4);
-        let begin = begin(BEGIN, batch);
-        // They are sent in the order in which they are polled.
-        let (began, moved, stored) = bounded("BEGIN to the stored state", within, async {
-            Ok::<_, Fault>(
-                join3(
-                    client.batch_execute(&begin),
-                    positions.advance(session, keys, batch),
-                    read(client, prepared, &fold, &mut rollups),
-                )
-                .await,
-            )
-        })
-        .await?;
-        began?;
-        if !moved? {
-            session
-                .bounded("ROLLBACK", client.batch_execute("ROLLBACK"))
-                .await?;
-            return Ok(Flushed::Fenced);
-        }
-        let stored = stored?;
-        let mut changed = stored.clone();
-        fold.apply(self.config.down_when, &mut changed);
-        let write = write(client, prepared, &stored, &changed, &rollups);
-        bounded("writing the state", within, write)
-            .await
-            .map_err(|fault| match fault.kind {
-                // Two consumers saw a host for the first time, or a user has added a constraint.
-                Kind::Refused => Fault {
-                    kind: Kind::Passing,
-                    ..fault
-                },
-                _ => fault,
-            })?;
-        self.last_flush_took = instant_now().saturating_duration_since(began_at);
-        // A full batch has more behind it. While the state catches up, windows only move on.
-        if batch.len() < BATCH_SIZE {
-            self.windows.change();
-        }
-        self.refresh(session, wall_micros()).await?;
-        Ok(Flushed::Durable)
-    }
-
-    fn maintain_at(&self) -> i64 {
-        self.windows.due_at().min(self.prune_at)
-    }
-
-    async fn maintain(&mut self, session: &Session, _: &Statements, now: Timestamp) -> Result<(), Fault> {
-        if self.prune_at <= now.unix_micros() {
-            self.prune(session).await?;
-        }
-        self.refresh(session, now.unix_micros()).await
-    }
-}
 
 /// The bytes that are sent at once.
 const CHUNK_BYTES: usize = 128 * 1024;
-
-/// Few rows of many are read, so indexes are used even if the statistics of a new table suggest otherwise.
-const BEGIN: &str =
-    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL enable_seqscan = off; SET LOCAL jit = off";
 
 /// The statements of a flush.
 pub struct Statements {
@@ -316,7 +35,7 @@ pub struct Statements {
 }
 
 impl Statements {
-    async fn prepare(client: &Client, table: &TableName) -> Result<Self, tokio_postgres::Error> {
+    pub(super) async fn prepare(client: &Client, table: &TableName) -> Result<Self, tokio_postgres::Error> {
         Ok(Self {
             add_series: client.prepare(&add_series(table)).await?,
             read_series: client.prepare(&read_series(table)).await?,
@@ -329,19 +48,8 @@ impl Statements {
     }
 }
 
-fn folded(batch: &Batch) -> Fold<'_> {
-    let mut fold = Fold::default();
-    for entry in &batch.entries {
-        if let Form::Row(range) = &entry.form {
-            let bytes = batch.encoded.get(range.clone()).unwrap_or_default();
-            fold.record(Observed::decode(bytes).expect("the batch holds what `encode` wrote"));
-        }
-    }
-    fold
-}
-
 /// Reads the stored state of the batch's hosts, and locks their rows. Adds the stored buckets to `rollups`.
-async fn read(
+pub(super) async fn read(
     client: &Client,
     statements: &Statements,
     fold: &Fold<'_>,
@@ -395,7 +103,7 @@ async fn read(
 }
 
 /// Writes what has changed, and commits.
-async fn write(
+pub(super) async fn write(
     client: &Client,
     statements: &Statements,
     stored: &BTreeMap<String, Host>,
@@ -619,16 +327,6 @@ fn rollup_of(row: &Row) -> Result<Rollup, tokio_postgres::Error> {
         phases,
         histogram: row.try_get::<_, Option<_>>("histogram")?.unwrap_or_default(),
     })
-}
-
-impl<'a> FromSql<'a> for Histogram {
-    fn from_sql(_: &Type, numeric: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
-        Ok(Self::from_numeric(numeric))
-    }
-
-    fn accepts(of: &Type) -> bool {
-        *of == Type::NUMERIC
-    }
 }
 
 fn json(value: &impl serde::Serialize) -> String {
