@@ -344,15 +344,20 @@ fn run_completions(args: &cli::Completions) -> anyhow::Result<bool> {
 
 fn run_man(args: &cli::Man) -> anyhow::Result<bool> {
     let directory = &args.directory;
-    // The name of each page, because all commands share the display name of their common flags.
-    let command = Cli::command().mut_subcommands(|command| {
-        let name = format!("{PROGRAM}-{}", command.get_name());
-        command.display_name(name)
-    });
+    let pages = with_names_of_pages(Cli::command(), PROGRAM);
     fs::create_dir_all(directory)
-        .and_then(|()| clap_mangen::generate_to(command, directory))
+        .and_then(|()| clap_mangen::generate_to(pages, directory))
         .with_context(|| format!("cannot write manual pages to {}", directory.display()))?;
     Ok(true)
+}
+
+/// Gives each command the name of its manual page, because all commands share the display name of their common flags.
+fn with_names_of_pages(command: clap::Command, name: &str) -> clap::Command {
+    let pages = command.mut_subcommands(|command| {
+        let name = format!("{name}-{}", command.get_name());
+        with_names_of_pages(command, &name)
+    });
+    pages.display_name(name.to_owned())
 }
 
 fn read_hosts(path: &Path, variables: &Variables) -> Result<Hosts, HostFileError> {

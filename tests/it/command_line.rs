@@ -8,6 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use clap::CommandFactory;
+use host_metrics::cli::Cli;
 use host_metrics::config::NAMES;
 use host_metrics::sample;
 
@@ -991,26 +993,42 @@ fn likely_mistakes_in_a_host_file_cause_warnings_in_validate_and_at_the_start() 
 }
 
 #[test]
-fn man_writes_a_page_for_every_command_and_completions_a_script() {
+fn an_installation_has_the_program_a_manual_page_for_every_command_and_completions() {
     let place = Place::new();
-    let ran = place.run(&["man", "pages"]);
-    assert_eq!(
-        (ran.status, ran.stdout.as_str(), ran.stderr.as_str()),
-        (0, "", "")
-    );
-    let help = place.run(&["-h"]).stdout;
-    let (_, commands) = help.split_once("Commands:\n").unwrap();
-    let commands: Vec<_> = commands
-        .lines()
-        .take_while(|line| !line.is_empty())
-        .filter_map(|line| line.split_whitespace().next())
-        .collect();
-    assert!(commands.contains(&"produce"), "{commands:?}");
-    let bash = place.run(&["completions", "bash"]).stdout;
-    for command in commands {
-        let page = place.path().join(format!("pages/host-metrics-{command}.1"));
-        assert!(page.exists(), "{}", page.display());
-        assert!(bash.contains(command), "{command}");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/install");
+    let install = Command::new(script).arg(place.path()).arg(BINARY).output();
+    let installed = ran(install.unwrap());
+    assert_eq!((installed.status, installed.stderr.as_str()), (0, ""));
+
+    let program = place.path().join("bin/host-metrics");
+    let pages = Cli::command();
+    let nested = pages.get_subcommands().flat_map(|command| {
+        let inner = command.get_subcommands();
+        inner.map(|inner| format!("-{}-{}", command.get_name(), inner.get_name()))
+    });
+    let commands = pages
+        .get_subcommands()
+        .map(|command| format!("-{}", command.get_name()));
+    for page in commands.chain(nested).chain([String::new()]) {
+        let page = format!("host-metrics{page}");
+        let text = fs::read_to_string(place.path().join(format!("share/man/man1/{page}.1"))).unwrap();
+        assert!(text.contains(&format!(".TH {page} 1")), "{page}: {text}");
+        assert!(text.contains("Examples:"), "{page}: {text}");
     }
-    assert!(place.path().join("pages/host-metrics.1").exists());
+    for (shell, script) in [
+        ("bash", "bash-completion/completions/host-metrics"),
+        ("zsh", "zsh/site-functions/_host-metrics"),
+        ("fish", "fish/vendor_completions.d/host-metrics.fish"),
+    ] {
+        let script = fs::read_to_string(place.path().join("share").join(script)).unwrap();
+        let printed = ran(Command::new(&program)
+            .args(["completions", shell])
+            .output()
+            .unwrap());
+        assert_eq!(script, printed.stdout, "{shell}");
+        assert!(
+            script.contains("validate") && script.contains("incidents"),
+            "{shell}"
+        );
+    }
 }

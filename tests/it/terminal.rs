@@ -292,6 +292,19 @@ fn tables_fit_a_terminal_of_40_columns() {
 }
 
 #[test]
+fn watching_the_status_redraws_it_in_place() {
+    let servers = Servers::start();
+    let next = "\x1b[J\r\x1b[";
+    let output = Terminal::start(servers.command(&["status", "--watch"]), 40).read_until(next);
+    let (first, second) = output.split_once(next).expect(&output);
+    let lines = first.matches("\x1b[K\n").count();
+    assert!(
+        lines > 5 && second.starts_with(&format!("{lines}A")),
+        "{output:?}"
+    );
+}
+
+#[test]
 fn a_trial_of_hosts_shows_its_progress_only_on_a_terminal() {
     let servers = Servers::start();
     let file = servers.host_file.path().to_str().unwrap();

@@ -65,7 +65,7 @@ pub struct Options<'a> {
     pub log_level: LevelFilter,
 }
 
-const NEXT: &str = "
+const NEXT: &str = "\
 Try next
   host-metrics check https://example.com/    one check of your site, drawn as a timeline
   host-metrics demo -c FILE                  this demo with your own hosts, one a line: ADDRESS FREQUENCY
@@ -200,7 +200,7 @@ fn configure(
     Ok((produce, consume))
 }
 
-/// The sample hosts have no names, so the page shows addresses.
+/// The user's own hosts may have no names, so the page shows addresses.
 fn page_config(consume: &ConsumeConfig) -> PageConfig {
     let usual = SocketAddr::from(([127, 0, 0, 1], 9_480));
     let is_free = TcpListener::bind(usual).is_ok();

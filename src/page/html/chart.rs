@@ -117,11 +117,11 @@ pub fn response_time(slots: &Slots<'_>, unit: &str, ends: [&str; 2]) -> Markup {
                 is_drawing = false;
                 continue;
             };
-            let (x, y) = (index as f64 + 0.5, 100.0 - seconds / end * 100.0);
-            // `h0` makes a dot of a point without neighbours.
+            let y = 100.0 - seconds / end * 100.0;
+            // `h.8` makes a dash of a point without neighbours, which a new site has for an hour and for a day.
             let _ = match is_drawing {
-                true => write!(path, "L{x:.1} {y:.1}"),
-                false => write!(path, "M{x:.1} {y:.1}h0"),
+                true => write!(path, "L{index}.5 {y:.1}"),
+                false => write!(path, "M{index}.1 {y:.1}h.8"),
             };
             is_drawing = true;
         }
@@ -351,7 +351,7 @@ mod tests {
         ];
         let text = response_time(&slots, "hour", ["then", "now"]).into_string();
         assert!(
-            text.contains(r#"class="p50" d="M0.5 0.0h0L1.5 0.0M4.5 0.0h0""#),
+            text.contains(r#"class="p50" d="M0.1 0.0h.8L1.5 0.0M4.1 0.0h.8""#),
             "{text}"
         );
         assert!(text.contains("median between 100 ms and 100 ms"), "{text}");
