@@ -22,7 +22,7 @@ demo: ## run the whole pipeline in one process, without any setup; ARGS="--for 3
 		echo "The largest is librdkafka (C); host-metrics itself comes last. Then the demo starts."; }
 	CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0" cargo run --profile demo --no-default-features --locked -- demo $(ARGS)
 
-check: ## format, clippy, and all tests that need no server; under a minute once compiled
+check: ## format, clippy, and all tests that need no server; a minute and a half once compiled
 	@scripts/setup demo
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
