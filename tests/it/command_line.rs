@@ -944,11 +944,13 @@ fn the_limit_of_open_files_is_raised_and_a_limit_that_is_too_low_is_reported() {
     let kafka = rdkafka::mocking::MockCluster::new(1).unwrap();
     kafka.create_topic("host-metrics", 1, 1).unwrap();
     let once = |limit: &str| {
-        let mut command = Command::new("/bin/sh");
+        // The mock brokers of tests that run at the same time leave their sockets open in every child process.
+        let close = "for fd in /dev/fd/*; do fd=${fd##*/}; ((fd < 3)) || eval \"exec $fd>&-\"; done";
+        let mut command = Command::new("bash");
         command
             .args([
                 "-c",
-                &format!("{limit} && exec '{BINARY}' produce --once -c hosts"),
+                &format!("{close}; {limit} && exec '{BINARY}' produce --once -c hosts"),
             ])
             .env_clear()
             .env("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers())
