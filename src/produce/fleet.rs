@@ -43,7 +43,11 @@ const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 pub(super) enum Order {
     Take(Takeover),
-    Release(Share),
+    Release {
+        share: Share,
+        /// No other producer waits for it, so all of its checks may end.
+        is_unwanted: bool,
+    },
     Forget(Share),
     Abandon(Share),
     /// We have left the group. No order follows.
@@ -69,6 +73,14 @@ impl Partitions {
     fn of(&self, topic: &str) -> Option<i32> {
         let counts = lock(&self.0);
         counts.get(topic).copied()
+    }
+
+    fn all(&self) -> usize {
+        let counts = lock(&self.0);
+        counts
+            .values()
+            .filter_map(|count| usize::try_from(*count).ok())
+            .sum()
     }
 
     fn set(&self, topic: &str, count: i32) {
@@ -107,6 +119,7 @@ impl Fleet {
             partitions: settings.partitions.clone(),
             clock: settings.clock,
             shares: Shares::default(),
+            stops_alone: false,
             heard,
             events: events.clone(),
             turned_at: settings.clock.now_micros(),
@@ -115,7 +128,7 @@ impl Fleet {
             orders: Box::new(orders),
             to_read: Vec::new(),
             reading: None,
-            is_idle: None,
+            logged_shares: None,
             outage: Outage::default(),
             commit_failure: Arc::default(),
         };
@@ -158,6 +171,8 @@ struct Thread {
     partitions: Partitions,
     clock: Clock,
     shares: Shares,
+    /// We stop, and own more than one share and all that there are: nobody waits for ours. Of a single one that is not known.
+    stops_alone: bool,
     heard: Receiver<Event>,
     events: Sender<Event>,
     /// When the loop turned last.
@@ -167,8 +182,8 @@ struct Thread {
     orders: Box<dyn Fn(Order) + Send>,
     to_read: Vec<Range>,
     reading: Option<Reading>,
-    /// Whether we have no share, as logged last.
-    is_idle: Option<bool>,
+    /// The number of our shares, as logged last.
+    logged_shares: Option<usize>,
     /// Why shares cannot be taken.
     outage: Outage,
     /// Why the last commit failed, if that was not reported yet.
@@ -220,6 +235,10 @@ impl Thread {
             if outcome == CommitOutcome::Done {
                 self.outage.end(instant_now());
             }
+        }
+        if let Event::Stop { .. } = event {
+            let (owned, _) = self.shares.owned_of();
+            self.stops_alone = owned > 1 && owned == self.partitions.all();
         }
         self.shares.handle(self.clock.now_micros(), event);
     }
@@ -275,23 +294,22 @@ impl Thread {
             let is_assigned = matches!(event, Event::Assigned(_));
             self.handle(event);
             if is_assigned {
-                self.log_idle();
+                self.log_shares();
             }
         }
     }
 
-    fn log_idle(&mut self) {
+    fn log_shares(&mut self) {
         let (_, ours) = self.shares.owned_of();
-        let is_idle = ours == 0;
-        if self.is_idle.replace(is_idle) != Some(is_idle) {
-            if is_idle {
-                log::info!(
-                    "group={} this producer has no share: it waits until another one leaves",
-                    self.group
-                );
-            } else {
-                log::info!("group={} shares={ours}", self.group);
-            }
+        if self.logged_shares.replace(ours) == Some(ours) {
+            return;
+        }
+        match ours {
+            0 => log::info!(
+                "group={} this producer has no share: it waits until another one leaves",
+                self.group
+            ),
+            _ => log::info!("group={} shares={ours}", self.group),
         }
     }
 
@@ -349,7 +367,10 @@ impl Thread {
                 );
                 (self.orders)(Order::Take(takeover));
             }
-            Action::Release(share) => (self.orders)(Order::Release(share)),
+            Action::Release(share) => (self.orders)(Order::Release {
+                share,
+                is_unwanted: self.stops_alone,
+            }),
             Action::Forget(share) => {
                 log::info!("share={share} given up: it belongs to another producer now");
                 (self.orders)(Order::Forget(share));

@@ -75,6 +75,7 @@ impl Joining {
             topics,
             ours: BTreeSet::new(),
             finishing: BTreeMap::new(),
+            cut_off_at: None,
             mark_at: 0,
             has_left: false,
         }))
@@ -91,6 +92,8 @@ pub(super) struct SharedHosts {
     ours: BTreeSet<Share>,
     /// Those of `ours` that are being given back, each with the time at which its checks are abandoned.
     finishing: BTreeMap<Share, i64>,
+    /// At a stop: when the checks that are still under way are cut off.
+    cut_off_at: Option<i64>,
     mark_at: i64,
     has_left: bool,
 }
@@ -117,9 +120,13 @@ impl SharedHosts {
                 self.ours.insert(share.clone());
                 publisher.tell(Letter::Open(takeover));
             }
-            Order::Release(share) => {
+            Order::Release { share, is_unwanted } => {
                 schedule.finish_share(&share, now);
-                self.finishing.insert(share, now + micros(FINISH_WITHIN));
+                let until = match is_unwanted {
+                    true => i64::MAX,
+                    false => now + micros(FINISH_WITHIN),
+                };
+                self.finishing.insert(share, until);
             }
             Order::Forget(share) => {
                 self.remove(&share, schedule);
@@ -138,6 +145,10 @@ impl SharedHosts {
         publisher: &Publisher,
         looked_at: i64,
     ) -> i64 {
+        if self.cut_off_at.take_if(|at| looked_at >= *at).is_some() {
+            schedule.stop(looked_at);
+            schedule.cut_off();
+        }
         let is_finished = |(share, until): (&Share, &i64)| {
             (looked_at >= *until || !schedule.has_open(share)).then(|| share.clone())
         };
@@ -185,8 +196,9 @@ impl SharedHosts {
         schedule.change(ours, removed, |target| self.share_of(target), now);
     }
 
-    /// Gives all shares back, at the latest then.
-    pub(super) fn stop(&mut self, until: i64) {
+    /// Gives all shares back, at the latest at `until`. Checks that are still under way at `cut_off_at` are cut off.
+    pub(super) fn stop(&mut self, cut_off_at: i64, until: i64) {
+        self.cut_off_at = Some(cut_off_at);
         self.fleet.stop(until);
     }
 

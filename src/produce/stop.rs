@@ -9,11 +9,14 @@ use super::publisher::{END_WITHIN, Unacknowledged};
 use super::timer::{Backlog, LOOK_FOR_ROOM_EVERY, TimerLoop};
 use crate::clock::instant_now;
 use crate::duration::micros;
-use crate::http::health;
 use crate::shutdown::STOP_WITHIN;
 
 /// Checks that have not ended this long after the signal are cut off.
 const CHECKS_END_WITHIN: Duration = Duration::from_secs(6);
+
+/// With PRODUCE_GROUP: shares that are not given back this long after the signal are abandoned. Leaving the group takes less than
+/// the time from then to [`DELIVER_WITHIN`].
+const GIVE_BACK_WITHIN: Duration = Duration::from_millis(7_000);
 
 /// Records that Kafka has not acknowledged this long after the signal are given up. The rest of [`STOP_WITHIN`] is for the
 /// end of the process.
@@ -55,12 +58,14 @@ impl TimerLoop<'_> {
 
     /// With PRODUCE_GROUP: gives the shares back, and checks their hosts until then.
     fn leave_group(&mut self, from: i64) {
-        let until = from + micros(CHECKS_END_WITHIN);
         match &mut self.shared_hosts {
-            Some(shared_hosts) => shared_hosts.stop(until),
+            Some(shared_hosts) => {
+                let cut_off_at = from + micros(CHECKS_END_WITHIN);
+                shared_hosts.stop(cut_off_at, from + micros(GIVE_BACK_WITHIN));
+            }
             None => return,
         }
-        let gives_up_at = until + micros(health::TURN_EVERY);
+        let gives_up_at = from + micros(DELIVER_WITHIN);
         while self.is_member() && self.clock.now_micros() < gives_up_at {
             let next_tick = self.start_due();
             let backlog = self.write_backlog();

@@ -10,7 +10,7 @@ const SOON: Duration = Duration::from_secs(60);
 
 #[test]
 fn the_demo_ends_by_itself_and_its_ledger_balances() {
-    let mut demo = Agent::start(&["demo", "--for", "8s"], &Variables::default());
+    let mut demo = Agent::start(&["demo", "--for", "12s"], &Variables::default());
     let status = demo.wait(SOON);
     let text = demo.stdout();
     assert_eq!(status.code(), Some(0), "{text}\n{}", demo.stderr());
@@ -83,7 +83,7 @@ fn the_demo_checks_the_users_own_hosts_too() {
     let site = crate::site::Site::start();
     std::fs::write(&path, site.host_file("1s")).unwrap();
     let mut demo = Agent::start(
-        &["demo", "--for", "6s", "-c", path.to_str().unwrap()],
+        &["demo", "--for", "10s", "-c", path.to_str().unwrap()],
         &Variables::default(),
     );
     let status = demo.wait(SOON);

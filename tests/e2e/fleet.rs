@@ -1,7 +1,7 @@
 //! Producers that share their hosts (PRODUCE_GROUP), with a real Kafka: kills, freezes, planned stops and outages of the
 //! broker. Without the records that a consumer would reject as superseded, the topic has each tick of each host once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
@@ -390,6 +390,45 @@ fn two_groups_on_one_topic_are_two_places_and_members_without_a_share_wait() {
         assert_eq!(judged.ticks.len(), HOSTS, "{place}");
     }
     assert_eq!(fleet.judged_of(kafka, "once").valid.len(), HOSTS);
+}
+
+#[test]
+fn a_topic_that_is_recreated_under_both_agents_costs_no_later_tick() {
+    let mut case = Case::new("fleet_anew_under_both", PARTITIONS);
+    let fleet = Fleet::new(case.kafka, case.name);
+    let (consumer, producer) = (case.consume(), fleet.start());
+    let agents = [&producer, &consumer];
+    fleet.wait_for_ticks_since(case.kafka, now_micros() + 4 * SECOND, &agents);
+    wait_for(
+        WITHIN,
+        "rows are stored",
+        || (case.db.count("host_metrics") > 4 * HOSTS as i64).then_some(()),
+        || consumer.stderr(),
+    );
+    case.kafka.delete_topic(case.name);
+    case.kafka.create_topic(case.name, PARTITIONS);
+    fleet.wait_for_ticks_since(case.kafka, now_micros() + 2 * SECOND, &agents);
+    producer.stop();
+    let judged = fleet.judged(case.kafka);
+    judged.assert_whole(0);
+    let ticks = judged.ticks.iter().flat_map(|(host, ticks)| {
+        let of_host = ticks.iter().map(move |(tick, _)| format!("{host} {tick}"));
+        of_host.collect::<Vec<_>>()
+    });
+    let ticks: BTreeSet<String> = ticks.collect();
+    let rows =
+        "SELECT concat(address, ' ', round(extract(epoch FROM scheduled_at) * 1000000)) FROM host_metrics";
+    wait_for(
+        WITHIN,
+        "every tick of the new topic is stored",
+        || {
+            let stored = case.db.many(rows).into_iter().collect();
+            ticks.is_subset(&stored).then_some(())
+        },
+        || consumer.stderr(),
+    );
+    consumer.stop();
+    assert_eq!(case.db.count("host_metrics_rejected"), 0);
 }
 
 #[test]

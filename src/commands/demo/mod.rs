@@ -32,8 +32,8 @@ use crate::check::target::Target;
 use crate::commands::audit;
 use crate::commands::page::Page;
 use crate::config::{
-    self, AuditConfig, CheckConfig, ConsumeConfig, KafkaConfig, PageConfig, ProduceConfig, References,
-    Variables,
+    self, AuditConfig, CheckConfig, ConsumeConfig, GroupConfig, KafkaConfig, PageConfig, ProduceConfig,
+    References, Variables,
 };
 use crate::page::view::Options as PageOptions;
 use crate::produce::counters::Counters;
@@ -192,7 +192,10 @@ fn configure(
         kafka,
         topic: TOPIC.to_owned(),
         failures_topic: None,
-        group: None,
+        group: Some(GroupConfig {
+            name: "host-metrics-produce".to_owned(),
+            instance_id: None,
+        }),
         check,
         references: References::Gateways,
         metrics_addr: None,
@@ -294,7 +297,7 @@ impl View<'_> {
         if totals.rows > 0 {
             picture.extend(self.table()?);
         } else {
-            let waiting = "(the consumer is joining its group; the first rows appear in a few seconds)";
+            let waiting = "(both agents are joining their groups, which takes 3 s; then the checks begin)";
             picture.push(fit(waiting, width));
         }
         if let Some(notice) = self.notices.newest(width) {

@@ -261,10 +261,12 @@ impl Shares {
             .unwrap_or_else(|| self.wait(now))
     }
 
-    /// The number of shares that we own, and of those that the group assigned to us.
+    /// The number of shares that we own and that nobody wants back, and of those that the group assigned to us.
     pub fn owned_of(&self) -> (usize, usize) {
         let ours = self.tenures.values().filter(|tenure| tenure.is_ours());
-        let owned = ours.clone().filter(|tenure| tenure.stage == Stage::Owned);
+        let owned = ours
+            .clone()
+            .filter(|tenure| tenure.stage == Stage::Owned && tenure.release_at.is_none());
         (owned.count(), ours.count())
     }
 
