@@ -108,17 +108,17 @@ fn host_file(http: SocketAddr, https: SocketAddr, expired: SocketAddr, refused: 
     format!(
         "\
 # The sample site of `host-metrics demo`: ADDRESS FREQUENCY [option=value ...] [REGEX]
-http://{http}/up                1s   group=Up name=Plain
-https://{https}/up               1s   group=Up name=Encrypted (all systems: (go|ready))
-http://{http}/moved             2s   group=Up name=Moved
-http://{http}/slow              1s   group=Up name=Slow slow=300ms
-http://{http}/flapping          1s   group=Down name=Flapping
-http://{http}/failing           1s   group=Down name=\"Wrong status\"
-http://{http}/wrong-body        2s   group=Down name=\"Wrong text\" all systems: go
-http://{http}/hanging           2s   group=Down name=Hanging timeout=1s
-http://{http}/cut               2s   group=Down name=\"Cut off\" (all systems)
-https://{expired}/expired          2s   group=Down name=\"Expired certificate\"
-http://{refused}/refused           2s   group=Down name=Refused
+http://{http}/up                1s   group=Healthy name=Plain
+https://{https}/up               1s   group=Healthy name=Encrypted (all systems: (go|ready))
+http://{http}/moved             2s   group=Healthy name=Moved
+http://{http}/slow              1s   group=Healthy name=Slow slow=300ms
+http://{http}/flapping          1s   group=Faulty  name=Flapping
+http://{http}/failing           1s   group=Faulty  name=\"Wrong status\"
+http://{http}/wrong-body        2s   group=Faulty  name=\"Wrong text\" all systems: go
+http://{http}/hanging           2s   group=Faulty  name=Hanging timeout=1s
+http://{http}/cut               2s   group=Faulty  name=\"Cut off\" (all systems)
+https://{expired}/expired          2s   group=Faulty  name=\"Expired certificate\"
+http://{refused}/refused           2s   group=Faulty  name=Refused
 "
     )
 }

@@ -62,7 +62,8 @@ struct Hour {
 
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Incident {
-    address: String,
+    /// Its name, or its address if it has none.
+    host: String,
     started_at: Option<Timestamp>,
     ended_at: Option<Timestamp>,
     checks: i64,
@@ -115,9 +116,11 @@ pub async fn read(
         INCIDENTS_OF_HOST
     };
     let sql = format!(
-        "SELECT address, {} AS started, {} AS ended, checks, most_frequent_outcome, last_error, \
+        "SELECT coalesce((SELECT name FROM {series} s WHERE s.address = i.address AND name IS NOT NULL \
+                 ORDER BY last_seen_at DESC LIMIT 1), address) AS host, \
+             {} AS started, {} AS ended, checks, most_frequent_outcome, last_error, \
              ARRAY(SELECT jsonb_array_elements_text(places)) AS places \
-         FROM {incidents} WHERE $1::text IS NULL OR address = $1 ORDER BY started_at DESC LIMIT $2",
+         FROM {incidents} i WHERE $1::text IS NULL OR address = $1 ORDER BY started_at DESC LIMIT $2",
         micros("started_at"),
         micros("ended_at")
     );
@@ -213,7 +216,7 @@ fn one_of(wanted: &str, addresses: Vec<String>) -> Result<String, Fault> {
 
 fn incident(row: &Row) -> Result<Incident, Fault> {
     Ok(Incident {
-        address: row.try_get("address")?,
+        host: row.try_get("host")?,
         started_at: time(row, "started")?,
         ended_at: time(row, "ended")?,
         checks: row.try_get("checks")?,
@@ -337,7 +340,7 @@ fn incidents(history: &History) -> Vec<String> {
         table.push(vec![
             started_at.get(..16).unwrap_or_default().replace('T', " "),
             lasted + goes_on,
-            plain(&incident.address),
+            plain(&incident.host),
             plain(&incident.outcome),
             incident.checks.to_string(),
             plain(&incident.places.join(", ")),
@@ -394,7 +397,7 @@ mod tests {
             }),
             incidents: vec![
                 Incident {
-                    address: "https://a.example/".into(),
+                    host: "https://a.example/".into(),
                     started_at: ago(600),
                     ended_at: None,
                     checks: 10,
@@ -403,7 +406,7 @@ mod tests {
                     last_error: Some("status 503".into()),
                 },
                 Incident {
-                    address: "https://a.example/".into(),
+                    host: "https://a.example/".into(),
                     started_at: ago(90_000),
                     ended_at: ago(89_970),
                     checks: 1,
