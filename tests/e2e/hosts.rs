@@ -125,8 +125,8 @@ fn validate_shows_the_table_and_every_wrong_row_of_it() {
     let (status, said) = run(&validate, &variables);
     assert_eq!(status, 0, "{said}");
     for line in [
-        "1m      10s     file.example ->",
-        "5m      10s     a.example ->",
+        "1m     10s      file.example ->",
+        "5m     10s      a.example ->",
         "hosts        2\n",
     ] {
         assert!(said.contains(line), "{line:?} is not in {said}");
