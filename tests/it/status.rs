@@ -451,11 +451,7 @@ fn one_host_and_the_incidents_are_read_from_the_state() {
         24,
         "{text}"
     );
-    assert_eq!(
-        text.matches("  7 min  https://a.example/  bad_status  ").count(),
-        5,
-        "{text}"
-    );
+    assert_eq!(text.matches("  7 min  Shop 0  bad_status  ").count(), 5, "{text}");
     assert!(text.contains("place-1, place-2  status 503"), "{text}");
 
     assert!(
