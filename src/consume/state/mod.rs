@@ -57,8 +57,8 @@ const DELETE_TIMES: usize = 20;
 /// While the rows have a larger backlog than this, the state pauses before each flush this many times as long as the last flush
 /// took.
 const ROWS_BEHIND: u64 = 10_000;
-const REST_TIMES: u32 = 5;
-const REST_AT_MOST: Duration = Duration::from_secs(2);
+const REST_TIMES: u32 = 10;
+const REST_AT_MOST: Duration = Duration::from_secs(4);
 
 /// The configuration of the state's pipeline.
 pub fn config_of(config: &ConsumeConfig) -> ConsumeConfig {
