@@ -1,9 +1,9 @@
 //! The cost of the state per record, its size, and the time that the views take.
 //!
-//! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS rows"]`. The stores of the pipelines write so many checks of each host,
-//! the newest one now, in batches of the usual size: the state, and with `rows` also the rows. Postgres has its default settings;
-//! `status` asks a broker in this process for the lag. Each view is read on a new connection, as a dashboard does; the result is the median of five, without
-//! the first one. Linux only: CPU times are from /proc.
+//! `make bench-views [ARGS="HOSTS TICKS INTERVAL_SECONDS rows"]`. The stores of the pipelines write TICKS checks of each host,
+//! the newest one now, in batches of the usual size: the state, and with `rows` also the rows. Postgres has its default settings.
+//! Each view is read on a new connection, as a dashboard does; `status` asks a broker in this process for the lag. The result is the
+//! median of five, without the first one. Linux only: CPU times are from /proc.
 
 #![expect(clippy::print_stdout, reason = "a benchmark's result is its output")]
 

@@ -305,7 +305,7 @@ pub struct Tail {
     #[arg(long)]
     pub failed: bool,
 
-    /// Print the records as JSON, one a line
+    /// Print the records as JSON, one per line
     #[arg(long)]
     pub json: bool,
 

@@ -18,7 +18,7 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);
 
-/// In microseconds, the unit of the schedule's times.
+/// In microseconds, the unit of all times that are numbers; a duration that is too long becomes the largest number.
 pub fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }

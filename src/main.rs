@@ -14,7 +14,7 @@ use signal_hook::consts::SIGHUP;
 
 use host_metrics::check::target::Target;
 use host_metrics::cli::{self, Cli, Command};
-use host_metrics::commands::demo::can_redraw;
+use host_metrics::commands::screen::can_redraw;
 use host_metrics::commands::{self, audit, check, demo, init, page, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};

@@ -357,20 +357,26 @@ async fn connect(config: &DatabaseConfig, bounds: &Bounds) -> Result<(Client, Jo
 }
 
 async fn plain(pg: &tokio_postgres::Config) -> Result<(Client, JoinHandle<()>), Fault> {
-    let (client, connection) = pg.connect(NoTls).await?;
-    Ok((client, tokio::spawn(drive(connection))))
+    connect_with(pg, NoTls).await
 }
 
 async fn encrypted(
     pg: &tokio_postgres::Config,
     config: &DatabaseConfig,
 ) -> Result<(Client, JoinHandle<()>), Fault> {
-    // Otherwise all errors of the configuration are found before the server is asked.
     if config.ssl_mode == DbSslMode::Prefer && config.ssl_root_cert.is_none() {
-        let (client, connection) = pg.connect(TlsIfOffered::new(config)).await?;
-        return Ok((client, tokio::spawn(drive(connection))));
+        return connect_with(pg, TlsIfOffered::new(config)).await;
     }
-    let (client, connection) = pg.connect(tls_connector(config)?).await?;
+    // All errors of the configuration are found before the server is asked.
+    connect_with(pg, tls_connector(config)?).await
+}
+
+async fn connect_with<T>(pg: &tokio_postgres::Config, tls: T) -> Result<(Client, JoinHandle<()>), Fault>
+where
+    T: MakeTlsConnect<Socket>,
+    T::Stream: Send + 'static,
+{
+    let (client, connection) = pg.connect(tls).await?;
     Ok((client, tokio::spawn(drive(connection))))
 }
 

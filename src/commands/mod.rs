@@ -6,6 +6,7 @@ pub mod demo;
 pub mod hosts;
 pub mod init;
 pub mod page;
+pub mod screen;
 pub mod skip;
 pub mod status;
 pub mod tail;

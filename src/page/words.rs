@@ -91,18 +91,18 @@ pub fn counted(count: i64, one: &str, many: &str) -> String {
 /// `99.95 %`, cut and not rounded, so that it is 100 only if no check failed. `None` without a check.
 pub fn share(counts: Counts) -> Option<String> {
     let (valid, checks) = (i128::from(counts.valid), i128::from(counts.checks()));
-    let hundredths = (valid * 10_000).checked_div(checks)?;
-    Some(match hundredths {
-        10_000 => "100 %".to_owned(),
-        _ => format!("{}.{:02} %", hundredths / 100, hundredths % 100),
-    })
+    Some(of_hundredths((valid * 10_000).checked_div(checks)?))
 }
 
-/// As [`share`], of time.
+/// As [`share`], of time: `share` is from 0 to 1.
 pub fn share_of_time(share: f64) -> String {
-    match (share.clamp(0.0, 1.0) * 10_000.0).floor() {
-        10_000.0 => "100 %".to_owned(),
-        hundredths => format!("{:.2} %", hundredths / 100.0),
+    of_hundredths((share.clamp(0.0, 1.0) * 10_000.0) as i128)
+}
+
+fn of_hundredths(hundredths: i128) -> String {
+    match hundredths {
+        10_000 => "100 %".to_owned(),
+        _ => format!("{}.{:02} %", hundredths / 100, hundredths % 100),
     }
 }
 

@@ -240,11 +240,8 @@ impl<'a> TimerLoop<'a> {
         for line in &changes.warnings {
             log::warn!("reload: {line}");
         }
-        let (begun_at, hosts, differ) = (
-            changes.begun_at,
-            changes.hosts,
-            changes.changed.len() + changes.removed.len(),
-        );
+        let (begun_at, hosts) = (changes.begun_at, changes.hosts);
+        let lines_changed = changes.changed.len() + changes.removed.len();
         self.setup.counters.hosts.store(hosts, Ordering::Relaxed);
         let now = self.clock.now_micros();
         match &mut self.shared_hosts {
@@ -254,6 +251,6 @@ impl<'a> TimerLoop<'a> {
                 .change(changes.changed, &changes.removed, |_| None, now),
         }
         let seconds = instant_now().duration_since(begun_at).as_secs_f64();
-        log::info!("reload hosts={hosts} lines_changed={differ} seconds={seconds:.3}");
+        log::info!("reload hosts={hosts} lines_changed={lines_changed} seconds={seconds:.3}");
     }
 }

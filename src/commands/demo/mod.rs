@@ -5,7 +5,6 @@
 
 pub mod postgres;
 mod rows;
-pub(super) mod screen;
 pub mod site;
 mod table;
 
@@ -24,13 +23,12 @@ use rdkafka::mocking::MockCluster;
 
 use self::postgres::ThrowAwayPostgres;
 use self::rows::{Counted, Rows};
-pub use self::screen::can_redraw;
-use self::screen::{Notices, Screen};
 use self::site::SampleSite;
 use self::table::Totals;
 use crate::check::target::Target;
 use crate::commands::audit;
 use crate::commands::page::Page;
+use crate::commands::screen::{Notices, Screen};
 use crate::config::{
     self, AuditConfig, CheckConfig, ConsumeConfig, GroupConfig, KafkaConfig, PageConfig, ProduceConfig,
     References, Variables,
@@ -68,7 +66,7 @@ pub struct Options<'a> {
 const NEXT: &str = "\
 Try next
   host-metrics check https://example.com/    one check of your site, drawn as a timeline
-  host-metrics demo -c FILE                  this demo with your own hosts, one a line: ADDRESS FREQUENCY
+  host-metrics demo -c FILE                  this demo with your own hosts, one per line: ADDRESS FREQUENCY
   host-metrics --help                        all commands; docs/tutorial.md starts with your own servers";
 
 /// Runs the demo. Returns whether the ledger balances.

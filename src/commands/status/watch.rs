@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::clock::instant_now;
-use crate::commands::demo::screen::Screen;
+use crate::commands::screen::Screen;
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal::plain;
 

@@ -248,7 +248,6 @@ fn understood(target: &Target) -> Vec<String> {
 }
 
 fn forecast(config: &CheckConfig, targets: &[Target], known: &Known) -> Vec<Vec<String>> {
-    let rate = |target: &Target| target.interval.as_secs_f64().recip();
     let is_https = |target: &Target| target.url.scheme() == "https";
     let per_second: f64 = targets.iter().map(rate).sum();
     let per_day = per_second * SECONDS_PER_DAY;
@@ -469,23 +468,24 @@ fn crowded(targets: &[Target], tried: Option<&[Tried]>) -> Vec<String> {
         let host = || bare(target.url.host_str().unwrap_or_default()).to_owned();
         servers.entry(ip.unwrap_or_else(host)).or_default().push(target);
     }
-    let rate = |targets: &[&Target]| -> f64 {
-        targets
-            .iter()
-            .map(|target| target.interval.as_secs_f64().recip())
-            .sum()
-    };
     servers
         .iter()
-        .filter(|(_, targets)| targets.len() > 1 && rate(targets) > MANY_CHECKS_PER_SECOND)
-        .map(|(server, targets)| {
-            format!(
-                "{} hosts are on {server}, which gets {} checks/s together: a firewall there may block them",
-                targets.len(),
-                figure(rate(targets))
-            )
+        .filter_map(|(server, targets)| {
+            let together: f64 = targets.iter().copied().map(rate).sum();
+            (targets.len() > 1 && together > MANY_CHECKS_PER_SECOND).then(|| {
+                format!(
+                    "{} hosts are on {server}, which gets {} checks/s together: a firewall there may block them",
+                    targets.len(),
+                    figure(together)
+                )
+            })
         })
         .collect()
+}
+
+/// In checks per second.
+fn rate(target: &Target) -> f64 {
+    target.interval.as_secs_f64().recip()
 }
 
 /// With two significant digits.

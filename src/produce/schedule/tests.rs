@@ -287,21 +287,21 @@ fn removed_hosts_take_no_memory_once_their_records_are_written() {
     assert!(schedule.due.len() <= 2);
 }
 
-/// One host of our share, which was last recorded a minute ago, and one without a share.
-fn with_a_share(share: &Share) -> Schedule<()> {
-    let mut schedule = Schedule::endless(vec![shared("own.example", 60)], LIMITS, START);
-    let recorded = |_: &str| Some(START - 60 * SECOND);
-    schedule.add_share(share, [shared("a.example", 1)], recorded, START);
-    schedule
-}
-
-#[test]
-fn the_ticks_before_a_takeover_are_missed_and_the_last_one_is_checked() {
+/// A share of one host, which was last recorded a minute ago, in a schedule that also has a host without a share.
+fn with_a_share() -> (Share, Schedule<()>) {
     let share = Share {
         topic: "t".into(),
         partition: 0,
     };
-    let mut schedule = with_a_share(&share);
+    let mut schedule = Schedule::endless(vec![shared("own.example", 60)], LIMITS, START);
+    let recorded = |_: &str| Some(START - 60 * SECOND);
+    schedule.add_share(&share, [shared("a.example", 1)], recorded, START);
+    (share, schedule)
+}
+
+#[test]
+fn the_ticks_before_a_takeover_are_missed_and_the_last_one_is_checked() {
+    let (share, mut schedule) = with_a_share();
     assert_eq!(schedule.hosts(), 2);
     let Next::Start(tick) = schedule.next(START, |_| true) else {
         panic!("the last tick is not late")
@@ -331,11 +331,7 @@ fn the_ticks_before_a_takeover_are_missed_and_the_last_one_is_checked() {
 
 #[test]
 fn a_share_that_was_finished_has_no_later_ticks() {
-    let share = Share {
-        topic: "t".into(),
-        partition: 0,
-    };
-    let mut schedule = with_a_share(&share);
+    let (share, mut schedule) = with_a_share();
     schedule.finish_share(&share, START);
     assert!(schedule.has_open(&share), "what is due is still checked");
     while let Next::Start(tick) = schedule.next(START, |_| true) {
@@ -353,11 +349,7 @@ fn a_share_that_was_finished_has_no_later_ticks() {
 
 #[test]
 fn the_result_of_a_check_whose_share_was_given_up_frees_its_thread_once() {
-    let share = Share {
-        topic: "t".into(),
-        partition: 0,
-    };
-    let mut schedule = with_a_share(&share);
+    let (share, mut schedule) = with_a_share();
     let (given_up, now) = start_one(&mut schedule, START);
     let (own, _) = start_one(&mut schedule, now);
     assert_eq!(own.target.address, "own.example");
@@ -373,11 +365,7 @@ fn the_result_of_a_check_whose_share_was_given_up_frees_its_thread_once() {
 
 #[test]
 fn results_of_a_share_that_was_given_up_are_no_longer_held() {
-    let share = Share {
-        topic: "t".into(),
-        partition: 0,
-    };
-    let mut schedule = with_a_share(&share);
+    let (share, mut schedule) = with_a_share();
     let (tick, _) = start_one(&mut schedule, START);
     assert_eq!(schedule.finished(&tick, ()), None);
     assert_eq!(schedule.held, 1);

@@ -1,4 +1,4 @@
-//! The demo's output on a terminal or elsewhere, and the log lines that are held back meanwhile.
+//! What `demo` and `status --watch` draw on a terminal or print elsewhere, and the log lines that are held back meanwhile.
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
@@ -23,7 +23,7 @@ pub fn can_redraw(stream: &impl IsTerminal) -> bool {
 }
 
 /// Writes plain lines and, on a terminal, a picture that replaces the one before.
-pub struct Screen {
+pub(super) struct Screen {
     is_terminal: bool,
     drawn_lines: usize,
 }
@@ -91,7 +91,7 @@ impl Screen {
 /// The log lines of the agents. On a terminal they would disturb the live table, so only the newest is shown below it, and the
 /// last ones are printed at the end.
 #[derive(Clone, Default)]
-pub struct Notices(Arc<Mutex<Kept>>);
+pub(super) struct Notices(Arc<Mutex<Kept>>);
 
 #[derive(Default)]
 struct Kept {
