@@ -202,6 +202,10 @@ pub struct Check {
     #[arg(long)]
     pub json: bool,
 
+    /// Show all headers of the response
+    #[arg(long, conflicts_with_all = ["json", "repeat"])]
+    pub headers: bool,
+
     /// Check so many times, a line each, and print the latencies' minimum, median, p95 and maximum
     #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true,
           value_parser = clap::value_parser!(u32).range(1..))]

@@ -137,6 +137,7 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
         repeat: args.repeat,
         every: args.every,
         json: args.json,
+        headers: args.headers,
         columns: columns_of_terminal(),
     };
     check::run(&config, &target, options, &listen_to_signals()?, print_styled)
@@ -163,7 +164,7 @@ fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<b
             let _ = write!(io::stderr(), "\r{bar}");
         }
     };
-    let report = validate::run(&config, &hosts, args.tries, show)?;
+    let report = validate::run(&config, &hosts, args.tries, columns_of_terminal(), show)?;
     if shows && args.tries {
         let _ = write!(io::stderr(), "\r{:40}\r", "");
     }

@@ -346,7 +346,7 @@ async fn connect(config: &DatabaseConfig, bounds: &Bounds) -> Result<(Client, Jo
             plain(pg.ssl_mode(SslMode::Disable))
                 .await
                 .map_err(|second| Fault {
-                    text: format!("with TLS: {first}; without: {second}"),
+                    text: format!("with TLS: {first}; without TLS: {second}"),
                     ..second
                 })
         }

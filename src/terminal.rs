@@ -97,6 +97,27 @@ pub fn fit_end(text: &str, columns: usize) -> String {
     short
 }
 
+/// The text with line ends in place of spaces, so that no line takes more than `columns`; all lines but the first begin with
+/// `indent` spaces. A longer word stays whole. Colours take no room.
+pub fn wrap(text: &str, indent: usize, columns: Option<usize>) -> String {
+    let Some(columns) = columns else {
+        return text.to_owned();
+    };
+    let shown = |part: &str| width(&anstream::adapter::strip_str(part).to_string());
+    let (mut lines, mut used) = (String::new(), 0);
+    for word in text.split_inclusive(' ') {
+        if used > indent && used + shown(word.trim_end()) > columns && word != " " {
+            lines.truncate(lines.trim_end().len());
+            lines.push('\n');
+            lines.push_str(&" ".repeat(indent));
+            used = indent;
+        }
+        lines.push_str(word);
+        used += shown(word);
+    }
+    lines
+}
+
 /// Characters that terminals and editors interpret or do not show: control characters, marks for the direction of writing,
 /// joiners, fillers, the empty braille pattern.
 static HIDDEN: LazyLock<ClassUnicode> = LazyLock::new(|| {
@@ -311,6 +332,21 @@ mod tests {
         assert!(columns(&[]).is_empty());
         let lines = columns(&[row(["HOST", " UP", "LAST"]), row(["日本", "e\u{301}", "x"])]);
         assert_eq!(lines, ["HOST  UP  LAST", "日本   e\u{301}  x"]);
+    }
+
+    #[test]
+    fn a_long_line_is_wrapped_between_words() {
+        let cases = [
+            ("error  one two three", 7, "error  one\n       two\n       three"),
+            ("one two thr   b", 1, "one two thr\n b"),
+            ("日本語 日本語 a", 0, "日本語\n日本語 a"),
+            ("muchtoolongaword a", 2, "muchtoolongaword\n  a"),
+            ("a  \x1b[31mb b b b\x1b[0m", 0, "a  \x1b[31mb b b b\x1b[0m"),
+        ];
+        for (text, indent, expected) in cases {
+            assert_eq!(wrap(text, indent, Some(11)), expected);
+            assert_eq!(wrap(text, indent, None), text);
+        }
     }
 
     #[test]

@@ -13,10 +13,12 @@ pub struct Details {
     pub tls: Option<String>,
     /// Of the last server, even if it was refused.
     pub certificate: Option<Certificate>,
-    pub content_type: Option<String>,
-    pub content_length: Option<String>,
-    /// The decoded body, as far as it was read.
+    /// The status line and the headers of the last request's response, as they came.
+    pub head: String,
+    /// The decoded body as far as it was read, or its beginning if the check does not read it.
     pub body: String,
+    /// How long the check took, whatever came of it.
+    pub took: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,13 @@ impl Details {
     /// Every text in it that comes from a server.
     pub(super) fn texts(&mut self) -> impl Iterator<Item = &mut String> {
         let urls = self.exchanges.iter_mut().map(|exchange| &mut exchange.url);
-        urls.chain(&mut self.content_type).chain([&mut self.body])
+        urls.chain([&mut self.head, &mut self.body])
+    }
+
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut fields = self.head.lines().filter_map(|line| line.split_once(':'));
+        let found = fields.find(|(known, _)| known.trim_end().eq_ignore_ascii_case(name));
+        found.map(|(_, value)| value.trim())
     }
 }

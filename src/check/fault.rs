@@ -163,7 +163,10 @@ fn io_fault(error: &io::Error, phase: Phase, peer: &str) -> (Outcome, String) {
 
 fn timeout(phase: Phase, peer: &str) -> (Outcome, String) {
     match phase {
-        Phase::Dns => (Outcome::DnsTimeout, "no time was left".into()),
+        Phase::Dns => (
+            Outcome::DnsTimeout,
+            "the time of the check was over before the name look-up".into(),
+        ),
         Phase::Connect => (
             Outcome::ConnectTimeout,
             format!("{peer} did not accept the connection in time"),

@@ -102,6 +102,9 @@ impl Progress {
         self.head_began_at = None;
         self.head_read_began_at = None;
         self.last_read_at = None;
+        if let Some(details) = &mut self.details {
+            details.head.clear();
+        }
     }
 
     pub fn request_sent(&mut self) {

@@ -210,7 +210,7 @@ impl<T, const N: usize> Watched<T, N> {
             match read_all(&self.paths, self.max_bytes, self.read) {
                 Ok(value) => current.value = Arc::new(value),
                 Err(why) => log::warn!(
-                    "the secret @{} has changed, but {why}; its last value stays",
+                    "the secret @{} has changed, but {why}; its last value stays in use",
                     self.name
                 ),
             }

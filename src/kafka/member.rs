@@ -247,7 +247,9 @@ impl Member {
 fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> Result<(), NotCommitted> {
     // Without a membership librdkafka would commit without a member id, which Kafka accepts if the group is empty.
     if consumer.assignment_lost() {
-        return Err(NotCommitted::Refused("the group put us out".to_owned()));
+        return Err(NotCommitted::Refused(
+            "Kafka has removed this producer from the group".to_owned(),
+        ));
     }
     let failed = |error: KafkaError| NotCommitted::Failed(error.to_string());
     let mut list = TopicPartitionList::with_capacity(commits.len());

@@ -458,7 +458,9 @@ fn the_feed_has_an_entry_for_each_incident_whose_identity_stays() {
 /// The variables of the style sheet in the light and the dark scheme.
 fn colors() -> [Vec<(String, [f64; 3])>; 2] {
     let css = include_str!("style.css");
-    let (light, rest) = css.split_once("@media (prefers-color-scheme: dark)").unwrap();
+    let (light, rest) = css
+        .split_once("@media screen and (prefers-color-scheme: dark)")
+        .unwrap();
     let (dark, _) = rest.split_once("\n}\n").unwrap();
     [light, dark].map(|scheme| {
         let lines = scheme

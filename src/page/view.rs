@@ -215,12 +215,9 @@ impl<'a> View<'a> {
             if !names.is_empty() && names.len() < self.hosts.len()
                 || state != State::NotChecked && !names.is_empty()
             {
-                let verb = if names.len() == 1 { "is" } else { "are" };
-                sentences.push(format!(
-                    "{} {verb} {what}: {}.",
-                    names.len(),
-                    words::list(&names, NAMED)
-                ));
+                let sites = if names.len() == 1 { "site is" } else { "sites are" };
+                let (count, names) = (names.len(), words::list(&names, NAMED));
+                sentences.push(format!("{count} {sites} {what}: {names}."));
             }
         };
         add(State::Partly, "down from some places");
@@ -364,12 +361,12 @@ mod tests {
             (
                 &[Up, Partly],
                 "All 2 sites are up.",
-                &["1 is down from some places: site 1."],
+                &["1 site is down from some places: site 1."],
             ),
             (
                 &[Down, Up, NotChecked],
                 "1 of 3 sites is down: site 0.",
-                &["1 is not being checked: site 2."],
+                &["1 site is not being checked: site 2."],
             ),
             (
                 &[Down; 7],

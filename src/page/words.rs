@@ -120,6 +120,21 @@ pub fn of_checks(counts: Counts) -> String {
     }
 }
 
+/// `16 Nov 2026: partly down, 2 of 24 checks failed`
+pub fn of_a_day(starts_at: i64, is: State, counts: Counts) -> String {
+    let (count, what) = match is {
+        State::Slow => (counts.slow, "were slow"),
+        _ => (counts.failed, "failed"),
+    };
+    let checks = counted(counts.checks(), "check", "checks");
+    format!(
+        "{}: {}, {} of {checks} {what}",
+        date(starts_at),
+        state(is),
+        number(count)
+    )
+}
+
 /// `12 ms`, `1.25 s`
 pub fn latency(seconds: f64) -> String {
     crate::terminal::seconds(seconds)
@@ -150,8 +165,8 @@ pub fn class(state: State) -> &'static str {
 const OUTCOMES: [(&str, &str); 26] = [
     ("ok", "Answered as expected"),
     ("bad_status", "Answered with an unexpected status"),
-    ("regex_mismatch", "The answer does not have the expected text"),
-    ("json_mismatch", "The answer does not have the expected value"),
+    ("regex_mismatch", "The text of the answer is not as expected"),
+    ("json_mismatch", "A value in the answer is not as expected"),
     (
         "body_too_large",
         "The expected text is not at the beginning of a large answer",
@@ -160,15 +175,15 @@ const OUTCOMES: [(&str, &str); 26] = [
     ("dns_error", "The name servers failed"),
     ("dns_timeout", "The name servers did not answer in time"),
     ("connect_refused", "The connection was refused"),
-    ("connect_unreachable", "The network does not reach the host"),
+    ("connect_unreachable", "No network route leads to the host"),
     ("connect_timeout", "The connection was not made in time"),
     ("connect_error", "The connection failed"),
     ("tls_cert_expired", "The certificate is not valid at this time"),
     ("tls_cert_expiring", "The certificate expires soon"),
     ("tls_cert_name", "The certificate is for another name"),
     ("tls_cert_untrusted", "The certificate is not trusted"),
-    ("tls_error", "The encryption could not be agreed on"),
-    ("tls_timeout", "The encryption was not agreed on in time"),
+    ("tls_error", "No encrypted connection could be made"),
+    ("tls_timeout", "No encrypted connection was made in time"),
     ("response_timeout", "No answer came in time"),
     ("body_timeout", "The answer was not complete in time"),
     (

@@ -111,6 +111,13 @@ impl Browser {
         self.devtools("Emulation.setEmulatedMedia", &scheme);
     }
 
+    /// Shows the page as it is printed by a reader who prefers a dark scheme.
+    pub fn show_printed(&self) {
+        let scheme = json!([{"name": "prefers-color-scheme", "value": "dark"}]);
+        let media = json!({"media": "print", "features": scheme});
+        self.devtools("Emulation.setEmulatedMedia", &media);
+    }
+
     /// Whether pages may run scripts, from the next one on.
     pub fn allow_scripts(&self, is_allowed: bool) {
         self.devtools(

@@ -474,6 +474,16 @@ fn a_browser_shows_the_page_at_every_width_and_in_both_schemes() {
     grounds.dedup();
     assert_eq!(grounds.len(), 2, "a light and a dark ground: {grounds:?}");
 
+    // On paper the ground is white, nothing is there that can only be clicked, and no site is torn apart.
+    browser.open(&page.url(""));
+    browser.show_printed();
+    let style = |what: &str| browser.text(&format!("getComputedStyle(document.querySelector({what}"));
+    assert_eq!(style("'body')).backgroundColor"), "rgb(255, 255, 255)");
+    assert_eq!(style("'body')).color"), "rgb(24, 32, 43)");
+    assert_eq!(style("'header nav')).display"), "none");
+    assert_eq!(style("'.hosts > li')).breakInside"), "avoid");
+    fs::write(pictures.join("overview-printed.png"), browser.picture()).unwrap();
+
     browser.show_as(800, 1_000, "light");
     browser.open(&page.url(""));
     // A hostile name is text, and nothing ran.

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use host_metrics::config::NAMES;
+
 fn file(path: &str) -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     fs::read_to_string(root.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
@@ -49,6 +51,64 @@ fn only_produce_sees_the_secrets_of_the_host_file_and_cannot_change_them() {
     assert!(pod.contains("secret: {secretName: site-secrets, defaultMode: 0440}"));
     assert!(!file("deploy/kubernetes/consume.yaml").contains("site-secrets"));
     assert!(file("deploy/kubernetes/kustomization.yaml").contains("- name: site-secrets\n"));
+}
+
+#[test]
+fn the_page_is_a_service_of_its_own_whose_user_reads_only_the_state() {
+    let compose = file("docker-compose.yml");
+    let (_, page) = compose.split_once("\n  page:\n").unwrap();
+    let (page, _) = page.split_once("\n  kafka:\n").unwrap();
+    for line in [
+        "command: page",
+        "DB_USER: ${PAGE_DB_USER:-}",
+        "DB_PASSWORD: ${PAGE_DB_PASSWORD:-}",
+        "KAFKA_SASL_PASSWORD: \"\"",
+        "PAGE_ADDR: 0.0.0.0:9480",
+        "ports: [\"${PAGE_PUBLISH:-127.0.0.1:9480}:9480\"]",
+    ] {
+        assert!(page.contains(line), "{line} in {page}");
+    }
+    // No other port is published.
+    assert_eq!(compose.matches("ports:").count(), 1);
+
+    let pod = file("deploy/kubernetes/page.yaml");
+    for part in [
+        "args: [page]",
+        "secretRef: {name: page}",
+        "{name: PAGE_ADDR, value: \"0.0.0.0:9480\"}",
+        "ports: [{name: page, containerPort: 9480}]",
+        "ports: [{name: page, port: 80, targetPort: page}]",
+    ] {
+        assert!(pod.contains(part), "{part} in {pod}");
+    }
+    assert!(!pod.contains("secretRef: {name: kafka}") && !pod.contains("secretRef: {name: database}"));
+    let kustomization = file("deploy/kubernetes/kustomization.yaml");
+    assert!(kustomization.contains("  - page.yaml\n") && kustomization.contains("- name: page "));
+    assert!(file("deploy/kubernetes/networkpolicy.yaml").contains("{protocol: TCP, port: page}"));
+
+    let unit = file("deploy/systemd/host-metrics-page.service");
+    let settings = "EnvironmentFile=/etc/host-metrics/env\nEnvironmentFile=/etc/host-metrics/page.env\n";
+    assert!(
+        unit.contains(settings) && unit.contains("/host-metrics page\n"),
+        "{unit}"
+    );
+}
+
+#[test]
+fn every_variable_of_the_deployments_exists() {
+    let known = |name: &str| {
+        let of_compose = ["PAGE_DB_USER", "PAGE_DB_PASSWORD", "PAGE_PUBLISH"];
+        NAMES.contains(&name) || of_compose.contains(&name)
+    };
+    let env = file("templates/env");
+    let lines = env.lines().map(|line| line.trim_start_matches('#'));
+    let pairs = lines.filter_map(|line| line.split_once('='));
+    let is_name = |name: &&str| !name.is_empty() && name.chars().all(|c| c.is_ascii_uppercase() || c == '_');
+    let names: Vec<&str> = pairs.map(|(name, _)| name).filter(is_name).collect();
+    assert!(names.len() > 30);
+    for name in names {
+        assert!(known(name), "{name}");
+    }
 }
 
 #[test]

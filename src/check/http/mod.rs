@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use ureq::http::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
+use ureq::http::header::LOCATION;
 use ureq::http::{HeaderMap, HeaderValue, Response};
 use ureq::{Agent, Body};
 use url::Url;
@@ -41,6 +41,10 @@ use transport::CheckConnector;
 /// The least time in which the next host of a redirect can be expected to answer. If less is left, a timeout is put down to
 /// the hosts before it.
 const LEAST_HOP_TIME: Duration = Duration::from_millis(10);
+
+/// How much of a body that the check does not read is shown to a person, and how long to wait for it.
+const GLANCE_BYTES: u64 = 8_192;
+const GLANCE_TIME: Duration = Duration::from_secs(1);
 
 /// What all checks of a process share: the trust anchors, the resolver's threads and the settings. Cheap to clone.
 #[derive(Clone)]
@@ -156,15 +160,15 @@ impl Checker {
             body_bytes: None,
             cert_expires_at: None,
         };
+        let mut unread = None;
         match self.final_response(target, &mut observation) {
             Ok((mut response, method)) => {
                 observation.latency = Some(now() - started_at);
-                if let Some(details) = &mut self.progress.lock().details {
-                    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
-                    details.content_type = response.headers().get(CONTENT_TYPE).map(text);
-                    details.content_length = response.headers().get(CONTENT_LENGTH).map(text);
-                }
                 self.judge(target, method, &mut response, &mut observation);
+                let has_body = method != Method::Head && may_have_body(response.status().as_u16());
+                if has_body && !target.reads_body() && self.progress.lock().details.is_some() {
+                    unread = Some(response);
+                }
             }
             Err(Failure::Exchange(outcome, text)) => fail(&mut observation, outcome, text),
             Err(Failure::Redirect(outcome, text)) => {
@@ -177,11 +181,43 @@ impl Checker {
                 secret.value().hide_in(error);
             }
         }
-        let seen = self.progress.lock();
-        observation.phases = seen.phases;
-        observation.ip = seen.ip;
-        observation.cert_expires_at = seen.cert_expires_at;
+        {
+            let mut seen = self.progress.lock();
+            observation.phases = seen.phases;
+            observation.ip = seen.ip;
+            observation.cert_expires_at = seen.cert_expires_at;
+            if let Some(details) = &mut seen.details {
+                details.took = now() - started_at;
+            }
+        }
+        if let Some(response) = unread {
+            self.glance(response);
+        }
         observation
+    }
+
+    /// Reads the beginning of a body that the check does not read, once the observation is complete.
+    fn glance(&self, mut response: Response<Body>) {
+        let deadline = {
+            let mut progress = self.progress.lock();
+            progress.phase = Phase::Body;
+            progress.deadline = progress.deadline.min(now() + GLANCE_TIME);
+            progress.deadline
+        };
+        let limits = BodyLimits {
+            max_bytes: GLANCE_BYTES,
+            deadline,
+            brotli: &self.brotli,
+        };
+        let mut beginning = String::new();
+        // What came before a fault is shown.
+        let _ = body::read(&mut response, &limits, &mut 0, |text| {
+            beginning.push_str(text);
+            Ok(())
+        });
+        if let Some(details) = &mut self.progress.lock().details {
+            details.body = beginning;
+        }
     }
 
     /// Requests the target's URL and follows redirects to the final response. Returns the method of the last request too.
@@ -298,7 +334,7 @@ impl Checker {
             (!target.is_good_status(status)).then(|| (Outcome::BadStatus, format!("status {status}")));
         let bad_body = if !target.reads_body() {
             None
-        } else if method == Method::Head || matches!(status, 100..=199 | 204 | 304) {
+        } else if method == Method::Head || !may_have_body(status) {
             without_body(target, status)
         } else {
             self.judge_body(target, response, observation)
@@ -433,6 +469,10 @@ impl Checker {
             (Outcome::TlsCertExpiring, text)
         })
     }
+}
+
+fn may_have_body(status: u16) -> bool {
+    !matches!(status, 100..=199 | 204 | 304)
 }
 
 /// What a response without a body is to the rules for a body.

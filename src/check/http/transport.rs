@@ -308,6 +308,7 @@ impl Connection {
                     self.is_http_1_0 = head.is_http_1_0;
                     if let Some(details) = &mut self.progress.lock().details {
                         details.protocol = Some(if head.is_http_1_0 { "HTTP/1.0" } else { "HTTP/1.1" });
+                        details.head = String::from_utf8_lossy(&input[..bytes]).into_owned();
                     }
                     self.buffers.replace_head(bytes, head.strict);
                     return Ok(());

@@ -2,24 +2,23 @@
 
 use crate::sample::Outcome;
 
-/// `None` if the check was valid.
+/// `None` if the check was valid. STATUS and URL stand for those of the check.
 pub(super) fn advice(outcome: Outcome) -> Option<&'static str> {
     Some(match outcome {
         Outcome::Ok => return None,
         Outcome::BadStatus => {
             "The server answered, but with a status that counts as a failure. If this status is expected, name it: \
-             -o status=404. If a redirect led there, -o follow=0 takes the redirect itself as the answer."
+             -o status=STATUS. If a redirect led there, -o follow=0 takes the redirect itself as the answer."
         }
         Outcome::RegexMismatch => {
-            "The server answered, but the text was not in the body. Compare with the body itself: curl -sL ADDRESS. The \
-             text may be added by JavaScript later, which a check does not run."
+            "The server answered, but its body is not as the REGEX requires. Compare with the body itself: curl -sL URL. A \
+             text that JavaScript adds later is not in it."
         }
         Outcome::BodyTooLarge => {
             "The text was not in the part of the body that was read. To read more: -e MAX_BODY_BYTES=10485760."
         }
         Outcome::JsonMismatch => {
-            "The server answered, but a value in its JSON was not the expected one. Compare with the body itself: curl -sL \
-             ADDRESS."
+            "The server answered, but a value in its JSON was not the expected one. Compare with the body itself: curl -sL URL."
         }
         Outcome::DnsNotFound => {
             "The name server says that there is no such name, or no address of the requested family. Check the spelling; \
@@ -38,9 +37,9 @@ pub(super) fn advice(outcome: Outcome) -> Option<&'static str> {
              has IPv6; -o ip=4 uses IPv4 only."
         }
         Outcome::ConnectTimeout => {
-            "The machine did not answer. It may be down, or a firewall may drop the packets."
+            "The machine did not answer. It may be down, or a firewall may drop the packets. Try it from another network."
         }
-        Outcome::ConnectError => "The connection could not be made, for an unusual reason.",
+        Outcome::ConnectError => "The connection could not be made; the error above says why.",
         Outcome::TlsCertExpired => {
             "The certificate is not valid at this time. Renew it on the server; if it looks valid, check this machine's \
              clock."
@@ -71,15 +70,15 @@ pub(super) fn advice(outcome: Outcome) -> Option<&'static str> {
             "The server began to answer, but the body did not end in time. To wait longer: -o timeout=30s."
         }
         Outcome::ConnectionClosed => {
-            "The server closed the connection before its answer was complete. Look into the server's log; a proxy in front \
-             of it may have lost the server."
+            "The server closed the connection before its answer was complete. Check that the address has the right \
+             protocol, http or https; then look into the server's log, and that of a proxy in front of it."
         }
         Outcome::ProtocolError => {
             "The answer is not valid HTTP. Check that the port speaks HTTP, and that the address has the right protocol, \
              http or https."
         }
         Outcome::TooManyRedirects => {
-            "The redirects did not end. Look at them: curl -sIL ADDRESS. If there really are that many: -o follow=20."
+            "The redirects did not end. Look at them: curl -sIL URL. If there really are that many: -o follow=20."
         }
         Outcome::ProxyError => "The proxy of proxy= failed; the site itself was not reached.",
         Outcome::AgentError => {

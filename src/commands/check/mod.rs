@@ -33,6 +33,8 @@ pub struct Options {
     pub every: Duration,
     /// Print each record's JSON.
     pub json: bool,
+    /// Show all headers of the response.
+    pub headers: bool,
     /// The width of the terminal, if there is one.
     pub columns: Option<usize>,
 }
@@ -75,7 +77,7 @@ pub fn run(
         results.add(&sample);
         let printed = print(&match (options.json, is_report) {
             (true, _) => json(&sample),
-            (_, true) => report(&sample, target, &details, options.columns),
+            (_, true) => report(&sample, target, &details, options),
             (..) => line(number + 1, &sample),
         });
         match printed {
@@ -99,8 +101,12 @@ fn json(sample: &Sample<'_>) -> String {
 }
 
 /// The check as text for people: a line for each value that is known, the phases drawn to scale, and advice after a failure.
-fn report(sample: &Sample<'_>, target: &Target, details: &Details, columns: Option<usize>) -> String {
-    let mut lines = Lines::default();
+fn report(sample: &Sample<'_>, target: &Target, details: &Details, options: Options) -> String {
+    let columns = options.columns;
+    let mut lines = Lines {
+        text: String::new(),
+        columns,
+    };
     lines.add("address", Some(terminal::plain(&sample.address)));
     let style = style(sample);
     let valid = if sample.is_valid { "yes" } else { "no" };
@@ -108,6 +114,7 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, columns: Opti
     lines.add("outcome", sample.outcome.as_deref().map(terminal::plain));
     lines.add("error", sample.error.as_deref().map(terminal::plain));
     lines.add("status", sample.status_code);
+    lines.add("server", details.header("server").map(terminal::plain));
     let protocol = details.protocol.map(str::to_owned);
     let protocols: Vec<String> = protocol.into_iter().chain(details.tls.clone()).collect();
     lines.add("protocol", (!protocols.is_empty()).then(|| protocols.join(", ")));
@@ -119,7 +126,7 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, columns: Opti
             lines.add("", Some(format!("{took}  {status} {}", terminal::plain(url))));
         }
     }
-    for (name, seconds, bar) in timeline::bars(sample, columns) {
+    for (name, seconds, bar) in timeline::bars(sample, details.took, columns) {
         lines.add(name, Some(format!("{}  {bar}", millis(seconds))));
     }
     lines.add("latency", sample.latency.map(millis));
@@ -138,6 +145,14 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, columns: Opti
     let beginning = excerpt::beginning(&details.body);
     let is_shown = found.is_none() && !beginning.is_empty();
     lines.add("begins", is_shown.then_some(beginning));
+    let head = details
+        .head
+        .lines()
+        .filter(|line| options.headers && !line.is_empty());
+    for (number, line) in head.enumerate() {
+        let label = if number == 0 { "headers" } else { "" };
+        lines.add(label, Some(terminal::plain(line)));
+    }
     lines.add("certificate", certificate(sample));
     if let Some(certificate) = &details.certificate {
         let all = |names: &[String]| terminal::plain(&names.join(", "));
@@ -153,18 +168,21 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, columns: Opti
         lines.add("chain", Some(format!("{sent} sent: {}", all(&certificate.chain))));
     }
     if let Some(advice) = outcome(sample).and_then(advice::advice) {
-        lines.0 += &format!("\n{advice}\n");
+        let status = sample.status_code.unwrap_or_default().to_string();
+        let url = format!("'{}'", target.url.as_str().replace('\'', "%27"));
+        let advice = advice.replace("STATUS", &status).replace("URL", &url);
+        lines.text += &format!("\n{}\n", terminal::wrap(&advice, 0, columns));
     }
-    lines.0
+    lines.text
 }
 
-/// Size and type; without a REGEX or `json=` a check does not read the body.
+/// Size and type. The size of a body that the check does not read is what the server says.
 fn body(sample: &Sample<'_>, details: &Details) -> Option<String> {
-    let size = match (sample.body_bytes, &details.content_length) {
-        (Some(bytes), _) => Some(format!("{bytes} bytes")),
-        (None, length) => length.as_ref().map(|length| format!("{length} bytes, not read")),
-    };
-    let parts: Vec<String> = size.into_iter().chain(details.content_type.clone()).collect();
+    let read = sample.body_bytes.map(|bytes| bytes.to_string());
+    let size = read.or_else(|| details.header("content-length").map(str::to_owned));
+    let size = size.map(|size| format!("{size} bytes"));
+    let content_type = details.header("content-type").map(str::to_owned);
+    let parts: Vec<String> = size.into_iter().chain(content_type).collect();
     (!parts.is_empty()).then(|| terminal::plain(&parts.join(", ")))
 }
 
@@ -231,13 +249,17 @@ impl Results {
     }
 }
 
-#[derive(Default)]
-struct Lines(String);
+struct Lines {
+    text: String,
+    columns: Option<usize>,
+}
 
 impl Lines {
     fn add(&mut self, name: &str, value: Option<impl Display>) {
         if let Some(value) = value {
-            self.0 += &format!("{name:<12} {value}\n");
+            let line = format!("{name:<12} {value}");
+            self.text += &terminal::wrap(&line, 13, self.columns);
+            self.text.push('\n');
         }
     }
 }
@@ -250,6 +272,7 @@ fn certificate(sample: &Sample<'_>) -> Option<String> {
     const MICROS_PER_DAY: i64 = 86_400_000_000;
     let expires_at = sample.cert_expires_at?;
     let left = expires_at.unix_micros() - sample.started_at?.unix_micros();
+    let expires_at = expires_at.to_string()[..16].replace('T', " ") + " UTC";
     Some(match left / MICROS_PER_DAY {
         _ if left < 0 => format!("expired {expires_at}"),
         1 => format!("expires {expires_at}, 1 day left"),
@@ -271,6 +294,14 @@ fn now() -> anyhow::Result<(Timestamp, Instant)> {
 mod tests {
     use super::*;
     use crate::check::details::Certificate;
+
+    const OPTIONS: Options = Options {
+        repeat: 1,
+        every: Duration::ZERO,
+        json: false,
+        headers: false,
+        columns: None,
+    };
 
     fn target() -> Target {
         Target::new(
@@ -346,17 +377,22 @@ mod tests {
                 names: (0..12).map(|number| format!("n{number}")).collect(),
                 chain: vec!["example.com".into(), "CA".into()],
             }),
-            content_type: Some("text/html".into()),
-            content_length: None,
+            head: "HTTP/1.1 503 Busy\r\nContent-Type: text/html\r\nserver : nginx\r\n\r\n".into(),
             body: "<html>\nService Unavailable".into(),
+            took: Duration::from_millis(124),
+        };
+        let options = Options {
+            headers: true,
+            ..OPTIONS
         };
         assert_eq!(
-            plain(&report(&known, &target(), &details, None)),
+            plain(&report(&known, &target(), &details, options)),
             "address      example.com\n\
              valid        no\n\
              outcome      bad_status\n\
              error        status 503\n\
              status       503\n\
+             server       nginx\n\
              protocol     HTTP/1.1, TLS 1.3, TLS_AES_128_GCM_SHA256\n\
              ip           192.0.2.1\n\
              redirects    1\n\
@@ -368,14 +404,19 @@ mod tests {
              body         512 bytes, text/html\n\
              regex        not found\n\
              begins       <html> Service Unavailable\n\
-             certificate  expires 2026-01-31T12:00:00.000000Z, 30 days left\n\
+             headers      HTTP/1.1 503 Busy\n\
+             \x20            Content-Type: text/html\n\
+             \x20            server : nginx\n\
+             certificate  expires 2026-01-31 12:00 UTC, 30 days left\n\
              subject      CN=example.com\n\
              issuer       O=Example, CN=CA\n\
              names        n0, n1, n2, n3, n4, n5, n6, n7, n8, n9 and 2 more\n\
              chain        2 sent: example.com, CA\n\
              \n"
             .to_owned()
-                + advice::advice(Outcome::BadStatus).unwrap()
+                + &advice::advice(Outcome::BadStatus)
+                    .unwrap()
+                    .replace("STATUS", "503")
                 + "\n"
         );
     }
@@ -383,7 +424,7 @@ mod tests {
     #[test]
     fn values_that_are_not_known_have_no_line() {
         assert_eq!(
-            plain(&report(&sample(), &target(), &Details::default(), None)),
+            plain(&report(&sample(), &target(), &Details::default(), OPTIONS)),
             "address      example.com\nvalid        no\n"
         );
     }
@@ -396,8 +437,8 @@ mod tests {
             ..sample()
         };
         assert!(
-            report(&expired, &target(), &Details::default(), None)
-                .ends_with("certificate  expired 2026-01-01T23:59:59.000000Z\n")
+            report(&expired, &target(), &Details::default(), OPTIONS)
+                .ends_with("certificate  expired 2026-01-01 23:59 UTC\n")
         );
     }
 }

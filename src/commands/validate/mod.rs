@@ -19,7 +19,7 @@ use crate::config::CheckConfig;
 use crate::duration;
 use crate::limits::{self, Limits, OTHER_FILES};
 use crate::produce::host_file::Hosts;
-use crate::terminal::{columns, fit, plain, seconds};
+use crate::terminal::{columns, fit, plain, seconds, wrap};
 
 /// The most columns of an error beside a host.
 const MAX_ERROR_WIDTH: usize = 60;
@@ -48,6 +48,9 @@ const BYTES_PER_HTTPS_CHECK: f64 = 120e3;
 /// How long a check is assumed to take where `--try` does not say it.
 const ASSUMED: Duration = Duration::from_millis(300);
 
+/// Before the rest of a line that is too long for the terminal: below the values of the forecast.
+const INDENT: usize = 13;
+
 /// More checks per second of one server than this may look like an attack.
 const MANY_CHECKS_PER_SECOND: f64 = 1.0;
 
@@ -61,7 +64,8 @@ pub struct Known {
     tried: Option<Vec<Tried>>,
 }
 
-/// The report, as it is printed. With `tries` each host is checked once; `show` gets the progress.
+/// The report, as it is printed on a terminal of this width, if there is one. With `tries` each host is checked once; `show` gets the
+/// progress.
 ///
 /// # Errors
 /// This machine cannot make checks.
@@ -69,6 +73,7 @@ pub fn run(
     config: &CheckConfig,
     hosts: &Hosts,
     tries: bool,
+    width: Option<usize>,
     show: impl Fn(&str) + Sync,
 ) -> anyhow::Result<String> {
     limits::raise_open_files();
@@ -80,7 +85,9 @@ pub fn run(
             false => None,
         },
     };
-    Ok(report(config, hosts, &known))
+    let report = report(config, hosts, &known);
+    let lines = report.lines().map(|line| wrap(line, INDENT, width) + "\n");
+    Ok(lines.collect())
 }
 
 /// The hosts, the forecast and the warnings. Pure.

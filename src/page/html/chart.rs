@@ -30,28 +30,29 @@ fn stroke(state: State) -> &'static str {
     }
 }
 
-/// The bar of days, a path for each state.
+/// The bar of days. The days that were up are one path, and so are those without a check; each other day says, to a mouse that
+/// rests on it, what it was. To all others the table says it.
 pub fn days(slots: &Slots<'_>) -> Markup {
-    let mut paths = State::ALL.map(|_| String::new());
-    for (index, (_, slot)) in slots.iter().enumerate() {
+    let (mut up, mut not_checked, mut others) = (String::new(), String::new(), Vec::new());
+    for (index, (starts_at, slot)) in slots.iter().enumerate() {
         let state = state_of(*slot);
-        let at = State::ALL
-            .iter()
-            .position(|known| *known == state)
-            .unwrap_or_default();
-        // Writing to a string cannot fail.
-        let _ = write!(paths[at], "M{} 0{}", index * STEP + STEP / 2, stroke(state));
+        let path = format!("M{} 0{}", index * STEP + STEP / 2, stroke(state));
+        match state {
+            State::Up => up += &path,
+            State::NotChecked => not_checked += &path,
+            _ => {
+                let counts = slot.map(|bucket| bucket.counts).unwrap_or_default();
+                others.push((state, path, words::of_a_day(*starts_at, state, counts)));
+            }
+        }
     }
     let (width, spoken) = (slots.len() * STEP, spoken(slots));
     html! {
         svg.days viewBox={ "0 0 " (width) " " (BAR_HEIGHT) } preserveAspectRatio="none" role="img" aria-label=(spoken) {
-            @for (state, path) in State::ALL.into_iter().zip(&paths) {
-                @if !path.is_empty() {
-                    @match state {
-                        State::NotChecked => path stroke="url(#hatch)" d=(path) {},
-                        state => path class=(words::class(state)) d=(path) {},
-                    }
-                }
+            @if !up.is_empty() { path class=(words::class(State::Up)) d=(up) {} }
+            @if !not_checked.is_empty() { path stroke="url(#hatch)" d=(not_checked) {} }
+            @for (state, path, said) in others {
+                path class=(words::class(state)) d=(path) { title { (said) } }
             }
         }
     }
@@ -134,14 +135,14 @@ pub fn response_time(slots: &Slots<'_>, unit: &str, ends: [&str; 2]) -> Markup {
         );
         format!("between {} and {}", words::latency(low), words::latency(high))
     };
-    let spoken = match all(|bucket| bucket.p50).next() {
-        Some(_) => format!(
-            "Response time by {unit}: median {}, 95th percentile {}. The table has the figures.",
-            range(|bucket| bucket.p50),
-            range(|bucket| bucket.p95)
-        ),
-        None => format!("Response time by {unit}: there is no figure."),
-    };
+    if all(|bucket| bucket.p50).next().is_none() {
+        return without_figures("Response time");
+    }
+    let spoken = format!(
+        "Response time by {unit}: median {}, 95th percentile {}. The table has the figures.",
+        range(|bucket| bucket.p50),
+        range(|bucket| bucket.p95)
+    );
     let key = html! {
         span { svg.key viewBox="0 0 24 8" aria-hidden="true" focusable="false" { path.p50 d="M1 4h22" {} } " median" }
         span { svg.key viewBox="0 0 24 8" aria-hidden="true" focusable="false" { path.p95 d="M1 4h22" {} } " 95th percentile" }
@@ -185,13 +186,14 @@ pub fn phases(slots: &Slots<'_>, unit: &str, ends: [&str; 2]) -> Markup {
             .filter_map(|(_, slot)| slot.map(|bucket| bucket.phases[phase]))
             .sum::<f64>()
     };
-    let spoken = match (0..PHASES.len()).max_by(|a, b| totals(*a).total_cmp(&totals(*b))) {
-        Some(phase) if totals(phase) > 0.0 => format!(
-            "Mean time of each phase by {unit}, stacked; {} takes the longest. The table has the figures.",
-            PHASES[phase]
-        ),
-        _ => format!("Mean time of each phase by {unit}: there is no figure."),
+    let longest = (0..PHASES.len()).max_by(|a, b| totals(*a).total_cmp(&totals(*b)));
+    let Some(longest) = longest.filter(|phase| totals(*phase) > 0.0) else {
+        return without_figures("Phases of a check");
     };
+    let spoken = format!(
+        "Mean time of each phase by {unit}, stacked; {} takes the longest. The table has the figures.",
+        PHASES[longest]
+    );
     let key = html! {
         // From the top of the stack to its bottom, as the picture shows it.
         @for (phase, name) in PHASES.iter().enumerate().rev() {
@@ -204,6 +206,15 @@ pub fn phases(slots: &Slots<'_>, unit: &str, ends: [&str; 2]) -> Markup {
         }
     };
     framed("Phases of a check", &spoken, end, slots.len(), picture, ends, key)
+}
+
+fn without_figures(title: &str) -> Markup {
+    html! {
+        figure {
+            figcaption { strong { (title) } }
+            p { "No answer came in this time." }
+        }
+    }
 }
 
 /// A picture with a scale from 0 to `end` seconds at its left, and the first and last time below it.
@@ -325,8 +336,8 @@ mod tests {
         for path in [
             r#"stroke="url(#hatch)" d="M2 0v32""#,
             r#"class="up" d="M6 0v32M18 0v32""#,
-            r#"class="partly" d="M10 0m0 16v16""#,
-            r#"class="down" d="M14 0v21m0 5v6""#,
+            r#"class="partly" d="M10 0m0 16v16"><title>1 Jan 1970: partly down, 1 of 10 checks failed</title>"#,
+            r#"class="down" d="M14 0v21m0 5v6"><title>1 Jan 1970: down, 9 of 10 checks failed</title>"#,
         ] {
             assert!(text.contains(path), "{path} in {text}");
         }
@@ -355,7 +366,11 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("median between 100 ms and 100 ms"), "{text}");
-        let empty = response_time(&[(0, None)], "hour", ["", ""]).into_string();
-        assert!(empty.contains("there is no figure"), "{empty}");
+        for empty in [response_time, phases].map(|draw| draw(&[(0, None)], "hour", ["", ""]).into_string()) {
+            assert!(
+                empty.contains("No answer came") && !empty.contains("svg"),
+                "{empty}"
+            );
+        }
     }
 }

@@ -10,6 +10,9 @@ use crate::page::words;
 /// How many incidents of one host its page shows; the pages of the months have all.
 const NEWEST: usize = 20;
 
+/// A certificate that expires earlier is worth a warning.
+const SOON: i64 = 14 * DAY;
+
 const ROOT: &str = "../../";
 
 pub fn render(view: &View<'_>, shown: &Shown<'_>) -> String {
@@ -117,6 +120,18 @@ pub fn differing(shown: &Shown<'_>, now: i64) -> Markup {
     }
 }
 
+/// A warning about a certificate that has to be renewed.
+pub fn expiring(host: &Host, now: i64) -> Markup {
+    let left = host.certificate_expires_at().map(|at| at.saturating_sub(now));
+    html! {
+        @match left {
+            Some(..0) => { " " span.differing { "The certificate has expired." } }
+            Some(left @ ..SOON) => { " " span.differing { "The certificate expires in " (words::duration(left)) "." } }
+            _ => {}
+        }
+    }
+}
+
 fn certificate(host: &Host, now: i64) -> Markup {
     let Some(at) = host.certificate_expires_at() else {
         return html! { "No certificate was seen." };
@@ -126,7 +141,7 @@ fn certificate(host: &Host, now: i64) -> Markup {
         @if left < 0 {
             (mark(State::Down)) " Expired " (moment(at)) ", " (words::duration(-left)) " ago."
         } @else {
-            (mark(if left < 14 * DAY { State::Partly } else { State::Up }))
+            (mark(if left < SOON { State::Partly } else { State::Up }))
             " Expires " (moment(at)) ", in " (words::duration(left)) "."
         }
     }

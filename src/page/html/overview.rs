@@ -63,7 +63,7 @@ fn why_empty(view: &View<'_>) -> &'static str {
 
 /// A host in the list.
 fn row(view: &View<'_>, shown: &Shown<'_>) -> Markup {
-    let host = shown.host;
+    let (host, now) = (shown.host, view.snapshot.taken_at);
     html! {
         div.head {
             h3 { a href={ "host/" (encoded(&shown.key)) "/" } { (shown.name) } }
@@ -72,12 +72,13 @@ fn row(view: &View<'_>, shown: &Shown<'_>) -> Markup {
         @if let Some(address) = &shown.address {
             p.address { (address) }
         }
-        (chart::days(&slots(&host.days, DAY, DAYS_SHOWN, view.snapshot.taken_at)))
+        (chart::days(&slots(&host.days, DAY, DAYS_SHOWN, now)))
         div.ends aria-hidden="true" { span { "90 days ago" } span { "today" } }
         (host::uptime(host))
         p.last {
             (last_check(shown))
-            (host::differing(shown, view.snapshot.taken_at))
+            (host::differing(shown, now))
+            (host::expiring(host, now))
         }
     }
 }
