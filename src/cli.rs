@@ -619,38 +619,3 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   LOG_LEVEL                 OFF, ERROR, WARN, INFO, DEBUG or TRACE [INFO]
 A secret on the command line is visible to every user of the machine. Instead, set
 DB_PASSWORD_FILE, KAFKA_SASL_USERNAME_FILE and KAFKA_SASL_PASSWORD_FILE to files with the values.";
-
-#[cfg(test)]
-mod tests {
-    use clap::CommandFactory;
-
-    use super::*;
-
-    #[test]
-    fn every_command_has_examples_that_can_be_typed() {
-        let cli = Cli::command();
-        let nested = cli.get_subcommands().flat_map(clap::Command::get_subcommands);
-        for command in cli.get_subcommands().chain(nested) {
-            let help = command
-                .get_after_help()
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            let examples: Vec<&str> = help.lines().filter_map(|line| line.strip_prefix("  ")).collect();
-            assert!(!examples.is_empty(), "{}", command.get_name());
-            for example in examples {
-                let typed = example.split(['#', '>']).next().unwrap_or_default();
-                // Every second part is in quotes.
-                let mut words = Vec::new();
-                for (number, part) in typed.split('\'').enumerate() {
-                    match number % 2 {
-                        0 => words.extend(part.split_whitespace().map(str::to_owned)),
-                        _ => words.push(part.to_owned()),
-                    }
-                }
-                if let Err(error) = Cli::try_parse_from(words) {
-                    panic!("{example}: {error}");
-                }
-            }
-        }
-    }
-}

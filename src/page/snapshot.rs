@@ -217,6 +217,13 @@ impl Host {
             .map(|(expires_at, _)| expires_at)
     }
 
+    /// The median response time of the newest hour with an answer, if that is this hour or the one before.
+    pub fn lately(&self, now: i64) -> Option<f64> {
+        let hours = self.hours.iter().rev();
+        let mut recent = hours.take_while(|hour| hour.starts_at > now - 2 * HOUR);
+        recent.find_map(|hour| hour.p50)
+    }
+
     pub fn last_check_at(&self) -> Option<i64> {
         self.places.iter().filter_map(|place| place.last_check_at).max()
     }

@@ -24,6 +24,9 @@ use crate::site::Site;
 /// What a name and an error may try.
 const HOSTILE: &str = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>";
 
+/// Has to be broken within a word on a narrow screen.
+const LONG: &str = "Donaudampfschifffahrtsgesellschaftskapitänsmützenfabrik 日本語のとても長いサイト名";
+
 fn now_micros() -> i64 {
     #[expect(clippy::disallowed_methods, reason = "the page is about now")]
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -42,7 +45,7 @@ struct Past {
     base_seconds: f64,
 }
 
-const PAST: [Past; 6] = [
+const PAST: [Past; 7] = [
     Past {
         address: "https://shop.example/",
         name: "Web shop",
@@ -114,6 +117,15 @@ const PAST: [Past; 6] = [
         first_day: 20,
         places: &["fra"],
         outcome: |hour, _| if hour == 100 { "bad_status" } else { "ok" },
+        base_seconds: 0.09,
+    },
+    Past {
+        address: "https://long.example/",
+        name: LONG,
+        group: None,
+        first_day: 3,
+        places: &["fra"],
+        outcome: |_, _| "ok",
         base_seconds: 0.09,
     },
 ];
@@ -298,7 +310,7 @@ fn the_page_shows_what_the_pipeline_stored_to_a_user_who_can_read_only_that() {
     assert_eq!(may(&mut ran.case.db), all);
 
     let page = Page::start(&variables);
-    page.wait_for("/", "1 of 6 sites is down: Search.");
+    page.wait_for("/", "1 of 7 sites is down: Search.");
     let (head, body) = page.get("/", "");
     assert!(
         head.contains("content-security-policy: default-src 'none';"),
@@ -329,7 +341,8 @@ fn the_page_shows_what_the_pipeline_stored_to_a_user_who_can_read_only_that() {
             "Payments",
             "Search",
             "Web shop",
-            HOSTILE
+            HOSTILE,
+            LONG
         ]
         .map(|name| name.trim())
     );
@@ -368,7 +381,7 @@ fn the_page_shows_what_the_pipeline_stored_to_a_user_who_can_read_only_that() {
         assert!(directory.join(path).exists(), "{path}");
     }
     let written = fs::read_to_string(directory.join("index.html")).unwrap();
-    assert!(written.contains("1 of 6 sites is down: Search."), "{written}");
+    assert!(written.contains("1 of 7 sites is down: Search."), "{written}");
     page.agent.stop();
 }
 
@@ -426,7 +439,7 @@ fn a_browser_shows_the_page_at_every_width_and_in_both_schemes() {
     let ran = Ran::new("page-in-a-browser");
     let variables = reader(&ran.case);
     let page = Page::start(&variables.with("PAGE_TITLE", "Example status"));
-    page.wait_for("/", "1 of 6 sites is down: Search.");
+    page.wait_for("/", "1 of 7 sites is down: Search.");
     let browser = Browser::start();
     let (axe, pictures) = (axe(), pictures());
     fs::create_dir_all(&pictures).unwrap();
@@ -454,7 +467,7 @@ fn a_browser_shows_the_page_at_every_width_and_in_both_schemes() {
                     );
                     grounds.push(browser.text("getComputedStyle(document.body).backgroundColor"));
                     let heading = browser.text("document.querySelector('h1').textContent");
-                    assert_eq!(heading.trim(), "1 of 6 sites is down: Search.");
+                    assert_eq!(heading.trim(), "1 of 7 sites is down: Search.");
                 }
                 browser.value(&axe);
                 let found = browser.value(

@@ -1,10 +1,10 @@
 //! The documents: every message that they explain is in the program, every link leads somewhere, and every file and function that
-//! they name for developers exists.
+//! they name for developers exists. `tests/e2e/docs.rs` runs the commands.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::CommandFactory;
+use clap::{CommandFactory, Parser};
 use host_metrics::cli::Cli;
 use host_metrics::config::NAMES;
 use host_metrics::produce::host_file;
@@ -80,6 +80,70 @@ fn the_reference_has_every_command_variable_option_field_and_outcome() {
         let missing: Vec<_> = words.iter().filter(|word| !text.contains(*word)).collect();
         assert!(missing.is_empty(), "{page}: {missing:?}");
     }
+}
+
+/// The pages for users.
+fn pages() -> Vec<PathBuf> {
+    let mut pages = files(&root().join("docs"), "md");
+    pages.extend(files(&root().join("deploy"), "md"));
+    pages.push(root().join("README.md"));
+    pages
+}
+
+/// The words of a command, up to a comment or what a shell does with its result.
+fn words(command: &str) -> Vec<String> {
+    let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
+    for char in command.chars() {
+        match (quote, char) {
+            (Some(open), _) if open == char => quote = None,
+            (None, '\'' | '"') => quote = Some(char),
+            (None, '#' | '>' | '&' | '|' | ';') => break,
+            (None, ' ') => words.extend(word.take()),
+            _ => word.get_or_insert_default().push(char),
+        }
+    }
+    words.extend(word);
+    words
+}
+
+#[test]
+fn every_command_that_the_documents_and_the_help_show_can_be_typed() {
+    let cli = Cli::command();
+    let nested = cli.get_subcommands().flat_map(clap::Command::get_subcommands);
+    let mut lines: Vec<String> = Vec::new();
+    for command in cli.get_subcommands().chain(nested) {
+        let help = command
+            .get_after_help()
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        let examples = help.lines().filter_map(|line| line.strip_prefix("  "));
+        let before = lines.len();
+        lines.extend(examples.map(str::to_owned));
+        assert!(lines.len() > before, "{} has no example", command.get_name());
+    }
+    for page in pages() {
+        let mut is_fenced = false;
+        for line in fs::read_to_string(&page).unwrap().lines() {
+            is_fenced ^= line.starts_with("```");
+            if is_fenced || line.starts_with("    ") {
+                lines.push(line.trim().trim_start_matches("until ").to_owned());
+            }
+        }
+    }
+    let makefile = fs::read_to_string(root().join("Makefile")).unwrap();
+    let mut typed = 0;
+    for line in lines {
+        if line.starts_with("host-metrics ") {
+            if let Err(error) = Cli::try_parse_from(words(&line)) {
+                panic!("{line}: {error}");
+            }
+            typed += 1;
+        } else if let Some(target) = line.strip_prefix("make ").and_then(|rest| rest.split(' ').next()) {
+            assert!(makefile.contains(&format!("\n{target}: ")), "{line}");
+            typed += 1;
+        }
+    }
+    assert!(typed > 60, "{typed}");
 }
 
 /// The anchor that GitHub gives a heading.
