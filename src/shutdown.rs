@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::clock::instant_now;
 use crate::lock::lock;
 
 /// The longest time from the stop signal to the end of the process, including the last flush. Container runtimes kill
@@ -54,7 +55,7 @@ impl Shutdown {
     /// Requests a clean stop, as the first SIGTERM does. A later request has no effect.
     pub fn request(&self) {
         self.change(|requests| {
-            requests.stop_at.get_or_insert_with(now);
+            requests.stop_at.get_or_insert_with(instant_now);
         });
     }
 
@@ -88,7 +89,7 @@ impl Shutdown {
             if std::mem::take(&mut requests.reload) {
                 return Wake::Reload;
             }
-            let left = instant.saturating_duration_since(now());
+            let left = instant.saturating_duration_since(instant_now());
             if left.is_zero() {
                 return Wake::Due;
             }
@@ -146,11 +147,6 @@ impl Shutdown {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "an edge: waits need the clock")]
-fn now() -> Instant {
-    Instant::now()
-}
-
 #[expect(
     clippy::disallowed_methods,
     reason = "after the second signal no destructor may delay the end"
@@ -174,17 +170,17 @@ mod tests {
     fn waiting(shutdown: &Shutdown) -> mpsc::Receiver<Wake> {
         let (sender, receiver) = mpsc::channel();
         let shutdown = shutdown.clone();
-        std::thread::spawn(move || sender.send(shutdown.wait_until(now() + HOUR)));
+        std::thread::spawn(move || sender.send(shutdown.wait_until(instant_now() + HOUR)));
         receiver
     }
 
     #[test]
     fn a_wait_ends_when_it_is_due() {
         let shutdown = Shutdown::new();
-        assert_eq!(shutdown.wait_until(now()), Wake::Due);
-        let due = now() + Duration::from_millis(5);
+        assert_eq!(shutdown.wait_until(instant_now()), Wake::Due);
+        let due = instant_now() + Duration::from_millis(5);
         assert_eq!(shutdown.wait_until(due), Wake::Due);
-        assert!(now() >= due);
+        assert!(instant_now() >= due);
     }
 
     #[test]
@@ -197,8 +193,8 @@ mod tests {
             assert_eq!(wait.recv_timeout(BOUND), Ok(Wake::Stop));
         }
         assert!(shutdown.requested());
-        assert_eq!(shutdown.wait_until(now() + HOUR), Wake::Stop);
-        assert_eq!(shutdown.wait_until(now()), Wake::Stop);
+        assert_eq!(shutdown.wait_until(instant_now() + HOUR), Wake::Stop);
+        assert_eq!(shutdown.wait_until(instant_now()), Wake::Stop);
     }
 
     #[test]
@@ -218,13 +214,13 @@ mod tests {
         shutdown.request_reload();
         assert_eq!(wait.recv_timeout(BOUND), Ok(Wake::Reload));
         assert!(!shutdown.take_reload());
-        assert_eq!(shutdown.wait_until(now()), Wake::Due);
+        assert_eq!(shutdown.wait_until(instant_now()), Wake::Due);
 
         shutdown.request_reload();
         assert!(shutdown.take_reload());
         shutdown.request_reload();
         shutdown.request();
-        assert_eq!(shutdown.wait_until(now() + HOUR), Wake::Stop);
+        assert_eq!(shutdown.wait_until(instant_now() + HOUR), Wake::Stop);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use rustls::sign::CertifiedKey;
 use crate::check::details::Details;
 use crate::check::observation::Phases;
 use crate::check::target::{IpFamily, Proxy, Target};
+use crate::clock::instant_now;
 use crate::lock::lock;
 use crate::sample::Timestamp;
 
@@ -108,12 +109,12 @@ impl Progress {
     }
 
     pub fn request_sent(&mut self) {
-        self.request_sent_at = Some(now());
+        self.request_sent_at = Some(instant_now());
     }
 
     pub fn bytes_came(&mut self) {
         if self.phase == Phase::Response {
-            let now = now();
+            let now = instant_now();
             self.last_read_at = Some(now);
             self.head_began_at.get_or_insert(now);
         }
@@ -151,7 +152,7 @@ pub(super) struct SharedProgress(Arc<Mutex<Progress>>);
 
 impl SharedProgress {
     pub fn new() -> Self {
-        Self(Arc::new(Mutex::new(Progress::new(now()))))
+        Self(Arc::new(Mutex::new(Progress::new(instant_now()))))
     }
 
     /// Forgets the previous check.
@@ -168,12 +169,4 @@ impl SharedProgress {
         // A panic cannot leave it half changed.
         lock(&self.0)
     }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: phases are timed where they happen"
-)]
-pub(super) fn now() -> Instant {
-    Instant::now()
 }

@@ -14,8 +14,9 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
 
 use super::fault::{CheckFault, NameError};
-use super::progress::{SharedProgress, add, now};
+use super::progress::{SharedProgress, add};
 use crate::check::target::{IpFamily, bare};
+use crate::clock::instant_now;
 use crate::lock::lock;
 
 /// Returns the addresses of a name in the order in which to try them. It blocks.
@@ -102,7 +103,7 @@ impl Names {
             if let Some(result) = &shared.result {
                 return result.clone();
             }
-            let left = deadline.saturating_duration_since(now());
+            let left = deadline.saturating_duration_since(instant_now());
             if left.is_zero() {
                 shared.waiting -= 1;
                 let abandoned = shared.waiting == 0;
@@ -124,13 +125,13 @@ impl Names {
     fn ask(&self, question: &Question) -> Result<Arc<PendingLookup>, NameError> {
         let mut lookups = lock(&self.0.lookups);
         if let Some(pending) = lookups.under_way.get(question)
-            && now().saturating_duration_since(pending.asked_at) < JOINED_FOR
+            && instant_now().saturating_duration_since(pending.asked_at) < JOINED_FOR
         {
             lock(&pending.shared).waiting += 1;
             return Ok(Arc::clone(pending));
         }
         let pending = Arc::new(PendingLookup {
-            asked_at: now(),
+            asked_at: instant_now(),
             shared: Mutex::new(SharedResult {
                 result: None,
                 waiting: 1,
@@ -254,9 +255,9 @@ impl Resolver for CheckResolver {
         let addresses = match bare(host).parse::<IpAddr>() {
             Ok(ip) => vec![ip],
             Err(_) => {
-                let asked_at = now();
+                let asked_at = instant_now();
                 let result = self.names.resolve(host, family, deadline);
-                add(&mut self.progress.lock().phases.dns, now() - asked_at);
+                add(&mut self.progress.lock().phases.dns, instant_now() - asked_at);
                 result.map_err(CheckFault::Name)?
             }
         };
@@ -294,9 +295,9 @@ fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, Name
         },
         ..AddrInfoHints::default()
     };
-    let asked_at = now();
+    let asked_at = instant_now();
     let found = dns_lookup::getaddrinfo(Some(name), None, Some(hints))
-        .map_err(|error| name_error(name, &error, now() - asked_at))?;
+        .map_err(|error| name_error(name, &error, instant_now() - asked_at))?;
     let mut addresses = Vec::new();
     for info in found.flatten() {
         let ip = info.sockaddr.ip();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{RecvFlags, recv};
 use socket2::SockRef;
 
-use super::progress::now;
+use crate::clock::instant_now;
 
 /// How much of an unwanted body is read to close a connection in order: usually what came with the headers.
 const MAX_LEFT_BYTES: usize = 16 * 1024;
@@ -90,7 +90,7 @@ impl Socket {
     }
 
     fn time_left(&self) -> io::Result<Duration> {
-        let left = self.deadline.saturating_duration_since(now());
+        let left = self.deadline.saturating_duration_since(instant_now());
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }

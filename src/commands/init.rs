@@ -13,6 +13,7 @@ use rdkafka::metadata::Metadata;
 use rdkafka::producer::{BaseProducer, Producer as _};
 use tokio::runtime::Runtime;
 
+use crate::clock::instant_now;
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
 use crate::postgres::{self, Bounds, Fault, Kind, Session};
@@ -165,7 +166,7 @@ fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()>
     let retention = options
         .retention
         .map(|retention| retention.as_millis().to_string());
-    let brokers_start_until = clock() + BROKERS_START_WITHIN;
+    let brokers_start_until = instant_now() + BROKERS_START_WITHIN;
     loop {
         let new: Vec<NewTopic<'_>> = missing
             .iter()
@@ -178,7 +179,7 @@ fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()>
             })
             .collect();
         let created = runtime.block_on(admin.create_topics(&new, &admin_options()));
-        let may_be_starting = clock() < brokers_start_until;
+        let may_be_starting = instant_now() < brokers_start_until;
         match retry_because(&created, "created", Code::TopicAlreadyExists, may_be_starting)? {
             None => return Ok(()),
             Some(cause) => {
@@ -213,9 +214,9 @@ fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Meta
             Err(error) => error,
         };
         // Each call of `poll` reports at most one error.
-        let until = clock() + RETRY_AFTER;
+        let until = instant_now() + RETRY_AFTER;
         while let Some(left) = until
-            .checked_duration_since(clock())
+            .checked_duration_since(instant_now())
             .filter(|left| !left.is_zero())
         {
             client.poll(left);
@@ -429,13 +430,13 @@ struct Waiting {
 impl Waiting {
     fn new() -> Self {
         Self {
-            say_at: clock() + SAY_AFTER,
+            say_at: instant_now() + SAY_AFTER,
             said_without_cause: false,
         }
     }
 
     fn say(&mut self, what: &str) {
-        let now = clock();
+        let now = instant_now();
         let has_cause = names_a_cause(what);
         if now >= self.say_at || (self.said_without_cause && has_cause) {
             log::warn!("waiting for {what}");
@@ -455,14 +456,6 @@ fn admin_options() -> AdminOptions {
     AdminOptions::new()
         .request_timeout(Some(REQUEST_WITHIN))
         .operation_timeout(Some(REQUEST_WITHIN))
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: how long is waited, and when to log it"
-)]
-fn clock() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

@@ -13,8 +13,9 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaResult;
 use rdkafka::{Message, Offset, TopicPartitionList};
 
-use crate::clock::instant_now;
+use crate::clock::{instant_now, wall_micros};
 use crate::config::TailConfig;
+use crate::duration::micros;
 use crate::kafka::{self, Listener, client_config};
 use crate::outage::Outage;
 use crate::sample::epoch::Claim;
@@ -154,7 +155,7 @@ impl<'a> Tail<'a> {
         let place = match first {
             None => Offset::Beginning,
             Some(None) => Offset::End,
-            Some(Some(since)) => Offset::Offset(unix_millis_before(since)),
+            Some(Some(since)) => Offset::Offset((wall_micros() - micros(since)) / 1_000),
         };
         let mut new = TopicPartitionList::new();
         for partition in kafka::partitions(self.consumer.client(), topic, ANSWER_WITHIN)? {
@@ -179,14 +180,6 @@ impl<'a> Tail<'a> {
         log::info!("reading {} partitions of topic {topic}", starts.count());
         Ok(())
     }
-}
-
-/// The milliseconds since 1970 of a moment in the past, as Kafka counts its timestamps.
-#[expect(clippy::disallowed_methods, reason = "an edge: --since counts from now")]
-fn unix_millis_before(since: Duration) -> i64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let then = now.unwrap_or_default().saturating_sub(since);
-    i64::try_from(then.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// The line for a message; `None` if the options do not ask for it, or it is a claim of a group of producers.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ureq::Agent;
 
+use crate::clock::instant_now;
 use crate::lock::lock;
 
 /// The longest that an idle agent's loop takes for one iteration.
@@ -28,7 +29,7 @@ pub struct Heartbeat {
 impl Default for Heartbeat {
     fn default() -> Self {
         Self {
-            start: now(),
+            start: instant_now(),
             last_turn_millis: AtomicU64::new(0),
         }
     }
@@ -37,13 +38,13 @@ impl Default for Heartbeat {
 impl Heartbeat {
     /// Notes that the loop runs. Call it in every iteration.
     pub fn beat(&self) {
-        self.beat_at(now());
+        self.beat_at(instant_now());
     }
 
     /// # Errors
     /// The loop `name` hangs: for how long, for a person.
     pub fn check(&self, name: &str) -> Result<(), String> {
-        self.check_at(now(), name)
+        self.check_at(instant_now(), name)
     }
 
     fn beat_at(&self, now: Instant) {
@@ -155,11 +156,6 @@ fn read_answer(status: u16, body: &str) -> Result<Health, String> {
             "there is no agent at METRICS_ADDR, but a server that answers with status {status}"
         )),
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "an edge: heartbeats need the clock")]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

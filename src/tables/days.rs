@@ -3,8 +3,9 @@
 //! `consume` runs this every hour, `init` once. It never makes a writer wait for long; what fails is logged and tried again
 //! the next time.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use crate::clock::wall_micros;
 use crate::postgres::{Fault, Session};
 use crate::tables::ddl::{DDL_LOCK, execute, log_failure};
 use crate::tables::destination::ExistingObjects;
@@ -26,14 +27,9 @@ const DELETE_TIMES: usize = 20;
 const READ_PARTITION: Duration = Duration::from_secs(10);
 
 /// The present day in UTC.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: partitions are created for the days ahead of now"
-)]
 pub fn today() -> Day {
-    const DAY_SECONDS: u64 = 86_400;
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Day::from_unix(i64::try_from(since_epoch.as_secs() / DAY_SECONDS).unwrap_or_default())
+    const DAY_MICROS: i64 = 86_400_000_000;
+    Day::from_unix(wall_micros() / DAY_MICROS)
 }
 
 /// The retention in whole days, rounded up.

@@ -16,7 +16,7 @@ use super::chunks::{self, Chunks};
 use super::inflate::Inflate;
 use crate::check::fault::CheckFault;
 use crate::check::pattern::DeadlinePassed;
-use crate::check::progress::now;
+use crate::clock::instant_now;
 use crate::lock::lock;
 
 /// The `Accept-Encoding` of a request whose body is read.
@@ -302,7 +302,7 @@ impl BrotliDecoders {
         let most = limits.max_bytes.saturating_add(BROTLI_OVERHEAD_BYTES);
         let cut = body.take(most).read_to_end(&mut coded).err();
 
-        let time_left = limits.deadline.saturating_duration_since(now());
+        let time_left = limits.deadline.saturating_duration_since(instant_now());
         let free = lock(&self.free);
         let (mut free, _) = self
             .changed
@@ -472,7 +472,7 @@ mod tests {
         let decoders = BrotliDecoders::new();
         let limits = BodyLimits {
             max_bytes: 100,
-            deadline: now(),
+            deadline: instant_now(),
             brotli: &decoders,
         };
         let hello = &b"\x0b\x02\x80hello\x03"[..];

@@ -27,10 +27,11 @@ use crate::check::details::{Details, Exchange};
 use crate::check::fault::classify;
 use crate::check::observation::Observation;
 use crate::check::pattern::{DeadlinePassed, Search};
-use crate::check::progress::{Phase, SharedProgress, add, now};
+use crate::check::progress::{Phase, SharedProgress, add};
 use crate::check::resolver::{CheckResolver, Lookup, Names};
 use crate::check::target::{Method, NOT_NAMED, Target, can_be_named};
 use crate::check::tls::Trust;
+use crate::clock::instant_now;
 use crate::config::CheckConfig;
 use crate::sample::Outcome;
 pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
@@ -146,7 +147,7 @@ impl Checker {
     }
 
     fn observe(&mut self, target: &Target, deadline: Instant, details: Option<Box<Details>>) -> Observation {
-        let started_at = now();
+        let started_at = instant_now();
         self.progress.begin_check(deadline, target, details);
         let mut observation = Observation {
             outcome: Outcome::Ok,
@@ -163,7 +164,7 @@ impl Checker {
         let mut unread = None;
         match self.final_response(target, &mut observation) {
             Ok((mut response, method)) => {
-                observation.latency = Some(now() - started_at);
+                observation.latency = Some(instant_now() - started_at);
                 self.judge(target, method, &mut response, &mut observation);
                 let has_body = method != Method::Head && may_have_body(response.status().as_u16());
                 if has_body && !target.reads_body() && self.progress.lock().details.is_some() {
@@ -172,7 +173,7 @@ impl Checker {
             }
             Err(Failure::Exchange(outcome, text)) => fail(&mut observation, outcome, text),
             Err(Failure::Redirect(outcome, text)) => {
-                observation.latency = Some(now() - started_at);
+                observation.latency = Some(instant_now() - started_at);
                 fail(&mut observation, outcome, text);
             }
         }
@@ -187,7 +188,7 @@ impl Checker {
             observation.ip = seen.ip;
             observation.cert_expires_at = seen.cert_expires_at;
             if let Some(details) = &mut seen.details {
-                details.took = now() - started_at;
+                details.took = instant_now() - started_at;
             }
         }
         if let Some(response) = unread {
@@ -201,7 +202,7 @@ impl Checker {
         let deadline = {
             let mut progress = self.progress.lock();
             progress.phase = Phase::Body;
-            progress.deadline = progress.deadline.min(now() + GLANCE_TIME);
+            progress.deadline = progress.deadline.min(instant_now() + GLANCE_TIME);
             progress.deadline
         };
         let limits = BodyLimits {
@@ -229,7 +230,7 @@ impl Checker {
         let mut request = Request::first(target);
         let mut followed = 0;
         loop {
-            let began_at = now();
+            let began_at = instant_now();
             let response = self.send(target, &request).map_err(|error| {
                 let progress = self.progress.lock();
                 let time_given = progress.deadline.saturating_duration_since(began_at);
@@ -249,7 +250,7 @@ impl Checker {
                 details.exchanges.push(Exchange {
                     url: request.url.to_string(),
                     status,
-                    took: now() - began_at,
+                    took: instant_now() - began_at,
                 });
             }
             if status == 407 && target.proxy.is_some() && request.url.scheme() == "http" {
@@ -351,7 +352,7 @@ impl Checker {
         response: &mut Response<Body>,
         observation: &mut Observation,
     ) -> Option<(Outcome, String)> {
-        let began_at = now();
+        let began_at = instant_now();
         let (deadline, is_detailed) = {
             let mut progress = self.progress.lock();
             progress.phase = Phase::Body;
@@ -377,14 +378,14 @@ impl Checker {
                 document.push_str(text);
             }
             let Some(search) = &mut search else { return Ok(()) };
-            let began_at = now();
-            let searched = search.search(text, || now() >= deadline);
-            searching += now() - began_at;
+            let began_at = instant_now();
+            let searched = search.search(text, || instant_now() >= deadline);
+            searching += instant_now() - began_at;
             searched.map_err(BodyFault::from)
         });
         add(
             &mut self.progress.lock().phases.body,
-            now() - began_at - searching,
+            instant_now() - began_at - searching,
         );
         if let Some(details) = &mut self.progress.lock().details {
             details.body.clone_from(&document);
@@ -446,7 +447,7 @@ impl Checker {
             return Some((Outcome::BodyTooLarge, text));
         }
         target.json.iter().find_map(|rule| {
-            if now() >= deadline {
+            if instant_now() >= deadline {
                 let text = "the search in the JSON document did not finish in time";
                 return Some((Outcome::BodyTimeout, text.into()));
             }

@@ -14,10 +14,11 @@ use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTi
 
 use super::head::{self, Start};
 use crate::check::fault::{CheckFault, is_agents_own, is_unreachable};
-use crate::check::progress::{Phase, SharedProgress, add, now};
+use crate::check::progress::{Phase, SharedProgress, add};
 use crate::check::socket::{Socket, connect_one, is_cut, share};
 use crate::check::target::bare;
 use crate::check::tls;
+use crate::clock::instant_now;
 
 /// The largest header block that is read. A larger one is a protocol error.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
@@ -98,7 +99,7 @@ impl CheckConnector {
     /// Tries the addresses in order, each within its share of the time left.
     fn connect_tcp(&self, addresses: &[SocketAddr], next_phase: Phase) -> io::Result<Socket> {
         let deadline = self.progress.lock().deadline;
-        let began_at = now();
+        let began_at = instant_now();
         let mut failure = None;
         for (tried, address) in addresses.iter().enumerate() {
             {
@@ -106,7 +107,10 @@ impl CheckConnector {
                 progress.phase = Phase::Connect;
                 progress.peer = Some(*address);
             }
-            let share = share(deadline.saturating_duration_since(now()), addresses.len() - tried);
+            let share = share(
+                deadline.saturating_duration_since(instant_now()),
+                addresses.len() - tried,
+            );
             match connect_one(*address, share) {
                 Ok(stream) => {
                     self.connected(*address, began_at, next_phase);
@@ -131,7 +135,7 @@ impl CheckConnector {
             }
         }
         let mut progress = self.progress.lock();
-        add(&mut progress.phases.connect, now() - began_at);
+        add(&mut progress.phases.connect, instant_now() - began_at);
         let Some((address, error)) = failure else {
             // Not reached: the resolver never returns an empty list.
             return Err(io::ErrorKind::AddrNotAvailable.into());
@@ -142,11 +146,11 @@ impl CheckConnector {
 
     /// Asks the proxy for a connection to the host (RFC 9110, section 9.3.6).
     fn tunnel(&self, authority: &str, socket: &mut Socket) -> Result<(), ureq::Error> {
-        let began_at = now();
+        let began_at = instant_now();
         self.progress.lock().phase = Phase::Response;
         let result = connect_through(authority, self.user_agent.as_bytes(), socket);
         let mut progress = self.progress.lock();
-        add(&mut progress.phases.connect, now() - began_at);
+        add(&mut progress.phases.connect, instant_now() - began_at);
         result?;
         progress.at_proxy = false;
         progress.phase = Phase::Tls;
@@ -157,14 +161,14 @@ impl CheckConnector {
         let mut progress = self.progress.lock();
         progress.phase = next_phase;
         progress.ip = Some(address.ip());
-        add(&mut progress.phases.connect, now() - began_at);
+        add(&mut progress.phases.connect, instant_now() - began_at);
     }
 
     fn connect_tls(&self, host: &str, socket: Socket) -> io::Result<StreamOwned<ClientConnection, Socket>> {
-        let began_at = now();
+        let began_at = instant_now();
         let result = tls::handshake(&self.tls, host, socket);
         let mut progress = self.progress.lock();
-        add(&mut progress.phases.tls, now() - began_at);
+        add(&mut progress.phases.tls, instant_now() - began_at);
         if let (Ok(stream), Some(details)) = (&result, &mut progress.details) {
             details.tls = tls::describe(&stream.conn);
         }

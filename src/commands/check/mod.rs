@@ -6,7 +6,7 @@ mod timeline;
 
 use std::fmt::Display;
 use std::io;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
 use anyhow::Context;
@@ -15,8 +15,9 @@ use crate::check::details::{Details, Exchange};
 use crate::check::http::Checks;
 use crate::check::observation::{Stamp, stamp};
 use crate::check::target::Target;
+use crate::clock::{instant_now, timestamp, wall_micros};
 use crate::config::CheckConfig;
-use crate::sample::{self, Outcome, Sample, Timestamp};
+use crate::sample::{self, Outcome, Sample};
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal;
 
@@ -53,14 +54,14 @@ pub fn run(
 ) -> anyhow::Result<bool> {
     let checks = Checks::new(config)?;
     let mut results = Results::default();
-    let (_, first) = now()?;
+    let first = instant_now();
     for number in 0..options.repeat {
         // A check that takes longer than the interval delays the next one.
         let due = first + options.every.saturating_mul(number);
         if number > 0 && matches!(shutdown.wait_until(due), Wake::Stop) {
             break;
         }
-        let (started_at, start) = now()?;
+        let (started_at, start) = (timestamp(wall_micros()), instant_now());
         let is_report = options.repeat == 1 && !options.json;
         let (mut checker, deadline) = (checks.checker(), start + target.timeout(config.timeout));
         let (observation, details) = match is_report {
@@ -278,16 +279,6 @@ fn certificate(sample: &Sample<'_>) -> Option<String> {
         1 => format!("expires {expires_at}, 1 day left"),
         days => format!("expires {expires_at}, {days} days left"),
     })
-}
-
-#[expect(clippy::disallowed_methods, reason = "an edge: the check begins now")]
-fn now() -> anyhow::Result<(Timestamp, Instant)> {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let timestamp = i64::try_from(since_epoch.as_micros())
-        .ok()
-        .and_then(Timestamp::from_unix_micros)
-        .context("this machine's clock is after the year 9999")?;
-    Ok((timestamp, Instant::now()))
 }
 
 #[cfg(test)]

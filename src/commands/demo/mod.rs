@@ -26,6 +26,7 @@ use self::rows::{Counted, Rows};
 use self::site::SampleSite;
 use self::table::Totals;
 use crate::check::target::Target;
+use crate::clock::instant_now;
 use crate::commands::audit;
 use crate::commands::page::Page;
 use crate::commands::screen::{Notices, Screen};
@@ -122,7 +123,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
         rows: &mut rows,
         addresses,
         notices,
-        start: now(),
+        start: instant_now(),
     };
     view.watch(how_long, shutdown, &pipeline.produce.stop)?;
     view.screen
@@ -275,12 +276,12 @@ impl View<'_> {
                     produce_stop.request_reload();
                     continue;
                 }
-                Wake::Due if end.is_some_and(|end| now() >= end) => return Ok(()),
+                Wake::Due if end.is_some_and(|end| instant_now() >= end) => return Ok(()),
                 Wake::Due => {}
             }
-            let queried_at = now();
+            let queried_at = instant_now();
             self.show()?;
-            next_look = now() + every.max(queried_at.elapsed() * PAUSE_PER_QUERY);
+            next_look = instant_now() + every.max(queried_at.elapsed() * PAUSE_PER_QUERY);
         }
     }
 
@@ -411,11 +412,11 @@ impl Pipeline {
 
     /// Waits until the table has all records that Kafka acknowledged, but not longer than [`CATCH_UP_WITHIN`]. Returns the counts.
     fn wait_for_rows(&self, rows: &mut Rows, acknowledged: u64) -> anyhow::Result<Counted> {
-        let deadline = now() + CATCH_UP_WITHIN;
+        let deadline = instant_now() + CATCH_UP_WITHIN;
         // A new handle, because a stop may have been requested on the program's own, which then no longer waits.
         let pause = Shutdown::new();
         loop {
-            let is_over = self.consume.has_ended() || now() >= deadline;
+            let is_over = self.consume.has_ended() || instant_now() >= deadline;
             let counted = if rows.tables_exist()? {
                 rows.counted()?
             } else {
@@ -425,7 +426,7 @@ impl Pipeline {
             if stored >= acknowledged || is_over {
                 return Ok(counted);
             }
-            pause.wait_until(now() + Duration::from_millis(50));
+            pause.wait_until(instant_now() + Duration::from_millis(50));
         }
     }
 }
@@ -527,14 +528,6 @@ impl Ledger {
 {verdict}"
         )
     }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "an edge: the demo uses the clock to draw and to end"
-)]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

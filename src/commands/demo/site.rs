@@ -19,6 +19,7 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use socket2::{Domain, Socket, Type};
 use time::OffsetDateTime;
 
+use crate::clock::instant_now;
 use crate::shutdown::{Shutdown, Wake};
 
 /// The most connections at the same time, far more than the demo's checks need. Further ones are closed.
@@ -124,7 +125,7 @@ http://{refused}/refused           2s   group=Faulty  name=Refused
 }
 
 fn accept(listener: &TcpListener, tls: Option<&Arc<ServerConfig>>, shutdown: &Shutdown) {
-    let start = now();
+    let start = instant_now();
     let open = Arc::new(AtomicUsize::new(0));
     loop {
         let accepted = listener.accept();
@@ -137,7 +138,7 @@ fn accept(listener: &TcpListener, tls: Option<&Arc<ServerConfig>>, shutdown: &Sh
             Err(error) => {
                 log::warn!("the sample site cannot accept a connection: {error}");
                 // Probably there are no free file handles, so an immediate retry would fail too.
-                if shutdown.wait_until(now() + Duration::from_millis(100)) == Wake::Stop {
+                if shutdown.wait_until(instant_now() + Duration::from_millis(100)) == Wake::Stop {
                     return;
                 }
                 continue;
@@ -195,7 +196,7 @@ fn answer(mut stream: impl Read + Write, start: Instant, shutdown: &Shutdown) ->
         "/moved" => respond("302 Found", "Location: /up\r\n", ""),
         "/slow" => {
             let delay = SLOW + Duration::from_millis(fastrand::u64(..SLOW_SPREAD_MILLIS));
-            shutdown.wait_until(now() + delay);
+            shutdown.wait_until(instant_now() + delay);
             respond("200 OK", "", "all systems: go, but slowly\n")
         }
         "/flapping" if is_up(start.elapsed()) => respond("200 OK", "", "up again\n"),
@@ -283,11 +284,6 @@ fn server_config(
         .with_no_client_auth()
         .with_single_cert(vec![certificate.der().clone()], private_key)?;
     Ok(Arc::new(config))
-}
-
-#[expect(clippy::disallowed_methods, reason = "an edge: a server lives in real time")]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::{Offset, TopicPartitionList};
 
+use crate::clock::instant_now;
 use crate::config::KafkaConfig;
 use crate::kafka::{Listener, client_config, look_up_topic, reason};
 
@@ -35,7 +36,7 @@ pub fn lag(
     topics: &[String],
     positions: &BTreeMap<(String, i32), i64>,
 ) -> Result<Vec<Lag>, String> {
-    let deadline = now() + ANSWERS_WITHIN;
+    let deadline = instant_now() + ANSWERS_WITHIN;
     let mut config = client_config(kafka);
     // As for `consume`, which cannot read beyond the end of the last committed transaction.
     config.set("isolation.level", "read_committed");
@@ -71,7 +72,7 @@ fn ask(
     positions: &BTreeMap<(String, i32), i64>,
     deadline: Instant,
 ) -> Result<Vec<Lag>, Ask> {
-    let left = || deadline.saturating_duration_since(now());
+    let left = || deadline.saturating_duration_since(instant_now());
     let mut partitions: BTreeSet<(String, i32)> = positions.keys().cloned().collect();
     for topic in topics {
         match look_up_topic(client.client(), topic, left())? {
@@ -129,9 +130,4 @@ fn offsets<'a>(
         };
     }
     Ok(offsets)
-}
-
-#[expect(clippy::disallowed_methods, reason = "an edge: the deadline of requests")]
-fn now() -> Instant {
-    Instant::now()
 }
