@@ -26,8 +26,6 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// # Errors
-    /// The machine's clock shows a year before 1970 or after 9999, which a record cannot hold.
     pub fn start() -> anyhow::Result<Self> {
         let wall_micros = wall_micros();
         Timestamp::from_unix_micros(wall_micros)

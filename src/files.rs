@@ -5,8 +5,6 @@ use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-/// # Errors
-/// It cannot be read, is no regular file, or is longer than `max_bytes`.
 pub fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     // Opening a pipe would wait for its writer, and a second read would find it empty.
     if !path.metadata()?.is_file() {

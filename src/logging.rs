@@ -10,17 +10,11 @@ use simplelog::{ConfigBuilder, WriteLogger, format_description};
 use crate::terminal;
 
 /// Logs to standard error from now on.
-///
-/// # Errors
-/// The logging was already started.
 pub fn start(level: LevelFilter) -> Result<(), SetLoggerError> {
     start_to(level, io::stderr())
 }
 
 /// Logs to `sink` from now on.
-///
-/// # Errors
-/// The logging was already started.
 pub fn start_to(level: LevelFilter, sink: impl Write + Send + 'static) -> Result<(), SetLoggerError> {
     let config = ConfigBuilder::new()
         .set_time_format_custom(format_description!(

@@ -241,9 +241,6 @@ impl Session {
     }
 
     /// Runs `future` for at most one step of the bounds.
-    ///
-    /// # Errors
-    /// As [`bounded`].
     pub async fn bounded<T, E>(
         &self,
         what: &str,

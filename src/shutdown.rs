@@ -114,9 +114,6 @@ impl Shutdown {
 
     /// From now on SIGTERM and SIGINT request a stop, and SIGHUP requests a reload. A second SIGTERM or SIGINT ends the
     /// process immediately, with the status 128 + its number.
-    ///
-    /// # Errors
-    /// The operating system did not allow the signal handlers or the thread.
     pub fn listen_to_signals(&self) -> io::Result<()> {
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
         let shutdown = self.clone();

@@ -96,8 +96,6 @@ impl Anchors {
         self.certificates.is_empty()
     }
 
-    /// # Errors
-    /// The chain does not lead to a trusted certificate, is not valid now, or is not for `name`.
     pub fn verify(
         &self,
         leaf: &CertificateDer<'_>,
@@ -266,9 +264,6 @@ const PSS_KEY_SHA512: SignatureScheme = SignatureScheme::Unknown(0x080b);
 /// Verifies with OpenSSL that the server has the key of its certificate, for keys and signatures that ring does not support.
 ///
 /// `binds_curve`: each ECDSA algorithm may only be used with the curve in its name, as in TLS 1.3.
-///
-/// # Errors
-/// The signature is wrong, or the key is too short.
 pub(super) fn verify_signature(
     message: &[u8],
     certificate: &CertificateDer<'_>,

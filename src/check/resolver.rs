@@ -88,8 +88,6 @@ impl Names {
         Self::new(Box::new(getaddrinfo), max_threads)
     }
 
-    /// # Errors
-    /// The name has no address, or there was no answer before the deadline.
     pub fn resolve(
         &self,
         name: &str,

@@ -142,17 +142,11 @@ pub type CertificateFiles = Watched<ClientCertificate, 2>;
 
 impl SecretFile {
     /// The secret of `auth=@NAME`.
-    ///
-    /// # Errors
-    /// The file cannot be read, or holds neither a user with a password nor a bearer token.
     pub fn auth(folder: &Path, name: &str) -> Result<Self, String> {
         Self::open(name, [folder.join(name)], MAX_SECRET_BYTES, SecretHeader::of_auth)
     }
 
     /// The secret of `header="NAME: @NAME"`.
-    ///
-    /// # Errors
-    /// The file cannot be read, or cannot be the value of a header.
     pub fn header(folder: &Path, name: &str) -> Result<Self, String> {
         Self::open(
             name,
@@ -165,9 +159,6 @@ impl SecretFile {
 
 impl CertificateFiles {
     /// The client certificate of `cert=@NAME`.
-    ///
-    /// # Errors
-    /// A file cannot be read, or the two are not a certificate and its key.
     pub fn certificate(folder: &Path, name: &str) -> Result<Self, String> {
         let paths = ["crt", "key"].map(|extension| folder.join(format!("{name}.{extension}")));
         Self::open(name, paths, MAX_PEM_BYTES, ClientCertificate::read)

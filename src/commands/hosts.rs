@@ -23,8 +23,6 @@ pub struct NewHost {
 }
 
 impl NewHost {
-    /// # Errors
-    /// [`WrongInput`]: the arguments are not a line of the host file.
     pub fn new(args: &HostsAdd, secrets: Option<&Path>) -> Result<Self, WrongInput> {
         let row = HostRow {
             address: args.address.clone(),
@@ -65,8 +63,6 @@ pub struct Import {
 }
 
 impl Import {
-    /// # Errors
-    /// [`WrongInput`]: what is wrong with the file.
     pub fn read(path: &Path, secrets: Option<&Path>, replaces: bool) -> Result<Self, WrongInput> {
         let wrong = |error: host_file::HostFileError| WrongInput(error.0);
         let contents = host_file::contents(path);
@@ -174,9 +170,6 @@ fn change(config: &DatabaseConfig, addresses: &[String], sql: impl Fn(&str) -> S
 }
 
 /// Adds or changes the hosts of a file in one transaction. Returns what was done, for a person.
-///
-/// # Errors
-/// The database refuses or does not answer.
 pub fn import(config: &DatabaseConfig, import: &Import) -> anyhow::Result<String> {
     let Import { rows, replaces } = import;
     let column = |of: fn(&HostRow) -> &String| rows.iter().map(|row| of(row).as_str()).collect::<Vec<_>>();
@@ -241,9 +234,6 @@ struct Listed {
 }
 
 /// All hosts as a table for a person.
-///
-/// # Errors
-/// The database refuses or does not answer.
 pub fn list(config: &DatabaseConfig) -> anyhow::Result<String> {
     let mut table = vec![
         [
@@ -281,9 +271,6 @@ pub fn list(config: &DatabaseConfig) -> anyhow::Result<String> {
 }
 
 /// All hosts as a host file. Disabled ones are comments.
-///
-/// # Errors
-/// The database refuses or does not answer.
 pub fn export(config: &DatabaseConfig) -> anyhow::Result<String> {
     let mut text = String::new();
     for listed in listed(config)? {

@@ -40,9 +40,6 @@ pub struct Page {
 
 impl Page {
     /// Listens. There is no page before the first round of [`Page::run`].
-    ///
-    /// # Errors
-    /// PAGE_ADDR is in use, or is not an address of this machine.
     pub fn start(config: PageConfig) -> anyhow::Result<Self> {
         let shelf = Shelf::new(&config.logins);
         let server = Server::start("page", "PAGE_ADDR", config.addr, LIMITS, shelf.clone())?;
@@ -137,9 +134,6 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
 }
 
 /// Writes the files once, for another server.
-///
-/// # Errors
-/// The database cannot be read, or a file cannot be written.
 pub fn write(config: &PageConfig, directory: &Path) -> anyhow::Result<()> {
     let snapshot = postgres::runtime()?
         .block_on(Reader::new(config.database.clone()).read())

@@ -49,9 +49,6 @@ impl FromStr for Argument {
 
 /// Moves the position past the batch that holds the offset; without an offset, only reads the header of the next batch.
 /// Returns the result as text for a person.
-///
-/// # Errors
-/// Kafka or Postgres does not answer, there is no such position or batch, or the position is already past that offset.
 pub fn run(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
     let runtime = postgres::runtime()?;
     let said = runtime.block_on(skip(config, argument));

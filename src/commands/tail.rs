@@ -54,9 +54,6 @@ impl Options {
 }
 
 /// Prints records until a signal arrives or the reader of `out` closes it. An absence of Kafka is waited out.
-///
-/// # Errors
-/// librdkafka does not accept the settings, or `out` cannot be written.
 pub fn run(
     config: &TailConfig,
     options: &Options,

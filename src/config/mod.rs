@@ -61,9 +61,6 @@ pub struct ProduceConfig {
 }
 
 /// The configuration of `produce`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn produce(variables: &Variables) -> Result<ProduceConfig, WrongVariables> {
     read(variables, produce_config)
 }
@@ -90,17 +87,11 @@ pub struct HostsConfig {
 }
 
 /// The configuration of `produce -c postgres:`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn produce_from_table(variables: &Variables) -> Result<(ProduceConfig, HostsConfig), WrongVariables> {
     read(variables, |reader| (produce_config(reader), hosts_config(reader)))
 }
 
 /// The configuration of `hosts`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn hosts(variables: &Variables) -> Result<HostsConfig, WrongVariables> {
     read(variables, hosts_config)
 }
@@ -132,9 +123,6 @@ pub struct ConsumeConfig {
 }
 
 /// The configuration of `consume`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
     read(variables, |reader| ConsumeConfig {
         kafka: kafka::servers_and_security(reader),
@@ -161,9 +149,6 @@ pub struct InitConfig {
 
 /// The configuration of `init` and `drop`. The variables of a server that is not in `servers` are not read, and its part of
 /// the result is empty.
-///
-/// # Errors
-/// All wrong variables.
 pub fn init(variables: &Variables, servers: Servers) -> Result<InitConfig, WrongVariables> {
     let nothing_set = Variables::default();
     read(variables, |reader| InitConfig {
@@ -194,9 +179,6 @@ pub struct StatusConfig {
 }
 
 /// The configuration of `status`. Without KAFKA_BOOTSTRAP_SERVERS, `status` reads the tables only.
-///
-/// # Errors
-/// All wrong variables.
 pub fn status(variables: &Variables) -> Result<StatusConfig, WrongVariables> {
     read(variables, |reader| StatusConfig {
         kafka: kafka_if_set(reader),
@@ -214,9 +196,6 @@ pub struct TailConfig {
 }
 
 /// The configuration of `tail`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn tail(variables: &Variables) -> Result<TailConfig, WrongVariables> {
     read(variables, |reader| TailConfig {
         kafka: kafka::servers_and_security(reader),
@@ -234,9 +213,6 @@ pub struct AuditConfig {
 }
 
 /// The configuration of `audit`. Without KAFKA_BOOTSTRAP_SERVERS, `audit` reads the tables only.
-///
-/// # Errors
-/// All wrong variables.
 pub fn audit(variables: &Variables) -> Result<AuditConfig, WrongVariables> {
     read(variables, |reader| AuditConfig {
         kafka: kafka_if_set(reader),
@@ -257,9 +233,6 @@ fn retention(reader: &mut Reader<'_>) -> Option<Duration> {
 }
 
 /// METRICS_ADDR, for `health`.
-///
-/// # Errors
-/// METRICS_ADDR is not set or wrong.
 pub fn health(variables: &Variables) -> Result<SocketAddr, WrongVariables> {
     read(variables, |reader| {
         if !reader.is_set(METRICS_ADDR) {
@@ -273,9 +246,6 @@ pub fn health(variables: &Variables) -> Result<SocketAddr, WrongVariables> {
 }
 
 /// The configuration of `page`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn page(variables: &Variables) -> Result<PageConfig, WrongVariables> {
     read(variables, page::page)
 }
@@ -286,33 +256,21 @@ pub fn secrets_dir(variables: &Variables) -> Option<PathBuf> {
 }
 
 /// The configuration of `check`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn check(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, true))
 }
 
 /// The configuration of the checks of `demo`, which has its own servers.
-///
-/// # Errors
-/// All wrong variables.
 pub fn demo(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, false))
 }
 
 /// The configuration of `validate`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn validate(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, false))
 }
 
 /// The configuration of `validate -c postgres:`.
-///
-/// # Errors
-/// All wrong variables.
 pub fn validate_table(variables: &Variables) -> Result<(CheckConfig, HostsConfig), WrongVariables> {
     read(variables, |reader| {
         (check::checks(reader, false), hosts_config(reader))
@@ -320,9 +278,6 @@ pub fn validate_table(variables: &Variables) -> Result<(CheckConfig, HostsConfig
 }
 
 /// LOG_LEVEL. The other functions here check it too, so that it is reported together with the other variables.
-///
-/// # Errors
-/// LOG_LEVEL is not a level, or a source of the variables is wrong.
 pub fn log_level(variables: &Variables) -> Result<LevelFilter, WrongVariables> {
     let mut reader = Reader::new(variables);
     let level = read_log_level(&mut reader);

@@ -52,8 +52,6 @@ impl<'a> Reader<'a> {
         self.push(Problem::Conflict { name, what });
     }
 
-    /// # Errors
-    /// All problems, if there are any.
     pub(super) fn finish<T>(self, config: T) -> Result<T, WrongVariables> {
         match self.problems.is_empty() {
             true => Ok(config),

@@ -58,18 +58,12 @@ pub fn run(config: &ConsumeConfig, shutdown: &Shutdown) -> anyhow::Result<()> {
 }
 
 /// As [`run`], without METRICS_ADDR: the caller reads the counters.
-///
-/// # Errors
-/// As [`run`].
 pub fn run_counted(config: &ConsumeConfig, shutdown: &Shutdown, counters: &Counters) -> anyhow::Result<()> {
     let source = Source::join(config, &[])?;
     run_with(config, source, shutdown, counters)
 }
 
 /// As [`run_counted`], with a consumer that has already joined the group.
-///
-/// # Errors
-/// As [`run`].
 pub fn run_with(
     config: &ConsumeConfig,
     source: Source,

@@ -57,9 +57,6 @@ pub trait Sink: Send + 'static {
     type Prepared: Send;
 
     /// Appends what is written of the record.
-    ///
-    /// # Errors
-    /// Why the record is rejected.
     fn encode(
         layout: &Self::Layout,
         topic: &str,

@@ -44,8 +44,6 @@ pub struct Writer<L> {
 }
 
 impl<L: Send + 'static> Writer<L> {
-    /// # Errors
-    /// The thread cannot be started.
     pub fn start<S: Sink<Layout = L>>(store: Store<S>) -> io::Result<Self> {
         let (requests, requested) = sync_channel(1);
         let (answer, answers) = sync_channel(1);
@@ -64,8 +62,6 @@ impl<L: Send + 'static> Writer<L> {
         self.is_busy
     }
 
-    /// # Errors
-    /// The writer has ended: a bug.
     pub fn ask(&mut self, request: Request) -> anyhow::Result<()> {
         debug_assert!(!self.is_busy, "one request at a time");
         self.is_busy = true;
@@ -76,9 +72,6 @@ impl<L: Send + 'static> Writer<L> {
     }
 
     /// The answer, if it has arrived.
-    ///
-    /// # Errors
-    /// The writer has ended: a bug.
     pub fn answer(&mut self) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.try_recv() {
             Ok(answer) => {
@@ -91,9 +84,6 @@ impl<L: Send + 'static> Writer<L> {
     }
 
     /// The answer, if it arrives within `timeout`.
-    ///
-    /// # Errors
-    /// The writer has ended: a bug.
     pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.recv_timeout(timeout) {
             Ok(answer) => {

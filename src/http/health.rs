@@ -81,8 +81,6 @@ impl Readiness {
         *lock(&self.0) = ready;
     }
 
-    /// # Errors
-    /// What the agent waits for, for a person.
     pub fn check(&self) -> Result<(), String> {
         lock(&self.0).clone()
     }
@@ -103,9 +101,6 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 const MAX_ANSWER_BYTES: u64 = 16 << 10;
 
 /// Asks the agent that listens at METRICS_ADDR on this machine. An unspecified address such as 0.0.0.0 means loopback.
-///
-/// # Errors
-/// There is no answer in time, or the answer does not come from an agent.
 pub fn ask(metrics_addr: SocketAddr) -> Result<Health, String> {
     let mut last = String::new();
     for address in from_here(metrics_addr) {

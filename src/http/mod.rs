@@ -46,9 +46,6 @@ pub struct Endpoint(Server);
 
 impl Endpoint {
     /// Starts it.
-    ///
-    /// # Errors
-    /// The address is in use or not this machine's, or no thread can be started.
     pub fn start(metrics_addr: SocketAddr, watched: impl Watched) -> anyhow::Result<Self> {
         let server = Server::start("metrics", "METRICS_ADDR", metrics_addr, LIMITS, Agent(watched))?;
         log::info!("metrics at http://{}/metrics", server.address());

@@ -54,9 +54,6 @@ pub struct Server {
 
 impl Server {
     /// Starts the server. `variable` is the one that `address` comes from, and `name` the thread's.
-    ///
-    /// # Errors
-    /// The address is in use or not this machine's, or no thread can be started.
     pub fn start(
         name: &'static str,
         variable: &'static str,

@@ -20,9 +20,6 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Connects to the first address of `server` (`host:port`) that accepts.
-    ///
-    /// # Errors
-    /// The name has no address, or no address accepts a connection before the deadline.
     pub(super) fn open(server: &str, deadline: Instant) -> io::Result<Self> {
         let mut last = io::Error::other("the name has no address");
         for address in server.to_socket_addrs()? {

@@ -66,9 +66,6 @@ type Answer = Box<dyn FnOnce(Result<(), NotCommitted>) + Send>;
 
 impl Member {
     /// Joins the group as soon as Kafka can be reached. With an `instance_id` this is a static member (KIP-345).
-    ///
-    /// # Errors
-    /// librdkafka refuses the settings.
     pub fn join(
         kafka: &KafkaConfig,
         group: &str,
@@ -119,9 +116,6 @@ impl Member {
     }
 
     /// Subscribes to these topics, instead of those before.
-    ///
-    /// # Errors
-    /// librdkafka refuses the names.
     pub fn subscribe(&self, topics: &[&str]) -> anyhow::Result<()> {
         self.consumer
             .subscribe(topics)
@@ -162,9 +156,6 @@ impl Member {
     }
 
     /// The group's committed offsets; `None` for a partition without one.
-    ///
-    /// # Errors
-    /// Kafka does not answer in time, or does not allow it.
     pub fn committed(&self, partitions: &[Named]) -> KafkaResult<Vec<(Named, Option<Committed>)>> {
         let mut list = TopicPartitionList::with_capacity(partitions.len());
         for (topic, partition) in partitions {
@@ -214,17 +205,11 @@ impl Member {
     }
 
     /// The offsets that a partition holds: the first one, and the one after the last.
-    ///
-    /// # Errors
-    /// Kafka does not answer in time.
     pub fn extent(&self, topic: &str, partition: i32) -> KafkaResult<(i64, i64)> {
         self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN)
     }
 
     /// The number of partitions of a topic.
-    ///
-    /// # Errors
-    /// Kafka does not answer in time, or there is no such topic.
     pub fn partitions(&self, topic: &str) -> KafkaResult<i32> {
         let found = partitions(self.consumer.client(), topic, ASK_WITHIN)?;
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))

@@ -35,16 +35,11 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// # Errors
-    /// librdkafka refuses the settings.
     pub fn new(kafka: &KafkaConfig) -> KafkaResult<Self> {
         Self::with(kafka, "read_uncommitted")
     }
 
     /// Reads what `consume` reads: no records of aborted transactions.
-    ///
-    /// # Errors
-    /// librdkafka refuses the settings.
     pub fn committed(kafka: &KafkaConfig) -> KafkaResult<Self> {
         Self::with(kafka, "read_committed")
     }
@@ -78,9 +73,6 @@ impl Reader {
 
     /// Starts to read these parts of a topic, instead of those before. It has to be one topic: when a partition is at its end,
     /// librdkafka does not report its topic.
-    ///
-    /// # Errors
-    /// librdkafka refuses.
     pub fn begin(&mut self, topic: &str, parts: &[Part]) -> KafkaResult<()> {
         let mut list = TopicPartitionList::with_capacity(parts.len());
         self.open.clear();
@@ -101,9 +93,6 @@ impl Reader {
     }
 
     /// The same as [`Reader::read`], for callers that need only partition and value.
-    ///
-    /// # Errors
-    /// As for [`Reader::read`].
     pub fn go_on(&mut self, until: Instant, mut read: impl FnMut(i32, &[u8])) -> KafkaResult<bool> {
         self.read(until, |message| {
             read(message.partition(), message.payload().unwrap_or_default());

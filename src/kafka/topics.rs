@@ -31,9 +31,6 @@ pub fn partitions<C: ClientContext>(
 
 /// As [`partitions`], for callers that distinguish between a Kafka that does not answer and a topic that does not exist or may
 /// not be read (the inner error).
-///
-/// # Errors
-/// No broker answered within that time.
 pub fn look_up_topic<C: ClientContext>(
     client: &Client<C>,
     topic: &str,

@@ -47,9 +47,6 @@ impl Reader {
     }
 
     /// Reads the state as it is now, on the connection of the round before if that still works.
-    ///
-    /// # Errors
-    /// The database cannot be reached or does not answer; a table or a right is missing.
     pub async fn read(&mut self) -> Result<Snapshot, Fault> {
         let session = match self.session.take() {
             Some(session) => session,

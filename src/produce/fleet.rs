@@ -97,9 +97,6 @@ pub(super) struct Fleet {
 
 impl Fleet {
     /// The publisher sends events to the same channel.
-    ///
-    /// # Errors
-    /// librdkafka rejects the settings, or the thread does not start.
     pub(super) fn start(
         settings: &Settings<'_>,
         topics: &[String],

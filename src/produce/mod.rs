@@ -53,9 +53,6 @@ const COPIES_WITHIN: Duration = Duration::from_secs(5);
 /// Checks `targets` and publishes one record per tick. `sources` is where they come from; their changes are followed.
 ///
 /// METRICS_ADDR is served unless the run is [`Rounds::Once`], which may run beside an agent that uses the address.
-///
-/// # Errors
-/// The run could not start, or it ended with records that Kafka has not acknowledged.
 pub fn run(
     config: &ProduceConfig,
     targets: Vec<Target>,
@@ -77,9 +74,6 @@ pub fn run(
 }
 
 /// The same as [`run`], for callers that read the counters. METRICS_ADDR is not served.
-///
-/// # Errors
-/// As for [`run`].
 pub fn run_counted(
     config: &ProduceConfig,
     targets: Vec<Target>,
@@ -106,9 +100,6 @@ pub fn run_counted(
 
 impl Setup<'_> {
     /// Checks `targets` with the functions that `make_check` returns, one for each thread.
-    ///
-    /// # Errors
-    /// As for [`run`].
     pub fn run<C>(
         self,
         targets: Vec<Target>,

@@ -98,9 +98,6 @@ impl Pool {
     }
 
     /// Begins a check on an idle thread or a new one.
-    ///
-    /// # Errors
-    /// No thread is idle, and the operating system does not start another one.
     pub fn start(&self, tick: Tick) -> Result<(), Box<NoThread>> {
         let idle = self.0.idle().threads.pop();
         if let Some(slot) = idle {

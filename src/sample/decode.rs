@@ -33,9 +33,6 @@ pub struct Rejection(pub String);
 /// Only white space may stand before and after the object. A key that is there twice is an error, but not within an
 /// ignored field, where only `\u0000` and the nesting are checked. Two limits follow from the types of the table's
 /// columns: `status_code` is a smallint, `redirects` an integer.
-///
-/// # Errors
-/// The value is not a valid record.
 pub fn decode(value: &[u8]) -> Result<Sample<'_>, Rejection> {
     let read = std::str::from_utf8(value).ok().and_then(shortcut::read);
     match read {

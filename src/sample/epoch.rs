@@ -51,9 +51,6 @@ impl Epochs {
     }
 
     /// Takes note of the epoch of the partition's next record or claim.
-    ///
-    /// # Errors
-    /// The record or claim does not count.
     pub fn admit(&mut self, place: &str, epoch: Epoch) -> Result<(), Void> {
         if let Some((_, highest)) = self.0.iter_mut().find(|(known, _)| known == place) {
             if epoch < *highest {

@@ -50,9 +50,6 @@ pub(super) async fn rollback(session: &Session) -> Result<(), Fault> {
 }
 
 /// Logs a failure of maintenance and makes the connection usable again. `what`: what was not done.
-///
-/// # Errors
-/// The connection is of no further use.
 pub async fn log_failure(session: &Session, result: Result<(), Fault>, what: &str) -> Result<(), Fault> {
     let Err(fault) = result else { return Ok(()) };
     // A passing fault without an SQLSTATE is a hang or a broken connection: later answers may belong to earlier questions.

@@ -78,9 +78,6 @@ impl ExistingObjects {
 }
 
 /// Looks up which objects of DB_TABLE exist.
-///
-/// # Errors
-/// This user may not use the schema, or the database does not answer.
 pub async fn find(session: &Session) -> Result<ExistingObjects, Fault> {
     const SCHEMA: &str = "SELECT pg_catalog.has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace \
                           WHERE nspname = $1::text";
@@ -263,9 +260,6 @@ pub async fn may_read(session: &Session, found: &ExistingObjects, object: Object
 }
 
 /// The names of the columns of a table, whose name is quoted. None if there is no such table.
-///
-/// # Errors
-/// The database does not answer.
 pub async fn column_names(session: &Session, main: &str) -> Result<BTreeSet<String>, Fault> {
     let sql = "SELECT attname::text FROM pg_catalog.pg_attribute \
                WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";

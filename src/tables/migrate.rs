@@ -57,9 +57,6 @@ fn missing(found: &ExistingObjects) -> Vec<Object> {
 /// Applies the steps that the objects still need; the first of `steps` leads from version 1 to 2. Each step is one
 /// transaction, so a failure leaves the previous version intact. If this user does not own the tables, the log says who has
 /// to migrate them, and the older tables stay in use.
-///
-/// # Errors
-/// A statement of a step fails, for example because a lock is not to be had in time.
 pub async fn migrate(session: &Session, steps: &[Step]) -> Result<(), Fault> {
     for (step, version) in steps.iter().zip(2..) {
         let found = find(session).await?;

@@ -83,9 +83,6 @@ pub(super) struct BodyLimits<'a> {
 ///
 /// The text is decoded with the charset of the headers, or as UTF-8 without one. As in browsers, a byte-order mark takes
 /// precedence over the header. Bytes that cannot be decoded become U+FFFD.
-///
-/// # Errors
-/// The body could not be read to its end or the limit.
 pub(super) fn read(
     response: &mut Response<Body>,
     limits: &BodyLimits<'_>,

@@ -65,9 +65,6 @@ impl Checks {
     }
 
     /// As [`Checks::new`], but with another function for name look-ups.
-    ///
-    /// # Errors
-    /// As [`Checks::new`].
     pub fn with_lookup(config: &CheckConfig, lookup: Box<Lookup>) -> anyhow::Result<Self> {
         Self::with_names(config, Names::new(lookup, config.max_threads))
     }

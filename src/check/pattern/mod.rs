@@ -223,9 +223,6 @@ impl Search {
     }
 
     /// Searches the next piece of the text.
-    ///
-    /// # Errors
-    /// `is_late` returned true.
     pub fn search(&mut self, piece: &str, is_late: impl Fn() -> bool) -> Result<(), DeadlinePassed> {
         if self.found {
             return Ok(());

@@ -74,9 +74,6 @@ pub struct Tables {
 
 impl Tables {
     /// Connects, and begins a transaction that sees rows and positions of one moment.
-    ///
-    /// # Errors
-    /// The database cannot be reached, or there is no such table.
     pub async fn open(config: &DatabaseConfig, group_id: &str) -> Result<Self, Fault> {
         let session = Session::open(config, Bounds::default()).await?;
         let main = session.table.quoted("");
@@ -107,9 +104,6 @@ impl Tables {
     }
 
     /// Reads everything, in the largest queries of this command.
-    ///
-    /// # Errors
-    /// A right is missing, the group has no position, or the database does not answer.
     pub async fn read(&self) -> Result<Stored, Fault> {
         let lacking = |names: &[&str]| {
             let missing: Vec<&str> = names
@@ -283,9 +277,6 @@ impl Tables {
     }
 
     /// The times of the first doubled ticks, with the number of rows: at most one for each of `doubled`.
-    ///
-    /// # Errors
-    /// The database does not answer.
     pub async fn doubled_ticks(
         &self,
         series: &[Series],
@@ -325,9 +316,6 @@ impl Tables {
     }
 
     /// The first doubled offsets of these blocks, each of a partition.
-    ///
-    /// # Errors
-    /// The database does not answer.
     pub async fn doubled_offsets(
         &self,
         blocks: &[(String, i32, i64)],

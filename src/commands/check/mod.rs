@@ -42,9 +42,6 @@ pub struct Options {
 
 /// Checks the target with the same code as `produce`, and hands each text to `print`. True if every check was valid. A
 /// shutdown, or a closed pipe, ends it between two checks.
-///
-/// # Errors
-/// This machine cannot make checks, or `print` failed.
 pub fn run(
     config: &CheckConfig,
     target: &Target,

@@ -71,9 +71,6 @@ Try next
   host-metrics --help                        all commands; docs/tutorial.md starts with your own servers";
 
 /// Runs the demo. Returns whether the ledger balances.
-///
-/// # Errors
-/// A part did not start, or an agent failed: which and why.
 pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     let mut screen = Screen::new();
     let notices = start_logging(options.log_level, &screen)?;
@@ -394,9 +391,6 @@ impl Pipeline {
     }
 
     /// Stops the agents cleanly, `produce` first. Returns the ledger of the run, and the error of an agent that failed.
-    ///
-    /// # Errors
-    /// Postgres does not answer.
     fn stop(mut self, rows: &mut Rows) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
         let produced = self.produce.end();
         let acknowledged = self.counters.delivered();

@@ -74,9 +74,6 @@ pub struct ThrowAwayPostgres {
 
 impl ThrowAwayPostgres {
     /// Starts a new cluster with the default settings.
-    ///
-    /// # Errors
-    /// As for [`Self::start_with`].
     pub fn start() -> anyhow::Result<Self> {
         Self::start_with(&Settings::default())
     }
@@ -191,9 +188,6 @@ impl ThrowAwayPostgres {
     }
 
     /// Appends to `postgresql.conf`, for the next start.
-    ///
-    /// # Errors
-    /// The file cannot be written.
     pub fn configure(&self, lines: &[(String, String)]) -> anyhow::Result<()> {
         let path = self.data_dir().join("postgresql.conf");
         let text: String = lines
@@ -209,9 +203,6 @@ impl ThrowAwayPostgres {
     }
 
     /// Starts the stopped server again, on the same port and data, and waits until it accepts connections.
-    ///
-    /// # Errors
-    /// The server did not start; the text has the end of its log.
     pub fn start_again(&self) -> anyhow::Result<()> {
         let mut command = self.pg_ctl();
         command.arg("-l").arg(self.log_file()).arg("-w").arg("start");
@@ -230,25 +221,16 @@ impl ThrowAwayPostgres {
     }
 
     /// Stops the server cleanly: ends all sessions and writes all data.
-    ///
-    /// # Errors
-    /// The server did not stop.
     pub fn stop(&self) -> anyhow::Result<()> {
         self.stop_with("fast")
     }
 
     /// Stops the server as a crash would. The next start recovers its data.
-    ///
-    /// # Errors
-    /// The server did not stop.
     pub fn stop_immediately(&self) -> anyhow::Result<()> {
         self.stop_with("immediate")
     }
 
     /// Stops the server as a crash would, and starts it again.
-    ///
-    /// # Errors
-    /// The server did not stop or did not start.
     pub fn restart_immediately(&self) -> anyhow::Result<()> {
         self.stop_immediately()?;
         self.start_again()
@@ -312,9 +294,6 @@ impl Drop for ThrowAwayPostgres {
 }
 
 /// A port of 127.0.0.1 that is free at the moment.
-///
-/// # Errors
-/// No free port was found.
 pub fn free_port() -> anyhow::Result<u16> {
     (0..100)
         .map(|_| fastrand::u16(PORTS))

@@ -28,8 +28,6 @@ pub struct Counted {
 }
 
 impl Rows {
-    /// # Errors
-    /// The database cannot be reached.
     pub fn connect(database: &DatabaseConfig) -> Result<Self, postgres::Error> {
         let mut config = postgres::Config::new();
         if let Some(password) = &database.password {

@@ -53,9 +53,6 @@ pub struct SampleSite {
 
 impl SampleSite {
     /// Starts the site and writes the certificate of its authority to `ca_file`.
-    ///
-    /// # Errors
-    /// There is no free port, a thread cannot be started, or the file cannot be written.
     pub fn start(ca_file: &Path) -> anyhow::Result<Self> {
         let certificates = Certificates::new()?;
         fs::write(ca_file, &certificates.authority_pem)

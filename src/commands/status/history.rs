@@ -73,9 +73,6 @@ struct Incident {
 }
 
 /// Reads the state. `host` is an address or a `name=`.
-///
-/// # Errors
-/// There is no state, or it has no such host, or several.
 pub async fn read(
     session: &Session,
     found: &ExistingObjects,

@@ -39,9 +39,6 @@ pub struct Report {
 }
 
 /// Reads the tables, and asks Kafka for the lag. If Kafka does not answer, the report says so.
-///
-/// # Errors
-/// The database cannot be reached or read, or the table does not exist.
 pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
     let runtime = postgres::runtime()?;
     let rows = runtime.block_on(async {
@@ -72,9 +69,6 @@ pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
 }
 
 /// What `--host` and `--incidents` show, for people. `host` is an address or a `name=`.
-///
-/// # Errors
-/// The database cannot be read, there is no state, or it has no such host.
 pub fn history(
     config: &StatusConfig,
     host: Option<&str>,

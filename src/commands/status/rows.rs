@@ -106,9 +106,6 @@ pub struct LastError {
 }
 
 /// Runs all queries.
-///
-/// # Errors
-/// The table does not exist, a right is missing, or the database does not answer in time.
 pub async fn read(
     session: &Session,
     found: &ExistingObjects,

@@ -12,9 +12,6 @@ const EVERY: Duration = Duration::from_secs(2);
 
 /// Shows `answer` until a signal arrives or the reader of standard output closes it. After the first answer, an error is shown in
 /// its place.
-///
-/// # Errors
-/// The first answer failed, or standard output cannot be written.
 pub fn watch(shutdown: &Shutdown, mut answer: impl FnMut() -> anyhow::Result<String>) -> anyhow::Result<()> {
     let mut screen = Screen::new();
     let mut text = answer()?;

@@ -32,9 +32,6 @@ pub struct Cost {
 
 impl Cost {
     /// Checks a site on loopback some times, with and without TLS. Each check has a new connection, as always.
-    ///
-    /// # Errors
-    /// The site cannot be started, or a check of it fails.
     pub fn measure(config: &CheckConfig) -> anyhow::Result<Self> {
         let ca_file = tempfile::NamedTempFile::new().context("cannot make a temporary file")?;
         let site = SampleSite::start(ca_file.path())?;
@@ -88,9 +85,6 @@ pub struct Tried {
 }
 
 /// Checks each host once, several at the same time. The results are in the order of the targets. `show` is called after each check.
-///
-/// # Errors
-/// This machine cannot make checks.
 pub fn try_all(
     config: &CheckConfig,
     targets: &[Target],

@@ -138,9 +138,6 @@ impl Source {
     }
 
     /// Makes a new consumer with the same configuration, after Kafka has ended this one.
-    ///
-    /// # Errors
-    /// As [`Source::join`].
     pub fn rejoin(&self) -> anyhow::Result<Self> {
         Self::subscribe(
             self.client.clone(),
@@ -354,9 +351,6 @@ impl Source {
     }
 
     /// Whether we are a member of the group and can reach Kafka.
-    ///
-    /// # Errors
-    /// What we are waiting for, in words.
     pub fn is_ready(&self) -> Result<(), String> {
         let reported = self.reported();
         let waiting = [

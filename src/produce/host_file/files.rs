@@ -14,20 +14,12 @@ pub(super) const MAX_REQUEST_BODY_BYTES: u64 = 1 << 20;
 
 /// Where a host file's secrets and bodies come from. The errors say why one cannot be used.
 pub trait Files {
-    /// # Errors
-    /// Why there is no such secret.
     fn auth(&self, name: &str) -> Result<Arc<SecretFile>, String>;
 
-    /// # Errors
-    /// Why there is no such secret.
     fn header(&self, name: &str) -> Result<Arc<SecretFile>, String>;
 
-    /// # Errors
-    /// Why there is no such certificate.
     fn certificate(&self, name: &str) -> Result<Arc<CertificateFiles>, String>;
 
-    /// # Errors
-    /// Why there is no such body.
     fn body(&self, path: &str) -> Result<Arc<[u8]>, String>;
 }
 

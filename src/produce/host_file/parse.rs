@@ -30,17 +30,11 @@ pub struct Hosts {
 }
 
 /// [`parse_with`] for host files that name no other files.
-///
-/// # Errors
-/// As for [`parse_with`].
 pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
     parse_with(name, contents, &OnDisk::new(None, None))
 }
 
 /// Parses a whole host file. `name` is the file's name in messages (`FILE:LINE:COLUMN`).
-///
-/// # Errors
-/// A line is wrong, or the file has no hosts.
 pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Hosts, HostFileError> {
     let mut report = ErrorReport::default();
     if contents.starts_with(b"\xff\xfe") || contents.starts_with(b"\xfe\xff") {
@@ -116,9 +110,6 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
 }
 
 /// [`target_with`] without secrets and bodies from files.
-///
-/// # Errors
-/// As for [`target_with`].
 pub fn target(address: &str, options: &[String], regex: Option<&str>) -> Result<Target, HostFileError> {
     target_with(address, options, regex, &OnDisk::new(None, None))
 }

@@ -13,17 +13,11 @@ const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
 
 /// Reads and parses the host file at `path`; `-` is standard input. `secrets` is SECRETS_DIR. The paths of bodies are
 /// relative to the folder of the host file.
-///
-/// # Errors
-/// The file cannot be read, is too long, or has errors.
 pub fn read(path: &Path, secrets: Option<&Path>) -> Result<Hosts, HostFileError> {
     parse_contents(path, contents(path), secrets)
 }
 
 /// The bytes of the host file at `path`; `-` is standard input.
-///
-/// # Errors
-/// The file cannot be read or is too long.
 pub fn contents(path: &Path) -> io::Result<Vec<u8>> {
     if is_stdin(path) {
         return read_bounded(io::stdin().lock());
@@ -32,9 +26,6 @@ pub fn contents(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// Parses what [`contents`] returned.
-///
-/// # Errors
-/// As for [`read`].
 pub fn parse_contents(
     path: &Path,
     contents: io::Result<Vec<u8>>,

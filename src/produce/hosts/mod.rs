@@ -78,9 +78,6 @@ impl Sources {
     }
 
     /// Reads the files among the arguments of `-c`. `secrets` is SECRETS_DIR.
-    ///
-    /// # Errors
-    /// What is wrong with any of them, or that an address is in two of them.
     pub fn read_files(names: &[PathBuf], secrets: Option<&Path>) -> Result<(Self, Hosts), HostFileError> {
         let mut sources = Vec::new();
         let mut all = Hosts::default();
@@ -196,9 +193,6 @@ impl Sources {
 
     /// Watches all sources, each on a thread of its own. `hosts` is what they had. `put` takes what a new list changes;
     /// `has_error` tells whether the newest list of a source is not in force. The threads end after the result is dropped.
-    ///
-    /// # Errors
-    /// A thread cannot be started.
     pub(super) fn watch(
         self,
         hosts: HostList,

@@ -47,9 +47,6 @@ impl Table {
     }
 
     /// `None`: the table has no version, because it was not made by `init`.
-    ///
-    /// # Errors
-    /// The database cannot be reached.
     pub(super) fn version(&mut self) -> Result<Option<i64>, Fault> {
         self.ask(async |session| {
             let sql = format!(
@@ -80,8 +77,6 @@ impl Table {
         })
     }
 
-    /// # Errors
-    /// The database cannot be reached, there is no such table, or the user may not read it.
     pub(super) fn rows(&mut self) -> Result<Vec<HostRow>, Fault> {
         self.ask(async |session| {
             let table = session.table.quoted(Object::Hosts.suffix());

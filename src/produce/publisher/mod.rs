@@ -110,9 +110,6 @@ impl Publisher {
     }
 
     /// Ends the thread when Kafka has acknowledged everything, or at `deadline`.
-    ///
-    /// # Errors
-    /// The records that were not acknowledged.
     pub fn stop(&self, deadline: Instant) -> Result<(), Unacknowledged> {
         lock(&self.shared.inbox).stop_by = Some(deadline);
         self.shared.changed.notify_one();

@@ -42,9 +42,6 @@ pub struct Search {
 
 impl Search {
     /// A search for `wanted` that begins with the first record after `since_millis` (Unix time).
-    ///
-    /// # Errors
-    /// librdkafka rejects the settings.
     pub fn new(
         kafka: &KafkaConfig,
         topic: &str,

@@ -48,8 +48,6 @@ impl Ledger {
         format!("{VERSION} {epoch} {whole_before} {epoch_at_from} {partitions}")
     }
 
-    /// # Errors
-    /// Another program has committed this.
     pub fn parse(offset: i64, metadata: &str) -> Result<Self, NotALedger> {
         let numbers = || {
             let mut words = metadata.split(' ');
