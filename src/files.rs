@@ -10,8 +10,13 @@ pub fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     if !path.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
+    read_bounded(File::open(path)?, max_bytes)
+}
+
+/// Reads to the end, which has to come within the limit.
+pub fn read_bounded(from: impl Read, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut contents = Vec::new();
-    File::open(path)?.take(max_bytes + 1).read_to_end(&mut contents)?;
+    from.take(max_bytes + 1).read_to_end(&mut contents)?;
     if contents.len() as u64 > max_bytes {
         return Err(io::Error::other(format!("it is longer than {max_bytes} bytes")));
     }

@@ -23,5 +23,6 @@ pub mod postgres;
 pub mod produce;
 pub mod sample;
 pub mod shutdown;
+mod socket;
 pub mod tables;
 pub mod terminal;

@@ -14,7 +14,6 @@ pub mod pattern;
 mod progress;
 pub mod resolver;
 pub mod secret;
-mod socket;
 pub mod target;
 mod tls;
 mod tls_fault;

@@ -21,8 +21,8 @@ use rustls::{
 use super::certificates::{self, Anchors, FURTHER_SCHEMES, expires_at, verify_signature};
 use super::p521::Secp521r1;
 use super::progress::SharedProgress;
-use super::socket::{Socket, is_cut};
 use crate::config::pem;
+use crate::socket::{Socket, is_cut};
 
 /// The trust anchors and TLS settings of all checks. Cheap to clone.
 #[derive(Clone)]

@@ -4,7 +4,7 @@
 //! `init` never changes. `tables::migrate` creates and drops the tables.
 
 use std::io::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication, TopicResult};
@@ -16,6 +16,7 @@ use tokio::runtime::Runtime;
 use crate::clock::instant_now;
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
+use crate::outage::{Outage, SAY_AFTER};
 use crate::postgres::{self, Bounds, Fault, Kind, Session};
 use crate::tables::names::Object;
 use crate::tables::{days, destination, migrate, schema};
@@ -28,12 +29,6 @@ const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
 /// The pause before the next attempt to reach a server.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-
-/// The first warning about a wait. Services that start together need a moment, which deserves no warning.
-const SAY_AFTER: Duration = Duration::from_secs(3);
-
-/// Later warnings about the same wait.
-const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// Kafka rejects a replication factor above the number of brokers that are up, also while brokers are still starting
 /// (fenced). So this error is final only after this long.
@@ -78,11 +73,11 @@ pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
 /// A fault that waiting does not mend.
 pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
-    let mut waiting = Waiting::new();
+    let mut waiting = Outage::default();
     loop {
         match runtime.block_on(make_tables_once(config)) {
             Ok(()) => break,
-            Err(fault) if fault.kind == Kind::Passing => waiting.say(&fault.text),
+            Err(fault) if fault.kind == Kind::Passing => report_waiting(&mut waiting, fault.text),
             Err(fault) => bail!("{fault}"),
         }
         pause(&runtime);
@@ -147,7 +142,7 @@ fn print(text: &str) -> anyhow::Result<()> {
 
 fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
-    let mut waiting = Waiting::new();
+    let mut waiting = Outage::default();
     let existing = all_topics(config, &mut waiting)?;
     let admin = admin(config)?;
     let (present, missing): (Vec<&String>, Vec<&String>) = config
@@ -183,7 +178,10 @@ fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()>
         match retry_because(&created, "created", Code::TopicAlreadyExists, may_be_starting)? {
             None => return Ok(()),
             Some(cause) => {
-                waiting.say(&format!("Kafka at {}: {cause}", config.kafka.bootstrap_servers));
+                report_waiting(
+                    &mut waiting,
+                    format!("Kafka at {}: {cause}", config.kafka.bootstrap_servers),
+                );
                 pause(&runtime);
             }
         }
@@ -202,7 +200,7 @@ fn drop_topics(config: &InitConfig) -> anyhow::Result<()> {
 }
 
 /// Asks for all topics until Kafka answers. A request for a missing topic would make some brokers create it.
-fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Metadata> {
+fn all_topics(config: &InitConfig, waiting: &mut Outage) -> anyhow::Result<Metadata> {
     // The error of the request only says that no broker answered. A producer also reports the cause, an admin client does not.
     let client: BaseProducer<Listener> = client_config(&config.kafka)
         .create_with_context(Listener::new(&config.kafka))
@@ -228,7 +226,7 @@ fn all_topics(config: &InitConfig, waiting: &mut Waiting) -> anyhow::Result<Meta
         if matches!(code, Some(Code::Authentication | Code::SaslAuthenticationFailed)) {
             bail!("{kafka}: {cause}");
         }
-        waiting.say(&format!("{kafka}: {cause}"));
+        report_waiting(waiting, format!("{kafka}: {cause}"));
     }
 }
 
@@ -421,28 +419,14 @@ fn pause(runtime: &Runtime) {
     runtime.block_on(async { tokio::time::sleep(RETRY_AFTER).await });
 }
 
-/// Logs what is waited for: after a few seconds, then every minute, and once more when the cause becomes known.
-struct Waiting {
-    say_at: Instant,
-    said_without_cause: bool,
-}
-
-impl Waiting {
-    fn new() -> Self {
-        Self {
-            say_at: instant_now() + SAY_AFTER,
-            said_without_cause: false,
-        }
-    }
-
-    fn say(&mut self, what: &str) {
-        let now = instant_now();
-        let has_cause = names_a_cause(what);
-        if now >= self.say_at || (self.said_without_cause && has_cause) {
-            log::warn!("waiting for {what}");
-            self.say_at = now + SAY_EVERY;
-            self.said_without_cause = !has_cause;
-        }
+/// Logs what is waited for, if it is time.
+fn report_waiting(outage: &mut Outage, what: String) {
+    let now = instant_now();
+    let has_cause = names_a_cause(&what);
+    outage.begin(now, what);
+    outage.set_cause_known(has_cause);
+    if let Some((what, _)) = outage.take_report(now) {
+        log::warn!("waiting for {what}");
     }
 }
 

@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Cursor, Read};
+use std::io::{self, Cursor};
 use std::path::Path;
 
 use super::problem::Problem;
 use super::variables::known;
+use crate::files::read_bounded;
 
 /// The file to read without `--env-file`, if it exists.
 const DEFAULT_PATH: &str = ".env";
@@ -28,7 +29,9 @@ pub(super) struct EnvFile {
 /// Reads the named file, or `.env`.
 pub(super) fn read(named: Option<&Path>) -> EnvFile {
     let path = named.unwrap_or(Path::new(DEFAULT_PATH));
-    match (read_bounded(path), named) {
+    // Also from a pipe, as in `--env-file <(...)`.
+    let contents = File::open(path).and_then(|file| read_bounded(file, MAX_BYTES));
+    match (contents, named) {
         (Ok(contents), _) => parse(&path.display().to_string(), &contents, named.is_some()),
         (Err(error), None) if error.kind() == io::ErrorKind::NotFound => EnvFile::default(),
         (Err(error), None) => EnvFile {
@@ -127,13 +130,4 @@ fn references(line: &str) -> Vec<String> {
         is_after_space = c.is_whitespace();
     }
     names
-}
-
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    let mut contents = Vec::new();
-    File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut contents)?;
-    if contents.len() as u64 > MAX_BYTES {
-        return Err(io::Error::other(format!("it is longer than {MAX_BYTES} bytes")));
-    }
-    Ok(contents)
 }

@@ -19,10 +19,11 @@ use rdkafka::consumer::Consumer as _;
 use rdkafka::error::RDKafkaErrorCode;
 
 use super::client::small_client;
-use super::connection::{Connection, tls_session};
+use super::connection::{connect, tls_session};
 use super::topics::partitions;
 use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaSasl};
+use crate::socket::Socket;
 
 /// The bound on all requests to the broker together.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -92,15 +93,15 @@ fn leader(kafka: &KafkaConfig, topic: &str, partition: i32) -> Result<String, St
 }
 
 enum Stream {
-    Plain(Connection),
-    Tls(Box<SslStream<Connection>>),
+    Plain(Socket),
+    Tls(Box<SslStream<Socket>>),
 }
 
 struct Broker(Stream);
 
 impl Broker {
     fn connect(kafka: &KafkaConfig, server: &str) -> io::Result<Self> {
-        let connection = Connection::open(server, instant_now() + WITHIN)?;
+        let connection = connect(server, instant_now() + WITHIN)?;
         Ok(Self(match &kafka.security.tls {
             None => Stream::Plain(connection),
             Some(tls) => {

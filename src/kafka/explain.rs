@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -20,10 +20,11 @@ use openssl::ssl::{HandshakeError, SslVerifyMode};
 use openssl::x509::{X509, X509NameRef, X509Ref, X509StoreContextRef};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
-use super::connection::{Connection, host_of, tls_session};
+use super::connection::{connect, host_of, tls_session};
 use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaTls};
 use crate::lock::lock;
+use crate::socket::Socket;
 use crate::terminal;
 
 /// The bound on connecting, and on the handshake.
@@ -250,7 +251,7 @@ fn name(name: &X509NameRef) -> String {
 
 /// Why this broker refuses us, as far as a handshake shows it.
 fn examine(server: &str, kafka: &KafkaConfig) -> Option<String> {
-    let connection = Connection::open(server, instant_now() + ANSWER_WITHIN).ok()?;
+    let connection = connect(server, instant_now() + ANSWER_WITHIN).ok()?;
     let shown = match shake_hands(server, connection, kafka.security.tls.as_ref()) {
         Ok(shown) => shown,
         Err(error) => {
@@ -286,11 +287,7 @@ struct Shown {
     fault: Option<String>,
 }
 
-fn shake_hands(
-    server: &str,
-    mut connection: Connection,
-    tls: Option<&KafkaTls>,
-) -> Result<Shown, ErrorStack> {
+fn shake_hands(server: &str, mut connection: Socket, tls: Option<&KafkaTls>) -> Result<Shown, ErrorStack> {
     let ca_file = tls.and_then(|tls| tls.ca_file.clone());
     let mut ssl = tls_session(server, tls)?;
     let host = host_of(server).to_owned();
@@ -319,8 +316,8 @@ fn shake_hands(
     // In TLS 1.3 the client's handshake is done before the broker has seen its certificate.
     let alert = match ssl.connect(connection) {
         Err(error) => {
-            // Otherwise the time is over.
-            is_closed = matches!(error, HandshakeError::Failure(_));
+            is_closed = matches!(&error, HandshakeError::Failure(failed)
+                if failed.error().io_error().is_none_or(|error| error.kind() != ErrorKind::TimedOut));
             error.to_string()
         }
         Ok(mut stream) => {

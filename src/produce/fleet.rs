@@ -18,8 +18,9 @@ use crate::kafka::reader::{Part, Reader};
 use crate::lock::lock;
 use crate::outage::Outage;
 use crate::produce::publisher::{Letter, LetterBox};
+use crate::produce::share::events::{Action, CommitOutcome, Event, Range, StoredLedger};
 use crate::produce::share::ledger::Ledger;
-use crate::produce::share::shares::{Action, CommitOutcome, Event, Range, Shares, StoredLedger};
+use crate::produce::share::shares::Shares;
 use crate::produce::share::tail::{Tail, Takeover};
 use crate::produce::share::{Share, partition_of};
 

@@ -14,7 +14,7 @@ use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::publisher::{Letter, LetterBox, Membership, Publisher, Record};
 use crate::produce::schedule::Schedule;
 use crate::produce::share::Share;
-use crate::produce::share::shares::Event;
+use crate::produce::share::events::Event;
 
 /// When a share is given back, its checks under way may go on for this long. The next owner records the rest as missed.
 const FINISH_WITHIN: Duration = Duration::from_millis(300);

@@ -9,8 +9,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use host_metrics::produce::outbox::{LaneId, Outbox};
 use host_metrics::produce::share::Share;
+use host_metrics::produce::share::events::{Action, CommitOutcome, Event, StoredLedger};
 use host_metrics::produce::share::ledger::Ledger;
-use host_metrics::produce::share::shares::{Action, CommitOutcome, Event, Shares, StoredLedger};
+use host_metrics::produce::share::shares::Shares;
 use host_metrics::produce::share::tail::{Entry, Tail};
 use host_metrics::sample::epoch::{Epoch, Epochs};
 

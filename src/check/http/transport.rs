@@ -15,10 +15,10 @@ use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTi
 use super::head::{self, Start};
 use crate::check::fault::{CheckFault, is_agents_own, is_unreachable};
 use crate::check::progress::{Phase, SharedProgress, add};
-use crate::check::socket::{Socket, connect_one, is_cut, share};
 use crate::check::target::bare;
 use crate::check::tls;
 use crate::clock::instant_now;
+use crate::socket::{Socket, connect_one, is_cut, share};
 
 /// The largest header block that is read. A larger one is a protocol error.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;

@@ -1,12 +1,13 @@
 //! Reads the bytes of a host file, from disk or standard input, up to a limit.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 
 use super::fault::HostFileError;
 use super::files::OnDisk;
 use super::parse::{Hosts, parse_with};
+use crate::files::read_bounded;
 
 /// Enough for a million hosts of 60 bytes; a longer file is not a host file.
 const MAX_HOST_FILE_BYTES: u64 = 64 << 20;
@@ -20,9 +21,9 @@ pub fn read(path: &Path, secrets: Option<&Path>) -> Result<Hosts, HostFileError>
 /// The bytes of the host file at `path`; `-` is standard input.
 pub fn contents(path: &Path) -> io::Result<Vec<u8>> {
     if is_stdin(path) {
-        return read_bounded(io::stdin().lock());
+        return read_bounded(io::stdin().lock(), MAX_HOST_FILE_BYTES);
     }
-    File::open(path).and_then(read_bounded)
+    read_bounded(File::open(path)?, MAX_HOST_FILE_BYTES)
 }
 
 /// Parses what [`contents`] returned.
@@ -48,15 +49,4 @@ pub fn parse_contents(
 
 pub fn is_stdin(path: &Path) -> bool {
     path == Path::new("-")
-}
-
-fn read_bounded(from: impl Read) -> io::Result<Vec<u8>> {
-    let mut contents = Vec::new();
-    from.take(MAX_HOST_FILE_BYTES + 1).read_to_end(&mut contents)?;
-    if contents.len() as u64 > MAX_HOST_FILE_BYTES {
-        return Err(io::Error::other(format!(
-            "it is larger than {MAX_HOST_FILE_BYTES} bytes"
-        )));
-    }
-    Ok(contents)
 }

@@ -8,7 +8,7 @@ use super::client::Sent;
 use super::worker::{Route, Worker};
 use crate::produce::outbox::LaneId;
 use crate::produce::share::Share;
-use crate::produce::share::shares::Event;
+use crate::produce::share::events::Event;
 use crate::sample::epoch::{Claim, Epoch};
 
 impl Worker {

@@ -15,7 +15,7 @@ use crate::check::target::Target;
 use crate::clock::instant_now;
 use crate::lock::lock;
 use crate::produce::outbox::{Kept, LaneId};
-use crate::produce::share::shares::Event;
+use crate::produce::share::events::Event;
 
 /// How long the thread waits at the end until librdkafka returns its records.
 const RETURN_WITHIN: Duration = Duration::from_millis(200);

@@ -11,7 +11,7 @@ use crate::check::target::Target;
 use crate::http::health::{Heartbeat, Readiness};
 use crate::lock::lock;
 use crate::produce::share::Share;
-use crate::produce::share::shares::Event;
+use crate::produce::share::events::Event;
 use crate::produce::share::tail::Takeover;
 use crate::sample::epoch::Epoch;
 

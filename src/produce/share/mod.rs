@@ -29,6 +29,7 @@
 //! written void records only if another producer took the share and left the group while this process was suspended, so after
 //! a suspension `fleet` takes every share again from its ledger.
 
+pub mod events;
 pub mod ledger;
 pub mod shares;
 pub mod tail;

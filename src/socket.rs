@@ -1,4 +1,4 @@
-//! TCP connections whose every wait ends at the check's deadline.
+//! TCP connections whose every wait ends at a deadline: that of a check, or of a question to a broker.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -14,11 +14,11 @@ const MAX_LEFT_BYTES: usize = 16 * 1024;
 
 /// How long to try the next address: the time left, divided equally among the addresses that were not tried yet. Time that
 /// an address does not use is left to the others.
-pub(super) fn share(left: Duration, addresses_left: usize) -> Duration {
+pub fn share(left: Duration, addresses_left: usize) -> Duration {
     left / u32::try_from(addresses_left.max(1)).unwrap_or(u32::MAX)
 }
 
-pub(super) fn connect_one(address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
+pub fn connect_one(address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
     if within.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
@@ -49,15 +49,16 @@ fn has_route(address: SocketAddr) -> bool {
 const LOOK_FOR_INPUT_EVERY: Duration = Duration::from_millis(50);
 
 /// A TCP connection whose reads and writes end at the deadline with `TimedOut`.
-pub(super) struct Socket {
+#[derive(Debug)]
+pub struct Socket {
     stream: TcpStream,
     deadline: Instant,
     /// Whether a write that would wait ends with `WouldBlock` when there is something to read.
-    pub(super) yields_to_input: bool,
+    pub yields_to_input: bool,
 }
 
 impl Socket {
-    pub(super) fn new(stream: TcpStream, deadline: Instant) -> Self {
+    pub fn new(stream: TcpStream, deadline: Instant) -> Self {
         Self {
             stream,
             deadline,
@@ -65,8 +66,12 @@ impl Socket {
         }
     }
 
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+    }
+
     /// Whether the server has closed the connection. Reads up to [`MAX_LEFT_BYTES`] of unread data to find out.
-    pub(super) fn has_ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         let mut left = [0; 4 * 1024];
         (0..=MAX_LEFT_BYTES / left.len())
             .map(|_| recv(&self.stream, &mut left, RecvFlags::DONTWAIT))
@@ -79,7 +84,7 @@ impl Socket {
     }
 
     /// Makes closing the connection orderly, without a reset.
-    pub(super) fn close_in_order(&mut self) {
+    pub fn close_in_order(&mut self) {
         // It only fails if the connection no longer exists.
         let _ = SockRef::from(&self.stream).set_linger(None);
     }
@@ -149,7 +154,7 @@ impl Write for Socket {
 
 /// Whether the peer ended the connection. In TLS that includes an end without close_notify, because a body may then have
 /// been truncated (RFC 9112, section 9.8).
-pub(super) fn is_cut(error: &io::Error) -> bool {
+pub fn is_cut(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionReset
