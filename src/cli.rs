@@ -301,8 +301,8 @@ pub struct Tail {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub since: Option<Duration>,
 
-    /// Only records of this address, as written in the host file (repeatable)
-    #[arg(long = "host", value_name = "ADDRESS")]
+    /// Only records of this host, by address or name (repeatable)
+    #[arg(long = "host", value_name = "NAME")]
     pub hosts: Vec<String>,
 
     /// Only failed checks

@@ -37,7 +37,7 @@ const POLL_FOR: Duration = Duration::from_millis(100);
 pub struct Options {
     /// Begin with the records that Kafka received this long ago, instead of with the next ones.
     pub since: Option<Duration>,
-    /// Only these hosts, by address; empty: all.
+    /// Only these hosts, by address or name; empty: all.
     pub hosts: Vec<String>,
     /// Only failed checks.
     pub failed: bool,
@@ -48,8 +48,9 @@ pub struct Options {
 impl Options {
     fn wants(&self, sample: &Sample<'_>) -> bool {
         let is_failed = || matches!(kind(sample), Kind::Failed);
-        (self.hosts.is_empty() || self.hosts.iter().any(|host| *host == sample.address))
-            && (!self.failed || is_failed())
+        let is_named =
+            |host: &String| *host == sample.address || Some(host.as_str()) == sample.name.as_deref();
+        (self.hosts.is_empty() || self.hosts.iter().any(is_named)) && (!self.failed || is_failed())
     }
 }
 
@@ -328,6 +329,12 @@ mod tests {
             ..Options::default()
         };
         assert_eq!(lines(&hosts), [false, true, true, true]);
+        let named = Options {
+            hosts: vec!["Shop".to_owned()],
+            ..Options::default()
+        };
+        let value = r#"{"address": "a", "is_valid": true, "name": "Shop"}"#;
+        assert!(line(&message(value), &named).is_some());
     }
 
     #[test]

@@ -627,7 +627,7 @@ fn check_prints_what_it_found_and_its_exit_status_tells_whether_that_is_valid() 
 
     let ran = place.run(&["check", &site(hello), "bye"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (1, ""));
-    let advice = "The server answered, but the text was not in the body.";
+    let advice = "The server answered, but its body is not as the REGEX requires.";
     assert!(ran.stdout.contains(advice), "{}", ran.stdout);
     assert!(ran.stdout.contains("begins       hello\n"), "{}", ran.stdout);
     assert!(
@@ -650,13 +650,15 @@ fn check_prints_what_it_found_and_its_exit_status_tells_whether_that_is_valid() 
         assert!(ran.stdout.contains(&hop), "{}", ran.stdout);
     }
 
-    let address = site("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
-    let ran = place.run(&["check", &address]);
-    assert!(
-        ran.stdout.contains("body         0 bytes, not read\n"),
-        "{}",
-        ran.stdout
-    );
+    let address = site("HTTP/1.1 404 Not Found\r\nServer: \x1b[31mA\r\nContent-Length: 4\r\n\r\ngone");
+    let ran = place.run(&["check", &address, "--headers"]);
+    for part in [
+        "server        [31mA\n",
+        "body         4 bytes\nbegins       gone\nheaders      HTTP/1.1 404 Not Found\n             Server:  [31mA\n",
+        "name it: -o status=404.",
+    ] {
+        assert!(ran.stdout.contains(part), "{part}: {}", ran.stdout);
+    }
 
     let address = site("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
     let ran = place.run(&[
