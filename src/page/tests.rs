@@ -170,7 +170,7 @@ fn the_overview_says_how_all_sites_are() {
             "<strong>99.94 %</strong> <span>of 43,180 checks, 21 not made</span>",
             ": the connection was refused. Down since <time",
             "Down from fra; up from nyc.",
-            "Median response time lately: 80 ms.",
+            "Median response time 80\u{a0}ms.",
             r#"aria-label="90 days: 60 partly down, 30 not checked""#,
             "has been down for 1 h",
             "As of <time datetime=\"2026-11-28T16:20:10Z\">28 Nov 2026, 16:20</time>. All times are UTC.",

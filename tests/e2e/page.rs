@@ -509,6 +509,21 @@ fn a_browser_shows_the_page_at_every_width_and_in_both_schemes() {
     browser.press("\u{e007}");
     assert_eq!(browser.text("document.activeElement.id"), "main");
 
+    // All the way: every stop is reached in its order, and the focus is seen.
+    browser.open(&page.url("host/Search/"));
+    let stops = browser.value(
+        "(window.stops = [...document.querySelectorAll('a, summary, [tabindex=\"0\"]')].filter(stop => stop.checkVisibility())).length",
+    );
+    assert!(stops.as_u64() > Some(10), "{stops}");
+    for stop in 0..stops.as_u64().unwrap() {
+        browser.press("\u{e004}");
+        let outline = browser.text(&format!(
+            "document.activeElement === stops[{stop}] ? getComputedStyle(stops[{stop}]).outlineStyle : document.activeElement.outerHTML"
+        ));
+        assert_eq!(outline, "solid", "stop {stop}");
+    }
+    browser.open(&page.url(""));
+
     // The script renews the page in place, and the mark is still there afterwards.
     browser.value("void (document.body.dataset.mark = 'here')");
     browser.value("document.getElementById('main').firstElementChild.textContent = 'old'");

@@ -283,6 +283,23 @@ fn tables_fit_a_terminal_of_40_columns() {
         }
         assert!(output.contains("DOWN") || output.contains("INCIDENT"), "{output}");
     }
+    let file = servers.host_file.path().to_str().unwrap();
+    for args in [
+        &["check", &servers.site, "bye", "--headers"][..],
+        &["validate", "-c", file],
+    ] {
+        let mut command = servers.command(args);
+        command.env("NO_COLOR", "1");
+        let output = on_terminal(command, 40);
+        assert!(output.lines().count() > 10, "{output}");
+        for line in output.lines() {
+            // Nothing is cut: what is longer has no space.
+            assert!(
+                line.width() <= 40 || !line.trim_start().contains(' '),
+                "{args:?}: {line}"
+            );
+        }
+    }
     let check = on_terminal(servers.command(&["check", &servers.site]), 40);
     let bars = check.lines().filter(|line| line.contains('█'));
     assert!(

@@ -24,7 +24,7 @@ use regex_automata::Input;
 use regex_automata::hybrid::dfa::DFA;
 use regex_automata::hybrid::regex::Regex;
 use regex_automata::nfa::thompson::{Compiler, NFA, WhichCaptures};
-use regex_syntax::hir::Hir;
+use regex_syntax::hir::{Hir, HirKind, Look};
 use states::Starts;
 
 /// The memory that a compiled regex may take. `\w{3,30}`, which includes all of Unicode, takes 1.5 MB.
@@ -51,6 +51,25 @@ pub struct Pattern {
 impl PartialEq for Pattern {
     fn eq(&self, other: &Self) -> bool {
         self.text == other.text
+    }
+}
+
+/// Whether it requires the beginning of the text after a character, or the end of the text before one, as `$5` does.
+fn contradicts(hir: &Hir) -> bool {
+    match hir.kind() {
+        HirKind::Concat(parts) => {
+            let takes = |part: &Hir| part.properties().minimum_len() != Some(0);
+            parts.iter().enumerate().any(|(at, part)| {
+                let looks = part.properties();
+                contradicts(part)
+                    || looks.look_set_prefix().contains(Look::Start) && parts[..at].iter().any(takes)
+                    || looks.look_set_suffix().contains(Look::End) && parts[at + 1..].iter().any(takes)
+            })
+        }
+        HirKind::Alternation(parts) => parts.iter().all(contradicts),
+        HirKind::Capture(part) => contradicts(&part.sub),
+        HirKind::Repetition(part) => part.min > 0 && contradicts(&part.sub),
+        _ => false,
     }
 }
 
@@ -128,6 +147,7 @@ impl Pattern {
         let properties = hir.properties();
         match properties.minimum_len() {
             None => Some(false),
+            _ if contradicts(&hir) => Some(false),
             Some(0) if properties.look_set().is_empty() => Some(true),
             Some(_) => None,
         }

@@ -9,11 +9,14 @@ use crate::sample::Timestamp;
 use crate::tables::buckets::Histogram;
 use crate::tables::destination::ExistingObjects;
 use crate::tables::names::Object;
-use crate::terminal::{NONE, columns, plain, roughly, seconds};
+use crate::terminal::{NONE, columns, plain, roughly, seconds, wrap};
 
 /// How many incidents are shown, with a host's other figures and alone.
 const INCIDENTS_OF_HOST: i64 = 5;
 const INCIDENTS: i64 = 20;
+
+/// Before the rest of a line that is too long for the terminal.
+const INDENT: usize = 4;
 
 /// The width of the latency plot, in characters.
 const PLOT_WIDTH: f64 = 30.0;
@@ -232,10 +235,21 @@ impl History {
     }
 }
 
-/// Lines for people.
-pub fn lines(history: &History) -> Vec<String> {
+/// Lines for people. In the last columns are errors, which are wrapped to the width of the terminal.
+pub fn lines(history: &History, width: Option<usize>) -> Vec<String> {
+    let wrapped = |table: Vec<String>| {
+        let mut lines = Vec::new();
+        for (number, line) in table.iter().enumerate() {
+            match number {
+                0 => lines.push(line.clone()),
+                _ => lines.extend(wrap(line, INDENT, width).lines().map(str::to_owned)),
+            }
+        }
+        lines
+    };
+    let incidents = wrapped(incidents(history));
     let Some(host) = &history.host else {
-        return incidents(history);
+        return incidents;
     };
     let name = host.name.as_ref().map(|name| format!("  {}", plain(name)));
     let verdict = match host.verdict.as_deref() {
@@ -245,7 +259,7 @@ pub fn lines(history: &History) -> Vec<String> {
     };
     let mut lines = vec![plain(&host.address) + &name.unwrap_or_default(), verdict];
     lines.push(String::new());
-    lines.extend(places(history, host));
+    lines.extend(wrapped(places(history, host)));
     lines.push(String::new());
     lines.extend(plot(host));
     lines.push(String::new());
@@ -254,7 +268,7 @@ pub fn lines(history: &History) -> Vec<String> {
     outcomes.extend(host.outcomes.iter().map(counted));
     lines.extend(columns(&outcomes));
     lines.push(String::new());
-    lines.extend(incidents(history));
+    lines.extend(incidents);
     lines
 }
 
@@ -432,8 +446,8 @@ bad_status               7
 INCIDENT (UTC)           LASTED  HOST                OUTCOME     FAILED CHECKS  PLACES        LAST ERROR
 2026-09-21 14:03  10 min so far  https://a.example/  bad_status             10  fra-1, nyc-1  status 503
 2026-09-20 13:13           30 s  https://a.example/  dns_error               1";
-        assert_eq!(lines(&history).join("\n"), expected);
-        assert_eq!(lines(&History::default()), ["No incidents."]);
+        assert_eq!(lines(&history, None).join("\n"), expected);
+        assert_eq!(lines(&History::default(), None), ["No incidents."]);
     }
 
     #[test]

@@ -85,7 +85,7 @@ pub fn history(
         history
     });
     let history = history.map_err(|fault: Fault| anyhow!("{fault}"))?;
-    Ok(joined(history::lines(&history), width))
+    Ok(joined(history::lines(&history, width), width))
 }
 
 impl Report {

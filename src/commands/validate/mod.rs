@@ -54,6 +54,8 @@ const INDENT: usize = 13;
 /// More checks per second of one server than this may look like an attack.
 const MANY_CHECKS_PER_SECOND: f64 = 1.0;
 
+const NEVER: &str = "can never match";
+
 /// What is known beside the hosts.
 #[derive(Clone, Debug)]
 pub struct Known {
@@ -447,7 +449,7 @@ fn host_warnings<'a>(config: &'a CheckConfig, targets: &'a [Target]) -> impl Ite
         let regex = target.regex.as_ref()?;
         let (matches, is_good) = match regex.always()? {
             true => ("matches every body", !target.regex_absent),
-            false => ("can never match", target.regex_absent),
+            false => (NEVER, target.regex_absent),
         };
         let effect = if is_good {
             "so it checks nothing"
@@ -455,9 +457,14 @@ fn host_warnings<'a>(config: &'a CheckConfig, targets: &'a [Target]) -> impl Ite
             "so every check will fail"
         };
         Some(format!(
-            "{}: the REGEX {} {matches}, {effect}",
+            "{}: the REGEX {} {matches}, {effect}{}",
             target.address,
-            plain(regex.as_str())
+            plain(regex.as_str()),
+            if matches == NEVER && regex.as_str().contains(['$', '^']) {
+                r"; for the characters `$` and `^` write `\$` and `\^`"
+            } else {
+                ""
+            }
         ))
     });
     cut.chain(without_address)
@@ -710,6 +717,7 @@ redirects not followed, IPv6 only, certificate not verified, topic other
         );
         let report = report_of(
             "http://a.example/ 1h .*\nhttp://b.example/ 1h ! x?\nhttp://c.example/ 1h [a&&b]\nhttp://d.example/ 1h ^$\n\
+             http://f.example/ 1h only (\\w+ )?$9.99|x^\nhttp://g.example/ 1h ^x\\$5|(y?$)\\n*\n\
              http://e.example/1 3s\nhttp://e.example/2 1s\nhttp://e.example/3 1h\n",
         );
         let warnings: Vec<_> = report
@@ -717,11 +725,12 @@ redirects not followed, IPv6 only, certificate not verified, topic other
             .filter(|line| line.starts_with("warning: "))
             .collect();
         assert_eq!(
-            warnings[..4],
+            warnings[..5],
             [
                 "warning: http://a.example/: the REGEX .* matches every body, so it checks nothing",
                 "warning: http://b.example/: the REGEX x? matches every body, so every check will fail",
                 "warning: http://c.example/: the REGEX [a&&b] can never match, so every check will fail",
+                r"warning: http://f.example/: the REGEX only (\w+ )?$9.99|x^ can never match, so every check will fail; for the characters `$` and `^` write `\$` and `\^`",
                 "warning: CHECK_TIMEOUT (10s) is reduced to 95 % of the interval for 2 of the hosts; see the column TIMEOUT",
             ]
         );

@@ -77,7 +77,7 @@ fn row(view: &View<'_>, shown: &Shown<'_>) -> Markup {
         (host::uptime(host))
         p.last {
             (last_check(shown))
-            @if let Some(seconds) = host.lately(now) { " Median response time lately: " (words::latency(seconds)) "." }
+            @if let Some(seconds) = host.lately(now) { " Median response time " (words::latency(seconds).replace(' ', "\u{a0}")) "." }
             (host::differing(shown, now))
             (host::expiring(host, now))
         }
