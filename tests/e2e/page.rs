@@ -449,7 +449,7 @@ fn a_browser_shows_the_page_at_every_width_and_in_both_schemes() {
         ("incidents", "incidents/"),
     ];
     let mut grounds = Vec::new();
-    for (width, height) in [(320, 720), (800, 1_000), (2_560, 1_440)] {
+    for (width, height) in [(320, 720), (800, 1_000), (2_560, 1_440), (3_840, 2_160)] {
         for scheme in ["light", "dark"] {
             browser.show_as(width, height, scheme);
             for (name, path) in paths {
@@ -460,11 +460,12 @@ fn a_browser_shows_the_page_at_every_width_and_in_both_schemes() {
                 if path.is_empty() {
                     let columns = browser
                         .text("getComputedStyle(document.querySelector('.hosts')).gridTemplateColumns");
-                    assert_eq!(
-                        columns.split(' ').count(),
-                        if width > 1_600 { 2 } else { 1 },
-                        "{width}: {columns}"
-                    );
+                    let expected = match width {
+                        ..1_600 => 1,
+                        1_600..3_200 => 2,
+                        _ => 3,
+                    };
+                    assert_eq!(columns.split(' ').count(), expected, "{width}: {columns}");
                     grounds.push(browser.text("getComputedStyle(document.body).backgroundColor"));
                     let heading = browser.text("document.querySelector('h1').textContent");
                     assert_eq!(heading.trim(), "1 of 7 sites is down: Search.");
