@@ -440,7 +440,12 @@ impl Transport for Connection {
     }
 
     fn await_input(&mut self, _timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let phase = self.progress.lock().phase;
+        let (phase, deadline) = {
+            let progress = self.progress.lock();
+            (progress.phase, progress.deadline)
+        };
+        // A glance at the body ends before the check's time.
+        self.stream.socket().set_deadline(deadline);
         match phase {
             Phase::Response => self.await_head().map(|()| true),
             _ => Ok(self.read_more()? > 0),

@@ -41,7 +41,12 @@ pub(super) fn beginning(body: &str) -> String {
     // Enough of it even if most of its characters are blanks.
     let part: String = body.chars().take(BEGINNING * 8).collect();
     let words: Vec<_> = plain(&part).split_whitespace().map(str::to_owned).collect();
-    fit(&words.join(" "), BEGINNING)
+    let beginning = fit(&words.join(" "), BEGINNING);
+    match beginning.matches('\u{fffd}').count() {
+        // Bytes that no charset explains: a picture, an archive.
+        8.. => "not with text".to_owned(),
+        _ => beginning,
+    }
 }
 
 #[cfg(test)]
@@ -72,5 +77,6 @@ mod tests {
     fn a_beginning_is_one_line() {
         assert_eq!(beginning(" <html>\r\n\t<p>\x1b "), "<html> <p>");
         assert_eq!(beginning(&"é".repeat(1_000)).chars().count(), BEGINNING);
+        assert_eq!(beginning(&"PNG\u{fffd}".repeat(10)), "not with text");
     }
 }

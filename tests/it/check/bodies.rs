@@ -253,3 +253,20 @@ fn an_endless_body_is_read_to_the_limit_and_left() {
     // Without a regex the body is not read.
     assert_eq!(check(&target(&site.url("/"))).outcome, Outcome::Ok);
 }
+
+#[test]
+fn a_person_sees_how_a_body_begins_that_the_check_does_not_read_and_that_does_not_end() {
+    let site = Site::plain(|stream| {
+        let begun = "HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\nonly this";
+        stream.write_all(begun.as_bytes()).unwrap();
+        site::hold(stream);
+    });
+    let began_at = now();
+    let (seen, details) = checker().check_in_detail(&target(&site.url("/")), began_at + LONG);
+    assert_eq!((seen.outcome, seen.body_bytes), (Outcome::Ok, None));
+    assert_eq!(details.body, "only this");
+    assert!(
+        now() < began_at + LONG,
+        "it does not take all the time of the check"
+    );
+}
