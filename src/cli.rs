@@ -1,5 +1,6 @@
 //! The command line: the commands, their flags and their help text. What a command does is in its own module.
 
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -40,13 +41,13 @@ pub enum Command {
         "host-metrics produce -c shops.hosts -c postgres: --env-file env",
         "host-metrics produce -c producer_config --once -e KAFKA_BOOTSTRAP_SERVERS=localhost:9092",
     ]))]
-    Produce(Produce),
+    Produce(With<Produce>),
     /// Read records from Kafka and write them to Postgres until stopped
     #[command(after_help = examples(&[
         "host-metrics consume --env-file env",
         "host-metrics consume --env-file env -e DB_BATCH_SIZE=10000 -e DB_RETENTION=90d",
     ]))]
-    Consume(Consume),
+    Consume(Common),
     /// Check one address once, without Kafka or a database
     #[command(after_help = examples(&[
         "host-metrics check example.com",
@@ -54,13 +55,13 @@ pub enum Command {
         "host-metrics check http://10.0.0.7:8080/health --repeat 10 --every 500ms",
         "host-metrics check https://api.example/health -o json=/status:ok --json",
     ]))]
-    Check(Check),
+    Check(With<Check>),
     /// Check a host file and show its hosts and what their checks will cost
     #[command(after_help = examples(&[
         "host-metrics validate -c producer_config",
         "host-metrics validate -c producer_config --try",
     ]))]
-    Validate(Validate),
+    Validate(With<Validate>),
     /// Create the topics and tables that do not exist yet
     #[command(after_help = examples(&[
         "host-metrics init --env-file env",
@@ -68,13 +69,13 @@ pub enum Command {
         "host-metrics init --reader status_page",
         "host-metrics init --print-sql",
     ]))]
-    Init(Init),
+    Init(With<Init>),
     /// Remove the tables and views that `init` made
     #[command(after_help = examples(&[
         "host-metrics drop --env-file env            # shows what would be removed",
         "host-metrics drop --env-file env --yes",
     ]))]
-    Drop(Drop),
+    Drop(With<Drop>),
     /// Show the state of every host, the lag behind Kafka, and whether the data is stale
     #[command(after_help = examples(&[
         "host-metrics status --env-file env",
@@ -82,25 +83,25 @@ pub enum Command {
         "host-metrics status --host 'Shop front'",
         "host-metrics status --incidents",
     ]))]
-    Status(Status),
+    Status(With<Status>),
     /// Print records as they arrive in Kafka
     #[command(after_help = examples(&[
         "host-metrics tail --failed --since 10m",
         "host-metrics tail --host https://shop.example/ --json",
     ]))]
-    Tail(Tail),
+    Tail(With<Tail>),
     /// Serve the status page until stopped, or write its files
     #[command(after_help = examples(&[
         "host-metrics page -e DB_USER=status_page -e PAGE_TITLE=Status",
         "host-metrics page --out /var/www/status",
     ]))]
-    Page(Page),
+    Page(With<Page>),
     /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
     #[command(after_help = examples(&[
         "host-metrics skip host-metrics/3             # shows the next batch",
         "host-metrics skip host-metrics/3:41200",
     ]))]
-    Skip(Skip),
+    Skip(With<Skip>),
     /// Change or show the hosts in the database, which `produce -c postgres:` checks
     #[command(subcommand, after_help = examples(&[
         "host-metrics hosts add https://shop.example/ 30s 'Add to basket' -o timeout=3s",
@@ -112,28 +113,28 @@ pub enum Command {
     #[command(after_help = examples(&[
         "host-metrics audit --env-file env",
     ]))]
-    Audit(Audit),
+    Audit(Common),
     /// Ask the agent at METRICS_ADDR on this machine whether it is ready
     #[command(after_help = examples(&[
         "host-metrics health -e METRICS_ADDR=127.0.0.1:9464",
     ]))]
-    Health(Health),
+    Health(Common),
     /// Run the whole pipeline in one process, with its own Kafka, Postgres and web sites
     #[command(after_help = examples(&[
         "host-metrics demo --for 30s",
         "host-metrics demo -c producer_config",
     ]))]
-    Demo(Demo),
+    Demo(With<Demo>),
     /// Print a script that completes commands and flags in a shell
     #[command(after_help = examples(&[
         "host-metrics completions bash > /etc/bash_completion.d/host-metrics",
     ]))]
-    Completions(Completions),
+    Completions(With<Completions>),
     /// Write the manual pages to a directory
     #[command(after_help = examples(&[
         "host-metrics man /usr/local/share/man/man1",
     ]))]
-    Man(Man),
+    Man(With<Man>),
 }
 
 /// The flags that every command has, before or after its name.
@@ -158,6 +159,24 @@ pub struct Common {
     version: Option<bool>,
 }
 
+/// The flags of a command, and those of all.
+#[derive(Debug, Args)]
+pub struct With<T: Args> {
+    #[command(flatten)]
+    own: T,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+impl<T: Args> Deref for With<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.own
+    }
+}
+
 /// The values of `--color`.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum When {
@@ -175,15 +194,6 @@ pub struct Produce {
     /// Check each host once, immediately, and exit when Kafka has acknowledged every record
     #[arg(long)]
     pub once: bool,
-
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Debug, Args)]
-pub struct Consume {
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -214,9 +224,6 @@ pub struct Check {
     /// The time from one check to the next
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
     pub every: Duration,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -228,9 +235,6 @@ pub struct Validate {
     /// Check each host once, and show the outcome beside it
     #[arg(long = "try")]
     pub tries: bool,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -254,9 +258,6 @@ pub struct Init {
     /// Print the SQL without connecting to any server
     #[arg(long)]
     pub print_sql: bool,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -268,9 +269,6 @@ pub struct Drop {
     /// Confirm the removal; without this flag nothing is removed
     #[arg(long)]
     pub yes: bool,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -290,9 +288,6 @@ pub struct Status {
     /// Print JSON instead
     #[arg(long, conflicts_with_all = ["host", "incidents", "watch"])]
     pub json: bool,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -312,9 +307,6 @@ pub struct Tail {
     /// Print the records as JSON, one per line
     #[arg(long)]
     pub json: bool,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -322,9 +314,6 @@ pub struct Page {
     /// Write the files of the page to DIR for another web server, and exit
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -332,9 +321,6 @@ pub struct Skip {
     /// The partition and the offset of the batch to skip; without an offset, only show the next batch
     #[arg(value_name = "TOPIC/PARTITION[:OFFSET]")]
     pub argument: Argument,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Subcommand)]
@@ -345,28 +331,28 @@ pub enum Hosts {
         "host-metrics hosts add https://shop.example/ 30s",
         "host-metrics hosts add https://shop.example/ 30s 'Add to basket' -o timeout=3s --note 'the shop team'",
     ]))]
-    Add(HostsAdd),
+    Add(With<HostsAdd>),
     /// Remove hosts
     #[command(after_help = examples(&["host-metrics hosts remove https://shop.example/"]))]
-    Remove(HostsNamed),
+    Remove(With<HostsNamed>),
     /// Show all hosts, and what is wrong with them
     #[command(after_help = examples(&["host-metrics hosts list"]))]
-    List(HostsAll),
+    List(Common),
     /// Check hosts again that were disabled
     #[command(after_help = examples(&["host-metrics hosts enable https://shop.example/"]))]
-    Enable(HostsNamed),
+    Enable(With<HostsNamed>),
     /// Stop checking hosts, but keep them in the table
     #[command(after_help = examples(&["host-metrics hosts disable https://shop.example/"]))]
-    Disable(HostsNamed),
+    Disable(With<HostsNamed>),
     /// Add the hosts of a host file, or change them, all at once
     #[command(after_help = examples(&[
         "host-metrics hosts import producer_config             # adds and changes",
         "host-metrics hosts import producer_config --replace   # removes the others, too",
     ]))]
-    Import(HostsImport),
+    Import(With<HostsImport>),
     /// Print the hosts as a host file
     #[command(after_help = examples(&["host-metrics hosts export > producer_config"]))]
-    Export(HostsAll),
+    Export(Common),
 }
 
 #[derive(Debug, Args)]
@@ -391,9 +377,6 @@ pub struct HostsAdd {
     /// Change the host if it is already in the table
     #[arg(long)]
     pub replace: bool,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -401,15 +384,6 @@ pub struct HostsNamed {
     /// The addresses, as in the table
     #[arg(required = true, value_name = "ADDRESS")]
     pub addresses: Vec<String>,
-
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Debug, Args)]
-pub struct HostsAll {
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -421,21 +395,6 @@ pub struct HostsImport {
     /// Remove all hosts that are not in FILE, and enable those that are
     #[arg(long)]
     pub replace: bool,
-
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Debug, Args)]
-pub struct Audit {
-    #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Debug, Args)]
-pub struct Health {
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -447,9 +406,6 @@ pub struct Demo {
     /// Check the hosts of FILE instead of the sample site
     #[arg(short = 'c', value_name = "FILE")]
     pub host_file: Option<PathBuf>,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
@@ -457,18 +413,12 @@ pub struct Completions {
     /// The shell
     #[arg(value_enum)]
     pub shell: clap_complete::Shell,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 #[derive(Debug, Args)]
 pub struct Man {
     /// The directory, e.g. /usr/local/share/man/man1
     pub directory: PathBuf,
-
-    #[command(flatten)]
-    common: Common,
 }
 
 impl Cli {
@@ -497,30 +447,30 @@ impl Cli {
 impl Command {
     fn common(&self) -> &Common {
         match self {
-            Self::Produce(Produce { common, .. })
-            | Self::Consume(Consume { common })
-            | Self::Check(Check { common, .. })
-            | Self::Validate(Validate { common, .. })
-            | Self::Init(Init { common, .. })
-            | Self::Drop(Drop { common, .. })
-            | Self::Status(Status { common, .. })
-            | Self::Tail(Tail { common, .. })
-            | Self::Page(Page { common, .. })
-            | Self::Skip(Skip { common, .. })
+            Self::Produce(With { common, .. })
+            | Self::Consume(common)
+            | Self::Check(With { common, .. })
+            | Self::Validate(With { common, .. })
+            | Self::Init(With { common, .. })
+            | Self::Drop(With { common, .. })
+            | Self::Status(With { common, .. })
+            | Self::Tail(With { common, .. })
+            | Self::Page(With { common, .. })
+            | Self::Skip(With { common, .. })
             | Self::Hosts(
-                Hosts::Add(HostsAdd { common, .. })
-                | Hosts::Remove(HostsNamed { common, .. })
-                | Hosts::Enable(HostsNamed { common, .. })
-                | Hosts::Disable(HostsNamed { common, .. })
-                | Hosts::List(HostsAll { common })
-                | Hosts::Export(HostsAll { common })
-                | Hosts::Import(HostsImport { common, .. }),
+                Hosts::Add(With { common, .. })
+                | Hosts::Remove(With { common, .. })
+                | Hosts::Enable(With { common, .. })
+                | Hosts::Disable(With { common, .. })
+                | Hosts::List(common)
+                | Hosts::Export(common)
+                | Hosts::Import(With { common, .. }),
             )
-            | Self::Audit(Audit { common })
-            | Self::Health(Health { common })
-            | Self::Demo(Demo { common, .. })
-            | Self::Completions(Completions { common, .. })
-            | Self::Man(Man { common, .. }) => common,
+            | Self::Audit(common)
+            | Self::Health(common)
+            | Self::Demo(With { common, .. })
+            | Self::Completions(With { common, .. })
+            | Self::Man(With { common, .. }) => common,
         }
     }
 }
