@@ -345,11 +345,30 @@ fn run_completions(args: &cli::Completions) -> anyhow::Result<bool> {
 
 fn run_man(args: &cli::Man) -> anyhow::Result<bool> {
     let directory = &args.directory;
-    let pages = with_names_of_pages(Cli::command(), PROGRAM);
+    let mut pages = with_names_of_pages(Cli::command(), PROGRAM);
+    pages.build();
     fs::create_dir_all(directory)
-        .and_then(|()| clap_mangen::generate_to(pages, directory))
+        .and_then(|()| write_pages(&pages, directory))
         .with_context(|| format!("cannot write manual pages to {}", directory.display()))?;
     Ok(true)
+}
+
+fn write_pages(command: &clap::Command, directory: &Path) -> io::Result<()> {
+    for inner in command.get_subcommands() {
+        write_pages(inner, directory)?;
+    }
+    let (page, mut text) = (clap_mangen::Man::new(command.clone()), Vec::new());
+    page.render(&mut text)?;
+    let text = with_sections(&String::from_utf8_lossy(&text));
+    fs::write(directory.join(page.get_filename()), text)
+}
+
+/// The manual page with the variables and the examples as sections of their own, whose lines stay as they are.
+fn with_sections(page: &str) -> String {
+    page.replacen(".SH EXTRA\nExamples:\n", ".SH EXAMPLES\n.nf\n", 1)
+        .replacen(".SH EXTRA\n", ".SH VARIABLES\n.nf\n", 1)
+        .replacen("\nExamples:\n", "\n.fi\n.SH EXAMPLES\n.nf\n", 1)
+        .replacen("\n.SH VERSION\n", "\n.fi\n.SH VERSION\n", 1)
 }
 
 /// Gives each command the name of its manual page, because all commands share the display name of their common flags.
