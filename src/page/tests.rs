@@ -179,6 +179,24 @@ fn the_overview_says_how_all_sites_are() {
 }
 
 #[test]
+fn the_overview_warns_of_a_certificate_that_expires_soon() {
+    let said = |left: i64| {
+        let mut snapshot = snapshot();
+        for place in &mut snapshot.hosts[0].places {
+            place.certificate = Some((NOW + left, NOW));
+        }
+        let files = render(&snapshot, &options(false), NOW);
+        let (_, after) = text(&files, "index.html")
+            .split_once("certificate ")
+            .unwrap_or_default();
+        after.split('.').next().unwrap_or_default().to_owned()
+    };
+    assert_eq!(said(13 * DAY), "expires in 13 d");
+    assert_eq!(said(-SECOND), "has expired");
+    assert_eq!(said(15 * DAY), "");
+}
+
+#[test]
 fn the_page_of_a_host_has_its_figures_and_its_incidents() {
     let files = render(&snapshot(), &options(true), NOW);
     assert_says(
