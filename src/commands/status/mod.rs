@@ -8,7 +8,7 @@ mod lag;
 mod rows;
 mod watch;
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 
 use anyhow::anyhow;
 use serde::Serialize;
@@ -341,6 +341,13 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
     joined(lines, width)
 }
 
+/// `1 record`, `5 records`
+fn counted(count: impl Display, what: &str) -> String {
+    let count = count.to_string();
+    let plural = if count == "1" { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
 fn joined(lines: Vec<String>, width: Option<usize>) -> String {
     let mut text = String::new();
     for line in lines {
@@ -525,13 +532,16 @@ fn pipeline(report: &Report) -> Vec<Vec<String>> {
     );
     let lag = match lag {
         Ok(lag) => {
-            let (records, partitions, topics) = (total(lag), lag.len(), topics.join(", "));
-            format!("{records} records in {partitions} partitions of {topics}, group {group_id}")
+            let (records, partitions) = (counted(total(lag), "record"), counted(lag.len(), "partition"));
+            format!(
+                "{records} in {partitions} of {}, group {group_id}",
+                topics.join(", ")
+            )
         }
         Err(reason) => format!("unknown: {reason}"),
     };
     let state_lag = match report.state_lag() {
-        Some(records) => format!("{records} records, group {group_id}{GROUP_SUFFIX}"),
+        Some(records) => format!("{}, group {group_id}{GROUP_SUFFIX}", counted(records, "record")),
         None => NONE.to_owned(),
     };
     let rejected = match rows.rejected {
@@ -539,7 +549,7 @@ fn pipeline(report: &Report) -> Vec<Vec<String>> {
             "unknown: the table of rejected records does not exist, or this user may not read it".to_owned()
         }
         Some(count) if count > MAX_COUNTED => format!("more than {MAX_COUNTED} records"),
-        Some(count) => format!("{count} records"),
+        Some(count) => counted(count, "record"),
     };
     [
         ("newest row", newest),

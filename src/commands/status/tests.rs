@@ -128,7 +128,7 @@ https://a.example/longer  up     > 6 d  100.0 %  99.9 %  99.9 %  12 ms  900 ms  
 https://b.example/        DOWN     2 h    0.0 %  99.9 %  99.9 %      -       -     -     4 s ago                 64 s ago, bad_status: 503  [31mService Unavailable
 
 newest row  4 s old
-lag         5 records in 1 partitions of host-metrics, group host-metrics
+lag         5 records in 1 partition of host-metrics, group host-metrics
 state lag   2 records, group host-metrics-state
 rejected    0 records
 ";
