@@ -1,3 +1,4 @@
+use std::collections::HashSet;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -90,6 +91,9 @@ fn a_first_check_that_hangs_is_over_when_the_grid_has_its_tick() {
         let grid = made.first_on_grid_after(START);
         assert!(first > START && first <= START + 10_500_000);
         assert!(first == grid || first + 10 * SECOND < grid);
+        // Two microseconds are left before a check that hangs would last until the grid's tick.
+        let late = grid - 10_500_000 - 2;
+        assert_eq!(made.first_tick(Rhythm::Grid, LIMITS, late), late + 1);
     }
 }
 
@@ -200,6 +204,7 @@ fn without_a_free_thread_a_tick_waits_until_the_next_one_and_no_longer() {
     for i in 0..5 {
         schedule.next(hanging.scheduled_at_micros + (i + 1) * SECOND, |_| true);
     }
+    assert!(schedule.is_short_of_threads());
     let missed = drained(&mut schedule);
     assert!(missed.len() >= 4, "{missed:?}");
     assert!(
@@ -210,6 +215,7 @@ fn without_a_free_thread_a_tick_waits_until_the_next_one_and_no_longer() {
     assert_eq!(schedule.finished(&hanging, "hung"), Some("hung"));
     let (tick, _) = start_one(&mut schedule, now);
     assert!(now - tick.scheduled_at_micros <= SECOND);
+    assert!(!schedule.is_short_of_threads());
 }
 
 #[test]
@@ -222,12 +228,39 @@ fn without_room_ticks_are_missed_and_written_when_there_is_room_again() {
         schedule.drain(10, |_| false, &mut late);
         assert!(late.is_empty());
     }
+    assert_eq!(schedule.left().collect::<Vec<_>>(), [("a.example", 3_600)]);
     let late = drained(&mut schedule);
     assert_eq!(late.len(), 3_600);
     assert!(
         late.iter()
             .all(|(_, reason)| *reason == Some(MissedReason::NoRoom))
     );
+}
+
+#[test]
+fn when_too_many_results_wait_only_hosts_without_unwritten_records_are_checked() {
+    let mut schedule = Schedule::endless(vec![shared("a.example", 1)], LIMITS, START);
+    schedule.held = MAX_HELD;
+    let (tick, now) = start_one(&mut schedule, START);
+    schedule.next(now + SECOND, |_| true);
+    assert_eq!(schedule.finished(&tick, ()), Some(()));
+    assert!(matches!(schedule.next(now + 2 * SECOND, |_| true), Next::Wait(_)));
+    let missed = [
+        (now + SECOND, Some(MissedReason::Busy)),
+        (now + 2 * SECOND, Some(MissedReason::NoRoom)),
+    ];
+    assert_eq!(drained(&mut schedule), missed);
+}
+
+#[test]
+fn every_reason_for_a_missed_tick_has_a_word_and_a_text_of_its_own() {
+    let words: HashSet<_> = MissedReason::ALL.iter().map(|reason| reason.as_word()).collect();
+    let texts: HashSet<_> = MissedReason::ALL.iter().map(|reason| reason.as_str()).collect();
+    assert_eq!(
+        (words.len(), texts.len()),
+        (MissedReason::ALL.len(), MissedReason::ALL.len())
+    );
+    assert!(!words.contains("") && !texts.contains(""));
 }
 
 #[test]
@@ -361,6 +394,21 @@ fn the_result_of_a_check_whose_share_was_given_up_frees_its_thread_once() {
     assert_eq!(schedule.under_way(), 0);
     assert_eq!(schedule.finished(&own, ()), None, "it was cut off");
     assert_eq!(schedule.under_way(), 0);
+}
+
+#[test]
+fn a_check_from_before_a_share_was_given_up_is_not_the_one_that_was_begun_since() {
+    let (share, mut schedule) = with_a_share();
+    let (old, _) = start_one(&mut schedule, START);
+    schedule.remove_share(&share);
+    let recorded = |_: &str| Some(START - 60 * SECOND);
+    schedule.add_share(&share, [shared("a.example", 1)], recorded, START);
+    let (new, _) = start_one(&mut schedule, START);
+    assert_eq!(
+        (new.host, new.scheduled_at_micros),
+        (old.host, old.scheduled_at_micros)
+    );
+    assert!(schedule.is_under_way(&new) && !schedule.is_under_way(&old));
 }
 
 #[test]
@@ -674,7 +722,9 @@ impl Model {
                 missed
             },
         );
-        prop_assert_eq!(self.schedule.missed.0, missed);
+        let counts = self.schedule.missed();
+        prop_assert_eq!(MissedReason::ALL.map(|reason| counts.count(reason)), missed);
+        prop_assert_eq!(counts.all(), missed.iter().sum::<u64>());
         Ok(())
     }
 
