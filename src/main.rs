@@ -330,7 +330,7 @@ fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<bool> {
     };
     let ended = demo::run(options, &listen_to_signals()?);
     ended.or_else(|error| match error.downcast_ref::<io::Error>() {
-        // The reader has seen enough.
+        // The reader has closed the pipe.
         Some(closed) if closed.kind() == io::ErrorKind::BrokenPipe => Ok(true),
         _ => Err(error),
     })

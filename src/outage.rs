@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How long an outage lasts before it is logged.
+/// How long an outage lasts before it is logged: longer than the restart of a server that nobody has to act on.
 pub const SAY_AFTER: Duration = Duration::from_secs(3);
 
 /// The time from one line about the same outage to the next.

@@ -153,7 +153,7 @@ impl Anchors {
         let unreadable = |_| CertificateFault::Untrusted("it cannot be read".into());
         let leaf_validity = validity(leaf);
         let leaf = X509::from_der(leaf).map_err(unreadable)?;
-        // Checked first, whoever issued the certificate: it has to be renewed in any case.
+        // Checked first, because the certificate has to be renewed in any case.
         if leaf_validity.is_some_and(|validity| !is_within(&validity, now)) {
             return Err(CertificateFault::Dates(dates_text("the certificate", &leaf, now)));
         }

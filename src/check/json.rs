@@ -98,7 +98,7 @@ impl fmt::Display for JsonRule {
     }
 }
 
-/// The longest object or array that is compared as a whole.
+/// The longest object or array that is compared as a whole, because parsing it takes many times its length of memory.
 const MAX_COMPARED_BYTES: usize = 64 << 10;
 
 fn equals_json(found: &str, expected: &str) -> bool {

@@ -67,7 +67,7 @@ pub struct Stamp<'a> {
     pub agent: &'a str,
 }
 
-/// The longest `error` of a record.
+/// The longest `error` of a record: it is one line of a table, and every row of a long outage has one.
 pub const MAX_ERROR_CHARS: usize = 200;
 
 /// Turns an observation into a sample.

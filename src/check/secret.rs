@@ -18,6 +18,7 @@ use crate::lock::lock;
 
 /// The longest secret. It must fit into the header of a request.
 const MAX_SECRET_BYTES: u64 = 8 << 10;
+/// A long chain of certificates has 20 KiB.
 const MAX_PEM_BYTES: u64 = 1 << 20;
 
 /// A secret as it is sent.

@@ -1,7 +1,7 @@
 //! `host-metrics hosts`: changes and shows the table of hosts that `produce -c postgres:` reads.
 //!
 //! Owns the statements. Each command is one statement or one transaction, so a producer never sees half of it. What is written
-//! was read by `host_file` before; plain SQL is as good, for `produce` reads every row anew.
+//! was read by `host_file` before; plain SQL works as well, because `produce` reads every row again.
 
 use std::path::Path;
 
@@ -45,7 +45,7 @@ impl NewHost {
     }
 }
 
-/// The option as in a host file, where a value with spaces stands in quotes, which the shell has removed.
+/// The option as in a host file, where a value with spaces is in quotes. The shell has removed them.
 fn quoted(option: &str) -> String {
     match option.split_once('=') {
         Some((name, value)) if value.contains([' ', '\t']) && !value.starts_with('"') => {

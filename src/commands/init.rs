@@ -52,7 +52,7 @@ pub struct Options<'a> {
 /// Creates missing topics and tables. Waits for servers that cannot be reached, without a limit.
 ///
 /// # Errors
-/// A fault that waiting does not mend: a rejected login, a missing right, an impossible replication factor.
+/// An error that waiting does not resolve: a rejected login, a missing right, an impossible replication factor.
 pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
     if options.print_sql {
         let table = &config.database.table;
@@ -70,7 +70,7 @@ pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
 /// Creates missing tables and views. Waits for a server that cannot be reached.
 ///
 /// # Errors
-/// A fault that waiting does not mend.
+/// An error that waiting does not resolve.
 pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut waiting = Outage::default();

@@ -26,6 +26,7 @@ use crate::page::{Files, render};
 use crate::postgres::{self, Kind};
 use crate::shutdown::{Shutdown, Wake};
 
+/// Often enough for a page of minutes, and a small load for the database.
 const ROUND: Duration = Duration::from_secs(10);
 
 /// The same until there is a page, so that it appears soon after the tables.

@@ -27,7 +27,7 @@ use crate::terminal;
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// The same while Kafka or a topic is missing.
 const RETRY_EVERY: Duration = Duration::from_secs(1);
-/// The longest wait for one answer from Kafka.
+/// The longest wait for one answer from Kafka. Nothing is printed meanwhile, and it is asked again.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// How long a signal or a closed pipe may go unnoticed.
 const POLL_FOR: Duration = Duration::from_millis(100);

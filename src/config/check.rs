@@ -19,6 +19,7 @@ pub const DEFAULT_USER_AGENT: &str = concat!(
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 const DEFAULT_MAX_THREADS: usize = 1_024;
+/// Far longer than any useful timeout.
 const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(1)..=DAY;
 /// Linux's default limits of threads are not far above.
 const THREADS: RangeInclusive<usize> = 1..=30_000;
@@ -73,6 +74,7 @@ pub enum References {
     Off,
 }
 
+/// Each is asked on a thread of its own.
 const MAX_REFERENCES: usize = 16;
 
 pub(super) fn references(reader: &mut Reader<'_>) -> References {

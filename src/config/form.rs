@@ -7,7 +7,8 @@ use std::time::Duration;
 pub(super) const SECOND: Duration = Duration::from_secs(1);
 pub(super) const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The longest value of a variable that has no limit of its own, such as a name.
+/// The longest value of a variable that has no limit of its own, such as a name. Names of
+/// hosts and groups are shorter.
 pub(super) const MAX_LINE_BYTES: usize = 255;
 
 /// At least a day, because tables are partitioned by day. The upper bound keeps the arithmetic in range.

@@ -20,6 +20,7 @@ use crate::{duration, files};
 /// A system's bundle of certificate authorities has about 250 KB.
 const MAX_PEM_BYTES: u64 = 4 << 20;
 
+/// Far above any password or list of logins.
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 
 const SECRETS: [&str; 2] = ["DB_PASSWORD", "KAFKA_SASL_PASSWORD"];

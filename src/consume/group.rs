@@ -114,7 +114,7 @@ mod tests {
             look(&mut watch, &all, &members),
             Some(named(&[("a", 0), ("b", 0)]))
         );
-        // And then it begins anew.
+        // And then it begins again.
         assert_eq!(look(&mut watch, &all, &members), None);
         let healed = [assignment(&[("a", &[1, 0]), ("b", &[0]), ("other", &[7])])];
         assert_eq!(look(&mut watch, &all, &healed), None);

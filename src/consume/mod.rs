@@ -40,14 +40,15 @@ use crate::http::Endpoint;
 use crate::postgres::Bounds;
 use crate::shutdown::Shutdown;
 
-/// The wait before the state's pipeline starts again after an error, such as a missing privilege. It doubles each time.
+/// The wait before the state's pipeline starts again after an error, such as a missing privilege. It doubles each time, so
+/// that a lasting error costs nothing, and an operator sees the effect of a repair within ten minutes.
 const STATE_AGAIN_FIRST: Duration = Duration::from_secs(10);
 const STATE_AGAIN_MOST: Duration = Duration::from_secs(600);
 
 /// Reads the topics and writes batches to Postgres until a stop is requested. Serves METRICS_ADDR meanwhile.
 ///
 /// # Errors
-/// An error that waiting does not mend, so the operator has to act. Nothing unwritten was committed.
+/// An error that waiting does not resolve, so the operator has to act. Nothing unwritten was committed.
 pub fn run(config: &ConsumeConfig, shutdown: &Shutdown) -> anyhow::Result<()> {
     let counters = Counters::default();
     let _endpoint = config

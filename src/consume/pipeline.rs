@@ -30,7 +30,8 @@ const POLL_WHILE_WRITING: Duration = Duration::from_millis(10);
 /// The most records that are taken before the loop looks for answers and stops.
 const RECORDS_PER_TURN: usize = 128;
 
-/// The parts of the time for a stop that are reserved for the commit, for leaving the group, and for ending the writer.
+/// The parts of [`STOP_WITHIN`] that are reserved for the commit, for leaving the group, and for ending the writer. Each is some
+/// times what it takes with healthy servers; the flush has the rest.
 const COMMIT_WITHIN: Duration = Duration::from_millis(1_000);
 const LEAVE_WITHIN: Duration = Duration::from_millis(1_500);
 const WRITER_CLOSE_WITHIN: Duration = Duration::from_millis(500);

@@ -8,7 +8,7 @@ use crate::consume::batch::Partition;
 use crate::consume::ingest::Notice;
 use crate::consume::sink::Sink;
 
-/// The shortest time between two lines about rejected records.
+/// The shortest time between two lines about rejected records, so that a topic full of them does not fill the log.
 const LOG_REJECTED_EVERY: Duration = Duration::from_secs(10);
 
 /// The text of a notice, and its level. `name` is the name of its partition.

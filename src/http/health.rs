@@ -13,7 +13,7 @@ use ureq::Agent;
 use crate::clock::instant_now;
 use crate::lock::lock;
 
-/// The longest that an idle agent's loop takes for one iteration.
+/// The longest that an idle agent's loop takes for one iteration: well below [`HANGS_AFTER`], and seldom enough to cost nothing.
 pub const TURN_EVERY: Duration = Duration::from_secs(5);
 
 /// A loop without an iteration for this long hangs. The longest bounded iteration is a few requests to Kafka of 3 s each.
@@ -97,7 +97,7 @@ pub enum Health {
 /// Below the timeout of container runtimes for a health check.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
 
-/// The most that is read of a response. An agent sends far less.
+/// The most that is read of a response. An agent sends a line; another program at that port may send anything.
 const MAX_ANSWER_BYTES: u64 = 16 << 10;
 
 /// Asks the agent that listens at METRICS_ADDR on this machine. An unspecified address such as 0.0.0.0 means loopback.

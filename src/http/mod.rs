@@ -34,7 +34,7 @@ pub trait Watched: Send + Sync + 'static {
     fn is_ready(&self) -> Result<(), String>;
 }
 
-/// A complete request is answered within milliseconds, so the oldest of so many is a slow client.
+/// A complete request is answered within milliseconds, so the oldest of this many is a slow client.
 const LIMITS: Limits = Limits {
     connections: 512,
     open_for: Duration::from_secs(2),

@@ -39,7 +39,7 @@ pub struct Limits {
 /// The most connections that wait to be accepted. Beyond it the kernel drops SYNs, which would delay a client by a second.
 const BACKLOG: u32 = 1_024;
 
-/// The most bytes of a request's line and headers. Browsers with their cookies stay below it.
+/// The most bytes of a request's line and headers, and the most headers. Browsers with their cookies stay below both.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 const MAX_HEADERS: usize = 64;
 

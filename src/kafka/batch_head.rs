@@ -25,7 +25,7 @@ use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaSasl};
 use crate::socket::Socket;
 
-/// The bound on all requests to the broker together.
+/// The bound on all requests to the broker together: a person waits for `skip`, and a thread of its own for `consume`.
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// How much of a response is read. The header of the batch comes at its beginning.

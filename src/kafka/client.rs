@@ -21,6 +21,7 @@ pub fn small_client(kafka: &KafkaConfig) -> KafkaResult<BaseConsumer<Listener>> 
 /// The cause of an error that a call returned. The call itself often reports only that the time is over; librdkafka reports the
 /// cause separately.
 pub fn reason(client: &BaseConsumer<Listener>, error: &KafkaError) -> String {
+    // librdkafka reports the cause within milliseconds of the error, or not at all.
     const WITHIN: Duration = Duration::from_millis(500);
     let deadline = instant_now() + WITHIN;
     while instant_now() < deadline {

@@ -27,17 +27,18 @@ use crate::lock::lock;
 use crate::socket::Socket;
 use crate::terminal;
 
-/// The bound on connecting, and on the handshake.
+/// The bound on connecting, and on the handshake. A thread of its own waits, and the explanation is of use only soon.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// After the handshake, how long to wait for an alert about our certificate. A broker that accepts it sends nothing.
 const ALERT_WITHIN: Duration = Duration::from_millis(300);
 
-/// The shortest time between two handshakes with one server, and the same where the last one found no cause.
+/// The shortest time between two handshakes with one server, so that a broken broker gets no flood of them, and the same where
+/// the last one found no cause.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 const LOOK_AGAIN_AFTER_NOTHING: Duration = Duration::from_secs(5);
 
-/// The longest explanation.
+/// The longest explanation: a few lines of a log.
 const MAX_CHARS: usize = 400;
 
 /// The explanation until a handshake has found the cause.

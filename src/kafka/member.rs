@@ -23,7 +23,7 @@ use crate::config::KafkaConfig;
 use crate::lock::lock;
 use crate::outage::Outage;
 
-/// How long a question to Kafka may take. The member gets no news from the group meanwhile.
+/// How long a question to Kafka may take. The member gets no news from the group meanwhile, and the group waits 6 s for it.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long a dead member keeps its partitions. Brokers allow no less by default.
@@ -216,7 +216,7 @@ impl Member {
     }
 
     /// Why Kafka does not admit us to the group, and for how long, if it is time to log that.
-    pub fn trouble(&self, now: Instant) -> Option<(String, Duration)> {
+    pub fn refusal(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
         let (reason, lasted) = heard.refused.take_report(now)?;
         let reason = reason.to_owned();

@@ -10,7 +10,7 @@ use crate::page::view::View;
 use crate::page::words;
 use crate::tables::buckets::series_id;
 
-/// The most incidents in the feed.
+/// The most incidents in the feed. Readers ask far more often than that many begin.
 const NEWEST: usize = 50;
 
 pub fn render(view: &View<'_>) -> String {

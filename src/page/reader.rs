@@ -20,7 +20,7 @@ use crate::tables::windows;
 /// After this many rounds everything is read again, because records may have come late.
 const WHOLE_EVERY: u32 = 60;
 
-/// The most incidents in memory; older ones are not shown.
+/// The most incidents in memory, a few megabytes; older ones are not shown.
 const MAX_INCIDENTS: usize = 10_000;
 
 /// The connection, and what was read before.
@@ -106,7 +106,7 @@ impl Reader {
                 this - (again - 1) * width
             };
             let seconds = i32::try_from(width / SECOND).unwrap_or_default();
-            for row in query(&sums(&session.table, seconds), &[&(from / SECOND)]).await? {
+            for row in query(&buckets_sql(&session.table, seconds), &[&(from / SECOND)]).await? {
                 let bucket = bucket(&row)?;
                 kept.entry(row.try_get("address")?)
                     .or_default()
@@ -195,7 +195,7 @@ const COUNTS: &str = "coalesce(sum(valid), 0)::bigint AS valid, coalesce(sum(fai
                       coalesce(sum(slow), 0)::bigint AS slow";
 
 /// Of each host the buckets of a width from a time on ($1, in seconds), over all places.
-fn sums(table: &TableName, seconds: i32) -> String {
+fn buckets_sql(table: &TableName, seconds: i32) -> String {
     format!(
         "SELECT address, {}, {COUNTS}, sum(histogram) AS histogram, sum(dns_10us)::bigint AS dns, \
              sum(connect_10us)::bigint AS connect, sum(tls_10us)::bigint AS tls, sum(ttfb_10us)::bigint AS ttfb, \

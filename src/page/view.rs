@@ -24,6 +24,7 @@ pub struct Options {
 
 /// The most characters of a name. An address may have 2,048.
 const MAX_NAME_CHARS: usize = 80;
+/// Longer than the errors of our records, which have at most 200.
 const MAX_ERROR_CHARS: usize = 300;
 
 /// The longest key. File systems take 255 bytes, and a suffix follows.

@@ -174,6 +174,7 @@ impl Session {
 /// A second connection shows such a pooler: either one backend serves both connections, or the first is served by two. Without
 /// a second connection, because of a limit of the role, this finds nothing and succeeds.
 async fn require_session(client: &Client, config: &DatabaseConfig, bounds: &Bounds) -> Result<(), Fault> {
+    // Every start waits this long where a firewall lets only one connection through.
     const SECOND_WITHIN: Duration = Duration::from_secs(3);
     let within = SECOND_WITHIN.min(bounds.connect);
     let (second, driver) = match bounded("a second connection", within, connect(config, bounds)).await {

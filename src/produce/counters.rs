@@ -30,7 +30,7 @@ pub struct Counters {
     pub left: AtomicU64,
     /// Hosts that are checked, checks under way and their threads, at the last turn of the timer loop.
     pub hosts: AtomicUsize,
-    /// Whether the newest list of a source of hosts is not in force, because of an error.
+    /// Whether the newest list of a source of hosts is not in use because of an error.
     pub host_list_has_error: Arc<AtomicBool>,
     pub under_way: AtomicUsize,
     pub threads: AtomicUsize,

@@ -313,7 +313,7 @@ impl Thread {
 
     fn report_outages(&mut self) {
         let now = instant_now();
-        if let Some((reason, lasted)) = self.member.trouble(now) {
+        if let Some((reason, lasted)) = self.member.refusal(now) {
             log::error!(
                 "group={} Kafka has refused the membership for {} s: {reason}; PRODUCE_GROUP needs the right READ on the group and \
                  on the topics",
@@ -448,7 +448,7 @@ impl Thread {
         if partitions < existing && self.partitions.of(topic) != Some(partitions) {
             log::warn!(
                 "group={} topic={topic} has {existing} partitions, of which the group uses the first {partitions}: it was started with \
-                 so many; to use all, stop all its producers, delete the offsets of the group, and start them",
+                 that many; to use all, stop all its producers, delete the offsets of the group, and start them",
                 self.group
             );
         }

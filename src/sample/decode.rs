@@ -30,7 +30,7 @@ pub struct Rejection(pub String);
 
 /// Reads a record's value. Strings without escapes are borrowed from it.
 ///
-/// Only white space may stand before and after the object. A key that is there twice is an error, but not within an
+/// Only white space is allowed before and after the object. A key that is there twice is an error, but not within an
 /// ignored field, where only `\u0000` and the nesting are checked. Two limits follow from the types of the table's
 /// columns: `status_code` is a smallint, `redirects` an integer.
 pub fn decode(value: &[u8]) -> Result<Sample<'_>, Rejection> {

@@ -2,7 +2,7 @@
 //!
 //! The producers of a group (PRODUCE_GROUP) write every record with the epoch of their latest claim. Two of them may write to the
 //! same partition for a while, because a producer that was replaced may not know it yet. The order of the partition decides
-//! between them: a record does not count if a higher epoch stands before it. Everyone who reads the whole partition comes to the
+//! between them: a record does not count if a higher epoch comes before it. Everyone who reads the whole partition comes to the
 //! same result, so the consumer and the next producer agree. A group is one place, and its records have the place as their
 //! `agent`: AGENT_NAME, or the group's name if that is not set.
 

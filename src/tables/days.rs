@@ -11,14 +11,14 @@ use crate::tables::ddl::{DDL_LOCK, execute, log_failure};
 use crate::tables::destination::ExistingObjects;
 use crate::tables::schema::{self, DAYS_AHEAD, Day};
 
-/// At most so many rows of one day are moved out of the default partition. It takes about a second, during which rows for the
+/// At most this many rows of one day are moved out of the default partition. It takes about a second, during which rows for the
 /// default partition wait. More rows than that stay there, and the log says so.
 const MOVE_ROWS: i64 = 100_000;
 
 /// Partitions dropped per run, because the writer waits meanwhile.
 const DROP_PARTITIONS: usize = 50;
 
-/// Old rows deleted from the default partition per statement, and statements per run.
+/// Old rows deleted from the default partition per statement, and statements per run, because the writer waits meanwhile.
 const DELETE_ROWS: i64 = 10_000;
 const DELETE_TIMES: usize = 20;
 

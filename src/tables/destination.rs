@@ -87,7 +87,7 @@ pub async fn find(session: &Session) -> Result<ExistingObjects, Fault> {
          WHERE n.nspname = $1::text AND c.relname = ANY ($2::text[])";
     let table = session.table.clone();
     session
-        .bounded("reading the catalogue", async {
+        .bounded("reading the table's definition", async {
             if let Some(schema) = session.client.query_opt(SCHEMA, &[&table.schema]).await?
                 && !schema.try_get::<_, bool>(0)?
             {
@@ -135,7 +135,7 @@ pub(super) async fn owner(
                        FROM pg_catalog.pg_class WHERE oid = $1";
     let oid = found.get(object).map_or(0, |found| found.oid);
     session
-        .bounded("reading the catalogue", async {
+        .bounded("reading the table's definition", async {
             session.client.query_one(SQL, &[&oid]).await?.try_get(0)
         })
         .await
@@ -264,7 +264,10 @@ pub async fn column_names(session: &Session, main: &str) -> Result<BTreeSet<Stri
     let sql = "SELECT attname::text FROM pg_catalog.pg_attribute \
                WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";
     let rows = session
-        .bounded("reading the catalogue", session.client.query(sql, &[&main]))
+        .bounded(
+            "reading the table's definition",
+            session.client.query(sql, &[&main]),
+        )
         .await?;
     let names: Result<_, _> = rows.iter().map(|row| row.try_get(0)).collect();
     Ok(names?)
@@ -294,7 +297,7 @@ async fn columns(session: &Session, oid: u32) -> Result<Vec<CatalogueColumn>, Fa
         FROM pg_catalog.pg_attribute a JOIN base b ON b.attnum = a.attnum AND b.typtype <> 'd' \
         WHERE a.attrelid = $1 ORDER BY a.attnum";
     session
-        .bounded("reading the catalogue", async {
+        .bounded("reading the table's definition", async {
             let mut columns = Vec::new();
             for row in session.client.query(SQL, &[&oid]).await? {
                 let is_generated = row.try_get(3)?;
@@ -319,7 +322,7 @@ async fn has_insert_trigger(session: &Session, oid: u32) -> Result<bool, Fault> 
     const SQL: &str =
         "SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = $1 AND tgtype & 68 = 68)";
     session
-        .bounded("reading the catalogue", async {
+        .bounded("reading the table's definition", async {
             session.client.query_one(SQL, &[&oid]).await?.try_get(0)
         })
         .await
@@ -333,7 +336,7 @@ async fn missing_rights(
     let mut missing = Vec::new();
     for &right in rights {
         let has: bool = session
-            .bounded("reading the catalogue", async {
+            .bounded("reading the table's definition", async {
                 session
                     .client
                     .query_one(

@@ -26,10 +26,10 @@ pub const STEPS: &[Step] = &[];
 /// How the comment of each object begins that host-metrics created; `drop` drops nothing else.
 pub const MARK: &str = "host-metrics schema ";
 
-/// Partitions are created so many days ahead: a consumer that may not create tables can go a week without `init`.
+/// Partitions are created this many days ahead: a consumer that may not create tables can go a week without `init`.
 pub const DAYS_AHEAD: i64 = 7;
 
-/// A new table gets partitions for so many past days: what a topic holds with Kafka's default retention.
+/// A new table gets partitions for this many past days: what a topic holds with Kafka's default retention.
 const DAYS_BEHIND: i64 = 7;
 
 /// A column of the main table and its type, in the table's order.

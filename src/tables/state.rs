@@ -220,7 +220,7 @@ pub fn read_incidents(table: &TableName) -> String {
 }
 
 /// Reads and deletes the buckets with these widths, starts and series. They are then written again, with all others, by
-/// [`copy_rollups`]; an update would write new rows, too.
+/// [`copy_rollups`]; an update would write new rows as well.
 pub fn take_rollups(table: &TableName) -> String {
     format!(
         "DELETE FROM {} t USING unnest($1::integer[], $2::timestamptz[], $3::bigint[]) k (seconds, starts_at, series_id) \

@@ -22,7 +22,7 @@ use crate::lock::lock;
 /// The `Accept-Encoding` of a request whose body is read.
 pub(super) const ACCEPTED_CODINGS: &str = "gzip, br";
 
-/// How much of a body each stage of the decoding holds at once.
+/// How much of a body each stage of the decoding holds at once: little, because every check under way has several.
 const PIECE_BYTES: usize = 8 * 1024;
 
 /// The same limit as in curl. Each coding multiplies what a received byte can expand to.

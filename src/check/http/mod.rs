@@ -39,7 +39,7 @@ use body::{BodyEnd, BodyFault, BodyLimits, BrotliDecoders};
 use request::{Request, origin};
 use transport::CheckConnector;
 
-/// The least time in which the next host of a redirect can be expected to answer. If less is left, a timeout is put down to
+/// The least time in which the next host of a redirect can be expected to answer. If less is left, a timeout is attributed to
 /// the hosts before it.
 const LEAST_HOP_TIME: Duration = Duration::from_millis(10);
 

@@ -20,7 +20,7 @@ use crate::check::tls;
 use crate::clock::instant_now;
 use crate::socket::{Socket, connect_one, is_cut, share};
 
-/// The largest header block that is read. A larger one is a protocol error.
+/// The largest header block that is read. A larger one is a protocol error; servers limit what they send to far less.
 pub(super) const MAX_HEAD_BYTES: usize = 64 * 1024;
 
 /// The first size of the input buffer: enough for most responses' headers, and small for checks that hang.

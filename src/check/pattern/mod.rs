@@ -30,11 +30,13 @@ use states::Starts;
 /// The memory that a compiled regex may take. `\w{3,30}`, which includes all of Unicode, takes 1.5 MB.
 const MAX_COMPILED_BYTES: usize = 4 << 20;
 
-/// The size of the table that a search builds. For the largest regexes the least possible size is larger.
+/// The size of the table that a search builds, as each check under way may have one. For the largest regexes the least possible
+/// size is larger.
 const MAX_TABLE_BYTES: usize = 256 << 10;
 
 /// How many states of the NFA may be visited between two checks of the deadline: in the worst case some milliseconds.
 const STATES_PER_DEADLINE_CHECK: usize = 1 << 18;
+/// With few states, the clock is still read every few microseconds.
 const MAX_BYTES_PER_DEADLINE_CHECK: usize = 4096;
 
 /// A compiled regex.

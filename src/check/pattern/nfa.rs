@@ -9,7 +9,7 @@ use regex_automata::util::primitives::StateID;
 use super::deadline::{DeadlinePassed, DeadlineWatch};
 use super::states::{Starts, StateSet, after};
 
-/// The most memory for the places that are remembered.
+/// The most memory for the places that are remembered: as much as the table of the other search.
 pub(super) const MAX_MEMO_BYTES: usize = 256 << 10;
 
 /// A search that follows all states of the NFA that the text so far leads to.
@@ -25,7 +25,7 @@ pub(super) struct NfaSearch {
 }
 
 impl NfaSearch {
-    /// The most memory of a search for a regex with so many states.
+    /// The most memory of a search for a regex with this many states.
     pub(super) fn bytes(states: usize) -> usize {
         3 * StateSet::bytes(states) + MAX_MEMO_BYTES
     }

@@ -16,7 +16,7 @@ use crate::kafka::{self, reason};
 use crate::sample::epoch::Claim;
 use crate::sample::{self, Timestamp};
 
-/// One question to Kafka.
+/// One question to Kafka. A person waits; without an answer the audit says what it does not know.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Reading all ranges. A sound table has few missing offsets, and each costs a fetch.
@@ -27,7 +27,7 @@ pub type Missing = BTreeMap<(String, i32), Vec<Range<i64>>>;
 
 /// What was found at the missing offsets. Counts are offsets.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct KafkaFindings {
     /// Kafka has a record there, which should be stored.
     pub lost: Missing,
     pub claims: i64,
@@ -39,7 +39,7 @@ pub struct Found {
     pub unknown: BTreeMap<String, i64>,
 }
 
-impl Found {
+impl KafkaFindings {
     pub fn add_unknown(&mut self, why: impl Into<String>, offsets: i64) {
         if offsets > 0 {
             *self.unknown.entry(why.into()).or_default() += offsets;
@@ -48,8 +48,8 @@ impl Found {
 }
 
 /// Looks the missing offsets up. Rows from before `kept_since` (microseconds since the Unix epoch) may have been removed.
-pub fn look_up(kafka: &KafkaConfig, missing: &Missing, kept_since: Option<i64>) -> Found {
-    let mut found = Found::default();
+pub fn look_up(kafka: &KafkaConfig, missing: &Missing, kept_since: Option<i64>) -> KafkaFindings {
+    let mut found = KafkaFindings::default();
     let topics: BTreeSet<&str> = missing.keys().map(|(topic, _)| topic.as_str()).collect();
     let deadline = instant_now() + READ_WITHIN;
     for topic in topics {
@@ -76,7 +76,7 @@ fn readable(
     kafka: &KafkaConfig,
     topic: &str,
     missing: &[(i32, &[Range<i64>])],
-    found: &mut Found,
+    found: &mut KafkaFindings,
 ) -> Result<BTreeMap<i32, Vec<Range<i64>>>, String> {
     let client = kafka::small_client(kafka).map_err(|error| error.to_string())?;
     let mut readable = BTreeMap::new();
@@ -110,7 +110,7 @@ fn read(
     readable: &BTreeMap<i32, Vec<Range<i64>>>,
     kept_since: Option<i64>,
     deadline: Instant,
-    found: &mut Found,
+    found: &mut KafkaFindings,
 ) -> Result<(), KafkaError> {
     let rounds = readable.values().map(Vec::len).max().unwrap_or_default();
     let mut reader = Reader::committed(kafka)?;

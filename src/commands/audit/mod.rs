@@ -14,7 +14,7 @@ use std::ops::Range;
 use anyhow::{anyhow, bail};
 
 use crate::clock::timestamp;
-use crate::commands::audit::kafka::{Found, Missing};
+use crate::commands::audit::kafka::{KafkaFindings, Missing};
 use crate::commands::audit::offsets::length;
 use crate::commands::audit::rows::{DoubledOffset, Stored, StoredOffsets, StoredTicks, Tables};
 use crate::commands::audit::ticks::{Gap, Series};
@@ -30,7 +30,7 @@ const NAMED: usize = 10;
 #[derive(Debug)]
 pub struct Report {
     stored: Stored,
-    found: Found,
+    found: KafkaFindings,
     /// Each kind of violation: how many there are, and the first of them.
     violations: Vec<Kind>,
 }
@@ -64,7 +64,7 @@ pub fn run(config: &AuditConfig) -> anyhow::Result<Report> {
     {
         bail!("nothing can be audited: {no_offsets}; {no_ticks}");
     }
-    let mut found = Found::default();
+    let mut found = KafkaFindings::default();
     let mut violations = Vec::new();
     if let Ok(stored) = &stored.offsets {
         found = look_up(stored, config);
@@ -115,7 +115,7 @@ async fn read(tables: &Tables) -> Result<(Stored, Doubled), Fault> {
 }
 
 /// What Kafka has at the offsets that are not stored.
-fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> Found {
+fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> KafkaFindings {
     let missing: Missing = stored
         .partitions
         .iter()
@@ -129,7 +129,7 @@ fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> Found {
         .sum();
     let listed: i64 = missing.values().flatten().map(length).sum();
     let mut found = match &config.kafka {
-        _ if missing.is_empty() => Found::default(),
+        _ if missing.is_empty() => KafkaFindings::default(),
         Some(kafka) => {
             let kept_since = config
                 .retention
@@ -137,7 +137,7 @@ fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> Found {
             kafka::look_up(kafka, &missing, kept_since)
         }
         None => {
-            let mut found = Found::default();
+            let mut found = KafkaFindings::default();
             found.add_unknown("KAFKA_BOOTSTRAP_SERVERS is not set", listed);
             found
         }
@@ -146,7 +146,7 @@ fn look_up(stored: &StoredOffsets, config: &AuditConfig) -> Found {
     found
 }
 
-fn of_offsets(stored: &StoredOffsets, doubled: &[DoubledOffset], found: &Found) -> Vec<Kind> {
+fn of_offsets(stored: &StoredOffsets, doubled: &[DoubledOffset], found: &KafkaFindings) -> Vec<Kind> {
     let lost = found.lost.iter().flat_map(|((topic, partition), ranges)| {
         ranges.iter().map(move |range| {
             let (offsets, are) = match length(range) {
@@ -318,7 +318,7 @@ pub fn text(report: &Report) -> String {
     text
 }
 
-fn of_partitions(stored: &StoredOffsets, found: &Found) -> String {
+fn of_partitions(stored: &StoredOffsets, found: &KafkaFindings) -> String {
     let unknown: i64 = found.unknown.values().sum();
     let mut parts = vec![
         format!("{} partitions", stored.partitions.len()),

@@ -9,7 +9,7 @@ pub const BLOCK: i64 = 60;
 
 const FULL: u64 = (1 << BLOCK) - 1;
 
-/// More missing ranges than this are counted, but not looked up in Kafka.
+/// More missing ranges than this are counted, but not looked up in Kafka, because each costs a fetch.
 const MAX_RANGES: usize = 10_000;
 
 /// A group's position in one partition.

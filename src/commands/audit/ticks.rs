@@ -13,7 +13,7 @@ use crate::commands::audit::offsets::BLOCK;
 const AWAY_MICROS: i64 = 3_600_000_000;
 const AWAY_TICKS: i64 = 10;
 
-/// More gaps than this are counted, but not examined one by one.
+/// More gaps than this are counted, but not examined one by one, to bound the memory. Ten are shown.
 const MAX_GAPS: usize = 100_000;
 
 /// Rows of [`BLOCK`] successive ticks of a grid.

@@ -8,7 +8,7 @@ use crate::sample::Sample;
 const MOST: usize = 40;
 const FEWEST: usize = 8;
 
-/// What stands before a bar.
+/// The width of the text before a bar.
 const LABEL: usize = 27;
 
 /// The name of the wait for an answer that did not come.

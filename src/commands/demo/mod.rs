@@ -51,7 +51,7 @@ const DRAW_EVERY: Duration = Duration::from_millis(500);
 const LINE_EVERY: Duration = Duration::from_secs(3);
 const PAUSE_PER_QUERY: u32 = 9;
 
-/// How long to wait, after `produce` has stopped, until `consume` has written all records.
+/// How long to wait, after `produce` has stopped, until `consume` has written all records. It takes a second; a person waits.
 const CATCH_UP_WITHIN: Duration = Duration::from_secs(20);
 
 /// The options from the command line and the variables.

@@ -24,7 +24,7 @@ use crate::terminal::{self, NONE, columns, fit, percent, plain, plain_json, roug
 
 pub use watch::watch;
 
-/// Data is stale if the newest row is older than so many intervals of its host, plus a minute for the pipeline.
+/// Data is stale if the newest row is older than this many intervals of its host, plus a minute for the pipeline.
 const STALE_AFTER_INTERVALS: f64 = 3.0;
 const STALE_AFTER_SECONDS: f64 = 60.0;
 

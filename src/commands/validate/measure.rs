@@ -18,9 +18,10 @@ use crate::lock::lock;
 use crate::produce::host_file;
 use crate::sample::Outcome;
 
+/// Enough for a steady mean, in some ten milliseconds.
 const CHECKS_MEASURED: u32 = 40;
 
-/// The most hosts that are tried at the same time.
+/// The most hosts that are tried at the same time: a thousand hosts take seconds, and a small machine is not overrun.
 const MAX_TRIED_AT_ONCE: usize = 64;
 
 /// The CPU time of one check.

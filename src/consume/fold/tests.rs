@@ -439,7 +439,7 @@ fn incidents_by_definition(ticks: &[Tick]) -> Vec<(i64, Option<i64>, i64)> {
     incidents
 }
 
-/// The verdict after each record by the plain definition: all checks so far are looked at anew.
+/// The verdict after each record by the plain definition: all checks so far are looked at again.
 fn verdicts_by_definition(ticks: &[Tick], down_when: DownWhen) -> Vec<bool> {
     let mut counted: Vec<Tick> = Vec::new();
     let mut is_down = false;

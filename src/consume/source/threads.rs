@@ -12,7 +12,7 @@ use crate::consume::group::Watch;
 use crate::consume::source::context::Context;
 use crate::kafka::{Named, look_up_topic};
 
-/// How long Kafka may take for each question about the group.
+/// How long Kafka may take for each question about the group. A thread of its own waits, so nothing is delayed.
 const ASK_WITHIN: Duration = Duration::from_secs(3);
 
 /// How often the group is looked at. Two looks in a row have to find the same partitions without an owner.

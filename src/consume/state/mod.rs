@@ -50,12 +50,13 @@ const PRUNE_EVERY_MICROS: i64 = 3_600_000_000;
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(50);
 const REFRESH_BOUND: Duration = Duration::from_secs(60);
 
-/// The most buckets that one statement removes, and the most statements at once. The rest is removed an hour later.
+/// The most buckets that one statement removes in a second or two, and the most statements at once, because flushes wait
+/// meanwhile. The rest is removed an hour later.
 const DELETE_ROWS: i64 = 50_000;
 const DELETE_TIMES: usize = 20;
 
 /// While the rows have a larger backlog than this, the state pauses before each flush this many times as long as the last flush
-/// took.
+/// took, so that it takes at most a tenth of the server. The longest pause bounds how far the state falls behind.
 const ROWS_BEHIND: u64 = 10_000;
 const REST_TIMES: u32 = 10;
 const REST_AT_MOST: Duration = Duration::from_secs(4);

@@ -20,7 +20,7 @@ use crate::tables::state::{
     INCIDENTS, SERIES, add_series, copy_rollups, read_incidents, read_series, take_rollups,
 };
 
-/// The bytes that are sent at once.
+/// The bytes that are sent at once, as for the rows.
 const CHUNK_BYTES: usize = 128 * 1024;
 
 /// The statements of a flush.

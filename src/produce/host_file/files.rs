@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::check::secret::{CertificateFiles, SecretFile};
 use crate::files;
 
-/// The longest body of a request.
+/// The longest body of a request. It stays in memory, and a check is no upload.
 pub(super) const MAX_REQUEST_BODY_BYTES: u64 = 1 << 20;
 
 /// Where a host file's secrets and bodies come from. The errors say why one cannot be used.

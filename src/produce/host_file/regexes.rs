@@ -9,7 +9,7 @@ use crate::check::pattern::Pattern;
 /// The longest text of a REGEX. A longer one means that the file is not a host file.
 pub(super) const MAX_REGEX_BYTES: usize = 16 << 10;
 
-/// The memory that all compiled regexes of a file may take.
+/// The memory that all compiled regexes of a file may take: 40 of the largest kind, or many thousands of usual ones.
 const MAX_COMPILED_BYTES_OF_A_FILE: usize = 64 << 20;
 
 /// The compiled regexes: one for each text, however many lines use it.

@@ -24,6 +24,7 @@ const OWNED: [&str; 12] = [
     "Upgrade",
 ];
 
+/// Most servers refuse longer ones.
 const MAX_HEADER_BYTES: usize = 8 << 10;
 
 const SECRET_RULE: &str = "expected `@NAME` with the name of a file in SECRETS_DIR";

@@ -19,7 +19,7 @@ pub struct Changes {
     pub begun_at: Instant,
     /// The hosts that are new or have another line.
     pub changed: Vec<Arc<Target>>,
-    /// The hosts that are in the list no more.
+    /// The hosts that are no longer in the list.
     pub removed: Vec<Arc<Target>>,
     /// The number of hosts in the newer list.
     pub hosts: usize,

@@ -118,7 +118,7 @@ impl Sources {
         Err(HostFileError(errors.join("\n")))
     }
 
-    /// Reads the table, too. A table that cannot be read is waited for, unless `is_needed`; until then the hosts are those of
+    /// Reads the table as well. A table that cannot be read is waited for, unless `is_needed`; until then the hosts are those of
     /// HOSTS_CACHE_FILE.
     ///
     /// # Errors
@@ -146,7 +146,7 @@ impl Sources {
         Ok(())
     }
 
-    /// Reads the table, too, but changes nothing there: for `validate`.
+    /// Reads the table as well, but changes nothing there: for `validate`.
     ///
     /// # Errors
     /// The table cannot be read. [`WrongInput`]: rows are wrong, or addresses are also in a file.
@@ -192,7 +192,7 @@ impl Sources {
     }
 
     /// Watches all sources, each on a thread of its own. `hosts` is what they had. `put` takes what a new list changes;
-    /// `has_error` tells whether the newest list of a source is not in force. The threads end after the result is dropped.
+    /// `has_error` tells whether the newest list of a source is not in use. The threads end after the result is dropped.
     pub(super) fn watch(
         self,
         hosts: HostList,
@@ -258,7 +258,7 @@ struct Shared {
 
 struct Lists {
     of_sources: Vec<List>,
-    /// The hosts that are in force.
+    /// The hosts that are checked.
     all: HostList,
 }
 
@@ -567,7 +567,7 @@ impl Origin {
     }
 }
 
-/// An error is a content, too.
+/// An error counts as content, so that a file that cannot be read is reported once.
 fn hash_of(contents: &io::Result<Vec<u8>>) -> u64 {
     let mut hasher = DefaultHasher::new();
     match contents {

@@ -2,7 +2,7 @@
 //!
 //! Pure. Times are in microseconds, on any clock that does not go back.
 
-/// A file that has not changed for so long is complete. Whoever writes one in parts pauses for less.
+/// A file that has not changed for this long is complete. A program that writes one in parts pauses for less.
 const COMPLETE_AFTER: i64 = 1_000_000;
 
 /// A table is read that often even if its version stays the same: it may have been renamed, or filled without its triggers.

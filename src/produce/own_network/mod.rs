@@ -21,7 +21,8 @@ use crate::lock::lock;
 use crate::sample::Outcome;
 use judge::{Answer, Decision, Failure, Judge, Reference, Reply, could_be_ours};
 
-/// How long a reference may take for its answer, and how long all answers are waited for.
+/// How long a reference may take for its answer, and how long all answers are waited for: a check must not end much later
+/// because of them.
 const ANSWER_WITHIN: Duration = Duration::from_millis(900);
 const WAIT_FOR_ANSWERS: Duration = Duration::from_secs(1);
 

@@ -20,7 +20,8 @@ use crate::kafka::look_up_topic;
 use crate::kafka::reader::{Part, Quiet, Reader};
 use crate::produce::outbox::{Kept, Sequence};
 
-/// How long one question to Kafka may take. The publisher's thread waits for the answer. There are two questions.
+/// How long one question to Kafka may take. The publisher's thread waits for the answer and
+/// sends nothing meanwhile. There are two questions.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 pub const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
 

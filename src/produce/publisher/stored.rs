@@ -11,7 +11,7 @@ use crate::clock::instant_now;
 use crate::kafka::reader::is_forbidden;
 
 /// How long the thread searches before it does something else, how long it waits after a failed attempt, and after how long it
-/// gives up.
+/// gives up: a minute is enough to read what a full buffer may have left in a topic.
 const SEARCH_STEP: Duration = Duration::from_millis(100);
 const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(1);
 const SEARCH_WITHIN: Duration = Duration::from_secs(60);
