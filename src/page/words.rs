@@ -241,10 +241,24 @@ pub fn place(agent: &str) -> String {
     }
 }
 
+/// A name that is written from right to left, marked so that it does not reverse the order of its neighbours.
+fn isolated(name: &str) -> String {
+    let is_rtl =
+        |char| matches!(char, '\u{590}'..='\u{8ff}' | '\u{fb1d}'..='\u{fdff}' | '\u{fe70}'..='\u{fefc}');
+    match name.contains(is_rtl) {
+        true => format!("\u{2068}{name}\u{2069}"),
+        false => name.to_owned(),
+    }
+}
+
 /// `A, B and 3 more`
 pub fn list(names: &[&str], at_most: usize) -> String {
     let shown = names.len().min(at_most);
-    let mut text = names[..shown].join(", ");
+    let mut text = names[..shown]
+        .iter()
+        .map(|name| isolated(name))
+        .collect::<Vec<_>>()
+        .join(", ");
     match names.len() - shown {
         0 => {}
         more => text = format!("{text} and {more} more"),
@@ -271,6 +285,12 @@ mod tests {
         assert_eq!(phase("quantum_flip"), None);
         let cased = ["No answer", "A name", "TLS failed", ""].map(in_a_sentence);
         assert_eq!(cased, ["no answer", "a name", "TLS failed", ""]);
+    }
+
+    #[test]
+    fn a_list_keeps_the_order_of_names_in_any_script() {
+        assert_eq!(list(&["a", "b", "c"], 2), "a, b and 1 more");
+        assert_eq!(list(&["\u{5d0}", "日本"], 5), "\u{2068}\u{5d0}\u{2069}, 日本");
     }
 
     #[test]
