@@ -22,7 +22,7 @@ demo: ## run the whole pipeline in one process, without any setup; ARGS="--for 3
 		echo "The largest is librdkafka (C); host-metrics itself comes last. Then the demo starts."; }
 	CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0" cargo run --profile demo --no-default-features --locked -- demo $(ARGS)
 
-check: ## format, clippy, and all tests that need no server, in less than a minute once compiled; the simulators try fewer histories than in `make test`
+check: ## format, clippy, and all tests that need no server; about 80 seconds once compiled, because the simulators try fewer histories than in `make test`
 	@scripts/setup demo
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings

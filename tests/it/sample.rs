@@ -602,6 +602,12 @@ fn a_nul_escape_is_refused_anywhere() {
 fn nesting_is_bounded_and_costs_no_stack() {
     let nested = |depth: usize| record(&format!(r#""x":{}"]"{}"#, "[".repeat(depth), "]".repeat(depth)));
     assert!(decode(nested(127).as_bytes()).is_ok());
+    // Brackets in a string close nothing.
+    let closing = format!(r#""x":{}0{}"#, r#"["]",["#.repeat(100), "]]".repeat(100));
+    assert_eq!(
+        reason(record(&closing)),
+        "expected arrays and objects nested at most 128 deep"
+    );
     assert_eq!(
         reason(nested(128)),
         "expected arrays and objects nested at most 128 deep"

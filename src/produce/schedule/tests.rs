@@ -94,6 +94,8 @@ fn a_first_check_that_hangs_is_over_when_the_grid_has_its_tick() {
         // Two microseconds are left before a check that hangs would last until the grid's tick.
         let late = grid - 10_500_000 - 2;
         assert_eq!(made.first_tick(Rhythm::Grid, LIMITS, late), late + 1);
+        // With less it lasts until then in any case, and the first checks are spread as usual.
+        assert!(made.first_tick(Rhythm::Grid, LIMITS, late + 1) > late + 2);
     }
 }
 
@@ -235,6 +237,19 @@ fn without_room_ticks_are_missed_and_written_when_there_is_room_again() {
         late.iter()
             .all(|(_, reason)| *reason == Some(MissedReason::NoRoom))
     );
+}
+
+#[test]
+fn a_check_may_begin_as_late_as_the_limit_and_no_later() {
+    for (later, is_checked) in [(0, true), (1, false)] {
+        let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 10)], LIMITS, START);
+        let Next::Wait(Some(tick)) = schedule.next(START, |_| true) else {
+            panic!("nothing is due yet")
+        };
+        let now = tick + micros(max_late(Duration::from_secs(10))) + later;
+        let next = schedule.next(now, |_| true);
+        assert_eq!(matches!(next, Next::Start(_)), is_checked);
+    }
 }
 
 #[test]
