@@ -93,22 +93,9 @@ pub async fn read(
     }
     let [series, rollups, incidents] = [Object::Series, Object::Rollups, Object::Incidents]
         .map(|object| found.table.quoted(object.suffix()));
-    let query = async |sql: &str, parameters: &[&(dyn ToSql + Sync)]| {
-        session
-            .bounded("reading the state", session.client.query(sql, parameters))
-            .await
-    };
     let address = match host {
         None => None,
-        Some(wanted) => {
-            let sql =
-                format!("SELECT DISTINCT address FROM {series} WHERE address = $1 OR name = $1 ORDER BY 1");
-            let mut addresses = Vec::new();
-            for row in query(&sql, &[&wanted]).await? {
-                addresses.push(row.try_get::<_, String>(0)?);
-            }
-            Some(one_of(wanted, addresses)?)
-        }
+        Some(wanted) => Some(address_of(session, &series, wanted).await?),
     };
     let limit = if address.is_none() || only_incidents {
         INCIDENTS
@@ -124,8 +111,13 @@ pub async fn read(
         micros("started_at"),
         micros("ended_at")
     );
-    let rows = query(&sql, &[&address, &limit]).await?;
-    let now = query("SELECT (extract(epoch FROM now()) * 1000000)::bigint", &[]).await?;
+    let rows = query(session, &sql, &[&address, &limit]).await?;
+    let now = query(
+        session,
+        "SELECT (extract(epoch FROM now()) * 1000000)::bigint",
+        &[],
+    )
+    .await?;
     let mut history = History {
         now_micros: now.first().map_or(Ok(0), |row| row.try_get(0))?,
         host: None,
@@ -134,6 +126,29 @@ pub async fn read(
     let Some(address) = address.filter(|_| !only_incidents) else {
         return Ok(history);
     };
+    let mut host = read_places(session, &series, address).await?;
+    read_buckets(session, &series, &rollups, &mut host).await?;
+    history.host = Some(host);
+    Ok(history)
+}
+
+async fn query(session: &Session, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Fault> {
+    session
+        .bounded("reading the state", session.client.query(sql, parameters))
+        .await
+}
+
+async fn address_of(session: &Session, series: &str, wanted: &str) -> Result<String, Fault> {
+    let sql = format!("SELECT DISTINCT address FROM {series} WHERE address = $1 OR name = $1 ORDER BY 1");
+    let mut addresses = Vec::new();
+    for row in query(session, &sql, &[&wanted]).await? {
+        addresses.push(row.try_get::<_, String>(0)?);
+    }
+    one_of(wanted, addresses)
+}
+
+/// The host as its places see it.
+async fn read_places(session: &Session, series: &str, address: String) -> Result<Host, Fault> {
     let sql = format!(
         "SELECT name, verdict, {} AS verdict_at, agent, is_valid, {} AS valid_at, {} AS seen_at, outcome, error \
          FROM {series} WHERE address = $1 ORDER BY agent",
@@ -145,7 +160,7 @@ pub async fn read(
         address,
         ..Host::default()
     };
-    for row in query(&sql, &[&host.address]).await? {
+    for row in query(session, &sql, &[&host.address]).await? {
         host.name = row.try_get::<_, Option<_>>("name")?.or(host.name);
         host.verdict = row.try_get("verdict")?;
         host.verdict_since = time(&row, "verdict_at")?;
@@ -158,6 +173,11 @@ pub async fn read(
             error: row.try_get("error")?,
         });
     }
+    Ok(host)
+}
+
+/// Adds what the buckets have: the latencies of a day and the outcomes of a week.
+async fn read_buckets(session: &Session, series: &str, rollups: &str, host: &mut Host) -> Result<(), Fault> {
     // Every bucket is looked up by its key, so the time does not grow with the other hosts.
     let hours = |count: i32| {
         format!(
@@ -173,7 +193,7 @@ pub async fn read(
         micros("starts_at"),
         hours(24)
     );
-    for row in query(&sql, &[&host.address]).await? {
+    for row in query(session, &sql, &[&host.address]).await? {
         let histogram: Histogram = row.try_get::<_, Option<_>>("histogram")?.unwrap_or_default();
         host.hours.push(Hour {
             starts_at: time(&row, "starts")?,
@@ -192,11 +212,10 @@ pub async fn read(
          ) counts GROUP BY outcome HAVING sum(count) > 0 ORDER BY 2 DESC, 1",
         hours(7 * 24)
     );
-    for row in query(&sql, &[&host.address]).await? {
+    for row in query(session, &sql, &[&host.address]).await? {
         host.outcomes.push((row.try_get(0)?, row.try_get(1)?));
     }
-    history.host = Some(host);
-    Ok(history)
+    Ok(())
 }
 
 /// The address of the one host that is meant.

@@ -11,37 +11,7 @@ use crate::check::target::{NOT_NAMED, can_be_named};
 use crate::sample::MAX_ADDRESS_BYTES;
 
 pub(super) fn read_address(text: &str) -> Result<Url, LineFault> {
-    if text.len() > MAX_ADDRESS_BYTES {
-        let what = format!(
-            "the address is {} bytes long; the limit is {MAX_ADDRESS_BYTES}",
-            text.len()
-        );
-        return Err(LineFault::new(0, what));
-    }
-    if let Some(at) = text.find(|c: char| c.is_control() || c.is_whitespace()) {
-        let what = match text[at..].starts_with(is_blank) {
-            // Only in an argument of `check`: in a host file the word ends at a blank.
-            true => "there is a space or a tab in the address; write a space as %20",
-            false => "there is a control character or an unusual space; separate words with spaces or tabs",
-        };
-        return Err(LineFault::new(at, what));
-    }
-    if let Some(userinfo) = userinfo(text) {
-        let what = format!(
-            "remove the credentials from the address ({}): every record would contain them",
-            quoted(text)
-        );
-        return Err(LineFault::new(userinfo.start, what));
-    }
-    // Browsers read a backslash as a slash, and `http:\\host` would be read as the host `http`.
-    let path_end = text.find(['?', '#']).unwrap_or(text.len());
-    if let Some(at) = text[..path_end].find('\\') {
-        return Err(LineFault::new(
-            at,
-            "there is a backslash in the address; write `/`",
-        ));
-    }
-
+    check_text(text)?;
     let authority_end = text.find(['/', '?', '#']).unwrap_or(text.len());
     let (before, after) = text.split_at(authority_end);
     let scheme = before.strip_suffix(':').filter(|_| after.starts_with("//"));
@@ -86,35 +56,67 @@ pub(super) fn read_address(text: &str) -> Result<Url, LineFault> {
         return Err(not_a_url(&"the port after the `:` is missing"));
     }
     let mut url = url.map_err(|error| not_a_url(&error))?;
-    match url.host() {
-        None | Some(Host::Domain("")) => return Err(not_a_url(&"it has no host")),
-        Some(Host::Domain(domain)) if !is_host_name(domain) => {
-            return Err(not_a_url(&format_args!(
-                "{} is not a valid host name",
-                quoted(domain)
-            )));
-        }
-        // As in `https://https://example.com/` and `https//example.com`.
-        Some(Host::Domain(domain)) if ["http", "https"].contains(&domain) => {
-            return Err(not_a_url(&format_args!(
-                "`{domain}` is a protocol, not a host; write `{domain}://` once"
-            )));
-        }
-        Some(Host::Domain(domain)) if !can_be_named(&url) => {
-            return Err(not_a_url(&format_args!("{}: {NOT_NAMED}", quoted(domain))));
-        }
-        // Browsers read `5` and `10.1` as IP addresses. Here it is more likely that the address is missing: the next column
-        // is a number.
-        Some(Host::Ipv4(ip)) if scheme.is_none() && !text.starts_with(&ip.to_string()) => {
-            return Err(not_a_url(&"it is a number"));
-        }
-        Some(_) => {}
-    }
-    if url.port() == Some(0) {
-        return Err(not_a_url(&"0 is not a valid port"));
+    if let Some(why) = host_fault(&url, scheme.is_none(), text) {
+        return Err(not_a_url(&why));
     }
     url.set_fragment(None);
     Ok(url)
+}
+
+/// What is wrong with the text, whatever URL it is.
+fn check_text(text: &str) -> Result<(), LineFault> {
+    if text.len() > MAX_ADDRESS_BYTES {
+        let what = format!(
+            "the address is {} bytes long; the limit is {MAX_ADDRESS_BYTES}",
+            text.len()
+        );
+        return Err(LineFault::new(0, what));
+    }
+    if let Some(at) = text.find(|c: char| c.is_control() || c.is_whitespace()) {
+        let what = match text[at..].starts_with(is_blank) {
+            // Only in an argument of `check`: in a host file the word ends at a blank.
+            true => "there is a space or a tab in the address; write a space as %20",
+            false => "there is a control character or an unusual space; separate words with spaces or tabs",
+        };
+        return Err(LineFault::new(at, what));
+    }
+    if let Some(userinfo) = userinfo(text) {
+        let what = format!(
+            "remove the credentials from the address ({}): every record would contain them",
+            quoted(text)
+        );
+        return Err(LineFault::new(userinfo.start, what));
+    }
+    // Browsers read a backslash as a slash, and `http:\\host` would be read as the host `http`.
+    let path_end = text.find(['?', '#']).unwrap_or(text.len());
+    if let Some(at) = text[..path_end].find('\\') {
+        return Err(LineFault::new(
+            at,
+            "there is a backslash in the address; write `/`",
+        ));
+    }
+    Ok(())
+}
+
+/// Why a host of this URL cannot be checked.
+fn host_fault(url: &Url, has_no_scheme: bool, text: &str) -> Option<String> {
+    match url.host() {
+        None | Some(Host::Domain("")) => Some("it has no host".to_owned()),
+        Some(Host::Domain(domain)) if !is_host_name(domain) => {
+            Some(format!("{} is not a valid host name", quoted(domain)))
+        }
+        // As in `https://https://example.com/` and `https//example.com`.
+        Some(Host::Domain(domain)) if ["http", "https"].contains(&domain) => Some(format!(
+            "`{domain}` is a protocol, not a host; write `{domain}://` once"
+        )),
+        Some(Host::Domain(domain)) if !can_be_named(url) => Some(format!("{}: {NOT_NAMED}", quoted(domain))),
+        // Browsers read `5` and `10.1` as IP addresses. Here it is more likely that the address is missing: the next column
+        // is a number.
+        Some(Host::Ipv4(ip)) if has_no_scheme && !text.starts_with(&ip.to_string()) => {
+            Some("it is a number".to_owned())
+        }
+        Some(_) => (url.port() == Some(0)).then(|| "0 is not a valid port".to_owned()),
+    }
 }
 
 /// Whether DNS can hold the name: the lengths and characters of RFC 1035, and the underscore, which is common.
