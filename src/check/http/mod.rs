@@ -392,19 +392,7 @@ impl Checker {
             Ok(end) => end,
             Err(fault) => {
                 self.search = search;
-                return Some(match fault {
-                    BodyFault::Transfer(error) => classify(&error, &self.progress.lock()),
-                    BodyFault::NoDecoder => (
-                        Outcome::AgentError,
-                        format!(
-                            "all {MAX_BROTLI_DECODERS} brotli decoders of this process were busy until the deadline"
-                        ),
-                    ),
-                    BodyFault::DeadlinePassed(DeadlinePassed) => (
-                        Outcome::BodyTimeout,
-                        "the search for the regex did not finish in time".into(),
-                    ),
-                });
+                return Some(self.unread_body(fault));
             }
         };
         let by_regex = search.as_mut().and_then(|search| {
@@ -427,6 +415,23 @@ impl Checker {
         });
         self.search = search;
         by_regex.or_else(|| self.judge_json(target, &document, end, deadline))
+    }
+
+    /// Why a body could not be read to its end.
+    fn unread_body(&self, fault: BodyFault) -> (Outcome, String) {
+        match fault {
+            BodyFault::Transfer(error) => classify(&error, &self.progress.lock()),
+            BodyFault::NoDecoder => (
+                Outcome::AgentError,
+                format!(
+                    "all {MAX_BROTLI_DECODERS} brotli decoders of this process were busy until the deadline"
+                ),
+            ),
+            BodyFault::DeadlinePassed(DeadlinePassed) => (
+                Outcome::BodyTimeout,
+                "the search for the regex did not finish in time".into(),
+            ),
+        }
     }
 
     fn judge_json(
