@@ -41,7 +41,7 @@ pictures: setup ## make the pictures of the README, and others in target/picture
 	PICTURES="$$PWD/target/pictures" cargo test --locked --test e2e -- page::a_browser docs::a_check
 	mkdir -p docs/pictures && cd target/pictures && cp overview-800-light.png overview-800-dark.png host-800-light.png check-760-dark.png ../../docs/pictures
 
-soak: setup ## kill consumers, broker and database at random for SOAK_SECONDS=600, then audit; SOAK_SEED=N repeats a run
+soak: setup ## kill and freeze producers, consumers, broker and database at random for SOAK_SECONDS=600, then audit; SOAK_SEED=N repeats a run
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} cargo test --locked --test e2e -- --nocapture kills::
 
 test-docker: ## test the deployment in containers and kill each part once (needs Docker); STAND_INS=1 builds images without a registry

@@ -11,7 +11,8 @@ use anyhow::Context as _;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::groups::GroupList;
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 
@@ -25,6 +26,9 @@ use crate::outage::Outage;
 
 /// How long a question to Kafka may take. The member gets no news from the group meanwhile, and the group waits 6 s for it.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
+
+/// The same at a stop, when the others wait for our shares.
+const ASK_ABOUT_MEMBERS_WITHIN: Duration = Duration::from_millis(500);
 
 /// How long a dead member keeps its partitions. Brokers allow no less by default.
 const SESSION_MS: &str = "6000";
@@ -57,6 +61,7 @@ pub enum NotCommitted {
 }
 
 pub struct Member {
+    group: String,
     consumer: Arc<BaseConsumer<Context>>,
     /// To the thread that commits.
     commits: Sender<(Vec<(Named, Committed)>, Answer)>,
@@ -110,7 +115,11 @@ impl Member {
                 }
             })
             .context("cannot start a thread for PRODUCE_GROUP")?;
-        let member = Self { consumer, commits };
+        let member = Self {
+            group: group.to_owned(),
+            consumer,
+            commits,
+        };
         member.subscribe(topics)?;
         Ok(member)
     }
@@ -155,16 +164,26 @@ impl Member {
         self.consumer.unsubscribe();
     }
 
+    /// Whether the group has no other member. If Kafka does not answer in time, it may have one.
+    pub fn is_alone(&self) -> bool {
+        let found = self
+            .consumer
+            .fetch_group_list(Some(&self.group), ASK_ABOUT_MEMBERS_WITHIN);
+        let members = |groups: GroupList| groups.groups().iter().map(|group| group.members().len()).sum();
+        found.map_or(0_usize, members) == 1
+    }
+
     /// The group's committed offsets; `None` for a partition without one.
-    pub fn committed(&self, partitions: &[Named]) -> KafkaResult<Vec<(Named, Option<Committed>)>> {
+    pub fn committed(&self, partitions: &[Named]) -> Result<Vec<(Named, Option<Committed>)>, String> {
         let mut list = TopicPartitionList::with_capacity(partitions.len());
         for (topic, partition) in partitions {
             list.add_partition(topic, *partition);
         }
-        let answer = self.consumer.committed_offsets(list, ASK_WITHIN)?;
+        let answer = self.consumer.committed_offsets(list, ASK_WITHIN);
+        let answer = answer.map_err(|error| explained(&error))?;
         let mut committed = Vec::with_capacity(partitions.len());
         for element in answer.elements() {
-            element.error()?;
+            element.error().map_err(|error| explained(&error))?;
             let found = match element.offset() {
                 Offset::Offset(offset) => Some(Committed {
                     offset,
@@ -205,13 +224,15 @@ impl Member {
     }
 
     /// The offsets that a partition holds: the first one, and the one after the last.
-    pub fn extent(&self, topic: &str, partition: i32) -> KafkaResult<(i64, i64)> {
-        self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN)
+    pub fn extent(&self, topic: &str, partition: i32) -> Result<(i64, i64), String> {
+        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN);
+        extent.map_err(|error| explained(&error))
     }
 
     /// The number of partitions of a topic.
-    pub fn partitions(&self, topic: &str) -> KafkaResult<i32> {
-        let found = partitions(self.consumer.client(), topic, ASK_WITHIN)?;
+    pub fn partitions(&self, topic: &str) -> Result<i32, String> {
+        let found = partitions(self.consumer.client(), topic, ASK_WITHIN);
+        let found = found.map_err(|error| explained(&error))?;
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
 
@@ -236,7 +257,7 @@ fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> R
             "Kafka has removed this producer from the group".to_owned(),
         ));
     }
-    let failed = |error: KafkaError| NotCommitted::Failed(error.to_string());
+    let failed = |error: KafkaError| NotCommitted::Failed(explained(&error));
     let mut list = TopicPartitionList::with_capacity(commits.len());
     for ((topic, partition), commit) in commits {
         let mut element = list.add_partition(topic, *partition);
@@ -255,6 +276,34 @@ fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> R
             ) => NotCommitted::Refused(error.to_string()),
             _ => failed(error),
         })
+}
+
+/// The error in one line, with what to do if it does not pass by itself.
+pub fn explained(error: &KafkaError) -> String {
+    with_advice(error.to_string(), error)
+}
+
+fn with_advice(said: String, error: &KafkaError) -> String {
+    match advice(error) {
+        Some(advice) => format!("{said}; {advice}"),
+        None => said,
+    }
+}
+
+fn advice(error: &KafkaError) -> Option<&'static str> {
+    match error.rdkafka_error_code()? {
+        RDKafkaErrorCode::TopicAuthorizationFailed | RDKafkaErrorCode::GroupAuthorizationFailed => {
+            Some("PRODUCE_GROUP needs the right READ on the group and on the topics")
+        }
+        RDKafkaErrorCode::InconsistentGroupProtocol => {
+            Some("another program uses this group: set another PRODUCE_GROUP")
+        }
+        RDKafkaErrorCode::InvalidGroupId => Some("set another PRODUCE_GROUP"),
+        RDKafkaErrorCode::FencedInstanceId => {
+            Some("another producer has the same KAFKA_GROUP_INSTANCE_ID: give each its own")
+        }
+        _ => None,
+    }
 }
 
 #[derive(Default)]
@@ -291,15 +340,9 @@ impl ClientContext for Context {
     fn error(&self, error: KafkaError, reason: &str) {
         log::debug!("librdkafka {error}: {reason}");
         self.explainer.hear(&error, reason);
-        if let Some(
-            RDKafkaErrorCode::TopicAuthorizationFailed
-            | RDKafkaErrorCode::GroupAuthorizationFailed
-            | RDKafkaErrorCode::InvalidGroupId
-            | RDKafkaErrorCode::InconsistentGroupProtocol
-            | RDKafkaErrorCode::FencedInstanceId,
-        ) = error.rdkafka_error_code()
-        {
-            self.heard().refused.begin(instant_now(), reason.to_owned());
+        if advice(&error).is_some() {
+            let reason = with_advice(reason.to_owned(), &error);
+            self.heard().refused.begin(instant_now(), reason);
         }
     }
 }

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use crate::clock::{Clock, instant_now};
 use crate::config::{GroupConfig, KafkaConfig};
 use crate::kafka::Named;
-use crate::kafka::member::{self, Change, Member, NotCommitted};
+use crate::kafka::member::{self, Change, Member, NotCommitted, explained};
 use crate::kafka::reader::{Part, Reader};
 use crate::lock::lock;
 use crate::outage::Outage;
@@ -128,6 +128,7 @@ impl Fleet {
             reading: None,
             logged_shares: None,
             outage: Outage::default(),
+            foreign_ledger: Outage::default(),
             commit_failure: Arc::default(),
         };
         std::thread::Builder::new()
@@ -169,7 +170,7 @@ struct Thread {
     partitions: Partitions,
     clock: Clock,
     shares: Shares,
-    /// We stop, and own more than one share and all that there are: nobody waits for ours. Of a single one that is not known.
+    /// We stop and own all shares, and nobody waits for them.
     stops_alone: bool,
     heard: Receiver<Event>,
     events: Sender<Event>,
@@ -184,6 +185,8 @@ struct Thread {
     logged_shares: Option<usize>,
     /// Why shares cannot be taken.
     outage: Outage,
+    /// Another program has replaced the ledger of a share.
+    foreign_ledger: Outage,
     /// Why the last commit failed, if that was not reported yet.
     commit_failure: Arc<Mutex<Option<String>>>,
 }
@@ -236,7 +239,9 @@ impl Thread {
         }
         if let Event::Stop { .. } = event {
             let (owned, _) = self.shares.owned_of();
-            self.stops_alone = owned > 1 && owned == self.partitions.all();
+            // If there are several shares, another member would have one.
+            let has_all = owned > 0 && owned == self.partitions.all();
+            self.stops_alone = has_all && (owned > 1 || self.member.is_alone());
         }
         self.shares.handle(self.clock.now_micros(), event);
     }
@@ -315,17 +320,20 @@ impl Thread {
         let now = instant_now();
         if let Some((reason, lasted)) = self.member.refusal(now) {
             log::error!(
-                "group={} Kafka has refused the membership for {} s: {reason}; PRODUCE_GROUP needs the right READ on the group and \
-                 on the topics",
+                "group={} Kafka has refused the membership for {} s: {reason}",
                 self.group,
                 lasted.as_secs()
             );
         }
         let failure = lock(&self.commit_failure).take();
         if let Some(why) = failure {
-            self.outage.begin(
-                now,
-                format!("{why}; PRODUCE_GROUP needs the right READ on the group and on the topic"),
+            self.outage.begin(now, why);
+        }
+        if let Some((reason, lasted)) = self.foreign_ledger.take_report(now) {
+            log::error!(
+                "group={} {reason}; until then its hosts are not checked (for {} s)",
+                self.group,
+                lasted.as_secs()
             );
         }
         if let Some((reason, lasted)) = self.outage.take_report(now) {
@@ -341,8 +349,8 @@ impl Thread {
         match action {
             Action::ReadLedgers(shares) => {
                 let found = self.read_ledgers(&shares);
-                if let Err(error) = &found {
-                    self.outage.begin(instant_now(), format!("{error:#}"));
+                if let Err(why) = &found {
+                    self.outage.begin(instant_now(), why.clone());
                 }
                 self.handle(Event::Ledgers(found.unwrap_or_default()));
             }
@@ -392,24 +400,27 @@ impl Thread {
         }
     }
 
-    fn read_ledgers(&self, shares: &[Share]) -> anyhow::Result<BTreeMap<Share, StoredLedger>> {
+    fn read_ledgers(&mut self, shares: &[Share]) -> Result<BTreeMap<Share, StoredLedger>, String> {
         let topics: BTreeSet<&Arc<str>> = shares.iter().map(|share| &share.topic).collect();
         for topic in topics {
             self.count_partitions(topic)?;
         }
         let named: Vec<Named> = shares.iter().map(named).collect();
         let committed = self.member.committed(&named)?;
-        let mut found = BTreeMap::new();
+        let (mut found, mut foreign) = (BTreeMap::new(), None);
         for ((topic, partition), committed) in committed {
             let share = Share {
                 topic: topic.as_str().into(),
                 partition,
             };
             let ledger = match committed {
-                Some(member::Committed { offset, metadata }) => {
-                    let ledger = Ledger::parse(offset, &metadata);
-                    StoredLedger::Ledger(ledger.with_context(|| format!("group {}, {share}", self.group))?)
-                }
+                Some(member::Committed { offset, metadata }) => match Ledger::parse(offset, &metadata) {
+                    Ok(ledger) => StoredLedger::Ledger(ledger),
+                    Err(why) => {
+                        foreign = Some(format!("share={share} cannot be taken: {why}"));
+                        continue;
+                    }
+                },
                 None => {
                     let (low, high) = self.member.extent(&topic, partition)?;
                     if high > 0 {
@@ -429,10 +440,14 @@ impl Thread {
             };
             found.insert(share, ledger);
         }
+        match foreign {
+            Some(why) => self.foreign_ledger.begin(instant_now(), why),
+            None => drop(self.foreign_ledger.end(instant_now())),
+        }
         Ok(found)
     }
 
-    fn count_partitions(&self, topic: &str) -> anyhow::Result<()> {
+    fn count_partitions(&self, topic: &str) -> Result<(), String> {
         let existing = self.member.partitions(topic)?;
         let all: Vec<Named> = (0..existing)
             .map(|partition| (topic.to_owned(), partition))
@@ -506,10 +521,7 @@ impl Thread {
         let is_over = match is_over {
             Ok(is_over) => is_over,
             Err(error) => {
-                self.outage.begin(
-                    instant_now(),
-                    format!("{error}; PRODUCE_GROUP needs the right READ on the topic"),
-                );
+                self.outage.begin(instant_now(), explained(&error));
                 return self.end_reading(false);
             }
         };

@@ -30,6 +30,11 @@ impl Variables {
         self
     }
 
+    pub fn and(&self, others: &Self) -> Self {
+        let with = |all: Self, (name, value): &(String, String)| all.with(name, value);
+        others.0.iter().fold(self.clone(), with)
+    }
+
     pub fn kafka(self, bootstrap_servers: &str, topic: &str) -> Self {
         self.with("KAFKA_BOOTSTRAP_SERVERS", bootstrap_servers)
             .with("KAFKA_TOPIC", topic)
@@ -90,6 +95,10 @@ impl Agent {
             || self.stderr().contains(needle).then_some(()),
             || tail(&self.stderr()),
         );
+    }
+
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     pub fn signal(&self, name: &str) {

@@ -7,72 +7,87 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use host_metrics::commands::demo::postgres::free_port;
 use host_metrics::sample::epoch::{Claim, Epochs};
 use host_metrics::sample::{self, Timestamp};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList, TopicPartitionListElem};
 
 use crate::agent::{Agent, Variables, run};
 use crate::case::Case;
+use crate::database::Database;
+#[cfg(target_os = "linux")]
+use crate::faults::with_clock;
 use crate::kafka::Kafka;
+use crate::kills::number;
 use crate::scratch::{self, wait_for};
 
-const GROUP: &str = "eu";
-const PARTITIONS: i32 = 4;
-const HOSTS: usize = 24;
-const SECOND: i64 = 1_000_000;
+pub const GROUP: &str = "eu";
+pub const PARTITIONS: i32 = 4;
+pub const HOSTS: usize = 24;
+pub const SECOND: i64 = 1_000_000;
 
 /// The bound for a session of 6 s and a takeover, on a busy machine.
-const WITHIN: Duration = Duration::from_secs(60);
+pub const WITHIN: Duration = Duration::from_secs(60);
 
-struct Fleet {
-    topic: String,
+pub struct Fleet {
+    pub topic: String,
+    group: String,
     hosts: PathBuf,
-    variables: Variables,
+    count: usize,
+    pub variables: Variables,
 }
 
 /// The content of a topic, without superseded records.
 #[derive(Debug, Default)]
-struct Judged {
+pub struct Judged {
     /// The ticks of each host, and whether each was missed because no producer had the host.
-    ticks: BTreeMap<String, Vec<(i64, bool)>>,
+    pub ticks: BTreeMap<String, Vec<(i64, bool)>>,
     /// As `partition/offset`, sorted by both.
-    valid: Vec<String>,
-    superseded: Vec<String>,
-    claims: usize,
+    pub valid: Vec<String>,
+    pub superseded: Vec<String>,
+    pub claims: usize,
 }
 
 impl Fleet {
     fn new(kafka: &Kafka, topic: &str) -> Self {
-        kafka.create_topic(topic, PARTITIONS);
+        Self::of(kafka, topic, GROUP, PARTITIONS, HOSTS)
+    }
+
+    pub fn of(kafka: &Kafka, topic: &str, group: &str, partitions: i32, count: usize) -> Self {
+        kafka.create_topic(topic, partitions);
         // No server listens there, so a check takes no time. The outcome does not matter.
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
         let hosts = scratch::directory("fleet").join("hosts");
-        let lines: Vec<String> = (0..HOSTS)
+        let lines: Vec<String> = (0..count)
             .map(|i| format!("http://{address}/{i} {}s\n", if i == 0 { 5 } else { 1 }))
             .collect();
         fs::write(&hosts, lines.concat()).unwrap();
         let variables = Variables::new()
             .kafka(&kafka.bootstrap_servers(), topic)
-            .with("PRODUCE_GROUP", GROUP)
+            .with("PRODUCE_GROUP", group)
             .with("LOG_LEVEL", "INFO");
         Self {
             topic: topic.to_owned(),
+            group: group.to_owned(),
             hosts,
+            count,
             variables,
         }
     }
 
-    fn start(&self) -> Agent {
+    pub fn start(&self) -> Agent {
         self.start_with(&self.variables)
     }
 
-    fn start_with(&self, variables: &Variables) -> Agent {
+    pub fn start_with(&self, variables: &Variables) -> Agent {
         Agent::start(&["produce", "-c", self.hosts.to_str().unwrap()], variables)
     }
 
-    fn judged(&self, kafka: &Kafka) -> Judged {
-        self.judged_of(kafka, GROUP)
+    pub fn judged(&self, kafka: &Kafka) -> Judged {
+        self.judged_of(kafka, &self.group)
     }
 
     /// The records of one place. Those of others are left out.
@@ -111,8 +126,8 @@ impl Fleet {
     }
 
     /// Waits until every host has a record of a tick after `since`.
-    fn wait_for_ticks_since(&self, kafka: &Kafka, since: i64, agents: &[&Agent]) {
-        self.wait_for_ticks_of(kafka, GROUP, since, agents);
+    pub fn wait_for_ticks_since(&self, kafka: &Kafka, since: i64, agents: &[&Agent]) {
+        self.wait_for_ticks_of(kafka, &self.group, since, agents);
     }
 
     fn wait_for_ticks_of(&self, kafka: &Kafka, place: &str, since: i64, agents: &[&Agent]) {
@@ -120,10 +135,13 @@ impl Fleet {
             WITHIN,
             "every host is checked",
             || {
+                if now_micros() < since {
+                    return None;
+                }
                 let ticks = self.judged_of(kafka, place).ticks;
                 let is_recent =
                     |ticks: &Vec<(i64, bool)>| ticks.iter().any(|(tick, missed)| *tick >= since && !missed);
-                (ticks.len() == HOSTS && ticks.values().all(is_recent)).then_some(())
+                (ticks.len() == self.count && ticks.values().all(is_recent)).then_some(())
             },
             || {
                 agents
@@ -138,7 +156,7 @@ impl Fleet {
 
 impl Judged {
     /// Verifies that each tick is there once and in order. Returns how many were missed since then: the most of one host, and all.
-    fn assert_whole(&self, since: i64) -> (usize, usize) {
+    pub fn assert_whole(&self, since: i64) -> (usize, usize) {
         let (mut most, mut all) = (0, 0);
         for (host, ticks) in &self.ticks {
             let interval = if host.ends_with("/0") { 5 } else { 1 } * SECOND;
@@ -157,9 +175,34 @@ impl Judged {
         }
         (most, all)
     }
+
+    /// Verifies that the consumer agrees, when it has stored everything. Stops it.
+    pub fn assert_stored(&self, fleet: &Fleet, db: &mut Database, consumer: Agent) {
+        let topic = &fleet.topic;
+        let all = self.valid.len() + self.superseded.len() + self.claims;
+        let ends = format!(
+            "SELECT coalesce(sum(next_offset), 0)::text FROM host_metrics_offsets WHERE topic = '{topic}'"
+        );
+        wait_for(
+            WITHIN,
+            "everything is stored",
+            || (db.one(&ends) == all.to_string()).then_some(()),
+            || consumer.stderr(),
+        );
+        consumer.stop();
+        let places = "SELECT concat(kafka_partition, '/', kafka_offset) FROM";
+        let order = "ORDER BY kafka_partition, kafka_offset";
+        assert_eq!(db.many(&format!("{places} host_metrics {order}")), self.valid);
+        let reason = format!("reason LIKE 'superseded by epoch % of {}'", fleet.group);
+        assert_eq!(
+            db.many(&format!("{places} host_metrics_rejected WHERE {reason} {order}")),
+            self.superseded
+        );
+        assert_eq!(db.count("host_metrics_rejected"), self.superseded.len() as i64);
+    }
 }
 
-fn now_micros() -> i64 {
+pub fn now_micros() -> i64 {
     host_metrics::clock::wall_micros()
 }
 
@@ -269,32 +312,7 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
     );
     assert_eq!(judged.ticks.len(), HOSTS);
 
-    // The consumer agrees, even if it is restarted.
-    let ends = format!(
-        "SELECT coalesce(sum(next_offset), 0)::text FROM host_metrics_offsets WHERE topic = '{}'",
-        case.name
-    );
-    let all = judged.valid.len() + judged.superseded.len() + judged.claims;
-    wait_for(
-        WITHIN,
-        "everything is stored",
-        || (case.db.one(&ends) == all.to_string()).then_some(()),
-        || consumer.stderr(),
-    );
-    consumer.stop();
-    let places = "SELECT concat(kafka_partition, '/', kafka_offset) FROM";
-    let order = "ORDER BY kafka_partition, kafka_offset";
-    assert_eq!(
-        case.db.many(&format!("{places} host_metrics {order}")),
-        judged.valid
-    );
-    let rejected =
-        format!("{places} host_metrics_rejected WHERE reason LIKE 'superseded by epoch % of eu' {order}");
-    assert_eq!(case.db.many(&rejected), judged.superseded);
-    assert_eq!(
-        case.db.count("host_metrics_rejected"),
-        judged.superseded.len() as i64
-    );
+    judged.assert_stored(&fleet, &mut case.db, consumer);
 
     // So does the audit, which asks Kafka about the offsets of the claims.
     let (status, said) = run(&["audit"], &case.variables());
@@ -306,61 +324,106 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
     assert!(said.contains("Passed: every record"), "{said}");
 }
 
+/// FLEET_AWAY_SECONDS=600 keeps Kafka away for ten minutes, for more producers and for more results than they can keep.
 #[test]
-fn checks_of_a_lone_producer_during_an_outage_of_kafka_count_once() {
+fn checks_during_an_outage_of_kafka_count_once() {
     let mut kafka = Kafka::start();
-    let fleet = Fleet::new(&kafka, "fleet_away");
-    let agent = fleet.start();
-    agent.wait_for_stderr("taken", WITHIN);
-    fleet.wait_for_ticks_since(&kafka, 0, &[&agent]);
+    let seconds = number("FLEET_AWAY_SECONDS");
+    // The topic and group, the number of hosts and of producers, and whether they are static members.
+    let mut cases = vec![("away_alone", HOSTS, 1, false), ("away_static", HOSTS, 3, true)];
+    if seconds.is_some() {
+        cases.extend([("away_dynamic", HOSTS, 3, false), ("away_full", 400, 1, false)]);
+    }
+    let start = |(name, hosts, members, are_static)| {
+        let fleet = Fleet::of(&kafka, name, name, PARTITIONS, hosts);
+        let variables = |member: i32| match are_static {
+            true => fleet.variables.clone().with("KAFKA_GROUP_INSTANCE_ID", member),
+            false => fleet.variables.clone(),
+        };
+        let agents: Vec<Agent> = (0..members)
+            .map(|member| fleet.start_with(&variables(member)))
+            .collect();
+        (fleet, agents)
+    };
+    let fleets: Vec<(Fleet, Vec<Agent>)> = cases.into_iter().map(start).collect();
+    for (fleet, agents) in &fleets {
+        fleet.wait_for_ticks_since(
+            &kafka,
+            now_micros() + 4 * SECOND,
+            &agents.iter().collect::<Vec<_>>(),
+        );
+    }
     let away_at = now_micros();
     kafka.kill();
-    // Longer than a session. The producer may notice that it is no longer a member only when Kafka is back.
-    wait_for(
-        2 * WITHIN,
-        "the session is over",
-        || {
-            let said = agent.stderr();
-            (said.contains("no member any more") || said.contains("produce ticks=")).then_some(())
-        },
-        || agent.stderr(),
-    );
+    // Longer than a session.
+    wait_until(away_at + seconds.unwrap_or(8) as i64 * SECOND);
     kafka.start_again();
-    fleet.wait_for_ticks_since(&kafka, now_micros() + 2 * SECOND, &[&agent]);
-    agent.stop();
-    let judged = fleet.judged(&kafka);
-    let (most, missed) = judged.assert_whole(away_at);
-    eprintln!(
-        "missed {missed}, per host at most {most}, claims {}",
-        judged.claims
-    );
-    assert_eq!(missed, 0, "everything was measured, or missed for want of CPU");
+    for (fleet, agents) in fleets {
+        fleet.wait_for_ticks_since(
+            &kafka,
+            now_micros() + 2 * SECOND,
+            &agents.iter().collect::<Vec<_>>(),
+        );
+        let is_full = agents
+            .iter()
+            .any(|agent| agent.stderr().contains("the buffer is full"));
+        let peak = agents.iter().map(Agent::peak_bytes).max().unwrap();
+        agents.into_iter().for_each(Agent::stop);
+        let judged = fleet.judged(&kafka);
+        let (most, missed) = judged.assert_whole(away_at);
+        eprintln!(
+            "{}: {} records, missed without a producer {missed}, per host at most {most}, superseded {}, claims {}, buffer full {is_full}, \
+             at most {} MB",
+            fleet.topic,
+            judged.valid.len(),
+            judged.superseded.len(),
+            judged.claims,
+            peak >> 20
+        );
+        if fleet.topic == "away_alone" {
+            assert_eq!(missed, 0, "everything was measured, or missed for want of CPU");
+        }
+    }
 }
 
+/// FLEET_MEMBERS=100 tries a hundred members for twelve partitions.
 #[test]
 fn two_groups_on_one_topic_are_two_places_and_members_without_a_share_wait() {
     let kafka = Kafka::shared();
-    let fleet = Fleet::new(kafka, "fleet_two_groups");
-    let members: Vec<Agent> = (0..3 * PARTITIONS).map(|_| fleet.start()).collect();
+    let (count, partitions) = match number("FLEET_MEMBERS") {
+        Some(count) => (count as usize, 12),
+        None => (12, PARTITIONS),
+    };
+    let fleet = Fleet::of(kafka, "fleet_two_groups", GROUP, partitions, HOSTS);
+    let mut members: Vec<Agent> = (1..count).map(|_| fleet.start()).collect();
     let other = fleet.start_with(&fleet.variables.clone().with("PRODUCE_GROUP", "us"));
-    wait_for(
-        WITHIN,
-        "four members have a share each",
-        || {
-            let logs: Vec<String> = members.iter().map(Agent::stderr).collect();
-            let says = |words: &str| {
-                let last = |log: &&String| {
-                    let mut group = log.lines().filter(|line| {
-                        line.contains("this producer has no share") || line.contains("shares=")
-                    });
-                    group.next_back().is_some_and(|line| line.contains(words))
-                };
-                logs.iter().filter(last).count()
-            };
-            (says("shares=1") == 4 && says("this producer has no share") == 8).then_some(())
-        },
-        || members.iter().map(Agent::stderr).collect(),
-    );
+    // Whether the last line about the group has these words.
+    let says = |member: &Agent, words: &str| {
+        let log = member.stderr();
+        let mut group = log
+            .lines()
+            .filter(|line| line.contains("this producer has no share") || line.contains("shares="));
+        group.next_back().is_some_and(|line| line.contains(words))
+    };
+    let (one, none) = ("shares=1", "this producer has no share");
+    let wait_for_owners = |members: &[Agent]| {
+        wait_for(
+            2 * WITHIN,
+            "as many members as partitions have a share each",
+            || {
+                let count = |words| members.iter().filter(|member| says(member, words)).count();
+                let owners = partitions as usize;
+                (count(one) == owners && count(none) == members.len() - owners).then_some(())
+            },
+            || members.iter().map(Agent::stderr).collect(),
+        );
+    };
+    wait_for_owners(&members);
+    // One more is ready to take over a share.
+    let metrics = Variables::new().with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()));
+    members.push(fleet.start_with(&fleet.variables.and(&metrics)));
+    wait_for_owners(&members);
+    assert_eq!(run(&["health"], &metrics), (0, "ready\n".to_owned()));
     let shared_at = now_micros();
     // A run of `--once` checks all hosts beside them.
     let once = Agent::start(
@@ -373,6 +436,15 @@ fn two_groups_on_one_topic_are_two_places_and_members_without_a_share_wait() {
     for place in [GROUP, "us"] {
         fleet.wait_for_ticks_of(kafka, place, shared_at + 3 * SECOND, &agents);
     }
+    // When owners are killed, members without a share get theirs.
+    let killed_at = now_micros();
+    for _ in 0..2 {
+        let owner = members.iter().position(|member| says(member, one)).unwrap();
+        members.remove(owner).kill();
+    }
+    wait_for_owners(&members);
+    let agents: Vec<&Agent> = members.iter().collect();
+    fleet.wait_for_ticks_of(kafka, GROUP, killed_at + 8 * SECOND, &agents);
     // All at once: those without a share first.
     members.iter().for_each(|member| member.signal("TERM"));
     for mut member in members {
@@ -386,10 +458,147 @@ fn two_groups_on_one_topic_are_two_places_and_members_without_a_share_wait() {
     other.stop();
     for place in [GROUP, "us"] {
         let judged = fleet.judged_of(kafka, place);
-        judged.assert_whole(0);
+        let (most, missed) = judged.assert_whole(0);
+        eprintln!(
+            "{place}: missed {missed}, per host at most {most}, claims {}",
+            judged.claims
+        );
         assert_eq!(judged.ticks.len(), HOSTS, "{place}");
     }
     assert_eq!(fleet.judged_of(kafka, "once").valid.len(), HOSTS);
+}
+
+#[test]
+fn a_producer_reports_another_program_in_its_group_and_goes_on_without_a_wrong_tick() {
+    let kafka = Kafka::shared();
+    let group = "fleet_strangers";
+    let fleet = Fleet::of(kafka, group, group, PARTITIONS, HOSTS);
+    let stranger = |strategy: &str| {
+        let consumer: BaseConsumer = kafka
+            .client()
+            .set("group.id", group)
+            .set("partition.assignment.strategy", strategy)
+            .set("session.timeout.ms", "6000")
+            .set("enable.auto.commit", "false")
+            .create()
+            .unwrap();
+        consumer.subscribe(&[&fleet.topic]).unwrap();
+        consumer
+    };
+    let wait_for_partitions = |consumer: &BaseConsumer, agents: &[&Agent]| {
+        wait_for(
+            WITHIN,
+            "the other program has partitions",
+            || {
+                let _ = consumer.poll(Duration::from_millis(100));
+                let assigned = consumer.assignment().unwrap();
+                // The list itself must not outlive the consumer.
+                let of = |element: &TopicPartitionListElem<'_>| element.partition();
+                let partitions: Vec<i32> = assigned.elements().iter().map(of).collect();
+                (!partitions.is_empty()).then_some(partitions)
+            },
+            || agents.iter().map(|agent| agent.stderr()).collect(),
+        )
+    };
+    // Its way of assigning partitions is another one.
+    let first = stranger("range");
+    wait_for_partitions(&first, &[]);
+    let agent = fleet.start();
+    agent.wait_for_stderr("another program", WITHIN);
+    drop(first);
+    fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
+
+    // It assigns partitions in the same way, and commits offsets.
+    let second = stranger("cooperative-sticky");
+    let theirs = wait_for_partitions(&second, &[&agent]);
+    let mut offsets = TopicPartitionList::new();
+    for partition in theirs {
+        let mut commit = offsets.add_partition(&fleet.topic, partition);
+        commit.set_offset(Offset::Offset(1)).unwrap();
+        commit.set_metadata("not a ledger");
+    }
+    second.commit(&offsets, CommitMode::Sync).unwrap();
+    drop((second, offsets));
+    agent.wait_for_stderr("cannot be taken", WITHIN);
+    let said = agent.stderr();
+    assert!(said.contains("delete the offsets of the group"), "{said}");
+    agent.stop();
+    wait_for(
+        WITHIN,
+        "the group is empty",
+        || kafka.members(group).is_empty().then_some(()),
+        String::new,
+    );
+    kafka.delete_group(group);
+    let agent = fleet.start();
+    fleet.wait_for_ticks_since(kafka, now_micros() + 2 * SECOND, &[&agent]);
+    agent.stop();
+    let judged = fleet.judged(kafka);
+    judged.assert_whole(0);
+    assert_eq!(judged.superseded, [""; 0]);
+}
+
+#[test]
+fn a_lone_producer_with_one_partition_lets_its_checks_end() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::of(kafka, "fleet_one_partition", "fleet_one_partition", 1, 3);
+    // It accepts connections and never answers, so that a check is nearly always under way.
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = silent.local_addr().unwrap();
+    let lines = (1..4).map(|i| format!("http://{address}/{i} 1s timeout=900ms\n"));
+    fs::write(&fleet.hosts, lines.collect::<String>()).unwrap();
+    let agent = fleet.start();
+    fleet.wait_for_ticks_since(kafka, now_micros() + SECOND, &[&agent]);
+    let stopped_at = now_micros();
+    agent.stop();
+    let judged = fleet.judged(kafka);
+    for (host, ticks) in &judged.ticks {
+        let (last, _) = ticks.last().unwrap();
+        assert!(*last > stopped_at - SECOND, "{host}: a check was cut off");
+    }
+    let agent = fleet.start();
+    fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
+    agent.stop();
+    fleet.judged(kafka).assert_whole(0);
+}
+
+/// A minute or two is the most that an operator overlooks.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_producer_whose_clock_is_two_minutes_wrong_doubles_no_tick_and_leaves_none_out() {
+    let kafka = Kafka::shared();
+    for (topic, ahead) in [("fleet_clock_ahead", 120), ("fleet_clock_behind", -120)] {
+        let fleet = Fleet::of(kafka, topic, topic, PARTITIONS, HOSTS);
+        let right = fleet.start();
+        fleet.wait_for_ticks_since(kafka, now_micros() + SECOND, &[&right]);
+        let wrong = fleet.start_with(&with_clock(&fleet.variables, ahead));
+        wrong.wait_for_stderr("shares=2", WITHIN);
+        let wrong_since = now_micros();
+        wait_until(wrong_since + 4 * SECOND);
+        let newest = |judged: &Judged| {
+            judged
+                .ticks
+                .values()
+                .filter_map(|ticks| ticks.last())
+                .map(|tick| tick.0)
+                .max()
+        };
+        if ahead > 0 {
+            assert!(newest(&fleet.judged(kafka)) > Some(now_micros() + 100 * SECOND));
+        }
+        // The other one gets all shares, at which it has another time.
+        wrong.stop();
+        right.wait_for_stderr("shares=4", WITHIN);
+        wait_until(now_micros() + 3 * SECOND);
+        if let Some(seconds) = number("SOAK_SECONDS") {
+            assert!(seconds >= 300, "two minutes for each clock");
+            fleet.wait_for_ticks_since(kafka, wrong_since + 130 * SECOND, &[&right]);
+        }
+        right.stop();
+        let judged = fleet.judged(kafka);
+        assert_eq!(judged.ticks.len(), HOSTS);
+        judged.assert_whole(0);
+    }
 }
 
 #[test]
@@ -526,7 +735,7 @@ fn hosts_and_partitions_that_change_while_members_are_stopped_at_random_double_n
 #[test]
 fn a_member_without_rights_says_which_one_is_missing() {
     use crate::kafka::Listener;
-    let port = host_metrics::commands::demo::postgres::free_port().unwrap();
+    let port = free_port().unwrap();
     let plain = r#"org.apache.kafka.common.security.plain.PlainLoginModule required username="a" password="a" user_p="secret";"#;
     let listener = Listener {
         name: "PASSWORD",
@@ -571,9 +780,10 @@ fn a_member_without_rights_says_which_one_is_missing() {
 }
 
 /// For a moment that has to pass, because nothing shows that it is over.
-fn wait_until(at: i64) {
+pub fn wait_until(at: i64) {
+    let left = u64::try_from(at - now_micros()).unwrap_or(0);
     wait_for(
-        WITHIN,
+        WITHIN + Duration::from_micros(left),
         "time passes",
         || (now_micros() >= at).then_some(()),
         String::new,

@@ -249,7 +249,7 @@ fn every_acknowledged_record_is_stored_exactly_once_although_every_process_is_ki
     assert_eq!(status, 0, "{said}; {context}");
 }
 
-fn number(variable: &str) -> Option<u64> {
+pub fn number(variable: &str) -> Option<u64> {
     let text = std::env::var_os(variable)?;
     let number = text.to_str().and_then(|text| text.parse().ok());
     Some(number.unwrap_or_else(|| panic!("{variable}: a whole number")))

@@ -15,6 +15,7 @@ mod docs;
 mod existing_tables;
 mod faults;
 mod fleet;
+mod fleet_kills;
 mod harness;
 mod hosts;
 mod init;
