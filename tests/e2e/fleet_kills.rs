@@ -377,12 +377,11 @@ fn freeze(kafka: &Kafka, fleet: &Fleet, servers: &str, trap: &Trap, when: While,
     victim.signal("CONT");
     trap.change(|state| state.is_over = true);
     fleet.wait_for_ticks_since(kafka, now_micros() + 4 * SECOND, &[&victim, &other]);
-    if when == While::Stopping {
-        // Its time is over, so it may end with records that Kafka never acknowledged.
-        victim.wait(WITHIN);
-    } else {
-        victim.stop();
+    // It may end with records that Kafka never acknowledged: the stop may come before it is a member again.
+    if when != While::Stopping {
+        victim.signal("TERM");
     }
+    victim.wait(WITHIN);
     other.stop();
     fleet.judged(kafka).assert_whole(0);
 }
