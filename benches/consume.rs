@@ -33,21 +33,48 @@ mod median;
 #[path = "../tests/e2e/scratch.rs"]
 mod scratch;
 
-/// DB_BATCH_SIZE, and the number of records, enough for a few seconds.
+/// DB_BATCH_SIZE, and the number of records, enough for some seconds.
 const CASES: [(usize, u32); 5] = [
     (1, 5_000),
     (10, 50_000),
     (100, 500_000),
     (1_000, 500_000),
-    (10_000, 2_000_000),
+    (10_000, 5_000_000),
 ];
 
-/// What is measured with each DB_BATCH_SIZE: its name, STATE and DB_SYNCHRONOUS_COMMIT.
-const VARIANTS: [(&str, &str, &str); 3] = [
-    ("", "off", "on"),
-    (" + state", "on", "on"),
-    (" async", "off", "off"),
+/// What is measured with each DB_BATCH_SIZE.
+const VARIANTS: [Variant; 3] = [
+    Variant::new("", "off", "on"),
+    Variant::new(" + state", "on", "on"),
+    Variant::new(" async", "off", "off"),
 ];
+
+/// The state's pipeline alone, after the rows are drained. Its batches do not depend on DB_BATCH_SIZE.
+const STATE_ALONE: Variant = Variant {
+    is_after_rows: true,
+    ..Variant::new("state alone", "on", "on")
+};
+
+#[derive(Clone, Copy)]
+struct Variant {
+    name: &'static str,
+    /// STATE
+    state: &'static str,
+    /// DB_SYNCHRONOUS_COMMIT
+    commit: &'static str,
+    is_after_rows: bool,
+}
+
+impl Variant {
+    const fn new(name: &'static str, state: &'static str, commit: &'static str) -> Self {
+        Self {
+            name,
+            state,
+            commit,
+            is_after_rows: false,
+        }
+    }
+}
 
 /// The case whose rows `\copy` writes too.
 const COPIED: (usize, u32) = CASES[CASES.len() - 1];
@@ -76,6 +103,7 @@ fn main() {
 
     let mut copies = [Vec::new(), Vec::new()];
     let mut drains = vec![[const { Vec::new() }; VARIANTS.len()]; cases.len()];
+    let mut state_alone = Vec::new();
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}");
         for (copies, file) in copies.iter_mut().zip(&files) {
@@ -86,6 +114,7 @@ fn main() {
                 drains.push(bench.drain(*case, variant, |_| ()));
             }
         }
+        state_alone.push(bench.drain(COPIED, STATE_ALONE, |_| ()));
     }
 
     println!(
@@ -95,10 +124,11 @@ fn main() {
     report("\\copy text", text, text, binary);
     report("\\copy binary", binary, text, binary);
     for (drains, (batch_size, _)) in drains.iter().zip(&cases) {
-        for (drains, (name, ..)) in drains.iter().zip(VARIANTS) {
-            report(&format!("{batch_size}{name}"), drains, text, binary);
+        for (drains, variant) in drains.iter().zip(VARIANTS) {
+            report(&format!("{batch_size}{}", variant.name), drains, text, binary);
         }
     }
+    report(STATE_ALONE.name, &state_alone, text, binary);
 }
 
 /// The result of one way to write the rows.
@@ -258,16 +288,34 @@ impl Bench {
         files
     }
 
-    /// Lets the program drain the topic into a new table. With STATE=on, the state's pipeline runs too, and its CPU time is
-    /// included.
-    fn drain(
-        &self,
-        (batch_size, records): (usize, u32),
-        (_, state, commit): (&str, &str, &str),
-        look: impl FnOnce(&str),
-    ) -> Measured {
+    /// Lets the program drain the topic into a new table.
+    fn drain(&self, case: (usize, u32), variant: Variant, look: impl FnOnce(&str)) -> Measured {
         let schema = "drained";
         let mut client = self.new_tables(schema);
+        let group = format!("bench-{}", fastrand::u64(..));
+        if variant.is_after_rows {
+            self.run(&mut client, schema, &group, case, VARIANTS[0]);
+        }
+        let measured = self.run(&mut client, schema, &group, case, variant);
+        let stored: i64 = client
+            .query_one(&format!("SELECT count(*) FROM {schema}.host_metrics"), &[])
+            .unwrap()
+            .get(0);
+        assert_eq!(stored, i64::from(case.1), "rows of {} records", case.1);
+        look(schema);
+        measured
+    }
+
+    /// Runs the program until the rows are durable, or until the state is, if the rows were before. The CPU time is that of the
+    /// whole process.
+    fn run(
+        &self,
+        client: &mut Client,
+        schema: &str,
+        group: &str,
+        (batch_size, records): (usize, u32),
+        variant: Variant,
+    ) -> Measured {
         let directory = scratch::directory("consume");
         let log = directory.join("log");
         let mut command = Command::new(env!("CARGO_BIN_EXE_host-metrics"));
@@ -276,24 +324,25 @@ impl Bench {
             .env_clear()
             .env("KAFKA_BOOTSTRAP_SERVERS", self.kafka.bootstrap_servers())
             .env("KAFKA_TOPIC", topic(records))
-            .env("KAFKA_GROUP_ID", format!("bench-{}", fastrand::u64(..)))
+            .env("KAFKA_GROUP_ID", group)
             .env("DB_HOST", self.server.host())
             .env("DB_PORT", self.server.port().to_string())
             .env("DB_USER", self.server.superuser())
             .env("DB_NAME", self.server.database())
             .env("DB_TABLE", format!("{schema}.host_metrics"))
             .env("DB_BATCH_SIZE", batch_size.to_string())
-            .env("STATE", state)
-            .env("DB_SYNCHRONOUS_COMMIT", commit)
+            .env("STATE", variant.state)
+            .env("DB_SYNCHRONOUS_COMMIT", variant.commit)
             .current_dir(directory)
             .stdin(Stdio::null())
             .stderr(File::create(&log).unwrap());
         let mut agent = Process::start(&mut command);
 
+        let pipeline = if variant.is_after_rows { "-state" } else { "" };
         let durable = client
             .prepare(&format!(
                 "SELECT coalesce(sum(next_offset), 0)::bigint FROM {schema}.host_metrics_offsets \
-                 WHERE group_id NOT LIKE '%-state'"
+                 WHERE group_id = '{group}{pipeline}'"
             ))
             .unwrap();
         let mut wait_until_durable = |least: i64| {
@@ -332,12 +381,6 @@ impl Bench {
         agent.signal("TERM");
         let ended = wait_for(PATIENCE, "it stops", || agent.exited(), || scratch::text(&log));
         assert!(ended.success(), "{}", scratch::text(&log));
-        let stored: i64 = client
-            .query_one(&format!("SELECT count(*) FROM {schema}.host_metrics"), &[])
-            .unwrap()
-            .get(0);
-        assert_eq!(stored, i64::from(records), "rows of {records} records");
-        look(schema);
         measured
     }
 

@@ -2,7 +2,7 @@
 //! every record is stored exactly once.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -501,17 +501,21 @@ fn what_a_crash_of_postgres_undoes_is_read_again_without_a_new_record() {
         .with("DB_BATCH_SECONDS", "0.1")
         .with("DB_SYNCHRONOUS_COMMIT", "off");
     let consumer = Agent::start(&["consume"], &variables);
-    let (mut written, mut undone) = (0, 0);
-    // A commit that waits can come between the rows and the crash.
-    while undone == 0 {
-        assert!(written < 400, "no crash has undone a commit");
-        write(kafka, "undone", written as i32 / 20 % 2, written..written + 20);
-        written += 20;
-        table::wait_for_stored(&mut table::connect(&server), written as usize, SOON, &consumer);
-        server.restart_immediately().unwrap();
-        let mut client = table::connect(&server);
-        undone = written - table::stored(&mut client);
-        table::wait_for_stored(&mut client, written as usize, SOON, &consumer);
+    let mut written = 0;
+    for crash in [Crash::OfTheServer, Crash::OfTheMachine] {
+        let mut undone = 0;
+        // A commit that waits can come between the rows and the crash.
+        while undone == 0 {
+            assert!(written < 800, "no crash has undone a commit");
+            write(kafka, "undone", written as i32 / 20 % 2, written..written + 20);
+            written += 20;
+            table::wait_for_stored(&mut table::connect(&server), written as usize, SOON, &consumer);
+            crash.happen(&server, &consumer);
+            let mut client = table::connect(&server);
+            undone = written - table::stored(&mut client);
+            consumer.signal("CONT");
+            table::wait_for_stored(&mut client, written as usize, SOON, &consumer);
+        }
     }
     consumer.stop();
     let records = kafka.records("undone");
@@ -519,4 +523,39 @@ fn what_a_crash_of_postgres_undoes_is_read_again_without_a_new_record() {
     let different = "SELECT count(DISTINCT (kafka_partition, kafka_offset)) FROM host_metrics";
     assert_eq!(table::count(&mut client, different), written);
     table::assert_positions(&mut client, kafka, "undone", "undone", &records);
+}
+
+#[derive(Clone, Copy)]
+enum Crash {
+    /// Loses what the server has not passed on to the operating system.
+    OfTheServer,
+    /// Also loses the log that the operating system has not written to the disk.
+    OfTheMachine,
+}
+
+impl Crash {
+    /// Afterwards the server runs again, and the consumer is frozen, so it has not yet reacted.
+    fn happen(self, server: &ThrowAwayPostgres, consumer: &Agent) {
+        consumer.signal("STOP");
+        let on_disk = "SELECT f.file_name, f.file_offset FROM pg_walfile_name_offset(pg_current_wal_flush_lsn()) f";
+        let row = table::connect(server).query_one(on_disk, &[]).unwrap();
+        let (segment, offset): (String, i32) = (row.get(0), row.get(1));
+        server.stop_immediately().unwrap();
+        if matches!(self, Self::OfTheMachine) {
+            for entry in fs::read_dir(server.data_dir().join("pg_wal")).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_str().unwrap();
+                if name.len() != segment.len() || *name < *segment {
+                    continue;
+                }
+                let file = File::options().write(true).open(&path).unwrap();
+                let size = file.metadata().unwrap().len();
+                let from = if name == segment { offset as u64 } else { 0 };
+                file.set_len(from).unwrap();
+                // The rest reads as zeros.
+                file.set_len(size).unwrap();
+            }
+        }
+        server.start_again().unwrap();
+    }
 }
