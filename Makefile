@@ -34,8 +34,11 @@ unit: ## the unit tests; ARGS=schedule runs those with that name
 e2e: setup ## the tests with a real Kafka and a real Postgres, which they start; ARGS=poison:: runs some of them
 	cargo test --locked --test e2e -- $(ARGS)
 
+# The tests that need no server mostly wait, so more of them run at once.
 test: setup lint ## all checks and tests
-	cargo test --locked
+	RUST_TEST_THREADS=4 cargo test --locked --lib --bins --test it
+	cargo test --locked --doc
+	cargo test --locked --test e2e
 
 pictures: setup ## make the pictures of the README, and others in target/pictures, from a pipeline that really ran
 	PICTURES="$$PWD/target/pictures" cargo test --locked --test e2e -- page::a_browser docs::a_check
