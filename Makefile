@@ -37,7 +37,6 @@ e2e: setup ## the tests with a real Kafka and a real Postgres, which they start;
 # The tests that need no server mostly wait, so more of them run at once.
 test: setup lint ## all checks and tests
 	RUST_TEST_THREADS=4 cargo test --locked --lib --bins --test it
-	cargo test --locked --doc
 	cargo test --locked --test e2e
 
 pictures: setup ## make the pictures of the README, and others in target/pictures, from a pipeline that really ran
