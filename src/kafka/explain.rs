@@ -205,6 +205,7 @@ pub fn names_a_cause(reason: &str) -> bool {
         "brokers are down",
         "Disconnected",
         "Connection reset",
+        "Broken pipe",
         "Broker transport failure",
         "Timed out",
         NOT_ACCEPTED,
@@ -453,6 +454,22 @@ mod tests {
         ] {
             assert!(explained(reason).contains(expected), "{}", explained(reason));
         }
+    }
+
+    #[test]
+    fn a_connection_that_ends_is_no_cause_of_its_own() {
+        for end in [
+            "Disconnected: SSL connection closed by peer",
+            "Send failed: SSL transport error: Broken pipe",
+        ] {
+            assert!(
+                !names_a_cause(&format!("ssl://a:1/bootstrap: {end} (after 0ms in state UP)")),
+                "{end}"
+            );
+        }
+        assert!(names_a_cause(
+            "sasl_ssl://a:1/bootstrap: SASL authentication error: Authentication failed"
+        ));
     }
 
     #[test]

@@ -537,7 +537,8 @@ impl Crash {
     /// Afterwards the server runs again, and the consumer is frozen, so it has not yet reacted.
     fn happen(self, server: &ThrowAwayPostgres, consumer: &Agent) {
         consumer.signal("STOP");
-        let on_disk = "SELECT f.file_name, f.file_offset FROM pg_walfile_name_offset(pg_current_wal_flush_lsn()) f";
+        let on_disk =
+            "SELECT f.file_name, f.file_offset FROM pg_walfile_name_offset(pg_current_wal_flush_lsn()) f";
         let row = table::connect(server).query_one(on_disk, &[]).unwrap();
         let (segment, offset): (String, i32) = (row.get(0), row.get(1));
         server.stop_immediately().unwrap();
