@@ -445,15 +445,15 @@ fn two_groups_on_one_topic_are_two_places_and_members_without_a_share_wait() {
     wait_for_owners(&members);
     let agents: Vec<&Agent> = members.iter().collect();
     fleet.wait_for_ticks_of(kafka, GROUP, killed_at + 8 * SECOND, &agents);
-    // All at once: those without a share first.
-    members.iter().for_each(|member| member.signal("TERM"));
-    for mut member in members {
-        assert_eq!(
-            member.wait(crate::agent::STOP_WITHIN).code(),
-            Some(0),
-            "{}",
-            member.stderr()
-        );
+    // Those without a share first, all at once.
+    let (owners, waiting): (Vec<Agent>, Vec<Agent>) =
+        members.into_iter().partition(|member| says(member, one));
+    for members in [waiting, owners] {
+        members.iter().for_each(|member| member.signal("TERM"));
+        for mut member in members {
+            let code = member.wait(crate::agent::STOP_WITHIN).code();
+            assert_eq!(code, Some(0), "{}", member.stderr());
+        }
     }
     other.stop();
     for place in [GROUP, "us"] {
