@@ -70,11 +70,6 @@ fn main() {
             connect(&server).simple_query(&sql).expect("a view answers");
         });
     }
-    // With many days, Postgres would compile this query for longer than it runs.
-    report("latest, no JIT", || {
-        let sql = "SET jit = off; SELECT * FROM host_metrics_latest";
-        connect(&server).simple_query(sql).expect("the view answers");
-    });
     let kafka = MockCluster::new(1).expect("a broker");
     kafka.create_topic("host-metrics", 1, 1).expect("a topic");
     let settings = config::status(&variables(&server, &kafka.bootstrap_servers())).expect("these are right");
