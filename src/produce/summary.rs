@@ -81,7 +81,7 @@ impl Summary {
             return;
         }
         self.no_room_count = count;
-        if self.no_room_line.is_due(now) {
+        if self.no_room_line.take_turn(now) {
             log::error!(
                 "Kafka takes no records, and the buffer is full with {} of them: until Kafka takes them, hosts are not \
                  checked and their ticks ({count} so far) are recorded as missed",
@@ -114,7 +114,7 @@ struct OnceAMinute {
 }
 
 impl OnceAMinute {
-    fn is_due(&mut self, now: i64) -> bool {
+    fn take_turn(&mut self, now: i64) -> bool {
         let is_due = now >= self.not_before;
         if is_due {
             self.not_before = now + micros(SUMMARY_EVERY);
@@ -138,7 +138,7 @@ impl AgentErrors {
     }
 
     fn log_if_due(&mut self, now: i64) {
-        if self.count > 0 && self.line.is_due(now) {
+        if self.count > 0 && self.line.take_turn(now) {
             self.log();
         }
     }

@@ -342,7 +342,7 @@ impl Connection {
                 Ok(0) if left.is_empty() => return Ok(true),
                 Ok(count) => left = &left[count..],
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if self.is_answered()? {
+                    if self.look_for_response()? {
                         return Ok(false);
                     }
                 }
@@ -354,7 +354,7 @@ impl Connection {
     }
 
     /// Whether the final response has begun, or the server has closed the connection. There is something to read.
-    fn is_answered(&mut self) -> Result<bool, ureq::Error> {
+    fn look_for_response(&mut self) -> Result<bool, ureq::Error> {
         if let Stream::Tls(stream) = &mut self.stream
             && !read_records(stream).map_err(CheckFault::Io)?
         {

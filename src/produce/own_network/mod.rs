@@ -80,7 +80,7 @@ impl OwnNetwork {
             ip: observation.ip.or_else(literal),
             is_dns: matches!(observation.outcome, Outcome::DnsTimeout | Outcome::DnsError),
         };
-        if !shared.is_ours(&failure) {
+        if !shared.find_out_if_ours(&failure) {
             return observation;
         }
         let error = observation.error.as_deref().unwrap_or_default();
@@ -119,7 +119,7 @@ impl Shared {
     }
 
     /// Waits until the cause is known.
-    fn is_ours(self: &Arc<Self>, failure: &Failure) -> bool {
+    fn find_out_if_ours(self: &Arc<Self>, failure: &Failure) -> bool {
         let routes = ask::routes();
         let mut judge = self.judge();
         loop {
