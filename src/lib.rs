@@ -3,6 +3,8 @@
 //! ARCHITECTURE.md has the map. The program is `main.rs`; this library exists so that tests, benchmarks and fuzz targets can use the
 //! parts.
 
+#![cfg_attr(not(test), warn(clippy::too_many_lines))]
+
 pub mod check;
 pub mod cli;
 pub mod clock;

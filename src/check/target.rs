@@ -252,6 +252,7 @@ impl Target {
 
 /// Writes the target as a line of the host file.
 impl fmt::Display for Target {
+    #[expect(clippy::too_many_lines, reason = "a line or two for each option")]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.address, duration::text(self.interval))?;
         if let Some(timeout) = self.timeout {

@@ -83,19 +83,7 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
             Wake::Due => {}
         }
         let begun = instant_now();
-        // A database that does not answer must not delay a stop.
-        let stop = async {
-            while !shutdown.requested() {
-                woken.notified().await;
-            }
-        };
-        let read = async {
-            match select(pin!(reader.read()), pin!(stop)).await {
-                Either::Left((read, _)) => Some(read),
-                Either::Right(_) => None,
-            }
-        };
-        let Some(read) = runtime.block_on(read) else {
+        let Some(read) = runtime.block_on(read_unless_stopped(&mut reader, shutdown, &woken)) else {
             return Ok(());
         };
         match read {
@@ -131,6 +119,23 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
         // A slow round leaves the database and this machine as much time as it took.
         let pause = if last.is_some() { ROUND } else { FIRST_ROUND };
         next = (begun + pause).max(instant_now() + begun.elapsed());
+    }
+}
+
+/// A database that does not answer must not delay a stop.
+async fn read_unless_stopped(
+    reader: &mut Reader,
+    shutdown: &Shutdown,
+    woken: &Notify,
+) -> Option<Result<Snapshot, postgres::Fault>> {
+    let stop = async {
+        while !shutdown.requested() {
+            woken.notified().await;
+        }
+    };
+    match select(pin!(reader.read()), pin!(stop)).await {
+        Either::Left((read, _)) => Some(read),
+        Either::Right(_) => None,
     }
 }
 

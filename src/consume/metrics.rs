@@ -7,6 +7,7 @@ use crate::http::Watched;
 use crate::http::metrics::{Labels, Page};
 
 impl Watched for Counters {
+    #[expect(clippy::too_many_lines, reason = "a line for each metric")]
     fn page(&self) -> Page {
         let counts = &*self.0;
         let mut page = Page::default();

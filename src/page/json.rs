@@ -91,6 +91,7 @@ fn uptime(counts: Counts, verdict_share: Option<f64>) -> Uptime {
     }
 }
 
+#[expect(clippy::too_many_lines, reason = "a line for each field")]
 pub fn render(view: &View<'_>) -> String {
     let now = view.snapshot.taken_at;
     let time = |micros: Option<i64>| micros.map(machine_time);

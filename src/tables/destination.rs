@@ -191,18 +191,33 @@ pub async fn destination(
     })?;
     let written = layout.column_names();
     let is_written = |column: &CatalogueColumn| written.contains(&column.column.name.as_str());
-    for column in &columns {
-        let name = &column.column.name;
-        if column.needs_value && !is_written(column) {
-            problems.push(format!(
-                "column {name} of {main} is NOT NULL without a default, and no field of a record fills it: give it a \
-                 default, or allow null"
-            ));
-        }
-    }
+    let unfilled = columns.iter().filter(|c| c.needs_value && !is_written(c));
+    problems.extend(unfilled.map(|column| {
+        format!(
+            "column {} of {main} is NOT NULL without a default, and no field of a record fills it: give it a default, \
+             or allow null",
+            column.column.name
+        )
+    }));
     if columns.iter().any(|c| is_written(c) && !c.may_insert) {
         problems.push(grant(found, Object::Main, &["INSERT"], user));
     }
+    problems.extend(problems_of_other_tables(session, found, user).await?);
+    if !problems.is_empty() {
+        return Err(Fault::operator(problems.join("; ")));
+    }
+    Ok(Destination {
+        layout,
+        is_ours: found.partitioned_main().is_some(),
+    })
+}
+
+async fn problems_of_other_tables(
+    session: &Session,
+    found: &ExistingObjects,
+    user: &str,
+) -> Result<Vec<String>, Fault> {
+    let mut problems = Vec::new();
     for (object, rights) in [
         (Object::Offsets, &["SELECT", "INSERT", "UPDATE"][..]),
         (Object::Rejected, &["INSERT"][..]),
@@ -218,13 +233,7 @@ pub async fn destination(
             )),
         }
     }
-    if !problems.is_empty() {
-        return Err(Fault::operator(problems.join("; ")));
-    }
-    Ok(Destination {
-        layout,
-        is_ours: found.partitioned_main().is_some(),
-    })
+    Ok(problems)
 }
 
 fn grant(found: &ExistingObjects, object: Object, rights: &[&str], user: &str) -> String {

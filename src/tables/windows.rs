@@ -108,6 +108,7 @@ fn buckets(table: &TableName, window: usize) -> String {
 
 /// Brings a window (an index of [`WINDOWS`]) of all hosts and places up to date. Rows that stay the same are not written. A lock
 /// keeps two consumers from doing it at the same time.
+#[expect(clippy::too_many_lines, reason = "one statement of SQL")]
 pub fn refresh(table: &TableName, window: usize) -> String {
     let name = |object: Object| table.quoted(object.suffix());
     let (series, incidents, windows) = (

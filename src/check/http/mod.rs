@@ -228,19 +228,9 @@ impl Checker {
         let mut followed = 0;
         loop {
             let began_at = instant_now();
-            let response = self.send(target, &request).map_err(|error| {
-                let progress = self.progress.lock();
-                let time_given = progress.deadline.saturating_duration_since(began_at);
-                let (outcome, text) = match classify(&error, &progress) {
-                    (Outcome::DnsTimeout | Outcome::ConnectTimeout | Outcome::TlsTimeout, _)
-                        if followed > 0 && time_given < LEAST_HOP_TIME =>
-                    {
-                        (Outcome::ResponseTimeout, "there was no response in time".into())
-                    }
-                    named => named,
-                };
-                Failure::Exchange(outcome, text + &after_redirects(followed))
-            })?;
+            let response = self
+                .send(target, &request)
+                .map_err(|error| self.failed_exchange(&error, began_at, followed))?;
             observation.redirects = Some(followed);
             let status = response.status().as_u16();
             if let Some(details) = &mut self.progress.lock().details {
@@ -290,6 +280,20 @@ impl Checker {
             observation.status_code = Some(status);
             return Err(failure);
         }
+    }
+
+    fn failed_exchange(&self, error: &ureq::Error, began_at: Instant, followed: u32) -> Failure {
+        let progress = self.progress.lock();
+        let time_given = progress.deadline.saturating_duration_since(began_at);
+        let (outcome, text) = match classify(error, &progress) {
+            (Outcome::DnsTimeout | Outcome::ConnectTimeout | Outcome::TlsTimeout, _)
+                if followed > 0 && time_given < LEAST_HOP_TIME =>
+            {
+                (Outcome::ResponseTimeout, "there was no response in time".into())
+            }
+            named => named,
+        };
+        Failure::Exchange(outcome, text + &after_redirects(followed))
     }
 
     /// One request over one connection, up to the response's headers.
@@ -395,26 +399,29 @@ impl Checker {
                 return Some(self.unread_body(fault));
             }
         };
-        let by_regex = search.as_mut().and_then(|search| {
-            let matched = search.finish();
-            observation.regex_matched = Some(matched);
-            match (matched, target.regex_absent, end) {
-                (true, true, _) => Some((Outcome::RegexMismatch, "the regex is in the body".into())),
-                (true, false, _) | (false, true, BodyEnd::Complete) => None,
-                (false, false, BodyEnd::Complete) => {
-                    Some((Outcome::RegexMismatch, "the regex is not in the body".into()))
-                }
-                (false, _, BodyEnd::Beyond) => Some((
-                    Outcome::BodyTooLarge,
-                    format!(
-                        "the regex is not in the first {} bytes of the body",
-                        self.max_body_bytes
-                    ),
-                )),
-            }
-        });
+        observation.regex_matched = search.as_mut().map(Search::finish);
         self.search = search;
+        let by_regex = observation
+            .regex_matched
+            .and_then(|matched| self.judge_regex(target, matched, end));
         by_regex.or_else(|| self.judge_json(target, &document, end, deadline))
+    }
+
+    fn judge_regex(&self, target: &Target, matched: bool, end: BodyEnd) -> Option<(Outcome, String)> {
+        match (matched, target.regex_absent, end) {
+            (true, true, _) => Some((Outcome::RegexMismatch, "the regex is in the body".into())),
+            (true, false, _) | (false, true, BodyEnd::Complete) => None,
+            (false, false, BodyEnd::Complete) => {
+                Some((Outcome::RegexMismatch, "the regex is not in the body".into()))
+            }
+            (false, _, BodyEnd::Beyond) => Some((
+                Outcome::BodyTooLarge,
+                format!(
+                    "the regex is not in the first {} bytes of the body",
+                    self.max_body_bytes
+                ),
+            )),
+        }
     }
 
     /// Why a body could not be read to its end.

@@ -64,20 +64,10 @@ impl<'a> Request<'a> {
             parts.iter().for_each(|part| head.extend_from_slice(part));
             head.extend_from_slice(b"\r\n");
         };
-        let url = &self.url;
-        let origin = match self.target.proxy.is_some() && url.scheme() == "http" {
-            true => origin(url),
-            false => String::new(),
-        };
-        let (question_mark, query) = match url.query() {
-            Some(query) => ("?", query),
-            None => ("", ""),
-        };
-        let path = [origin.trim_end_matches('/'), url.path(), question_mark, query].concat();
         line(&[
             self.method.as_str().as_bytes(),
             b" ",
-            path.as_bytes(),
+            self.request_target().as_bytes(),
             b" HTTP/1.1",
         ]);
 
@@ -91,7 +81,7 @@ impl<'a> Request<'a> {
             true => super::body::ACCEPTED_CODINGS,
             false => "identity",
         };
-        let authority = authority(url);
+        let authority = authority(&self.url);
         // In the spelling of most clients: some servers do not accept `host:`.
         let usual: [(&str, &[u8]); 5] = [
             ("Host", authority.as_bytes()),
@@ -131,6 +121,20 @@ impl<'a> Request<'a> {
         }
         line(&[]);
         Outgoing { head, body }
+    }
+
+    /// The whole URL in a request to a proxy, else its path and query (RFC 9112, section 3.2).
+    fn request_target(&self) -> String {
+        let url = &self.url;
+        let origin = match self.target.proxy.is_some() && url.scheme() == "http" {
+            true => origin(url),
+            false => String::new(),
+        };
+        let (question_mark, query) = match url.query() {
+            Some(query) => ("?", query),
+            None => ("", ""),
+        };
+        [origin.trim_end_matches('/'), url.path(), question_mark, query].concat()
     }
 
     fn sends(&self, header: &Header) -> bool {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rdkafka::Message;
 use rdkafka::consumer::Consumer;
 use rdkafka::error::KafkaError;
+use rdkafka::message::BorrowedMessage;
 
 use crate::clock::instant_now;
 use crate::commands::audit::offsets::length;
@@ -43,6 +44,32 @@ impl KafkaFindings {
     pub fn add_unknown(&mut self, why: impl Into<String>, offsets: i64) {
         if offsets > 0 {
             *self.unknown.entry(why.into()).or_default() += offsets;
+        }
+    }
+
+    fn add(&mut self, topic: &str, message: &BorrowedMessage<'_>, kept_since: Option<i64>) {
+        let value = message.payload().unwrap_or_default();
+        let sent_at = message
+            .timestamp()
+            .to_millis()
+            .map(|millis| millis.saturating_mul(1_000));
+        let scheduled_at = match sample::decode(value) {
+            Err(_) if Claim::decode(value).is_some() => {
+                self.claims += 1;
+                return;
+            }
+            Err(_) => None,
+            Ok(sample) => sample.scheduled_at.map(Timestamp::unix_micros).or(sent_at),
+        };
+        if scheduled_at < kept_since && scheduled_at.is_some() {
+            self.expired += 1;
+            return;
+        }
+        let partition = (topic.to_owned(), message.partition());
+        let lost = self.lost.entry(partition).or_default();
+        match lost.last_mut() {
+            Some(range) if range.end == message.offset() => range.end += 1,
+            _ => lost.push(message.offset()..message.offset() + 1),
         }
     }
 }
@@ -137,31 +164,7 @@ fn read(
                 return;
             }
             records += 1;
-            let value = message.payload().unwrap_or_default();
-            let sent_at = message
-                .timestamp()
-                .to_millis()
-                .map(|millis| millis.saturating_mul(1_000));
-            let scheduled_at = match sample::decode(value) {
-                Err(_) if Claim::decode(value).is_some() => {
-                    found.claims += 1;
-                    return;
-                }
-                Err(_) => None,
-                Ok(sample) => sample.scheduled_at.map(Timestamp::unix_micros).or(sent_at),
-            };
-            if scheduled_at < kept_since && scheduled_at.is_some() {
-                found.expired += 1;
-                return;
-            }
-            let lost = found
-                .lost
-                .entry((topic.to_owned(), message.partition()))
-                .or_default();
-            match lost.last_mut() {
-                Some(range) if range.end == message.offset() => range.end += 1,
-                _ => lost.push(message.offset()..message.offset() + 1),
-            }
+            found.add(topic, message, kept_since);
         });
         let offsets: i64 = ranges.values().map(|range| length(range)).sum();
         match is_read {

@@ -170,21 +170,7 @@ impl Tables {
                 .collect(),
             ..StoredOffsets::default()
         };
-        // Exact, and small enough to be sent: a block is complete if all its bits are set by as many rows.
-        let blocks = |table: &str, condition: &str, rows: &str, rejected: &str| {
-            format!(
-                "SELECT kafka_topic::text COLLATE \"C\" AS topic, kafka_partition::int AS number, \
-                     kafka_offset::bigint / {BLOCK} AS block, \
-                     bit_or(1::bigint << (kafka_offset::bigint % {BLOCK})::int) AS bits, {rows} AS rows, {rejected} AS rejected \
-                 FROM {table} WHERE {condition} GROUP BY 1, 2, 3"
-            )
-        };
-        let sql = format!(
-            "SELECT topic, number, block, bit_or(bits), sum(rows)::bigint, sum(rejected)::bigint FROM ({} UNION ALL {}) b \
-             GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
-            blocks(&self.main, "true", "count(*)", "0"),
-            blocks(&self.rejected, "group_id = $1", "0", "count(*)"),
-        );
+        let sql = self.offsets_sql();
         let group: [&(dyn ToSql + Sync); 1] = [&self.group_id];
         let read = self.each("reading the offsets", &sql, &group, |row| {
             let (rows, rejected): (i64, i64) = (row.try_get(4)?, row.try_get(5)?);
@@ -214,6 +200,32 @@ impl Tables {
             offsets.finish();
         }
         stored.without_position.retain(|_, rows| *rows > 0);
+        self.read_skipped(&mut stored).await?;
+        Ok(stored)
+    }
+
+    /// Exact, and small enough to be sent: a block is complete if all its bits are set by as many rows.
+    fn offsets_sql(&self) -> String {
+        let blocks = |table: &str, condition: &str, rows: &str, rejected: &str| {
+            format!(
+                "SELECT kafka_topic::text COLLATE \"C\" AS topic, kafka_partition::int AS number, \
+                     kafka_offset::bigint / {BLOCK} AS block, \
+                     bit_or(1::bigint << (kafka_offset::bigint % {BLOCK})::int) AS bits, {rows} AS rows, {rejected} AS rejected \
+                 FROM {table} WHERE {condition} GROUP BY 1, 2, 3"
+            )
+        };
+        format!(
+            "SELECT topic, number, block, bit_or(bits), sum(rows)::bigint, sum(rejected)::bigint FROM ({} UNION ALL {}) b \
+             GROUP BY 1, 2, 3 ORDER BY 1, 2, 3",
+            blocks(&self.main, "true", "count(*)", "0"),
+            blocks(&self.rejected, "group_id = $1", "0", "count(*)"),
+        )
+    }
+
+    /// Takes the offsets that `skip` has recorded out of the missing ones.
+    async fn read_skipped(&self, stored: &mut StoredOffsets) -> Result<(), Fault> {
+        let rejected = &self.rejected;
+        let group: [&(dyn ToSql + Sync); 1] = [&self.group_id];
         let sql = format!(
             "SELECT kafka_topic, kafka_partition, substring(reason, '^offsets (\\d{{1,18}}) to ')::bigint, \
                  substring(reason, '^offsets \\d{{1,18}} to (\\d{{1,18}}) were not read')::bigint \
@@ -229,8 +241,7 @@ impl Tables {
             }
             Ok(())
         })
-        .await?;
-        Ok(stored)
+        .await
     }
 
     async fn read_ticks(&self) -> Result<StoredTicks, Fault> {

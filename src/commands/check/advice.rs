@@ -3,6 +3,7 @@
 use crate::sample::Outcome;
 
 /// `None` if the check was valid. STATUS and URL stand for those of the check.
+#[expect(clippy::too_many_lines, reason = "a text for each outcome")]
 pub(super) fn advice(outcome: Outcome) -> Option<&'static str> {
     Some(match outcome {
         Outcome::Ok => return None,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anstyle::{AnsiColor, Style};
 use anyhow::Context;
 
-use crate::check::details::{Details, Exchange};
+use crate::check::details::{Certificate, Details, Exchange};
 use crate::check::http::Checks;
 use crate::check::observation::{Stamp, stamp};
 use crate::check::target::Target;
@@ -133,16 +133,7 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, options: Opti
         sample.slow.map(|is_slow| if is_slow { "yes" } else { "no" }),
     );
     lines.add("body", body(sample, details));
-    let found = target.regex.as_ref().and_then(|regex| regex.find(&details.body));
-    let regex = sample.regex_matched.map(|matched| match (matched, &found) {
-        (true, Some(found)) => format!("found in {}", excerpt::around(&details.body, found.clone())),
-        (true, None) => "found".to_owned(),
-        (false, _) => "not found".to_owned(),
-    });
-    lines.add("regex", regex);
-    let beginning = excerpt::beginning(&details.body);
-    let is_shown = found.is_none() && !beginning.is_empty();
-    lines.add("begins", is_shown.then_some(beginning));
+    add_regex(&mut lines, sample, target, details);
     let head = details
         .head
         .lines()
@@ -153,17 +144,7 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, options: Opti
     }
     lines.add("certificate", certificate(sample));
     if let Some(certificate) = &details.certificate {
-        let all = |names: &[String]| terminal::plain(&names.join(", "));
-        let names = &certificate.names[..certificate.names.len().min(NAMES_SHOWN)];
-        let more = match certificate.names.len() - names.len() {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        lines.add("subject", Some(terminal::plain(&certificate.subject)));
-        lines.add("issuer", Some(terminal::plain(&certificate.issuer)));
-        lines.add("names", Some(all(names) + &more));
-        let sent = certificate.chain.len();
-        lines.add("chain", Some(format!("{sent} sent: {}", all(&certificate.chain))));
+        add_certificate(&mut lines, certificate);
     }
     if let Some(advice) = outcome(sample).and_then(advice::advice) {
         let status = sample.status_code.unwrap_or_default().to_string();
@@ -172,6 +153,34 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, options: Opti
         lines.text += &format!("\n{}\n", terminal::wrap(&advice, 0, columns));
     }
     lines.text
+}
+
+/// Where the regex was found, or else how the body begins.
+fn add_regex(lines: &mut Lines, sample: &Sample<'_>, target: &Target, details: &Details) {
+    let found = target.regex.as_ref().and_then(|regex| regex.find(&details.body));
+    let regex = sample.regex_matched.map(|matched| match (matched, &found) {
+        (true, Some(found)) => format!("found in {}", excerpt::around(&details.body, found.clone())),
+        (true, None) => "found".to_owned(),
+        (false, _) => "not found".to_owned(),
+    });
+    lines.add("regex", regex);
+    let beginning = excerpt::beginning(&details.body);
+    let is_shown = found.is_none() && !beginning.is_empty();
+    lines.add("begins", is_shown.then_some(beginning));
+}
+
+fn add_certificate(lines: &mut Lines, certificate: &Certificate) {
+    let all = |names: &[String]| terminal::plain(&names.join(", "));
+    let names = &certificate.names[..certificate.names.len().min(NAMES_SHOWN)];
+    let more = match certificate.names.len() - names.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    lines.add("subject", Some(terminal::plain(&certificate.subject)));
+    lines.add("issuer", Some(terminal::plain(&certificate.issuer)));
+    lines.add("names", Some(all(names) + &more));
+    let sent = certificate.chain.len();
+    lines.add("chain", Some(format!("{sent} sent: {}", all(&certificate.chain))));
 }
 
 /// Size and type. The size of a body that the check does not read is what the server says.
@@ -281,7 +290,6 @@ fn certificate(sample: &Sample<'_>) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::details::Certificate;
 
     const OPTIONS: Options = Options {
         repeat: 1,

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use log::LevelFilter;
 use rdkafka::mocking::MockCluster;
+use rdkafka::producer::DefaultProducerContext;
 
 use self::postgres::ThrowAwayPostgres;
 use self::rows::{Counted, Rows};
@@ -83,10 +84,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
         password: Some(password.clone()),
         ..postgres::Settings::default()
     })?;
-    let kafka = MockCluster::new(1).context("cannot start the in-process Kafka")?;
-    kafka
-        .create_topic(TOPIC, PARTITIONS, 1)
-        .context("cannot create the topic")?;
+    let kafka = start_kafka()?;
     let ca_file = postgres.directory().join("sample-site-ca.pem");
     let sample_file = postgres.directory().join("producer_config");
     let (mut check, how_long) = (options.check, options.how_long);
@@ -137,6 +135,13 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
         .print(&format!("\nhost-metrics audit\n{}", audit::text(&audit)))?;
     view.screen.print(NEXT)?;
     Ok(ledger.balances() && audit.holds())
+}
+
+fn start_kafka() -> anyhow::Result<MockCluster<'static, DefaultProducerContext>> {
+    let kafka = MockCluster::new(1).context("cannot start the in-process Kafka")?;
+    let created = kafka.create_topic(TOPIC, PARTITIONS, 1);
+    created.context("cannot create the topic")?;
+    Ok(kafka)
 }
 
 fn start_logging(level: LevelFilter, screen: &Screen) -> anyhow::Result<Notices> {

@@ -113,17 +113,7 @@ pub async fn read(
     is_state_on: bool,
 ) -> Result<Rows, Fault> {
     let main = found.table.quoted("");
-    let columns = destination::column_names(session, &main).await?;
-    if columns.is_empty() {
-        return Err(Fault::operator(format!(
-            "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
-        )));
-    }
-    if !columns.contains("address") {
-        return Err(Fault::operator(format!(
-            "table {main} has no column address, so `status` cannot tell hosts apart"
-        )));
-    }
+    let columns = columns_of(session, &main).await?;
     let missing_columns: Vec<&'static str> = COLUMNS
         .iter()
         .map(|(name, _)| *name)
@@ -132,11 +122,7 @@ pub async fn read(
     session
         .bounded("session settings", session.client.batch_execute(SETTINGS))
         .await?;
-    let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
-    let now_micros = session
-        .bounded("asking the time", session.client.query_one(sql, &[]))
-        .await?;
-    let now_micros = now_micros.try_get(0)?;
+    let now_micros = now(session).await?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
     let counted_because = no_state(session, found, is_state_on).await?;
@@ -183,6 +169,29 @@ pub async fn read(
         counted_because,
         rejected: rejected(session, found).await?,
     })
+}
+
+async fn columns_of(session: &Session, main: &str) -> Result<BTreeSet<String>, Fault> {
+    let columns = destination::column_names(session, main).await?;
+    if columns.is_empty() {
+        return Err(Fault::operator(format!(
+            "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
+        )));
+    }
+    if !columns.contains("address") {
+        return Err(Fault::operator(format!(
+            "table {main} has no column address, so `status` cannot tell hosts apart"
+        )));
+    }
+    Ok(columns)
+}
+
+async fn now(session: &Session) -> Result<i64, Fault> {
+    let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
+    let row = session
+        .bounded("asking the time", session.client.query_one(sql, &[]))
+        .await?;
+    Ok(row.try_get(0)?)
 }
 
 /// Why the state cannot be read.

@@ -15,6 +15,7 @@ const SOON: i64 = 14 * DAY;
 
 const ROOT: &str = "../../";
 
+#[expect(clippy::too_many_lines, reason = "the whole page in the order of its parts")]
 pub fn render(view: &View<'_>, shown: &Shown<'_>) -> String {
     let (host, now) = (shown.host, view.snapshot.taken_at);
     let hours = slots(&host.hours, HOUR, HOURS_SHOWN, now);

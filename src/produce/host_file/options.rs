@@ -145,25 +145,8 @@ impl Options {
             "topic" => option.once(&mut self.topic, read_topic, TOPIC_NAME_RULE),
             "ip" => option.once(&mut self.ip_family, read_ip_family, "`4` or `6`"),
             "tls" => option.once(&mut self.tls, read_tls, "`insecure` or `required`"),
-            "header" => {
-                let header = request::read_header(option, files)?;
-                let is_same = |other: &Header| other.name.eq_ignore_ascii_case(&header.name);
-                option.not_twice(self.headers.iter().any(is_same), &header.name)?;
-                self.headers.push(header);
-                Ok(())
-            }
-            "json" => {
-                let rule = JsonRule::parse(&option.value).ok_or_else(|| {
-                    option.fault(format!(
-                        "{}: expected /POINTER:VALUE with a pointer of RFC 6901, e.g. `/data/status:ok`",
-                        quoted(option.word)
-                    ))
-                })?;
-                let is_same = self.json.iter().any(|other| other.pointer == rule.pointer);
-                option.not_twice(is_same, &rule.pointer)?;
-                self.json.push(rule);
-                Ok(())
-            }
+            "header" => self.add_header(option, files),
+            "json" => self.add_json(option),
             "body" => option.put(&mut self.body, request::read_body(option, files)),
             "auth" => option.put(
                 &mut self.auth,
@@ -185,6 +168,27 @@ impl Options {
             "group" => option.once(&mut self.group, read_name, NAME_RULE),
             name => Err(unknown_option(name)),
         }
+    }
+
+    fn add_header(&mut self, option: &OptionWord<'_>, files: &dyn Files) -> Result<(), LineFault> {
+        let header = request::read_header(option, files)?;
+        let is_same = |other: &Header| other.name.eq_ignore_ascii_case(&header.name);
+        option.not_twice(self.headers.iter().any(is_same), &header.name)?;
+        self.headers.push(header);
+        Ok(())
+    }
+
+    fn add_json(&mut self, option: &OptionWord<'_>) -> Result<(), LineFault> {
+        let rule = JsonRule::parse(&option.value).ok_or_else(|| {
+            option.fault(format!(
+                "{}: expected /POINTER:VALUE with a pointer of RFC 6901, e.g. `/data/status:ok`",
+                quoted(option.word)
+            ))
+        })?;
+        let is_same = self.json.iter().any(|other| other.pointer == rule.pointer);
+        option.not_twice(is_same, &rule.pointer)?;
+        self.json.push(rule);
+        Ok(())
     }
 
     pub fn reads_a_body(&self) -> Result<(), LineFault> {

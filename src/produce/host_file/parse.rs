@@ -19,6 +19,12 @@ use super::words::{Line, MAX_WORDS, OptionWord, Word, option_word, split_line, s
 use crate::check::pattern::Pattern;
 use crate::check::target::Target;
 
+const NO_HOSTS: &str = "the file has no hosts; write one per line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
+                        e.g. https://example.com 5";
+
+const SECRET_TO_ANYBODY: &str = "with tls=insecure, whoever can redirect the connection gets the secret; verify the certificate \
+                                 (CHECK_CA_FILE) or send no secret";
+
 /// The hosts of a file.
 #[derive(Clone, Debug, Default)]
 pub struct Hosts {
@@ -34,30 +40,42 @@ pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
     parse_with(name, contents, &OnDisk::new(None, None))
 }
 
+/// The bytes without a byte-order mark, or why they cannot be a host file.
+fn utf8_bytes(contents: &[u8]) -> Result<&[u8], LineFault> {
+    if contents.starts_with(b"\xff\xfe") || contents.starts_with(b"\xfe\xff") {
+        return Err(LineFault::new(0, "the file is UTF-16; save it as UTF-8"));
+    }
+    Ok(contents.strip_prefix(b"\xef\xbb\xbf").unwrap_or(contents))
+}
+
+/// The line without the blanks at its end.
+fn text_of_line(bytes: &[u8]) -> Result<&str, LineFault> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Ok(text.trim_end_matches(|c| is_blank(c) || c == '\r')),
+        Err(error) => {
+            let what = "not UTF-8; save the file as UTF-8";
+            Err(LineFault::new(error.valid_up_to(), what))
+        }
+    }
+}
+
 /// Parses a whole host file. `name` is the file's name in messages (`FILE:LINE:COLUMN`).
 pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Hosts, HostFileError> {
     let mut report = ErrorReport::default();
-    if contents.starts_with(b"\xff\xfe") || contents.starts_with(b"\xfe\xff") {
-        let fault = LineFault::new(0, "the file is UTF-16; save it as UTF-8");
-        report.add(format_args!("{name}:1"), "", &fault);
+    let invalid = |fault| report.add(format_args!("{name}:1"), "", &fault);
+    let Ok(contents) = utf8_bytes(contents).map_err(invalid) else {
         return report.finish(None);
-    }
-
+    };
     let mut targets = Vec::new();
     let mut used = HashMap::new();
     let mut regexes = Regexes::default();
     let mut numbers = HashMap::new();
-    let contents = contents.strip_prefix(b"\xef\xbb\xbf").unwrap_or(contents);
     let mut profiles = Profiles::of(contents, files);
     for (number, bytes) in (1..).zip(contents.split(|byte| *byte == b'\n')) {
         let place = format_args!("{name}:{number}");
-        let text = match std::str::from_utf8(bytes) {
-            Ok(text) => text.trim_end_matches(|c| is_blank(c) || c == '\r'),
-            Err(error) => {
-                let fault = LineFault::new(error.valid_up_to(), "not UTF-8; save the file as UTF-8");
-                report.add(place, &String::from_utf8_lossy(bytes), &fault);
-                continue;
-            }
+        let invalid = |fault| report.add(place, &String::from_utf8_lossy(bytes), &fault);
+        let Ok(text) = text_of_line(bytes).map_err(invalid) else {
+            continue;
         };
         let content = text.trim_start_matches(is_blank);
         if content.is_empty() || content.starts_with('#') {
@@ -78,15 +96,11 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
         match target {
             Ok(target) => {
                 if target.tls_insecure && target.secrets().next().is_some() {
-                    let what = "with tls=insecure, whoever can redirect the connection gets the secret; verify the certificate \
-                                (CHECK_CA_FILE) or send no secret";
-                    let fault = line.at(place_of(&line, "tls", &profiles), LineFault::new(0, what));
-                    report.warn(place, text, &fault);
+                    let fault = LineFault::new(0, SECRET_TO_ANYBODY);
+                    report.warn(place, text, &line.at(place_of(&line, "tls", &profiles), fault));
                 }
-                let names = line.words.iter().filter(|word| matches!(word, Word::Profile(_)));
-                let names: Vec<&str> = names.map(Word::text).collect();
-                if !names.is_empty() {
-                    used.insert(target.address.clone(), names.join(" "));
+                if let Some(names) = line.profile_names() {
+                    used.insert(target.address.clone(), names);
                 }
                 targets.push(target);
             }
@@ -97,9 +111,7 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
         report.warn(format_args!("{name}:{number}"), "", &LineFault::new(0, what));
     }
     if targets.is_empty() && report.faults == 0 {
-        let what = "the file has no hosts; write one per line: ADDRESS FREQUENCY [option=value ...] [REGEX], \
-                    e.g. https://example.com 5";
-        report.add(format_args!("{name}:1"), "", &LineFault::new(0, what));
+        report.add(format_args!("{name}:1"), "", &LineFault::new(0, NO_HOSTS));
     }
     let warnings = report.take_warnings();
     report.finish(Some(Hosts {
@@ -186,7 +198,6 @@ impl<'a> Line<'a> {
         files: &dyn Files,
     ) -> Result<Target, Vec<LineFault>> {
         let mut faults = Vec::new();
-        let mut settings = Options::default();
         let url = self.keep(&mut faults, self.address, read_address(self.address));
         if url.is_some() {
             let new = match numbers.entry(self.address) {
@@ -202,35 +213,7 @@ impl<'a> Line<'a> {
             self.keep(&mut faults, self.address, new);
         }
         let interval = self.keep(&mut faults, self.frequency, read_frequency(self.frequency));
-        let mut shared = Options::default();
-        for (index, word) in self.words.iter().enumerate() {
-            match word {
-                _ if index == MAX_WORDS => {
-                    let fault = LineFault::new(0, format!("the line has more than {MAX_WORDS} options"));
-                    self.keep(&mut faults, word.text(), Err::<(), _>(fault));
-                }
-                Word::Option(option) => {
-                    let set = settings
-                        .set(option, files)
-                        .map_err(|fault| match option.may_be_regex() {
-                            true => fault.or_regex(option.word),
-                            false => fault,
-                        });
-                    self.keep(&mut faults, option.word, set);
-                }
-                Word::Profile(word) => {
-                    let is_again = self.words[..index].iter().any(|other| other.text() == *word);
-                    let profile = match is_again {
-                        true => Err(LineFault::new(0, format!("{} is given twice", quoted(word)))),
-                        false => profiles.get(word),
-                    };
-                    if let Some(profile) = self.keep(&mut faults, word, profile) {
-                        shared = profile.or(shared);
-                    }
-                }
-            }
-        }
-        let settings = settings.or(shared);
+        let settings = self.options(&mut faults, profiles, files);
         if let Some(url) = &url {
             for (name, what) in settings.contradictions(url) {
                 let fault = Err::<(), _>(LineFault::new(0, what));
@@ -248,6 +231,40 @@ impl<'a> Line<'a> {
             }
             _ => Err(faults),
         }
+    }
+
+    /// The line's own options, and below them those of its profiles.
+    fn options(&self, faults: &mut Vec<LineFault>, profiles: &Profiles<'_>, files: &dyn Files) -> Options {
+        let mut settings = Options::default();
+        let mut shared = Options::default();
+        for (index, word) in self.words.iter().enumerate() {
+            match word {
+                _ if index == MAX_WORDS => {
+                    let fault = LineFault::new(0, format!("the line has more than {MAX_WORDS} options"));
+                    self.keep(faults, word.text(), Err::<(), _>(fault));
+                }
+                Word::Option(option) => {
+                    let set = settings
+                        .set(option, files)
+                        .map_err(|fault| match option.may_be_regex() {
+                            true => fault.or_regex(option.word),
+                            false => fault,
+                        });
+                    self.keep(faults, option.word, set);
+                }
+                Word::Profile(word) => {
+                    let is_again = self.words[..index].iter().any(|other| other.text() == *word);
+                    let profile = match is_again {
+                        true => Err(LineFault::new(0, format!("{} is given twice", quoted(word)))),
+                        false => profiles.get(word),
+                    };
+                    if let Some(profile) = self.keep(faults, word, profile) {
+                        shared = profile.or(shared);
+                    }
+                }
+            }
+        }
+        settings.or(shared)
     }
 
     fn regex(
@@ -283,6 +300,12 @@ impl<'a> Line<'a> {
             warnings.push(self.at(self.regex, fault));
         }
         warnings
+    }
+
+    fn profile_names(&self) -> Option<String> {
+        let names = self.words.iter().filter(|word| matches!(word, Word::Profile(_)));
+        let names: Vec<&str> = names.map(Word::text).collect();
+        (!names.is_empty()).then(|| names.join(" "))
     }
 
     /// Returns the value, or adds the fault, whose place is relative to `part`, and returns `None`.
