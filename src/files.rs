@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-pub fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     // Opening a pipe would wait for its writer, and a second read would find it empty.
     if !path.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
@@ -14,7 +14,7 @@ pub fn read(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Reads to the end, which has to come within the limit.
-pub fn read_bounded(from: impl Read, max_bytes: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_bounded(from: impl Read, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut contents = Vec::new();
     from.take(max_bytes + 1).read_to_end(&mut contents)?;
     if contents.len() as u64 > max_bytes {
@@ -24,21 +24,21 @@ pub fn read_bounded(from: impl Read, max_bytes: u64) -> io::Result<Vec<u8>> {
 }
 
 /// The permissions of a file that every user of the machine can read.
-pub fn mode_if_exposed(path: &Path) -> Option<u32> {
+pub(crate) fn mode_if_exposed(path: &Path) -> Option<u32> {
     let mode = path.metadata().ok()?.permissions().mode() & 0o7777;
     (mode & 0o004 != 0).then_some(mode)
 }
 
 /// Tells two states of a file apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
+pub(crate) struct Stamp {
     file: (u64, u64),
     bytes: u64,
     changed_at: (i64, i64),
 }
 
 /// The file's state; `None` if there is no such file. Follows symbolic links, which Kubernetes switches.
-pub fn stamp(path: &Path) -> Option<Stamp> {
+pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
     let of = |file: Metadata| Stamp {
         file: (file.dev(), file.ino()),
         bytes: file.len(),

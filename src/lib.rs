@@ -3,7 +3,7 @@
 //! ARCHITECTURE.md has the map. The program is `main.rs`; this library exists so that tests, benchmarks and fuzz targets can use the
 //! parts.
 
-#![cfg_attr(not(test), warn(clippy::too_many_lines))]
+#![cfg_attr(not(test), warn(clippy::too_many_lines, unreachable_pub))]
 
 pub mod check;
 pub mod cli;

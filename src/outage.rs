@@ -6,14 +6,14 @@
 use std::time::{Duration, Instant};
 
 /// How long an outage lasts before it is logged: longer than the restart of a server that nobody has to act on.
-pub const SAY_AFTER: Duration = Duration::from_secs(3);
+pub(crate) const SAY_AFTER: Duration = Duration::from_secs(3);
 
 /// The time from one line about the same outage to the next.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// One kind of outage, such as "Kafka cannot be reached": at present or not.
 #[derive(Debug, Default)]
-pub struct Outage {
+pub(crate) struct Outage {
     current: Option<Current>,
 }
 
@@ -29,7 +29,7 @@ struct Current {
 
 impl Outage {
     /// Begins the outage at `since`, or gives the present one a new reason.
-    pub fn begin(&mut self, since: Instant, reason: String) {
+    pub(crate) fn begin(&mut self, since: Instant, reason: String) {
         match &mut self.current {
             Some(current) => current.reason = reason,
             None => {
@@ -44,7 +44,7 @@ impl Outage {
     }
 
     /// Ends the outage. Returns how long it lasted if it was logged, so that its end can be logged too.
-    pub fn end(&mut self, now: Instant) -> Option<Duration> {
+    pub(crate) fn end(&mut self, now: Instant) -> Option<Duration> {
         let current = self.current.take()?;
         current
             .logged
@@ -52,13 +52,13 @@ impl Outage {
     }
 
     /// The last reason; `None` without an outage.
-    pub fn reason(&self) -> Option<&str> {
+    pub(crate) fn reason(&self) -> Option<&str> {
         self.current.as_ref().map(|current| current.reason.as_str())
     }
 
     /// Sets whether the last reason names a cause. An outage that was logged without a cause is logged again, once, as
     /// soon as the cause is known.
-    pub fn set_cause_known(&mut self, is_known: bool) {
+    pub(crate) fn set_cause_known(&mut self, is_known: bool) {
         if let Some(current) = &mut self.current {
             if is_known && current.is_without_cause {
                 current.logged = None;
@@ -70,7 +70,7 @@ impl Outage {
     }
 
     /// The reason and how long the outage has lasted, if it is time to log that; the caller then does so.
-    pub fn take_report(&mut self, now: Instant) -> Option<(&str, Duration)> {
+    pub(crate) fn take_report(&mut self, now: Instant) -> Option<(&str, Duration)> {
         let current = self.current.as_mut()?;
         let due = match current.logged {
             Some(logged) => logged + SAY_EVERY,

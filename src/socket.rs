@@ -14,11 +14,11 @@ const MAX_LEFT_BYTES: usize = 16 * 1024;
 
 /// How long to try the next address: the time left, divided equally among the addresses that were not tried yet. Time that
 /// an address does not use is left to the others.
-pub fn share(left: Duration, addresses_left: usize) -> Duration {
+pub(crate) fn share(left: Duration, addresses_left: usize) -> Duration {
     left / u32::try_from(addresses_left.max(1)).unwrap_or(u32::MAX)
 }
 
-pub fn connect_one(address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
+pub(crate) fn connect_one(address: SocketAddr, within: Duration) -> io::Result<TcpStream> {
     if within.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
@@ -50,7 +50,7 @@ const LOOK_FOR_INPUT_EVERY: Duration = Duration::from_millis(50);
 
 /// A TCP connection whose reads and writes end at the deadline with `TimedOut`.
 #[derive(Debug)]
-pub struct Socket {
+pub(crate) struct Socket {
     stream: TcpStream,
     deadline: Instant,
     /// Whether a write that would wait ends with `WouldBlock` when there is something to read.
@@ -58,7 +58,7 @@ pub struct Socket {
 }
 
 impl Socket {
-    pub fn new(stream: TcpStream, deadline: Instant) -> Self {
+    pub(crate) fn new(stream: TcpStream, deadline: Instant) -> Self {
         Self {
             stream,
             deadline,
@@ -66,12 +66,12 @@ impl Socket {
         }
     }
 
-    pub fn set_deadline(&mut self, deadline: Instant) {
+    pub(crate) fn set_deadline(&mut self, deadline: Instant) {
         self.deadline = deadline;
     }
 
     /// Whether the server has closed the connection. Reads up to [`MAX_LEFT_BYTES`] of unread data to find out.
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         let mut left = [0; 4 * 1024];
         (0..=MAX_LEFT_BYTES / left.len())
             .map(|_| recv(&self.stream, &mut left, RecvFlags::DONTWAIT))
@@ -84,7 +84,7 @@ impl Socket {
     }
 
     /// Makes closing the connection orderly, without a reset.
-    pub fn close_in_order(&mut self) {
+    pub(crate) fn close_in_order(&mut self) {
         // It only fails if the connection no longer exists.
         let _ = SockRef::from(&self.stream).set_linger(None);
     }
@@ -154,7 +154,7 @@ impl Write for Socket {
 
 /// Whether the peer ended the connection. In TLS that includes an end without close_notify, because a body may then have
 /// been truncated (RFC 9112, section 9.8).
-pub fn is_cut(error: &io::Error) -> bool {
+pub(crate) fn is_cut(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionReset

@@ -77,7 +77,7 @@ pub(super) struct Anchors {
 }
 
 impl Anchors {
-    pub fn new(certificates: impl IntoIterator<Item = CertificateDer<'static>>) -> Self {
+    pub(super) fn new(certificates: impl IntoIterator<Item = CertificateDer<'static>>) -> Self {
         let mut anchors = Self::default();
         for der in certificates {
             // A machine's CA certificates often include some in obsolete formats. They are skipped.
@@ -92,11 +92,11 @@ impl Anchors {
         anchors
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.certificates.is_empty()
     }
 
-    pub fn verify(
+    pub(super) fn verify(
         &self,
         leaf: &CertificateDer<'_>,
         others: &[CertificateDer<'_>],

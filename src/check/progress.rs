@@ -93,7 +93,7 @@ impl Progress {
     }
 
     /// Begins a request of the check: the first one, or one for a redirect.
-    pub fn begin_request(&mut self, tls_insecure: bool, outgoing: Outgoing) {
+    pub(super) fn begin_request(&mut self, tls_insecure: bool, outgoing: Outgoing) {
         self.tls_insecure = tls_insecure;
         self.outgoing = Some(outgoing);
         self.at_proxy = self.proxy.is_some();
@@ -108,11 +108,11 @@ impl Progress {
         }
     }
 
-    pub fn request_sent(&mut self) {
+    pub(super) fn request_sent(&mut self) {
         self.request_sent_at = Some(instant_now());
     }
 
-    pub fn bytes_came(&mut self) {
+    pub(super) fn bytes_came(&mut self) {
         if self.phase == Phase::Response {
             let now = instant_now();
             self.last_read_at = Some(now);
@@ -121,7 +121,7 @@ impl Progress {
     }
 
     /// Notes that a whole head was read: an interim one (100, 103) or the final one. `more`: bytes after it have come too.
-    pub fn head_read(&mut self, more: bool) {
+    pub(super) fn head_read(&mut self, more: bool) {
         if self.phase == Phase::Response {
             self.head_read_began_at = self.head_began_at;
             self.head_began_at = if more { self.last_read_at } else { None };
@@ -129,7 +129,7 @@ impl Progress {
     }
 
     /// Notes that the request has its final response, or will get none, and adds its time to the first byte.
-    pub fn response_ended(&mut self, complete: bool) {
+    pub(super) fn response_ended(&mut self, complete: bool) {
         self.at_proxy &= !complete;
         let first_byte_at = if complete {
             self.head_read_began_at
@@ -151,12 +151,12 @@ pub(super) fn add(total: &mut Option<Duration>, spent: Duration) {
 pub(super) struct SharedProgress(Arc<Mutex<Progress>>);
 
 impl SharedProgress {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Arc::new(Mutex::new(Progress::new(instant_now()))))
     }
 
     /// Forgets the previous check.
-    pub fn begin_check(&self, deadline: Instant, target: &Target, details: Option<Box<Details>>) {
+    pub(super) fn begin_check(&self, deadline: Instant, target: &Target, details: Option<Box<Details>>) {
         *self.lock() = Progress {
             ip_family: target.ip_family,
             proxy: target.proxy.clone(),
@@ -165,7 +165,7 @@ impl SharedProgress {
         };
     }
 
-    pub fn lock(&self) -> MutexGuard<'_, Progress> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Progress> {
         // A panic cannot leave it half changed.
         lock(&self.0)
     }

@@ -37,7 +37,7 @@ impl Trust {
     ///
     /// # Errors
     /// CHECK_CA_FILE cannot be read, although it could when the configuration was read.
-    pub fn load(ca_file: Option<&Path>) -> anyhow::Result<Self> {
+    pub(super) fn load(ca_file: Option<&Path>) -> anyhow::Result<Self> {
         let system = rustls_native_certs::load_native_certs();
         for error in &system.errors {
             log::warn!("cannot read one of this machine's trusted CA certificates: {error}");
@@ -69,7 +69,7 @@ impl Trust {
 
     /// The settings of one checker's connections. Its verifier writes what it reads to `progress`, which also has the client
     /// certificate of the current request.
-    pub fn client_config(&self, progress: SharedProgress) -> Arc<ClientConfig> {
+    pub(super) fn client_config(&self, progress: SharedProgress) -> Arc<ClientConfig> {
         let mut config = ClientConfig::clone(&self.base);
         config.client_auth_cert_resolver = Arc::new(ClientCertificate(progress.clone()));
         config.dangerous().set_certificate_verifier(Arc::new(Verifier {

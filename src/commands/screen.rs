@@ -29,33 +29,33 @@ pub(super) struct Screen {
 }
 
 impl Screen {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             is_terminal: can_redraw(&io::stdout()),
             drawn_lines: 0,
         }
     }
 
-    pub fn is_terminal(&self) -> bool {
+    pub(super) fn is_terminal(&self) -> bool {
         self.is_terminal
     }
 
     /// As NO_COLOR, TERM and `--color` say.
-    pub fn is_coloured(&self) -> bool {
+    pub(super) fn is_coloured(&self) -> bool {
         AutoStream::choice(&io::stdout()) != ColorChoice::Never
     }
 
-    pub fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.size().0
     }
 
     /// The most lines of a picture that does not scroll.
-    pub fn height(&self) -> usize {
+    pub(super) fn height(&self) -> usize {
         self.size().1.saturating_sub(1).max(1)
     }
 
     /// Writes text that stays.
-    pub fn print(&mut self, text: &str) -> io::Result<()> {
+    pub(super) fn print(&mut self, text: &str) -> io::Result<()> {
         self.drawn_lines = 0;
         let mut out = io::stdout().lock();
         writeln!(out, "{text}")?;
@@ -63,7 +63,7 @@ impl Screen {
     }
 
     /// Draws a picture in place of the last one.
-    pub fn draw(&mut self, lines: &[String]) -> io::Result<()> {
+    pub(super) fn draw(&mut self, lines: &[String]) -> io::Result<()> {
         let mut out = io::stdout().lock();
         // ECMA-48: move up, erase to the end of the line, erase to the end of the screen. One write avoids flicker.
         let mut picture = String::from("\r");
@@ -103,12 +103,12 @@ struct Kept {
 
 impl Notices {
     /// The newest line, in at most `width` characters.
-    pub fn newest(&self, width: usize) -> Option<String> {
+    pub(super) fn newest(&self, width: usize) -> Option<String> {
         self.kept().lines.back().map(|line| fit(line, width))
     }
 
     /// All lines that are kept, and the number of earlier ones.
-    pub fn all(&self) -> (Vec<String>, usize) {
+    pub(super) fn all(&self) -> (Vec<String>, usize) {
         let kept = self.kept();
         (
             kept.lines.iter().cloned().collect(),

@@ -180,7 +180,7 @@ fn not_epochs(topic: &str, partition: i32, error: &serde_json::Error) -> Fault {
 }
 
 /// Adds the table's quoted name to an error that no record can have caused, because none was sent yet.
-pub fn not_a_rows(fault: Fault, name: &str, grant: &str) -> Fault {
+pub(super) fn not_a_rows(fault: Fault, name: &str, grant: &str) -> Fault {
     let fault = fault.with_grant(&format!("GRANT {grant} ON {name} to this user"));
     let text = format!("{name}: {}", fault.text);
     let kind = if fault.kind == Kind::Refused {

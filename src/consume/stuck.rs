@@ -17,7 +17,7 @@ const LOOKS: u32 = 3;
 
 /// The partitions that are not at their end.
 #[derive(Debug, Default)]
-pub struct Stuck(BTreeMap<Partition, Stand>);
+pub(super) struct Stuck(BTreeMap<Partition, Stand>);
 
 #[derive(Debug, Default)]
 struct Stand {
@@ -30,7 +30,7 @@ struct Stand {
 
 /// What librdkafka reports about a partition that is being read.
 #[derive(Clone, Copy, Debug)]
-pub struct Look {
+pub(super) struct Look {
     /// The offset that is fetched next, and the end of what can be read.
     pub next_offset: i64,
     pub end_offset: i64,
@@ -40,7 +40,7 @@ pub struct Look {
 
 impl Stuck {
     /// Takes a look. Returns how long the partition could not be read, if that was logged and has ended.
-    pub fn look(&mut self, now: Instant, partition: Partition, look: Look) -> Option<Duration> {
+    pub(super) fn look(&mut self, now: Instant, partition: Partition, look: Look) -> Option<Duration> {
         let stands = self.0.entry(partition).or_default();
         let is_behind = (0..look.end_offset).contains(&look.next_offset);
         let lasted = match is_behind && stands.offset == look.next_offset {
@@ -58,7 +58,7 @@ impl Stuck {
 
     /// A partition, and the offset at which the header of a batch should be read. It is returned again only after further
     /// [`LOOKS`] at the same offset.
-    pub fn next_question(&mut self) -> Option<(Partition, i64)> {
+    pub(super) fn next_question(&mut self) -> Option<(Partition, i64)> {
         let mut stands = self.0.iter_mut();
         let (partition, stand) = stands.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;
         stand.looks = 0;
@@ -66,7 +66,7 @@ impl Stuck {
     }
 
     /// Takes the header of the batch at `offset`. `text` describes it in the log.
-    pub fn found(
+    pub(super) fn found(
         &mut self,
         now: Instant,
         partition: Partition,
@@ -81,23 +81,23 @@ impl Stuck {
     }
 
     /// These partitions are no longer ours.
-    pub fn forget(&mut self, partitions: &[Partition]) {
+    pub(super) fn forget(&mut self, partitions: &[Partition]) {
         self.0.retain(|partition, _| !partitions.contains(partition));
     }
 
     /// The partitions that are known to be stuck.
-    pub fn partitions(&self) -> Vec<Partition> {
+    pub(super) fn partitions(&self) -> Vec<Partition> {
         let known = self.0.iter().filter(|(_, stand)| stand.batch.is_some());
         known.map(|(partition, _)| *partition).collect()
     }
 
     /// One text for each partition that is stuck.
-    pub fn reasons(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn reasons(&self) -> impl Iterator<Item = &str> {
         self.0.values().filter_map(|stand| stand.outage.reason())
     }
 
     /// The texts that are due to be logged, and how long each has lasted.
-    pub fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
+    pub(super) fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
         let stands = self.0.values_mut();
         let due = stands.filter_map(|stand| stand.outage.take_report(now));
         due.map(|(reason, lasted)| (reason.to_owned(), lasted)).collect()

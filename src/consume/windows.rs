@@ -18,7 +18,7 @@ const REFRESH_EVERY_MICROS: i64 = 300_000_000;
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Default)]
-pub struct Windows([Window; WINDOWS.len()]);
+pub(super) struct Windows([Window; WINDOWS.len()]);
 
 #[derive(Debug, Default)]
 struct Window {
@@ -38,25 +38,25 @@ impl Window {
 
 impl Windows {
     /// Buckets have changed, so every window has to be refreshed.
-    pub fn change(&mut self) {
+    pub(super) fn change(&mut self) {
         for window in &mut self.0 {
             window.is_changed = true;
         }
     }
 
     /// When the next refresh is due.
-    pub fn due_at(&self) -> i64 {
+    pub(super) fn due_at(&self) -> i64 {
         self.0.iter().map(Window::due_at).min().unwrap_or(i64::MAX)
     }
 
     /// The windows whose refresh is due, shortest first.
-    pub fn due(&self, now: i64) -> Vec<usize> {
+    pub(super) fn due(&self, now: i64) -> Vec<usize> {
         let is_due = |window: &usize| self.0[*window].due_at() <= now;
         (0..self.0.len()).filter(is_due).collect()
     }
 
     /// Plans the next refresh of a window, which took `took`; `None`: it failed.
-    pub fn refreshed(&mut self, window: usize, now: i64, took: Option<Duration>) {
+    pub(super) fn refreshed(&mut self, window: usize, now: i64, took: Option<Duration>) {
         let rest = took.map_or(REST_AFTER_FAILURE, |took| REST_TIMES * took);
         let rest_micros = duration::micros(rest);
         self.0[window] = Window {

@@ -19,7 +19,7 @@ const MAINTAIN_EVERY: Duration = Duration::from_secs(3_600);
 
 /// A request to the store.
 #[derive(Debug)]
-pub enum Request {
+pub(super) enum Request {
     Open,
     Locate {
         partitions: Vec<Partition>,
@@ -30,21 +30,21 @@ pub enum Request {
 
 /// The store's answer, for a flush with its duration.
 #[derive(Debug)]
-pub enum Answer<L> {
+pub(super) enum Answer<L> {
     Opened(Result<L, StoreError>),
     Located(Result<BTreeMap<Partition, Position>, StoreError>),
     Flushed(Batch, Flushed, Duration),
 }
 
 /// The handle that the polling thread has.
-pub struct Writer<L> {
+pub(super) struct Writer<L> {
     requests: SyncSender<Request>,
     answers: Receiver<Answer<L>>,
     is_busy: bool,
 }
 
 impl<L: Send + 'static> Writer<L> {
-    pub fn start<S: Sink<Layout = L>>(store: Store<S>) -> io::Result<Self> {
+    pub(super) fn start<S: Sink<Layout = L>>(store: Store<S>) -> io::Result<Self> {
         let (requests, requested) = sync_channel(1);
         let (answer, answers) = sync_channel(1);
         std::thread::Builder::new()
@@ -58,11 +58,11 @@ impl<L: Send + 'static> Writer<L> {
     }
 
     /// Whether a request is under way.
-    pub fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         self.is_busy
     }
 
-    pub fn ask(&mut self, request: Request) -> anyhow::Result<()> {
+    pub(super) fn ask(&mut self, request: Request) -> anyhow::Result<()> {
         debug_assert!(!self.is_busy, "one request at a time");
         self.is_busy = true;
         match self.requests.send(request) {
@@ -72,7 +72,7 @@ impl<L: Send + 'static> Writer<L> {
     }
 
     /// The answer, if it has arrived.
-    pub fn answer(&mut self) -> anyhow::Result<Option<Answer<L>>> {
+    pub(super) fn answer(&mut self) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.try_recv() {
             Ok(answer) => {
                 self.is_busy = false;
@@ -84,7 +84,7 @@ impl<L: Send + 'static> Writer<L> {
     }
 
     /// The answer, if it arrives within `timeout`.
-    pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<Option<Answer<L>>> {
+    pub(super) fn wait(&mut self, timeout: Duration) -> anyhow::Result<Option<Answer<L>>> {
         match self.answers.recv_timeout(timeout) {
             Ok(answer) => {
                 self.is_busy = false;
@@ -97,7 +97,7 @@ impl<L: Send + 'static> Writer<L> {
 
     /// Ends the thread and closes the connection. If a request takes longer, the thread ends with the process; whether its batch
     /// was written is then unknown, as after a crash.
-    pub fn close(self, within: Duration) {
+    pub(super) fn close(self, within: Duration) {
         let Self {
             requests, answers, ..
         } = self;

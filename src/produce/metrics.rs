@@ -10,7 +10,7 @@ use crate::produce::schedule::MissedReason;
 use crate::sample::Outcome;
 
 /// The counters of a run, and its limits.
-pub struct Figures {
+pub(super) struct Figures {
     pub counters: Arc<Counters>,
     /// The most checks under way, MAX_THREADS.
     pub max_threads: usize,

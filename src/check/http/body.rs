@@ -282,7 +282,7 @@ pub(super) struct BrotliDecoders {
 }
 
 impl BrotliDecoders {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             free: Mutex::new(MAX_BROTLI_DECODERS),
             changed: Condvar::new(),

@@ -65,7 +65,7 @@ enum ChunkState {
 }
 
 impl<R: BufRead> Chunks<R> {
-    pub fn new(wire: R) -> Self {
+    pub(super) fn new(wire: R) -> Self {
         let state = ChunkState::Size;
         Self { wire, state }
     }

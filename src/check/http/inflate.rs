@@ -35,13 +35,13 @@ enum Checksum {
 
 impl<R: BufRead> Inflate<R> {
     /// For `Content-Encoding: gzip`. A zlib stream is accepted too.
-    pub fn gzip(wire: R) -> Self {
+    pub(super) fn gzip(wire: R) -> Self {
         let (or_raw, state) = (false, InflateState::Begin);
         Self { wire, or_raw, state }
     }
 
     /// For `Content-Encoding: deflate`, which is zlib in the standard and raw deflate from some servers.
-    pub fn deflate(wire: R) -> Self {
+    pub(super) fn deflate(wire: R) -> Self {
         Self {
             or_raw: true,
             ..Self::gzip(wire)

@@ -29,7 +29,7 @@ pub(super) struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    pub fn first(target: &'a Target) -> Self {
+    pub(super) fn first(target: &'a Target) -> Self {
         Self {
             target,
             url: target.url.clone(),
@@ -40,7 +40,7 @@ impl<'a> Request<'a> {
 
     /// The request that follows a redirect. As in browsers, a 303 turns every method into GET, and a 301 or 302 turns POST
     /// into GET; otherwise method and body are repeated (the Fetch standard, "HTTP-redirect fetch").
-    pub fn redirect(&mut self, status: u16, url: Url) {
+    pub(super) fn redirect(&mut self, status: u16, url: Url) {
         let becomes_get = match status {
             303 => self.method != Method::Head,
             301 | 302 => self.method == Method::Post,
@@ -54,11 +54,11 @@ impl<'a> Request<'a> {
     }
 
     /// Whether it goes to the scheme, host and port of the line.
-    pub fn is_to_own_origin(&self) -> bool {
+    pub(super) fn is_to_own_origin(&self) -> bool {
         self.url.origin() == self.target.url.origin()
     }
 
-    pub fn write(&self, user_agent: &[u8]) -> Outgoing {
+    pub(super) fn write(&self, user_agent: &[u8]) -> Outgoing {
         let mut head = Vec::with_capacity(512);
         let mut line = |parts: &[&[u8]]| {
             parts.iter().for_each(|part| head.extend_from_slice(part));

@@ -24,11 +24,11 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 const READ_WITHIN: Duration = Duration::from_secs(60);
 
 /// Partitions, each with offsets that are not stored, in ascending order.
-pub type Missing = BTreeMap<(String, i32), Vec<Range<i64>>>;
+pub(super) type Missing = BTreeMap<(String, i32), Vec<Range<i64>>>;
 
 /// What was found at the missing offsets. Counts are offsets.
 #[derive(Debug, Default)]
-pub struct KafkaFindings {
+pub(super) struct KafkaFindings {
     /// Kafka has a record there, which should be stored.
     pub lost: Missing,
     pub claims: i64,
@@ -41,7 +41,7 @@ pub struct KafkaFindings {
 }
 
 impl KafkaFindings {
-    pub fn add_unknown(&mut self, why: impl Into<String>, offsets: i64) {
+    pub(super) fn add_unknown(&mut self, why: impl Into<String>, offsets: i64) {
         if offsets > 0 {
             *self.unknown.entry(why.into()).or_default() += offsets;
         }
@@ -75,7 +75,7 @@ impl KafkaFindings {
 }
 
 /// Looks the missing offsets up. Rows from before `kept_since` (microseconds since the Unix epoch) may have been removed.
-pub fn look_up(kafka: &KafkaConfig, missing: &Missing, kept_since: Option<i64>) -> KafkaFindings {
+pub(super) fn look_up(kafka: &KafkaConfig, missing: &Missing, kept_since: Option<i64>) -> KafkaFindings {
     let mut found = KafkaFindings::default();
     let topics: BTreeSet<&str> = missing.keys().map(|(topic, _)| topic.as_str()).collect();
     let deadline = instant_now() + READ_WITHIN;

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 /// The offsets, or the ticks, of one block: as many as fit into the bits of a `bigint` without its sign.
-pub const BLOCK: i64 = 60;
+pub(super) const BLOCK: i64 = 60;
 
 const FULL: u64 = (1 << BLOCK) - 1;
 
@@ -14,7 +14,7 @@ const MAX_RANGES: usize = 10_000;
 
 /// A group's position in one partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
+pub(super) struct Position {
     /// Where reading began; `None` if that is not recorded.
     pub first: Option<i64>,
     pub next: i64,
@@ -22,7 +22,7 @@ pub struct Position {
 
 /// What is stored of [`BLOCK`] successive offsets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Block {
+pub(super) struct Block {
     /// The first offset divided by [`BLOCK`].
     pub number: i64,
     /// A bit for each stored offset.
@@ -33,7 +33,7 @@ pub struct Block {
 
 /// The offsets of one partition, block by block in ascending order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Offsets {
+pub(super) struct Offsets {
     position: Position,
     /// The next offset that should be stored; `None` before the first block of a partition without a known beginning.
     expected: Option<i64>,
@@ -51,7 +51,7 @@ pub struct Offsets {
 }
 
 impl Offsets {
-    pub fn new(position: Position) -> Self {
+    pub(super) fn new(position: Position) -> Self {
         Self {
             position,
             expected: position.first,
@@ -64,7 +64,7 @@ impl Offsets {
         }
     }
 
-    pub fn take(&mut self, block: Block) {
+    pub(super) fn take(&mut self, block: Block) {
         let Block {
             number,
             stored,
@@ -96,13 +96,13 @@ impl Offsets {
     }
 
     /// No further block follows.
-    pub fn finish(&mut self) {
+    pub(super) fn finish(&mut self) {
         let next = self.position.next;
         self.miss(self.expected.unwrap_or(next)..next);
     }
 
     /// Removes these offsets from the missing ones: a rejected record says why they are not stored.
-    pub fn explain(&mut self, explained: Range<i64>) {
+    pub(super) fn explain(&mut self, explained: Range<i64>) {
         let ranges = std::mem::take(&mut self.missing);
         for range in ranges {
             let before = range.start..range.end.min(explained.start);
@@ -128,7 +128,7 @@ impl Offsets {
     }
 }
 
-pub fn length(range: &Range<i64>) -> i64 {
+pub(super) fn length(range: &Range<i64>) -> i64 {
     range.end - range.start
 }
 

@@ -23,14 +23,14 @@ const MEMORY: &str = "64MB";
 
 /// What the tables hold.
 #[derive(Debug)]
-pub struct Stored {
+pub(super) struct Stored {
     /// `Err`: why this is unknown.
     pub offsets: Result<StoredOffsets, String>,
     pub ticks: Result<StoredTicks, String>,
 }
 
 #[derive(Debug, Default)]
-pub struct StoredOffsets {
+pub(super) struct StoredOffsets {
     pub partitions: BTreeMap<(String, i32), Offsets>,
     /// Rows of partitions of which the group has no position.
     pub without_position: BTreeMap<(String, i32), i64>,
@@ -43,7 +43,7 @@ pub struct StoredOffsets {
 }
 
 #[derive(Debug, Default)]
-pub struct StoredTicks {
+pub(super) struct StoredTicks {
     pub series: Vec<Series>,
     pub findings: Findings,
     /// Rows without a time or an interval.
@@ -52,7 +52,7 @@ pub struct StoredTicks {
 
 /// An offset that is stored more than once.
 #[derive(Debug)]
-pub struct DoubledOffset {
+pub(super) struct DoubledOffset {
     pub topic: String,
     pub partition: i32,
     pub offset: i64,
@@ -63,7 +63,7 @@ pub struct DoubledOffset {
 }
 
 /// The connection, with a snapshot of the tables.
-pub struct Tables {
+pub(super) struct Tables {
     session: Session,
     main: String,
     rejected: String,
@@ -74,7 +74,7 @@ pub struct Tables {
 
 impl Tables {
     /// Connects, and begins a transaction that sees rows and positions of one moment.
-    pub async fn open(config: &DatabaseConfig, group_id: &str) -> Result<Self, Fault> {
+    pub(super) async fn open(config: &DatabaseConfig, group_id: &str) -> Result<Self, Fault> {
         let session = Session::open(config, Bounds::default()).await?;
         let main = session.table.quoted("");
         let columns = destination::column_names(&session, &main).await?;
@@ -99,12 +99,12 @@ impl Tables {
         })
     }
 
-    pub async fn close(self) {
+    pub(super) async fn close(self) {
         self.session.close().await;
     }
 
     /// Reads everything, in the largest queries of this command.
-    pub async fn read(&self) -> Result<Stored, Fault> {
+    pub(super) async fn read(&self) -> Result<Stored, Fault> {
         let lacking = |names: &[&str]| {
             let missing: Vec<&str> = names
                 .iter()
@@ -288,7 +288,7 @@ impl Tables {
     }
 
     /// The times of the first doubled ticks, with the number of rows: at most one for each of `doubled`.
-    pub async fn doubled_ticks(
+    pub(super) async fn doubled_ticks(
         &self,
         series: &[Series],
         doubled: &[Doubled],
@@ -327,7 +327,7 @@ impl Tables {
     }
 
     /// The first doubled offsets of these blocks, each of a partition.
-    pub async fn doubled_offsets(
+    pub(super) async fn doubled_offsets(
         &self,
         blocks: &[(String, i32, i64)],
         limit: i64,

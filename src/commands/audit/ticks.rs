@@ -18,7 +18,7 @@ const MAX_GAPS: usize = 100_000;
 
 /// Rows of [`BLOCK`] successive ticks of a grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Block {
+pub(super) struct Block {
     pub interval: i64,
     pub phase: i64,
     /// The first tick's time divided by [`BLOCK`] intervals.
@@ -37,14 +37,14 @@ impl Block {
 
 /// Times are in microseconds since the Unix epoch, here and below.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Series {
+pub(super) struct Series {
     pub address: String,
     pub place: String,
 }
 
 /// Ticks without a row between two that have one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Gap {
+pub(super) struct Gap {
     pub series: usize,
     /// The ticks around the gap.
     pub from: i64,
@@ -67,14 +67,14 @@ impl Gap {
         (end.min(self.ticks) - first.max(1) + 1).max(0)
     }
 
-    pub fn first_tick(&self) -> i64 {
+    pub(super) fn first_tick(&self) -> i64 {
         self.from + self.step()
     }
 }
 
 /// A time in which no host of a place has a tick.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Silence {
+pub(super) struct Silence {
     pub place: String,
     pub time: Range<i64>,
     pub hosts: i64,
@@ -85,7 +85,7 @@ pub struct Silence {
 
 /// Rows of one series that repeat a tick.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Doubled {
+pub(super) struct Doubled {
     pub series: usize,
     /// The block's first and last tick.
     pub within: (i64, i64),
@@ -94,7 +94,7 @@ pub struct Doubled {
 
 /// What was found, in the order of the series.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Findings {
+pub(super) struct Findings {
     pub ticks: i64,
     /// Ticks that belong to no grid of their series: first checks after a start, and `--once`.
     pub off_grid: i64,
@@ -119,7 +119,7 @@ struct Run {
 
 /// The rows of all series, one series after the other.
 #[derive(Default)]
-pub struct Ticks {
+pub(super) struct Ticks {
     pub series: Vec<Series>,
     blocks: Vec<Block>,
     findings: Findings,
@@ -129,7 +129,7 @@ pub struct Ticks {
 
 impl Ticks {
     /// Takes the blocks of a series in any order; those of the next series follow.
-    pub fn take(&mut self, address: &str, place: &str, block: Block) {
+    pub(super) fn take(&mut self, address: &str, place: &str, block: Block) {
         let is_same = |series: &Series| series.address == address && series.place == place;
         if !self.series.last().is_some_and(is_same) {
             self.end_series();
@@ -141,7 +141,7 @@ impl Ticks {
         self.blocks.push(block);
     }
 
-    pub fn finish(mut self) -> (Vec<Series>, Findings) {
+    pub(super) fn finish(mut self) -> (Vec<Series>, Findings) {
         self.end_series();
         self.explain_gaps();
         (self.series, self.findings)

@@ -15,20 +15,20 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// The demo's own connection, besides those of the agents.
-pub struct Rows {
+pub(super) struct Rows {
     client: Client,
     table: TableName,
 }
 
 /// The counts of the table, for the ledger.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counted {
+pub(super) struct Counted {
     pub rows: i64,
     pub rejected: i64,
 }
 
 impl Rows {
-    pub fn connect(database: &DatabaseConfig) -> Result<Self, postgres::Error> {
+    pub(super) fn connect(database: &DatabaseConfig) -> Result<Self, postgres::Error> {
         let mut config = postgres::Config::new();
         if let Some(password) = &database.password {
             config.password(password.reveal());
@@ -49,7 +49,7 @@ impl Rows {
     }
 
     /// Whether `consume` has created its tables. The other queries need them.
-    pub fn tables_exist(&mut self) -> Result<bool, postgres::Error> {
+    pub(super) fn tables_exist(&mut self) -> Result<bool, postgres::Error> {
         // The object that is created last.
         let last = self.table.quoted("_certificates");
         self.client
@@ -58,7 +58,7 @@ impl Rows {
     }
 
     /// The state of each address, in the order of `addresses`.
-    pub fn hosts(&mut self, addresses: &[&str]) -> Result<Vec<Host>, postgres::Error> {
+    pub(super) fn hosts(&mut self, addresses: &[&str]) -> Result<Vec<Host>, postgres::Error> {
         let sql = format!(
             "SELECT host.address, counts.checks, counts.valid, recent.latencies, recent.is_valid,
                     recent.outcome, recent.error
@@ -102,7 +102,7 @@ impl Rows {
             .collect()
     }
 
-    pub fn totals(&mut self, hosts: usize) -> Result<Totals, postgres::Error> {
+    pub(super) fn totals(&mut self, hosts: usize) -> Result<Totals, postgres::Error> {
         let sql = format!(
             "SELECT count(*) FILTER (WHERE is_valid), count(*) FILTER (WHERE {FAILED}),
                     (SELECT count(*) FROM {})
@@ -123,7 +123,7 @@ impl Rows {
         })
     }
 
-    pub fn counted(&mut self) -> Result<Counted, postgres::Error> {
+    pub(super) fn counted(&mut self) -> Result<Counted, postgres::Error> {
         let sql = format!(
             "SELECT (SELECT count(*) FROM {}), (SELECT count(*) FROM {})",
             self.table.quoted(""),

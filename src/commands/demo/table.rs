@@ -15,7 +15,7 @@ const MIN_ADDRESS_WIDTH: usize = 16;
 
 /// A host's data in the database.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Host {
+pub(super) struct Host {
     pub address: String,
     /// The number of rows. `valid` of them are valid, the same share as in the view `…_uptime`.
     pub checks: i64,
@@ -27,7 +27,7 @@ pub struct Host {
 
 /// A host's newest row.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Newest {
+pub(super) struct Newest {
     pub is_valid: bool,
     pub outcome: String,
     pub error: Option<String>,
@@ -35,7 +35,7 @@ pub struct Newest {
 
 /// The totals over all hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
+pub(super) struct Totals {
     pub hosts: usize,
     pub up: usize,
     pub down: usize,
@@ -43,7 +43,7 @@ pub struct Totals {
 }
 
 /// The totals as one line.
-pub fn summary(totals: Totals, elapsed: Duration) -> String {
+pub(super) fn summary(totals: Totals, elapsed: Duration) -> String {
     let Totals {
         hosts,
         up,
@@ -60,7 +60,7 @@ pub fn summary(totals: Totals, elapsed: Duration) -> String {
 }
 
 /// The heading and a line per host, each at most `width` columns wide without the escapes for colours.
-pub fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<String> {
+pub(super) fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<String> {
     let checks = if width < WIDE {
         FEWER_CHECKS
     } else {

@@ -23,7 +23,7 @@ const PLOT_WIDTH: f64 = 30.0;
 
 /// The answer.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct History {
+pub(super) struct History {
     now_micros: i64,
     /// `None`: only incidents were asked for.
     host: Option<Host>,
@@ -76,7 +76,7 @@ struct Incident {
 }
 
 /// Reads the state. `host` is an address or a `name=`.
-pub async fn read(
+pub(super) async fn read(
     session: &Session,
     found: &ExistingObjects,
     host: Option<&str>,
@@ -255,7 +255,7 @@ impl History {
 }
 
 /// Lines for people. In the last columns are errors, which are wrapped to the width of the terminal.
-pub fn lines(history: &History, width: Option<usize>) -> Vec<String> {
+pub(super) fn lines(history: &History, width: Option<usize>) -> Vec<String> {
     let wrapped = |table: Vec<String>| {
         let mut lines = Vec::new();
         for (number, line) in table.iter().enumerate() {

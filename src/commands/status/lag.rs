@@ -16,7 +16,7 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 /// The lag of one partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lag {
+pub(super) struct Lag {
     pub topic: String,
     pub partition: i32,
     /// `None`: nothing is stored yet, and all records count as lag.
@@ -31,7 +31,7 @@ pub struct Lag {
 ///
 /// # Errors
 /// Kafka did not answer in time, or refused; the reason for a person.
-pub fn lag(
+pub(super) fn lag(
     kafka: &KafkaConfig,
     topics: &[String],
     positions: &BTreeMap<(String, i32), i64>,

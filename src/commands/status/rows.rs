@@ -27,11 +27,11 @@ pub(super) const SETTINGS: &str = "SET jit = off; SET work_mem = '64MB'; SET sta
                         BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 
 /// Rejected records are counted up to this number, because counting more takes time and tells little.
-pub const MAX_COUNTED: i64 = 100_000;
+pub(super) const MAX_COUNTED: i64 = 100_000;
 
 /// What is in the tables.
 #[derive(Clone, Debug, Default)]
-pub struct Rows {
+pub(super) struct Rows {
     /// The database's clock.
     pub now_micros: i64,
     /// Sorted by address.
@@ -52,7 +52,7 @@ pub struct Rows {
 
 /// The newest row.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Newest {
+pub(super) struct Newest {
     pub at: Timestamp,
     /// The interval of its host; if the row does not have it, the time between the newest two rows.
     pub interval_seconds: f64,
@@ -60,7 +60,7 @@ pub struct Newest {
 
 /// What is known of one host. `None` also if the table lacks a column.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Host {
+pub(super) struct Host {
     pub address: String,
     /// As in the host file; only the state has them.
     pub name: Option<String>,
@@ -93,20 +93,20 @@ pub struct Host {
 
 /// The number of valid checks, and of all checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
+pub(super) struct Share {
     pub valid: i64,
     pub checks: i64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct LastError {
+pub(super) struct LastError {
     pub at: Timestamp,
     pub outcome: Option<String>,
     pub error: Option<String>,
 }
 
 /// Runs all queries.
-pub async fn read(
+pub(super) async fn read(
     session: &Session,
     found: &ExistingObjects,
     group_id: &str,

@@ -26,14 +26,14 @@ const MAX_TRIED_AT_ONCE: usize = 64;
 
 /// The CPU time of one check.
 #[derive(Clone, Copy, Debug)]
-pub struct Cost {
+pub(super) struct Cost {
     pub http: Duration,
     pub https: Duration,
 }
 
 impl Cost {
     /// Checks a site on loopback some times, with and without TLS. Each check has a new connection, as always.
-    pub fn measure(config: &CheckConfig) -> anyhow::Result<Self> {
+    pub(super) fn measure(config: &CheckConfig) -> anyhow::Result<Self> {
         let ca_file = tempfile::NamedTempFile::new().context("cannot make a temporary file")?;
         let site = SampleSite::start(ca_file.path())?;
         let hosts = host_file::parse("sample site", site.host_file().as_bytes())?;
@@ -78,7 +78,7 @@ fn cpu_time() -> Duration {
 
 /// What the check of one host has shown.
 #[derive(Clone, Debug)]
-pub struct Tried {
+pub(super) struct Tried {
     pub outcome: Outcome,
     pub error: Option<String>,
     pub ip: Option<IpAddr>,
@@ -86,7 +86,7 @@ pub struct Tried {
 }
 
 /// Checks each host once, several at the same time. The results are in the order of the targets. `show` is called after each check.
-pub fn try_all(
+pub(super) fn try_all(
     config: &CheckConfig,
     targets: &[Target],
     show: impl Fn(&str) + Sync,

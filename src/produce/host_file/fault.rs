@@ -15,13 +15,13 @@ pub(super) struct LineFault {
 }
 
 impl LineFault {
-    pub fn new(at: usize, what: impl Into<String>) -> Self {
+    pub(super) fn new(at: usize, what: impl Into<String>) -> Self {
         let what = what.into();
         Self { at, what }
     }
 
     /// Adds how to write the word where it was meant as the beginning of a REGEX.
-    pub fn or_regex(self, word: &str) -> Self {
+    pub(super) fn or_regex(self, word: &str) -> Self {
         Self::new(
             self.at,
             format!(

@@ -120,7 +120,7 @@ pub(super) struct Options {
 }
 
 impl Options {
-    pub fn set(&mut self, option: &OptionWord<'_>, files: &dyn Files) -> Result<(), LineFault> {
+    pub(super) fn set(&mut self, option: &OptionWord<'_>, files: &dyn Files) -> Result<(), LineFault> {
         if let Some((at, what)) = option.fault {
             return Err(LineFault::new(at, what));
         }
@@ -191,7 +191,7 @@ impl Options {
         Ok(())
     }
 
-    pub fn reads_a_body(&self) -> Result<(), LineFault> {
+    pub(super) fn reads_a_body(&self) -> Result<(), LineFault> {
         match self.method {
             Some(Method::Head) => Err(LineFault::new(
                 0,
@@ -203,7 +203,7 @@ impl Options {
 
     /// These options, and where they have none, those of a profile. Of headers and `json=` rules, both are kept, except those
     /// of the same name or pointer. `auth=` counts as the header Authorization.
-    pub fn or(mut self, profile: Self) -> Self {
+    pub(super) fn or(mut self, profile: Self) -> Self {
         let has_authorization = self.headers.iter().any(is_authorization);
         let is_new = |header: &Header| {
             let is_same = |own: &Header| own.name.eq_ignore_ascii_case(&header.name);
@@ -238,7 +238,7 @@ impl Options {
     }
 
     /// Options that contradict each other or the address: the option to blame, and why.
-    pub fn contradictions(&self, url: &Url) -> Vec<(&'static str, &'static str)> {
+    pub(super) fn contradictions(&self, url: &Url) -> Vec<(&'static str, &'static str)> {
         let mut found = Vec::new();
         if self.method == Some(Method::Head) && !self.json.is_empty() {
             found.push((
@@ -274,7 +274,13 @@ impl Options {
         found
     }
 
-    pub fn target(self, address: &str, url: Url, interval: Duration, regex: Option<Arc<Pattern>>) -> Target {
+    pub(super) fn target(
+        self,
+        address: &str,
+        url: Url,
+        interval: Duration,
+        regex: Option<Arc<Pattern>>,
+    ) -> Target {
         let plain = Target::new(address.to_owned(), url, interval);
         Target {
             timeout: self.timeout,

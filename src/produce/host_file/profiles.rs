@@ -31,7 +31,7 @@ struct Profile<'a> {
 }
 
 impl<'a> Profiles<'a> {
-    pub fn of(contents: &'a [u8], files: &dyn Files) -> Self {
+    pub(super) fn of(contents: &'a [u8], files: &dyn Files) -> Self {
         let mut profiles = Self::default();
         for (number, line) in (1..).zip(contents.split(|byte| *byte == b'\n')) {
             // What is not UTF-8 is reported with the other lines.
@@ -97,17 +97,17 @@ impl<'a> Profiles<'a> {
     }
 
     /// Whether the file defines a profile, right or wrong.
-    pub fn is_any(&self) -> bool {
+    pub(super) fn is_any(&self) -> bool {
         self.is_any
     }
 
     /// What is wrong in the line of this number.
-    pub fn faults(&mut self, number: usize) -> Vec<LineFault> {
+    pub(super) fn faults(&mut self, number: usize) -> Vec<LineFault> {
         self.faults.remove(&number).unwrap_or_default()
     }
 
     /// The options of `@NAME`.
-    pub fn get(&self, word: &str) -> Result<Options, LineFault> {
+    pub(super) fn get(&self, word: &str) -> Result<Options, LineFault> {
         if let Some(profile) = self.by_name.get(word) {
             profile.is_used.set(true);
             return Ok(profile.options.clone());
@@ -125,7 +125,7 @@ impl<'a> Profiles<'a> {
     }
 
     /// The lines of the profiles that no host uses, with a warning for each.
-    pub fn unused(&self) -> Vec<(usize, String)> {
+    pub(super) fn unused(&self) -> Vec<(usize, String)> {
         let unused = self.by_name.iter().filter(|(_, profile)| !profile.is_used.get());
         let mut warnings: Vec<_> = unused
             .map(|(name, profile)| {

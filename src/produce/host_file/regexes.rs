@@ -20,7 +20,7 @@ pub(super) struct Regexes<'a> {
 }
 
 impl<'a> Regexes<'a> {
-    pub fn compile(&mut self, text: &'a str) -> Result<Arc<Pattern>, LineFault> {
+    pub(super) fn compile(&mut self, text: &'a str) -> Result<Arc<Pattern>, LineFault> {
         if let Some(pattern) = self.compiled.get(text) {
             return Ok(Arc::clone(pattern));
         }

@@ -22,7 +22,7 @@ pub(super) struct ErrorReport {
 
 impl ErrorReport {
     /// `place` is what is printed before the column: the file and the line number.
-    pub fn add(&mut self, place: impl Display, line: &str, fault: &LineFault) {
+    pub(super) fn add(&mut self, place: impl Display, line: &str, fault: &LineFault) {
         self.faults += 1;
         if self.faults > MAX_SHOWN_FAULTS {
             return;
@@ -58,7 +58,7 @@ impl ErrorReport {
     }
 
     /// Adds a warning: the line is valid, but probably not what was meant.
-    pub fn warn(&mut self, place: impl Display, line: &str, fault: &LineFault) {
+    pub(super) fn warn(&mut self, place: impl Display, line: &str, fault: &LineFault) {
         if self.warnings.len() == MAX_SHOWN_FAULTS {
             self.more_warnings += 1;
             return;
@@ -67,7 +67,7 @@ impl ErrorReport {
         self.warnings.push(format!("{place}:{column}: {}", fault.what));
     }
 
-    pub fn take_warnings(&mut self) -> Vec<String> {
+    pub(super) fn take_warnings(&mut self) -> Vec<String> {
         if self.more_warnings > 0 {
             self.warnings
                 .push(format!("and {} more lines like these", self.more_warnings));
@@ -75,12 +75,12 @@ impl ErrorReport {
         std::mem::take(&mut self.warnings)
     }
 
-    pub fn keep<T>(&mut self, place: &str, line: &str, result: Result<T, LineFault>) -> Option<T> {
+    pub(super) fn keep<T>(&mut self, place: &str, line: &str, result: Result<T, LineFault>) -> Option<T> {
         result.map_err(|fault| self.add(place, line, &fault)).ok()
     }
 
     /// Returns the value if there was no error.
-    pub fn finish<T>(mut self, value: Option<T>) -> Result<T, HostFileError> {
+    pub(super) fn finish<T>(mut self, value: Option<T>) -> Result<T, HostFileError> {
         if self.faults > MAX_SHOWN_FAULTS {
             self.text += &format!("\nand {} more errors", self.faults - MAX_SHOWN_FAULTS);
         }

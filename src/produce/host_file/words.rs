@@ -167,7 +167,7 @@ pub(super) fn profile_name(word: &str) -> Option<&str> {
 }
 
 impl<'a> Word<'a> {
-    pub fn text(&self) -> &'a str {
+    pub(super) fn text(&self) -> &'a str {
         match self {
             Self::Option(option) => option.word,
             Self::Profile(word) => word,
@@ -177,12 +177,12 @@ impl<'a> Word<'a> {
 
 impl OptionWord<'_> {
     /// Whether it may have been meant as the beginning of the REGEX.
-    pub fn may_be_regex(&self) -> bool {
+    pub(super) fn may_be_regex(&self) -> bool {
         !self.is_quoted && !["header", "body", "auth", "cert", "proxy"].contains(&self.name)
     }
 
     /// A fault at the value.
-    pub fn fault(&self, what: impl Into<String>) -> LineFault {
+    pub(super) fn fault(&self, what: impl Into<String>) -> LineFault {
         LineFault::new(self.name.len() + 1, what)
     }
 }

@@ -23,13 +23,13 @@ use crate::produce::outbox::{Kept, Sequence};
 /// How long one question to Kafka may take. The publisher's thread waits for the answer and
 /// sends nothing meanwhile. There are two questions.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-pub const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
+pub(super) const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
 
 /// How much the clocks may differ if a topic's records have the broker's time instead of ours.
 const CLOCKS_DIFFER_MILLIS: i64 = 60_000;
 
 /// A search in one topic.
-pub struct Search {
+pub(super) struct Search {
     reader: Reader,
     topic: String,
     since_millis: i64,
@@ -43,7 +43,7 @@ pub struct Search {
 
 impl Search {
     /// A search for `wanted` that begins with the first record after `since_millis` (Unix time).
-    pub fn new(
+    pub(super) fn new(
         kafka: &KafkaConfig,
         topic: &str,
         since_millis: i64,
@@ -69,7 +69,7 @@ impl Search {
     ///
     /// # Errors
     /// Kafka does not allow it, or did not answer the questions. Other errors are retried.
-    pub fn go_on(
+    pub(super) fn go_on(
         &mut self,
         until: Instant,
         wanted: &BTreeMap<Sequence, Kept<Record>>,
@@ -93,7 +93,7 @@ impl Search {
         })
     }
 
-    pub fn begun(&self) -> Instant {
+    pub(super) fn begun(&self) -> Instant {
         self.begun
     }
 }
