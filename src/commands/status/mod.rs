@@ -8,7 +8,7 @@ mod lag;
 mod rows;
 mod watch;
 
-use std::fmt::{Display, Write as _};
+use std::fmt::Write as _;
 
 use anyhow::anyhow;
 use serde::Serialize;
@@ -20,7 +20,9 @@ use crate::consume::state::GROUP_SUFFIX;
 use crate::postgres::{self, Bounds, Fault, Session};
 use crate::sample::Timestamp;
 use crate::tables::destination;
-use crate::terminal::{self, NONE, columns, fit, percent, plain, plain_json, roughly, seconds, sparkline};
+use crate::terminal::{
+    self, NONE, columns, counted, fit, percent, plain, plain_json, roughly, seconds, sparkline,
+};
 
 pub use watch::watch;
 
@@ -339,13 +341,6 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
         lines.push(format!("STALE: {reason}."));
     }
     joined(lines, width)
-}
-
-/// `1 record`, `5 records`
-fn counted(count: impl Display, what: &str) -> String {
-    let count = count.to_string();
-    let plural = if count == "1" { "" } else { "s" };
-    format!("{count} {what}{plural}")
 }
 
 fn joined(lines: Vec<String>, width: Option<usize>) -> String {
