@@ -231,7 +231,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     fn rejoin(&mut self, now: Instant) -> anyhow::Result<()> {
         log::log!(
             level::<S>(Level::Warn),
-            "Kafka reports that {}; it was just away and may have forgotten this consumer, which joins again",
+            "Kafka was away and now reports that {}; it may mean this consumer itself, which joins again",
             Ended::InstanceTaken
         );
         let partitions = self.ingest.assigned_partitions().collect();

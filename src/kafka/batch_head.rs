@@ -176,7 +176,7 @@ impl Broker {
         let (answer, proof_of_server) = scram.answer(&String::from_utf8_lossy(&challenge))?;
         match self.authenticate(answer.as_bytes())? == proof_of_server.as_bytes() {
             true => Ok(()),
-            false => Err(io::Error::other("it cannot prove that it knows our password")),
+            false => Err(io::Error::other("it cannot prove that it knows the password")),
         }
     }
 

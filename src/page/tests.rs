@@ -273,7 +273,7 @@ fn an_empty_page_says_why() {
         "index.html",
         &["No site is shown.", "No record has come yet."],
     );
-    assert_says(&files, "incidents/index.html", &["No incident is known."]);
+    assert_says(&files, "incidents/index.html", &["No incidents."]);
     snapshot.hosts = vec![host("https://a.example/", None, None, true)];
     let files = render(&snapshot, &options(false), NOW);
     assert_says(&files, "index.html", &["none has a name"]);

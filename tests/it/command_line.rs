@@ -212,7 +212,7 @@ fn an_unknown_variable_after_e_is_an_error_that_does_not_show_its_value() {
     place.run(&args).is_wrong(
         "-e DB_PASSWD: no such variable; `host-metrics --help` lists the names\n\
          -e DB_PASSWORD: expected NAME=VALUE; write -e DB_PASSWORD=VALUE\n\
-         -e: expected NAME=VALUE, got a word without a `=`\n\
+         -e: expected NAME=VALUE, found a word without a `=`\n\
          -e: the text before the `=` is not the name of a variable; `host-metrics --help` lists the names\n",
     );
 }

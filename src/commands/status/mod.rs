@@ -383,7 +383,7 @@ fn title(host: &Host) -> String {
 
 /// The columns that a narrow terminal leaves out, the least important first.
 const DISPENSABLE: [&str; 10] = [
-    "NEWEST CHECKS",
+    "LATENCY TREND",
     " 1 H",
     "ADDRESS",
     " P50",
@@ -438,7 +438,7 @@ fn table(report: &Report, hosts: &[&Host]) -> Vec<Vec<String>> {
         " P95",
         " CERT",
         " LAST CHECK",
-        "NEWEST CHECKS",
+        "LATENCY TREND",
         "LAST ERROR",
     ];
     let mut table = vec![headline.map(str::to_owned).to_vec()];

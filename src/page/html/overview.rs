@@ -36,7 +36,7 @@ pub fn render(view: &View<'_>) -> String {
         section {
             h2 { "Last incidents" }
             @if newest.is_empty() {
-                p { "No incident is known." }
+                p { "No incidents." }
             } @else {
                 (incidents::list(view, &newest, "", 3))
                 p { a href="incidents/" { "All incidents by month" } }

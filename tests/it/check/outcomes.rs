@@ -139,7 +139,7 @@ cases! {
     };
     a_json_document_nested_10_000_deep: JsonMismatch, "is an array" =>
         answer(site::ok(format!("{}{}", "[".repeat(10_000), "]".repeat(10_000)))).with_json("/0:1");
-    the_text_that_must_not_be_there: RegexMismatch, "the regex is in the body" =>
+    the_text_that_must_not_be_there: RegexMismatch, "the regex matches the body" =>
         answer(site::ok("an error")).without_regex("error");
     a_page_too_long_to_be_searched_for_what_must_not_be_there: BodyTooLarge, "first 65536 bytes" =>
         answer(site::ok(vec![b'x'; 65 * 1024])).without_regex("error");
