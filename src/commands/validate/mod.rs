@@ -19,7 +19,7 @@ use crate::config::CheckConfig;
 use crate::duration;
 use crate::limits::{self, Limits, OTHER_FILES};
 use crate::produce::host_file::Hosts;
-use crate::terminal::{columns, fit, plain, seconds, wrap};
+use crate::terminal::{columns, counted, fit, plain, seconds, wrap};
 
 /// The most columns of an error beside a host.
 const MAX_ERROR_WIDTH: usize = 60;
@@ -212,12 +212,12 @@ fn understood(target: &Target) -> Vec<String> {
         words.push(format!("through {proxy}"));
     }
     if let Some(status) = &target.status {
-        words.push(format!("good status {status}"));
+        words.push(format!("valid status {status}"));
     }
     match target.follow {
         DEFAULT_FOLLOW => {}
         0 => words.push("redirects not followed".to_owned()),
-        follow => words.push(format!("at most {follow} redirects")),
+        follow => words.push(format!("at most {}", counted(follow, "redirect"))),
     }
     match target.ip_family {
         Some(IpFamily::V4) => words.push("IPv4 only".to_owned()),
@@ -237,7 +237,7 @@ fn understood(target: &Target) -> Vec<String> {
         words.push(format!("slow above {}", duration::text(slow)));
     }
     if let Some(days) = target.cert_days {
-        words.push(format!("certificate valid for {days} days"));
+        words.push(format!("certificate valid for at least {days} days"));
     }
     if let Some(name) = &target.name {
         words.push(format!("name {}", plain(name)));
@@ -431,7 +431,7 @@ fn host_warnings<'a>(config: &'a CheckConfig, targets: &'a [Target]) -> impl Ite
     });
     let too_many = (targets.len() > config.max_threads).then(|| {
         format!(
-            "there are {} hosts, but MAX_THREADS={}: while that many hosts hang, checks of the others are missed",
+            "there are {} hosts, but MAX_THREADS={}: while that many hosts hang, ticks of the others are missed",
             targets.len(),
             config.max_threads
         )
@@ -622,11 +622,11 @@ EVERY  TIMEOUT  HOST
 
 group Shops
 1h     10s      c.example/#x -> https://c.example/                         POST, header Cookie, sends 3 bytes, \
-secrets also over http, through http://p:1, slow above 1s, certificate valid for 9 days, name Shop front, JSON /a is b, \
+secrets also over http, through http://p:1, slow above 1s, certificate valid for at least 9 days, name Shop front, JSON /a is b, \
 body does not match c
 
 no group
-1h     2s       http://[::1]/                                              HEAD, good status 404,500-599, \
+1h     2s       http://[::1]/                                              HEAD, valid status 404,500-599, \
 redirects not followed, IPv6 only, certificate not verified, topic other
 1h     10s      https://b\u{fc}cher.example/ -> https://xn--bcher-kva.example/  at most 3 redirects, IPv4 only, body matches a  b
 ";
@@ -712,7 +712,7 @@ redirects not followed, IPv6 only, certificate not verified, topic other
                  so that a check ends before the next one is due",
                 "warning: 127.0.0.1: every check will fail, because ip= requires the other address family",
                 "warning: CHECK_TIMEOUT (10s) is reduced to 95 % of the interval for 2 of the hosts; see the column TIMEOUT",
-                "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, checks of the others are missed",
+                "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, ticks of the others are missed",
             ]
         );
         let report = report_of(

@@ -63,7 +63,7 @@ pub fn render(view: &View<'_>, shown: &Shown<'_>) -> String {
                 p { "No incidents." }
             } @else {
                 (incidents::list(view, &newest[..newest.len().min(NEWEST)], ROOT, 3))
-                @if newest.len() > NEWEST { p { "Earlier ones are among " a href={ (ROOT) "incidents/" } { "all incidents" } "." } }
+                @if newest.len() > NEWEST { p { "Earlier incidents are among " a href={ (ROOT) "incidents/" } { "all incidents" } "." } }
             }
         }
         section {
