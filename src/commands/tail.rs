@@ -175,7 +175,8 @@ impl<'a> Tail<'a> {
             .iter()
             .map(|start| (start.topic().to_owned(), start.partition()));
         self.reading.extend(names);
-        log::info!("reading {} of topic {topic}", counted(starts.count(), "partition"));
+        let partitions = counted(starts.count(), "partition");
+        log::info!("reading {partitions} of topic {topic}");
         Ok(())
     }
 }

@@ -401,9 +401,10 @@ impl Checker {
             match (matched, target.regex_absent, end) {
                 (true, true, _) => Some((Outcome::RegexMismatch, "the regex matches the body".into())),
                 (true, false, _) | (false, true, BodyEnd::Complete) => None,
-                (false, false, BodyEnd::Complete) => {
-                    Some((Outcome::RegexMismatch, "the regex does not match the body".into()))
-                }
+                (false, false, BodyEnd::Complete) => Some((
+                    Outcome::RegexMismatch,
+                    "the regex does not match the body".into(),
+                )),
                 (false, _, BodyEnd::Beyond) => Some((
                     Outcome::BodyTooLarge,
                     format!(
