@@ -65,7 +65,7 @@ impl Worker {
         let Some(since) = since else {
             if let Some(lasted) = self.silence.end(now) {
                 let seconds = lasted.as_secs();
-                log::info!("Kafka is back after {seconds} s; {kept} records are on their way");
+                log::info!("Kafka is back after {seconds} s; records on their way: {kept}");
             }
             return;
         };
@@ -77,7 +77,7 @@ impl Worker {
         self.silence.set_cause_known(has_cause);
         if let Some((reason, lasted)) = self.silence.take_report(now) {
             log::warn!(
-                "waiting for Kafka at {servers}: {reason} (for {} s); {kept} of {room} records are buffered",
+                "waiting for Kafka at {servers}: {reason} (for {} s); buffered records: {kept} of {room}",
                 lasted.as_secs()
             );
         }
@@ -98,8 +98,8 @@ impl Worker {
             topic.missing.begin(now, why_not.clone());
             if let Some((why_not, lasted)) = topic.missing.take_report(now) {
                 log::warn!(
-                    "waiting for the topic {name}: {why_not} (for {} s); `host-metrics init` creates topics; {kept} of its \
-                     records are buffered",
+                    "waiting for the topic {name}: {why_not} (for {} s); `host-metrics init` creates topics; buffered \
+                     records: {kept}",
                     lasted.as_secs()
                 );
             }
