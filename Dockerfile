@@ -50,7 +50,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["hos
 ARG VERSION=
 ARG REVISION=
 LABEL org.opencontainers.image.title="host-metrics" \
-      org.opencontainers.image.description="Checks web sites on time and stores every result exactly once" \
+      org.opencontainers.image.description="Checks web sites on schedule and stores every result exactly once" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -11,7 +11,7 @@ use crate::commands::skip::Argument;
 use crate::duration;
 use crate::tables::names::MAX_IDENTIFIER_BYTES;
 
-/// Checks web sites on time and stores every result exactly once: HTTP checker -> Kafka -> Postgres.
+/// Checks web sites on schedule and stores every result exactly once: HTTP checker -> Kafka -> Postgres.
 #[derive(Debug, Parser)]
 #[command(
     name = "host-metrics",
@@ -70,7 +70,7 @@ pub enum Command {
         "host-metrics init --print-sql",
     ]))]
     Init(With<Init>),
-    /// Remove the tables and views that `init` made
+    /// Remove the tables and views that `init` created
     #[command(after_help = examples(&[
         "host-metrics drop --env-file env            # shows what would be removed",
         "host-metrics drop --env-file env --yes",
@@ -96,7 +96,7 @@ pub enum Command {
         "host-metrics page --out /var/www/status",
     ]))]
     Page(With<Page>),
-    /// Skip a Kafka batch that `consume` cannot read, and note which offsets were not read
+    /// Skip a Kafka batch that `consume` cannot read, and record which offsets were not read
     #[command(after_help = examples(&[
         "host-metrics skip host-metrics/3             # shows the next batch",
         "host-metrics skip host-metrics/3:41200",
@@ -216,12 +216,12 @@ pub struct Check {
     #[arg(long, conflicts_with_all = ["json", "repeat"])]
     pub headers: bool,
 
-    /// Check so many times, a line each, and print the latencies' minimum, median, p95 and maximum
+    /// Check N times: a line for each, then the latency's minimum, median, p95 and maximum
     #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true,
           value_parser = clap::value_parser!(u32).range(1..))]
     pub repeat: u32,
 
-    /// The time from one check to the next
+    /// With --repeat: the time from one check to the next
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_duration)]
     pub every: Duration,
 }
@@ -292,7 +292,7 @@ pub struct Status {
 
 #[derive(Debug, Args)]
 pub struct Tail {
-    /// Begin with the records of this long ago, e.g. 10m [default: only new records]
+    /// Begin with the records of the last TIME, e.g. 10m [default: only new records]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub since: Option<Duration>,
 
@@ -546,7 +546,7 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   DB_BATCH_SECONDS          how long a smaller batch waits [1]
   DB_SYNCHRONOUS_COMMIT     on or off: whether commits wait for the database's disk [on]
   DB_RETENTION              how long rows are kept, e.g. 90d [no limit]
-  DB_ROLLUP_RETENTION       how long sums by hour and incidents are kept, e.g. 400d [no limit]
+  DB_ROLLUP_RETENTION       how long totals and incidents are kept, e.g. 400d [no limit]
   STATE                     on or off: whether `consume` keeps the state beside the rows [on]
   DOWN_WHEN                 any, majority, all or a number of places that must see a host down [majority]
   CHECK_TIMEOUT             the longest time for one check [10s]
@@ -554,8 +554,8 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   MAX_BODY_BYTES            how much of a body is searched for the regex [1048576]
   USER_AGENT                the User-Agent header of the checks [host-metrics/VERSION]
   CHECK_CA_FILE             PEM file of an additional authority for the checked sites
-  SECRETS_DIR               directory of the files that @NAME means in the host file [none]
-  AGENT_NAME                the name in each record of the place that checks
+  SECRETS_DIR               directory of the secrets, the files that @NAME means in the host file [none]
+  AGENT_NAME                the name of the place that checks, in each record
                             [PRODUCE_GROUP, else the host name]
   PRODUCE_GROUP             producers with the same group share their hosts [none]
   HOSTS_CACHE_FILE          where `produce -c postgres:` keeps the hosts for a start without the database [none]

@@ -1,6 +1,6 @@
 //! Tables for people: columns, sparklines, percentages, durations, and text from other machines. Pure.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, ClassUnicode, HirKind};
@@ -19,6 +19,13 @@ const NOISE_SECONDS: f64 = 0.02;
 
 /// For a missing value.
 pub const NONE: &str = "-";
+
+/// `1 record`, `5 records`
+pub fn counted(count: impl Display, what: &str) -> String {
+    let count = count.to_string();
+    let plural = if count == "1" { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
 
 /// A bar for each check. The scale is the range of the host itself, so changes of a fast host are as visible as those of a
 /// slow one.

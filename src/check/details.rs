@@ -25,7 +25,7 @@ pub struct Details {
 pub struct Exchange {
     pub url: String,
     pub status: u16,
-    /// From the name look-up to the response's headers.
+    /// From the name lookup to the response's headers.
     pub took: Duration,
 }
 

@@ -165,7 +165,7 @@ fn timeout(phase: Phase, peer: &str) -> (Outcome, String) {
     match phase {
         Phase::Dns => (
             Outcome::DnsTimeout,
-            "the time of the check was over before the name look-up".into(),
+            "the time of the check was over before the name lookup".into(),
         ),
         Phase::Connect => (
             Outcome::ConnectTimeout,

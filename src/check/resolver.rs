@@ -143,7 +143,7 @@ impl Names {
                 Err(_) if lookups.threads > 0 => {}
                 Err(error) => {
                     return Err(NameError::Agent(format!(
-                        "cannot start a thread for the name look-up: {error}"
+                        "cannot start a thread for the name lookup: {error}"
                     )));
                 }
             }

@@ -20,6 +20,7 @@ use crate::outage::{Outage, SAY_AFTER};
 use crate::postgres::{self, Bounds, Fault, Kind, Session};
 use crate::tables::names::Object;
 use crate::tables::{days, destination, migrate, schema};
+use crate::terminal::counted;
 
 /// For a new topic: as many consumers can share it, and it divides evenly among 2, 3, 4 or 6.
 const PARTITIONS: i32 = 12;
@@ -247,7 +248,8 @@ fn report_existing(
         .partitions
         .filter(|&asked| usize::try_from(asked) != Ok(partitions))
     {
-        differences.push(format!("it has {partitions} partitions, not {asked}"));
+        let partitions = counted(partitions, "partition");
+        differences.push(format!("it has {partitions}, not {asked}"));
     }
     let replicas = found
         .partitions()
@@ -257,7 +259,8 @@ fn report_existing(
         .replication
         .filter(|&asked| usize::try_from(asked) != Ok(replicas))
     {
-        differences.push(format!("its partitions have {replicas} replicas, not {asked}"));
+        let replicas = counted(replicas, "replica");
+        differences.push(format!("each of its partitions has {replicas}, not {asked}"));
     }
     if let Some(asked) = options.retention {
         let configs =
@@ -275,7 +278,10 @@ fn report_existing(
         }
     }
     if differences.is_empty() {
-        log::info!("topic {topic} exists with {partitions} partitions and is not changed");
+        log::info!(
+            "topic {topic} exists with {} and is not changed",
+            counted(partitions, "partition")
+        );
     } else {
         log::warn!(
             "topic {topic} exists and is not changed: {}",

@@ -89,7 +89,7 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
         match read {
             Ok(snapshot) => {
                 if let Some(lasted) = outage.end(instant_now()) {
-                    log::info!("the database is read again after {:.0} s", lasted.as_secs_f64());
+                    log::info!("Postgres is back after {:.0} s", lasted.as_secs_f64());
                 }
                 last = Some(snapshot);
             }
@@ -105,7 +105,7 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
         }
         if let Some((reason, lasts)) = outage.take_report(instant_now()) {
             log::warn!(
-                "the database has not been read for {:.0} s: {reason}",
+                "waiting for Postgres: {reason} (for {:.0} s)",
                 lasts.as_secs_f64()
             );
         }
@@ -114,7 +114,7 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
         }
         shelf.set_ready(match outage.reason() {
             None => Ok(()),
-            Some(reason) => Err(format!("the database is not read: {reason}")),
+            Some(reason) => Err(format!("waiting for Postgres: {reason}")),
         });
         // A slow round leaves the database and this machine as much time as it took.
         let pause = if last.is_some() { ROUND } else { FIRST_ROUND };

@@ -21,7 +21,7 @@ use crate::outage::Outage;
 use crate::sample::epoch::Claim;
 use crate::sample::{self, Outcome, Sample};
 use crate::shutdown::Shutdown;
-use crate::terminal;
+use crate::terminal::{self, counted};
 
 /// How often new topics and partitions are looked for, as in `consume`.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -141,7 +141,7 @@ impl<'a> Tail<'a> {
             }
         }
         if is_complete && self.outage.end(now).is_some() {
-            log::info!("all topics are there");
+            log::info!("all topics exist now");
         }
         if let Some((reason, _)) = self.outage.take_report(now) {
             log::warn!("{reason}; waiting for it");
@@ -175,7 +175,8 @@ impl<'a> Tail<'a> {
             .iter()
             .map(|start| (start.topic().to_owned(), start.partition()));
         self.reading.extend(names);
-        log::info!("reading {} partitions of topic {topic}", starts.count());
+        let partitions = counted(starts.count(), "partition");
+        log::info!("reading {partitions} of topic {topic}");
         Ok(())
     }
 }

@@ -56,7 +56,7 @@ fn from_flags(flags: &[String], problems: &mut Vec<Problem>) -> BTreeMap<&'stati
                 None => "-e: the text before the `=` is not the name of a variable; `host-metrics --help` lists the names"
                     .to_owned(),
             },
-            (None, None) => "-e: expected NAME=VALUE, got a word without a `=`".to_owned(),
+            (None, None) => "-e: expected NAME=VALUE, found a word without a `=`".to_owned(),
         };
         problems.push(Problem::Source(problem));
     }

@@ -20,6 +20,7 @@ use crate::consume::writer::{Answer, Request, Writer};
 use crate::outage::Outage;
 use crate::sample::Timestamp;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
+use crate::terminal::counted;
 
 /// The longest poll. A stop is noticed at most this late.
 const POLL: Duration = Duration::from_millis(100);
@@ -231,7 +232,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     fn rejoin(&mut self, now: Instant) -> anyhow::Result<()> {
         log::log!(
             level::<S>(Level::Warn),
-            "Kafka reports that {}; it was just away and may have forgotten this consumer, which joins again",
+            "Kafka was away and now reports that {}; it may mean this consumer itself, which joins again",
             Ended::InstanceTaken
         );
         let partitions = self.ingest.assigned_partitions().collect();
@@ -340,8 +341,9 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         if let Some((reason, lasted)) = self.postgres.take_report(now) {
             log::log!(
                 level::<S>(Level::Warn),
-                "waiting for Postgres: {reason} (for {} s, {unwritten} records not written yet)",
-                lasted.as_secs()
+                "waiting for Postgres: {reason} (for {} s, {} not written yet)",
+                lasted.as_secs(),
+                counted(unwritten, "record")
             );
         }
         self.counters.set_lags(self.lags());
@@ -427,7 +429,8 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             ),
             _ => log::log!(
                 level::<S>(Level::Warn),
-                "stopped: {unwritten} records were read but not written ({}); they are not committed and will be read again",
+                "stopped: {} read but not written ({}); what is not committed will be read again",
+                counted(unwritten, "record"),
                 self.postgres.reason().unwrap_or("there was no time left"),
             ),
         }

@@ -209,7 +209,7 @@ impl<S: Sink> Store<S> {
 impl<S: Sink> Drop for Store<S> {
     fn drop(&mut self) {
         self.close();
-        // Does not wait for a name look-up that may still run on a thread of the runtime.
+        // Does not wait for a name lookup that may still run on a thread of the runtime.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

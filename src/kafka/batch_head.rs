@@ -24,6 +24,7 @@ use super::topics::partitions;
 use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaSasl};
 use crate::socket::Socket;
+use crate::terminal::counted;
 
 /// The bound on all requests to the broker together: a person waits for `skip`, and a thread of its own for `consume`.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -49,8 +50,12 @@ impl std::fmt::Display for BatchHead {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "offsets {} to {}, {} records, {}, {} bytes",
-            self.first_offset, self.last_offset, self.records, self.compression, self.bytes
+            "offsets {} to {}, {}, {}, {} bytes",
+            self.first_offset,
+            self.last_offset,
+            counted(self.records, "record"),
+            self.compression,
+            self.bytes
         )
     }
 }
@@ -176,7 +181,7 @@ impl Broker {
         let (answer, proof_of_server) = scram.answer(&String::from_utf8_lossy(&challenge))?;
         match self.authenticate(answer.as_bytes())? == proof_of_server.as_bytes() {
             true => Ok(()),
-            false => Err(io::Error::other("it cannot prove that it knows our password")),
+            false => Err(io::Error::other("it cannot prove that it knows the password")),
         }
     }
 

@@ -365,7 +365,8 @@ fn fault(code: i32, certificate: Option<&X509Ref>, host: &str, ca_file: Option<&
             let issuer = name(certificate.issuer_name());
             match ca_file {
                 Some(file) => format!(
-                    "the broker's certificate is issued by {issuer}, which KAFKA_SSL_CA_FILE={} does not vouch for",
+                    "the broker's certificate is issued by {issuer}, which cannot be verified with KAFKA_SSL_CA_FILE={}; \
+                     set it to the file of that authority",
                     file.display()
                 ),
                 None => format!(

@@ -271,9 +271,9 @@ fn an_empty_page_says_why() {
     assert_says(
         &files,
         "index.html",
-        &["No site is shown.", "No record has come yet."],
+        &["No site is shown.", "No record has arrived yet."],
     );
-    assert_says(&files, "incidents/index.html", &["No incident is known."]);
+    assert_says(&files, "incidents/index.html", &["No incidents."]);
     snapshot.hosts = vec![host("https://a.example/", None, None, true)];
     let files = render(&snapshot, &options(false), NOW);
     assert_says(&files, "index.html", &["none has a name"]);

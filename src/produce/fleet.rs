@@ -222,7 +222,7 @@ impl Thread {
         let passed = now - std::mem::replace(&mut self.turned_at, now);
         if passed > SUSPENDED_MICROS {
             log::warn!(
-                "group={} this process did not run for {} s: its shares are taken again",
+                "group={} this process was suspended for {} s; it takes its shares again",
                 self.group,
                 passed / 1_000_000
             );

@@ -26,7 +26,7 @@ impl Watched for Figures {
         let ready = f64::from(u8::from(self.is_ready().is_ok()));
         page.gauge(
             "host_metrics_ready",
-            "1 while Kafka takes records, else 0.",
+            "1 while Kafka accepts records, else 0.",
             ready,
         );
         self.ticks_and_checks(&mut page);
@@ -169,7 +169,7 @@ impl Figures {
         );
         page.counter(
             "host_metrics_failure_copies_dropped_total",
-            "Copies of failed checks dropped, because their topic was missing for too long or Kafka refused them.",
+            "Copies of failed checks dropped, because too many waited for their topic or Kafka refused them.",
             deliveries.copies_dropped.load(Ordering::Relaxed),
         );
     }

@@ -83,7 +83,7 @@ impl Summary {
         self.no_room_count = count;
         if self.no_room_line.take_turn(now) {
             log::error!(
-                "Kafka takes no records, and the buffer is full with {} of them: until Kafka takes them, hosts are not \
+                "Kafka accepts no records, and the buffer is full ({} records): until Kafka accepts more, hosts are not \
                  checked and their ticks ({count} so far) are recorded as missed",
                 publisher.on_the_way(),
             );

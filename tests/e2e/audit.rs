@@ -79,7 +79,8 @@ fn each_violation_is_found_and_a_sound_table_passes() {
     let whole = audit(&mut case, &variables, "");
     let summary = "2 partitions, 400 rows, 2 rejected, 2 claims of producers";
     let holds = "Passed: every record is stored once, and every tick has one row.";
-    assert_says(&whole, 0, &[summary, "4 hosts and places, 400 ticks", holds]);
+    let pairs = "4 pairs of host and place, 400 ticks";
+    assert_says(&whole, 0, &[summary, pairs, holds]);
 
     let row =
         "address = 'https://a.example/' AND agent = 'eu' AND scheduled_at = '2026-11-18 11:21:40.123456+00'";
@@ -100,9 +101,9 @@ fn each_violation_is_found_and_a_sound_table_passes() {
         1,
         &[
             "FAILED",
-            "1 records are not stored",
+            "records not stored: 1\n",
             offset,
-            "1 ticks have no row",
+            "ticks without a row: 1\n",
             no_row,
         ],
     );
@@ -115,7 +116,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
         1,
         &[
             "audit/0: offset 61 is stored 2 times\n",
-            "1 rows repeat a tick",
+            "rows that repeat a tick: 1\n",
             twice,
         ],
     );
@@ -142,7 +143,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
         &ends,
         1,
         &[
-            "2 records are not stored",
+            "records not stored: 2\n",
             "audit/1: offset 0 is",
             "audit/1: offset 201 is",
         ],
@@ -155,7 +156,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
         &silence,
         1,
         &[
-            "20 ticks have no row",
+            "ticks without a row: 20\n",
             "us: no host has a row between",
             "20 ticks of 2 hosts",
         ],
@@ -188,7 +189,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
     );
     let skipped = "DELETE FROM host_metrics WHERE kafka_partition = 1 AND kafka_offset IN (21, 22)";
     let skipped = audit(&mut case, &variables, skipped);
-    assert_says(&skipped, 1, &["2 skipped", "FAILED:\n2 ticks have no row"]);
+    assert_says(&skipped, 1, &["2 skipped", "FAILED:\nticks without a row: 2\n"]);
 
     let other = audit(&mut case, &variables.clone().with("KAFKA_GROUP_ID", "other"), "");
     assert_says(
@@ -209,7 +210,7 @@ fn offsets_of_which_kafka_tells_nothing_are_reported_and_are_no_violation() {
         let alone = variables.clone().with("KAFKA_BOOTSTRAP_SERVERS", servers);
         // The two claims.
         let said = audit(&mut case, &alone, "");
-        let unknown = "2 offsets are not stored, and it is not known whether they had a record: ";
+        let unknown = "It is not known whether 2 offsets without a row had a record: ";
         assert_says(
             &said,
             0,
@@ -222,15 +223,15 @@ fn offsets_of_which_kafka_tells_nothing_are_reported_and_are_no_violation() {
         &variables,
         "DELETE FROM host_metrics WHERE kafka_offset = 80",
     );
-    let older = "2 offsets are not stored, and it is not known whether they had a record: they are older than what Kafka keeps.";
+    let older = "It is not known whether 2 offsets without a row had a record: older than what Kafka keeps.";
     assert_says(
         &said,
         1,
         &[
-            "1 claims of producers",
+            "1 claim of producers",
             older,
             "offset 80 is in Kafka",
-            "2 ticks have no row",
+            "ticks without a row: 2\n",
         ],
     );
 
@@ -283,9 +284,9 @@ fn ticks_are_audited_for_each_grid_of_each_place() {
     );
     let said = run(&["audit"], &variables);
     let texts = [
-        "3 hosts and places, 4531 ticks, 1 of them single checks after a start",
-        "7 rows have no interval",
-        "rows have no Kafka offset",
+        "3 pairs of host and place, 4531 ticks, including 1 single check after a start",
+        "whose ticks are not audited: 7.\n",
+        "Rows without a Kafka offset",
         "Passed",
     ];
     assert_says(&said, 0, &texts);
@@ -300,7 +301,7 @@ fn ticks_are_audited_for_each_grid_of_each_place() {
     let texts = [
         "b has no row for the tick 2026-11-20T10:15:00.000000Z",
         "a at eu has no row for",
-        "2 rows repeat a tick",
+        "rows that repeat a tick: 2\n",
         "a at us has 2 rows for the tick 2026-11-20T11:05:17.500000Z",
     ];
     assert_says(&said, 1, &texts);
@@ -343,7 +344,7 @@ fn a_table_without_offsets_and_ticks_cannot_be_audited_and_one_with_offsets_alon
         &said,
         0,
         &[
-            "1 partitions, 1000 rows",
+            "1 partition, 1000 rows",
             "not audited",
             "Passed: every record is stored once.",
         ],

@@ -72,7 +72,7 @@ fn init_makes_topics_and_tables_once_and_reports_what_differs() {
     assert_eq!(status, Some(0), "{said}");
     for difference in [
         "it has 12 partitions, not 3",
-        "its partitions have 1 replicas, not 2",
+        "each of its partitions has 1 replica, not 2",
         "its retention.ms is 86400000, not 604800000",
     ] {
         assert_eq!(said.matches(difference).count(), 2, "for each topic: {said}");

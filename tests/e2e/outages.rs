@@ -207,7 +207,7 @@ fn memory_is_bounded_while_postgres_is_away_and_a_stop_reports_unwritten_records
     let status = consumer.wait(STOP_WITHIN);
     assert_eq!(status.code(), Some(0), "{}", consumer.stderr());
     assert_eq!(
-        consumer.said("200 records were read but not written"),
+        consumer.said("200 records read but not written"),
         1,
         "{}",
         consumer.stderr()
@@ -273,7 +273,7 @@ fn a_frozen_postgres_is_given_up_and_neither_holds_up_a_stop_nor_doubles_a_row()
     let status = leaving.wait(STOP_WITHIN);
     assert_eq!(status.code(), Some(0), "{}", leaving.stderr());
     assert_eq!(
-        leaving.said("10 records were read but not written"),
+        leaving.said("10 records read but not written"),
         1,
         "{}",
         leaving.stderr()

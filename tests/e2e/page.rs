@@ -411,7 +411,7 @@ fn while_the_database_is_away_the_last_page_stays_with_its_age() {
     page.wait_for("/", "No site is shown.");
     page.wait_for("/readyz", "ready");
     server.stop_immediately().unwrap();
-    page.wait_for("/readyz", "the database is not read");
+    page.wait_for("/readyz", "waiting for Postgres");
     page.wait_for("/", "The database cannot be reached at the moment.");
     assert!(page.get("/", "").1.contains("No site is shown."));
     server.start_again().unwrap();

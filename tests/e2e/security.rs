@@ -306,8 +306,8 @@ fn each_refusal_is_reported_in_one_line_with_the_variable_to_check() {
                 .with("KAFKA_SSL_CA_FILE", secured.file("other-ca.pem")),
             &[
                 "by \"host-metrics test CA\"",
-                "other-ca.pem does not vouch for",
-                "KAFKA_SSL_CA_FILE=/",
+                "which cannot be verified with KAFKA_SSL_CA_FILE=/",
+                "other-ca.pem",
             ],
         ),
         (

@@ -38,7 +38,7 @@ fn tail_waits_for_a_topic_and_reads_it_from_its_first_record() {
     let tail = Agent::start(&["tail", "--color", "always"], &variables);
     tail.wait_for_stderr("cannot read topic tail-later", SOON);
     kafka.create_topic(name, 1);
-    tail.wait_for_stderr("reading 1 partitions of topic tail-later", SOON);
+    tail.wait_for_stderr("reading 1 partition of topic tail-later", SOON);
     write(kafka, name, 0, 0..1);
     wait_for_lines(&tail, 1);
     assert!(tail.stdout().contains('\x1b'), "colours on request");

@@ -212,7 +212,7 @@ fn an_unknown_variable_after_e_is_an_error_that_does_not_show_its_value() {
     place.run(&args).is_wrong(
         "-e DB_PASSWD: no such variable; `host-metrics --help` lists the names\n\
          -e DB_PASSWORD: expected NAME=VALUE; write -e DB_PASSWORD=VALUE\n\
-         -e: expected NAME=VALUE, got a word without a `=`\n\
+         -e: expected NAME=VALUE, found a word without a `=`\n\
          -e: the text before the `=` is not the name of a variable; `host-metrics --help` lists the names\n",
     );
 }
@@ -475,7 +475,7 @@ fn validate_prints_the_hosts_and_the_forecast() {
         format!("{before}{after}"),
         "EVERY  TIMEOUT  HOST\n\
          5m     10s      https://google.com\n\
-         10s    9500ms   https://shop.example/  good status 200-299,301, body matches Add to basket\n\
+         10s    9500ms   https://shop.example/  valid status 200-299,301, body matches Add to basket\n\
          \n\
          hosts        2\n\
          checks/s     0.10\n\

@@ -514,7 +514,7 @@ fn options_that_contradict_each_other_or_the_address_are_errors() {
         ),
         (
             "a.example 5 auth=@shop header=\"authorization: x\"",
-            "hosts:1:13: auth= and the header Authorization are the same; remove one of the two".into(),
+            "hosts:1:13: auth= and header= both set Authorization; remove one of the two".into(),
         ),
         (
             "a.example 5 body=x",

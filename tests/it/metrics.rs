@@ -412,7 +412,7 @@ fn the_dashboard_and_the_alerts_use_only_existing_metrics() {
         );
     }
     let page = include_str!("../../docs/reference/metrics.md");
-    let (_, figures) = page.split_once("## The figures").unwrap();
+    let (_, figures) = page.split_once("## The metrics").unwrap();
     let told = Regex::new(r"host_metrics_[a-z_]+").unwrap();
     let told: BTreeSet<&str> = told.find_iter(figures).map(|found| found.as_str()).collect();
     assert_eq!(told, families, "the reference's and the agents'");

@@ -3,7 +3,7 @@
 //! A check always ends with an [`Observation`], whatever happens. Every connection is new, and every request is sent once.
 //! When to check, and turning the observation into a sample, is up to the caller.
 //!
-//! ureq implements HTTP. Its own name look-up, connections, TLS, codings and redirects are replaced, because they retry,
+//! ureq implements HTTP. Its own name lookup, connections, TLS, codings and redirects are replaced, because they retry,
 //! cache and hide what a check has to report: see `resolver`, `transport`, `tls` and `body`. These parts write what they
 //! observe to `progress`, and `fault` classifies their errors.
 
@@ -64,7 +64,7 @@ impl Checks {
         Self::with_names(config, Names::of_the_system(config.max_threads))
     }
 
-    /// As [`Checks::new`], but with another function for name look-ups.
+    /// As [`Checks::new`], but with another function for name lookups.
     pub fn with_lookup(config: &CheckConfig, lookup: Box<Lookup>) -> anyhow::Result<Self> {
         Self::with_names(config, Names::new(lookup, config.max_threads))
     }
@@ -409,15 +409,15 @@ impl Checker {
 
     fn judge_regex(&self, target: &Target, matched: bool, end: BodyEnd) -> Option<(Outcome, String)> {
         match (matched, target.regex_absent, end) {
-            (true, true, _) => Some((Outcome::RegexMismatch, "the regex is in the body".into())),
+            (true, true, _) => Some((Outcome::RegexMismatch, "the regex matches the body".into())),
             (true, false, _) | (false, true, BodyEnd::Complete) => None,
             (false, false, BodyEnd::Complete) => {
-                Some((Outcome::RegexMismatch, "the regex is not in the body".into()))
+                Some((Outcome::RegexMismatch, "the regex does not match the body".into()))
             }
             (false, _, BodyEnd::Beyond) => Some((
                 Outcome::BodyTooLarge,
                 format!(
-                    "the regex is not in the first {} bytes of the body",
+                    "the regex does not match the first {} bytes of the body",
                     self.max_body_bytes
                 ),
             )),

@@ -115,9 +115,9 @@ fn readable(
         for range in *ranges {
             let before = range.start..range.end.min(low);
             let after = range.start.max(high)..range.end;
-            found.add_unknown("they are older than what Kafka keeps", length(&before).max(0));
+            found.add_unknown("older than what Kafka keeps", length(&before).max(0));
             found.add_unknown(
-                format!("topic {topic} ends before them; it was probably recreated"),
+                format!("beyond the end of topic {topic}, which was probably recreated"),
                 length(&after).max(0),
             );
             let inside = range.start.max(low)..range.end.min(high);

@@ -21,7 +21,7 @@ use crate::commands::audit::ticks::{Gap, Series};
 use crate::config::AuditConfig;
 use crate::postgres::{self, Fault};
 use crate::tables::days;
-use crate::terminal::{columns, plain};
+use crate::terminal::{columns, counted, plain};
 
 /// How many violations of each kind are listed.
 const NAMED: usize = 10;
@@ -156,22 +156,7 @@ fn of_offsets(stored: &StoredOffsets, doubled: &[DoubledOffset], found: &KafkaFi
             format!("{topic}/{partition}: {offsets} {are} in Kafka, but neither in the table nor rejected")
         })
     });
-    let twice = doubled.iter().map(|doubled| {
-        let hint = match doubled {
-            DoubledOffset {
-                is_rejected: true, ..
-            } => ", as a row and as a rejected record",
-            DoubledOffset { differ: true, .. } => {
-                ", with different records; the topic was recreated, or several groups write to this table"
-            }
-            _ => "",
-        };
-        let (topic, partition, offset) = (&doubled.topic, doubled.partition, doubled.offset);
-        format!(
-            "{topic}/{partition}: offset {offset} is stored {} times{hint}",
-            doubled.times
-        )
-    });
+    let twice = doubled.iter().map(repeated);
     let beyond: Vec<String> = stored
         .partitions
         .iter()
@@ -185,9 +170,9 @@ fn of_offsets(stored: &StoredOffsets, doubled: &[DoubledOffset], found: &KafkaFi
     let without_position = stored.without_position.iter();
     let count = |found: &Missing| found.values().flatten().map(length).sum();
     vec![
-        Kind::new("records are not stored", count(&found.lost), lost),
+        Kind::new("records not stored", count(&found.lost), lost),
         Kind::new(
-            "rows repeat an offset",
+            "rows that repeat an offset",
             stored
                 .partitions
                 .values()
@@ -196,16 +181,36 @@ fn of_offsets(stored: &StoredOffsets, doubled: &[DoubledOffset], found: &KafkaFi
             twice,
         ),
         Kind::new(
-            "partitions have rows after their position",
+            "partitions with rows after their position",
             as_count(beyond.len()),
             beyond,
         ),
         Kind::new(
-            "partitions have rows, but no position",
+            "partitions with rows, but no position",
             as_count(without_position.len()),
-            without_position.map(|((topic, partition), rows)| format!("{topic}/{partition}: {rows} rows")),
+            without_position.map(|((topic, partition), rows)| {
+                let rows = counted(rows, "row");
+                format!("{topic}/{partition}: {rows}")
+            }),
         ),
     ]
+}
+
+fn repeated(doubled: &DoubledOffset) -> String {
+    let hint = match doubled {
+        DoubledOffset {
+            is_rejected: true, ..
+        } => ", as a row and as a rejected record",
+        DoubledOffset { differ: true, .. } => {
+            ", with different records; the topic was recreated, or several groups write to this table"
+        }
+        _ => "",
+    };
+    let (topic, partition, offset) = (&doubled.topic, doubled.partition, doubled.offset);
+    format!(
+        "{topic}/{partition}: offset {offset} is stored {} times{hint}",
+        doubled.times
+    )
 }
 
 fn of_ticks(stored: &StoredTicks, doubled: &[(usize, i64, i64)]) -> Vec<Kind> {
@@ -216,10 +221,10 @@ fn of_ticks(stored: &StoredTicks, doubled: &[(usize, i64, i64)]) -> Vec<Kind> {
             place => format!("{place}: "),
         };
         format!(
-            "{place}no host has a row between {}: {} ticks of {} hosts, such as {} at {}",
+            "{place}no host has a row between {}: {} of {}, such as {} at {}",
             between(&silence.time),
-            silence.ticks,
-            silence.hosts,
+            counted(silence.ticks, "tick"),
+            counted(silence.hosts, "host"),
             series[silence.example.series].address,
             timestamp(silence.example.first_tick()),
         )
@@ -243,17 +248,17 @@ fn of_ticks(stored: &StoredTicks, doubled: &[(usize, i64, i64)]) -> Vec<Kind> {
     let in_gaps: i64 = findings.gaps.iter().map(|gap| gap.ticks).sum();
     vec![
         Kind::new(
-            "ticks have no row",
+            "ticks without a row",
             silent + in_gaps + as_count(findings.more_gaps),
             silences.chain(gaps),
         ),
         Kind::new(
-            "rows repeat a tick",
+            "rows that repeat a tick",
             findings.doubled.iter().map(|doubled| doubled.rows).sum(),
             twice,
         ),
         Kind::new(
-            "hosts are checked on two schedules at once",
+            "hosts checked on two schedules at once",
             as_count(findings.two_grids.len()),
             grids,
         ),
@@ -305,7 +310,7 @@ pub fn text(report: &Report) -> String {
         lines.push("FAILED:".to_owned());
     }
     for Kind { count, what, named } in &report.violations {
-        lines.push(format!("{count} {what}:"));
+        lines.push(format!("{what}: {count}"));
         lines.extend(named.iter().map(|violation| format!("  {}", plain(violation))));
         if as_count(named.len()) < *count && named.len() == NAMED {
             lines.push("  ...".to_owned());
@@ -321,12 +326,14 @@ pub fn text(report: &Report) -> String {
 fn of_partitions(stored: &StoredOffsets, found: &KafkaFindings) -> String {
     let unknown: i64 = found.unknown.values().sum();
     let mut parts = vec![
-        format!("{} partitions", stored.partitions.len()),
-        format!("{} rows", stored.rows),
+        counted(stored.partitions.len(), "partition"),
+        counted(stored.rows, "row"),
         format!("{} rejected", stored.rejected),
     ];
+    if found.claims > 0 {
+        parts.push(counted(found.claims, "claim") + " of producers");
+    }
     let other = [
-        (found.claims, "claims of producers"),
         (stored.skipped, "skipped"),
         (found.expired, "removed by DB_RETENTION"),
         (found.no_record, "without a record in Kafka"),
@@ -343,13 +350,14 @@ fn of_partitions(stored: &StoredOffsets, found: &KafkaFindings) -> String {
 
 fn of_series(stored: &StoredTicks) -> String {
     let StoredTicks { series, findings, .. } = stored;
-    let mut text = format!("{} hosts and places, {} ticks", series.len(), findings.ticks);
+    let mut text = format!(
+        "{} of host and place, {}",
+        counted(series.len(), "pair"),
+        counted(findings.ticks, "tick")
+    );
     if findings.off_grid > 0 {
-        let _ = write!(
-            text,
-            ", {} of them single checks after a start",
-            findings.off_grid
-        );
+        let checks = counted(findings.off_grid, "single check");
+        let _ = write!(text, ", including {checks} after a start");
     }
     text
 }
@@ -359,14 +367,15 @@ fn notes(report: &Report) -> Vec<String> {
     let mut notes = Vec::new();
     for (why, offsets) in &report.found.unknown {
         notes.push(format!(
-            "{offsets} offsets are not stored, and it is not known whether they had a record: {why}."
+            "It is not known whether {} without a row had a record: {why}.",
+            counted(offsets, "offset")
         ));
     }
     if let Ok(stored) = &report.stored.offsets
         && stored.without_offset > 0
     {
         notes.push(format!(
-            "{} rows have no Kafka offset and are not audited by offset.",
+            "Rows without a Kafka offset, which are not audited by offset: {}.",
             stored.without_offset
         ));
     }
@@ -378,13 +387,15 @@ fn notes(report: &Report) -> Vec<String> {
     {
         if *without_grid > 0 {
             notes.push(format!(
-                "{without_grid} rows have no interval, like those of the original host-metrics, so their ticks are not audited."
+                "Rows without an interval, as the original host-metrics wrote them, whose ticks are not audited: \
+                 {without_grid}."
             ));
         }
         let away = &findings.away;
         if !away.is_empty() {
             notes.push(format!(
-                "{} gaps of an hour or longer are not counted: the place checked other hosts meanwhile, so the host was probably not in its list:",
+                "Gaps of an hour or longer in which the place checked other hosts, so the host was probably not in its list \
+                 (not counted): {}.",
                 away.len()
             ));
             notes.extend(away.iter().take(NAMED).map(|gap| {

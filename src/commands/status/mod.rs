@@ -8,7 +8,7 @@ mod lag;
 mod rows;
 mod watch;
 
-use std::fmt::{Display, Write as _};
+use std::fmt::Write as _;
 
 use anyhow::anyhow;
 use serde::Serialize;
@@ -20,7 +20,9 @@ use crate::consume::state::GROUP_SUFFIX;
 use crate::postgres::{self, Bounds, Fault, Session};
 use crate::sample::Timestamp;
 use crate::tables::destination;
-use crate::terminal::{self, NONE, columns, fit, percent, plain, plain_json, roughly, seconds, sparkline};
+use crate::terminal::{
+    self, NONE, columns, counted, fit, percent, plain, plain_json, roughly, seconds, sparkline,
+};
 
 pub use watch::watch;
 
@@ -341,13 +343,6 @@ pub fn text(report: &Report, width: Option<usize>) -> String {
     joined(lines, width)
 }
 
-/// `1 record`, `5 records`
-fn counted(count: impl Display, what: &str) -> String {
-    let count = count.to_string();
-    let plural = if count == "1" { "" } else { "s" };
-    format!("{count} {what}{plural}")
-}
-
 fn joined(lines: Vec<String>, width: Option<usize>) -> String {
     let mut text = String::new();
     for line in lines {
@@ -388,7 +383,7 @@ fn title(host: &Host) -> String {
 
 /// The columns that a narrow terminal leaves out, the least important first.
 const DISPENSABLE: [&str; 10] = [
-    "NEWEST CHECKS",
+    "LATENCY TREND",
     " 1 H",
     "ADDRESS",
     " P50",
@@ -443,7 +438,7 @@ fn table(report: &Report, hosts: &[&Host]) -> Vec<Vec<String>> {
         " P95",
         " CERT",
         " LAST CHECK",
-        "NEWEST CHECKS",
+        "LATENCY TREND",
         "LAST ERROR",
     ];
     let mut table = vec![headline.map(str::to_owned).to_vec()];

@@ -123,7 +123,7 @@ fn people_read_a_row_per_host_and_the_pipeline() {
     };
     let report = report(vec![host("https://a.example/longer"), down]);
     let expected = "\
-HOST                      STATE  SINCE      1 H    24 H     7 D    P50     P95  CERT  LAST CHECK  NEWEST CHECKS  LAST ERROR
+HOST                      STATE  SINCE      1 H    24 H     7 D    P50     P95  CERT  LAST CHECK  LATENCY TREND  LAST ERROR
 https://a.example/longer  up     > 6 d  100.0 %  99.9 %  99.9 %  12 ms  900 ms  62 d     4 s ago  ▁×█
 https://b.example/        DOWN     2 h    0.0 %  99.9 %  99.9 %      -       -     -     4 s ago                 64 s ago, bad_status: 503  [31mService Unavailable
 

@@ -175,11 +175,11 @@ EVERY  TIMEOUT  HOST
 
 group Shops
 1h     10s      c.example/#x -> https://c.example/                         POST, header Cookie, sends 3 bytes, \
-secrets also over http, through http://p:1, slow above 1s, certificate valid for 9 days, name Shop front, JSON /a is b, \
+secrets also over http, through http://p:1, slow above 1s, certificate valid for at least 9 days, name Shop front, JSON /a is b, \
 body does not match c
 
 no group
-1h     2s       http://[::1]/                                              HEAD, good status 404,500-599, \
+1h     2s       http://[::1]/                                              HEAD, valid status 404,500-599, \
 redirects not followed, IPv6 only, certificate not verified, topic other
 1h     10s      https://b\u{fc}cher.example/ -> https://xn--bcher-kva.example/  at most 3 redirects, IPv4 only, body matches a  b
 ";
@@ -265,7 +265,7 @@ redirects not followed, IPv6 only, certificate not verified, topic other
                  so that a check ends before the next one is due",
                 "warning: 127.0.0.1: every check will fail, because ip= requires the other address family",
                 "warning: CHECK_TIMEOUT (10s) is reduced to 95 % of the interval for 2 of the hosts; see the column TIMEOUT",
-                "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, checks of the others are missed",
+                "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, ticks of the others are missed",
             ]
         );
         let report = report_of(

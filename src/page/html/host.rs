@@ -61,10 +61,10 @@ pub fn render(view: &View<'_>, shown: &Shown<'_>) -> String {
         section {
             h2 { "Incidents" }
             @if newest.is_empty() {
-                p { "No incident is known." }
+                p { "No incidents." }
             } @else {
                 (incidents::list(view, &newest[..newest.len().min(NEWEST)], ROOT, 3))
-                @if newest.len() > NEWEST { p { "Earlier ones are among " a href={ (ROOT) "incidents/" } { "all incidents" } "." } }
+                @if newest.len() > NEWEST { p { "Earlier incidents are among " a href={ (ROOT) "incidents/" } { "all incidents" } "." } }
             }
         }
         section {

@@ -102,10 +102,10 @@ pub fn render(view: &View<'_>) -> Vec<(String, String)> {
             h1 { "Incidents" }
             @match newest {
                 Some(newest) => { (links("../", "")) (newest) },
-                None => p { "No incident is known." },
+                None => p { "No incidents." },
             }
             @if view.snapshot.has_more_incidents {
-                p { "There are earlier incidents, which are not shown: only the newest are." }
+                p { "Only the newest incidents are shown." }
             }
         },
     };

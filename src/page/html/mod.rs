@@ -62,7 +62,7 @@ impl Page<'_> {
                         }
                     }
                     p #news .unseen role="status" {}
-                    p #old .banner role="alert" hidden { "This page could not be renewed. It shows how it was at the time below." }
+                    p #old .banner role="alert" hidden { "This page could not be refreshed. It shows the state at the time below." }
                     main #main tabindex="-1" data-at=(words::machine_time(view.snapshot.taken_at)) {
                         @if let Some(age) = view.age {
                             p.banner {

@@ -36,7 +36,7 @@ pub fn render(view: &View<'_>) -> String {
         section {
             h2 { "Last incidents" }
             @if newest.is_empty() {
-                p { "No incident is known." }
+                p { "No incidents." }
             } @else {
                 (incidents::list(view, &newest, "", 3))
                 p { a href="incidents/" { "All incidents by month" } }
@@ -54,7 +54,7 @@ pub fn render(view: &View<'_>) -> String {
 
 fn why_empty(view: &View<'_>) -> &'static str {
     if view.snapshot.hosts.is_empty() {
-        "No record has come yet. A site appears here seconds after its first check."
+        "No record has arrived yet. A site appears here seconds after its first check."
     } else {
         "Sites are checked, but none has a name. Give each site that should appear here a name in the host file \
          (name=\"Web shop\"), or set PAGE_SHOW_ADDRESSES=yes."

@@ -255,7 +255,7 @@ impl Options {
         if self.auth.is_some() && self.headers.iter().any(is_authorization) {
             found.push((
                 "auth",
-                "auth= and the header Authorization are the same; remove one of the two",
+                "auth= and header= both set Authorization; remove one of the two",
             ));
         }
         if url.scheme() == "http" {

@@ -115,7 +115,7 @@ impl Table {
                 session.table.quoted(Object::Hosts.suffix())
             );
             session
-                .bounded("noting what is wrong", session.client.execute(&sql, &[&addresses, &errors]))
+                .bounded("writing the errors", session.client.execute(&sql, &[&addresses, &errors]))
                 .await
         });
         if let Err(fault) = written {

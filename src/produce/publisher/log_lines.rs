@@ -32,7 +32,7 @@ impl Worker {
         readiness.set(self.is_ready(now));
     }
 
-    /// Whether Kafka takes records; if not, what the publisher waits for. Without records on their way it counts as ready.
+    /// Whether Kafka accepts records; if not, what the publisher waits for. Without records on their way it counts as ready.
     fn is_ready(&self, now: Instant) -> Result<(), String> {
         let is_silent = self.in_flight() > 0 && now.duration_since(self.acknowledged_at) >= SAY_AFTER;
         let reason = if let Some(reason) = &self.unreachable {
@@ -49,7 +49,7 @@ impl Worker {
                 return Ok(());
             };
             let why_not = topic.why_not.as_deref().unwrap_or("Kafka has not answered yet");
-            return Err(format!("waiting for topic {}: {why_not}", topic.name));
+            return Err(format!("waiting for the topic {}: {why_not}", topic.name));
         };
         Err(format!("waiting for Kafka at {}: {reason}", self.servers))
     }
@@ -65,9 +65,7 @@ impl Worker {
         let Some(since) = since else {
             if let Some(lasted) = self.silence.end(now) {
                 let seconds = lasted.as_secs();
-                log::info!(
-                    "kafka={servers} answers again after {seconds} s; {kept} records are on their way"
-                );
+                log::info!("Kafka is back after {seconds} s; records on their way: {kept}");
             }
             return;
         };
@@ -79,7 +77,7 @@ impl Worker {
         self.silence.set_cause_known(has_cause);
         if let Some((reason, lasted)) = self.silence.take_report(now) {
             log::warn!(
-                "kafka={servers} waiting for {} s: {reason}; {kept} of {room} records are buffered",
+                "waiting for Kafka at {servers}: {reason} (for {} s); buffered records: {kept} of {room}",
                 lasted.as_secs()
             );
         }
@@ -93,15 +91,15 @@ impl Worker {
             let (name, kept) = (&topic.name, kept[index]);
             let Some(why_not) = &topic.why_not else {
                 if let Some(lasted) = topic.missing.end(now) {
-                    log::info!("topic={name} exists after {} s", lasted.as_secs());
+                    log::info!("the topic {name} exists now, after {} s", lasted.as_secs());
                 }
                 continue;
             };
             topic.missing.begin(now, why_not.clone());
             if let Some((why_not, lasted)) = topic.missing.take_report(now) {
                 log::warn!(
-                    "topic={name} waiting for {} s: {why_not}; `host-metrics init` creates topics; {kept} of its records are \
-                     buffered",
+                    "waiting for the topic {name}: {why_not} (for {} s); `host-metrics init` creates topics; buffered \
+                     records: {kept}",
                     lasted.as_secs()
                 );
             }

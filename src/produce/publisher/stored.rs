@@ -87,7 +87,7 @@ impl Worker {
     fn give_up_search(&mut self, index: usize, why: &str) {
         let topic = &mut self.topics[index];
         log::warn!(
-            "topic={} may contain some records twice, because it cannot be searched for those that Kafka stored without an answer: {why}",
+            "topic={} may contain some records twice, because it cannot be searched for those that Kafka stored without acknowledging them: {why}",
             topic.name
         );
         topic.in_doubt_since = None;

@@ -114,7 +114,7 @@ fn without_a_thread_for_the_lookup_the_check_is_an_agent_error_and_the_next_one_
     assert!(
         seen.error
             .as_ref()
-            .is_some_and(|text| text.contains("cannot start a thread for the name look-up")),
+            .is_some_and(|text| text.contains("cannot start a thread for the name lookup")),
         "{seen:?}"
     );
     drop(no_threads);

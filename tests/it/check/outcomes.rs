@@ -121,8 +121,8 @@ cases! {
     status_404: BadStatus, "status 404" => answer(site::response("404 Not Found", "", "hello"));
     status_500_with_the_text: BadStatus, "status 500" =>
         answer(site::response("500 Oops", "", "hello")).with_regex("hello");
-    another_text: RegexMismatch, "not in the body" => answer(site::ok("good bye")).with_regex("hello");
-    an_empty_page: RegexMismatch, "not in the body" => answer(site::ok("")).with_regex("hello");
+    another_text: RegexMismatch, "does not match the body" => answer(site::ok("good bye")).with_regex("hello");
+    an_empty_page: RegexMismatch, "does not match the body" => answer(site::ok("")).with_regex("hello");
     status_204: RegexMismatch, "no body" => answer(b"HTTP/1.1 204 No Content\r\n\r\n").with_regex("hello");
     status_304: RegexMismatch, "no body" => answer(b"HTTP/1.1 304 Not Modified\r\n\r\n").with_regex("hello");
     a_long_page: BodyTooLarge, "first 65536 bytes" =>
@@ -139,7 +139,7 @@ cases! {
     };
     a_json_document_nested_10_000_deep: JsonMismatch, "is an array" =>
         answer(site::ok(format!("{}{}", "[".repeat(10_000), "]".repeat(10_000)))).with_json("/0:1");
-    the_text_that_must_not_be_there: RegexMismatch, "the regex is in the body" =>
+    the_text_that_must_not_be_there: RegexMismatch, "the regex matches the body" =>
         answer(site::ok("an error")).without_regex("error");
     a_page_too_long_to_be_searched_for_what_must_not_be_there: BodyTooLarge, "first 65536 bytes" =>
         answer(site::ok(vec![b'x'; 65 * 1024])).without_regex("error");
