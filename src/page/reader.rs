@@ -116,7 +116,7 @@ impl Reader {
                 *buckets = buckets.split_off(&first);
             }
         }
-        // An incident that changed since the last round is open, or has ended since then. The minutes are for late records.
+        // Only incidents that are open or ended since the last round can have changed. The margin is for late records.
         const AGAIN: i64 = 15 * 60;
         let since = if is_whole { 0 } else { now / SECOND - AGAIN };
         let limit = i64::try_from(MAX_INCIDENTS).unwrap_or(i64::MAX) + 1;

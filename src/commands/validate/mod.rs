@@ -48,7 +48,7 @@ const BYTES_PER_HTTPS_CHECK: f64 = 120e3;
 /// How long a check is assumed to take where `--try` does not say it.
 const ASSUMED: Duration = Duration::from_millis(300);
 
-/// Before the rest of a line that is too long for the terminal: below the values of the forecast.
+/// The indent of what does not fit on the line of a terminal and is wrapped: it stands below the values of the forecast.
 const INDENT: usize = 13;
 
 /// More checks per second of one server than this may look like an attack.
