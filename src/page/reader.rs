@@ -1,7 +1,8 @@
-//! Reads the snapshot from Postgres: one read-only transaction over `_series`, `_rollups` and `_incidents`.
+//! Reads the snapshot from Postgres: one read-only transaction over the tables of the state.
 //!
-//! This file has all SQL of the page. The user needs only SELECT on these three tables, which `init --reader` grants. The sums of
-//! past days hardly change, so they are read only now and then, and the newest sums every time.
+//! This file has the SQL of the page, except that of the windows (`tables::windows`). The user needs only SELECT on these tables,
+//! which `init --reader` grants. The sums of past days hardly change, so they are read only now and then, and the newest sums every
+//! time.
 
 use std::collections::{BTreeMap, HashMap};
 
