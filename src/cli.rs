@@ -430,13 +430,11 @@ impl Cli {
             .collect()
     }
 
-    /// `--color`.
     pub fn color(&self) -> When {
         let inner = self.command.common().color;
         inner.or(self.common.color).unwrap_or(When::Auto)
     }
 
-    /// The file of `--env-file`.
     pub fn env_file(&self) -> Option<&Path> {
         let inner = self.command.common().env_file.as_deref();
         inner.or(self.common.env_file.as_deref())

@@ -1,7 +1,7 @@
 //! The handle that tells the whole program to stop or to read its host file again.
 //!
-//! Owns the signal thread and the stop and reload flags. A request wakes every wait made through the handle, so no part of
-//! the program polls a flag or sleeps. Code that waits elsewhere, on a channel or in librdkafka, registers a waker.
+//! Owns the signal thread and the stop and reload flags. A request wakes every wait made through the handle. Code that waits
+//! elsewhere registers a waker, or, where it polls librdkafka anyway, looks at the flag after each poll.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

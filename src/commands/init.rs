@@ -35,7 +35,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// (fenced). So this error is final only after this long.
 const BROKERS_START_WITHIN: Duration = Duration::from_secs(30);
 
-/// Options of `init`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options<'a> {
     /// For new topics.

@@ -1,4 +1,5 @@
-//! The commands that do one thing and end. Each has a file or directory with its name.
+//! The commands other than `produce` and `consume`, a file or directory each; `drop` is in `init`. [`screen`] is what `demo` and
+//! `status --watch` draw on.
 
 pub mod audit;
 pub mod check;

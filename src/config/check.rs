@@ -1,4 +1,4 @@
-//! The variables of the checks: CHECK_*, MAX_*, USER_AGENT, AGENT_NAME.
+//! The variables of the checks: CHECK_*, MAX_*, USER_AGENT, SECRETS_DIR, AGENT_NAME, REFERENCE_HOSTS.
 
 use std::ops::RangeInclusive;
 use std::path::PathBuf;

@@ -1,9 +1,9 @@
 //! Turns variables into the checked configuration of a command.
 //!
 //! Owns the name, default, meaning and error text of every variable, and the order of the sources: `-e NAME=VALUE` overrides
-//! the environment, which overrides the `.env` file. The only module that reads the environment. All problems are collected
-//! and reported together. [`kafka`], [`database`] and [`check`] read one group of variables each; this file combines them for
-//! the commands. A command reads only the variables that it needs.
+//! the environment, which overrides the `.env` file. The only module that reads the environment, except for what a terminal can
+//! show. All problems are collected and reported together. `kafka`, `database`, `check`, `page` and `state` read one
+//! group of variables each; this file combines them for the commands. A command reads only the variables that it needs.
 
 mod check;
 mod database;
@@ -60,7 +60,6 @@ pub struct ProduceConfig {
     pub metrics_addr: Option<SocketAddr>,
 }
 
-/// The configuration of `produce`.
 pub fn produce(variables: &Variables) -> Result<ProduceConfig, WrongVariables> {
     read(variables, produce_config)
 }
@@ -91,7 +90,6 @@ pub fn produce_from_table(variables: &Variables) -> Result<(ProduceConfig, Hosts
     read(variables, |reader| (produce_config(reader), hosts_config(reader)))
 }
 
-/// The configuration of `hosts`.
 pub fn hosts(variables: &Variables) -> Result<HostsConfig, WrongVariables> {
     read(variables, hosts_config)
 }
@@ -122,7 +120,6 @@ pub struct ConsumeConfig {
     pub metrics_addr: Option<SocketAddr>,
 }
 
-/// The configuration of `consume`.
 pub fn consume(variables: &Variables) -> Result<ConsumeConfig, WrongVariables> {
     read(variables, |reader| ConsumeConfig {
         kafka: kafka::servers_and_security(reader),
@@ -195,7 +192,6 @@ pub struct TailConfig {
     pub topics: Vec<String>,
 }
 
-/// The configuration of `tail`.
 pub fn tail(variables: &Variables) -> Result<TailConfig, WrongVariables> {
     read(variables, |reader| TailConfig {
         kafka: kafka::servers_and_security(reader),
@@ -245,7 +241,6 @@ pub fn health(variables: &Variables) -> Result<SocketAddr, WrongVariables> {
     })
 }
 
-/// The configuration of `page`.
 pub fn page(variables: &Variables) -> Result<PageConfig, WrongVariables> {
     read(variables, page::page)
 }
@@ -255,7 +250,6 @@ pub fn secrets_dir(variables: &Variables) -> Option<PathBuf> {
     variables.get(check::SECRETS_DIR).map(PathBuf::from)
 }
 
-/// The configuration of `check`.
 pub fn check(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, true))
 }
@@ -265,7 +259,6 @@ pub fn demo(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, false))
 }
 
-/// The configuration of `validate`.
 pub fn validate(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, false))
 }

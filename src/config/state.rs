@@ -13,7 +13,7 @@ pub struct StateConfig {
     pub rollup_retention: Option<Duration>,
 }
 
-/// All three are read, also where STATE is `off`; `None`: it is.
+/// `None` if STATE is `off`. The other two variables are read all the same, so that mistakes in them are found.
 pub(super) fn state(reader: &mut Reader<'_>) -> Option<StateConfig> {
     let is_on = reader.switch("STATE");
     let expected = "any, majority, all, or how many places must see a host down, from 1";

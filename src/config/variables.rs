@@ -59,7 +59,7 @@ pub const NAMES: [&str; 46] = [
 /// Those problems are reported together with the problems of the values. There is no `Debug`, because some values are secret.
 #[derive(Clone, Default)]
 pub struct Variables {
-    /// The values that take precedence, unchanged. None is empty.
+    /// The values that take precedence, unchanged. No value is empty.
     values: BTreeMap<&'static str, String>,
     pub(super) problems: Vec<Problem>,
     pub(super) warnings: Vec<String>,

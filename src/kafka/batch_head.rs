@@ -26,7 +26,7 @@ use crate::config::{KafkaConfig, KafkaSasl};
 use crate::socket::Socket;
 use crate::terminal::counted;
 
-/// The bound on all requests to the broker together: a person waits for `skip`, and a thread of its own for `consume`.
+/// The bound on all requests to the broker together. With `skip` a person waits; in `consume` a thread of its own does.
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// How much of a response is read. The header of the batch comes at its beginning.

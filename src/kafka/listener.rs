@@ -1,4 +1,4 @@
-//! What librdkafka reports to the small clients of `init`, `drop`, `status` and `skip`.
+//! What librdkafka reports to the small clients (`client`) and to those of `init`, `drop`, `status` and `tail`.
 
 use std::sync::Mutex;
 

@@ -1,7 +1,8 @@
-//! Reads the snapshot from Postgres: one read-only transaction over `_series`, `_rollups` and `_incidents`.
+//! Reads the snapshot from Postgres: one read-only transaction over the tables of the state.
 //!
-//! This file has all SQL of the page. The user needs only SELECT on these three tables, which `init --reader` grants. The sums of
-//! past days hardly change, so they are read only now and then, and the newest sums every time.
+//! This file has the SQL of the page, except that of the windows (`tables::windows`). The user needs only SELECT on these tables,
+//! which `init --reader` grants. The sums of past days hardly change, so they are read only now and then, and the newest sums every
+//! time.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -116,7 +117,7 @@ impl Reader {
                 *buckets = buckets.split_off(&first);
             }
         }
-        // An incident that changed since the last round is open, or has ended since then. The minutes are for late records.
+        // Only incidents that are open or ended since the last round can have changed. The margin is for late records.
         const AGAIN: i64 = 15 * 60;
         let since = if is_whole { 0 } else { now / SECOND - AGAIN };
         let limit = i64::try_from(MAX_INCIDENTS).unwrap_or(i64::MAX) + 1;

@@ -1,8 +1,8 @@
 //! One Postgres connection, with a bound on every wait.
 //!
 //! Owns how a `DatabaseConfig` becomes a connection (DB_SSLMODE means what libpq's sslmode means), and the settings of the
-//! session; `fault` classifies the errors. The queries are in `consume::store`, `tables`, `init` and `status`. It uses
-//! tokio-postgres on a runtime of the caller's thread, because the blocking `postgres` crate has no bound on any wait.
+//! session; `fault` classifies the errors. The queries are the callers'. It uses tokio-postgres on a runtime of the caller's
+//! thread, because the blocking `postgres` crate has no bound on any wait.
 
 mod fault;
 

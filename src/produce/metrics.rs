@@ -102,7 +102,7 @@ impl Figures {
     }
 
     fn lateness(&self, page: &mut Page) {
-        /// Of the classes that a quiet machine reaches, every second one is fine enough.
+        /// The first bucket ends with this class, at 128 µs. From there on, every second class is fine enough.
         const FIRST: usize = 7;
         let late_by = &self.counters.late_by;
         let classes = late_by.classes();

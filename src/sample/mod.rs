@@ -1,7 +1,7 @@
 //! The wire: one [`Sample`] is the value of one Kafka record, a JSON object.
 //!
 //! Owns the record's format in both directions: [`encode`] for `produce`, [`decode`] for `consume`, and the rules that
-//! readers hold a record to. Knows nothing of Kafka or Postgres, except that Postgres text cannot hold a NUL. What
+//! readers hold a record to. Of Postgres it only knows what a column cannot hold: a NUL, or a number that is too large. What
 //! [`encode`] writes is also described for other programs, in `schema/sample.v1.json`.
 
 /// An enum whose variants each have a word: one table for the variants, their order and their words.

@@ -268,7 +268,7 @@ pub async fn may_read(session: &Session, found: &ExistingObjects, object: Object
     }
 }
 
-/// The names of the columns of a table, whose name is quoted. None if there is no such table.
+/// The names of the columns of a table, whose name is quoted. Empty if there is no such table.
 pub async fn column_names(session: &Session, main: &str) -> Result<BTreeSet<String>, Fault> {
     let sql = "SELECT attname::text FROM pg_catalog.pg_attribute \
                WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";

@@ -72,7 +72,7 @@ pub(super) fn create(table: &TableName) -> String {
     sql
 }
 
-/// The start of a window: that of the bucket that it would begin in.
+/// The start of a window, rounded down to the start of a bucket.
 fn start(window: usize) -> String {
     let width = if window == 0 { "5 minutes" } else { "1 hour" };
     bin(width, WINDOWS[window].1)

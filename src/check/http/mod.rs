@@ -485,7 +485,7 @@ fn may_have_body(status: u16) -> bool {
     !matches!(status, 100..=199 | 204 | 304)
 }
 
-/// What a response without a body is to the rules for a body.
+/// The outcome of a response that has no body, where the target has a rule for the body: a REGEX or `json=`.
 fn without_body(target: &Target, status: u16) -> Option<(Outcome, String)> {
     let text = || format!("status {status} has no body");
     match (&target.regex, target.regex_absent) {

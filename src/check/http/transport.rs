@@ -444,7 +444,7 @@ impl Transport for Connection {
             let progress = self.progress.lock();
             (progress.phase, progress.deadline)
         };
-        // A glance at the body ends before the check's time.
+        // Set anew for each wait, because a glance at the body has an earlier deadline than the check.
         self.stream.socket().set_deadline(deadline);
         match phase {
             Phase::Response => self.await_head().map(|()| true),

@@ -27,8 +27,8 @@ impl Starts {
         self.prefilter.as_ref().map_or(0, Prefilter::memory_usage) + size_of_val(&*self.first_bytes)
     }
 
-    /// The next place, from `at` on, where a match can begin. If there is none, the place near the end where a match may begin
-    /// that continues in the next piece. `None` if only trying tells.
+    /// Where, from `at` on, the next match can begin. If none can begin in this piece of the text, the place near its end where
+    /// one may begin that continues in the next piece. `None`: every place has to be tried.
     pub(super) fn next(&self, text: &[u8], at: usize) -> Option<usize> {
         let prefilter = self.prefilter.as_ref()?;
         let rest = Span {

@@ -103,7 +103,7 @@ impl Tables {
         self.session.close().await;
     }
 
-    /// Reads everything, in the largest queries of this command.
+    /// Reads everything. These are the largest queries of the command.
     pub(super) async fn read(&self) -> Result<Stored, Fault> {
         let lacking = |names: &[&str]| {
             let missing: Vec<&str> = names
@@ -204,7 +204,8 @@ impl Tables {
         Ok(stored)
     }
 
-    /// Exact, and small enough to be sent: a block is complete if all its bits are set by as many rows.
+    /// A block of offsets is one row of the result, which keeps it small. If it has as many rows as set bits, no offset is there
+    /// twice.
     fn offsets_sql(&self) -> String {
         let blocks = |table: &str, condition: &str, rows: &str, rejected: &str| {
             format!(

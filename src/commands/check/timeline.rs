@@ -17,7 +17,7 @@ const NO_ANSWER: &str = "no answer";
 /// A bar's last character, in eighths.
 const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
 
-/// A wait without an answer that is shorter than this is only what the check itself took.
+/// A shorter wait without an answer is not shown: it is the time that the check itself took.
 const SHORTEST_WAIT: f64 = 0.001;
 
 /// Name, seconds and bar of each phase that was reached, and of the wait for an answer that did not come. The bar has the spaces

@@ -126,7 +126,6 @@ impl ThrowAwayPostgres {
         self.port
     }
 
-    /// The name of the superuser.
     pub fn superuser(&self) -> &'static str {
         SUPERUSER
     }

@@ -11,17 +11,16 @@ use crate::tables::destination::ExistingObjects;
 use crate::tables::names::Object;
 use crate::terminal::{NONE, columns, plain, roughly, seconds, wrap};
 
-/// How many incidents are shown, with a host's other figures and alone.
+/// How many incidents are shown below a host's other figures, and how many if only incidents are shown.
 const INCIDENTS_OF_HOST: i64 = 5;
 const INCIDENTS: i64 = 20;
 
-/// Before the rest of a line that is too long for the terminal.
+/// The indent of what does not fit on the line of a terminal and is wrapped.
 const INDENT: usize = 4;
 
 /// The width of the latency plot, in characters.
 const PLOT_WIDTH: f64 = 30.0;
 
-/// The answer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct History {
     now_micros: i64,

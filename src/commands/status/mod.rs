@@ -30,7 +30,6 @@ pub use watch::watch;
 const STALE_AFTER_INTERVALS: f64 = 3.0;
 const STALE_AFTER_SECONDS: f64 = 60.0;
 
-/// The answer.
 #[derive(Clone, Debug)]
 pub struct Report {
     rows: Rows,

@@ -69,7 +69,8 @@ pub(super) struct Host {
     pub is_valid: Option<bool>,
     /// The first check of those in a row that had the same result as the newest one.
     pub since: Option<Timestamp>,
-    /// Whether it is the same for all of the seven days that are read, and there are older rows.
+    /// Whether that result is older than `since`: it is the same in all of the seven days that are read, and there are older
+    /// rows.
     pub is_longer: bool,
     pub uptime_1h: Option<Share>,
     pub uptime_24h: Option<Share>,

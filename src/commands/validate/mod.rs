@@ -15,7 +15,7 @@ use crate::limits::{self, Limits};
 use crate::produce::host_file::Hosts;
 use crate::terminal::{columns, wrap};
 
-/// Before the rest of a line that is too long for the terminal: below the values of the forecast.
+/// The indent of what does not fit on the line of a terminal and is wrapped: it stands below the values of the forecast.
 const INDENT: usize = 13;
 
 /// What is known beside the hosts.

@@ -22,8 +22,8 @@
 //! the connection too, so every new connection starts from the positions in the table. Once a second a commit waits for the
 //! disk, and only what is on disk is committed to Kafka.
 
-mod happened;
-mod next;
+mod actions;
+mod events;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -350,7 +350,7 @@ impl Ingest {
             return false;
         }
         if !room {
-            // To take the record after a dropped one would lose it, so reading starts again at this one.
+            // This record is dropped. Taking the next one would lose it, so reading starts again here.
             located.reading = false;
             return false;
         }

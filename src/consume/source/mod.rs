@@ -44,7 +44,7 @@ const ASK_WITHIN: Duration = Duration::from_secs(3);
 /// otherwise learn it only at its next refresh of the metadata.
 const LOOK_FOR_TOPICS_EVERY: Duration = Duration::from_secs(2);
 
-/// How long this may delay polling, which has nothing to deliver while a topic is missing.
+/// How long the question about a missing topic may delay polling.
 const LOOK_FOR_TOPICS_WITHIN: Duration = Duration::from_secs(1);
 
 /// A member of the consumer group.

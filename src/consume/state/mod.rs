@@ -263,7 +263,7 @@ impl Sink for StateSink {
         bounded("writing the state", within, write)
             .await
             .map_err(|fault| match fault.kind {
-                // Two consumers saw a host for the first time, or a user has added a constraint.
+                // Two consumers added the same new host at once, or a user has added a constraint.
                 Kind::Refused => Fault {
                     kind: Kind::Passing,
                     ..fault

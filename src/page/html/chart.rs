@@ -30,8 +30,8 @@ fn stroke(state: State) -> &'static str {
     }
 }
 
-/// The bar of days. The days that were up are one path, and so are those without a check; each other day says, to a mouse that
-/// rests on it, what it was. To all others the table says it.
+/// The bar of days. The days that were up are one path, and so are those without a check. Each other day has a tooltip; the
+/// table has the same for readers without a mouse.
 pub fn days(slots: &Slots<'_>) -> Markup {
     let (mut up, mut not_checked, mut others) = (String::new(), String::new(), Vec::new());
     for (index, (starts_at, slot)) in slots.iter().enumerate() {
@@ -119,7 +119,8 @@ pub fn response_time(slots: &Slots<'_>, unit: &str, ends: [&str; 2]) -> Markup {
                 continue;
             };
             let y = 100.0 - seconds / end * 100.0;
-            // `h.8` makes a dash of a point without neighbours, which a new site has for an hour and for a day.
+            // `h.8` draws the first point of a line as a dash. A point without neighbours, such as the first one of a new site,
+            // would be invisible.
             let _ = match is_drawing {
                 true => write!(path, "L{index}.5 {y:.1}"),
                 false => write!(path, "M{index}.1 {y:.1}h.8"),

@@ -51,7 +51,7 @@ pub fn summary(incident: &Incident, now: i64) -> String {
     }
 }
 
-/// The places that saw it; `None` if only one did that has no name.
+/// The places that saw it; `None` if none of them has a name.
 pub fn places(incident: &Incident) -> Option<String> {
     let names: Vec<String> = incident.places.iter().map(|place| words::place(place)).collect();
     let is_unnamed = incident.places.iter().all(String::is_empty);

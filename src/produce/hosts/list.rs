@@ -44,7 +44,7 @@ impl HostList {
         topics
     }
 
-    /// Becomes the newer list.
+    /// Replaces the list by a newer one. Returns what has changed.
     pub fn replace(&mut self, begun_at: Instant, targets: Vec<Target>, warnings: Vec<String>) -> Changes {
         let mut newer = HashMap::with_capacity(targets.len());
         let mut changed = Vec::new();
@@ -70,7 +70,7 @@ impl HostList {
         }
     }
 
-    /// Does what another list did when it became newer.
+    /// Applies changes that [`HostList::replace`] of another list has returned.
     pub fn apply(&mut self, changes: &Changes) {
         for target in &changes.removed {
             self.0.remove(&target.address);

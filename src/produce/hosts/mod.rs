@@ -42,7 +42,7 @@ pub const TABLE: &str = "postgres:";
 /// read within this time.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Until a database that did not answer is asked again.
+/// The wait before a database that did not answer is asked again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// The sources of the hosts, with what each had when it was first read.

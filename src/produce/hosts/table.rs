@@ -100,7 +100,7 @@ impl Table {
         self.logged = wrong.iter().cloned().collect();
     }
 
-    /// Fills the column `error` where this user may: of the wrong rows, and empties it elsewhere.
+    /// Writes the column `error` of the wrong rows and empties it in all others, if this user may.
     pub(super) fn write_errors(&mut self, wrong: &[WrongRow]) {
         if !self.may_write {
             return;

@@ -1,6 +1,7 @@
 //! Decides whether a failed check is the fault of our own network.
 //!
-//! Pure: `now` and all times are microseconds of a clock that never goes back. `mod.rs` sends the questions and reports the answers.
+//! Pure: `now` and all times are microseconds of a clock that never goes back. `ask` sends the questions, and `mod.rs` reports the
+//! answers.
 //!
 //! A failure is our own if nothing else can be reached through the same uplink. If two other networks were reached meanwhile, our
 //! network works. Otherwise the reference hosts are asked, at most once a second for the whole agent. An answer counts only if the

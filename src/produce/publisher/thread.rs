@@ -19,7 +19,7 @@ use crate::outage::Outage;
 use crate::produce::outbox::{Kept, LaneId, Outbox, Sequence};
 use crate::sample::epoch;
 
-/// The same while all records wait for a topic.
+/// How often the thread looks for letters and reports while all records wait for a topic.
 const LOOK_EVERY_WAITING: Duration = Duration::from_millis(50);
 
 impl Worker {
