@@ -1,6 +1,7 @@
 //! What a pipeline writes. There are two sinks: `rows` and `state`.
 
 use std::borrow::Cow;
+use std::time::{Duration, Instant};
 
 use crate::consume::batch::{Batch, Encoded, Flushed, Record};
 use crate::consume::positions::{Keys, Positions};
@@ -78,12 +79,12 @@ pub trait Sink: Send + 'static {
         batch: &Batch,
     ) -> Result<Flushed, Fault>;
 
-    /// When [`Sink::maintain`] is due at the latest, in microseconds since 1970.
-    fn maintain_at(&self) -> i64 {
-        i64::MAX
+    /// When [`Sink::maintain`] is due at the latest.
+    fn maintain_in(&self, _now: Instant) -> Duration {
+        Duration::MAX
     }
 
-    /// Maintenance, once an hour and at [`Sink::maintain_at`].
+    /// Maintenance, once an hour and after [`Sink::maintain_in`].
     async fn maintain(
         &mut self,
         session: &Session,
