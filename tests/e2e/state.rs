@@ -186,61 +186,66 @@ fn the_state_equals_its_definition_over_the_rows_and_a_replay_gives_the_same() {
             "seed {seed}"
         );
 
-        // Buckets of all widths, except narrow ones that are too old to be kept.
-        db.assert_same(
-            "SELECT address, agent, seconds, starts_at, due, coalesce(valid, 0) AS valid, coalesce(failed, 0) AS failed, \
-                 coalesce(missed, 0) AS missed, coalesce(offline, 0) AS offline, latency_us, latency_max_us, dns_10us, ttfb_10us, \
-                 coalesce(outcomes->>'dns_error', '0') AS dns_errors \
-             FROM host_metrics_rollups JOIN host_metrics_series USING (series_id) \
-             WHERE seconds > 300 OR starts_at > now() - interval '47 hours'",
-            &format!(
-                "SELECT address, coalesce(agent, '') AS agent, seconds, \
-                     date_bin(seconds * interval '1 second', scheduled_at, '1970-01-01 00:00:00+00') AS starts_at, count(*)::integer, \
-                     count(*) FILTER (WHERE is_valid)::integer, \
-                     count(*) FILTER (WHERE NOT is_valid AND NOT {NOT_CHECKED})::integer, \
-                     count(*) FILTER (WHERE outcome = 'missed')::integer, \
-                     count(*) FILTER (WHERE outcome IN ('agent_error', 'agent_offline'))::integer, \
-                     sum((latency * 1e6)::bigint)::bigint, max((latency * 1e6)::bigint)::integer, \
-                     nullif(sum(round(dns_seconds::numeric * 1e5)::integer) FILTER (WHERE latency IS NOT NULL), 0)::integer, \
-                     nullif(sum(round(ttfb_seconds::numeric * 1e5)::integer) FILTER (WHERE latency IS NOT NULL), 0)::integer, \
-                     (count(*) FILTER (WHERE outcome = 'dns_error'))::text \
-                 FROM host_metrics CROSS JOIN (VALUES (300), (3600), (86400)) width (seconds) \
-                 GROUP BY 1, 2, 3, 4 \
-                 HAVING seconds > 300 OR date_bin('5 minutes', min(scheduled_at), '1970-01-01 00:00:00+00') > now() - interval '47 hours'"
-            ),
-        );
-        // Incidents of the hosts with one place, from their checks in the order of arrival without late ones.
-        let in_order = format!(
-            "(SELECT *, max(scheduled_at) OVER (PARTITION BY address ORDER BY kafka_offset \
-                 ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest \
-              FROM host_metrics t WHERE NOT {NOT_CHECKED} AND address NOT IN ( \
-                 SELECT address FROM host_metrics WHERE agent IS NOT NULL)) t"
-        );
-        let checks = format!("(SELECT * FROM {in_order} WHERE newest IS NULL OR newest < scheduled_at) c");
-        db.assert_same(
-            "SELECT address, started_at, ended_at, duration, checks, first_outcome, last_error FROM host_metrics_incidents \
-             WHERE address IN (SELECT address FROM host_metrics_series GROUP BY address HAVING count(*) = 1)",
-            &format!(
-                "WITH checks AS MATERIALIZED (SELECT * FROM {checks}) \
-                 SELECT address, min(scheduled_at), ended_at, ended_at - min(scheduled_at), count(*), \
-                     (array_agg(outcome ORDER BY scheduled_at))[1], max(error) \
-                 FROM (SELECT *, (SELECT min(scheduled_at) FROM checks later WHERE later.address = failed.address \
-                           AND later.is_valid AND later.scheduled_at > failed.scheduled_at) AS ended_at \
-                       FROM checks failed WHERE NOT is_valid) f \
-                 GROUP BY address, ended_at"
-            ),
-        );
-        // The last check of each place.
-        db.assert_same(
-            "SELECT address, agent, max(scheduled_at), max(newest) FROM ( \
-                 SELECT address, agent, last_check_at AS scheduled_at, last_seen_at AS newest FROM host_metrics_series) s GROUP BY 1, 2",
-            &format!(
-                "SELECT address, coalesce(agent, ''), max(scheduled_at) FILTER (WHERE NOT {NOT_CHECKED}), max(scheduled_at) \
-                 FROM host_metrics GROUP BY 1, 2"
-            ),
-        );
+        check_definitions(&mut db);
         check_views(&mut db);
     }
+}
+
+/// Compares buckets, incidents and last checks with plain definitions over the rows. A host's rows come from one partition.
+pub fn check_definitions(db: &mut Database) {
+    // Buckets of all widths, except narrow ones that are too old to be kept.
+    db.assert_same(
+        "SELECT address, agent, seconds, starts_at, due, coalesce(valid, 0) AS valid, coalesce(failed, 0) AS failed, \
+             coalesce(missed, 0) AS missed, coalesce(offline, 0) AS offline, latency_us, latency_max_us, dns_10us, ttfb_10us, \
+             coalesce(outcomes->>'dns_error', '0') AS dns_errors \
+         FROM host_metrics_rollups JOIN host_metrics_series USING (series_id) \
+         WHERE seconds > 300 OR starts_at > now() - interval '47 hours'",
+        &format!(
+            "SELECT address, coalesce(agent, '') AS agent, seconds, \
+                 date_bin(seconds * interval '1 second', scheduled_at, '1970-01-01 00:00:00+00') AS starts_at, count(*)::integer, \
+                 count(*) FILTER (WHERE is_valid)::integer, \
+                 count(*) FILTER (WHERE NOT is_valid AND NOT {NOT_CHECKED})::integer, \
+                 count(*) FILTER (WHERE outcome = 'missed')::integer, \
+                 count(*) FILTER (WHERE outcome IN ('agent_error', 'agent_offline'))::integer, \
+                 sum((latency * 1e6)::bigint)::bigint, max((latency * 1e6)::bigint)::integer, \
+                 nullif(sum(round(dns_seconds::numeric * 1e5)::integer) FILTER (WHERE latency IS NOT NULL), 0)::integer, \
+                 nullif(sum(round(ttfb_seconds::numeric * 1e5)::integer) FILTER (WHERE latency IS NOT NULL), 0)::integer, \
+                 (count(*) FILTER (WHERE outcome = 'dns_error'))::text \
+             FROM host_metrics CROSS JOIN (VALUES (300), (3600), (86400)) width (seconds) \
+             GROUP BY 1, 2, 3, 4 \
+             HAVING seconds > 300 OR date_bin('5 minutes', min(scheduled_at), '1970-01-01 00:00:00+00') > now() - interval '47 hours'"
+        ),
+    );
+    // Incidents of the hosts with one place, from their checks in the order of arrival without late ones.
+    let in_order = format!(
+        "(SELECT *, max(scheduled_at) OVER (PARTITION BY address ORDER BY kafka_offset \
+             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest \
+          FROM host_metrics t WHERE NOT {NOT_CHECKED} AND address NOT IN ( \
+             SELECT address FROM host_metrics WHERE agent IS NOT NULL)) t"
+    );
+    let checks = format!("(SELECT * FROM {in_order} WHERE newest IS NULL OR newest < scheduled_at) c");
+    db.assert_same(
+        "SELECT address, started_at, ended_at, duration, checks, first_outcome, last_error FROM host_metrics_incidents \
+         WHERE address IN (SELECT address FROM host_metrics_series GROUP BY address HAVING count(*) = 1)",
+        &format!(
+            "WITH checks AS MATERIALIZED (SELECT * FROM {checks}) \
+             SELECT address, min(scheduled_at), ended_at, ended_at - min(scheduled_at), count(*), \
+                 (array_agg(outcome ORDER BY scheduled_at))[1], max(error) \
+             FROM (SELECT *, (SELECT min(scheduled_at) FROM checks later WHERE later.address = failed.address \
+                       AND later.is_valid AND later.scheduled_at > failed.scheduled_at) AS ended_at \
+                   FROM checks failed WHERE NOT is_valid) f \
+             GROUP BY address, ended_at"
+        ),
+    );
+    // The last check of each place.
+    db.assert_same(
+        "SELECT address, agent, max(scheduled_at), max(newest) FROM ( \
+             SELECT address, agent, last_check_at AS scheduled_at, last_seen_at AS newest FROM host_metrics_series) s GROUP BY 1, 2",
+        &format!(
+            "SELECT address, coalesce(agent, ''), max(scheduled_at) FILTER (WHERE NOT {NOT_CHECKED}), max(scheduled_at) \
+             FROM host_metrics GROUP BY 1, 2"
+        ),
+    );
 }
 
 /// Waits until no bucket begins within the next minute, so that several questions see the same windows.
