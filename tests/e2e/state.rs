@@ -509,7 +509,7 @@ fn state_tables_that_are_dropped_are_made_again_while_rows_go_on() {
 }
 
 /// Waits until the state has counted that many ticks.
-fn wait_for_due(db: &mut Database, due: i64, consumer: &Agent) {
+pub fn wait_for_due(db: &mut Database, due: i64, consumer: &Agent) {
     let is_there = "(SELECT 1 WHERE to_regclass('host_metrics_rollups') IS NOT NULL) x";
     let counted = "SELECT coalesce(sum(due), 0)::text FROM host_metrics_rollups WHERE seconds = 86400";
     let in_view = "SELECT coalesce(sum(due_24h), 0)::text FROM host_metrics_uptime WHERE agent IS NULL";
@@ -518,6 +518,22 @@ fn wait_for_due(db: &mut Database, due: i64, consumer: &Agent) {
         (is_due && db.one(in_view) == due.to_string()).then_some(())
     };
     wait_for(SOON, "the state has caught up", is_due, || consumer.stderr());
+}
+
+#[test]
+fn a_record_that_the_users_constraint_keeps_out_of_the_table_is_counted_in_the_state() {
+    let mut case = Case::new("state-poison", 1);
+    let variables = case.variables().with("STATE", "on");
+    assert_eq!(run(&["init"], &variables).0, 0);
+    case.db
+        .execute("ALTER TABLE host_metrics ADD CONSTRAINT mine CHECK (address NOT LIKE '%3')");
+    let consumer = Agent::start(&["consume"], &variables);
+    case.write(0, 0..10);
+    case.wait_for_rows(9, &[&consumer]);
+    wait_for_due(&mut case.db, 10, &consumer);
+    consumer.stop();
+    assert_eq!(case.db.count("host_metrics_rejected"), 1);
+    assert_eq!(case.db.count("host_metrics_series"), 10);
 }
 
 /// When a topic gets more partitions, the later records of a host come from another one, which another consumer may have.
