@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::consume::batch::{Batch, Encoded, Flushed, Record};
 use crate::consume::positions::{Keys, Positions};
 use crate::postgres::{Fault, Session};
-use crate::sample::epoch::{Claim, Epochs, Void};
+use crate::sample::epoch::{Claim, Epochs, VoidReason};
 use crate::sample::{self, Sample, Timestamp};
 
 /// Decodes a record and checks its epoch; `None` for a claim. All sinks use this, so they accept the same records.
@@ -20,7 +20,7 @@ pub fn admit<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'
             let claim = Claim::decode(value).ok_or(rejection.0)?;
             // A superseded claim has no effect. A claim is rejected only if there are too many places.
             return match epochs.admit(claim.place(), claim.epoch) {
-                Ok(()) | Err(Void::Superseded { .. }) => Ok(None),
+                Ok(()) | Err(VoidReason::Superseded { .. }) => Ok(None),
                 Err(void) => Err(void.to_string()),
             };
         }
