@@ -3,11 +3,14 @@
 //! Owns the group's consumer, and makes no decisions. librdkafka is told to read nothing, so no records are fetched. When the
 //! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
-use std::sync::mpsc::{Sender, channel};
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use log::Level;
+use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
@@ -17,6 +20,7 @@ use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::explain::Explainer;
+use super::group::{self, Found};
 use super::settings::client_config;
 use super::topics::{Named, partitions};
 use crate::clock::instant_now;
@@ -32,6 +36,9 @@ const ASK_ABOUT_MEMBERS_WITHIN: Duration = Duration::from_millis(500);
 
 /// How long a dead member keeps its partitions. Brokers allow no less by default.
 const SESSION_MS: &str = "6000";
+
+/// Distinguishes producers from other members, including `consume`.
+const CLIENT_ID: &str = "host-metrics-produce";
 
 /// A change of the assignment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,11 +69,22 @@ pub enum NotCommitted {
 
 pub struct Member {
     group: String,
-    consumer: Arc<BaseConsumer<Context>>,
-    /// To the thread that commits.
-    commits: Sender<(Vec<(Named, Committed)>, Answer)>,
+    config: ClientConfig,
+    explainer: Explainer,
+    topics: Vec<String>,
+    client: Client,
 }
 
+/// The librdkafka client, with its threads.
+struct Client {
+    consumer: Arc<BaseConsumer<Context>>,
+    /// To the thread that commits.
+    commits: Sender<Commit>,
+    /// The thread that watches the group ends when this is dropped.
+    _watching: Sender<()>,
+}
+
+type Commit = (Vec<(Named, Committed)>, Answer);
 type Answer = Box<dyn FnOnce(Result<(), NotCommitted>) + Send>;
 
 impl Member {
@@ -79,6 +97,7 @@ impl Member {
     ) -> anyhow::Result<Self> {
         let mut config = client_config(kafka);
         config
+            .set("client.id", CLIENT_ID)
             .set("group.id", group)
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
@@ -97,46 +116,46 @@ impl Member {
         if let Some(instance_id) = instance_id {
             config.set("group.instance.id", instance_id);
         }
-        let context = Context {
-            explainer: Explainer::new(kafka),
-            heard: Mutex::default(),
-        };
-        let consumer: BaseConsumer<Context> = config
-            .create_with_context(context)
-            .context("cannot make a Kafka consumer for PRODUCE_GROUP")?;
-        let consumer = Arc::new(consumer);
-        let (commits, requests) = channel::<(Vec<(Named, Committed)>, Answer)>();
-        let committer = Arc::clone(&consumer);
-        std::thread::Builder::new()
-            .name("commits".into())
-            .spawn(move || {
-                for (commits, answer) in requests {
-                    answer(commit(&committer, &commits));
-                }
-            })
-            .context("cannot start a thread for PRODUCE_GROUP")?;
-        let member = Self {
+        let explainer = Explainer::new(kafka);
+        let topics: Vec<String> = topics.iter().map(|topic| (*topic).to_owned()).collect();
+        Ok(Self {
+            client: Client::start(&config, &explainer, group, &topics)?,
             group: group.to_owned(),
-            consumer,
-            commits,
-        };
-        member.subscribe(topics)?;
-        Ok(member)
+            config,
+            explainer,
+            topics,
+        })
+    }
+
+    /// Why Kafka has ended this member for good: another one joined with its `instance_id`. There are no more changes then.
+    pub fn ended(&self) -> Option<String> {
+        let (code, reason) = self.client.consumer.client().fatal_error()?;
+        Some(with_advice(reason, &KafkaError::Global(code)))
+    }
+
+    /// Joins as a new member.
+    pub fn join_again(&mut self) -> anyhow::Result<()> {
+        let client = Client::start(&self.config, &self.explainer, &self.group, &self.topics)?;
+        let ended = std::mem::replace(&mut self.client, client);
+        // Closing it may take long.
+        let closing = std::thread::Builder::new().name("kafka-close".into());
+        closing.spawn(move || drop(ended)).map(drop)?;
+        Ok(())
     }
 
     /// Subscribes to these topics, instead of those before.
-    pub fn subscribe(&self, topics: &[&str]) -> anyhow::Result<()> {
-        self.consumer
-            .subscribe(topics)
-            .context("cannot subscribe to the topics of the hosts")
+    pub fn subscribe(&mut self, topics: &[String]) -> anyhow::Result<()> {
+        self.topics = topics.to_vec();
+        self.client.subscribe(topics)
     }
 
     /// The changes since the last call. Has to be called every few seconds, or the group removes this member.
     pub fn changes(&self) -> Vec<Change> {
+        self.adopt_orphans();
         loop {
             let before = self.heard().changes.len();
             // Each call handles one event. There are no records, because nothing is read.
-            if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
+            if let Some(Err(error)) = self.client.consumer.poll(Duration::ZERO) {
                 log::debug!("the group of producers: {error}");
                 continue;
             }
@@ -147,10 +166,27 @@ impl Member {
         }
     }
 
+    /// Has partitions without an owner assigned.
+    fn adopt_orphans(&self) {
+        let mut heard = self.heard();
+        let orphans = std::mem::take(&mut heard.orphans);
+        if orphans.is_empty() || heard.is_leaving {
+            return;
+        }
+        drop(heard);
+        if let Err(error) = group::adopt(&self.client.consumer, &orphans, Level::Warn) {
+            log::error!("cannot join the group again: {error}");
+        }
+    }
+
     /// Lets the group assign what it took back.
     pub fn give_back(&self) {
         self.heard().owes = false;
-        if let Err(error) = self.consumer.incremental_unassign(&TopicPartitionList::new()) {
+        if let Err(error) = self
+            .client
+            .consumer
+            .incremental_unassign(&TopicPartitionList::new())
+        {
             log::debug!("librdkafka refuses the answer to a rebalance: {error}");
         }
     }
@@ -161,12 +197,13 @@ impl Member {
         if std::mem::take(&mut self.heard().owes) {
             self.give_back();
         }
-        self.consumer.unsubscribe();
+        self.client.consumer.unsubscribe();
     }
 
     /// Whether the group has no other member. If Kafka does not answer in time, it may have one.
     pub fn is_alone(&self) -> bool {
         let found = self
+            .client
             .consumer
             .fetch_group_list(Some(&self.group), ASK_ABOUT_MEMBERS_WITHIN);
         let members = |groups: GroupList| groups.groups().iter().map(|group| group.members().len()).sum();
@@ -179,7 +216,7 @@ impl Member {
         for (topic, partition) in partitions {
             list.add_partition(topic, *partition);
         }
-        let answer = self.consumer.committed_offsets(list, ASK_WITHIN);
+        let answer = self.client.consumer.committed_offsets(list, ASK_WITHIN);
         let answer = answer.map_err(|error| explained(&error))?;
         let mut committed = Vec::with_capacity(partitions.len());
         for element in answer.elements() {
@@ -204,7 +241,7 @@ impl Member {
         answer: impl FnOnce(Result<(), NotCommitted>) + Send + 'static,
     ) {
         self.heard().is_committing = true;
-        if let Err(unsent) = self.commits.send((commits, Box::new(answer))) {
+        if let Err(unsent) = self.client.commits.send((commits, Box::new(answer))) {
             let (_, answer) = unsent.0;
             answer(Err(NotCommitted::Failed(
                 "the thread for commits has ended".to_owned(),
@@ -225,13 +262,16 @@ impl Member {
 
     /// The offsets that a partition holds: the first one, and the one after the last.
     pub fn extent(&self, topic: &str, partition: i32) -> Result<(i64, i64), String> {
-        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN);
+        let extent = self
+            .client
+            .consumer
+            .fetch_watermarks(topic, partition, ASK_WITHIN);
         extent.map_err(|error| explained(&error))
     }
 
     /// The number of partitions of a topic.
     pub fn partitions(&self, topic: &str) -> Result<i32, String> {
-        let found = partitions(self.consumer.client(), topic, ASK_WITHIN);
+        let found = partitions(self.client.consumer.client(), topic, ASK_WITHIN);
         let found = found.map_err(|error| explained(&error))?;
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
@@ -242,12 +282,97 @@ impl Member {
         let (reason, lasted) = heard.refused.take_report(now)?;
         let reason = reason.to_owned();
         drop(heard);
-        Some((self.consumer.context().explainer.explain(&reason), lasted))
+        Some((self.client.consumer.context().explainer.explain(&reason), lasted))
+    }
+
+    /// Which other programs are members and have partitions of our topics, and for how long, if it is time to log that.
+    pub fn strangers(&self, now: Instant) -> Option<(String, Duration)> {
+        let mut heard = self.heard();
+        let (who, lasted) = heard.strangers.take_report(now)?;
+        Some((who.to_owned(), lasted))
     }
 
     fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.consumer.context().heard()
+        self.client.consumer.context().heard()
     }
+}
+
+impl Client {
+    fn start(
+        config: &ClientConfig,
+        explainer: &Explainer,
+        group: &str,
+        topics: &[String],
+    ) -> anyhow::Result<Self> {
+        let context = Context {
+            explainer: explainer.clone(),
+            heard: Mutex::default(),
+        };
+        let consumer: BaseConsumer<Context> = config
+            .create_with_context(context)
+            .context("cannot make a Kafka consumer for PRODUCE_GROUP")?;
+        let consumer = Arc::new(consumer);
+        let (commits, requests) = channel::<Commit>();
+        let committer = Arc::clone(&consumer);
+        start_thread("commits", move || {
+            for (commits, answer) in requests {
+                answer(commit(&committer, &commits));
+            }
+        })?;
+        let (watching, until) = channel();
+        let (watched, group) = (Arc::clone(&consumer), group.to_owned());
+        start_thread("group-watch", move || watch_group(&watched, &group, &until))?;
+        let client = Self {
+            consumer,
+            commits,
+            _watching: watching,
+        };
+        client.subscribe(topics)?;
+        Ok(client)
+    }
+
+    fn subscribe(&self, topics: &[String]) -> anyhow::Result<()> {
+        let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+        self.consumer
+            .subscribe(&topics)
+            .context("cannot subscribe to the topics of the hosts")
+    }
+}
+
+fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    let thread = std::thread::Builder::new().name(name.into());
+    thread
+        .spawn(work)
+        .context("cannot start a thread for PRODUCE_GROUP")?;
+    Ok(())
+}
+
+fn watch_group(consumer: &BaseConsumer<Context>, group: &str, until: &Receiver<()>) {
+    group::watch_group(consumer, group, until, |found| {
+        let mut heard = consumer.context().heard();
+        match strangers(&found) {
+            Some(who) => heard.strangers.begin(instant_now(), who),
+            None => drop(heard.strangers.end(instant_now())),
+        }
+        heard.orphans = found.orphans;
+    });
+}
+
+/// What members that are other programs have of our topics.
+fn strangers(found: &Found<'_>) -> Option<String> {
+    let others = found
+        .members
+        .iter()
+        .filter(|member| member.client_id() != CLIENT_ID);
+    let with_partitions: Vec<String> = others
+        .filter_map(|member| {
+            let mut theirs = group::partitions_in(member.assignment()?)?;
+            theirs.retain(|partition| found.all.contains(partition));
+            let (name, host) = (member.client_id(), member.client_host());
+            (!theirs.is_empty()).then(|| format!("{name:?} at {host} has {}", group::names(&theirs)))
+        })
+        .collect();
+    (!with_partitions.is_empty()).then(|| with_partitions.join(", "))
 }
 
 fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> Result<(), NotCommitted> {
@@ -318,6 +443,10 @@ struct Heard {
     has_to_forget: bool,
     /// Kafka does not allow what we ask for.
     refused: Outage,
+    /// Other programs have partitions.
+    strangers: Outage,
+    /// Partitions that no member has.
+    orphans: BTreeSet<Named>,
 }
 
 struct Context {

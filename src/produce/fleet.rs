@@ -37,6 +37,9 @@ const READ_WITHIN: Duration = Duration::from_secs(30);
 /// a share without being noticed.
 const SUSPENDED_MICROS: i64 = 5_000_000;
 
+/// The shortest time from joining the group to joining it again.
+const JOIN_AGAIN_AFTER: Duration = Duration::from_secs(30);
+
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 
@@ -121,6 +124,7 @@ impl Fleet {
             heard,
             events: events.clone(),
             turned_at: settings.clock.now_micros(),
+            joined_at: instant_now(),
             new_topics: Some(new_topics),
             letters,
             orders: Box::new(orders),
@@ -176,6 +180,7 @@ struct Thread {
     events: Sender<Event>,
     /// When the loop turned last.
     turned_at: i64,
+    joined_at: Instant,
     new_topics: Option<Receiver<Vec<String>>>,
     letters: LetterBox,
     orders: Box<dyn Fn(Order) + Send>,
@@ -203,6 +208,7 @@ impl Thread {
         while !self.shares.has_left() {
             self.notice_suspension();
             self.listen_to_group();
+            self.join_again_if_ended();
             self.take_topics();
             while let Ok(event) = self.heard.try_recv() {
                 self.handle(event);
@@ -250,8 +256,7 @@ impl Thread {
         loop {
             match self.new_topics.as_ref().map(Receiver::try_recv) {
                 Some(Ok(topics)) => {
-                    let names: Vec<&str> = topics.iter().map(String::as_str).collect();
-                    if let Err(error) = self.member.subscribe(&names) {
+                    if let Err(error) = self.member.subscribe(&topics) {
                         log::error!("{error:#}");
                     }
                 }
@@ -302,6 +307,26 @@ impl Thread {
         }
     }
 
+    /// If another producer joined with our KAFKA_GROUP_INSTANCE_ID, Kafka gave it our shares and ended our membership. After a crash
+    /// of the broker that producer may be ourselves, so we join again. If that was of no use, we leave the shares to it for a while.
+    fn join_again_if_ended(&mut self) {
+        let Some(why) = self.member.ended() else {
+            return;
+        };
+        self.handle(Event::Lost(self.shares.all()));
+        let now = instant_now();
+        if now < self.joined_at + JOIN_AGAIN_AFTER {
+            self.handle(Event::Assigned(Vec::new()));
+            self.log_shares();
+            return;
+        }
+        self.joined_at = now;
+        log::error!("group={} {why}; this producer joins again", self.group);
+        if let Err(error) = self.member.join_again() {
+            log::error!("{error:#}");
+        }
+    }
+
     fn log_shares(&mut self) {
         let (_, ours) = self.shares.owned_of();
         if self.logged_shares.replace(ours) == Some(ours) {
@@ -321,6 +346,14 @@ impl Thread {
         if let Some((reason, lasted)) = self.member.refusal(now) {
             log::error!(
                 "group={} Kafka has refused the membership for {} s: {reason}",
+                self.group,
+                lasted.as_secs()
+            );
+        }
+        if let Some((who, lasted)) = self.member.strangers(now) {
+            log::error!(
+                "group={} another program is a member of the group, and the hosts of its partitions are not checked: {who} \
+                 (for {} s); end it, or set another PRODUCE_GROUP",
                 self.group,
                 lasted.as_secs()
             );

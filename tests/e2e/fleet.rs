@@ -518,10 +518,25 @@ fn a_producer_reports_another_program_in_its_group_and_goes_on_without_a_wrong_t
         commit.set_metadata("not a ledger");
     }
     second.commit(&offsets, CommitMode::Sync).unwrap();
+    wait_for(
+        WITHIN,
+        "the producer says who has partitions",
+        || {
+            let _ = second.poll(Duration::from_millis(100));
+            agent
+                .stderr()
+                .contains("are not checked: \"rdkafka\" at /127.0.0.1 has fleet_strangers/")
+                .then_some(())
+        },
+        || agent.stderr(),
+    );
     drop((second, offsets));
     agent.wait_for_stderr("cannot be taken", WITHIN);
     let said = agent.stderr();
-    assert!(said.contains("delete the offsets of the group"), "{said}");
+    assert!(
+        said.contains("stop all producers of this one, delete the offsets"),
+        "{said}"
+    );
     agent.stop();
     wait_for(
         WITHIN,

@@ -28,7 +28,8 @@ pub struct Ledger {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "its committed offset {offset} has the metadata {metadata:?}, which host-metrics did not write: another program uses this \
-     group, or somebody reset its offsets; set another PRODUCE_GROUP, or delete the offsets of the group"
+     group, or somebody reset its offsets; set another PRODUCE_GROUP, or stop all producers of this one, delete the offsets of \
+     the group, and start them"
 )]
 pub struct NotALedger {
     pub offset: i64,

@@ -136,7 +136,7 @@ impl Shares {
                 }
             }
             Event::InDoubt(shares) => self.doubt(now, shares),
-            Event::Suspended => self.doubt(now, self.tenures.keys().cloned().collect()),
+            Event::Suspended => self.doubt(now, self.all()),
             Event::Stop { until } => self.stop(until),
         }
     }
@@ -168,6 +168,11 @@ impl Shares {
             .clone()
             .filter(|tenure| tenure.stage == Stage::Owned && tenure.release_at.is_none());
         (owned.count(), ours.count())
+    }
+
+    /// All shares that this member has or gives back.
+    pub fn all(&self) -> Vec<Share> {
+        self.tenures.keys().cloned().collect()
     }
 
     /// Whether [`Action::Leave`] was returned.
@@ -327,8 +332,7 @@ impl Shares {
 
     fn stop(&mut self, until: i64) {
         self.stops_at = Some(until);
-        let shares: Vec<_> = self.tenures.keys().cloned().collect();
-        for share in &shares {
+        for share in &self.all() {
             let Some(tenure) = self.tenures.get(share) else {
                 continue;
             };
