@@ -343,17 +343,17 @@ impl Thread {
 
     fn report_outages(&mut self) {
         let now = instant_now();
-        if let Some((reason, lasted)) = self.member.refusal(now) {
-            log::error!(
-                "group={} Kafka has refused the membership for {} s: {reason}",
-                self.group,
-                lasted.as_secs()
-            );
-        }
         if let Some((who, lasted)) = self.member.strangers(now) {
             log::error!(
                 "group={} another program is a member of the group, and the hosts of its partitions are not checked: {who} \
                  (for {} s); end it, or set another PRODUCE_GROUP",
+                self.group,
+                lasted.as_secs()
+            );
+        }
+        if let Some((reason, lasted)) = self.member.refusal(now) {
+            log::error!(
+                "group={} Kafka has refused the membership for {} s: {reason}",
                 self.group,
                 lasted.as_secs()
             );

@@ -33,7 +33,7 @@ pub const WITHIN: Duration = Duration::from_secs(60);
 pub struct Fleet {
     pub topic: String,
     group: String,
-    hosts: PathBuf,
+    pub hosts: PathBuf,
     count: usize,
     pub variables: Variables,
 }

@@ -1,6 +1,8 @@
 //! Producers of a group whose membership is wrong: two with one name, a partition that no member has, a member that is another program.
 //! The log and /readyz say so, and no tick is there twice or left out.
 
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
 use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
@@ -57,6 +59,20 @@ fn of_two_producers_with_one_instance_id_one_checks_and_the_other_one_says_why_i
         judged.claims
     );
     assert_eq!(judged.ticks.len(), HOSTS);
+}
+
+#[test]
+fn ticks_that_are_missed_because_max_threads_is_too_low_are_reported() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::of(kafka, "fleet_threads", "fleet_threads", 1, 3);
+    // It accepts connections and never answers.
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = silent.local_addr().unwrap();
+    let lines = (1..4).map(|i| format!("http://{address}/{i} 1s timeout=900ms\n"));
+    fs::write(&fleet.hosts, lines.collect::<String>()).unwrap();
+    let agent = fleet.start_with(&fleet.variables.clone().with("MAX_THREADS", 1));
+    agent.wait_for_stderr("because MAX_THREADS=1 checks are under way", WITHIN);
+    agent.stop();
 }
 
 #[test]

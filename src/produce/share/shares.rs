@@ -170,14 +170,14 @@ impl Shares {
         (owned.count(), ours.count())
     }
 
-    /// All shares that this member has or gives back.
-    pub fn all(&self) -> Vec<Share> {
-        self.tenures.keys().cloned().collect()
-    }
-
     /// Whether [`Action::Leave`] was returned.
     pub fn has_left(&self) -> bool {
         self.has_left
+    }
+
+    /// All shares that this member has or gives back.
+    pub fn all(&self) -> Vec<Share> {
+        self.tenures.keys().cloned().collect()
     }
 
     // What to do next.
