@@ -276,6 +276,24 @@ impl Member {
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
 
+    /// Whether the group has admitted us and we share its partitions with our own kind only.
+    pub fn is_ready(&self) -> Result<(), String> {
+        if let Some(why) = self.ended() {
+            return Err(why);
+        }
+        let heard = self.heard();
+        if let Some(reason) = heard.refused.reason() {
+            return Err(self.client.consumer.context().explainer.explain(reason));
+        }
+        if let Some(who) = heard.strangers.reason() {
+            return Err(format!("another program is a member of PRODUCE_GROUP: {who}"));
+        }
+        match heard.is_member {
+            true => Ok(()),
+            false => Err("waiting to be admitted to PRODUCE_GROUP".to_owned()),
+        }
+    }
+
     /// Why Kafka does not admit us to the group, and for how long, if it is time to log that.
     pub fn refusal(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
@@ -434,6 +452,7 @@ fn advice(error: &KafkaError) -> Option<&'static str> {
 #[derive(Default)]
 struct Heard {
     changes: Vec<Change>,
+    is_member: bool,
     /// Whether the group waits for [`Member::give_back`].
     owes: bool,
     is_leaving: bool,
@@ -495,10 +514,12 @@ impl ConsumerContext for Context {
         let answered = match (is_assigned, is_lost) {
             (true, _) => {
                 heard.refused.end(instant_now());
+                heard.is_member = true;
                 heard.changes.push(Change::Assigned(named));
                 consumer.incremental_assign(&nothing)
             }
             (false, true) => {
+                heard.is_member = false;
                 heard.changes.push(Change::Lost(named));
                 heard.has_to_forget = heard.is_committing;
                 match heard.is_committing {

@@ -12,6 +12,7 @@ use anyhow::Context as _;
 
 use crate::clock::{Clock, instant_now};
 use crate::config::{GroupConfig, KafkaConfig};
+use crate::http::health::Readiness;
 use crate::kafka::Named;
 use crate::kafka::member::{self, Change, Member, NotCommitted, explained};
 use crate::kafka::reader::{Part, Reader};
@@ -125,6 +126,7 @@ impl Fleet {
             events: events.clone(),
             turned_at: settings.clock.now_micros(),
             joined_at: instant_now(),
+            membership: Arc::clone(&settings.membership),
             new_topics: Some(new_topics),
             letters,
             orders: Box::new(orders),
@@ -164,6 +166,7 @@ pub(super) struct Settings<'a> {
     pub(super) place: &'a str,
     pub(super) partitions: &'a Partitions,
     pub(super) clock: Clock,
+    pub(super) membership: Arc<Readiness>,
 }
 
 struct Thread {
@@ -181,6 +184,7 @@ struct Thread {
     /// When the loop turned last.
     turned_at: i64,
     joined_at: Instant,
+    membership: Arc<Readiness>,
     new_topics: Option<Receiver<Vec<String>>>,
     letters: LetterBox,
     orders: Box<dyn Fn(Order) + Send>,
@@ -209,6 +213,7 @@ impl Thread {
             self.notice_suspension();
             self.listen_to_group();
             self.join_again_if_ended();
+            self.membership.set(self.member.is_ready());
             self.take_topics();
             while let Ok(event) = self.heard.try_recv() {
                 self.handle(event);

@@ -26,7 +26,7 @@ impl Watched for Figures {
         let ready = f64::from(u8::from(self.is_ready().is_ok()));
         page.gauge(
             "host_metrics_ready",
-            "1 while Kafka accepts records, else 0.",
+            "1 while Kafka accepts records and the membership of PRODUCE_GROUP, else 0.",
             ready,
         );
         self.ticks_and_checks(&mut page);
@@ -43,7 +43,8 @@ impl Watched for Figures {
     }
 
     fn is_ready(&self) -> Result<(), String> {
-        self.counters.deliveries.readiness.check()
+        self.counters.deliveries.readiness.check()?;
+        self.counters.membership.check()
     }
 }
 

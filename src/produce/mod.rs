@@ -122,6 +122,9 @@ impl Setup<'_> {
             Some(_) => (Some(Joining::new(targets)), Vec::new()),
             None => (None, targets),
         };
+        if joining.is_none() {
+            self.counters.membership.set(Ok(()));
+        }
         let membership = joining
             .as_ref()
             .and_then(|joining| joining.membership(self.config));
@@ -133,9 +136,18 @@ impl Setup<'_> {
         )?;
         let orders = Arc::clone(&mailbox);
         let shared_hosts = match joining {
-            Some(joining) => joining.join(self.config, clock, publisher.letter_box(), move |order| {
-                orders.put_order(order);
-            })?,
+            Some(joining) => {
+                let membership = Arc::clone(&self.counters.membership);
+                joining.join(
+                    self.config,
+                    clock,
+                    membership,
+                    publisher.letter_box(),
+                    move |order| {
+                        orders.put_order(order);
+                    },
+                )?
+            }
             None => None,
         };
         let limits = Limits {

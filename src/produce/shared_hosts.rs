@@ -9,6 +9,7 @@ use crate::check::target::Target;
 use crate::clock::Clock;
 use crate::config::ProduceConfig;
 use crate::duration::micros;
+use crate::http::health::Readiness;
 use crate::produce::fleet::{self, Fleet, Order, Partitions};
 use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::publisher::{Letter, LetterBox, Membership, Publisher, Record};
@@ -51,6 +52,7 @@ impl Joining {
         self,
         config: &ProduceConfig,
         clock: Clock,
+        membership: Arc<Readiness>,
         letters: LetterBox,
         orders: impl Fn(Order) + Send + 'static,
     ) -> anyhow::Result<Option<SharedHosts>> {
@@ -64,6 +66,7 @@ impl Joining {
             place: &config.check.agent_name,
             partitions: &partitions,
             clock,
+            membership,
         };
         let topics = topics_of(&self.targets.topics(), &config.topic);
         let fleet = Fleet::start(&settings, &topics, self.events, letters, orders)?;

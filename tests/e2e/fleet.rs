@@ -18,6 +18,7 @@ use crate::case::Case;
 use crate::database::Database;
 #[cfg(target_os = "linux")]
 use crate::faults::with_clock;
+use crate::fleet_members::{metrics, wait_until_unready};
 use crate::kafka::Kafka;
 use crate::kills::number;
 use crate::scratch::{self, wait_for};
@@ -503,8 +504,10 @@ fn a_producer_reports_another_program_in_its_group_and_goes_on_without_a_wrong_t
     // Its way of assigning partitions is another one.
     let first = stranger("range");
     wait_for_partitions(&first, &[]);
-    let agent = fleet.start();
+    let metrics = metrics();
+    let agent = fleet.start_with(&fleet.variables.and(&metrics));
     agent.wait_for_stderr("another program", WITHIN);
+    wait_until_unready(&metrics, "another program uses this group", &[&agent]);
     drop(first);
     fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
 
@@ -530,6 +533,7 @@ fn a_producer_reports_another_program_in_its_group_and_goes_on_without_a_wrong_t
         },
         || agent.stderr(),
     );
+    wait_until_unready(&metrics, "\"rdkafka\" at ", &[&agent]);
     drop((second, offsets));
     agent.wait_for_stderr("cannot be taken", WITHIN);
     let said = agent.stderr();
@@ -784,8 +788,10 @@ fn a_member_without_rights_says_which_one_is_missing() {
         .with("KAFKA_SASL_MECHANISM", "PLAIN")
         .with("KAFKA_SASL_USERNAME", "p")
         .with("KAFKA_SASL_PASSWORD", "secret");
-    let agent = fleet.start_with(&variables);
+    let metrics = metrics();
+    let agent = fleet.start_with(&variables.and(&metrics));
     agent.wait_for_stderr("needs the right READ on the group", WITHIN);
+    wait_until_unready(&metrics, "needs the right READ on the group", &[&agent]);
     allow(&["--group", GROUP, "--operation", "Read"]);
     agent.wait_for_stderr("no share could be taken", WITHIN);
     allow(&["--topic", "fleet_rights", "--operation", "Read"]);

@@ -5,14 +5,33 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::time::Duration;
 
+use host_metrics::commands::demo::postgres::free_port;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 
+use crate::agent::{Agent, Variables, run};
 use crate::fleet::{Fleet, HOSTS, PARTITIONS, SECOND, WITHIN, now_micros};
 use crate::kafka::Kafka;
 use crate::scratch::wait_for;
 
 /// Two looks at the group 15 s apart, the first one up to 15 s later, and then a rebalance.
 const NOTICED_WITHIN: Duration = Duration::from_secs(60);
+
+pub fn metrics() -> Variables {
+    Variables::new().with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()))
+}
+
+/// Waits until /readyz says this.
+pub fn wait_until_unready(metrics: &Variables, why: &str, agents: &[&Agent]) {
+    wait_for(
+        WITHIN,
+        "/readyz says why",
+        || {
+            let (status, said) = run(&["health"], metrics);
+            (status != 0 && said.contains(why)).then_some(())
+        },
+        || agents.iter().map(|agent| agent.stderr() + "\n---\n").collect(),
+    );
+}
 
 /// For example replicas with the same variables.
 #[test]
@@ -22,14 +41,11 @@ fn of_two_producers_with_one_instance_id_one_checks_and_the_other_one_says_why_i
     let variables = fleet.variables.clone().with("KAFKA_GROUP_INSTANCE_ID", "twin");
     let first = fleet.start_with(&variables);
     fleet.wait_for_ticks_since(kafka, now_micros() + SECOND, &[&first]);
-    let second = fleet.start_with(&variables);
+    let metrics = metrics();
+    let second = fleet.start_with(&variables.and(&metrics));
     let both = [&first, &second];
-    wait_for(
-        WITHIN,
-        "one of them says why",
-        || (first.said("give each its own") + second.said("give each its own") > 0).then_some(()),
-        || first.stderr() + &second.stderr(),
-    );
+    wait_until_unready(&metrics, "give each its own", &both);
+    second.wait_for_stderr("give each its own", WITHIN);
     fleet.wait_for_ticks_since(kafka, now_micros() + SECOND, &both);
     let before = fleet.judged(kafka).superseded.len();
     let until = now_micros() + 5 * SECOND;
