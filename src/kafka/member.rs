@@ -70,13 +70,7 @@ pub enum NotCommitted {
 pub struct Member {
     group: String,
     config: ClientConfig,
-    explainer: Explainer,
     topics: Vec<String>,
-    client: Client,
-}
-
-/// The librdkafka client, with its threads.
-struct Client {
     consumer: Arc<BaseConsumer<Context>>,
     /// To the thread that commits.
     commits: Sender<Commit>,
@@ -116,37 +110,67 @@ impl Member {
         if let Some(instance_id) = instance_id {
             config.set("group.instance.id", instance_id);
         }
-        let explainer = Explainer::new(kafka);
-        let topics: Vec<String> = topics.iter().map(|topic| (*topic).to_owned()).collect();
-        Ok(Self {
-            client: Client::start(&config, &explainer, group, &topics)?,
-            group: group.to_owned(),
-            config,
+        Self::start(config, Explainer::new(kafka), group.to_owned(), topics)
+    }
+
+    fn start(
+        config: ClientConfig,
+        explainer: Explainer,
+        group: String,
+        topics: &[&str],
+    ) -> anyhow::Result<Self> {
+        let context = Context {
             explainer,
-            topics,
-        })
+            heard: Mutex::default(),
+        };
+        let consumer: BaseConsumer<Context> = config
+            .create_with_context(context)
+            .context("cannot make a Kafka consumer for PRODUCE_GROUP")?;
+        let consumer = Arc::new(consumer);
+        let (commits, requests) = channel::<Commit>();
+        let committer = Arc::clone(&consumer);
+        start_thread("commits", move || {
+            for (commits, answer) in requests {
+                answer(commit(&committer, &commits));
+            }
+        })?;
+        let (watching, until) = channel();
+        let (watched, name) = (Arc::clone(&consumer), group.clone());
+        start_thread("group-watch", move || watch_group(&watched, &name, &until))?;
+        let mut member = Self {
+            group,
+            config,
+            topics: Vec::new(),
+            consumer,
+            commits,
+            _watching: watching,
+        };
+        member.subscribe(topics)?;
+        Ok(member)
     }
 
     /// Why Kafka has ended this member for good: another one joined with its `instance_id`. There are no more changes then.
     pub fn ended(&self) -> Option<String> {
-        let (code, reason) = self.client.consumer.client().fatal_error()?;
+        let (code, reason) = self.consumer.client().fatal_error()?;
         Some(with_advice(reason, &KafkaError::Global(code)))
     }
 
     /// Joins as a new member.
     pub fn join_again(&mut self) -> anyhow::Result<()> {
-        let client = Client::start(&self.config, &self.explainer, &self.group, &self.topics)?;
-        let ended = std::mem::replace(&mut self.client, client);
+        let explainer = self.consumer.context().explainer.clone();
+        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+        let next = Self::start(self.config.clone(), explainer, self.group.clone(), &topics)?;
+        let ended = std::mem::replace(self, next);
         // Closing it may take long.
-        let closing = std::thread::Builder::new().name("kafka-close".into());
-        closing.spawn(move || drop(ended)).map(drop)?;
-        Ok(())
+        start_thread("kafka-close", move || drop(ended))
     }
 
     /// Subscribes to these topics, instead of those before.
-    pub fn subscribe(&mut self, topics: &[String]) -> anyhow::Result<()> {
-        self.topics = topics.to_vec();
-        self.client.subscribe(topics)
+    pub fn subscribe(&mut self, topics: &[&str]) -> anyhow::Result<()> {
+        self.topics = topics.iter().map(|topic| (*topic).to_owned()).collect();
+        self.consumer
+            .subscribe(topics)
+            .context("cannot subscribe to the topics of the hosts")
     }
 
     /// The changes since the last call. Has to be called every few seconds, or the group removes this member.
@@ -155,7 +179,7 @@ impl Member {
         loop {
             let before = self.heard().changes.len();
             // Each call handles one event. There are no records, because nothing is read.
-            if let Some(Err(error)) = self.client.consumer.poll(Duration::ZERO) {
+            if let Some(Err(error)) = self.consumer.poll(Duration::ZERO) {
                 log::debug!("the group of producers: {error}");
                 continue;
             }
@@ -174,7 +198,7 @@ impl Member {
             return;
         }
         drop(heard);
-        if let Err(error) = group::adopt(&self.client.consumer, &orphans, Level::Warn) {
+        if let Err(error) = group::adopt(&self.consumer, &orphans, Level::Warn) {
             log::error!("cannot join the group again: {error}");
         }
     }
@@ -182,11 +206,7 @@ impl Member {
     /// Lets the group assign what it took back.
     pub fn give_back(&self) {
         self.heard().owes = false;
-        if let Err(error) = self
-            .client
-            .consumer
-            .incremental_unassign(&TopicPartitionList::new())
-        {
+        if let Err(error) = self.consumer.incremental_unassign(&TopicPartitionList::new()) {
             log::debug!("librdkafka refuses the answer to a rebalance: {error}");
         }
     }
@@ -197,13 +217,12 @@ impl Member {
         if std::mem::take(&mut self.heard().owes) {
             self.give_back();
         }
-        self.client.consumer.unsubscribe();
+        self.consumer.unsubscribe();
     }
 
     /// Whether the group has no other member. If Kafka does not answer in time, it may have one.
     pub fn is_alone(&self) -> bool {
         let found = self
-            .client
             .consumer
             .fetch_group_list(Some(&self.group), ASK_ABOUT_MEMBERS_WITHIN);
         let members = |groups: GroupList| groups.groups().iter().map(|group| group.members().len()).sum();
@@ -216,7 +235,7 @@ impl Member {
         for (topic, partition) in partitions {
             list.add_partition(topic, *partition);
         }
-        let answer = self.client.consumer.committed_offsets(list, ASK_WITHIN);
+        let answer = self.consumer.committed_offsets(list, ASK_WITHIN);
         let answer = answer.map_err(|error| explained(&error))?;
         let mut committed = Vec::with_capacity(partitions.len());
         for element in answer.elements() {
@@ -241,7 +260,7 @@ impl Member {
         answer: impl FnOnce(Result<(), NotCommitted>) + Send + 'static,
     ) {
         self.heard().is_committing = true;
-        if let Err(unsent) = self.client.commits.send((commits, Box::new(answer))) {
+        if let Err(unsent) = self.commits.send((commits, Box::new(answer))) {
             let (_, answer) = unsent.0;
             answer(Err(NotCommitted::Failed(
                 "the thread for commits has ended".to_owned(),
@@ -262,16 +281,13 @@ impl Member {
 
     /// The offsets that a partition holds: the first one, and the one after the last.
     pub fn extent(&self, topic: &str, partition: i32) -> Result<(i64, i64), String> {
-        let extent = self
-            .client
-            .consumer
-            .fetch_watermarks(topic, partition, ASK_WITHIN);
+        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN);
         extent.map_err(|error| explained(&error))
     }
 
     /// The number of partitions of a topic.
     pub fn partitions(&self, topic: &str) -> Result<i32, String> {
-        let found = partitions(self.client.consumer.client(), topic, ASK_WITHIN);
+        let found = partitions(self.consumer.client(), topic, ASK_WITHIN);
         let found = found.map_err(|error| explained(&error))?;
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
@@ -283,7 +299,7 @@ impl Member {
         }
         let heard = self.heard();
         if let Some(reason) = heard.refused.reason() {
-            return Err(self.client.consumer.context().explainer.explain(reason));
+            return Err(self.consumer.context().explainer.explain(reason));
         }
         if let Some(who) = heard.strangers.reason() {
             return Err(format!("another program is a member of PRODUCE_GROUP: {who}"));
@@ -300,7 +316,7 @@ impl Member {
         let (reason, lasted) = heard.refused.take_report(now)?;
         let reason = reason.to_owned();
         drop(heard);
-        Some((self.client.consumer.context().explainer.explain(&reason), lasted))
+        Some((self.consumer.context().explainer.explain(&reason), lasted))
     }
 
     /// Which other programs are members and have partitions of our topics, and for how long, if it is time to log that.
@@ -311,49 +327,7 @@ impl Member {
     }
 
     fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.client.consumer.context().heard()
-    }
-}
-
-impl Client {
-    fn start(
-        config: &ClientConfig,
-        explainer: &Explainer,
-        group: &str,
-        topics: &[String],
-    ) -> anyhow::Result<Self> {
-        let context = Context {
-            explainer: explainer.clone(),
-            heard: Mutex::default(),
-        };
-        let consumer: BaseConsumer<Context> = config
-            .create_with_context(context)
-            .context("cannot make a Kafka consumer for PRODUCE_GROUP")?;
-        let consumer = Arc::new(consumer);
-        let (commits, requests) = channel::<Commit>();
-        let committer = Arc::clone(&consumer);
-        start_thread("commits", move || {
-            for (commits, answer) in requests {
-                answer(commit(&committer, &commits));
-            }
-        })?;
-        let (watching, until) = channel();
-        let (watched, group) = (Arc::clone(&consumer), group.to_owned());
-        start_thread("group-watch", move || watch_group(&watched, &group, &until))?;
-        let client = Self {
-            consumer,
-            commits,
-            _watching: watching,
-        };
-        client.subscribe(topics)?;
-        Ok(client)
-    }
-
-    fn subscribe(&self, topics: &[String]) -> anyhow::Result<()> {
-        let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
-        self.consumer
-            .subscribe(&topics)
-            .context("cannot subscribe to the topics of the hosts")
+        self.consumer.context().heard()
     }
 }
 

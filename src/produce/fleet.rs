@@ -38,11 +38,11 @@ const READ_WITHIN: Duration = Duration::from_secs(30);
 /// a share without being noticed.
 const SUSPENDED_MICROS: i64 = 5_000_000;
 
-/// The shortest time from joining the group to joining it again.
-const JOIN_AGAIN_AFTER: Duration = Duration::from_secs(30);
-
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
+
+/// The shortest time from joining the group to joining it again.
+const JOIN_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// What the timer loop has to do with the hosts of a share. See [`Action`] for the meanings.
 #[derive(Debug)]
@@ -261,7 +261,8 @@ impl Thread {
         loop {
             match self.new_topics.as_ref().map(Receiver::try_recv) {
                 Some(Ok(topics)) => {
-                    if let Err(error) = self.member.subscribe(&topics) {
+                    let names: Vec<&str> = topics.iter().map(String::as_str).collect();
+                    if let Err(error) = self.member.subscribe(&names) {
                         log::error!("{error:#}");
                     }
                 }
