@@ -108,6 +108,7 @@ impl Fleet {
         let names: Vec<&str> = topics.iter().map(String::as_str).collect();
         let GroupConfig { name, instance_id } = settings.group;
         let member = Member::join(settings.kafka, name, instance_id.as_deref(), &names)?;
+        letters.tell(Letter::Topics(topics.to_vec()));
         let (send_topics, new_topics) = channel();
         let thread = Thread {
             member,
@@ -254,6 +255,7 @@ impl Thread {
                     if let Err(error) = self.member.subscribe(&names) {
                         log::error!("{error:#}");
                     }
+                    self.letters.tell(Letter::Topics(topics));
                 }
                 // The timer loop has ended without a stop.
                 Some(Err(TryRecvError::Disconnected)) => {

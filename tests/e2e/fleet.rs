@@ -733,6 +733,22 @@ fn hosts_and_partitions_that_change_while_members_are_stopped_at_random_double_n
 }
 
 #[test]
+fn a_missing_topic_of_one_host_is_reported_and_its_host_is_checked_as_soon_as_it_exists() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::new(kafka, "fleet_own_topic");
+    let hosts = fs::read_to_string(&fleet.hosts).unwrap();
+    let own = "http://127.0.0.1:1/own 1s topic=fleet_own_topic_2\n";
+    fs::write(&fleet.hosts, hosts + own).unwrap();
+    let agent = fleet.start();
+    agent.wait_for_stderr("waiting for the topic fleet_own_topic_2", WITHIN);
+    fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
+    kafka.create_topic("fleet_own_topic_2", 1);
+    agent.wait_for_stderr("share=fleet_own_topic_2/0 epoch=", WITHIN);
+    agent.stop();
+    assert!(!kafka.records("fleet_own_topic_2").is_empty());
+}
+
+#[test]
 fn a_member_without_rights_says_which_one_is_missing() {
     use crate::kafka::Listener;
     let port = free_port().unwrap();
