@@ -92,6 +92,7 @@ fn every_tick_has_exactly_one_valid_record_whatever_happens() {
             "late callback",
             "lost",
             "missed",
+            "once",
             "rebalance",
             "spoiled",
             "stop",
@@ -138,6 +139,11 @@ enum Record {
         tick: i64,
         epoch: Epoch,
         is_missed: bool,
+    },
+    /// Of a run of `--once`.
+    Once {
+        address: String,
+        tick: i64,
     },
 }
 
@@ -457,6 +463,7 @@ impl World {
                     }
                 }
             }
+            51..=52 if !self.kafka_is_away => self.check_once(),
             _ => {}
         }
     }
@@ -801,6 +808,14 @@ impl World {
                     epoch: Some(*epoch),
                     address,
                     scheduled_at_micros: *tick,
+                    interval_micros: Some(self.interval_of(address)),
+                },
+                Record::Once { address, tick } => Entry::Result {
+                    place: PLACE,
+                    epoch: None,
+                    address,
+                    scheduled_at_micros: *tick,
+                    interval_micros: Some(self.interval_of(address)),
                 },
             });
         }
@@ -810,10 +825,6 @@ impl World {
     fn be_timer(&mut self, producer: &mut Producer) {
         let now = self.now + producer.skew;
         let partitions = self.partitions;
-        let share_of = |address: &str| Share {
-            topic: "t".into(),
-            partition: partition_of(address.as_bytes(), partitions),
-        };
         for order in producer.to_timer.drain(..) {
             match order {
                 ToTimer::Take(takeover) => {
@@ -822,7 +833,7 @@ impl World {
                         let hosts = self
                             .hosts
                             .iter()
-                            .filter(|host| share_of(&host.address) == takeover.share);
+                            .filter(|host| share_of(&host.address, partitions) == takeover.share);
                         producer.schedule.add_share(
                             &takeover.share,
                             hosts.cloned().map(Arc::new),
@@ -1213,6 +1224,28 @@ impl World {
             .extend(self.hosts.iter().map(|host| host.address.clone()));
     }
 
+    /// A run of `--once` with the same AGENT_NAME checks all hosts.
+    fn check_once(&mut self) {
+        self.saw("once");
+        for host in &self.hosts {
+            if on_grid_before(&host.address, micros(host.interval), self.now) < self.now {
+                let log = self
+                    .logs
+                    .get_mut(&share_of(&host.address, self.partitions))
+                    .unwrap();
+                log.push(Record::Once {
+                    address: host.address.clone(),
+                    tick: self.now,
+                });
+            }
+        }
+    }
+
+    fn interval_of(&self, address: &str) -> i64 {
+        let host = self.hosts.iter().find(|host| host.address == address).unwrap();
+        micros(host.interval)
+    }
+
     // The consumer.
 
     fn consume(&mut self) {
@@ -1227,6 +1260,8 @@ impl World {
                     Record::Claim(epoch) => {
                         let _ = epochs.admit(PLACE, *epoch);
                     }
+                    // Its row has a time of its own.
+                    Record::Once { .. } => {}
                     Record::Result {
                         address,
                         tick,
@@ -1255,8 +1290,7 @@ impl World {
     /// Verifies the table.
     fn store(&mut self, address: &str, tick: i64, is_missed: bool) {
         self.log(format_args!("    {address} {} missed {is_missed}", tick - START));
-        let host = self.hosts.iter().find(|host| host.address == address).unwrap();
-        let interval = micros(host.interval);
+        let interval = self.interval_of(address);
         if let Some(last) = self.table.insert(address.to_owned(), tick) {
             assert!(
                 tick > last,
@@ -1313,6 +1347,13 @@ fn append(logs: &mut BTreeMap<Share, Vec<Record>>, share: &Share, sent: &Sent) -
         },
     });
     log.len() as i64 - 1
+}
+
+fn share_of(address: &str, partitions: i32) -> Share {
+    Share {
+        topic: "t".into(),
+        partition: partition_of(address.as_bytes(), partitions),
+    }
 }
 
 fn on_grid_before(address: &str, interval: i64, at: i64) -> i64 {

@@ -380,6 +380,7 @@ impl World {
                             epoch: Some(*epoch),
                             address: HOST,
                             scheduled_at_micros: *tick,
+                            interval_micros: None,
                         },
                     });
                 }

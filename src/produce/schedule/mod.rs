@@ -21,7 +21,7 @@ use crate::check::target::Target;
 use crate::duration::micros;
 use crate::produce::share::Share;
 use host::{BacklogEntry, Host, HostState, Rhythm, max_late};
-pub use host::{BacklogItem, Limits, phase_micros};
+pub use host::{BacklogItem, Limits, is_on_grid, phase_micros};
 pub use missed::{MissedCounts, MissedReason, MissedTick};
 
 /// How many results, over all hosts, may wait until the earlier missed ticks of their host are written. Above this number,
