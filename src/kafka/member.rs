@@ -27,8 +27,8 @@ use crate::outage::Outage;
 /// How long a question to Kafka may take. The member gets no news from the group meanwhile, and the group waits 6 s for it.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
 
-/// The same at a stop, when the others wait for our shares.
-const ASK_ABOUT_MEMBERS_WITHIN: Duration = Duration::from_millis(500);
+/// The same for one of many questions, and at a stop, when the others wait for our shares.
+const ASK_BRIEFLY: Duration = Duration::from_millis(500);
 
 /// How long a dead member keeps its partitions. Brokers allow no less by default.
 const SESSION_MS: &str = "6000";
@@ -166,9 +166,7 @@ impl Member {
 
     /// Whether the group has no other member. If Kafka does not answer in time, it may have one.
     pub fn is_alone(&self) -> bool {
-        let found = self
-            .consumer
-            .fetch_group_list(Some(&self.group), ASK_ABOUT_MEMBERS_WITHIN);
+        let found = self.consumer.fetch_group_list(Some(&self.group), ASK_BRIEFLY);
         let members = |groups: GroupList| groups.groups().iter().map(|group| group.members().len()).sum();
         found.map_or(0_usize, members) == 1
     }
@@ -225,7 +223,7 @@ impl Member {
 
     /// The offsets that a partition holds: the first one, and the one after the last.
     pub fn extent(&self, topic: &str, partition: i32) -> Result<(i64, i64), String> {
-        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN);
+        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_BRIEFLY);
         extent.map_err(|error| explained(&error))
     }
 

@@ -37,6 +37,10 @@ const READ_WITHIN: Duration = Duration::from_secs(30);
 /// a share without being noticed.
 const SUSPENDED_MICROS: i64 = 5_000_000;
 
+/// How long the thread asks for ledgers before it asks again for the group's decisions. The last questions may take 4 s more, and
+/// all of it has to be shorter than [`SUSPENDED_MICROS`].
+const ASK_FOR: Duration = Duration::from_millis(900);
+
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 
@@ -74,14 +78,6 @@ impl Partitions {
     fn of(&self, topic: &str) -> Option<i32> {
         let counts = lock(&self.0);
         counts.get(topic).copied()
-    }
-
-    fn all(&self) -> usize {
-        let counts = lock(&self.0);
-        counts
-            .values()
-            .filter_map(|count| usize::try_from(*count).ok())
-            .sum()
     }
 
     fn set(&self, topic: &str, count: i32) {
@@ -129,6 +125,9 @@ impl Fleet {
             reading: None,
             logged_shares: None,
             outage: Outage::default(),
+            failure: None,
+            topics: topics.to_vec(),
+            other_place: None,
             foreign_ledger: Outage::default(),
             commit_failure: Arc::default(),
         };
@@ -184,8 +183,14 @@ struct Thread {
     reading: Option<Reading>,
     /// The number of our shares, as logged last.
     logged_shares: Option<usize>,
-    /// Why shares cannot be taken.
+    /// Not all shares are taken.
     outage: Outage,
+    /// The last error since then.
+    failure: Option<String>,
+    /// The topics of all hosts.
+    topics: Vec<String>,
+    /// The AGENT_NAME in a ledger, if it is not ours.
+    other_place: Option<String>,
     /// Another program has replaced the ledger of a share.
     foreign_ledger: Outage,
     /// Why the last commit failed, if that was not reported yet.
@@ -232,19 +237,33 @@ impl Thread {
     }
 
     fn handle(&mut self, event: Event) {
-        if let Event::Committed(outcome) = event {
-            self.member.end_commit();
-            if outcome == CommitOutcome::Done {
-                self.outage.end(instant_now());
-            }
-        }
-        if let Event::Stop { .. } = event {
-            let (owned, _) = self.shares.owned_of();
-            // If there are several shares, another member would have one.
-            let has_all = owned > 0 && owned == self.partitions.all();
-            self.stops_alone = has_all && (owned > 1 || self.member.is_alone());
+        match &event {
+            Event::Committed(_) => self.member.end_commit(),
+            Event::Claimed {
+                share,
+                offset: Err(why),
+                ..
+            } => self.failure = Some(format!("share={share} its claim was not stored: {why}")),
+            Event::Stop { .. } => self.stops_alone = self.is_alone(),
+            _ => {}
         }
         self.shares.handle(self.clock.now_micros(), event);
+    }
+
+    /// Whether we own all shares.
+    fn is_alone(&self) -> bool {
+        let owned: BTreeSet<&Share> = self.shares.owned().collect();
+        let (mut all, mut ours) = (0, 0);
+        for topic in &self.topics {
+            let topic: Arc<str> = topic.as_str().into();
+            for partition in 0..self.partitions.of(&topic).unwrap_or(0) {
+                all += 1;
+                let topic = Arc::clone(&topic);
+                ours += usize::from(owned.contains(&Share { topic, partition }));
+            }
+        }
+        // If there are several shares, another member would have one.
+        all > 0 && ours == all && (all > 1 || self.member.is_alone())
     }
 
     fn take_topics(&mut self) {
@@ -255,6 +274,7 @@ impl Thread {
                     if let Err(error) = self.member.subscribe(&names) {
                         log::error!("{error:#}");
                     }
+                    self.topics.clone_from(&topics);
                     self.letters.tell(Letter::Topics(topics));
                 }
                 // The timer loop has ended without a stop.
@@ -327,10 +347,7 @@ impl Thread {
                 lasted.as_secs()
             );
         }
-        let failure = lock(&self.commit_failure).take();
-        if let Some(why) = failure {
-            self.outage.begin(now, why);
-        }
+        self.report_untaken(now);
         if let Some((reason, lasted)) = self.foreign_ledger.take_report(now) {
             log::error!(
                 "group={} {reason}; until then its hosts are not checked (for {} s)",
@@ -338,9 +355,26 @@ impl Thread {
                 lasted.as_secs()
             );
         }
+    }
+
+    fn report_untaken(&mut self, now: Instant) {
+        if let Some(why) = lock(&self.commit_failure).take() {
+            self.failure = Some(why);
+        }
+        let mut untaken = self.shares.untaken();
+        let Some((share, waits_for)) = untaken.next() else {
+            self.failure = None;
+            self.foreign_ledger.end(now);
+            self.outage.end(now);
+            return;
+        };
+        let count = 1 + untaken.count();
+        self.outage.begin(now, format!("share={share} waits {waits_for}"));
         if let Some((reason, lasted)) = self.outage.take_report(now) {
+            let (_, ours) = self.shares.owned_of();
+            let failure = self.failure.as_deref().unwrap_or("no error is known");
             log::warn!(
-                "group={} no share could be taken for {} s: {reason}",
+                "group={} {count} of {ours} shares could not be taken for {} s: {reason}; {failure}",
                 self.group,
                 lasted.as_secs()
             );
@@ -351,28 +385,14 @@ impl Thread {
         match action {
             Action::ReadLedgers(shares) => {
                 let found = self.read_ledgers(&shares);
-                if let Err(why) = &found {
-                    self.outage.begin(instant_now(), why.clone());
-                }
-                self.handle(Event::Ledgers(found.unwrap_or_default()));
+                self.handle(Event::Ledgers(found));
             }
             Action::ReadTail(range) => self.to_read.push(range),
             Action::Commit(ledgers) => self.commit(&ledgers),
             Action::Claim { share, epoch } => self.letters.tell(Letter::Claim { share, epoch }),
             Action::Hold(share) => self.letters.tell(Letter::Hold(share)),
             Action::Take(takeover) => {
-                self.outage.end(instant_now());
-                let Takeover {
-                    share,
-                    ledger,
-                    is_unbroken,
-                    ..
-                } = &takeover;
-                log::info!(
-                    "share={share} epoch={} taken{}",
-                    ledger.epoch,
-                    if *is_unbroken { " again" } else { "" }
-                );
+                self.log_takeover(&takeover);
                 (self.orders)(Order::Take(takeover));
             }
             Action::Release(share) => (self.orders)(Order::Release {
@@ -402,54 +422,88 @@ impl Thread {
         }
     }
 
-    fn read_ledgers(&mut self, shares: &[Share]) -> Result<BTreeMap<Share, StoredLedger>, String> {
+    fn log_takeover(&mut self, takeover: &Takeover) {
+        let Takeover {
+            share,
+            ledger,
+            is_unbroken,
+            ..
+        } = takeover;
+        let again = if *is_unbroken { " again" } else { "" };
+        log::info!("share={share} epoch={} taken{again}", ledger.epoch);
+        let group = &self.group;
+        if ledger.whole_before == 0 && takeover.last_tick() > 0 {
+            log::warn!(
+                "share={share} has no ledger in group {group}: its hosts continue from the last records of the partition, and ticks \
+                 that are missing before them stay missing"
+            );
+        }
+        if let Some(other) = self.other_place.take() {
+            log::warn!(
+                "group={group} the last owner of a share had AGENT_NAME={other}, and this producer has AGENT_NAME={}: the producers \
+                 of a group check each host once, so they need the same AGENT_NAME; give each place a PRODUCE_GROUP of its own",
+                self.place
+            );
+        }
+    }
+
+    /// Shares that are left out, because there was no time or no answer, are asked for again.
+    fn read_ledgers(&mut self, shares: &[Share]) -> BTreeMap<Share, StoredLedger> {
+        let until = instant_now() + ASK_FOR;
+        let (mut found, mut foreign) = (BTreeMap::new(), None);
         let topics: BTreeSet<&Arc<str>> = shares.iter().map(|share| &share.topic).collect();
         for topic in topics {
-            self.count_partitions(topic)?;
-        }
-        let named: Vec<Named> = shares.iter().map(named).collect();
-        let committed = self.member.committed(&named)?;
-        let (mut found, mut foreign) = (BTreeMap::new(), None);
-        for ((topic, partition), committed) in committed {
-            let share = Share {
-                topic: topic.as_str().into(),
-                partition,
-            };
-            let ledger = match committed {
-                Some(member::Committed { offset, metadata }) => match Ledger::parse(offset, &metadata) {
-                    Ok(ledger) => StoredLedger::Ledger(ledger),
-                    Err(why) => {
-                        foreign = Some(format!("share={share} cannot be taken: {why}"));
-                        continue;
-                    }
-                },
-                None => {
-                    let (low, high) = self.member.extent(&topic, partition)?;
-                    if high > 0 {
-                        log::warn!(
-                            "share={share} has no ledger in group {}: its hosts continue from the last records of the partition, \
-                             and ticks that are missing before them stay missing",
-                            self.group
-                        );
-                    }
-                    let partitions = self.partitions.of(&share.topic).unwrap_or(1);
-                    StoredLedger::Missing {
-                        low,
-                        high,
-                        partitions,
-                    }
+            if instant_now() >= until {
+                break;
+            }
+            let committed = match self.committed_in(topic) {
+                Ok(committed) => committed,
+                Err(why) => {
+                    self.failure = Some(why);
+                    continue;
                 }
             };
-            found.insert(share, ledger);
+            for share in shares.iter().filter(|share| share.topic == *topic) {
+                match committed.get(&share.partition) {
+                    Some(Some(committed)) => match Ledger::parse(committed.offset, &committed.metadata) {
+                        Ok(ledger) => {
+                            self.note_place(&committed.metadata);
+                            found.insert(share.clone(), StoredLedger::Ledger(ledger));
+                        }
+                        Err(why) => foreign = Some(format!("share={share} cannot be taken: {why}")),
+                    },
+                    Some(None) if instant_now() < until => match self.without_ledger(share) {
+                        Ok(missing) => drop(found.insert(share.clone(), missing)),
+                        Err(why) => self.failure = Some(format!("share={share} {why}")),
+                    },
+                    _ => {}
+                }
+            }
         }
         match foreign {
             Some(why) => self.foreign_ledger.begin(instant_now(), why),
             None => drop(self.foreign_ledger.end(instant_now())),
         }
-        Ok(found)
+        found
     }
 
-    fn count_partitions(&self, topic: &str) -> Result<(), String> {
+    fn note_place(&mut self, metadata: &str) {
+        if let Some(place) = Ledger::place_of(metadata).filter(|place| *place != self.place) {
+            self.other_place = Some(place.to_owned());
+        }
+    }
+
+    fn without_ledger(&self, share: &Share) -> Result<StoredLedger, String> {
+        let (low, high) = self.member.extent(&share.topic, share.partition)?;
+        Ok(StoredLedger::Missing {
+            low,
+            high,
+            partitions: self.partitions.of(&share.topic).unwrap_or(1),
+        })
+    }
+
+    /// The committed offset of each partition of a topic. Also decides by how many partitions its hosts are divided.
+    fn committed_in(&self, topic: &str) -> Result<HashMap<i32, Option<member::Committed>>, String> {
         let existing = self.member.partitions(topic)?;
         let all: Vec<Named> = (0..existing)
             .map(|partition| (topic.to_owned(), partition))
@@ -470,7 +524,8 @@ impl Thread {
             );
         }
         self.partitions.set(topic, partitions);
-        Ok(())
+        let by_partition = |((_, partition), committed)| (partition, committed);
+        Ok(committed.into_iter().map(by_partition).collect())
     }
 
     fn commit(&self, ledgers: &[(Share, Ledger)]) {
@@ -479,7 +534,7 @@ impl Thread {
             .map(|(share, ledger)| {
                 let committed = member::Committed {
                     offset: ledger.from,
-                    metadata: ledger.metadata(),
+                    metadata: ledger.metadata(&self.place),
                 };
                 (named(share), committed)
             })
@@ -523,12 +578,19 @@ impl Thread {
         let is_over = match is_over {
             Ok(is_over) => is_over,
             Err(error) => {
-                self.outage.begin(instant_now(), explained(&error));
+                self.failure = Some(explained(&error));
                 return self.end_reading(false);
             }
         };
-        if is_over || instant_now() > reading.until {
-            return self.end_reading(is_over);
+        if is_over {
+            return self.end_reading(true);
+        }
+        if instant_now() > reading.until {
+            let seconds = READ_WITHIN.as_secs();
+            self.failure = Some(format!(
+                "the end of the partition could not be read within {seconds} s"
+            ));
+            return self.end_reading(false);
         }
         true
     }

@@ -788,7 +788,7 @@ fn a_member_without_rights_says_which_one_is_missing() {
     let agent = fleet.start_with(&variables);
     agent.wait_for_stderr("needs the right READ on the group", WITHIN);
     allow(&["--group", GROUP, "--operation", "Read"]);
-    agent.wait_for_stderr("no share could be taken", WITHIN);
+    agent.wait_for_stderr("shares could not be taken", WITHIN);
     allow(&["--topic", "fleet_rights", "--operation", "Read"]);
     fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
     agent.stop();

@@ -670,7 +670,7 @@ impl World {
                     producer.to_member.push_back(Event::Claimed {
                         share,
                         epoch,
-                        offset: at.map(|at| at as i64),
+                        offset: at.map(|at| at as i64).ok_or_else(String::new),
                     });
                 }
                 Action::Hold(share) => producer.letters.push_back(Letter::Hold(share)),
@@ -777,7 +777,7 @@ impl World {
                         }
                         self.coordinator
                             .offsets
-                            .insert(share, (ledger.from, ledger.metadata()));
+                            .insert(share, (ledger.from, ledger.metadata(PLACE)));
                     }
                 }
                 Event::Committed(outcome)
@@ -1000,7 +1000,7 @@ impl World {
                     Sent::Claim(epoch) => producer.to_member.push_back(Event::Claimed {
                         share: share.clone(),
                         epoch,
-                        offset: Some(offset),
+                        offset: Ok(offset),
                     }),
                     Sent::Draft(_, kept, _) => {
                         producer
@@ -1025,7 +1025,7 @@ impl World {
                     Sent::Claim(epoch) => producer.to_member.push_back(Event::Claimed {
                         share: share.clone(),
                         epoch,
-                        offset: None,
+                        offset: Err(String::new()),
                     }),
                     Sent::Draft(sequence, kept, _) => producer.outbox.came_back(lane, sequence, kept),
                 }

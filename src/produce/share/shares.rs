@@ -67,6 +67,20 @@ enum Stage {
     },
 }
 
+impl Stage {
+    /// What the share waits for until we own it, in words. `None`: it is not being taken.
+    fn waits_for(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::ToRead | Self::Reading => "for its ledger",
+            Self::WithoutLedger { .. } => "for the end of the partition, because it has no ledger",
+            Self::ToCommitEpoch(_) | Self::CommittingEpoch(_) => "for the commit of its epoch",
+            Self::ToClaim(_) | Self::Claiming(_) => "until Kafka acknowledges its claim",
+            Self::ToCatchUp(..) | Self::CatchingUp(..) => "for the records up to its claim",
+            Self::Shadow | Self::Owned | Self::Releasing { .. } | Self::ToClose { .. } => return None,
+        })
+    }
+}
+
 /// One share at this member.
 #[derive(Clone, Debug)]
 struct Tenure {
@@ -117,7 +131,7 @@ impl Shares {
             Event::Ledgers(found) => self.ledgers(now, &found),
             Event::TailRead { share, epoch, tail } => self.tail_read(now, share, epoch, tail),
             Event::Committed(outcome) => self.committed(now, outcome),
-            Event::Claimed { share, epoch, offset } => self.claimed(now, &share, epoch, offset),
+            Event::Claimed { share, epoch, offset } => self.claimed(now, &share, epoch, offset.ok()),
             Event::Progress { share, ledger } => {
                 if let Some(tenure) = self.tenures.get_mut(&share)
                     && tenure.stage == Stage::Owned
@@ -164,10 +178,21 @@ impl Shares {
     /// The number of shares that we own and that nobody wants back, and of those that the group assigned to us.
     pub fn owned_of(&self) -> (usize, usize) {
         let ours = self.tenures.values().filter(|tenure| tenure.is_ours());
-        let owned = ours
-            .clone()
-            .filter(|tenure| tenure.stage == Stage::Owned && tenure.release_at.is_none());
-        (owned.count(), ours.count())
+        (self.owned().count(), ours.count())
+    }
+
+    /// The shares that we own and that nobody wants back.
+    pub fn owned(&self) -> impl Iterator<Item = &Share> {
+        let is_owned = |tenure: &Tenure| tenure.stage == Stage::Owned && tenure.release_at.is_none();
+        let owned = self.tenures.iter().filter(move |(_, tenure)| is_owned(tenure));
+        owned.map(|(share, _)| share)
+    }
+
+    /// The shares that are being taken, each with what it waits for, in words.
+    pub fn untaken(&self) -> impl Iterator<Item = (&Share, &'static str)> {
+        self.tenures
+            .iter()
+            .filter_map(|(share, tenure)| Some((share, tenure.stage.waits_for()?)))
     }
 
     /// Whether [`Action::Leave`] was returned.
