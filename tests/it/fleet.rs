@@ -98,6 +98,7 @@ fn every_tick_has_exactly_one_valid_record_whatever_happens() {
             "stop",
             "superseded",
             "unbroken takeover",
+            "unbroken takeover after own claims",
             "written after death",
         ] {
             assert!(seen.contains_key(what), "never happened: {what}");
@@ -683,6 +684,11 @@ impl World {
                         true => "unbroken takeover",
                         false => "broken takeover",
                     });
+                    let lane = producer.lanes.get(&takeover.share);
+                    let before = lane.and_then(|lane| producer.outbox.epoch(*lane));
+                    if takeover.is_unbroken && before < Some(takeover.tail.epoch()) {
+                        self.saw("unbroken takeover after own claims");
+                    }
                     producer.to_timer.push_back(ToTimer::Take(takeover));
                 }
                 Action::Release(share) => producer.to_timer.push_back(ToTimer::Release(share)),

@@ -31,6 +31,8 @@ pub enum Entry<'a> {
 pub struct Tail {
     place: String,
     epochs: Epochs,
+    /// The highest epoch of a valid record that is not a claim.
+    written_epoch: Epoch,
     /// The latest tick with a valid record, for each host.
     latest: HashMap<String, i64>,
     last_tick: i64,
@@ -42,6 +44,7 @@ impl Tail {
         Self {
             place: place.to_owned(),
             epochs: Epochs::of(place, epoch_before),
+            written_epoch: 0,
             latest: HashMap::new(),
             last_tick: 0,
         }
@@ -94,6 +97,7 @@ impl Tail {
                 if !counts {
                     return;
                 }
+                self.written_epoch = self.written_epoch.max(epoch.unwrap_or_default());
                 self.last_tick = self.last_tick.max(scheduled_at_micros);
                 match self.latest.get_mut(address) {
                     Some(latest) => *latest = scheduled_at_micros.max(*latest),
@@ -107,6 +111,11 @@ impl Tail {
     /// The group's highest epoch so far.
     pub fn epoch(&self) -> Epoch {
         self.epochs.highest(&self.place)
+    }
+
+    /// The highest epoch so far under which a record was written.
+    pub fn written_epoch(&self) -> Epoch {
+        self.written_epoch
     }
 }
 
