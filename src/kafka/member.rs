@@ -234,7 +234,13 @@ impl Member {
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
 
-    /// Why Kafka does not admit us to the group, and for how long, if it is time to log that.
+    /// Why Kafka does not admit us to the group.
+    pub fn refused(&self) -> Option<String> {
+        let reason = self.heard().refused.reason().map(str::to_owned)?;
+        Some(self.consumer.context().explainer.explain(&reason))
+    }
+
+    /// The same, and for how long, if it is time to log that.
     pub fn refusal(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
         let (reason, lasted) = heard.refused.take_report(now)?;
@@ -273,7 +279,10 @@ fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> R
                 | RDKafkaErrorCode::FencedInstanceId,
             ) => NotCommitted::Refused(error.to_string()),
             _ => failed(error),
-        })
+        })?;
+    // A member that may commit is not refused, even if an assignment does not follow.
+    consumer.context().heard().refused.end(instant_now());
+    Ok(())
 }
 
 /// The error in one line, with what to do if it does not pass by itself.

@@ -12,6 +12,7 @@ use anyhow::Context as _;
 
 use crate::clock::{Clock, instant_now};
 use crate::config::{GroupConfig, KafkaConfig};
+use crate::http::health::Readiness;
 use crate::kafka::Named;
 use crate::kafka::member::{self, Change, Member, NotCommitted, explained};
 use crate::kafka::reader::{Part, Reader};
@@ -113,6 +114,7 @@ impl Fleet {
             place: settings.place.to_owned(),
             partitions: settings.partitions.clone(),
             clock: settings.clock,
+            readiness: Arc::clone(settings.readiness),
             shares: Shares::default(),
             stops_alone: false,
             heard,
@@ -160,6 +162,8 @@ pub(super) struct Settings<'a> {
     pub(super) place: &'a str,
     pub(super) partitions: &'a Partitions,
     pub(super) clock: Clock,
+    /// Whether the group has admitted us.
+    pub(super) readiness: &'a Arc<Readiness>,
 }
 
 struct Thread {
@@ -169,6 +173,7 @@ struct Thread {
     place: String,
     partitions: Partitions,
     clock: Clock,
+    readiness: Arc<Readiness>,
     shares: Shares,
     /// We stop and own all shares, and nobody waits for them.
     stops_alone: bool,
@@ -347,6 +352,15 @@ impl Thread {
                 lasted.as_secs()
             );
         }
+        // A member without a share is ready too.
+        self.readiness.set(match self.member.refused() {
+            Some(reason) => Err(format!(
+                "Kafka refuses the membership of the group {}: {reason}",
+                self.group
+            )),
+            None if self.logged_shares.is_none() => Err(format!("waiting for the group {}", self.group)),
+            None => Ok(()),
+        });
         self.report_untaken(now);
         if let Some((reason, lasted)) = self.foreign_ledger.take_report(now) {
             log::error!(

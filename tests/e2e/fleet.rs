@@ -742,10 +742,28 @@ fn a_missing_topic_of_one_host_is_reported_and_its_host_is_checked_as_soon_as_it
     let agent = fleet.start();
     agent.wait_for_stderr("waiting for the topic fleet_own_topic_2", WITHIN);
     fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
-    kafka.create_topic("fleet_own_topic_2", 1);
+    kafka.create_compacted_topic("fleet_own_topic_2", 1);
     agent.wait_for_stderr("share=fleet_own_topic_2/0 epoch=", WITHIN);
     agent.stop();
     assert!(!kafka.records("fleet_own_topic_2").is_empty());
+}
+
+#[test]
+fn producers_of_one_group_with_different_names_for_their_place_are_told() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::of(kafka, "fleet_two_names", "fleet_two_names", 1, 1);
+    let mut first = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "New York"));
+    first.wait_for_stderr("taken", WITHIN);
+    first.kill();
+    let second = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "Frankfurt"));
+    second.wait_for_stderr(
+        "AGENT_NAME=New York, and this producer has AGENT_NAME=Frankfurt",
+        WITHIN,
+    );
+    second.stop();
+    let third = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "Frankfurt"));
+    third.wait_for_stderr("taken", WITHIN);
+    third.stop();
 }
 
 #[test]
@@ -785,12 +803,17 @@ fn a_member_without_rights_says_which_one_is_missing() {
         .with("KAFKA_SASL_MECHANISM", "PLAIN")
         .with("KAFKA_SASL_USERNAME", "p")
         .with("KAFKA_SASL_PASSWORD", "secret");
-    let agent = fleet.start_with(&variables);
+    let metrics = Variables::new().with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()));
+    let agent = fleet.start_with(&variables.and(&metrics));
     agent.wait_for_stderr("needs the right READ on the group", WITHIN);
+    let (status, said) = run(&["health"], &metrics);
+    assert_ne!(status, 0, "{said}");
+    assert!(said.contains("needs the right READ on the group"), "{said}");
     allow(&["--group", GROUP, "--operation", "Read"]);
     agent.wait_for_stderr("shares could not be taken", WITHIN);
     allow(&["--topic", "fleet_rights", "--operation", "Read"]);
     fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
+    assert_eq!(run(&["health"], &metrics), (0, "ready\n".to_owned()));
     agent.stop();
     fleet.judged(&kafka).assert_whole(0);
 }

@@ -424,11 +424,12 @@ impl<R> Schedule<R> {
             host.give_up_waiting(&mut self.missed, MissedReason::NoThread);
             let held_up =
                 now - latest > micros(max_late(host.target.interval)) && self.rhythm == Rhythm::Grid;
-            let is_full = !has_room(&host.target) || (self.held >= MAX_HELD && !host.backlog.is_empty());
+            let is_behind = self.held >= MAX_HELD && !host.backlog.is_empty();
             let reason = match host.state {
                 _ if held_up => Some(reason),
                 HostState::UnderWay { .. } => Some(MissedReason::Busy),
-                _ if is_full => Some(MissedReason::NoRoom),
+                _ if !has_room(&host.target) => Some(MissedReason::NoRoom),
+                _ if is_behind => Some(MissedReason::Backlog),
                 _ => None,
             };
             match reason {
