@@ -31,8 +31,8 @@ use crate::outage::Outage;
 /// How long a question to Kafka may take. The member gets no news from the group meanwhile, and the group waits 6 s for it.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
 
-/// The same at a stop, when the others wait for our shares.
-const ASK_ABOUT_MEMBERS_WITHIN: Duration = Duration::from_millis(500);
+/// The same for one of many questions, and at a stop, when the others wait for our shares.
+const ASK_BRIEFLY: Duration = Duration::from_millis(500);
 
 /// How long a dead member keeps its partitions. Brokers allow no less by default.
 const SESSION_MS: &str = "6000";
@@ -222,9 +222,7 @@ impl Member {
 
     /// Whether the group has no other member. If Kafka does not answer in time, it may have one.
     pub fn is_alone(&self) -> bool {
-        let found = self
-            .consumer
-            .fetch_group_list(Some(&self.group), ASK_ABOUT_MEMBERS_WITHIN);
+        let found = self.consumer.fetch_group_list(Some(&self.group), ASK_BRIEFLY);
         let members = |groups: GroupList| groups.groups().iter().map(|group| group.members().len()).sum();
         found.map_or(0_usize, members) == 1
     }
@@ -281,7 +279,7 @@ impl Member {
 
     /// The offsets that a partition holds: the first one, and the one after the last.
     pub fn extent(&self, topic: &str, partition: i32) -> Result<(i64, i64), String> {
-        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN);
+        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_BRIEFLY);
         extent.map_err(|error| explained(&error))
     }
 
@@ -292,25 +290,13 @@ impl Member {
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
 
-    /// Whether the group has admitted us and we share its partitions with our own kind only.
-    pub fn is_ready(&self) -> Result<(), String> {
-        if let Some(why) = self.ended() {
-            return Err(why);
-        }
-        let heard = self.heard();
-        if let Some(reason) = heard.refused.reason() {
-            return Err(self.consumer.context().explainer.explain(reason));
-        }
-        if let Some(who) = heard.strangers.reason() {
-            return Err(format!("another program is a member of PRODUCE_GROUP: {who}"));
-        }
-        match heard.is_member {
-            true => Ok(()),
-            false => Err("waiting to be admitted to PRODUCE_GROUP".to_owned()),
-        }
+    /// Why Kafka does not admit us to the group.
+    pub fn refused(&self) -> Option<String> {
+        let reason = self.heard().refused.reason().map(str::to_owned)?;
+        Some(self.consumer.context().explainer.explain(&reason))
     }
 
-    /// Why Kafka does not admit us to the group, and for how long, if it is time to log that.
+    /// The same, and for how long, if it is time to log that.
     pub fn refusal(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
         let (reason, lasted) = heard.refused.take_report(now)?;
@@ -319,8 +305,13 @@ impl Member {
         Some((self.consumer.context().explainer.explain(&reason), lasted))
     }
 
-    /// Which other programs are members and have partitions of our topics, and for how long, if it is time to log that.
-    pub fn strangers(&self, now: Instant) -> Option<(String, Duration)> {
+    /// Which other programs are members and have partitions of our topics.
+    pub fn strangers(&self) -> Option<String> {
+        self.heard().strangers.reason().map(str::to_owned)
+    }
+
+    /// The same, and for how long, if it is time to log that.
+    pub fn strangers_to_report(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
         let (who, lasted) = heard.strangers.take_report(now)?;
         Some((who.to_owned(), lasted))
@@ -392,7 +383,10 @@ fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> R
                 | RDKafkaErrorCode::FencedInstanceId,
             ) => NotCommitted::Refused(error.to_string()),
             _ => failed(error),
-        })
+        })?;
+    // A member that may commit is not refused, even if an assignment does not follow.
+    consumer.context().heard().refused.end(instant_now());
+    Ok(())
 }
 
 /// The error in one line, with what to do if it does not pass by itself.
@@ -426,7 +420,6 @@ fn advice(error: &KafkaError) -> Option<&'static str> {
 #[derive(Default)]
 struct Heard {
     changes: Vec<Change>,
-    is_member: bool,
     /// Whether the group waits for [`Member::give_back`].
     owes: bool,
     is_leaving: bool,
@@ -488,12 +481,10 @@ impl ConsumerContext for Context {
         let answered = match (is_assigned, is_lost) {
             (true, _) => {
                 heard.refused.end(instant_now());
-                heard.is_member = true;
                 heard.changes.push(Change::Assigned(named));
                 consumer.incremental_assign(&nothing)
             }
             (false, true) => {
-                heard.is_member = false;
                 heard.changes.push(Change::Lost(named));
                 heard.has_to_forget = heard.is_committing;
                 match heard.is_committing {

@@ -36,7 +36,7 @@ pub struct Counters {
     pub threads: AtomicUsize,
     /// Of the timer loop.
     pub heartbeat: Heartbeat,
-    /// Whether the group has admitted us, with PRODUCE_GROUP.
+    /// With PRODUCE_GROUP: whether the group has admitted this producer.
     pub membership: Arc<Readiness>,
     pub(super) late_by: Lateness,
     pub(super) spent: Spent,

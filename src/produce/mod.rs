@@ -63,6 +63,7 @@ pub fn run(
     let counters = Arc::<Counters>::default();
     let figures = Figures {
         counters: Arc::clone(&counters),
+        has_group: config.group.is_some(),
         max_threads: config.check.max_threads,
         max_records: Bounds::default().records,
     };
@@ -122,9 +123,6 @@ impl Setup<'_> {
             Some(_) => (Some(Joining::new(targets)), Vec::new()),
             None => (None, targets),
         };
-        if joining.is_none() {
-            self.counters.membership.set(Ok(()));
-        }
         let membership = joining
             .as_ref()
             .and_then(|joining| joining.membership(self.config));
@@ -137,12 +135,12 @@ impl Setup<'_> {
         let orders = Arc::clone(&mailbox);
         let shared_hosts = match joining {
             Some(joining) => {
-                let membership = Arc::clone(&self.counters.membership);
+                let readiness = Arc::clone(&self.counters.membership);
                 joining.join(
                     self.config,
                     clock,
-                    membership,
                     publisher.letter_box(),
+                    readiness,
                     move |order| {
                         orders.put_order(order);
                     },

@@ -52,8 +52,8 @@ impl Joining {
         self,
         config: &ProduceConfig,
         clock: Clock,
-        membership: Arc<Readiness>,
         letters: LetterBox,
+        readiness: Arc<Readiness>,
         orders: impl Fn(Order) + Send + 'static,
     ) -> anyhow::Result<Option<SharedHosts>> {
         let Some(group) = &config.group else {
@@ -66,7 +66,7 @@ impl Joining {
             place: &config.check.agent_name,
             partitions: &partitions,
             clock,
-            membership,
+            readiness: &readiness,
         };
         let topics = topics_of(&self.targets.topics(), &config.topic);
         let fleet = Fleet::start(&settings, &topics, self.events, letters, orders)?;

@@ -752,6 +752,40 @@ fn hosts_and_partitions_that_change_while_members_are_stopped_at_random_double_n
 }
 
 #[test]
+fn a_missing_topic_of_one_host_is_reported_and_its_host_is_checked_as_soon_as_it_exists() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::new(kafka, "fleet_own_topic");
+    let hosts = fs::read_to_string(&fleet.hosts).unwrap();
+    let own = "http://127.0.0.1:1/own 1s topic=fleet_own_topic_2\n";
+    fs::write(&fleet.hosts, hosts + own).unwrap();
+    let agent = fleet.start();
+    agent.wait_for_stderr("waiting for the topic fleet_own_topic_2", WITHIN);
+    fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
+    kafka.create_compacted_topic("fleet_own_topic_2", 1);
+    agent.wait_for_stderr("share=fleet_own_topic_2/0 epoch=", WITHIN);
+    agent.stop();
+    assert!(!kafka.records("fleet_own_topic_2").is_empty());
+}
+
+#[test]
+fn producers_of_one_group_with_different_names_for_their_place_are_told() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::of(kafka, "fleet_two_names", "fleet_two_names", 1, 1);
+    let mut first = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "New York"));
+    first.wait_for_stderr("taken", WITHIN);
+    first.kill();
+    let second = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "Frankfurt"));
+    second.wait_for_stderr(
+        "AGENT_NAME=New York, and this producer has AGENT_NAME=Frankfurt",
+        WITHIN,
+    );
+    second.stop();
+    let third = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "Frankfurt"));
+    third.wait_for_stderr("taken", WITHIN);
+    third.stop();
+}
+
+#[test]
 fn a_member_without_rights_says_which_one_is_missing() {
     use crate::kafka::Listener;
     let port = free_port().unwrap();
@@ -793,9 +827,10 @@ fn a_member_without_rights_says_which_one_is_missing() {
     agent.wait_for_stderr("needs the right READ on the group", WITHIN);
     wait_until_unready(&metrics, "needs the right READ on the group", &[&agent]);
     allow(&["--group", GROUP, "--operation", "Read"]);
-    agent.wait_for_stderr("no share could be taken", WITHIN);
+    agent.wait_for_stderr("shares could not be taken", WITHIN);
     allow(&["--topic", "fleet_rights", "--operation", "Read"]);
     fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
+    assert_eq!(run(&["health"], &metrics), (0, "ready\n".to_owned()));
     agent.stop();
     fleet.judged(&kafka).assert_whole(0);
 }
