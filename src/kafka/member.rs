@@ -70,7 +70,6 @@ pub enum NotCommitted {
 pub struct Member {
     group: String,
     config: ClientConfig,
-    topics: Vec<String>,
     consumer: Arc<BaseConsumer<Context>>,
     /// To the thread that commits.
     commits: Sender<Commit>,
@@ -137,10 +136,9 @@ impl Member {
         let (watching, until) = channel();
         let (watched, name) = (Arc::clone(&consumer), group.clone());
         start_thread("group-watch", move || watch_group(&watched, &name, &until))?;
-        let mut member = Self {
+        let member = Self {
             group,
             config,
-            topics: Vec::new(),
             consumer,
             commits,
             _watching: watching,
@@ -156,18 +154,16 @@ impl Member {
     }
 
     /// Joins as a new member.
-    pub fn join_again(&mut self) -> anyhow::Result<()> {
+    pub fn join_again(&mut self, topics: &[&str]) -> anyhow::Result<()> {
         let explainer = self.consumer.context().explainer.clone();
-        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
-        let next = Self::start(self.config.clone(), explainer, self.group.clone(), &topics)?;
+        let next = Self::start(self.config.clone(), explainer, self.group.clone(), topics)?;
         let ended = std::mem::replace(self, next);
         // Closing it may take long.
         start_thread("kafka-close", move || drop(ended))
     }
 
     /// Subscribes to these topics, instead of those before.
-    pub fn subscribe(&mut self, topics: &[&str]) -> anyhow::Result<()> {
-        self.topics = topics.iter().map(|topic| (*topic).to_owned()).collect();
+    pub fn subscribe(&self, topics: &[&str]) -> anyhow::Result<()> {
         self.consumer
             .subscribe(topics)
             .context("cannot subscribe to the topics of the hosts")

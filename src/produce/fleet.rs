@@ -350,7 +350,8 @@ impl Thread {
         }
         self.joined_at = now;
         log::error!("group={} {why}; this producer joins again", self.group);
-        if let Err(error) = self.member.join_again() {
+        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+        if let Err(error) = self.member.join_again(&topics) {
             log::error!("{error:#}");
         }
     }
