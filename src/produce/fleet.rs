@@ -42,6 +42,9 @@ const SUSPENDED_MICROS: i64 = 5_000_000;
 /// all of it has to be shorter than [`SUSPENDED_MICROS`].
 const ASK_FOR: Duration = Duration::from_millis(900);
 
+/// Joining a group takes a few seconds, and up to a session longer after a kill. A longer wait is logged.
+const JOIN_WITHIN: Duration = Duration::from_secs(10);
+
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 
@@ -126,7 +129,10 @@ impl Fleet {
             to_read: Vec::new(),
             reading: None,
             logged_shares: None,
+            absent_since: Some(instant_now()),
+            absence: Outage::default(),
             outage: Outage::default(),
+            unsaved: Outage::default(),
             failure: None,
             topics: topics.to_vec(),
             other_place: None,
@@ -188,9 +194,14 @@ struct Thread {
     reading: Option<Reading>,
     /// The number of our shares, as logged last.
     logged_shares: Option<usize>,
+    /// Since when we are not a member.
+    absent_since: Option<Instant>,
+    absence: Outage,
     /// Not all shares are taken.
     outage: Outage,
-    /// The last error since then.
+    /// The ledgers of shares that we own cannot be committed.
+    unsaved: Outage,
+    /// The last error since shares could not be taken.
     failure: Option<String>,
     /// The topics of all hosts.
     topics: Vec<String>,
@@ -243,7 +254,12 @@ impl Thread {
 
     fn handle(&mut self, event: Event) {
         match &event {
-            Event::Committed(_) => self.member.end_commit(),
+            Event::Committed(outcome) => {
+                self.member.end_commit();
+                if *outcome == CommitOutcome::Done {
+                    self.unsaved.end(instant_now());
+                }
+            }
             Event::Claimed {
                 share,
                 offset: Err(why),
@@ -322,6 +338,11 @@ impl Thread {
                 }
             };
             let is_assigned = matches!(event, Event::Assigned(_));
+            match event {
+                Event::Assigned(_) => self.absent_since = None,
+                Event::Lost(_) => self.absent_since = Some(instant_now()),
+                _ => {}
+            }
             self.handle(event);
             if is_assigned {
                 self.log_shares();
@@ -345,23 +366,8 @@ impl Thread {
 
     fn report_outages(&mut self) {
         let now = instant_now();
-        if let Some((reason, lasted)) = self.member.refusal(now) {
-            log::error!(
-                "group={} Kafka has refused the membership for {} s: {reason}",
-                self.group,
-                lasted.as_secs()
-            );
-        }
-        // A member without a share is ready too.
-        self.readiness.set(match self.member.refused() {
-            Some(reason) => Err(format!(
-                "Kafka refuses the membership of the group {}: {reason}",
-                self.group
-            )),
-            None if self.logged_shares.is_none() => Err(format!("waiting for the group {}", self.group)),
-            None => Ok(()),
-        });
-        self.report_untaken(now);
+        self.report_membership(now);
+        self.report_shares(now);
         if let Some((reason, lasted)) = self.foreign_ledger.take_report(now) {
             log::error!(
                 "group={} {reason}; until then its hosts are not checked (for {} s)",
@@ -371,9 +377,54 @@ impl Thread {
         }
     }
 
-    fn report_untaken(&mut self, now: Instant) {
+    fn report_membership(&mut self, now: Instant) {
+        let group = &self.group;
+        if let Some((reason, lasted)) = self.member.refusal(now) {
+            log::error!(
+                "group={group} Kafka has refused the membership for {} s: {reason}",
+                lasted.as_secs()
+            );
+        }
+        let refused = self.member.refused();
+        match self.absent_since {
+            Some(since) if refused.is_none() => {
+                if now.duration_since(since) >= JOIN_WITHIN {
+                    self.absence.begin(since, String::new());
+                }
+            }
+            _ => drop(self.absence.end(now)),
+        }
+        if let Some((_, lasted)) = self.absence.take_report(now) {
+            log::warn!(
+                "waiting for the group {group}: this producer is not a member of it (for {} s)",
+                lasted.as_secs()
+            );
+        }
+        // A member without a share is ready too.
+        self.readiness.set(match refused {
+            Some(reason) => Err(format!(
+                "Kafka refuses the membership of the group {group}: {reason}"
+            )),
+            None if self.absent_since.is_some() => Err(format!("waiting for the group {group}")),
+            None => Ok(()),
+        });
+    }
+
+    fn report_shares(&mut self, now: Instant) {
         if let Some(why) = lock(&self.commit_failure).take() {
+            self.unsaved.begin(now, why.clone());
             self.failure = Some(why);
+        }
+        if self.shares.owned().next().is_none() {
+            self.unsaved.end(now);
+        }
+        if let Some((why, lasted)) = self.unsaved.take_report(now) {
+            log::warn!(
+                "group={} the ledgers of its shares could not be committed for {} s: {why}; the next owners have to read all records \
+                 since then",
+                self.group,
+                lasted.as_secs()
+            );
         }
         let mut untaken = self.shares.untaken();
         let Some((share, waits_for)) = untaken.next() else {
