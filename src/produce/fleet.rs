@@ -42,6 +42,9 @@ const SUSPENDED_MICROS: i64 = 5_000_000;
 /// all of it has to be shorter than [`SUSPENDED_MICROS`].
 const ASK_FOR: Duration = Duration::from_millis(900);
 
+/// Joining a group takes a few seconds, and up to a session longer after a kill. A longer wait is logged.
+const JOIN_WITHIN: Duration = Duration::from_secs(10);
+
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 
@@ -130,7 +133,10 @@ impl Fleet {
             to_read: Vec::new(),
             reading: None,
             logged_shares: None,
+            absent_since: Some(instant_now()),
+            absence: Outage::default(),
             outage: Outage::default(),
+            unsaved: Outage::default(),
             failure: None,
             topics: topics.to_vec(),
             other_place: None,
@@ -193,9 +199,14 @@ struct Thread {
     reading: Option<Reading>,
     /// The number of our shares, as logged last.
     logged_shares: Option<usize>,
+    /// Since when we are not a member.
+    absent_since: Option<Instant>,
+    absence: Outage,
     /// Not all shares are taken.
     outage: Outage,
-    /// The last error since then.
+    /// The ledgers of shares that we own cannot be committed.
+    unsaved: Outage,
+    /// The last error since shares could not be taken.
     failure: Option<String>,
     /// The topics of all hosts.
     topics: Vec<String>,
@@ -249,7 +260,12 @@ impl Thread {
 
     fn handle(&mut self, event: Event) {
         match &event {
-            Event::Committed(_) => self.member.end_commit(),
+            Event::Committed(outcome) => {
+                self.member.end_commit();
+                if *outcome == CommitOutcome::Done {
+                    self.unsaved.end(instant_now());
+                }
+            }
             Event::Claimed {
                 share,
                 offset: Err(why),
@@ -328,6 +344,11 @@ impl Thread {
                 }
             };
             let is_assigned = matches!(event, Event::Assigned(_));
+            match event {
+                Event::Assigned(_) => self.absent_since = None,
+                Event::Lost(_) => self.absent_since = Some(instant_now()),
+                _ => {}
+            }
             self.handle(event);
             if is_assigned {
                 self.log_shares();
@@ -343,6 +364,7 @@ impl Thread {
         };
         self.handle(Event::Lost(self.shares.all()));
         let now = instant_now();
+        self.absent_since.get_or_insert(now);
         if now < self.joined_at + JOIN_AGAIN_AFTER {
             self.handle(Event::Assigned(Vec::new()));
             self.log_shares();
@@ -372,23 +394,8 @@ impl Thread {
 
     fn report_outages(&mut self) {
         let now = instant_now();
-        if let Some((who, lasted)) = self.member.strangers_to_report(now) {
-            log::error!(
-                "group={} another program is a member of the group, and the hosts of its partitions are not checked: {who} \
-                 (for {} s); end it, or set another PRODUCE_GROUP",
-                self.group,
-                lasted.as_secs()
-            );
-        }
-        if let Some((reason, lasted)) = self.member.refusal(now) {
-            log::error!(
-                "group={} Kafka has refused the membership for {} s: {reason}",
-                self.group,
-                lasted.as_secs()
-            );
-        }
-        self.readiness.set(self.is_ready());
-        self.report_untaken(now);
+        self.report_membership(now);
+        self.report_shares(now);
         if let Some((reason, lasted)) = self.foreign_ledger.take_report(now) {
             log::error!(
                 "group={} {reason}; until then its hosts are not checked (for {} s)",
@@ -398,26 +405,62 @@ impl Thread {
         }
     }
 
-    /// A member without a share is ready too.
-    fn is_ready(&self) -> Result<(), String> {
+    fn report_membership(&mut self, now: Instant) {
         let group = &self.group;
-        if let Some(reason) = self.member.refused() {
-            return Err(format!(
+        if let Some((reason, lasted)) = self.member.refusal(now) {
+            log::error!(
+                "group={group} Kafka has refused the membership for {} s: {reason}",
+                lasted.as_secs()
+            );
+        }
+        if let Some((who, lasted)) = self.member.strangers_to_report(now) {
+            log::error!(
+                "group={group} another program is a member of the group, and the hosts of its partitions are not checked: {who} \
+                 (for {} s); end it, or set another PRODUCE_GROUP",
+                lasted.as_secs()
+            );
+        }
+        let refused = self.member.refused();
+        match self.absent_since {
+            Some(since) if refused.is_none() => {
+                if now.duration_since(since) >= JOIN_WITHIN {
+                    self.absence.begin(since, String::new());
+                }
+            }
+            _ => drop(self.absence.end(now)),
+        }
+        if let Some((_, lasted)) = self.absence.take_report(now) {
+            log::warn!(
+                "waiting for the group {group}: this producer is not a member of it (for {} s)",
+                lasted.as_secs()
+            );
+        }
+        // A member without a share is ready too.
+        self.readiness.set(match (refused, self.member.strangers()) {
+            (Some(reason), _) => Err(format!(
                 "Kafka refuses the membership of the group {group}: {reason}"
-            ));
-        }
-        if let Some(who) = self.member.strangers() {
-            return Err(format!("another program is a member of the group {group}: {who}"));
-        }
-        match self.logged_shares {
-            Some(_) => Ok(()),
-            None => Err(format!("waiting for the group {group}")),
-        }
+            )),
+            (_, Some(who)) => Err(format!("another program is a member of the group {group}: {who}")),
+            _ if self.absent_since.is_some() => Err(format!("waiting for the group {group}")),
+            _ => Ok(()),
+        });
     }
 
-    fn report_untaken(&mut self, now: Instant) {
+    fn report_shares(&mut self, now: Instant) {
         if let Some(why) = lock(&self.commit_failure).take() {
+            self.unsaved.begin(now, why.clone());
             self.failure = Some(why);
+        }
+        if self.shares.owned().next().is_none() {
+            self.unsaved.end(now);
+        }
+        if let Some((why, lasted)) = self.unsaved.take_report(now) {
+            log::warn!(
+                "group={} the ledgers of its shares could not be committed for {} s: {why}; the next owners have to read all records \
+                 since then",
+                self.group,
+                lasted.as_secs()
+            );
         }
         let mut untaken = self.shares.untaken();
         let Some((share, waits_for)) = untaken.next() else {

@@ -831,6 +831,12 @@ fn a_member_without_rights_says_which_one_is_missing() {
     allow(&["--topic", "fleet_rights", "--operation", "Read"]);
     fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
     assert_eq!(run(&["health"], &metrics), (0, "ready\n".to_owned()));
+
+    let right = ["--topic", "fleet_rights", "--operation", "Read"];
+    kafka.change_rights(&[&["--remove", "--allow-principal", "User:p"][..], &right].concat());
+    agent.wait_for_stderr("could not be committed", WITHIN);
+    allow(&right);
+    fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
     agent.stop();
     fleet.judged(&kafka).assert_whole(0);
 }

@@ -607,6 +607,10 @@ impl World {
                         producer.generation = 0;
                         self.callbacks.remove(&producer.name);
                         self.coordinator.owners.retain(|_, owner| *owner != producer.name);
+                        // Nobody waits for what the old member was asked for.
+                        if let Some((_, waiting)) = &mut self.coordinator.pending {
+                            waiting.remove(&producer.name);
+                        }
                         self.coordinator.members.insert(producer.name, self.now);
                         self.rebalance();
                     }
