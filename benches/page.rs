@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use host_metrics::http::server::Server;
-use host_metrics::page::server::{LIMITS, Shelf};
+use host_metrics::page::server::{LIMITS, PublishedFiles};
 use host_metrics::page::snapshot::{Bucket, Counts, DAY, HOUR, Host, Incident, Place, SECOND, Snapshot};
 use host_metrics::page::view::Options;
 use host_metrics::page::{Files, render};
@@ -53,7 +53,7 @@ fn main() {
         begun.elapsed().as_secs_f64()
     );
 
-    let shelf = Shelf::new(&[]);
+    let shelf = PublishedFiles::new(&[]);
     shelf.put(page(&self::snapshot(42)));
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let server = Server::start("page", "PAGE_ADDR", address, LIMITS, shelf.clone()).expect("a free port");

@@ -1090,7 +1090,7 @@ struct Usage {
     ours: u64,
 }
 
-struct Spent {
+struct CheckTimes {
     /// Seconds.
     agent: f64,
     /// The share of the machine that other programs used.
@@ -1118,7 +1118,7 @@ impl Usage {
         }
     }
 
-    fn since(&self, before: &Self) -> Spent {
+    fn since(&self, before: &Self) -> CheckTimes {
         let agent_nanoseconds: u64 = self
             .agent_threads
             .iter()
@@ -1127,7 +1127,7 @@ impl Usage {
         let processors = std::thread::available_parallelism().map_or(1, usize::from) as f64;
         let capacity = (self.at - before.at).as_secs_f64() * 100.0 * processors;
         let others = (self.machine_busy - before.machine_busy).saturating_sub(self.ours - before.ours) as f64;
-        Spent {
+        CheckTimes {
             agent: agent_nanoseconds as f64 / 1e9,
             others: others / capacity,
         }

@@ -3,7 +3,7 @@
 //! [`http`] is the only kind of check. The other files could serve further kinds as well. `target`, `pattern`, `json`
 //! and `observation` are pure.
 
-mod certificates;
+mod chain_verifier;
 pub mod details;
 pub mod fault;
 pub mod http;

@@ -18,7 +18,7 @@ use rustls::{
     StreamOwned,
 };
 
-use super::certificates::{self, Anchors, FURTHER_SCHEMES, expires_at, verify_signature};
+use super::chain_verifier::{self, Anchors, FURTHER_SCHEMES, expires_at, verify_signature};
 use super::p521::Secp521r1;
 use super::progress::SharedProgress;
 use crate::config::pem;
@@ -184,7 +184,7 @@ impl ServerCertVerifier for Verifier {
             let expires_at = expires_at(leaf);
             progress.cert_expires_at = expires_at;
             if let Some(details) = &mut progress.details {
-                details.certificate = certificates::describe(leaf, intermediates);
+                details.certificate = chain_verifier::describe(leaf, intermediates);
             }
             if let Some(at) = expires_at {
                 let left =

@@ -7,7 +7,7 @@ use rustls::{
     AlertDescription, CertificateError, InvalidMessage, OtherError, PeerIncompatible, PeerMisbehaved,
 };
 
-use super::certificates::CertificateFault;
+use super::chain_verifier::CertificateFault;
 use crate::sample::Outcome;
 
 const OLD_TLS: &str = "the server only supports TLS 1.1 or older; TLS 1.2 or newer is required";

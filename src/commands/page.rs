@@ -20,7 +20,7 @@ use crate::config::PageConfig;
 use crate::http::server::Server;
 use crate::outage::Outage;
 use crate::page::reader::Reader;
-use crate::page::server::{LIMITS, Shelf};
+use crate::page::server::{LIMITS, PublishedFiles};
 use crate::page::snapshot::Snapshot;
 use crate::page::{Files, render};
 use crate::postgres::{self, Kind};
@@ -35,19 +35,19 @@ const FIRST_ROUND: Duration = Duration::from_secs(1);
 /// A page whose server listens.
 pub struct Page {
     config: PageConfig,
-    shelf: Shelf,
+    files: PublishedFiles,
     server: Server,
 }
 
 impl Page {
     /// Listens. There is no page before the first round of [`Page::run`].
     pub fn start(config: PageConfig) -> anyhow::Result<Self> {
-        let shelf = Shelf::new(&config.logins);
-        let server = Server::start("page", "PAGE_ADDR", config.addr, LIMITS, shelf.clone())?;
+        let files = PublishedFiles::new(&config.logins);
+        let server = Server::start("page", "PAGE_ADDR", config.addr, LIMITS, files.clone())?;
         log::info!("page at http://{}/", server.address());
         Ok(Self {
             config,
-            shelf,
+            files,
             server,
         })
     }
@@ -61,11 +61,11 @@ impl Page {
     /// # Errors
     /// The first login is refused. Later errors of the database are waited out.
     pub fn run(&self, shutdown: &Shutdown) -> anyhow::Result<()> {
-        rounds(&self.config, &self.shelf, shutdown)
+        rounds(&self.config, &self.files, shutdown)
     }
 }
 
-fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Result<()> {
+fn rounds(config: &PageConfig, files: &PublishedFiles, shutdown: &Shutdown) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut reader = Reader::new(config.database.clone());
     let mut outage = Outage::default();
@@ -110,9 +110,9 @@ fn rounds(config: &PageConfig, shelf: &Shelf, shutdown: &Shutdown) -> anyhow::Re
             );
         }
         if let Some(snapshot) = &last {
-            shelf.put(render(snapshot, &config.options, wall_micros()));
+            files.put(render(snapshot, &config.options, wall_micros()));
         }
-        shelf.set_ready(match outage.reason() {
+        files.set_ready(match outage.reason() {
             None => Ok(()),
             Some(reason) => Err(format!("waiting for Postgres: {reason}")),
         });

@@ -1,11 +1,12 @@
 //! What a pipeline writes. There are two sinks: `rows` and `state`.
 
 use std::borrow::Cow;
+use std::time::{Duration, Instant};
 
 use crate::consume::batch::{Batch, Encoded, Flushed, Record};
 use crate::consume::positions::{Keys, Positions};
 use crate::postgres::{Fault, Session};
-use crate::sample::epoch::{Claim, Epochs, Void};
+use crate::sample::epoch::{Claim, Epochs, VoidReason};
 use crate::sample::{self, Sample, Timestamp};
 
 /// Decodes a record and checks its epoch; `None` for a claim. All sinks use this, so they accept the same records.
@@ -19,7 +20,7 @@ pub fn admit<'a>(value: &'a [u8], epochs: &mut Epochs) -> Result<Option<Sample<'
             let claim = Claim::decode(value).ok_or(rejection.0)?;
             // A superseded claim has no effect. A claim is rejected only if there are too many places.
             return match epochs.admit(claim.place(), claim.epoch) {
-                Ok(()) | Err(Void::Superseded { .. }) => Ok(None),
+                Ok(()) | Err(VoidReason::Superseded { .. }) => Ok(None),
                 Err(void) => Err(void.to_string()),
             };
         }
@@ -78,12 +79,12 @@ pub trait Sink: Send + 'static {
         batch: &Batch,
     ) -> Result<Flushed, Fault>;
 
-    /// When [`Sink::maintain`] is due at the latest, in microseconds since 1970.
-    fn maintain_at(&self) -> i64 {
-        i64::MAX
+    /// When [`Sink::maintain`] is due at the latest.
+    fn maintain_in(&self, _now: Instant) -> Duration {
+        Duration::MAX
     }
 
-    /// Maintenance, once an hour and at [`Sink::maintain_at`].
+    /// Maintenance, once an hour and after [`Sink::maintain_in`].
     async fn maintain(
         &mut self,
         session: &Session,

@@ -6,7 +6,7 @@
 //! later request. The next [`Store::open`] first ends the old backend.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
 use tokio_postgres::error::SqlState;
@@ -135,7 +135,7 @@ impl<S: Sink> Store<S> {
         }
     }
 
-    /// The sink's maintenance, once an hour and at [`Store::maintain_at`].
+    /// The sink's maintenance, once an hour and after [`Store::maintain_in`].
     ///
     /// # Errors
     /// The connection broke. All other errors are logged, and the next call tries again.
@@ -145,9 +145,11 @@ impl<S: Sink> Store<S> {
         result.map_err(StoreError::from)
     }
 
-    /// When [`Store::maintain`] is due at the latest, in microseconds since 1970.
-    pub fn maintain_at(&self) -> i64 {
-        self.opened.as_ref().map_or(i64::MAX, |_| self.sink.maintain_at())
+    /// When [`Store::maintain`] is due at the latest.
+    pub fn maintain_in(&self, now: Instant) -> Duration {
+        self.opened
+            .as_ref()
+            .map_or(Duration::MAX, |_| self.sink.maintain_in(now))
     }
 
     /// Drops the connection. The next [`Store::open`] ends its backend.

@@ -17,10 +17,10 @@ const LOOKS: u32 = 3;
 
 /// The partitions that are not at their end.
 #[derive(Debug, Default)]
-pub(super) struct Stuck(BTreeMap<Partition, Stand>);
+pub(super) struct Stuck(BTreeMap<Partition, Progress>);
 
 #[derive(Debug, Default)]
-struct Stand {
+struct Progress {
     offset: i64,
     looks: u32,
     /// The header of the batch. `None` until it was read; the partition may just be slow.
@@ -30,7 +30,7 @@ struct Stand {
 
 /// What librdkafka reports about a partition that is being read.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Look {
+pub(super) struct FetchState {
     /// The offset that is fetched next, and the end of what can be read.
     pub next_offset: i64,
     pub end_offset: i64,
@@ -40,18 +40,18 @@ pub(super) struct Look {
 
 impl Stuck {
     /// Takes a look. Returns how long the partition could not be read, if that was logged and has ended.
-    pub(super) fn look(&mut self, now: Instant, partition: Partition, look: Look) -> Option<Duration> {
-        let stands = self.0.entry(partition).or_default();
-        let is_behind = (0..look.end_offset).contains(&look.next_offset);
-        let lasted = match is_behind && stands.offset == look.next_offset {
+    pub(super) fn look(&mut self, now: Instant, partition: Partition, state: FetchState) -> Option<Duration> {
+        let progress = self.0.entry(partition).or_default();
+        let is_behind = (0..state.end_offset).contains(&state.next_offset);
+        let lasted = match is_behind && progress.offset == state.next_offset {
             true => None,
-            false => std::mem::take(stands).outage.end(now),
+            false => std::mem::take(progress).outage.end(now),
         };
-        stands.offset = look.next_offset;
+        progress.offset = state.next_offset;
         if !is_behind {
             self.0.remove(&partition);
-        } else if look.records_waiting == 0 {
-            stands.looks = stands.looks.saturating_add(1);
+        } else if state.records_waiting == 0 {
+            progress.looks = progress.looks.saturating_add(1);
         }
         lasted
     }
@@ -59,8 +59,8 @@ impl Stuck {
     /// A partition, and the offset at which the header of a batch should be read. It is returned again only after further
     /// [`LOOKS`] at the same offset.
     pub(super) fn next_question(&mut self) -> Option<(Partition, i64)> {
-        let mut stands = self.0.iter_mut();
-        let (partition, stand) = stands.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;
+        let mut progress = self.0.iter_mut();
+        let (partition, stand) = progress.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;
         stand.looks = 0;
         Some((*partition, stand.offset))
     }
@@ -98,8 +98,8 @@ impl Stuck {
 
     /// The texts that are due to be logged, and how long each has lasted.
     pub(super) fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
-        let stands = self.0.values_mut();
-        let due = stands.filter_map(|stand| stand.outage.take_report(now));
+        let progress = self.0.values_mut();
+        let due = progress.filter_map(|stand| stand.outage.take_report(now));
         due.map(|(reason, lasted)| (reason.to_owned(), lasted)).collect()
     }
 }
@@ -117,8 +117,8 @@ mod tests {
         start + Duration::from_secs(seconds)
     }
 
-    fn look(next_offset: i64, end_offset: i64, records_waiting: i64) -> Look {
-        Look {
+    fn state(next_offset: i64, end_offset: i64, records_waiting: i64) -> FetchState {
+        FetchState {
             next_offset,
             end_offset,
             records_waiting,
@@ -147,7 +147,7 @@ mod tests {
         ] {
             let mut stuck = Stuck::default();
             for (next, end, waiting) in looks {
-                stuck.look(at(0), P, look(next, end, waiting));
+                stuck.look(at(0), P, state(next, end, waiting));
             }
             assert_eq!(stuck.next_question(), None, "{looks:?}");
         }
@@ -157,10 +157,10 @@ mod tests {
     fn the_batch_at_a_stuck_position_is_reported_until_the_position_moves() {
         let mut stuck = Stuck::default();
         for waiting in [0, 0, 3] {
-            stuck.look(at(0), P, look(5, 9, waiting));
+            stuck.look(at(0), P, state(5, 9, waiting));
             assert_eq!(stuck.next_question(), None);
         }
-        stuck.look(at(10), P, look(5, 9, 0));
+        stuck.look(at(10), P, state(5, 9, 0));
         assert_eq!(stuck.next_question(), Some((P, 5)));
         assert_eq!(stuck.next_question(), None, "once");
         assert_eq!(stuck.reasons().count(), 0, "nothing is known yet");
@@ -172,9 +172,9 @@ mod tests {
         assert_eq!(stuck.reasons().collect::<Vec<_>>(), [text]);
         assert_eq!(stuck.partitions(), [P]);
         assert_eq!(stuck.due(at(14)), [(text.to_owned(), Duration::from_secs(4))]);
-        assert_eq!(stuck.look(at(15), P, look(5, 9, 0)), None);
+        assert_eq!(stuck.look(at(15), P, state(5, 9, 0)), None);
         assert_eq!(
-            stuck.look(at(20), P, look(9, 12, 0)),
+            stuck.look(at(20), P, state(9, 12, 0)),
             Some(Duration::from_secs(10))
         );
         assert_eq!(stuck.partitions(), []);
@@ -186,7 +186,7 @@ mod tests {
         for _ in 0..2 {
             for _ in 0..LOOKS {
                 assert_eq!(stuck.next_question(), None);
-                stuck.look(at(0), P, look(5, 9, 0));
+                stuck.look(at(0), P, state(5, 9, 0));
             }
             assert_eq!(stuck.next_question(), Some((P, 5)));
         }

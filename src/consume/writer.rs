@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
@@ -126,10 +126,7 @@ fn write<S: Sink>(
 ) {
     let mut maintained_at = instant_now();
     loop {
-        let until_maintenance = (maintained_at + MAINTAIN_EVERY).saturating_duration_since(instant_now());
-        let until_due = store.maintain_at().saturating_sub(wall_micros());
-        let until_due = Duration::from_micros(u64::try_from(until_due).unwrap_or(0));
-        let request = match requests.recv_timeout(until_maintenance.min(until_due)) {
+        let request = match requests.recv_timeout(maintain_in(&store, maintained_at)) {
             Ok(request) => Some(request),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
@@ -155,7 +152,7 @@ fn write<S: Sink>(
                 return;
             }
         }
-        if maintained_at + MAINTAIN_EVERY <= instant_now() || store.maintain_at() <= wall_micros() {
+        if maintain_in(&store, maintained_at).is_zero() {
             maintained_at = instant_now();
             // If the connection broke, the next request reports it.
             let today = clock::timestamp(wall_micros());
@@ -164,4 +161,10 @@ fn write<S: Sink>(
             }
         }
     }
+}
+
+fn maintain_in<S: Sink>(store: &Store<S>, maintained_at: Instant) -> Duration {
+    let now = instant_now();
+    let hourly = (maintained_at + MAINTAIN_EVERY).saturating_duration_since(now);
+    hourly.min(store.maintain_in(now))
 }

@@ -153,6 +153,7 @@ impl Reader {
                 .unwrap_or_default()
         };
         for (address, host) in &mut hosts {
+            host.places.sort_by(|a, b| a.agent.cmp(&b.agent));
             host.hours = all(&self.hours, address);
             host.days = all(&self.days, address);
         }
@@ -185,7 +186,7 @@ fn series(table: &TableName) -> String {
     .map(micros);
     format!(
         "SELECT address, agent, name, \"group\", interval_seconds, is_valid, outcome, error, verdict, {} \
-         FROM {} ORDER BY address, agent, last_seen_at",
+         FROM {} ORDER BY address, last_seen_at NULLS FIRST, agent",
         times.join(", "),
         table.quoted(Object::Series.suffix())
     )
@@ -226,7 +227,7 @@ fn place(row: &Row, host: &mut Host) -> Result<(), Fault> {
     let verdict: Option<String> = row.try_get("verdict")?;
     host.is_down = verdict.map(|verdict| verdict == "down");
     host.since = row.try_get("verdict_since")?;
-    // Places may use different versions of the host file; the last place that has a name for the host wins.
+    // Places may use different versions of the host file; the newest record with a name wins.
     host.name = row.try_get::<_, Option<String>>("name")?.or(host.name.take());
     host.group = row.try_get::<_, Option<String>>("group")?.or(host.group.take());
     let expires_at: Option<i64> = row.try_get("cert_expires_at")?;

@@ -30,7 +30,7 @@ pub const LIMITS: Limits = Limits {
 
 /// What the server and the thread that renders share.
 #[derive(Clone, Default)]
-pub struct Shelf(Arc<Shared>);
+pub struct PublishedFiles(Arc<Shared>);
 
 #[derive(Default)]
 struct Shared {
@@ -41,7 +41,7 @@ struct Shared {
     logins: Vec<Secret>,
 }
 
-impl Shelf {
+impl PublishedFiles {
     /// `logins` are pairs `user:password`.
     pub fn new(logins: &[Secret]) -> Self {
         let header = |login: &Secret| {
@@ -130,7 +130,7 @@ impl Shelf {
     }
 }
 
-impl Service for Shelf {
+impl Service for PublishedFiles {
     fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         self.respond_to(request)
     }

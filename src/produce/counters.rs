@@ -39,7 +39,7 @@ pub struct Counters {
     /// With PRODUCE_GROUP: whether the group has admitted this producer.
     pub membership: Arc<Readiness>,
     pub(super) late_by: Lateness,
-    pub(super) spent: Spent,
+    pub(super) spent: CheckTimes,
 }
 
 /// When a check began, and how long it took.
@@ -169,14 +169,14 @@ impl Lateness {
 
 /// Where the time of checks goes.
 #[derive(Debug)]
-pub(super) struct Spent {
+pub(super) struct CheckTimes {
     pub(super) durations: Histogram,
     pub(super) phases: HistogramVec,
-    /// The histograms of `phases`, in the order of [`Spent::PHASES`].
+    /// The histograms of `phases`, in the order of [`CheckTimes::PHASES`].
     of_phase: [Histogram; 5],
 }
 
-impl Spent {
+impl CheckTimes {
     const PHASES: [&str; 5] = ["dns", "connect", "tls", "ttfb", "body"];
 
     fn count(&self, timing: &Timing) {
@@ -196,7 +196,7 @@ impl Spent {
     }
 }
 
-impl Default for Spent {
+impl Default for CheckTimes {
     fn default() -> Self {
         const SOUND: &str = "the name is legal and the buckets ascend";
         let options = |name, help| HistogramOpts::new(name, help).buckets(CHECK_BUCKETS.to_vec());
@@ -284,7 +284,10 @@ mod tests {
         counters.count_result(Outcome::Ok, Some(&timing(5)));
         counters.count_result(Outcome::AgentError, None);
         let of = |name: &str| {
-            let at = Spent::PHASES.iter().position(|phase| *phase == name).unwrap();
+            let at = CheckTimes::PHASES
+                .iter()
+                .position(|phase| *phase == name)
+                .unwrap();
             let histogram = &counters.spent.of_phase[at];
             (histogram.get_sample_count(), histogram.get_sample_sum())
         };

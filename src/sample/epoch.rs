@@ -22,7 +22,7 @@ pub struct Epochs(Vec<(String, Epoch)>);
 
 /// Why a record does not count.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Void {
+pub enum VoidReason {
     #[error("superseded by epoch {by} of {place}")]
     Superseded { by: Epoch, place: String },
     #[error("more than {MAX_PLACES} agents with an epoch write to this partition")]
@@ -51,10 +51,10 @@ impl Epochs {
     }
 
     /// Takes note of the epoch of the partition's next record or claim.
-    pub fn admit(&mut self, place: &str, epoch: Epoch) -> Result<(), Void> {
+    pub fn admit(&mut self, place: &str, epoch: Epoch) -> Result<(), VoidReason> {
         if let Some((_, highest)) = self.0.iter_mut().find(|(known, _)| known == place) {
             if epoch < *highest {
-                return Err(Void::Superseded {
+                return Err(VoidReason::Superseded {
                     by: *highest,
                     place: place.to_owned(),
                 });
@@ -63,7 +63,7 @@ impl Epochs {
             return Ok(());
         }
         if self.0.len() >= MAX_PLACES {
-            return Err(Void::TooManyPlaces);
+            return Err(VoidReason::TooManyPlaces);
         }
         self.0.push((place.to_owned(), epoch));
         Ok(())
@@ -173,7 +173,7 @@ mod tests {
         for place in 0..MAX_PLACES {
             assert_eq!(epochs.admit(&place.to_string(), 1), Ok(()));
         }
-        assert_eq!(epochs.admit("one more", 1), Err(Void::TooManyPlaces));
+        assert_eq!(epochs.admit("one more", 1), Err(VoidReason::TooManyPlaces));
         assert_eq!(epochs.admit("7", 2), Ok(()));
     }
 

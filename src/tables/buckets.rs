@@ -21,6 +21,12 @@ pub const BINS: usize = 64;
 pub const BIN_DIGITS: usize = 8;
 const MAX_COUNT: u32 = 99_999_999;
 
+/// SQL for the number of latencies in a stored histogram. A bin is a digit of a number to the base 10^8, and the remainder by
+/// 10^8 - 1 is the sum of the digits.
+pub fn count_of(histogram: &str) -> String {
+    format!("{histogram} % {MAX_COUNT}")
+}
+
 /// The number of a series: the FNV-1a hash of both names.
 ///
 /// The database does not assign it, so a replay gives the same numbers, and no round trip is needed. The probability that two of a

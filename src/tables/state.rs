@@ -250,13 +250,16 @@ pub fn delete_rollups(table: &TableName, seconds: i32, before: &str, limit: i64)
     )
 }
 
-/// Deletes incidents and series whose buckets have been deleted.
+/// Deletes incidents and series whose buckets have been deleted, and what belongs to no series. The newest incident of a host has
+/// its last number and the time since when it is up, so it stays as long as the host.
 pub fn delete_old(table: &TableName, before: &str) -> String {
-    let series = table.quoted(Object::Series.suffix());
+    let [series, incidents, windows] =
+        [Object::Series, Object::Incidents, Object::Windows].map(|object| table.quoted(object.suffix()));
     format!(
-        "DELETE FROM {} WHERE ended_at < {before}; DELETE FROM {series} WHERE last_seen_at < {before}; \
-         DELETE FROM {} t WHERE NOT EXISTS (SELECT FROM {series} WHERE address = t.address AND (t.is_host OR agent = t.agent));",
-        table.quoted(Object::Incidents.suffix()),
-        table.quoted(Object::Windows.suffix())
+        "DELETE FROM {series} WHERE last_seen_at < {before}; \
+         DELETE FROM {windows} t WHERE NOT EXISTS (SELECT FROM {series} WHERE address = t.address AND (t.is_host OR agent = t.agent)); \
+         DELETE FROM {incidents} t WHERE ended_at < {before} \
+             AND EXISTS (SELECT FROM {incidents} later WHERE later.address = t.address AND later.number > t.number); \
+         DELETE FROM {incidents} t WHERE NOT EXISTS (SELECT FROM {series} WHERE address = t.address);"
     )
 }

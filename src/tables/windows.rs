@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use crate::tables::buckets::{BIN_DIGITS, BIN_RATIO, FIRST_BIN_MICROS};
+use crate::tables::buckets::{BIN_DIGITS, BIN_RATIO, FIRST_BIN_MICROS, count_of};
 use crate::tables::names::{Object, TableName, literal};
 
 /// The windows: the suffix of their columns, and their length.
@@ -28,8 +28,9 @@ const COLUMNS: [(&str, &str, bool); 10] = [
     // Ticks that were not checked.
     ("missed", "bigint", false),
     ("slow", "bigint", false),
-    // Only hosts have this and the latency.
-    ("down_seconds", "double precision", false),
+    // The share of the time without an incident, from the host's first check until two intervals after its last one. Only hosts have
+    // this and the latency.
+    ("verdict_uptime", "double precision", false),
     ("latencies", "bigint", true),
     ("p50_seconds", "double precision", true),
     ("p95_seconds", "double precision", true),
@@ -38,10 +39,7 @@ const COLUMNS: [(&str, &str, bool); 10] = [
 ];
 
 /// The columns that are updated with the first window.
-const OF_THE_HOST: [(&str, &str); 3] = [
-    ("first_check_at", "timestamptz"),
-    // Two intervals after the last check.
-    ("watched_until", "timestamptz"),
+const OF_THE_HOST: [(&str, &str); 1] = [
     // The mean of each bucket of five minutes, for sparklines.
     ("recent_latencies", "double precision[]"),
 ];
@@ -138,7 +136,7 @@ WITH bucket AS (
     ) buckets GROUP BY series_id
 ), host AS (
     SELECT address, grouping(agent) = 1 AS is_host, coalesce(agent, '') AS agent, min(first_check_at) AS first_check_at,
-        max(last_check_at) + 2 * make_interval(secs => max(interval_seconds)) AS watched_until,
+        max(last_check_at + 2 * make_interval(secs => coalesce(interval_seconds, 0))) AS watched_until,
         coalesce(sum(due), 0)::bigint AS due, coalesce(sum(valid), 0)::bigint AS valid, coalesce(sum(missed), 0)::bigint AS missed,
         coalesce(sum(slow), 0)::bigint AS slow{digits}
     FROM {series} LEFT JOIN bucket USING (series_id)
@@ -170,7 +168,11 @@ WHERE ({old}) IS DISTINCT FROM ({new});\n",
         recent = if is_first { recent(table) } else { String::new() },
         names = list(&|(name, _)| name.clone()),
         values = list(&|(_, column)| match *column {
-            "down_seconds" => "CASE WHEN is_host THEN coalesce(seconds, 0) END".to_owned(),
+            "verdict_uptime" => format!(
+                "CASE WHEN is_host AND first_check_at IS NOT NULL THEN greatest(0, 1 - coalesce(seconds, 0) / nullif(greatest(0, \
+                     date_part('epoch', least(watched_until, now()) - greatest(first_check_at, {}))), 0)) END",
+                start(window)
+            ),
             "p50_seconds" | "p95_seconds" | "p99_seconds" => format!("least({column}, max_seconds)"),
             "recent_latencies" => "CASE WHEN is_host THEN recent_latencies END".to_owned(),
             column => column.to_owned(),
@@ -192,12 +194,13 @@ fn recent(table: &TableName) -> String {
         ", recent AS (
     SELECT address, array_agg(latency ORDER BY starts_at) AS recent_latencies
     FROM (
-        SELECT address, starts_at, sum(latency_us)::double precision / nullif(sum(valid), 0) / 1e6 AS latency
+        SELECT address, starts_at, sum(latency_us)::double precision / nullif({}, 0)::double precision / 1e6 AS latency
         FROM (
 {}
         ) buckets JOIN {} USING (series_id) GROUP BY address, starts_at
     ) dots GROUP BY address
 )",
+        count_of("sum(histogram)"),
         buckets(table, 0),
         table.quoted(Object::Series.suffix())
     )
@@ -232,43 +235,27 @@ fn percentiles() -> String {
     )
 }
 
-/// The share of a window's time in which a host had no incident, from its first check until two intervals after its last one.
-fn verdict_uptime(window: usize) -> String {
-    let (name, start) = (WINDOWS[window].0, start(window));
-    format!(
-        "CASE WHEN first_check_at IS NOT NULL THEN 1 - down_seconds_{name} / nullif(greatest(0, date_part('epoch', \
-             least(watched_until, now()) - greatest(first_check_at, {start}))), 0) END"
-    )
-}
-
 /// The counts of the hosts in some of the [`WINDOWS`], and their uptime by verdict, for the status page.
 pub fn counts(table: &TableName, windows: &[&str]) -> String {
     let name = table.quoted(Object::Windows.suffix());
-    let part = |(index, (window, _)): (usize, &(&str, &str))| {
-        let verdict = verdict_uptime(index);
+    let part = |window: &&str| {
         format!(
             "SELECT address, '{window}' AS period, valid_{window} AS valid, due_{window} - missed_{window} - valid_{window} AS failed, \
-             missed_{window} AS not_made, slow_{window} AS slow, {verdict} AS verdict_uptime FROM {name} WHERE is_host AND due_{window} IS NOT NULL"
+             missed_{window} AS not_made, slow_{window} AS slow, verdict_uptime_{window} AS verdict_uptime FROM {name} \
+             WHERE is_host AND due_{window} IS NOT NULL"
         )
     };
-    let wanted = WINDOWS
-        .iter()
-        .enumerate()
-        .filter(|(_, (window, _))| windows.contains(window));
-    wanted.map(part).collect::<Vec<_>>().join(" UNION ALL ")
+    windows.iter().map(part).collect::<Vec<_>>().join(" UNION ALL ")
 }
 
 /// The view `_uptime`: a row for each host (its agent is null) and each place (`''` if the records have no agent).
 pub(super) fn uptime(table: &TableName) -> String {
-    let columns: Vec<String> = (0..WINDOWS.len())
-        .map(|window| {
-            let (name, verdict) = (WINDOWS[window].0, verdict_uptime(window));
-            format!(
-                "due_{name}, valid_{name}, missed_{name}, \
-                 valid_{name}::double precision / nullif(due_{name} - missed_{name}, 0) AS uptime_{name}, {verdict} AS verdict_uptime_{name}"
-            )
-        })
-        .collect();
+    let columns = WINDOWS.map(|(name, _)| {
+        format!(
+            "due_{name}, valid_{name}, missed_{name}, \
+             valid_{name}::double precision / nullif(due_{name} - missed_{name}, 0) AS uptime_{name}, verdict_uptime_{name}"
+        )
+    });
     format!(
         "SELECT address, CASE WHEN NOT is_host THEN agent END AS agent, {}\nFROM {};\n",
         columns.join(",\n    "),

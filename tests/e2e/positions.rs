@@ -11,6 +11,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use crate::agent::Agent;
 use crate::case::{Case, SOON, Stream, value};
 use crate::scratch::{now, wait_for};
+use crate::state::wait_for_due;
 
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
@@ -150,14 +151,16 @@ fn records_that_kafka_deleted_unread_are_reported_and_reading_continues_at_the_f
 #[test]
 fn a_recreated_topic_is_reported_and_read_from_its_beginning() {
     let mut case = Case::new("anew", 1);
-    let consumer = case.consume();
+    let variables = case.variables().with("STATE", "on");
+    let consumer = Agent::start(&["consume"], &variables);
     case.write(0, 0..50);
     case.wait_for_rows(50, &[&consumer]);
+    wait_for_due(&mut case.db, 50, &consumer);
     consumer.stop();
     case.kafka.delete_topic(case.name);
     case.kafka.create_topic(case.name, 1);
     case.write(0, 100..110);
-    let consumer = case.consume();
+    let consumer = Agent::start(&["consume"], &variables);
     consumer.wait_for_stderr(
         "position 50 of anew/0 is beyond the end, 10, so the topic was recreated; reading starts at its beginning, 0",
         SOON,
@@ -165,6 +168,7 @@ fn a_recreated_topic_is_reported_and_read_from_its_beginning() {
     case.wait_for_rows(60, &[&consumer]);
     case.write(0, 110..120);
     case.wait_for_rows(70, &[&consumer]);
+    wait_for_due(&mut case.db, 70, &consumer);
     consumer.stop();
     assert_eq!(
         case.db
@@ -172,8 +176,9 @@ fn a_recreated_topic_is_reported_and_read_from_its_beginning() {
         addresses((0..50).chain(100..120))
     );
     assert_eq!(
-        case.db.one("SELECT next_offset::text FROM host_metrics_offsets"),
-        "20"
+        case.db
+            .many("SELECT concat_ws(' ', group_id, next_offset) FROM host_metrics_offsets ORDER BY 1"),
+        ["anew 20", "anew-state 20"]
     );
     assert_eq!(case.kafka.committed("anew", "anew"), [Some(20)]);
 }

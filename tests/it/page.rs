@@ -8,24 +8,24 @@ use flate2::read::GzDecoder;
 use host_metrics::config::Secret;
 use host_metrics::http::server::{Limits, Server};
 use host_metrics::page::render;
-use host_metrics::page::server::{LIMITS, Shelf};
+use host_metrics::page::server::{LIMITS, PublishedFiles};
 use host_metrics::page::snapshot::{Host, Place, Snapshot};
 use host_metrics::page::view::Options;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A page with one host.
-fn shelf(logins: &[&str]) -> Shelf {
+fn shelf(logins: &[&str]) -> PublishedFiles {
     let logins: Vec<Secret> = logins
         .iter()
         .map(|login| Secret::new((*login).to_owned()))
         .collect();
-    let shelf = Shelf::new(&logins);
+    let shelf = PublishedFiles::new(&logins);
     put(&shelf, "Web shop");
     shelf
 }
 
-fn put(shelf: &Shelf, name: &str) {
+fn put(shelf: &PublishedFiles, name: &str) {
     let host = Host {
         address: "https://shop.example/".to_owned(),
         name: Some(name.to_owned()),
@@ -45,7 +45,7 @@ fn put(shelf: &Shelf, name: &str) {
     shelf.set_ready(Ok(()));
 }
 
-fn start(shelf: &Shelf) -> Server {
+fn start(shelf: &PublishedFiles) -> Server {
     Server::start(
         "page",
         "PAGE_ADDR",
@@ -198,7 +198,7 @@ fn other_paths_and_methods_are_refused() {
 
 #[test]
 fn a_new_page_replaces_the_old_one_and_before_the_first_there_is_none() {
-    let shelf = Shelf::new(&[]);
+    let shelf = PublishedFiles::new(&[]);
     let server = start(&shelf);
     let get = |path: &str| ask(server.address(), &format!("GET {path}"), "");
     assert_eq!(get("/").status(), "503");

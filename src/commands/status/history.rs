@@ -150,7 +150,7 @@ async fn address_of(session: &Session, series: &str, wanted: &str) -> Result<Str
 async fn read_places(session: &Session, series: &str, address: String) -> Result<Host, Fault> {
     let sql = format!(
         "SELECT name, verdict, {} AS verdict_at, agent, is_valid, {} AS valid_at, {} AS seen_at, outcome, error \
-         FROM {series} WHERE address = $1 ORDER BY agent",
+         FROM {series} WHERE address = $1 ORDER BY last_seen_at NULLS FIRST, agent",
         micros("verdict_since"),
         micros("since"),
         micros("last_seen_at")
@@ -172,6 +172,7 @@ async fn read_places(session: &Session, series: &str, address: String) -> Result
             error: row.try_get("error")?,
         });
     }
+    host.places.sort_by(|a, b| a.agent.cmp(&b.agent));
     Ok(host)
 }
 

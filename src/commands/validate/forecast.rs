@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Known;
+use super::Measured;
 use crate::check::http::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
 use crate::check::pattern::Pattern;
 use crate::check::target::Target;
@@ -37,13 +37,13 @@ const BYTES_PER_HTTPS_CHECK: f64 = 120e3;
 /// How long a check is assumed to take where `--try` does not say it.
 const ASSUMED: Duration = Duration::from_millis(300);
 
-pub(super) fn forecast(config: &CheckConfig, targets: &[Target], known: &Known) -> Vec<Vec<String>> {
+pub(super) fn forecast(config: &CheckConfig, targets: &[Target], measured: &Measured) -> Vec<Vec<String>> {
     let per_second: f64 = targets.iter().map(rate).sum();
     let per_day = per_second * SECONDS_PER_DAY;
     let beginning = [
         ("hosts", targets.len().to_string()),
         ("checks/s", figure(per_second)),
-        ("cpu", cpu(targets, known)),
+        ("cpu", cpu(targets, measured)),
     ];
     let table = bytes(per_day * DAYS_PER_MONTH * BYTES_PER_ROW);
     let buckets: f64 = targets.iter().map(buckets).sum();
@@ -58,7 +58,7 @@ pub(super) fn forecast(config: &CheckConfig, targets: &[Target], known: &Known) 
             format!("{} for each place that checks", bytes(buckets * BYTES_PER_BUCKET)),
         ),
     ];
-    let lines = beginning.into_iter().chain(at_once(config, targets, known));
+    let lines = beginning.into_iter().chain(at_once(config, targets, measured));
     let bodies = bodies(config, targets).map(|bodies| ("bodies", bodies));
     lines
         .chain(bodies)
@@ -67,8 +67,8 @@ pub(super) fn forecast(config: &CheckConfig, targets: &[Target], known: &Known) 
         .collect()
 }
 
-fn cpu(targets: &[Target], known: &Known) -> String {
-    let cost = match &known.cost {
+fn cpu(targets: &[Target], measured: &Measured) -> String {
+    let cost = match &measured.cost {
         Ok(cost) => cost,
         Err(reason) => return format!("unknown: {}", plain(reason)),
     };
@@ -83,15 +83,15 @@ fn cpu(targets: &[Target], known: &Known) -> String {
 }
 
 /// What the checks that are under way at the same time need.
-fn at_once(config: &CheckConfig, targets: &[Target], known: &Known) -> [(&'static str, String); 3] {
+fn at_once(config: &CheckConfig, targets: &[Target], measured: &Measured) -> [(&'static str, String); 3] {
     let under_way = |(index, target): (usize, &Target)| {
-        let took = known.tried.as_ref().map_or(ASSUMED, |tried| tried[index].took);
+        let took = measured.tried.as_ref().map_or(ASSUMED, |tried| tried[index].took);
         rate(target) * took.as_secs_f64()
     };
     let under_way: f64 = targets.iter().enumerate().map(under_way).sum();
     let expected = (under_way.ceil() as usize).clamp(1, targets.len().clamp(1, config.max_threads));
     let at_worst = targets.len().min(config.max_threads);
-    let when = match known.tried {
+    let when = match measured.tried {
         Some(_) => "if checks take as long as now".to_owned(),
         None => format!("if a check takes {}", duration::text(ASSUMED)),
     };

@@ -1,6 +1,6 @@
 //! The hosts as `validate` understands them: a line each, by group and profile.
 
-use super::Known;
+use super::Measured;
 use super::measure::Tried;
 use crate::check::json::JsonRule;
 use crate::check::target::{DEFAULT_FOLLOW, Header, HeaderValue, IpFamily, Method, Target};
@@ -13,7 +13,7 @@ use crate::terminal::{columns, counted, fit, plain, seconds};
 const MAX_ERROR_WIDTH: usize = 60;
 
 /// A line per host, by group and profile; hosts without a group come last.
-pub(super) fn list(config: &CheckConfig, hosts: &Hosts, known: &Known) -> Vec<String> {
+pub(super) fn list(config: &CheckConfig, hosts: &Hosts, measured: &Measured) -> Vec<String> {
     let profiles = |target: &Target| hosts.profiles.get(&target.address).cloned().unwrap_or_default();
     let heading = |target: &Target| {
         let group = target
@@ -43,7 +43,7 @@ pub(super) fn list(config: &CheckConfig, hosts: &Hosts, known: &Known) -> Vec<St
         table.push(vec![
             duration::text(target.interval),
             duration::text(target.timeout(config.timeout)),
-            known
+            measured
                 .tried
                 .as_ref()
                 .map_or_else(String::new, |tried| outcome(&tried[*index])),
@@ -51,7 +51,7 @@ pub(super) fn list(config: &CheckConfig, hosts: &Hosts, known: &Known) -> Vec<St
             understood(target).join(", "),
         ]);
     }
-    if known.tried.is_none() {
+    if measured.tried.is_none() {
         table.iter_mut().for_each(|row| drop(row.remove(2)));
     }
     let mut rows = columns(&table).into_iter();

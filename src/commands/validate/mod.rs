@@ -18,9 +18,9 @@ use crate::terminal::{columns, wrap};
 /// The indent of what does not fit on the line of a terminal and is wrapped: it stands below the values of the forecast.
 const INDENT: usize = 13;
 
-/// What is known beside the hosts.
+/// What is measured beside the hosts.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct Measured {
     /// Or why it could not be measured.
     cost: Result<Cost, String>,
     limits: Limits,
@@ -41,7 +41,7 @@ pub fn run(
     show: impl Fn(&str) + Sync,
 ) -> anyhow::Result<String> {
     limits::raise_open_files();
-    let known = Known {
+    let measured = Measured {
         cost: Cost::measure(config).map_err(|error| format!("{error:#}")),
         limits: limits::current(),
         tried: match tries {
@@ -49,25 +49,25 @@ pub fn run(
             false => None,
         },
     };
-    let report = report(config, hosts, &known);
+    let report = report(config, hosts, &measured);
     let lines = report.lines().map(|line| wrap(line, INDENT, width) + "\n");
     Ok(lines.collect())
 }
 
 /// The hosts, the forecast and the warnings. Pure.
-fn report(config: &CheckConfig, hosts: &Hosts, known: &Known) -> String {
+fn report(config: &CheckConfig, hosts: &Hosts, measured: &Measured) -> String {
     let targets = &hosts.targets;
-    let mut lines = list::list(config, hosts, known);
+    let mut lines = list::list(config, hosts, measured);
     lines.push(String::new());
-    lines.extend(columns(&forecast::forecast(config, targets, known)));
+    lines.extend(columns(&forecast::forecast(config, targets, measured)));
     let mut warnings = hosts.warnings.clone();
-    warnings.extend(warnings::warnings(config, targets, known.tried.as_deref()));
+    warnings.extend(warnings::warnings(config, targets, measured.tried.as_deref()));
     let names = targets
         .iter()
         .filter(|target| matches!(target.url.host(), Some(Host::Domain(_))));
     let at_most = |count: usize| count.min(config.max_threads);
     warnings.extend(limits::warnings(
-        known.limits,
+        measured.limits,
         at_most(targets.len()),
         at_most(names.count()),
     ));
@@ -98,8 +98,8 @@ mod tests {
         }
     }
 
-    fn known() -> Known {
-        Known {
+    fn measured() -> Measured {
+        Measured {
             cost: Ok(Cost {
                 http: Duration::from_micros(60),
                 https: Duration::from_micros(350),
@@ -113,7 +113,7 @@ mod tests {
         report(
             &config(),
             &host_file::parse("hosts", hosts.as_bytes()).unwrap(),
-            &known(),
+            &measured(),
         )
     }
 
@@ -223,16 +223,16 @@ redirects not followed, IPv6 only, certificate not verified, topic other
             ip: ip.parse().ok(),
             took: Duration::from_secs(3),
         };
-        let known = Known {
+        let measured = Measured {
             tried: Some(vec![
                 tried(Outcome::Ok, None, "192.0.2.1"),
                 tried(Outcome::BadStatus, Some("status 503\u{1b}[2J"), "192.0.2.1"),
             ]),
             cost: Err("no port".into()),
-            ..known()
+            ..measured()
         };
         let hosts = host_file::parse("hosts", b"http://a.example/ 1s\nhttp://b.example/ 1s\n").unwrap();
-        let report = report(&config(), &hosts, &known);
+        let report = report(&config(), &hosts, &measured);
         for line in [
             "EVERY  TIMEOUT  NOW                                HOST",
             "1s     950ms    ok 3.00 s                          http://a.example/",

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
 use crate::consume::fold::observed::{Finding, Observed};
-use crate::consume::fold::rollup::add_bounded;
+use crate::consume::fold::rollup::count_outcome;
 
 /// DOWN_WHEN: how many of the voting places must see a host down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -203,7 +203,7 @@ impl Incident {
     }
 
     fn count(&mut self, record: &Observed<'_>) {
-        add_bounded(&mut self.outcomes, record.outcome, 1);
+        count_outcome(&mut self.outcomes, record.outcome);
         replace(&mut self.last_outcome, record.outcome);
         self.last_error = record.error.map(str::to_owned);
         if self.places.len() < MAX_PLACES && !self.places.contains(record.agent) {

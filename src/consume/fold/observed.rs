@@ -10,13 +10,16 @@ use crate::sample::{Sample, Timestamp};
 /// one record of a clock that is ahead, all others would be late. Kafka has the same limit (`message.timestamp.after.max.ms`).
 const AHEAD_MICROS: i64 = 3_600_000_000;
 
+/// The longest interval that counts, which is also the longest of a host file. Postgres can add a multiple of it to any time.
+const MAX_INTERVAL_MICROS: i64 = 366 * 86_400_000_000;
+
 /// The longest texts in bytes. An index entry of Postgres holds an address and an agent of these lengths.
 const MAX_AGENT_BYTES: usize = 255;
 const MAX_OUTCOME_BYTES: usize = 64;
 const MAX_TEXT_BYTES: usize = 1_024;
 
 /// The outcome of a failed check whose record has none, as in the original's records.
-const UNKNOWN_OUTCOME: &str = "unknown";
+pub(super) const UNKNOWN_OUTCOME: &str = "unknown";
 
 /// What a record says about its host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,7 +97,9 @@ impl<'a> Observed<'a> {
             agent: cut(sample.agent.as_deref().unwrap_or_default(), MAX_AGENT_BYTES),
             at,
             is_ahead: at > latest,
-            interval_micros: sample.interval_seconds.map(micros),
+            interval_micros: sample
+                .interval_seconds
+                .map(|seconds| micros(seconds).min(MAX_INTERVAL_MICROS)),
             cert_expires_at: sample.cert_expires_at.map(Timestamp::unix_micros),
             name: sample.name.as_deref().map(|name| cut(name, MAX_TEXT_BYTES)),
             group: sample.group.as_deref().map(|group| cut(group, MAX_TEXT_BYTES)),

@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::consume::fold::observed::{Finding, Observed};
+use crate::consume::fold::observed::{Finding, Observed, UNKNOWN_OUTCOME};
+use crate::sample::Outcome;
 use crate::tables::buckets::{Histogram, bin_of};
 
 /// Identifies a bucket.
@@ -30,19 +31,19 @@ impl Key {
     }
 }
 
-/// The most different outcomes that are counted; checks with others count as [`OTHER_OUTCOMES`]. We have about 30, but a record
-/// may have any.
-const MAX_OUTCOMES: usize = 64;
+/// Outcomes that we do not know are counted as this one, because a record may have any, and a row must not grow without bound.
 const OTHER_OUTCOMES: &str = "other";
 
-/// Adds to the count of an outcome.
-pub(super) fn add_bounded(outcomes: &mut BTreeMap<String, i32>, outcome: &str, count: i32) {
-    if let Some(sum) = outcomes.get_mut(outcome) {
-        *sum = sum.saturating_add(count);
-    } else if outcomes.len() < MAX_OUTCOMES || outcome == OTHER_OUTCOMES {
-        outcomes.insert(outcome.to_owned(), count);
-    } else {
-        add_bounded(outcomes, OTHER_OUTCOMES, count);
+/// Adds a failed check to the count of its outcome.
+pub(super) fn count_outcome(outcomes: &mut BTreeMap<String, i32>, outcome: &str) {
+    let is_known = outcome == UNKNOWN_OUTCOME || Outcome::ALL.iter().any(|known| known.as_str() == outcome);
+    add(outcomes, if is_known { outcome } else { OTHER_OUTCOMES }, 1);
+}
+
+fn add(outcomes: &mut BTreeMap<String, i32>, outcome: &str, count: i32) {
+    match outcomes.get_mut(outcome) {
+        Some(sum) => *sum = sum.saturating_add(count),
+        None => drop(outcomes.insert(outcome.to_owned(), count)),
     }
 }
 
@@ -59,7 +60,7 @@ pub struct Rollup {
     pub outcomes: BTreeMap<String, i32>,
     pub latency_us: i64,
     pub latency_max_us: i32,
-    /// DNS, connect, TLS, first byte and body, in units of 10 µs, so that the sums fit into four bytes.
+    /// DNS, connect, TLS, first byte and body of the checks with a latency, in units of 10 µs, so that the sums fit into four bytes.
     pub phases: [i32; 5],
     pub histogram: Histogram,
 }
@@ -83,15 +84,15 @@ impl Rollup {
         *count = count.saturating_add(1);
         self.slow = self.slow.saturating_add(i32::from(record.is_slow));
         if record.finding == Finding::Failed {
-            add_bounded(&mut self.outcomes, record.outcome, 1);
+            count_outcome(&mut self.outcomes, record.outcome);
         }
         if let Some(micros) = record.latency_us {
             self.latency_us = self.latency_us.saturating_add(micros);
             self.latency_max_us = self.latency_max_us.max(i32::try_from(micros).unwrap_or(i32::MAX));
             self.histogram.add(bin_of(micros), 1);
-        }
-        for (sum, phase) in self.phases.iter_mut().zip(record.phases) {
-            *sum = sum.saturating_add(phase);
+            for (sum, phase) in self.phases.iter_mut().zip(record.phases) {
+                *sum = sum.saturating_add(phase);
+            }
         }
     }
 
@@ -108,7 +109,7 @@ impl Rollup {
             *sum = sum.saturating_add(count);
         }
         for (outcome, count) in &other.outcomes {
-            add_bounded(&mut self.outcomes, outcome, *count);
+            add(&mut self.outcomes, outcome, *count);
         }
         self.latency_us = self.latency_us.saturating_add(other.latency_us);
         self.latency_max_us = self.latency_max_us.max(other.latency_max_us);
@@ -152,10 +153,15 @@ mod tests {
     fn made_up_outcomes_do_not_make_a_bucket_grow() {
         let mut outcomes = BTreeMap::new();
         for number in 0..1_000 {
-            add_bounded(&mut outcomes, &format!("made up {number:04}"), 1);
+            count_outcome(&mut outcomes, &format!("made up {number:04}"));
         }
-        add_bounded(&mut outcomes, "made up 0000", 5);
-        assert_eq!(outcomes.len(), MAX_OUTCOMES + 1);
-        assert_eq!((outcomes["made up 0000"], outcomes["other"]), (6, 936));
+        for outcome in ["unknown", "dns_error", "dns_error"] {
+            count_outcome(&mut outcomes, outcome);
+        }
+        let counts: Vec<_> = outcomes
+            .iter()
+            .map(|(outcome, count)| (outcome.as_str(), *count))
+            .collect();
+        assert_eq!(counts, [("dns_error", 2), ("other", 1_000), ("unknown", 1)]);
     }
 }

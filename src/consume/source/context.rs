@@ -20,7 +20,7 @@ use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 use crate::clock::instant_now;
 use crate::consume::batch::{NextOffset, Partition};
 use crate::consume::ingest::Event;
-use crate::consume::stuck::{Look, Stuck};
+use crate::consume::stuck::{FetchState, Stuck};
 use crate::kafka::Explainer;
 use crate::lock::lock;
 use crate::outage::Outage;
@@ -145,12 +145,12 @@ impl ClientContext for Context {
                 if statistics.fetch_state != "active" {
                     continue;
                 }
-                let look = Look {
+                let state = FetchState {
                     next_offset: statistics.next_offset,
                     end_offset: statistics.ls_offset,
                     records_waiting: statistics.fetchq_cnt,
                 };
-                if let Some(lasted) = reported.stuck.look(now, partition, look) {
+                if let Some(lasted) = reported.stuck.look(now, partition, state) {
                     let (name, lasted) = (self.name(partition), lasted.as_secs());
                     log::log!(
                         reported.level(Level::Info),

@@ -7,7 +7,7 @@
 mod stored;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join3;
 use stored::{Statements, read, write};
@@ -43,15 +43,16 @@ const BATCH_WAIT: Duration = Duration::from_secs(3);
 /// How long buckets of five minutes are kept.
 const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
 
-/// Old buckets are removed this often.
-const PRUNE_EVERY_MICROS: i64 = 3_600_000_000;
+/// Old buckets are removed this often, and sooner while there are more than one round removes.
+const PRUNE_EVERY: Duration = Duration::from_secs(3_600);
+const PRUNE_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// The longest refresh of a window. The server ends it a little before the connection would be given up.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(50);
 const REFRESH_BOUND: Duration = Duration::from_secs(60);
 
 /// The most buckets that one statement removes in a second or two, and the most statements at once, because flushes wait
-/// meanwhile. The rest is removed an hour later.
+/// meanwhile. The rest is removed a minute later.
 const DELETE_ROWS: i64 = 50_000;
 const DELETE_TIMES: usize = 20;
 
@@ -78,8 +79,8 @@ pub struct StateSink {
     rows: Counters,
     last_flush_took: Duration,
     windows: Windows,
-    /// In microseconds since 1970, as all times here.
-    prune_at: i64,
+    /// `None`: at once.
+    prune_at: Option<Instant>,
 }
 
 impl StateSink {
@@ -89,33 +90,39 @@ impl StateSink {
             rows,
             last_flush_took: Duration::ZERO,
             windows: Windows::default(),
-            prune_at: 0,
+            prune_at: None,
         }
     }
 
-    /// The oldest start of a bucket that is kept, in microseconds since 1970.
+    /// The oldest start of a bucket that is kept, in microseconds since 1970. A window of the same length begins in that bucket.
     fn oldest(&self, seconds: i32, now_micros: i64) -> i64 {
+        let width = i64::from(seconds) * 1_000_000;
         let kept = match seconds {
             300 => Some(NARROW_KEPT),
             _ => self.config.rollup_retention,
         };
-        kept.map_or(0, |kept| now_micros.saturating_sub(duration::micros(kept)).max(0))
+        kept.map_or(0, |kept| {
+            now_micros.saturating_sub(duration::micros(kept) + width).max(0)
+        })
     }
 
     /// Removes what is too old.
     async fn prune(&mut self, session: &Session) -> Result<(), Fault> {
         let now = wall_micros();
-        self.prune_at = now.saturating_add(PRUNE_EVERY_MICROS);
+        self.prune_at = Some(instant_now() + PRUNE_EVERY);
         let time = |micros: i64| format!("to_timestamp({})", micros / 1_000_000);
         for seconds in WIDTHS {
             let oldest = self.oldest(seconds, now);
             let sql = delete_rollups(&session.table, seconds, &time(oldest), DELETE_ROWS);
-            for _ in 0..DELETE_TIMES {
+            for round in 1..=DELETE_TIMES {
                 let removed = session
                     .bounded("removing old buckets", session.client.execute(&sql, &[]))
                     .await?;
                 if removed < DELETE_ROWS as u64 {
                     break;
+                }
+                if round == DELETE_TIMES {
+                    self.prune_at = Some(instant_now() + PRUNE_AGAIN_AFTER);
                 }
             }
         }
@@ -130,8 +137,8 @@ impl StateSink {
     ///
     /// # Errors
     /// The connection is of no further use, or a table is missing.
-    async fn refresh(&mut self, session: &Session, now: i64) -> Result<(), Fault> {
-        for window in self.windows.due(now) {
+    async fn refresh(&mut self, session: &Session) -> Result<(), Fault> {
+        for window in self.windows.due(instant_now()) {
             let began_at = instant_now();
             let sql = format!(
                 "BEGIN; SET LOCAL jit = off; SET LOCAL synchronous_commit = off; SET LOCAL lock_timeout = 0; \
@@ -143,7 +150,7 @@ impl StateSink {
             let refreshed = bounded("refreshing the windows", REFRESH_BOUND, refresh).await;
             let took = instant_now().saturating_duration_since(began_at);
             self.windows
-                .refreshed(window, wall_micros(), refreshed.is_ok().then_some(took));
+                .refreshed(window, instant_now(), refreshed.is_ok().then_some(took));
             if let Err(fault) = &refreshed
                 && fault.code == Some(SqlState::UNDEFINED_TABLE)
             {
@@ -176,7 +183,7 @@ impl Sink for StateSink {
         into: &mut Vec<u8>,
     ) -> Result<Encoded, String> {
         let value = record.value.unwrap_or_default();
-        if value.len() > MAX_READ_BYTES {
+        if value.len().max(record.key.map_or(0, <[u8]>::len)) > MAX_READ_BYTES {
             return Err("longer than the rows accept".to_owned());
         }
         let Some(sample) = admit(value, epochs)? else {
@@ -275,19 +282,19 @@ impl Sink for StateSink {
         if batch.len() < BATCH_SIZE {
             self.windows.change();
         }
-        self.refresh(session, wall_micros()).await?;
         Ok(Flushed::Durable)
     }
 
-    fn maintain_at(&self) -> i64 {
-        self.windows.due_at().min(self.prune_at)
+    fn maintain_in(&self, now: Instant) -> Duration {
+        let due_at = self.windows.due_at().min(self.prune_at);
+        due_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
     }
 
-    async fn maintain(&mut self, session: &Session, _: &Statements, now: Timestamp) -> Result<(), Fault> {
-        if self.prune_at <= now.unix_micros() {
+    async fn maintain(&mut self, session: &Session, _: &Statements, _: Timestamp) -> Result<(), Fault> {
+        if self.prune_at <= Some(instant_now()) {
             self.prune(session).await?;
         }
-        self.refresh(session, now.unix_micros()).await
+        self.refresh(session).await
     }
 }
 

@@ -118,7 +118,9 @@ pub(super) async fn write(
         let is_same_verdict = before.is_some_and(|before| before.verdict() == verdict);
         for (agent, series) in &host.series {
             let is_same = before.is_some_and(|before| before.series.get(agent) == Some(series));
-            if !is_same || !is_same_verdict {
+            // The row of a new place has no verdict yet.
+            let is_new = series.last_seen_at.is_none();
+            if !is_same || !is_same_verdict || is_new {
                 changed_series.push((address, agent, series, verdict));
             }
         }
