@@ -31,7 +31,7 @@ const LISTEN_EVERY: Duration = Duration::from_millis(50);
 /// How long the thread reads partitions before it asks again for the group's decisions.
 const READ_STEP: Duration = Duration::from_millis(50);
 
-/// Reading up to a claim is given up after this time, and tried again.
+/// Reading up to a claim is given up if no record arrives for this time, and tried again.
 const READ_WITHIN: Duration = Duration::from_secs(30);
 
 /// A turn of the loop takes less than this unless the process was suspended. It is shorter than a session, so nobody can have taken
@@ -668,10 +668,11 @@ impl Thread {
         let Some(reading) = &mut self.reading else {
             return false;
         };
-        let tails = &mut reading.tails;
+        let (tails, until) = (&mut reading.tails, &mut reading.until);
         let is_over = reading
             .reader
             .go_on(instant_now() + READ_STEP, |partition, value| {
+                *until = instant_now() + READ_WITHIN;
                 if let Some((_, tail)) = tails.get_mut(&partition) {
                     tail.read_value(value);
                 }
@@ -689,7 +690,7 @@ impl Thread {
         if instant_now() > reading.until {
             let seconds = READ_WITHIN.as_secs();
             self.failure = Some(format!(
-                "the end of the partition could not be read within {seconds} s"
+                "Kafka sent no more records of the partition for {seconds} s"
             ));
             return self.end_reading(false);
         }
