@@ -56,7 +56,7 @@ fuzz: ## fuzz one target of fuzz/fuzz_targets; TARGET=record SECONDS=1800 select
 	@cargo +nightly --version >/dev/null 2>&1 || { echo "Rust nightly is not installed; to install it: rustup toolchain install nightly" >&2; exit 1; }
 	cargo +nightly fuzz run --sanitizer none $(TARGET) -- -max_total_time=$(SECONDS)
 
-MUTATED = src/consume/ingest/*.rs src/consume/batch.rs src/produce/schedule/*.rs src/tables/row.rs src/sample/*.rs
+MUTATED = src/consume/ingest/*.rs src/consume/batch.rs src/produce/schedule/*.rs src/produce/share/*.rs src/produce/outbox.rs src/tables/row.rs src/sample/*.rs
 mutants: ## change the code of the pure parts in small ways and list changes that no test notices; takes hours
 	@$(call require,cargo-mutants,cargo install cargo-mutants --locked)
 	cargo mutants $(foreach file,$(MUTATED),--file '$(file)') $(ARGS) -- --locked --lib --test it
