@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::check::target::Target;
 use crate::sample::{Outcome, Sample, Timestamp};
@@ -36,6 +36,8 @@ pub struct Observation {
     pub redirects: Option<u32>,
     pub body_bytes: Option<u64>,
     pub cert_expires_at: Option<Timestamp>,
+    /// When the last name lookup began, which may be before the check.
+    pub lookup_began_at: Option<Instant>,
 }
 
 impl Observation {
@@ -52,6 +54,7 @@ impl Observation {
             redirects: None,
             body_bytes: None,
             cert_expires_at: None,
+            lookup_began_at: None,
         }
     }
 }
@@ -87,6 +90,7 @@ pub fn stamp<'a>(target: &'a Target, observation: Observation, stamp: Stamp<'a>)
         redirects,
         body_bytes,
         cert_expires_at,
+        lookup_began_at: _,
     } = observation;
     let error = match outcome {
         Outcome::Ok => None,
@@ -204,6 +208,7 @@ mod tests {
             redirects: Some(1),
             body_bytes: Some(18_231),
             cert_expires_at: Some(at("2026-05-30T23:59:59Z")),
+            lookup_began_at: None,
         };
         let expected = Sample {
             address: "example.com".into(),

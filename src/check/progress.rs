@@ -48,6 +48,8 @@ pub(super) struct Progress {
     pub at_proxy: bool,
     pub phase: Phase,
     pub phases: Phases,
+    /// When the last lookup began. It may be one that an earlier check has begun.
+    pub lookup_began_at: Option<Instant>,
     /// The last address that was tried.
     pub peer: Option<SocketAddr>,
     /// The last address that accepted a connection.
@@ -79,6 +81,7 @@ impl Progress {
             at_proxy: false,
             phase: Phase::Dns,
             phases: Phases::default(),
+            lookup_began_at: None,
             peer: None,
             ip: None,
             cert_expires_at: None,

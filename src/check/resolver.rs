@@ -94,8 +94,27 @@ impl Names {
         family: Option<IpFamily>,
         deadline: Instant,
     ) -> Result<Vec<IpAddr>, NameError> {
+        let (question, pending) = self.begin(name, family)?;
+        self.wait(&question, &pending, deadline)
+    }
+
+    /// Joins or begins a lookup.
+    fn begin(
+        &self,
+        name: &str,
+        family: Option<IpFamily>,
+    ) -> Result<(Question, Arc<PendingLookup>), NameError> {
         let question = (name.to_owned(), family);
         let pending = self.ask(&question)?;
+        Ok((question, pending))
+    }
+
+    fn wait(
+        &self,
+        question: &Question,
+        pending: &Arc<PendingLookup>,
+        deadline: Instant,
+    ) -> Result<Vec<IpAddr>, NameError> {
         let mut shared = lock(&pending.shared);
         loop {
             if let Some(result) = &shared.result {
@@ -107,7 +126,7 @@ impl Names {
                 let abandoned = shared.waiting == 0;
                 drop(shared);
                 if abandoned {
-                    self.take_back(&question, &pending);
+                    self.take_back(question, pending);
                 }
                 return Err(NameError::TimedOut);
             }
@@ -254,7 +273,10 @@ impl Resolver for CheckResolver {
             Ok(ip) => vec![ip],
             Err(_) => {
                 let asked_at = instant_now();
-                let result = self.names.resolve(host, family, deadline);
+                let begun = self.names.begin(host, family);
+                let (question, pending) = begun.map_err(CheckFault::Name)?;
+                self.progress.lock().lookup_began_at = Some(pending.asked_at);
+                let result = self.names.wait(&question, &pending, deadline);
                 add(&mut self.progress.lock().phases.dns, instant_now() - asked_at);
                 result.map_err(CheckFault::Name)?
             }

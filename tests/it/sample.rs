@@ -1053,6 +1053,7 @@ prop_compose! {
         let phases = Phases { dns, connect, tls, ttfb, body };
         Observation {
             outcome, error, latency, status_code, regex_matched, phases, ip, redirects, body_bytes, cert_expires_at,
+            lookup_began_at: None,
         }
     }
 }

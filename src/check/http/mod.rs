@@ -157,6 +157,7 @@ impl Checker {
             redirects: None,
             body_bytes: None,
             cert_expires_at: None,
+            lookup_began_at: None,
         };
         let mut unread = None;
         match self.final_response(target, &mut observation) {
@@ -183,6 +184,7 @@ impl Checker {
             let mut seen = self.progress.lock();
             observation.phases = seen.phases;
             observation.ip = seen.ip;
+            observation.lookup_began_at = seen.lookup_began_at;
             observation.cert_expires_at = seen.cert_expires_at;
             if let Some(details) = &mut seen.details {
                 details.took = instant_now() - started_at;

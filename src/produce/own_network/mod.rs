@@ -17,6 +17,7 @@ use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::instant_now;
 use crate::config::References;
+use crate::duration;
 use crate::lock::lock;
 use crate::sample::Outcome;
 use judge::{Answer, Decision, Failure, Judge, Reference, Reply, could_be_ours};
@@ -73,12 +74,16 @@ impl OwnNetwork {
         if !could_be_ours(observation.outcome) {
             return observation;
         }
+        let is_dns = matches!(observation.outcome, Outcome::DnsTimeout | Outcome::DnsError);
+        // The lookup that a check waits for may have begun while our network was down.
+        let lookup_began_at = observation.lookup_began_at.filter(|_| is_dns);
+        let lookup_began_at = lookup_began_at.map(|at| shared.micros_at(at));
         let literal = || target.url.host_str()?.trim_matches(['[', ']']).parse().ok();
         let failure = Failure {
-            started_at,
+            started_at: lookup_began_at.map_or(started_at, |at| at.min(started_at)),
             ended_at: shared.now(),
             ip: observation.ip.or_else(literal),
-            is_dns: matches!(observation.outcome, Outcome::DnsTimeout | Outcome::DnsError),
+            is_dns,
         };
         if !shared.find_out_if_ours(&failure) {
             return observation;
@@ -95,8 +100,11 @@ impl OwnNetwork {
 
 impl Shared {
     fn now(&self) -> i64 {
-        let micros = instant_now().duration_since(self.started_at).as_micros();
-        i64::try_from(micros).unwrap_or(i64::MAX)
+        self.micros_at(instant_now())
+    }
+
+    fn micros_at(&self, at: Instant) -> i64 {
+        duration::micros(at.saturating_duration_since(self.started_at))
     }
 
     fn reached(self: &Arc<Self>, ip: IpAddr, by_name: bool) {

@@ -9,7 +9,7 @@ use host_metrics::check::fault::NameError;
 use host_metrics::check::resolver::Names;
 use host_metrics::sample::Outcome;
 
-use super::{LONG, SHORT, assert_consistent, checker, now, target};
+use super::{LONG, SHORT, assert_consistent, checker, checker_with_names, now, target};
 use crate::child;
 use crate::site::{self, Site};
 
@@ -94,6 +94,21 @@ fn hanging_lookups_delay_only_their_own_names_and_free_their_threads() {
         names.resolve("site.test", None, now() + SHORT / 8),
         Err(NameError::TimedOut)
     );
+}
+
+#[test]
+fn a_check_tells_when_the_lookup_began_that_it_joined() {
+    let mut checker = checker_with_names();
+    let mut check = || checker.check(&target("http://silent.test/"), now() + SHORT / 8);
+    let first = check();
+    let joined_at = now();
+    let second = check();
+    assert_eq!(
+        [first.outcome, second.outcome],
+        [Outcome::DnsTimeout, Outcome::DnsTimeout]
+    );
+    assert_eq!(second.lookup_began_at, first.lookup_began_at);
+    assert!(second.lookup_began_at.unwrap() < joined_at);
 }
 
 #[test]
