@@ -8,6 +8,7 @@
 pub mod batch;
 mod counters;
 pub mod fold;
+pub mod group;
 pub mod ingest;
 mod metrics;
 mod pipeline;

@@ -16,7 +16,6 @@ mod existing_tables;
 mod faults;
 mod fleet;
 mod fleet_kills;
-mod fleet_members;
 mod harness;
 mod hosts;
 mod init;

@@ -56,11 +56,11 @@ impl Worker {
                 let offset = match report.outcome {
                     Ok(offset) => {
                         self.topic_takes(topic);
-                        Ok(offset)
+                        Some(offset)
                     }
                     Err(error) => {
                         self.blame(topic, SendFailure::of(&error));
-                        Err(error.to_string())
+                        None
                     }
                 };
                 self.tell_shares(Event::Claimed { share, epoch, offset });
