@@ -247,7 +247,7 @@ fn three_producers_check_each_host_once_and_take_over_from_one_another() {
     let mut case = Case::new("fleet_three", PARTITIONS);
     let kafka = case.kafka;
     // Members of another test in the same group would delay its rebalances by their sessions.
-    let fleet = Fleet::of(kafka, case.name, case.name, PARTITIONS, HOSTS);
+    let fleet = Fleet::of(kafka, case.name, "three", PARTITIONS, HOSTS);
     let mut consumer = case.consume();
     let mut agents = vec![fleet.start(), fleet.start(), fleet.start()];
     // Until then the new topic may not be known everywhere in Kafka.
@@ -605,7 +605,7 @@ fn a_producer_whose_clock_is_two_minutes_wrong_doubles_no_tick_and_leaves_none_o
 #[test]
 fn a_topic_that_is_recreated_under_both_agents_costs_no_later_tick() {
     let mut case = Case::new("fleet_anew_under_both", PARTITIONS);
-    let fleet = Fleet::of(case.kafka, case.name, case.name, PARTITIONS, HOSTS);
+    let fleet = Fleet::of(case.kafka, case.name, "anew", PARTITIONS, HOSTS);
     let (consumer, producer) = (case.consume(), fleet.start());
     let agents = [&producer, &consumer];
     fleet.wait_for_ticks_since(case.kafka, now_micros() + 4 * SECOND, &agents);
