@@ -1,4 +1,4 @@
-//! Classifies TLS errors: the outcome, and the cause in words. Why a certificate is not trusted is in `certificates`.
+//! Classifies TLS errors: the outcome, and the cause in words. Why a certificate is not trusted is in `chain_verifier`.
 //!
 //! rustls has an enum variant for every rule of TLS that a server can break. Those that an operator can act on have a
 //! sentence of their own here; for the others the variant's name is turned into words.
