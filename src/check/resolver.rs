@@ -53,13 +53,14 @@ type Question = (String, Option<IpFamily>);
 #[derive(Default)]
 struct Lookups {
     under_way: HashMap<Question, Arc<PendingLookup>>,
-    queue: VecDeque<(Question, Arc<PendingLookup>)>,
+    queue: VecDeque<Arc<PendingLookup>>,
     threads: usize,
     idle: usize,
 }
 
 /// One look-up, shared by the checks that wait for it.
 struct PendingLookup {
+    question: Question,
     asked_at: Instant,
     shared: Mutex<SharedResult>,
     answered: Condvar,
@@ -94,27 +95,10 @@ impl Names {
         family: Option<IpFamily>,
         deadline: Instant,
     ) -> Result<Vec<IpAddr>, NameError> {
-        let (question, pending) = self.begin(name, family)?;
-        self.wait(&question, &pending, deadline)
+        self.wait(&self.ask(name, family)?, deadline)
     }
 
-    /// Joins or begins a lookup.
-    fn begin(
-        &self,
-        name: &str,
-        family: Option<IpFamily>,
-    ) -> Result<(Question, Arc<PendingLookup>), NameError> {
-        let question = (name.to_owned(), family);
-        let pending = self.ask(&question)?;
-        Ok((question, pending))
-    }
-
-    fn wait(
-        &self,
-        question: &Question,
-        pending: &Arc<PendingLookup>,
-        deadline: Instant,
-    ) -> Result<Vec<IpAddr>, NameError> {
+    fn wait(&self, pending: &Arc<PendingLookup>, deadline: Instant) -> Result<Vec<IpAddr>, NameError> {
         let mut shared = lock(&pending.shared);
         loop {
             if let Some(result) = &shared.result {
@@ -126,7 +110,7 @@ impl Names {
                 let abandoned = shared.waiting == 0;
                 drop(shared);
                 if abandoned {
-                    self.take_back(question, pending);
+                    self.take_back(pending);
                 }
                 return Err(NameError::TimedOut);
             }
@@ -139,15 +123,17 @@ impl Names {
     }
 
     /// Joins a look-up of the same question, or queues a new one and starts a thread for it if none is idle.
-    fn ask(&self, question: &Question) -> Result<Arc<PendingLookup>, NameError> {
+    fn ask(&self, name: &str, family: Option<IpFamily>) -> Result<Arc<PendingLookup>, NameError> {
+        let question = (name.to_owned(), family);
         let mut lookups = lock(&self.0.lookups);
-        if let Some(pending) = lookups.under_way.get(question)
+        if let Some(pending) = lookups.under_way.get(&question)
             && instant_now().saturating_duration_since(pending.asked_at) < JOINED_FOR
         {
             lock(&pending.shared).waiting += 1;
             return Ok(Arc::clone(pending));
         }
         let pending = Arc::new(PendingLookup {
+            question: question.clone(),
             asked_at: instant_now(),
             shared: Mutex::new(SharedResult {
                 result: None,
@@ -167,13 +153,13 @@ impl Names {
                 }
             }
         }
-        lookups.under_way.insert(question.clone(), Arc::clone(&pending));
-        lookups.queue.push_back((question.clone(), Arc::clone(&pending)));
+        lookups.under_way.insert(question, Arc::clone(&pending));
+        lookups.queue.push_back(Arc::clone(&pending));
         self.0.work.notify_one();
         Ok(pending)
     }
 
-    fn take_back(&self, question: &Question, pending: &Arc<PendingLookup>) {
+    fn take_back(&self, pending: &Arc<PendingLookup>) {
         let mut lookups = lock(&self.0.lookups);
         // Another check may have joined in the meantime. A look-up that has begun is left to its thread.
         if lock(&pending.shared).waiting > 0 {
@@ -182,10 +168,10 @@ impl Names {
         if let Some(place) = lookups
             .queue
             .iter()
-            .position(|(_, queued)| Arc::ptr_eq(queued, pending))
+            .position(|queued| Arc::ptr_eq(queued, pending))
         {
             lookups.queue.remove(place);
-            lookups.forget(question, pending);
+            lookups.forget(pending);
         }
     }
 
@@ -201,7 +187,7 @@ impl Names {
     fn work(&self) {
         let mut lookups = lock(&self.0.lookups);
         loop {
-            let Some((question, pending)) = lookups.queue.pop_front() else {
+            let Some(pending) = lookups.queue.pop_front() else {
                 lookups.idle += 1;
                 let (woken, waited) = self
                     .0
@@ -217,9 +203,10 @@ impl Names {
                 continue;
             };
             drop(lookups);
-            let result = (self.0.lookup)(&question.0, question.1);
+            let (name, family) = &pending.question;
+            let result = (self.0.lookup)(name, *family);
             lookups = lock(&self.0.lookups);
-            lookups.forget(&question, &pending);
+            lookups.forget(&pending);
             lock(&pending.shared).result = Some(result);
             pending.answered.notify_all();
         }
@@ -227,13 +214,10 @@ impl Names {
 }
 
 impl Lookups {
-    fn forget(&mut self, question: &Question, pending: &Arc<PendingLookup>) {
-        if self
-            .under_way
-            .get(question)
-            .is_some_and(|known| Arc::ptr_eq(known, pending))
-        {
-            self.under_way.remove(question);
+    fn forget(&mut self, pending: &Arc<PendingLookup>) {
+        let known = self.under_way.get(&pending.question);
+        if known.is_some_and(|known| Arc::ptr_eq(known, pending)) {
+            self.under_way.remove(&pending.question);
         }
     }
 }
@@ -273,10 +257,9 @@ impl Resolver for CheckResolver {
             Ok(ip) => vec![ip],
             Err(_) => {
                 let asked_at = instant_now();
-                let begun = self.names.begin(host, family);
-                let (question, pending) = begun.map_err(CheckFault::Name)?;
+                let pending = self.names.ask(host, family).map_err(CheckFault::Name)?;
                 self.progress.lock().lookup_began_at = Some(pending.asked_at);
-                let result = self.names.wait(&question, &pending, deadline);
+                let result = self.names.wait(&pending, deadline);
                 add(&mut self.progress.lock().phases.dns, instant_now() - asked_at);
                 result.map_err(CheckFault::Name)?
             }

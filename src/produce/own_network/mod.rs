@@ -77,10 +77,10 @@ impl OwnNetwork {
         let is_dns = matches!(observation.outcome, Outcome::DnsTimeout | Outcome::DnsError);
         // The lookup that a check waits for may have begun while our network was down.
         let lookup_began_at = observation.lookup_began_at.filter(|_| is_dns);
-        let lookup_began_at = lookup_began_at.map(|at| shared.micros_at(at));
+        let began_at = lookup_began_at.map_or(started_at, |at| shared.micros_at(at).min(started_at));
         let literal = || target.url.host_str()?.trim_matches(['[', ']']).parse().ok();
         let failure = Failure {
-            started_at: lookup_began_at.map_or(started_at, |at| at.min(started_at)),
+            started_at: began_at,
             ended_at: shared.now(),
             ip: observation.ip.or_else(literal),
             is_dns,
