@@ -82,6 +82,13 @@ pub struct Record<'a> {
     pub value: Option<&'a [u8]>,
 }
 
+impl Record<'_> {
+    /// Why its key or value is too long to be read.
+    pub fn too_long(&self) -> Option<String> {
+        too_long("key", self.key).or_else(|| too_long("value", self.value))
+    }
+}
+
 /// What becomes of a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -182,8 +189,7 @@ impl Batch {
         span.next = record.offset.next();
 
         let row_start = self.encoded.len();
-        let too_long = too_long("key", record.key).or_else(|| too_long("value", record.value));
-        let encoded = too_long.map_or_else(|| encode(&mut self.encoded), Err);
+        let encoded = record.too_long().map_or_else(|| encode(&mut self.encoded), Err);
         let form = match encoded {
             Ok(Encoded::Row) => Form::Row(row_start..self.encoded.len()),
             Ok(Encoded::Claim) => Form::Claim,

@@ -59,10 +59,11 @@ impl Stuck {
     /// A partition, and the offset at which the header of a batch should be read. It is returned again only after further
     /// [`LOOKS`] at the same offset.
     pub(super) fn next_question(&mut self) -> Option<(Partition, i64)> {
-        let mut progress = self.0.iter_mut();
-        let (partition, stand) = progress.find(|(_, stand)| stand.batch.is_none() && stand.looks >= LOOKS)?;
-        stand.looks = 0;
-        Some((*partition, stand.offset))
+        let mut all = self.0.iter_mut();
+        let is_due = |progress: &Progress| progress.batch.is_none() && progress.looks >= LOOKS;
+        let (partition, progress) = all.find(|(_, progress)| is_due(progress))?;
+        progress.looks = 0;
+        Some((*partition, progress.offset))
     }
 
     /// Takes the header of the batch at `offset`. `text` describes it in the log.
@@ -74,9 +75,13 @@ impl Stuck {
         text: impl FnOnce(&BatchHead) -> String,
         batch: BatchHead,
     ) {
-        if let Some(stand) = self.0.get_mut(&partition).filter(|stand| stand.offset == offset) {
-            stand.outage.begin(now, text(&batch));
-            stand.batch = Some(batch);
+        if let Some(progress) = self
+            .0
+            .get_mut(&partition)
+            .filter(|progress| progress.offset == offset)
+        {
+            progress.outage.begin(now, text(&batch));
+            progress.batch = Some(batch);
         }
     }
 
@@ -87,19 +92,19 @@ impl Stuck {
 
     /// The partitions that are known to be stuck.
     pub(super) fn partitions(&self) -> Vec<Partition> {
-        let known = self.0.iter().filter(|(_, stand)| stand.batch.is_some());
+        let known = self.0.iter().filter(|(_, progress)| progress.batch.is_some());
         known.map(|(partition, _)| *partition).collect()
     }
 
     /// One text for each partition that is stuck.
     pub(super) fn reasons(&self) -> impl Iterator<Item = &str> {
-        self.0.values().filter_map(|stand| stand.outage.reason())
+        self.0.values().filter_map(|progress| progress.outage.reason())
     }
 
     /// The texts that are due to be logged, and how long each has lasted.
     pub(super) fn due(&mut self, now: Instant) -> Vec<(String, Duration)> {
-        let progress = self.0.values_mut();
-        let due = progress.filter_map(|stand| stand.outage.take_report(now));
+        let all = self.0.values_mut();
+        let due = all.filter_map(|progress| progress.outage.take_report(now));
         due.map(|(reason, lasted)| (reason.to_owned(), lasted)).collect()
     }
 }

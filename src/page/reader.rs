@@ -85,10 +85,7 @@ impl Reader {
             &[],
         )
         .await?;
-        let now: i64 = query("SELECT (extract(epoch FROM now()) * 1000000)::bigint", &[])
-            .await?
-            .first()
-            .map_or(Ok(0), |row| row.try_get(0))?;
+        let now = session.now_micros().await?;
         let is_whole = self.round == 0;
         if is_whole {
             self.hours.clear();

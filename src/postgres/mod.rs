@@ -160,6 +160,15 @@ impl Session {
         bounded(what, self.bounds.step, future).await
     }
 
+    /// The database's clock: the start of the transaction in microseconds since 1970.
+    pub async fn now_micros(&self) -> Result<i64, Fault> {
+        let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
+        let row = self
+            .bounded("asking the time", self.client.query_one(sql, &[]))
+            .await?;
+        Ok(row.try_get(0)?)
+    }
+
     /// Closes the socket without a message to the server, which may be frozen.
     pub async fn close(self) {
         self.driver.abort();

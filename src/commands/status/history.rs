@@ -111,14 +111,8 @@ pub(super) async fn read(
         micros("ended_at")
     );
     let rows = query(session, &sql, &[&address, &limit]).await?;
-    let now = query(
-        session,
-        "SELECT (extract(epoch FROM now()) * 1000000)::bigint",
-        &[],
-    )
-    .await?;
     let mut history = History {
-        now_micros: now.first().map_or(Ok(0), |row| row.try_get(0))?,
+        now_micros: session.now_micros().await?,
         host: None,
         incidents: rows.iter().map(incident).collect::<Result<_, _>>()?,
     };

@@ -123,7 +123,7 @@ pub(super) async fn read(
     session
         .bounded("session settings", session.client.batch_execute(SETTINGS))
         .await?;
-    let now_micros = now(session).await?;
+    let now_micros = session.now_micros().await?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
     let counted_because = no_state(session, found, is_state_on).await?;
@@ -185,14 +185,6 @@ async fn columns_of(session: &Session, main: &str) -> Result<BTreeSet<String>, F
         )));
     }
     Ok(columns)
-}
-
-async fn now(session: &Session) -> Result<i64, Fault> {
-    let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
-    let row = session
-        .bounded("asking the time", session.client.query_one(sql, &[]))
-        .await?;
-    Ok(row.try_get(0)?)
 }
 
 /// Why the state cannot be read.

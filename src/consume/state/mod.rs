@@ -15,7 +15,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::clock::{instant_now, wall_micros};
 use crate::config::{ConsumeConfig, StateConfig};
-use crate::consume::batch::{Batch, Encoded, Flushed, Form, MAX_READ_BYTES, Record};
+use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
 use crate::consume::counters::Counters;
 use crate::consume::fold::Fold;
 use crate::consume::fold::observed::Observed;
@@ -182,11 +182,11 @@ impl Sink for StateSink {
         epochs: &mut Epochs,
         into: &mut Vec<u8>,
     ) -> Result<Encoded, String> {
-        let value = record.value.unwrap_or_default();
-        if value.len().max(record.key.map_or(0, <[u8]>::len)) > MAX_READ_BYTES {
-            return Err("longer than the rows accept".to_owned());
+        // The batch cannot tell, because it does not get the bytes.
+        if let Some(reason) = record.too_long() {
+            return Err(reason);
         }
-        let Some(sample) = admit(value, epochs)? else {
+        let Some(sample) = admit(record.value.unwrap_or_default(), epochs)? else {
             return Ok(Encoded::Claim);
         };
         let observed = Observed::of(&sample, record.timestamp).ok_or("it has no time")?;
