@@ -9,7 +9,7 @@ use super::progress::{Phase, Progress};
 use super::tls_fault::tls_fault;
 use crate::sample::Outcome;
 
-/// Why the look-up of a name failed.
+/// Why the lookup of a name failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// The name does not exist, or has no address of the requested family.

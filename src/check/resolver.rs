@@ -1,7 +1,7 @@
 //! Looks up names; a check never waits longer than its deadline.
 //!
-//! getaddrinfo has no timeout, so it runs on threads of its own: a look-up that hangs blocks its thread, not the check. IP
-//! addresses need no thread. Nothing is cached, but checks that ask for the same name at the same time share a look-up.
+//! getaddrinfo has no timeout, so it runs on threads of its own: a lookup that hangs blocks its thread, not the check. IP
+//! addresses need no thread. Nothing is cached, but checks that ask for the same name at the same time share a lookup.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -22,10 +22,10 @@ use crate::lock::lock;
 /// Returns the addresses of a name in the order in which to try them. It blocks.
 pub type Lookup = dyn Fn(&str, Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> + Send + Sync;
 
-/// How long a thread waits for the next look-up before it ends: long enough for hosts that are checked every few seconds.
+/// How long a thread waits for the next lookup before it ends: long enough for hosts that are checked every few seconds.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How long checks may join a look-up that is under way. Afterwards a new one is started, so that one getaddrinfo that
+/// How long checks may join a lookup that is under way. Afterwards a new one is started, so that one getaddrinfo that
 /// never returns does not make its name fail for ever. With the usual resolv.conf getaddrinfo gives up within 30 s.
 const JOINED_FOR: Duration = Duration::from_secs(60);
 
@@ -35,7 +35,7 @@ const MAX_ADDRESSES: usize = 16;
 /// getaddrinfo and the modules that it loads need less than 100 KiB. Pages that are not used take no memory.
 const STACK_BYTES: usize = 256 * 1024;
 
-/// The look-up threads of a process. Cheap to clone.
+/// The lookup threads of a process. Cheap to clone.
 #[derive(Clone)]
 pub struct Names(Arc<Shared>);
 
@@ -48,7 +48,7 @@ struct Shared {
 
 type Question = (String, Option<IpFamily>);
 
-/// The look-ups and the threads. The queue is not longer than the number of waiting checks: the last one to give up removes
+/// The lookups and the threads. The queue is not longer than the number of waiting checks: the last one to give up removes
 /// its question.
 #[derive(Default)]
 struct Lookups {
@@ -58,7 +58,7 @@ struct Lookups {
     idle: usize,
 }
 
-/// One look-up, shared by the checks that wait for it.
+/// One lookup, shared by the checks that wait for it.
 struct PendingLookup {
     question: Question,
     asked_at: Instant,
@@ -122,7 +122,7 @@ impl Names {
         }
     }
 
-    /// Joins a look-up of the same question, or queues a new one and starts a thread for it if none is idle.
+    /// Joins a lookup of the same question, or queues a new one and starts a thread for it if none is idle.
     fn ask(&self, name: &str, family: Option<IpFamily>) -> Result<Arc<PendingLookup>, NameError> {
         let question = (name.to_owned(), family);
         let mut lookups = lock(&self.0.lookups);
@@ -161,7 +161,7 @@ impl Names {
 
     fn take_back(&self, pending: &Arc<PendingLookup>) {
         let mut lookups = lock(&self.0.lookups);
-        // Another check may have joined in the meantime. A look-up that has begun is left to its thread.
+        // Another check may have joined in the meantime. A lookup that has begun is left to its thread.
         if lock(&pending.shared).waiting > 0 {
             return;
         }

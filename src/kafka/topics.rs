@@ -1,4 +1,4 @@
-//! The look-up of a topic in Kafka's metadata.
+//! The lookup of a topic in Kafka's metadata.
 
 use std::time::Duration;
 

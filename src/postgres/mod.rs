@@ -34,7 +34,7 @@ pub const APPLICATION_NAME: &str = "host-metrics";
 /// The bounds on the waits of a connection. Tests shorten the defaults.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Name look-up, TCP, TLS and login, for all addresses together. Ten seconds are enough for a busy server and for two
+    /// Name lookup, TCP, TLS and login, for all addresses together. Ten seconds are enough for a busy server and for two
     /// lost SYNs, which cost 1 s and 2 s.
     pub connect: Duration,
     /// One query and its result, and each 128 KiB of a COPY. A checkpoint on a slow disk can stall a healthy server for

@@ -1,4 +1,4 @@
-//! The HTTP check: look-up, connection, TLS, request, redirects, body, regex. Times each phase and classifies each failure.
+//! The HTTP check: lookup, connection, TLS, request, redirects, body, regex. Times each phase and classifies each failure.
 //!
 //! A check always ends with an [`Observation`], whatever happens. Every connection is new, and every request is sent once.
 //! When to check, and turning the observation into a sample, is up to the caller.

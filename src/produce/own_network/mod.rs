@@ -37,7 +37,7 @@ struct Shared {
     started_at: Instant,
     judge: Mutex<Judge>,
     changed: Condvar,
-    /// References that are being asked. The look-up of a name may take longer than the answer is waited for, and must not be
+    /// References that are being asked. The lookup of a name may take longer than the answer is waited for, and must not be
     /// repeated meanwhile.
     busy: Mutex<HashSet<Reference>>,
     /// When the next log line may be written.
