@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use host_metrics::consume::group::Watch;
+use host_metrics::kafka::group::Watch;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|assignment: &[u8]| {

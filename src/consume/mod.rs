@@ -8,7 +8,6 @@
 pub mod batch;
 mod counters;
 pub mod fold;
-pub mod group;
 pub mod ingest;
 mod metrics;
 mod pipeline;

@@ -3,11 +3,14 @@
 //! Owns the group's consumer, and makes no decisions. librdkafka is told to read nothing, so no records are fetched. When the
 //! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
-use std::sync::mpsc::{Sender, channel};
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use log::Level;
+use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
@@ -17,6 +20,7 @@ use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::explain::Explainer;
+use super::group::{self, Found};
 use super::settings::client_config;
 use super::topics::{Named, partitions};
 use crate::clock::instant_now;
@@ -27,11 +31,14 @@ use crate::outage::Outage;
 /// How long a question to Kafka may take. The member gets no news from the group meanwhile, and the group waits 6 s for it.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
 
-/// The same at a stop, when the others wait for our shares.
-const ASK_ABOUT_MEMBERS_WITHIN: Duration = Duration::from_millis(500);
+/// The same for one of many questions, and at a stop, when the others wait for our shares.
+const ASK_BRIEFLY: Duration = Duration::from_millis(500);
 
 /// How long a dead member keeps its partitions. Brokers allow no less by default.
 const SESSION_MS: &str = "6000";
+
+/// Distinguishes producers from other members, including `consume`.
+const CLIENT_ID: &str = "host-metrics-produce";
 
 /// A change of the assignment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,11 +69,15 @@ pub enum NotCommitted {
 
 pub struct Member {
     group: String,
+    config: ClientConfig,
     consumer: Arc<BaseConsumer<Context>>,
     /// To the thread that commits.
-    commits: Sender<(Vec<(Named, Committed)>, Answer)>,
+    commits: Sender<Commit>,
+    /// The thread that watches the group ends when this is dropped.
+    _watching: Sender<()>,
 }
 
+type Commit = (Vec<(Named, Committed)>, Answer);
 type Answer = Box<dyn FnOnce(Result<(), NotCommitted>) + Send>;
 
 impl Member {
@@ -79,6 +90,7 @@ impl Member {
     ) -> anyhow::Result<Self> {
         let mut config = client_config(kafka);
         config
+            .set("client.id", CLIENT_ID)
             .set("group.id", group)
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
@@ -97,31 +109,57 @@ impl Member {
         if let Some(instance_id) = instance_id {
             config.set("group.instance.id", instance_id);
         }
+        Self::start(config, Explainer::new(kafka), group.to_owned(), topics)
+    }
+
+    fn start(
+        config: ClientConfig,
+        explainer: Explainer,
+        group: String,
+        topics: &[&str],
+    ) -> anyhow::Result<Self> {
         let context = Context {
-            explainer: Explainer::new(kafka),
+            explainer,
             heard: Mutex::default(),
         };
         let consumer: BaseConsumer<Context> = config
             .create_with_context(context)
             .context("cannot make a Kafka consumer for PRODUCE_GROUP")?;
         let consumer = Arc::new(consumer);
-        let (commits, requests) = channel::<(Vec<(Named, Committed)>, Answer)>();
+        let (commits, requests) = channel::<Commit>();
         let committer = Arc::clone(&consumer);
-        std::thread::Builder::new()
-            .name("commits".into())
-            .spawn(move || {
-                for (commits, answer) in requests {
-                    answer(commit(&committer, &commits));
-                }
-            })
-            .context("cannot start a thread for PRODUCE_GROUP")?;
+        start_thread("commits", move || {
+            for (commits, answer) in requests {
+                answer(commit(&committer, &commits));
+            }
+        })?;
+        let (watching, until) = channel();
+        let (watched, name) = (Arc::clone(&consumer), group.clone());
+        start_thread("group-watch", move || watch_group(&watched, &name, &until))?;
         let member = Self {
-            group: group.to_owned(),
+            group,
+            config,
             consumer,
             commits,
+            _watching: watching,
         };
         member.subscribe(topics)?;
         Ok(member)
+    }
+
+    /// Why Kafka has ended this member for good: another one joined with its `instance_id`. There are no more changes then.
+    pub fn ended(&self) -> Option<String> {
+        let (code, reason) = self.consumer.client().fatal_error()?;
+        Some(with_advice(reason, &KafkaError::Global(code)))
+    }
+
+    /// Joins as a new member.
+    pub fn join_again(&mut self, topics: &[&str]) -> anyhow::Result<()> {
+        let explainer = self.consumer.context().explainer.clone();
+        let next = Self::start(self.config.clone(), explainer, self.group.clone(), topics)?;
+        let ended = std::mem::replace(self, next);
+        // Closing it may take long.
+        start_thread("kafka-close", move || drop(ended))
     }
 
     /// Subscribes to these topics, instead of those before.
@@ -133,6 +171,7 @@ impl Member {
 
     /// The changes since the last call. Has to be called every few seconds, or the group removes this member.
     pub fn changes(&self) -> Vec<Change> {
+        self.adopt_orphans();
         loop {
             let before = self.heard().changes.len();
             // Each call handles one event. There are no records, because nothing is read.
@@ -144,6 +183,19 @@ impl Member {
             if heard.changes.len() == before {
                 return std::mem::take(&mut heard.changes);
             }
+        }
+    }
+
+    /// Has partitions without an owner assigned.
+    fn adopt_orphans(&self) {
+        let mut heard = self.heard();
+        let orphans = std::mem::take(&mut heard.orphans);
+        if orphans.is_empty() || heard.is_leaving {
+            return;
+        }
+        drop(heard);
+        if let Err(error) = group::adopt(&self.consumer, &orphans, Level::Warn) {
+            log::error!("cannot join the group again: {error}");
         }
     }
 
@@ -166,9 +218,7 @@ impl Member {
 
     /// Whether the group has no other member. If Kafka does not answer in time, it may have one.
     pub fn is_alone(&self) -> bool {
-        let found = self
-            .consumer
-            .fetch_group_list(Some(&self.group), ASK_ABOUT_MEMBERS_WITHIN);
+        let found = self.consumer.fetch_group_list(Some(&self.group), ASK_BRIEFLY);
         let members = |groups: GroupList| groups.groups().iter().map(|group| group.members().len()).sum();
         found.map_or(0_usize, members) == 1
     }
@@ -225,7 +275,7 @@ impl Member {
 
     /// The offsets that a partition holds: the first one, and the one after the last.
     pub fn extent(&self, topic: &str, partition: i32) -> Result<(i64, i64), String> {
-        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_WITHIN);
+        let extent = self.consumer.fetch_watermarks(topic, partition, ASK_BRIEFLY);
         extent.map_err(|error| explained(&error))
     }
 
@@ -236,7 +286,13 @@ impl Member {
         Ok(i32::try_from(found.len()).unwrap_or(i32::MAX))
     }
 
-    /// Why Kafka does not admit us to the group, and for how long, if it is time to log that.
+    /// Why Kafka does not admit us to the group.
+    pub fn refused(&self) -> Option<String> {
+        let reason = self.heard().refused.reason().map(str::to_owned)?;
+        Some(self.consumer.context().explainer.explain(&reason))
+    }
+
+    /// The same, and for how long, if it is time to log that.
     pub fn refusal(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
         let (reason, lasted) = heard.refused.take_report(now)?;
@@ -245,9 +301,57 @@ impl Member {
         Some((self.consumer.context().explainer.explain(&reason), lasted))
     }
 
+    /// Which other programs are members and have partitions of our topics.
+    pub fn strangers(&self) -> Option<String> {
+        self.heard().strangers.reason().map(str::to_owned)
+    }
+
+    /// The same, and for how long, if it is time to log that.
+    pub fn strangers_to_report(&self, now: Instant) -> Option<(String, Duration)> {
+        let mut heard = self.heard();
+        let (who, lasted) = heard.strangers.take_report(now)?;
+        Some((who.to_owned(), lasted))
+    }
+
     fn heard(&self) -> MutexGuard<'_, Heard> {
         self.consumer.context().heard()
     }
+}
+
+fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    let thread = std::thread::Builder::new().name(name.into());
+    thread
+        .spawn(work)
+        .context("cannot start a thread for PRODUCE_GROUP")?;
+    Ok(())
+}
+
+fn watch_group(consumer: &BaseConsumer<Context>, group: &str, until: &Receiver<()>) {
+    group::watch_group(consumer, group, until, |found| {
+        let mut heard = consumer.context().heard();
+        match strangers(&found) {
+            Some(who) => heard.strangers.begin(instant_now(), who),
+            None => drop(heard.strangers.end(instant_now())),
+        }
+        heard.orphans = found.orphans;
+    });
+}
+
+/// What members that are other programs have of our topics.
+fn strangers(found: &Found<'_>) -> Option<String> {
+    let others = found
+        .members
+        .iter()
+        .filter(|member| member.client_id() != CLIENT_ID);
+    let with_partitions: Vec<String> = others
+        .filter_map(|member| {
+            let mut theirs = group::partitions_in(member.assignment()?)?;
+            theirs.retain(|partition| found.all.contains(partition));
+            let (name, host) = (member.client_id(), member.client_host());
+            (!theirs.is_empty()).then(|| format!("{name:?} at {host} has {}", group::names(&theirs)))
+        })
+        .collect();
+    (!with_partitions.is_empty()).then(|| with_partitions.join(", "))
 }
 
 fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> Result<(), NotCommitted> {
@@ -275,7 +379,10 @@ fn commit(consumer: &BaseConsumer<Context>, commits: &[(Named, Committed)]) -> R
                 | RDKafkaErrorCode::FencedInstanceId,
             ) => NotCommitted::Refused(error.to_string()),
             _ => failed(error),
-        })
+        })?;
+    // A member that may commit is not refused, even if an assignment does not follow.
+    consumer.context().heard().refused.end(instant_now());
+    Ok(())
 }
 
 /// The error in one line, with what to do if it does not pass by itself.
@@ -318,6 +425,10 @@ struct Heard {
     has_to_forget: bool,
     /// Kafka does not allow what we ask for.
     refused: Outage,
+    /// Other programs have partitions.
+    strangers: Outage,
+    /// Partitions that no member has.
+    orphans: BTreeSet<Named>,
 }
 
 struct Context {

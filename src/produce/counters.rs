@@ -10,7 +10,7 @@ use std::time::Duration;
 use prometheus::{Histogram, HistogramOpts, HistogramVec};
 
 use crate::check::observation::Phases;
-use crate::http::health::Heartbeat;
+use crate::http::health::{Heartbeat, Readiness};
 use crate::http::metrics::CHECK_BUCKETS;
 use crate::produce::publisher::Deliveries;
 use crate::produce::schedule::{MissedCounts, MissedReason};
@@ -36,6 +36,8 @@ pub struct Counters {
     pub threads: AtomicUsize,
     /// Of the timer loop.
     pub heartbeat: Heartbeat,
+    /// With PRODUCE_GROUP: whether the group has admitted this producer.
+    pub membership: Arc<Readiness>,
     pub(super) late_by: Lateness,
     pub(super) spent: CheckTimes,
 }

@@ -12,6 +12,7 @@ use anyhow::Context as _;
 
 use crate::clock::{Clock, instant_now};
 use crate::config::{GroupConfig, KafkaConfig};
+use crate::http::health::Readiness;
 use crate::kafka::Named;
 use crate::kafka::member::{self, Change, Member, NotCommitted, explained};
 use crate::kafka::reader::{Part, Reader};
@@ -30,15 +31,25 @@ const LISTEN_EVERY: Duration = Duration::from_millis(50);
 /// How long the thread reads partitions before it asks again for the group's decisions.
 const READ_STEP: Duration = Duration::from_millis(50);
 
-/// Reading up to a claim is given up after this time, and tried again.
+/// Reading up to a claim is given up if no record arrives for this time, and tried again.
 const READ_WITHIN: Duration = Duration::from_secs(30);
 
 /// A turn of the loop takes less than this unless the process was suspended. It is shorter than a session, so nobody can have taken
 /// a share without being noticed.
 const SUSPENDED_MICROS: i64 = 5_000_000;
 
+/// How long the thread asks for ledgers before it asks again for the group's decisions. The last questions may take 4 s more, and
+/// all of it has to be shorter than [`SUSPENDED_MICROS`].
+const ASK_FOR: Duration = Duration::from_millis(900);
+
+/// Joining a group takes a few seconds, and up to a session longer after a kill. A longer wait is logged.
+const JOIN_WITHIN: Duration = Duration::from_secs(10);
+
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
+
+/// The shortest time from joining the group to joining it again.
+const JOIN_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// What the timer loop has to do with the hosts of a share. See [`Action`] for the meanings.
 #[derive(Debug)]
@@ -76,14 +87,6 @@ impl Partitions {
         counts.get(topic).copied()
     }
 
-    fn all(&self) -> usize {
-        let counts = lock(&self.0);
-        counts
-            .values()
-            .filter_map(|count| usize::try_from(*count).ok())
-            .sum()
-    }
-
     fn set(&self, topic: &str, count: i32) {
         let mut counts = lock(&self.0);
         counts.insert(topic.into(), count);
@@ -108,6 +111,7 @@ impl Fleet {
         let names: Vec<&str> = topics.iter().map(String::as_str).collect();
         let GroupConfig { name, instance_id } = settings.group;
         let member = Member::join(settings.kafka, name, instance_id.as_deref(), &names)?;
+        letters.tell(Letter::Topics(topics.to_vec()));
         let (send_topics, new_topics) = channel();
         let thread = Thread {
             member,
@@ -116,18 +120,26 @@ impl Fleet {
             place: settings.place.to_owned(),
             partitions: settings.partitions.clone(),
             clock: settings.clock,
+            readiness: Arc::clone(settings.readiness),
             shares: Shares::default(),
             stops_alone: false,
             heard,
             events: events.clone(),
             turned_at: settings.clock.now_micros(),
+            joined_at: instant_now(),
             new_topics: Some(new_topics),
             letters,
             orders: Box::new(orders),
             to_read: Vec::new(),
             reading: None,
             logged_shares: None,
+            absent_since: Some(instant_now()),
+            absence: Outage::default(),
             outage: Outage::default(),
+            unsaved: Outage::default(),
+            failure: None,
+            topics: topics.to_vec(),
+            other_place: None,
             foreign_ledger: Outage::default(),
             commit_failure: Arc::default(),
         };
@@ -160,6 +172,8 @@ pub(super) struct Settings<'a> {
     pub(super) place: &'a str,
     pub(super) partitions: &'a Partitions,
     pub(super) clock: Clock,
+    /// Whether the group has admitted us.
+    pub(super) readiness: &'a Arc<Readiness>,
 }
 
 struct Thread {
@@ -169,6 +183,7 @@ struct Thread {
     place: String,
     partitions: Partitions,
     clock: Clock,
+    readiness: Arc<Readiness>,
     shares: Shares,
     /// We stop and own all shares, and nobody waits for them.
     stops_alone: bool,
@@ -176,6 +191,7 @@ struct Thread {
     events: Sender<Event>,
     /// When the loop turned last.
     turned_at: i64,
+    joined_at: Instant,
     new_topics: Option<Receiver<Vec<String>>>,
     letters: LetterBox,
     orders: Box<dyn Fn(Order) + Send>,
@@ -183,8 +199,19 @@ struct Thread {
     reading: Option<Reading>,
     /// The number of our shares, as logged last.
     logged_shares: Option<usize>,
-    /// Why shares cannot be taken.
+    /// Since when we are not a member.
+    absent_since: Option<Instant>,
+    absence: Outage,
+    /// Not all shares are taken.
     outage: Outage,
+    /// The ledgers of shares that we own cannot be committed.
+    unsaved: Outage,
+    /// The last error since shares could not be taken.
+    failure: Option<String>,
+    /// The topics of all hosts.
+    topics: Vec<String>,
+    /// The AGENT_NAME in a ledger, if it is not ours.
+    other_place: Option<String>,
     /// Another program has replaced the ledger of a share.
     foreign_ledger: Outage,
     /// Why the last commit failed, if that was not reported yet.
@@ -203,6 +230,7 @@ impl Thread {
         while !self.shares.has_left() {
             self.notice_suspension();
             self.listen_to_group();
+            self.join_again_if_ended();
             self.take_topics();
             while let Ok(event) = self.heard.try_recv() {
                 self.handle(event);
@@ -231,19 +259,38 @@ impl Thread {
     }
 
     fn handle(&mut self, event: Event) {
-        if let Event::Committed(outcome) = event {
-            self.member.end_commit();
-            if outcome == CommitOutcome::Done {
-                self.outage.end(instant_now());
+        match &event {
+            Event::Committed(outcome) => {
+                self.member.end_commit();
+                if *outcome == CommitOutcome::Done {
+                    self.unsaved.end(instant_now());
+                }
             }
-        }
-        if let Event::Stop { .. } = event {
-            let (owned, _) = self.shares.owned_of();
-            // If there are several shares, another member would have one.
-            let has_all = owned > 0 && owned == self.partitions.all();
-            self.stops_alone = has_all && (owned > 1 || self.member.is_alone());
+            Event::Claimed {
+                share,
+                offset: Err(why),
+                ..
+            } => self.failure = Some(format!("share={share} its claim was not stored: {why}")),
+            Event::Stop { .. } => self.stops_alone = self.is_alone(),
+            _ => {}
         }
         self.shares.handle(self.clock.now_micros(), event);
+    }
+
+    /// Whether we own all shares.
+    fn is_alone(&self) -> bool {
+        let owned: BTreeSet<&Share> = self.shares.owned().collect();
+        let (mut all, mut ours) = (0, 0);
+        for topic in &self.topics {
+            let topic: Arc<str> = topic.as_str().into();
+            for partition in 0..self.partitions.of(&topic).unwrap_or(0) {
+                all += 1;
+                let topic = Arc::clone(&topic);
+                ours += usize::from(owned.contains(&Share { topic, partition }));
+            }
+        }
+        // If there are several shares, another member would have one.
+        all > 0 && ours == all && (all > 1 || self.member.is_alone())
     }
 
     fn take_topics(&mut self) {
@@ -254,6 +301,8 @@ impl Thread {
                     if let Err(error) = self.member.subscribe(&names) {
                         log::error!("{error:#}");
                     }
+                    self.topics.clone_from(&topics);
+                    self.letters.tell(Letter::Topics(topics));
                 }
                 // The timer loop has ended without a stop.
                 Some(Err(TryRecvError::Disconnected)) => {
@@ -295,10 +344,37 @@ impl Thread {
                 }
             };
             let is_assigned = matches!(event, Event::Assigned(_));
+            match event {
+                Event::Assigned(_) => self.absent_since = None,
+                Event::Lost(_) => self.absent_since = Some(instant_now()),
+                _ => {}
+            }
             self.handle(event);
             if is_assigned {
                 self.log_shares();
             }
+        }
+    }
+
+    /// If another producer joined with our KAFKA_GROUP_INSTANCE_ID, Kafka gave it our shares and ended our membership. After a crash
+    /// of the broker that producer may be ourselves, so we join again. If that was of no use, we leave the shares to it for a while.
+    fn join_again_if_ended(&mut self) {
+        let Some(why) = self.member.ended() else {
+            return;
+        };
+        self.handle(Event::Lost(self.shares.all()));
+        let now = instant_now();
+        self.absent_since.get_or_insert(now);
+        if now < self.joined_at + JOIN_AGAIN_AFTER {
+            self.handle(Event::Assigned(Vec::new()));
+            self.log_shares();
+            return;
+        }
+        self.joined_at = now;
+        log::error!("group={} {why}; this producer joins again", self.group);
+        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
+        if let Err(error) = self.member.join_again(&topics) {
+            log::error!("{error:#}");
         }
     }
 
@@ -318,17 +394,8 @@ impl Thread {
 
     fn report_outages(&mut self) {
         let now = instant_now();
-        if let Some((reason, lasted)) = self.member.refusal(now) {
-            log::error!(
-                "group={} Kafka has refused the membership for {} s: {reason}",
-                self.group,
-                lasted.as_secs()
-            );
-        }
-        let failure = lock(&self.commit_failure).take();
-        if let Some(why) = failure {
-            self.outage.begin(now, why);
-        }
+        self.report_membership(now);
+        self.report_shares(now);
         if let Some((reason, lasted)) = self.foreign_ledger.take_report(now) {
             log::error!(
                 "group={} {reason}; until then its hosts are not checked (for {} s)",
@@ -336,9 +403,79 @@ impl Thread {
                 lasted.as_secs()
             );
         }
-        if let Some((reason, lasted)) = self.outage.take_report(now) {
+    }
+
+    fn report_membership(&mut self, now: Instant) {
+        let group = &self.group;
+        if let Some((reason, lasted)) = self.member.refusal(now) {
+            log::error!(
+                "group={group} Kafka has refused the membership for {} s: {reason}",
+                lasted.as_secs()
+            );
+        }
+        if let Some((who, lasted)) = self.member.strangers_to_report(now) {
+            log::error!(
+                "group={group} another program is a member of the group, and the hosts of its partitions are not checked: {who} \
+                 (for {} s); end it, or set another PRODUCE_GROUP",
+                lasted.as_secs()
+            );
+        }
+        let refused = self.member.refused();
+        match self.absent_since {
+            Some(since) if refused.is_none() => {
+                if now.duration_since(since) >= JOIN_WITHIN {
+                    self.absence.begin(since, String::new());
+                }
+            }
+            _ => drop(self.absence.end(now)),
+        }
+        if let Some((_, lasted)) = self.absence.take_report(now) {
             log::warn!(
-                "group={} no share could be taken for {} s: {reason}",
+                "waiting for the group {group}: this producer is not a member of it (for {} s)",
+                lasted.as_secs()
+            );
+        }
+        // A member without a share is ready too.
+        self.readiness.set(match (refused, self.member.strangers()) {
+            (Some(reason), _) => Err(format!(
+                "Kafka refuses the membership of the group {group}: {reason}"
+            )),
+            (_, Some(who)) => Err(format!("another program is a member of the group {group}: {who}")),
+            _ if self.absent_since.is_some() => Err(format!("waiting for the group {group}")),
+            _ => Ok(()),
+        });
+    }
+
+    fn report_shares(&mut self, now: Instant) {
+        if let Some(why) = lock(&self.commit_failure).take() {
+            self.unsaved.begin(now, why.clone());
+            self.failure = Some(why);
+        }
+        if self.shares.owned().next().is_none() {
+            self.unsaved.end(now);
+        }
+        if let Some((why, lasted)) = self.unsaved.take_report(now) {
+            log::warn!(
+                "group={} the ledgers of its shares could not be committed for {} s: {why}; the next owners have to read all records \
+                 since then",
+                self.group,
+                lasted.as_secs()
+            );
+        }
+        let mut untaken = self.shares.untaken();
+        let Some((share, waits_for)) = untaken.next() else {
+            self.failure = None;
+            self.foreign_ledger.end(now);
+            self.outage.end(now);
+            return;
+        };
+        let count = 1 + untaken.count();
+        self.outage.begin(now, format!("share={share} waits {waits_for}"));
+        if let Some((reason, lasted)) = self.outage.take_report(now) {
+            let (_, ours) = self.shares.owned_of();
+            let failure = self.failure.as_deref().unwrap_or("no error is known");
+            log::warn!(
+                "group={} {count} of {ours} shares could not be taken for {} s: {reason}; {failure}",
                 self.group,
                 lasted.as_secs()
             );
@@ -349,28 +486,14 @@ impl Thread {
         match action {
             Action::ReadLedgers(shares) => {
                 let found = self.read_ledgers(&shares);
-                if let Err(why) = &found {
-                    self.outage.begin(instant_now(), why.clone());
-                }
-                self.handle(Event::Ledgers(found.unwrap_or_default()));
+                self.handle(Event::Ledgers(found));
             }
             Action::ReadTail(range) => self.to_read.push(range),
             Action::Commit(ledgers) => self.commit(&ledgers),
             Action::Claim { share, epoch } => self.letters.tell(Letter::Claim { share, epoch }),
             Action::Hold(share) => self.letters.tell(Letter::Hold(share)),
             Action::Take(takeover) => {
-                self.outage.end(instant_now());
-                let Takeover {
-                    share,
-                    ledger,
-                    is_unbroken,
-                    ..
-                } = &takeover;
-                log::info!(
-                    "share={share} epoch={} taken{}",
-                    ledger.epoch,
-                    if *is_unbroken { " again" } else { "" }
-                );
+                self.log_takeover(&takeover);
                 (self.orders)(Order::Take(takeover));
             }
             Action::Release(share) => (self.orders)(Order::Release {
@@ -400,54 +523,88 @@ impl Thread {
         }
     }
 
-    fn read_ledgers(&mut self, shares: &[Share]) -> Result<BTreeMap<Share, StoredLedger>, String> {
+    fn log_takeover(&mut self, takeover: &Takeover) {
+        let Takeover {
+            share,
+            ledger,
+            is_unbroken,
+            ..
+        } = takeover;
+        let again = if *is_unbroken { " again" } else { "" };
+        log::info!("share={share} epoch={} taken{again}", ledger.epoch);
+        let group = &self.group;
+        if ledger.whole_before == 0 && takeover.last_tick() > 0 {
+            log::warn!(
+                "share={share} has no ledger in group {group}: its hosts continue from the last records of the partition, and ticks \
+                 that are missing before them stay missing"
+            );
+        }
+        if let Some(other) = self.other_place.take() {
+            log::warn!(
+                "group={group} the last owner of a share had AGENT_NAME={other}, and this producer has AGENT_NAME={}: the producers \
+                 of a group check each host once, so they need the same AGENT_NAME; give each place a PRODUCE_GROUP of its own",
+                self.place
+            );
+        }
+    }
+
+    /// Shares that are left out, because there was no time or no answer, are asked for again.
+    fn read_ledgers(&mut self, shares: &[Share]) -> BTreeMap<Share, StoredLedger> {
+        let until = instant_now() + ASK_FOR;
+        let (mut found, mut foreign) = (BTreeMap::new(), None);
         let topics: BTreeSet<&Arc<str>> = shares.iter().map(|share| &share.topic).collect();
         for topic in topics {
-            self.count_partitions(topic)?;
-        }
-        let named: Vec<Named> = shares.iter().map(named).collect();
-        let committed = self.member.committed(&named)?;
-        let (mut found, mut foreign) = (BTreeMap::new(), None);
-        for ((topic, partition), committed) in committed {
-            let share = Share {
-                topic: topic.as_str().into(),
-                partition,
-            };
-            let ledger = match committed {
-                Some(member::Committed { offset, metadata }) => match Ledger::parse(offset, &metadata) {
-                    Ok(ledger) => StoredLedger::Ledger(ledger),
-                    Err(why) => {
-                        foreign = Some(format!("share={share} cannot be taken: {why}"));
-                        continue;
-                    }
-                },
-                None => {
-                    let (low, high) = self.member.extent(&topic, partition)?;
-                    if high > 0 {
-                        log::warn!(
-                            "share={share} has no ledger in group {}: its hosts continue from the last records of the partition, \
-                             and ticks that are missing before them stay missing",
-                            self.group
-                        );
-                    }
-                    let partitions = self.partitions.of(&share.topic).unwrap_or(1);
-                    StoredLedger::Missing {
-                        low,
-                        high,
-                        partitions,
-                    }
+            if instant_now() >= until {
+                break;
+            }
+            let committed = match self.committed_in(topic) {
+                Ok(committed) => committed,
+                Err(why) => {
+                    self.failure = Some(why);
+                    continue;
                 }
             };
-            found.insert(share, ledger);
+            for share in shares.iter().filter(|share| share.topic == *topic) {
+                match committed.get(&share.partition) {
+                    Some(Some(committed)) => match Ledger::parse(committed.offset, &committed.metadata) {
+                        Ok(ledger) => {
+                            self.note_place(&committed.metadata);
+                            found.insert(share.clone(), StoredLedger::Ledger(ledger));
+                        }
+                        Err(why) => foreign = Some(format!("share={share} cannot be taken: {why}")),
+                    },
+                    Some(None) if instant_now() < until => match self.without_ledger(share) {
+                        Ok(missing) => drop(found.insert(share.clone(), missing)),
+                        Err(why) => self.failure = Some(format!("share={share} {why}")),
+                    },
+                    _ => {}
+                }
+            }
         }
         match foreign {
             Some(why) => self.foreign_ledger.begin(instant_now(), why),
             None => drop(self.foreign_ledger.end(instant_now())),
         }
-        Ok(found)
+        found
     }
 
-    fn count_partitions(&self, topic: &str) -> Result<(), String> {
+    fn note_place(&mut self, metadata: &str) {
+        if let Some(place) = Ledger::place_of(metadata).filter(|place| *place != self.place) {
+            self.other_place = Some(place.to_owned());
+        }
+    }
+
+    fn without_ledger(&self, share: &Share) -> Result<StoredLedger, String> {
+        let (low, high) = self.member.extent(&share.topic, share.partition)?;
+        Ok(StoredLedger::Missing {
+            low,
+            high,
+            partitions: self.partitions.of(&share.topic).unwrap_or(1),
+        })
+    }
+
+    /// The committed offset of each partition of a topic. Also decides by how many partitions its hosts are divided.
+    fn committed_in(&self, topic: &str) -> Result<HashMap<i32, Option<member::Committed>>, String> {
         let existing = self.member.partitions(topic)?;
         let all: Vec<Named> = (0..existing)
             .map(|partition| (topic.to_owned(), partition))
@@ -468,7 +625,8 @@ impl Thread {
             );
         }
         self.partitions.set(topic, partitions);
-        Ok(())
+        let by_partition = |((_, partition), committed)| (partition, committed);
+        Ok(committed.into_iter().map(by_partition).collect())
     }
 
     fn commit(&self, ledgers: &[(Share, Ledger)]) {
@@ -477,7 +635,7 @@ impl Thread {
             .map(|(share, ledger)| {
                 let committed = member::Committed {
                     offset: ledger.from,
-                    metadata: ledger.metadata(),
+                    metadata: ledger.metadata(&self.place),
                 };
                 (named(share), committed)
             })
@@ -510,10 +668,11 @@ impl Thread {
         let Some(reading) = &mut self.reading else {
             return false;
         };
-        let tails = &mut reading.tails;
+        let (tails, until) = (&mut reading.tails, &mut reading.until);
         let is_over = reading
             .reader
             .go_on(instant_now() + READ_STEP, |partition, value| {
+                *until = instant_now() + READ_WITHIN;
                 if let Some((_, tail)) = tails.get_mut(&partition) {
                     tail.read_value(value);
                 }
@@ -521,12 +680,19 @@ impl Thread {
         let is_over = match is_over {
             Ok(is_over) => is_over,
             Err(error) => {
-                self.outage.begin(instant_now(), explained(&error));
+                self.failure = Some(explained(&error));
                 return self.end_reading(false);
             }
         };
-        if is_over || instant_now() > reading.until {
-            return self.end_reading(is_over);
+        if is_over {
+            return self.end_reading(true);
+        }
+        if instant_now() > reading.until {
+            let seconds = READ_WITHIN.as_secs();
+            self.failure = Some(format!(
+                "Kafka sent no more records of the partition for {seconds} s"
+            ));
+            return self.end_reading(false);
         }
         true
     }

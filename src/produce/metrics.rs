@@ -12,6 +12,8 @@ use crate::sample::Outcome;
 /// The counters of a run, and its limits.
 pub(super) struct Figures {
     pub counters: Arc<Counters>,
+    /// PRODUCE_GROUP is set.
+    pub has_group: bool,
     /// The most checks under way, MAX_THREADS.
     pub max_threads: usize,
     /// The most records that the buffer holds.
@@ -26,7 +28,7 @@ impl Watched for Figures {
         let ready = f64::from(u8::from(self.is_ready().is_ok()));
         page.gauge(
             "host_metrics_ready",
-            "1 while Kafka accepts records, else 0.",
+            "1 while Kafka accepts records and, with PRODUCE_GROUP, the membership, else 0.",
             ready,
         );
         self.ticks_and_checks(&mut page);
@@ -43,7 +45,11 @@ impl Watched for Figures {
     }
 
     fn is_ready(&self) -> Result<(), String> {
-        self.counters.deliveries.readiness.check()
+        self.counters.deliveries.readiness.check()?;
+        match self.has_group {
+            true => self.counters.membership.check(),
+            false => Ok(()),
+        }
     }
 }
 

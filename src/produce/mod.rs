@@ -63,6 +63,7 @@ pub fn run(
     let counters = Arc::<Counters>::default();
     let figures = Figures {
         counters: Arc::clone(&counters),
+        has_group: config.group.is_some(),
         max_threads: config.check.max_threads,
         max_records: Bounds::default().records,
     };
@@ -133,9 +134,18 @@ impl Setup<'_> {
         )?;
         let orders = Arc::clone(&mailbox);
         let shared_hosts = match joining {
-            Some(joining) => joining.join(self.config, clock, publisher.letter_box(), move |order| {
-                orders.put_order(order);
-            })?,
+            Some(joining) => {
+                let readiness = Arc::clone(&self.counters.membership);
+                joining.join(
+                    self.config,
+                    clock,
+                    publisher.letter_box(),
+                    readiness,
+                    move |order| {
+                        orders.put_order(order);
+                    },
+                )?
+            }
             None => None,
         };
         let limits = Limits {

@@ -61,7 +61,7 @@ struct Lane<R> {
 #[derive(Clone, Debug)]
 struct Account {
     ledger: Ledger,
-    /// The records of other owners have no later tick than this.
+    /// The records before `end` have no later tick than this.
     last_tick: i64,
     /// The offset after the last record that Kafka has acknowledged.
     end: i64,
@@ -134,6 +134,7 @@ impl<R> Outbox<R> {
         lane.uncount(tick);
         if let (Some(account), Some(offset)) = (&mut lane.account, offset) {
             account.end = account.end.max(offset + 1);
+            account.last_tick = account.last_tick.max(tick);
         }
     }
 
@@ -291,8 +292,8 @@ impl<R> Lane<R> {
 impl Account {
     /// Every tick before `open_since` has its record acknowledged, and no record of a tick from `now` on was sent.
     fn bring_forward(&mut self, open_since: i64, now: i64) -> Ledger {
-        // The clock of an earlier owner may be ahead of ours. Until our clock has passed its last tick, the offset after which
-        // all later ticks lie is not known.
+        // Records of later ticks may lie before the end: an earlier owner whose clock was ahead has written them, or a share is
+        // given back at the tick of a slow check. Then the offset after which all later ticks lie is not known.
         if now > self.last_tick && self.moments.back().is_none_or(|(at, _)| *at < now) {
             self.moments.push_back((now, self.end));
         }
@@ -314,5 +315,44 @@ impl Account {
             self.ledger.from = *from;
         }
         self.ledger
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::produce::share::Share;
+    use crate::produce::share::tail::Tail;
+
+    #[test]
+    fn the_last_ledger_covers_records_of_later_ticks_than_that_of_a_check_that_has_not_ended() {
+        let mut outbox = Outbox::default();
+        let lane = outbox.add_lane();
+        outbox.claim(lane, 1);
+        let takeover = Takeover {
+            share: Share {
+                topic: "t".into(),
+                partition: 0,
+            },
+            ledger: Ledger {
+                epoch: 1,
+                whole_before: 10,
+                from: 0,
+                epoch_at_from: 0,
+                partitions: 1,
+            },
+            claim: 0,
+            is_unbroken: false,
+            tail: Tail::new("eu", 0),
+        };
+        outbox.take_share(lane, &takeover, |()| "a");
+        // The tick 11 of another host is still open when the share is given back.
+        outbox.take(lane, 12, ());
+        let (_, kept) = outbox.next_to_send(lane).unwrap();
+        outbox.done(lane, kept.tick, Some(5));
+        outbox.end_share(lane, 11);
+        let ledger = outbox.last_ledger(lane).unwrap();
+        assert_eq!(ledger.whole_before, 11);
+        assert!(ledger.from <= 5, "the record of tick 12 has offset 5: {ledger:?}");
     }
 }

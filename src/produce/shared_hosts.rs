@@ -9,6 +9,7 @@ use crate::check::target::Target;
 use crate::clock::Clock;
 use crate::config::ProduceConfig;
 use crate::duration::micros;
+use crate::http::health::Readiness;
 use crate::produce::fleet::{self, Fleet, Order, Partitions};
 use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::publisher::{Letter, LetterBox, Membership, Publisher, Record};
@@ -52,6 +53,7 @@ impl Joining {
         config: &ProduceConfig,
         clock: Clock,
         letters: LetterBox,
+        readiness: Arc<Readiness>,
         orders: impl Fn(Order) + Send + 'static,
     ) -> anyhow::Result<Option<SharedHosts>> {
         let Some(group) = &config.group else {
@@ -64,6 +66,7 @@ impl Joining {
             place: &config.check.agent_name,
             partitions: &partitions,
             clock,
+            readiness: &readiness,
         };
         let topics = topics_of(&self.targets.topics(), &config.topic);
         let fleet = Fleet::start(&settings, &topics, self.events, letters, orders)?;

@@ -26,10 +26,13 @@ pub(super) struct Summary {
     no_room_count: u64,
     no_room_line: OnceAMinute,
     agent_errors: AgentErrors,
+    max_threads: usize,
+    no_thread_count: u64,
+    no_thread_line: OnceAMinute,
 }
 
 impl Summary {
-    pub(super) fn new(counters: Arc<Counters>, clock: Clock) -> Self {
+    pub(super) fn new(counters: Arc<Counters>, clock: Clock, max_threads: usize) -> Self {
         Self {
             last: counters.snapshot(),
             due_at: clock.now_micros() + micros(SUMMARY_EVERY),
@@ -37,6 +40,9 @@ impl Summary {
             no_room_count: 0,
             no_room_line: OnceAMinute::default(),
             agent_errors: AgentErrors::default(),
+            max_threads,
+            no_thread_count: 0,
+            no_thread_line: OnceAMinute::default(),
             counters,
             clock,
         }
@@ -60,6 +66,7 @@ impl Summary {
         let now = self.clock.now_micros();
         self.log_no_room(schedule.missed().count(MissedReason::NoRoom), publisher, now);
         self.agent_errors.log_if_due(now);
+        self.log_no_thread(schedule.missed().count(MissedReason::NoThread), now);
         if now >= self.due_at {
             self.due_at = now + micros(SUMMARY_EVERY);
             let counters = self.counters.snapshot();
@@ -86,6 +93,18 @@ impl Summary {
                 "Kafka accepts no records, and the buffer is full ({} records): until Kafka accepts more, hosts are not \
                  checked and their ticks ({count} so far) are recorded as missed",
                 publisher.on_the_way(),
+            );
+        }
+    }
+
+    /// Once a minute while ticks are missed for that reason.
+    fn log_no_thread(&mut self, count: u64, now: i64) {
+        if count > self.no_thread_count && self.no_thread_line.take_turn(now) {
+            self.no_thread_count = count;
+            log::warn!(
+                "ticks are missed ({count} so far), because MAX_THREADS={} checks are under way: raise MAX_THREADS, or share the \
+                 hosts with more producers (PRODUCE_GROUP)",
+                self.max_threads
             );
         }
     }

@@ -101,7 +101,7 @@ impl<'a> TimerLoop<'a> {
             clock,
             mailbox,
             watch,
-            summary: Summary::new(Arc::clone(&setup.counters), clock),
+            summary: Summary::new(Arc::clone(&setup.counters), clock, setup.config.check.max_threads),
             backlog: Vec::with_capacity(BACKLOG_AT_A_TIME),
             setup,
         })

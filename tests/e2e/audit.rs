@@ -162,6 +162,14 @@ fn each_violation_is_found_and_a_sound_table_passes() {
         ],
     );
 
+    let end = "DELETE FROM host_metrics WHERE address = 'https://a.example/' AND agent = 'us' AND kafka_offset >= 150";
+    let ended = audit(&mut case, &variables, end);
+    assert_says(
+        &ended,
+        1,
+        &["nobody checks them (not counted): 1.\n  https://a.example/ at us, last row at 2026-11-18T"],
+    );
+
     case.db
         .execute("UPDATE host_metrics_offsets SET next_offset = next_offset - 1 WHERE \"partition\" = 1");
     let beyond = audit(&mut case, &variables, "");

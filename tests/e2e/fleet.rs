@@ -18,6 +18,7 @@ use crate::case::Case;
 use crate::database::Database;
 #[cfg(target_os = "linux")]
 use crate::faults::with_clock;
+use crate::fleet_members::{metrics, wait_until_unready};
 use crate::kafka::Kafka;
 use crate::kills::number;
 use crate::scratch::{self, wait_for};
@@ -33,7 +34,7 @@ pub const WITHIN: Duration = Duration::from_secs(60);
 pub struct Fleet {
     pub topic: String,
     group: String,
-    hosts: PathBuf,
+    pub hosts: PathBuf,
     count: usize,
     pub variables: Variables,
 }
@@ -504,8 +505,10 @@ fn a_producer_reports_another_program_in_its_group_and_goes_on_without_a_wrong_t
     // Its way of assigning partitions is another one.
     let first = stranger("range");
     wait_for_partitions(&first, &[]);
-    let agent = fleet.start();
+    let metrics = metrics();
+    let agent = fleet.start_with(&fleet.variables.and(&metrics));
     agent.wait_for_stderr("another program", WITHIN);
+    wait_until_unready(&metrics, "another program uses this group", &[&agent]);
     drop(first);
     fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
 
@@ -519,10 +522,26 @@ fn a_producer_reports_another_program_in_its_group_and_goes_on_without_a_wrong_t
         commit.set_metadata("not a ledger");
     }
     second.commit(&offsets, CommitMode::Sync).unwrap();
+    wait_for(
+        WITHIN,
+        "the producer says who has partitions",
+        || {
+            let _ = second.poll(Duration::from_millis(100));
+            agent
+                .stderr()
+                .contains("are not checked: \"rdkafka\" at /127.0.0.1 has fleet_strangers/")
+                .then_some(())
+        },
+        || agent.stderr(),
+    );
+    wait_until_unready(&metrics, "\"rdkafka\" at ", &[&agent]);
     drop((second, offsets));
     agent.wait_for_stderr("cannot be taken", WITHIN);
     let said = agent.stderr();
-    assert!(said.contains("delete the offsets of the group"), "{said}");
+    assert!(
+        said.contains("stop all producers of this one, delete the offsets"),
+        "{said}"
+    );
     agent.stop();
     wait_for(
         WITHIN,
@@ -734,6 +753,40 @@ fn hosts_and_partitions_that_change_while_members_are_stopped_at_random_double_n
 }
 
 #[test]
+fn a_missing_topic_of_one_host_is_reported_and_its_host_is_checked_as_soon_as_it_exists() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::new(kafka, "fleet_own_topic");
+    let hosts = fs::read_to_string(&fleet.hosts).unwrap();
+    let own = "http://127.0.0.1:1/own 1s topic=fleet_own_topic_2\n";
+    fs::write(&fleet.hosts, hosts + own).unwrap();
+    let agent = fleet.start();
+    agent.wait_for_stderr("waiting for the topic fleet_own_topic_2", WITHIN);
+    fleet.wait_for_ticks_since(kafka, now_micros(), &[&agent]);
+    kafka.create_compacted_topic("fleet_own_topic_2", 1);
+    agent.wait_for_stderr("share=fleet_own_topic_2/0 epoch=", WITHIN);
+    agent.stop();
+    assert!(!kafka.records("fleet_own_topic_2").is_empty());
+}
+
+#[test]
+fn producers_of_one_group_with_different_names_for_their_place_are_told() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::of(kafka, "fleet_two_names", "fleet_two_names", 1, 1);
+    let mut first = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "New York"));
+    first.wait_for_stderr("taken", WITHIN);
+    first.kill();
+    let second = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "Frankfurt"));
+    second.wait_for_stderr(
+        "AGENT_NAME=New York, and this producer has AGENT_NAME=Frankfurt",
+        WITHIN,
+    );
+    second.stop();
+    let third = fleet.start_with(&fleet.variables.clone().with("AGENT_NAME", "Frankfurt"));
+    third.wait_for_stderr("taken", WITHIN);
+    third.stop();
+}
+
+#[test]
 fn a_member_without_rights_says_which_one_is_missing() {
     use crate::kafka::Listener;
     let port = free_port().unwrap();
@@ -770,11 +823,20 @@ fn a_member_without_rights_says_which_one_is_missing() {
         .with("KAFKA_SASL_MECHANISM", "PLAIN")
         .with("KAFKA_SASL_USERNAME", "p")
         .with("KAFKA_SASL_PASSWORD", "secret");
-    let agent = fleet.start_with(&variables);
+    let metrics = metrics();
+    let agent = fleet.start_with(&variables.and(&metrics));
     agent.wait_for_stderr("needs the right READ on the group", WITHIN);
+    wait_until_unready(&metrics, "needs the right READ on the group", &[&agent]);
     allow(&["--group", GROUP, "--operation", "Read"]);
-    agent.wait_for_stderr("no share could be taken", WITHIN);
+    agent.wait_for_stderr("shares could not be taken", WITHIN);
     allow(&["--topic", "fleet_rights", "--operation", "Read"]);
+    fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
+    assert_eq!(run(&["health"], &metrics), (0, "ready\n".to_owned()));
+
+    let right = ["--topic", "fleet_rights", "--operation", "Read"];
+    kafka.change_rights(&[&["--remove", "--allow-principal", "User:p"][..], &right].concat());
+    agent.wait_for_stderr("could not be committed", WITHIN);
+    allow(&right);
     fleet.wait_for_ticks_since(&kafka, now_micros(), &[&agent]);
     agent.stop();
     fleet.judged(&kafka).assert_whole(0);

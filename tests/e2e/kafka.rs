@@ -217,6 +217,14 @@ impl Kafka {
         self.wait_for_partitions(name, partitions);
     }
 
+    /// Kafka refuses records without a key there.
+    pub fn create_compacted_topic(&self, name: &str, partitions: i32) {
+        let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+        let topic = topic.set("cleanup.policy", "compact");
+        self.create_when_unfenced(&topic, &admin_options());
+        self.wait_for_partitions(name, partitions);
+    }
+
     /// On a busy machine the broker's heartbeats may be late. The controller then fences it and has no broker for a topic.
     /// Only this error is temporary.
     fn create_when_unfenced(&self, topic: &NewTopic<'_>, options: &AdminOptions) {

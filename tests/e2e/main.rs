@@ -16,6 +16,7 @@ mod existing_tables;
 mod faults;
 mod fleet;
 mod fleet_kills;
+mod fleet_members;
 mod harness;
 mod hosts;
 mod init;

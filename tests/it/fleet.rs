@@ -92,11 +92,13 @@ fn every_tick_has_exactly_one_valid_record_whatever_happens() {
             "late callback",
             "lost",
             "missed",
+            "once",
             "rebalance",
             "spoiled",
             "stop",
             "superseded",
             "unbroken takeover",
+            "unbroken takeover after own claims",
             "written after death",
         ] {
             assert!(seen.contains_key(what), "never happened: {what}");
@@ -138,6 +140,11 @@ enum Record {
         tick: i64,
         epoch: Epoch,
         is_missed: bool,
+    },
+    /// Of a run of `--once`.
+    Once {
+        address: String,
+        tick: i64,
     },
 }
 
@@ -457,6 +464,7 @@ impl World {
                     }
                 }
             }
+            51..=52 if !self.kafka_is_away => self.check_once(),
             _ => {}
         }
     }
@@ -599,6 +607,10 @@ impl World {
                         producer.generation = 0;
                         self.callbacks.remove(&producer.name);
                         self.coordinator.owners.retain(|_, owner| *owner != producer.name);
+                        // Nobody waits for what the old member was asked for.
+                        if let Some((_, waiting)) = &mut self.coordinator.pending {
+                            waiting.remove(&producer.name);
+                        }
                         self.coordinator.members.insert(producer.name, self.now);
                         self.rebalance();
                     }
@@ -663,7 +675,7 @@ impl World {
                     producer.to_member.push_back(Event::Claimed {
                         share,
                         epoch,
-                        offset: at.map(|at| at as i64),
+                        offset: at.map(|at| at as i64).ok_or_else(String::new),
                     });
                 }
                 Action::Hold(share) => producer.letters.push_back(Letter::Hold(share)),
@@ -676,6 +688,11 @@ impl World {
                         true => "unbroken takeover",
                         false => "broken takeover",
                     });
+                    let lane = producer.lanes.get(&takeover.share);
+                    let before = lane.and_then(|lane| producer.outbox.epoch(*lane));
+                    if takeover.is_unbroken && before < Some(takeover.tail.epoch()) {
+                        self.saw("unbroken takeover after own claims");
+                    }
                     producer.to_timer.push_back(ToTimer::Take(takeover));
                 }
                 Action::Release(share) => producer.to_timer.push_back(ToTimer::Release(share)),
@@ -770,7 +787,7 @@ impl World {
                         }
                         self.coordinator
                             .offsets
-                            .insert(share, (ledger.from, ledger.metadata()));
+                            .insert(share, (ledger.from, ledger.metadata(PLACE)));
                     }
                 }
                 Event::Committed(outcome)
@@ -801,6 +818,14 @@ impl World {
                     epoch: Some(*epoch),
                     address,
                     scheduled_at_micros: *tick,
+                    interval_micros: Some(self.interval_of(address)),
+                },
+                Record::Once { address, tick } => Entry::Result {
+                    place: PLACE,
+                    epoch: None,
+                    address,
+                    scheduled_at_micros: *tick,
+                    interval_micros: Some(self.interval_of(address)),
                 },
             });
         }
@@ -810,10 +835,6 @@ impl World {
     fn be_timer(&mut self, producer: &mut Producer) {
         let now = self.now + producer.skew;
         let partitions = self.partitions;
-        let share_of = |address: &str| Share {
-            topic: "t".into(),
-            partition: partition_of(address.as_bytes(), partitions),
-        };
         for order in producer.to_timer.drain(..) {
             match order {
                 ToTimer::Take(takeover) => {
@@ -822,7 +843,7 @@ impl World {
                         let hosts = self
                             .hosts
                             .iter()
-                            .filter(|host| share_of(&host.address) == takeover.share);
+                            .filter(|host| share_of(&host.address, partitions) == takeover.share);
                         producer.schedule.add_share(
                             &takeover.share,
                             hosts.cloned().map(Arc::new),
@@ -989,7 +1010,7 @@ impl World {
                     Sent::Claim(epoch) => producer.to_member.push_back(Event::Claimed {
                         share: share.clone(),
                         epoch,
-                        offset: Some(offset),
+                        offset: Ok(offset),
                     }),
                     Sent::Draft(_, kept, _) => {
                         producer
@@ -1014,7 +1035,7 @@ impl World {
                     Sent::Claim(epoch) => producer.to_member.push_back(Event::Claimed {
                         share: share.clone(),
                         epoch,
-                        offset: None,
+                        offset: Err(String::new()),
                     }),
                     Sent::Draft(sequence, kept, _) => producer.outbox.came_back(lane, sequence, kept),
                 }
@@ -1213,6 +1234,28 @@ impl World {
             .extend(self.hosts.iter().map(|host| host.address.clone()));
     }
 
+    /// A run of `--once` with the same AGENT_NAME checks all hosts.
+    fn check_once(&mut self) {
+        self.saw("once");
+        for host in &self.hosts {
+            if on_grid_before(&host.address, micros(host.interval), self.now) < self.now {
+                let log = self
+                    .logs
+                    .get_mut(&share_of(&host.address, self.partitions))
+                    .unwrap();
+                log.push(Record::Once {
+                    address: host.address.clone(),
+                    tick: self.now,
+                });
+            }
+        }
+    }
+
+    fn interval_of(&self, address: &str) -> i64 {
+        let host = self.hosts.iter().find(|host| host.address == address).unwrap();
+        micros(host.interval)
+    }
+
     // The consumer.
 
     fn consume(&mut self) {
@@ -1227,6 +1270,8 @@ impl World {
                     Record::Claim(epoch) => {
                         let _ = epochs.admit(PLACE, *epoch);
                     }
+                    // Its row has a time of its own.
+                    Record::Once { .. } => {}
                     Record::Result {
                         address,
                         tick,
@@ -1255,8 +1300,7 @@ impl World {
     /// Verifies the table.
     fn store(&mut self, address: &str, tick: i64, is_missed: bool) {
         self.log(format_args!("    {address} {} missed {is_missed}", tick - START));
-        let host = self.hosts.iter().find(|host| host.address == address).unwrap();
-        let interval = micros(host.interval);
+        let interval = self.interval_of(address);
         if let Some(last) = self.table.insert(address.to_owned(), tick) {
             assert!(
                 tick > last,
@@ -1313,6 +1357,13 @@ fn append(logs: &mut BTreeMap<Share, Vec<Record>>, share: &Share, sent: &Sent) -
         },
     });
     log.len() as i64 - 1
+}
+
+fn share_of(address: &str, partitions: i32) -> Share {
+    Share {
+        topic: "t".into(),
+        partition: partition_of(address.as_bytes(), partitions),
+    }
 }
 
 fn on_grid_before(address: &str, interval: i64, at: i64) -> i64 {

@@ -380,6 +380,7 @@ impl World {
                             epoch: Some(*epoch),
                             address: HOST,
                             scheduled_at_micros: *tick,
+                            interval_micros: None,
                         },
                     });
                 }
@@ -394,7 +395,7 @@ impl World {
                     || producer.generation != 0 && !self.generations_are_checked;
                 if is_member {
                     for (_, ledger) in ledgers {
-                        self.ledger = Some((ledger.from, ledger.metadata()));
+                        self.ledger = Some((ledger.from, ledger.metadata(PLACE)));
                     }
                     Event::Committed(CommitOutcome::Done)
                 } else {
@@ -411,7 +412,7 @@ impl World {
                 Event::Claimed {
                     share,
                     epoch,
-                    offset: Some(self.log.len() as i64 - 1),
+                    offset: Ok(self.log.len() as i64 - 1),
                 }
             }
             Action::Hold(_) => return producer.outbox.doubt(lane),

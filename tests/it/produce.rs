@@ -20,6 +20,7 @@ use host_metrics::produce::hosts::Sources;
 use host_metrics::produce::publisher::Bounds;
 use host_metrics::produce::schedule::MissedReason;
 use host_metrics::produce::{self, Rounds, Setup};
+use host_metrics::sample::epoch::Claim;
 use host_metrics::sample::{self, Outcome, Sample, Timestamp};
 use host_metrics::shutdown::{STOP_WITHIN, Shutdown};
 use rdkafka::config::ClientConfig;
@@ -882,8 +883,7 @@ impl Kafka {
             assert!(now() < deadline, "{} records of {topic}, no end", records.len());
             match consumer.poll(Duration::from_millis(100)) {
                 None => {}
-                // A claim has no key.
-                Some(Ok(message)) if message.key().is_none() => {}
+                Some(Ok(message)) if message.payload().and_then(Claim::decode).is_some() => {}
                 Some(Ok(message)) => records.push(Record {
                     partition: message.partition(),
                     key: String::from_utf8(message.key().unwrap().to_vec()).unwrap(),

@@ -406,6 +406,18 @@ fn notes(report: &Report) -> Vec<String> {
                 )
             }));
         }
+        let ended = &findings.ended;
+        if !ended.is_empty() {
+            notes.push(format!(
+                "Hosts without a row in their last ten intervals, while their place checked other hosts: they left its list, or \
+                 nobody checks them (not counted): {}.",
+                ended.len()
+            ));
+            notes.extend(ended.iter().take(NAMED).map(|(number, at)| {
+                let name = name(&series[*number]);
+                format!("  {name}, last row at {}", timestamp(*at))
+            }));
+        }
     }
     notes.iter().map(|note| plain(note)).collect()
 }

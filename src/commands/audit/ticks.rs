@@ -13,6 +13,10 @@ use crate::commands::audit::offsets::BLOCK;
 const AWAY_MICROS: i64 = 3_600_000_000;
 const AWAY_TICKS: i64 = 10;
 
+/// A host that has had no tick for [`AWAY_TICKS`] intervals and this time, although its place has later ones, is reported. It may
+/// have left the host list, or nobody checks it. Taking a host over from another producer takes less.
+const ENDED_MICROS: i64 = 60_000_000;
+
 /// More gaps than this are counted, but not examined one by one, to bound the memory. Ten are shown.
 const MAX_GAPS: usize = 100_000;
 
@@ -103,6 +107,8 @@ pub(super) struct Findings {
     /// Gaps of hosts that were not in the host list.
     pub away: Vec<Gap>,
     pub more_gaps: usize,
+    /// Series that end earlier than their place, and their last ticks.
+    pub ended: Vec<(usize, i64)>,
     pub doubled: Vec<Doubled>,
     /// Series that are checked on two grids at once, and when.
     pub two_grids: Vec<(usize, i64)>,
@@ -123,6 +129,8 @@ pub(super) struct Ticks {
     pub series: Vec<Series>,
     blocks: Vec<Block>,
     findings: Findings,
+    /// The last run of each series.
+    ends: Vec<Run>,
     /// When each place has ticks: the runs of all its hosts.
     places: BTreeMap<String, Vec<(i64, i64)>>,
 }
@@ -143,6 +151,7 @@ impl Ticks {
 
     pub(super) fn finish(mut self) -> (Vec<Series>, Findings) {
         self.end_series();
+        self.find_ended();
         self.explain_gaps();
         (self.series, self.findings)
     }
@@ -167,6 +176,7 @@ impl Ticks {
         let mut runs = runs(&blocks);
         let place = self.places.entry(self.series[series].place.clone()).or_default();
         place.extend(runs.iter().map(|run| (run.first, run.last)));
+        self.ends.extend(runs.iter().copied().max_by_key(|run| run.last));
         self.findings.off_grid += drop_single_ticks(&mut runs);
         runs.sort_unstable_by_key(|run| (run.first, run.last));
         for pair in runs.windows(2) {
@@ -202,6 +212,26 @@ impl Ticks {
             to: after.first,
             ticks,
         });
+    }
+
+    fn find_ended(&mut self) {
+        let newest = |place: &str| {
+            let runs = self.places.get(place).map(Vec::as_slice).unwrap_or_default();
+            runs.iter().map(|(_, last)| *last).max()
+        };
+        let newest: BTreeMap<&str, Option<i64>> = self
+            .places
+            .keys()
+            .map(|place| (place.as_str(), newest(place)))
+            .collect();
+        // Each series has a block, and so a run.
+        for (series, end) in self.ends.iter().enumerate() {
+            let longest = (AWAY_TICKS * end.interval).max(ENDED_MICROS);
+            let newest = newest.get(self.series[series].place.as_str()).copied().flatten();
+            if newest.is_some_and(|newest| newest - end.last > longest) {
+                self.findings.ended.push((series, end.last));
+            }
+        }
     }
 
     /// Separates the gaps in which the whole place was silent, and those of hosts that were away, from the others.
@@ -473,6 +503,27 @@ mod tests {
         // The only host of a place is named.
         let (_, found) = audit(&hosts[..1]);
         assert_eq!((found.silences.len(), found.gaps.len()), (0, 1));
+    }
+
+    #[test]
+    fn a_host_that_ends_before_its_place_is_reported_and_is_no_violation() {
+        let host =
+            |address, place, interval, ticks| (address, place, interval, every(interval, START, ticks));
+        let (_, found) = audit(&[
+            host("a", "eu", SECOND, 1_000),
+            // A minute may be the batch that is not stored yet, or a takeover.
+            host("b", "eu", SECOND, 1_000 - 60),
+            host("c", "eu", SECOND, 1_000 - 61),
+            host("d", "eu", 60 * SECOND, 8),
+            host("e", "eu", 60 * SECOND, 7),
+            // A single check after a start is a last one too.
+            host("f", "eu", 60 * SECOND, 1),
+            // The only host of a place.
+            host("a", "us", SECOND, 10),
+        ]);
+        assert!(is_whole(&found), "{found:?}");
+        let ended = |series: usize, after: i64| (series, START + after * SECOND);
+        assert_eq!(found.ended, [ended(3, 938), ended(5, 360), ended(6, 0)]);
     }
 
     #[test]

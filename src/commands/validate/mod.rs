@@ -265,7 +265,8 @@ redirects not followed, IPv6 only, certificate not verified, topic other
                  so that a check ends before the next one is due",
                 "warning: 127.0.0.1: every check will fail, because ip= requires the other address family",
                 "warning: CHECK_TIMEOUT (10s) is reduced to 95 % of the interval for 2 of the hosts; see the column TIMEOUT",
-                "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, ticks of the others are missed",
+                "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, ticks of the others are missed; \
+                 with PRODUCE_GROUP a producer that is left alone checks all hosts",
             ]
         );
         let report = report_of(

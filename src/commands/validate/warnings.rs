@@ -30,7 +30,8 @@ pub(super) fn warnings(config: &CheckConfig, targets: &[Target], tried: Option<&
     });
     let too_many = (targets.len() > config.max_threads).then(|| {
         format!(
-            "there are {} hosts, but MAX_THREADS={}: while that many hosts hang, ticks of the others are missed",
+            "there are {} hosts, but MAX_THREADS={}: while that many hosts hang, ticks of the others are missed; \
+             with PRODUCE_GROUP a producer that is left alone checks all hosts",
             targets.len(),
             config.max_threads
         )

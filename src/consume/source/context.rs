@@ -3,14 +3,15 @@
 //! librdkafka calls them in the thread that polls, and from `drop`. They only record what happened, and tell librdkafka what it
 //! waits to be told in a rebalance.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::mpsc::Receiver;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use log::Level;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::statistics::Statistics;
 use rdkafka::types::RDKafkaRespErr;
@@ -20,7 +21,7 @@ use crate::clock::instant_now;
 use crate::consume::batch::{NextOffset, Partition};
 use crate::consume::ingest::Event;
 use crate::consume::stuck::{FetchState, Stuck};
-use crate::kafka::{Explainer, Named};
+use crate::kafka::Explainer;
 use crate::lock::lock;
 use crate::outage::Outage;
 
@@ -40,8 +41,6 @@ pub(super) struct Reported {
     /// Whether the group has assigned our partitions, of which there may be none.
     pub(super) is_member: bool,
     pub(super) ends: BTreeMap<Partition, NextOffset>,
-    /// Partitions of our topics that no member of the group owns.
-    pub(super) orphans: BTreeSet<Named>,
     /// No broker can be reached, or none accepts our login.
     pub(super) away: Outage,
     pub(super) all_down_at: Option<Instant>,
@@ -241,6 +240,23 @@ impl ConsumerContext for Context {
             true => Event::Assigned(ours),
             false => Event::Revoked(ours),
         });
+    }
+}
+
+/// Commits each list that is sent, until the sender is dropped.
+///
+/// A commit that is waited for takes as long as Kafka does. For one that is not waited for, librdkafka reports the result only
+/// to a callback that rust-rdkafka 0.39 does not set.
+pub(super) fn commit_all(
+    consumer: &BaseConsumer<Context>,
+    to_commit: &Receiver<Vec<(Partition, NextOffset)>>,
+) {
+    let context = consumer.context();
+    for commits in to_commit {
+        let result = context
+            .list_at(&commits)
+            .and_then(|list| consumer.commit(&list, CommitMode::Sync));
+        context.committed(&commits, result.map_err(|error| error.to_string()));
     }
 }
 

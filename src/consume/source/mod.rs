@@ -12,7 +12,6 @@
 //!   assignment that are still in its queue.
 
 mod context;
-mod threads;
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
@@ -33,7 +32,7 @@ use crate::config::ConsumeConfig;
 use crate::consume::batch::{NextOffset, Offset, Partition, Record};
 use crate::consume::ingest::{Event, Extent};
 use crate::consume::source::context::{Context, Reported, level_of, partition};
-use crate::kafka::{BatchHead, Explainer, batch_head, client_config, names_a_cause, partitions};
+use crate::kafka::{BatchHead, Explainer, batch_head, client_config, group, names_a_cause, partitions};
 use crate::sample::Timestamp;
 
 /// How long a question to Kafka (committed offsets, watermarks) may delay polling. It is repeated later if Kafka does not
@@ -175,7 +174,7 @@ impl Source {
             let consumer = Arc::clone(&consumer);
             thread::Builder::new()
                 .name("committer".into())
-                .spawn(move || threads::commit_all(&consumer, &to_commit))
+                .spawn(move || context::commit_all(&consumer, &to_commit))
                 .context("cannot start a thread for commits")?
         };
         let (watching, until) = sync_channel(0);
@@ -184,7 +183,16 @@ impl Source {
             let group_id = client.get("group.id").unwrap_or_default().to_owned();
             thread::Builder::new()
                 .name("group-watch".into())
-                .spawn(move || threads::watch_group(&consumer, &group_id, &until))
+                .spawn(move || {
+                    group::watch_group(&consumer, &group_id, &until, |found| {
+                        if !found.orphans.is_empty()
+                            && let Err(error) =
+                                group::adopt(&consumer, &found.orphans, level_of(is_second, Level::Warn))
+                        {
+                            log::error!("cannot join the group again: {error}");
+                        }
+                    });
+                })
                 .context("cannot start a thread to watch the group")?
         };
         Ok(Self {
@@ -321,11 +329,9 @@ impl Source {
         self.reported().ends.clone()
     }
 
-    /// Logs what is wrong with Kafka, looks for missing topics, and has partitions without an owner assigned again. Has to be
-    /// called about once a second.
+    /// Logs what is wrong with Kafka, and looks for missing topics. Has to be called about once a second.
     pub fn report_outages(&mut self, now: Instant) {
         self.look_for_topics(now);
-        self.adopt_orphans();
         self.look_for_stuck(now);
         let mut reported = self.reported();
         let reported = &mut *reported;
@@ -499,29 +505,6 @@ impl Source {
         match thread::Builder::new().name("kafka-look".into()).spawn(work) {
             Ok(_) => self.head_asked = Some(asked),
             Err(error) => log::debug!("cannot start a thread to look at a batch: {error}"),
-        }
-    }
-
-    /// Leaves the group and joins it again, which makes the group assign every partition. A new subscription alone does not,
-    /// and a static member that only joins again gets what it had.
-    fn adopt_orphans(&self) {
-        let orphans = std::mem::take(&mut self.reported().orphans);
-        if orphans.is_empty() {
-            return;
-        }
-        let names: Vec<String> = orphans
-            .iter()
-            .map(|(topic, number)| format!("{topic}/{number}"))
-            .collect();
-        log::log!(
-            self.level(Level::Warn),
-            "{} are assigned to no member of the group; joining it again, so that they are assigned",
-            names.join(" ")
-        );
-        self.consumer.unsubscribe();
-        let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
-        if let Err(error) = self.consumer.subscribe(&topics) {
-            log::log!(self.level(Level::Error), "cannot subscribe again: {error}");
         }
     }
 

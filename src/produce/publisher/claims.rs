@@ -64,32 +64,48 @@ impl Worker {
     }
 
     pub(super) fn claim(&mut self, share: Share, epoch: Epoch) {
-        let Some(membership) = &self.membership else {
-            return;
-        };
-        let value = Claim::new(&membership.group, &membership.place, epoch).encode();
-        let lane = self.lane_of_share(&share);
-        let topic = self.routes[lane.index()].topic;
-        if self.spoiled.is_none() && self.topics[topic].exists {
-            let sent = Box::new(Sent::Claim {
-                share: share.clone(),
+        if let Err(why) = self.send_claim(&share, epoch) {
+            self.tell_shares(Event::Claimed {
+                share,
                 epoch,
+                offset: Err(why),
             });
-            let message = BaseRecord::<(), [u8], _>::with_opaque_to(&share.topic, sent)
-                .partition(share.partition)
-                .payload(&value);
-            if self.producer.send(message).is_ok() {
-                self.outbox.claim(lane, epoch);
-                self.claims_in_flight += 1;
-                self.note_sent(topic);
-                return;
-            }
         }
-        self.tell_shares(Event::Claimed {
-            share,
+    }
+
+    fn send_claim(&mut self, share: &Share, epoch: Epoch) -> Result<(), String> {
+        let Some(membership) = &self.membership else {
+            return Err("there is no group".to_owned());
+        };
+        // Topics with compaction take no record without a key, and each claim has to stay.
+        let key = format!("{} {epoch}", membership.group);
+        let value = Claim::new(&membership.group, &membership.place, epoch).encode();
+        let lane = self.lane_of_share(share);
+        let topic = self.routes[lane.index()].topic;
+        if let Some(why) = &self.spoiled {
+            return Err(why.clone());
+        }
+        if !self.topics[topic].exists {
+            let why_not = self.topics[topic].why_not.clone();
+            return Err(
+                why_not.unwrap_or_else(|| "Kafka has not said yet whether the topic exists".to_owned())
+            );
+        }
+        let sent = Box::new(Sent::Claim {
+            share: share.clone(),
             epoch,
-            offset: None,
         });
+        let message = BaseRecord::with_opaque_to(&share.topic, sent)
+            .partition(share.partition)
+            .key(key.as_str())
+            .payload(value.as_slice());
+        self.producer
+            .send(message)
+            .map_err(|(error, _)| error.to_string())?;
+        self.outbox.claim(lane, epoch);
+        self.claims_in_flight += 1;
+        self.note_sent(topic);
+        Ok(())
     }
 
     /// The records of these shares that came back may be stored. Only a new claim shows which ones are.

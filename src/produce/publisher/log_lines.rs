@@ -44,7 +44,7 @@ impl Worker {
             reason.clone()
         } else {
             let mut topics = self.topics.iter().enumerate();
-            let missing = topics.find(|(index, topic)| !topic.exists && !self.is_for_copies(*index));
+            let missing = topics.find(|(index, topic)| topic.is_awaited() && !self.is_for_copies(*index));
             let Some((_, topic)) = missing else {
                 return Ok(());
             };
@@ -89,8 +89,10 @@ impl Worker {
             .collect();
         for (index, topic) in self.topics.iter_mut().enumerate() {
             let (name, kept) = (&topic.name, kept[index]);
-            let Some(why_not) = &topic.why_not else {
-                if let Some(lasted) = topic.missing.end(now) {
+            let Some(why_not) = topic.why_not.as_ref().filter(|_| topic.is_used) else {
+                if let Some(lasted) = topic.missing.end(now)
+                    && topic.is_used
+                {
                     log::info!("the topic {name} exists now, after {} s", lasted.as_secs());
                 }
                 continue;

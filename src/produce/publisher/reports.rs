@@ -56,11 +56,11 @@ impl Worker {
                 let offset = match report.outcome {
                     Ok(offset) => {
                         self.topic_takes(topic);
-                        Some(offset)
+                        Ok(offset)
                     }
                     Err(error) => {
                         self.blame(topic, SendFailure::of(&error));
-                        None
+                        Err(error.to_string())
                     }
                 };
                 self.tell_shares(Event::Claimed { share, epoch, offset });

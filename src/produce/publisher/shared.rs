@@ -58,6 +58,8 @@ pub enum Letter {
         now: i64,
         open_since: HashMap<Share, i64>,
     },
+    /// The topics of the group's hosts. They are asked for at once, and missing ones are logged and waited for.
+    Topics(Vec<String>),
     /// Keep the records of this share for now.
     Hold(Share),
     /// Append a claim. The answer is [`Event::Claimed`].

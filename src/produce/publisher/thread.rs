@@ -9,7 +9,7 @@ use rdkafka::producer::BaseRecord;
 
 use super::client::{SendFailure, Sent, SentRecord, client_config, new_producer};
 use super::shared::{Inbox, Letter, Membership, Record, Shared, Unacknowledged};
-use super::worker::{LOOK_EVERY, LOOK_EVERY_IDLE, Route, Worker};
+use super::worker::{LOOK_EVERY, LOOK_EVERY_IDLE, Route, Topic, Worker};
 use crate::check::target::Target;
 use crate::clock::{instant_now, wall_micros};
 use crate::config::KafkaConfig;
@@ -89,7 +89,7 @@ impl Worker {
     }
 
     fn is_idle(&self) -> bool {
-        self.outbox.is_idle() && self.topics.iter().all(|topic| topic.exists)
+        self.outbox.is_idle() && !self.topics.iter().any(Topic::is_awaited)
     }
 
     /// The new letters, after a pause.
@@ -124,6 +124,7 @@ impl Worker {
                 self.outbox.take(lane, record.tick, record);
             }
             Letter::Mark { now, open_since } => self.mark(now, &open_since),
+            Letter::Topics(names) => self.use_topics(&names),
             Letter::Hold(share) => {
                 let lane = self.lane_of_share(&share);
                 self.outbox.doubt(lane);
@@ -245,13 +246,71 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::channel;
+
     use rdkafka::mocking::MockCluster;
     use rdkafka::producer::Producer;
+    use rdkafka::types::RDKafkaRespErr;
 
     use super::super::shared::Bounds;
     use super::*;
     use crate::config::KafkaSecurity;
     use crate::produce::host_file;
+    use crate::produce::share::Share;
+
+    fn settings_of(cluster: &MockCluster<'_, impl rdkafka::ClientContext>) -> KafkaConfig {
+        KafkaConfig {
+            bootstrap_servers: cluster.bootstrap_servers(),
+            security: KafkaSecurity {
+                tls: None,
+                sasl: None,
+            },
+        }
+    }
+
+    #[test]
+    fn the_first_claim_of_a_topic_that_exists_is_sent_and_a_missing_topic_is_waited_for_while_hosts_have_it()
+    {
+        const BOUND: Duration = Duration::from_secs(60);
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("t", 1, 1).unwrap();
+        cluster.create_topic("other", 1, 1).unwrap();
+        cluster
+            .topic_error("missing", RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART)
+            .unwrap();
+        let shared = Arc::new(Shared::new("t", Bounds::default(), Arc::default()));
+        let (events, heard) = channel();
+        let membership = Membership {
+            group: "eu".to_owned(),
+            place: "eu".to_owned(),
+            events,
+        };
+        let mut worker = Worker::new(shared, &settings_of(&cluster), Some(membership)).unwrap();
+        let topics = ["other", "missing"].map(str::to_owned);
+        worker.take(Letter::Topics(topics.to_vec()));
+        let deadline = instant_now() + BOUND;
+        let missing = |worker: &Worker| {
+            let index = worker.topic_indices["missing"];
+            worker.topics[index].why_not.is_some()
+        };
+        while !missing(&worker) {
+            assert!(instant_now() < deadline, "Kafka says that the topic is missing");
+            worker.looked_for_topics_at = None;
+            worker.look_for_topics();
+        }
+        let share = Share {
+            topic: "other".into(),
+            partition: 0,
+        };
+        worker.take(Letter::Claim { share, epoch: 7 });
+        assert_eq!(worker.claims_in_flight, 1, "{:?}", heard.try_recv());
+        let waits = |worker: &Worker| worker.topics.iter().any(Topic::is_awaited);
+        assert!(waits(&worker));
+        worker.take(Letter::Topics(vec!["other".to_owned()]));
+        assert!(!waits(&worker), "no host has the missing topic");
+        worker.take(Letter::Topics(topics.to_vec()));
+        assert!(waits(&worker));
+    }
 
     #[test]
     fn the_reports_of_all_answered_requests_are_taken_at_once() {
@@ -259,15 +318,8 @@ mod tests {
         const BOUND: Duration = Duration::from_secs(60);
         let cluster = MockCluster::new(1).unwrap();
         cluster.create_topic("t", PARTITIONS, 1).unwrap();
-        let kafka = KafkaConfig {
-            bootstrap_servers: cluster.bootstrap_servers(),
-            security: KafkaSecurity {
-                tls: None,
-                sasl: None,
-            },
-        };
         let shared = Arc::new(Shared::new("t", Bounds::default(), Arc::default()));
-        let mut worker = Worker::new(shared, &kafka, None).unwrap();
+        let mut worker = Worker::new(shared, &settings_of(&cluster), None).unwrap();
         let deadline = instant_now() + BOUND;
         while !worker.is_idle() {
             assert!(instant_now() < deadline, "the topic is there");

@@ -27,10 +27,21 @@ impl Worker {
         self.topics.len() - 1
     }
 
+    /// The topics of the group's hosts.
+    pub(super) fn use_topics(&mut self, names: &[String]) {
+        for name in names {
+            self.topic_index(name);
+        }
+        for index in 0..self.topics.len() {
+            self.topics[index].is_used =
+                names.contains(&self.topics[index].name) || self.is_for_copies(index);
+        }
+    }
+
     /// Asks Kafka for the topics that are not known to exist. A topic whose records are in flight has to wait: the records come
     /// back, and must be sent before later ones.
     pub(super) fn look_for_topics(&mut self) {
-        let missing = |topic: &Topic| !topic.exists && topic.in_flight == 0;
+        let missing = |topic: &Topic| topic.is_awaited() && topic.in_flight == 0;
         let now = instant_now();
         let is_early = |at: Instant| now.duration_since(at) < LOOK_FOR_TOPIC_EVERY;
         if !self.topics.iter().any(missing) || self.looked_for_topics_at.is_some_and(is_early) {

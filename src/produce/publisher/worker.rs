@@ -74,6 +74,8 @@ pub(super) struct Topic {
     pub(super) name: String,
     /// Whether it is known to exist. Its records wait until then.
     pub(super) exists: bool,
+    /// With a group: whether hosts have it.
+    pub(super) is_used: bool,
     /// Why it cannot be used. After Kafka has refused its records, only an acknowledged one resets this.
     pub(super) why_not: Option<String>,
     pub(super) was_refused: bool,
@@ -90,12 +92,17 @@ impl Topic {
         Self {
             name: name.to_owned(),
             exists: false,
+            is_used: true,
             why_not: None,
             was_refused: false,
             in_doubt_since: None,
             in_flight: 0,
             missing: Outage::default(),
         }
+    }
+
+    pub(super) fn is_awaited(&self) -> bool {
+        self.is_used && !self.exists
     }
 
     pub(super) fn mark_missing(&mut self, why: String) {

@@ -30,6 +30,8 @@ pub enum MissedReason {
     NoThread,
     /// The buffer for records that Kafka has not acknowledged was full.
     NoRoom,
+    /// Too many results waited until the earlier missed ticks of their hosts are written.
+    Backlog,
     /// The host left the host file before a thread was free.
     Removed,
     /// The program stopped before the check could begin.
@@ -39,12 +41,13 @@ pub enum MissedReason {
 }
 
 impl MissedReason {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Busy,
         Self::Stalled,
         Self::Unattended,
         Self::NoThread,
         Self::NoRoom,
+        Self::Backlog,
         Self::Removed,
         Self::Stopped,
         Self::CutOff,
@@ -58,6 +61,7 @@ impl MissedReason {
             Self::Unattended => "unattended",
             Self::NoThread => "no_thread",
             Self::NoRoom => "no_room",
+            Self::Backlog => "backlog",
             Self::Removed => "removed",
             Self::Stopped => "stopped",
             Self::CutOff => "cut_off",
@@ -76,6 +80,7 @@ impl MissedReason {
             Self::NoRoom => {
                 "not checked: Kafka had not taken earlier records and the agent's buffer for them was full"
             }
+            Self::Backlog => "not checked: too many results waited for the records of earlier missed ticks",
             Self::Removed => {
                 "not checked: the host left the host file while the check waited for a free thread"
             }

@@ -21,7 +21,7 @@ use crate::check::target::Target;
 use crate::duration::micros;
 use crate::produce::share::Share;
 use host::{BacklogEntry, Host, HostState, Rhythm, max_late};
-pub use host::{BacklogItem, Limits, phase_micros};
+pub use host::{BacklogItem, Limits, is_on_grid, phase_micros};
 pub use missed::{MissedCounts, MissedReason, MissedTick};
 
 /// How many results, over all hosts, may wait until the earlier missed ticks of their host are written. Above this number,
@@ -424,11 +424,12 @@ impl<R> Schedule<R> {
             host.give_up_waiting(&mut self.missed, MissedReason::NoThread);
             let held_up =
                 now - latest > micros(max_late(host.target.interval)) && self.rhythm == Rhythm::Grid;
-            let is_full = !has_room(&host.target) || (self.held >= MAX_HELD && !host.backlog.is_empty());
+            let is_behind = self.held >= MAX_HELD && !host.backlog.is_empty();
             let reason = match host.state {
                 _ if held_up => Some(reason),
                 HostState::UnderWay { .. } => Some(MissedReason::Busy),
-                _ if is_full => Some(MissedReason::NoRoom),
+                _ if !has_room(&host.target) => Some(MissedReason::NoRoom),
+                _ if is_behind => Some(MissedReason::Backlog),
                 _ => None,
             };
             match reason {

@@ -262,7 +262,7 @@ fn when_too_many_results_wait_only_hosts_without_unwritten_records_are_checked()
     assert!(matches!(schedule.next(now + 2 * SECOND, |_| true), Next::Wait(_)));
     let missed = [
         (now + SECOND, Some(MissedReason::Busy)),
-        (now + 2 * SECOND, Some(MissedReason::NoRoom)),
+        (now + 2 * SECOND, Some(MissedReason::Backlog)),
     ];
     assert_eq!(drained(&mut schedule), missed);
 }

@@ -48,11 +48,11 @@ pub enum Event {
     },
     /// The answer to [`Action::Commit`].
     Committed(CommitOutcome),
-    /// The answer to [`Action::Claim`]: the offset of the claim. `None`: it was not appended.
+    /// The answer to [`Action::Claim`]: the offset of the claim, or why it was not appended.
     Claimed {
         share: Share,
         epoch: Epoch,
-        offset: Option<i64>,
+        offset: Result<i64, String>,
     },
     /// How far a share is recorded.
     Progress { share: Share, ledger: Ledger },

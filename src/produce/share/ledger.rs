@@ -1,12 +1,16 @@
 //! The ledger of a share: what its owner leaves for the next one.
 //!
-//! It is the group's committed offset of the partition, with a line of metadata. It is committed after Kafka has acknowledged the
+//! It is the group's committed offset of the partition, with a line of metadata: the version, the numbers of [`Ledger`], and the
+//! AGENT_NAME of the owner. It is committed after Kafka has acknowledged the
 //! records that it covers, so it may lag, but it never leads.
 
 use crate::sample::epoch::Epoch;
 
 /// The version of the metadata.
 const VERSION: &str = "1";
+
+/// The last one is the place, which may contain spaces.
+const WORDS: usize = 6;
 
 /// How far a share is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +32,8 @@ pub struct Ledger {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "its committed offset {offset} has the metadata {metadata:?}, which host-metrics did not write: another program uses this \
-     group, or somebody reset its offsets; set another PRODUCE_GROUP, or delete the offsets of the group"
+     group, or somebody reset its offsets; set another PRODUCE_GROUP, or stop all producers of this one, delete the offsets of \
+     the group, and start them"
 )]
 pub struct NotALedger {
     pub offset: i64,
@@ -36,8 +41,8 @@ pub struct NotALedger {
 }
 
 impl Ledger {
-    /// The metadata to commit with the offset.
-    pub fn metadata(&self) -> String {
+    /// The metadata to commit with the offset. `place` is the owner's AGENT_NAME.
+    pub fn metadata(&self, place: &str) -> String {
         let Self {
             epoch,
             whole_before,
@@ -45,12 +50,17 @@ impl Ledger {
             partitions,
             ..
         } = self;
-        format!("{VERSION} {epoch} {whole_before} {epoch_at_from} {partitions}")
+        format!("{VERSION} {epoch} {whole_before} {epoch_at_from} {partitions} {place}")
+    }
+
+    /// The `place` in the metadata of a ledger.
+    pub fn place_of(metadata: &str) -> Option<&str> {
+        metadata.splitn(WORDS, ' ').nth(WORDS - 1)
     }
 
     pub fn parse(offset: i64, metadata: &str) -> Result<Self, NotALedger> {
         let numbers = || {
-            let mut words = metadata.split(' ');
+            let mut words = metadata.splitn(WORDS, ' ');
             if words.next() != Some(VERSION) {
                 return None;
             }
@@ -62,7 +72,7 @@ impl Ledger {
                 epoch_at_from: number()?,
                 partitions: i32::try_from(number()?).ok().filter(|count| *count > 0)?,
             };
-            words.next().is_none().then_some(ledger)
+            words.next().map(|_| ledger)
         };
         numbers().ok_or_else(|| NotALedger {
             offset,
@@ -84,8 +94,10 @@ mod tests {
             epoch_at_from: 17,
             partitions: 12,
         };
-        assert_eq!(ledger.metadata(), "1 18 1764335293000000 17 12");
-        assert_eq!(Ledger::parse(77, &ledger.metadata()), Ok(ledger));
+        let metadata = ledger.metadata("New York");
+        assert_eq!(metadata, "1 18 1764335293000000 17 12 New York");
+        assert_eq!(Ledger::parse(77, &metadata), Ok(ledger));
+        assert_eq!(Ledger::place_of(&metadata), Some("New York"));
     }
 
     #[test]
@@ -93,13 +105,13 @@ mod tests {
         for metadata in [
             "",
             "1",
-            "2 18 0 0 4",
-            "1 18 0 4",
-            "1 18 0 0 4 0",
-            "1 18 0 0 0",
-            "1 -1 0 0 4",
-            "1 x 0 0 4",
-            "1  0 0 4",
+            "2 18 0 0 4 eu",
+            "1 18 0 4 eu",
+            "1 18 0 0 4",
+            "1 18 0 0 0 eu",
+            "1 -1 0 0 4 eu",
+            "1 x 0 0 4 eu",
+            "1  0 0 4 eu",
         ] {
             let error = Ledger::parse(3, metadata).unwrap_err();
             assert_eq!(error.metadata, metadata);

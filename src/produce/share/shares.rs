@@ -67,12 +67,29 @@ enum Stage {
     },
 }
 
+impl Stage {
+    /// What the share waits for until we own it, in words. `None`: it is not being taken.
+    fn waits_for(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::ToRead | Self::Reading => "for its ledger",
+            Self::WithoutLedger { .. } => "for the end of the partition, because it has no ledger",
+            Self::ToCommitEpoch(_) | Self::CommittingEpoch(_) => "for the commit of its epoch",
+            Self::ToClaim(_) | Self::Claiming(_) => "until Kafka acknowledges its claim",
+            Self::ToCatchUp(..) | Self::CatchingUp(..) => "for the records up to its claim",
+            Self::Shadow | Self::Owned | Self::Releasing { .. } | Self::ToClose { .. } => return None,
+        })
+    }
+}
+
 /// One share at this member.
 #[derive(Clone, Debug)]
 struct Tenure {
     stage: Stage,
     /// The epoch under which we own it or last owned it, as long as we check its hosts.
     epoch: Option<Epoch>,
+    /// The epoch of the last ledger that we committed, as long as nobody else has committed one since we owned the share. All
+    /// claims since then are ours.
+    unrivalled: Option<Epoch>,
     committed: Option<Ledger>,
     /// A later ledger, to be committed next.
     progress: Option<Ledger>,
@@ -86,6 +103,14 @@ impl Tenure {
         self.stage = Stage::ToRead;
         self.progress = None;
         self.not_before = not_before;
+    }
+
+    /// Whether no other producer has owned the share since we last did: there is no later claim, or only our own ones, which were
+    /// followed by another attempt.
+    fn is_unbroken(&self, tail: &Tail) -> bool {
+        self.epoch.is_some_and(|ours| {
+            tail.epoch() == ours || (self.unrivalled.is_some() && tail.written_epoch() <= ours)
+        })
     }
 
     fn is_ours(&self) -> bool {
@@ -117,7 +142,7 @@ impl Shares {
             Event::Ledgers(found) => self.ledgers(now, &found),
             Event::TailRead { share, epoch, tail } => self.tail_read(now, share, epoch, tail),
             Event::Committed(outcome) => self.committed(now, outcome),
-            Event::Claimed { share, epoch, offset } => self.claimed(now, &share, epoch, offset),
+            Event::Claimed { share, epoch, offset } => self.claimed(now, &share, epoch, offset.ok()),
             Event::Progress { share, ledger } => {
                 if let Some(tenure) = self.tenures.get_mut(&share)
                     && tenure.stage == Stage::Owned
@@ -136,7 +161,7 @@ impl Shares {
                 }
             }
             Event::InDoubt(shares) => self.doubt(now, shares),
-            Event::Suspended => self.doubt(now, self.tenures.keys().cloned().collect()),
+            Event::Suspended => self.doubt(now, self.all()),
             Event::Stop { until } => self.stop(until),
         }
     }
@@ -164,15 +189,31 @@ impl Shares {
     /// The number of shares that we own and that nobody wants back, and of those that the group assigned to us.
     pub fn owned_of(&self) -> (usize, usize) {
         let ours = self.tenures.values().filter(|tenure| tenure.is_ours());
-        let owned = ours
-            .clone()
-            .filter(|tenure| tenure.stage == Stage::Owned && tenure.release_at.is_none());
-        (owned.count(), ours.count())
+        (self.owned().count(), ours.count())
+    }
+
+    /// The shares that we own and that nobody wants back.
+    pub fn owned(&self) -> impl Iterator<Item = &Share> {
+        let is_owned = |tenure: &Tenure| tenure.stage == Stage::Owned && tenure.release_at.is_none();
+        let owned = self.tenures.iter().filter(move |(_, tenure)| is_owned(tenure));
+        owned.map(|(share, _)| share)
+    }
+
+    /// The shares that are being taken, each with what it waits for, in words.
+    pub fn untaken(&self) -> impl Iterator<Item = (&Share, &'static str)> {
+        self.tenures
+            .iter()
+            .filter_map(|(share, tenure)| Some((share, tenure.stage.waits_for()?)))
     }
 
     /// Whether [`Action::Leave`] was returned.
     pub fn has_left(&self) -> bool {
         self.has_left
+    }
+
+    /// All shares that this member has or gives back.
+    pub fn all(&self) -> Vec<Share> {
+        self.tenures.keys().cloned().collect()
     }
 
     // What to do next.
@@ -288,6 +329,7 @@ impl Shares {
             self.tenures.entry(share).or_insert(Tenure {
                 stage: Stage::ToRead,
                 epoch: None,
+                unrivalled: None,
                 committed: None,
                 progress: None,
                 not_before: now,
@@ -327,8 +369,7 @@ impl Shares {
 
     fn stop(&mut self, until: i64) {
         self.stops_at = Some(until);
-        let shares: Vec<_> = self.tenures.keys().cloned().collect();
-        for share in &shares {
+        for share in &self.all() {
             let Some(tenure) = self.tenures.get(share) else {
                 continue;
             };
@@ -410,6 +451,13 @@ impl Shares {
             if tenure.stage != Stage::Reading {
                 continue;
             }
+            if let Some(found) = found.get(share) {
+                let epoch = match found {
+                    StoredLedger::Ledger(ledger) => Some(ledger.epoch),
+                    StoredLedger::Missing { .. } => None,
+                };
+                tenure.unrivalled = tenure.unrivalled.filter(|ours| Some(*ours) == epoch);
+            }
             match found.get(share) {
                 Some(StoredLedger::Ledger(ledger)) => {
                     tenure.stage = Stage::ToCommitEpoch(Ledger {
@@ -442,6 +490,7 @@ impl Shares {
             match (tenure.stage.clone(), outcome) {
                 (Stage::CommittingEpoch(with_epoch), CommitOutcome::Done) if with_epoch == ledger => {
                     tenure.stage = Stage::ToClaim(ledger);
+                    tenure.unrivalled = tenure.unrivalled.and(Some(ledger.epoch));
                     tenure.committed = Some(ledger);
                 }
                 (Stage::CommittingEpoch(with_epoch), _) if with_epoch == ledger => {
@@ -515,6 +564,7 @@ impl Shares {
             (Stage::CatchingUp(ledger, claim), tail) if ledger.epoch == epoch => match tail {
                 Some(tail) if tail.epoch() >= epoch => {
                     // Another claim came first, or the ledger was not the latest one. We need a higher epoch.
+                    tenure.unrivalled = None;
                     tenure.stage = Stage::ToCommitEpoch(Ledger {
                         epoch: tail.epoch() + 1,
                         ..*ledger
@@ -525,10 +575,11 @@ impl Shares {
                         share: share.clone(),
                         ledger: *ledger,
                         claim: *claim,
-                        is_unbroken: tenure.epoch == Some(tail.epoch()),
+                        is_unbroken: tenure.is_unbroken(&tail),
                         tail,
                     };
                     tenure.epoch = Some(epoch);
+                    tenure.unrivalled = Some(epoch);
                     tenure.stage = Stage::Owned;
                     self.decided.push_back(Action::Take(takeover));
                     if let Some(until) = self.stops_at {
@@ -588,4 +639,97 @@ impl Shares {
 
 fn start_without_ledger(low: i64, high: i64) -> i64 {
     low.max(high - RECORDS_WITHOUT_LEDGER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::produce::share::tail::Entry;
+
+    const PLACE: &str = "eu";
+
+    fn share() -> Share {
+        Share {
+            topic: "t".into(),
+            partition: 0,
+        }
+    }
+
+    fn ledger(epoch: Epoch) -> Ledger {
+        Ledger {
+            epoch,
+            whole_before: 1,
+            from: 0,
+            epoch_at_from: 0,
+            partitions: 1,
+        }
+    }
+
+    /// Takes the share up to the claim, which the partition has. `found` is the epoch of the ledger.
+    fn claim(shares: &mut Shares, now: i64, found: Epoch) -> Range {
+        let next = |shares: &mut Shares| loop {
+            match shares.next_action(now) {
+                Action::Hold(_) => {}
+                action => return action,
+            }
+        };
+        assert!(matches!(next(shares), Action::ReadLedgers(_)));
+        let ledgers = BTreeMap::from([(share(), StoredLedger::Ledger(ledger(found)))]);
+        shares.handle(now, Event::Ledgers(ledgers));
+        assert!(matches!(next(shares), Action::Commit(_)));
+        shares.handle(now, Event::Committed(CommitOutcome::Done));
+        let Action::Claim { share, epoch } = next(shares) else {
+            panic!("no claim");
+        };
+        let offset = Ok(epoch);
+        shares.handle(now, Event::Claimed { share, epoch, offset });
+        let Action::ReadTail(range) = next(shares) else {
+            panic!("nothing to read");
+        };
+        range
+    }
+
+    /// Our first attempt to take the share anew fails after its claim. The second one finds this epoch in the ledger, and these
+    /// entries before its claim.
+    fn second_attempt(found: Epoch, entries: &[Entry<'_>]) -> Takeover {
+        let mut shares = Shares::default();
+        let mut now = 0;
+        shares.handle(now, Event::Assigned(vec![share()]));
+        let take = |shares: &mut Shares, now: i64, found: Epoch, entries: Option<&[Entry<'_>]>| {
+            let Range { share, epoch, .. } = claim(shares, now, found);
+            let tail = entries.map(|entries| {
+                let mut tail = Tail::new(PLACE, 0);
+                entries.iter().for_each(|entry| tail.read(*entry));
+                tail
+            });
+            shares.handle(now, Event::TailRead { share, epoch, tail });
+            shares.next_action(now)
+        };
+        assert!(matches!(take(&mut shares, now, 1, Some(&[])), Action::Take(_)));
+        shares.handle(now, Event::InDoubt(vec![share()]));
+        assert!(matches!(take(&mut shares, now, 2, None), Action::Wait { .. }));
+        now += RETRY_MICROS;
+        let Action::Take(takeover) = take(&mut shares, now, found, Some(entries)) else {
+            panic!("not taken");
+        };
+        takeover
+    }
+
+    #[test]
+    fn an_attempt_that_failed_after_its_claim_does_not_cost_the_kept_records() {
+        let claim = |epoch| Entry::Claim { place: PLACE, epoch };
+        let record = |epoch| Entry::Result {
+            place: PLACE,
+            epoch: Some(epoch),
+            address: "a",
+            scheduled_at_micros: 1,
+            interval_micros: None,
+        };
+        let is_unbroken = |found, entries: &[Entry<'_>]| second_attempt(found, entries).is_unbroken;
+        let ours = [claim(2), record(2), claim(3)];
+        assert!(is_unbroken(3, &ours));
+        // Somebody else has committed an epoch, or written records.
+        assert!(!is_unbroken(4, &ours));
+        assert!(!is_unbroken(3, &[claim(2), record(2), claim(3), record(3)]));
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::produce::schedule::is_on_grid;
 use crate::produce::share::Share;
 use crate::produce::share::ledger::Ledger;
 use crate::sample;
@@ -20,6 +21,8 @@ pub enum Entry<'a> {
         epoch: Option<Epoch>,
         address: &'a str,
         scheduled_at_micros: i64,
+        /// `None`: the record does not say.
+        interval_micros: Option<i64>,
     },
 }
 
@@ -28,6 +31,8 @@ pub enum Entry<'a> {
 pub struct Tail {
     place: String,
     epochs: Epochs,
+    /// The highest epoch of a valid record that is not a claim.
+    written_epoch: Epoch,
     /// The latest tick with a valid record, for each host.
     latest: HashMap<String, i64>,
     last_tick: i64,
@@ -39,6 +44,7 @@ impl Tail {
         Self {
             place: place.to_owned(),
             epochs: Epochs::of(place, epoch_before),
+            written_epoch: 0,
             latest: HashMap::new(),
             last_tick: 0,
         }
@@ -53,6 +59,9 @@ impl Tail {
                     epoch: sample.epoch,
                     address: &sample.address,
                     scheduled_at_micros: scheduled_at.unix_micros(),
+                    interval_micros: sample
+                        .interval_seconds
+                        .map(|seconds| (seconds * 1e6).round() as i64),
                 });
             }
         } else if let Some(claim) = Claim::decode(value) {
@@ -74,11 +83,21 @@ impl Tail {
                 epoch,
                 address,
                 scheduled_at_micros,
+                interval_micros,
             } if place == self.place => {
-                let counts = epoch.is_none_or(|epoch| self.epochs.admit(place, epoch).is_ok());
+                // Without an epoch it is a record of a producer without the group, which has no gap since its first tick, or one
+                // of `--once`, which says nothing about the ticks before it. The latter is not on the grid.
+                let is_on_grid = || {
+                    interval_micros.is_none_or(|interval| is_on_grid(address, interval, scheduled_at_micros))
+                };
+                let counts = match epoch {
+                    Some(epoch) => self.epochs.admit(place, epoch).is_ok(),
+                    None => is_on_grid(),
+                };
                 if !counts {
                     return;
                 }
+                self.written_epoch = self.written_epoch.max(epoch.unwrap_or_default());
                 self.last_tick = self.last_tick.max(scheduled_at_micros);
                 match self.latest.get_mut(address) {
                     Some(latest) => *latest = scheduled_at_micros.max(*latest),
@@ -92,6 +111,11 @@ impl Tail {
     /// The group's highest epoch so far.
     pub fn epoch(&self) -> Epoch {
         self.epochs.highest(&self.place)
+    }
+
+    /// The highest epoch so far under which a record was written.
+    pub fn written_epoch(&self) -> Epoch {
+        self.written_epoch
     }
 }
 
@@ -125,6 +149,8 @@ impl Takeover {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::produce::schedule::phase_micros;
+    use crate::sample::Timestamp;
 
     fn result(
         place: &str,
@@ -151,6 +177,7 @@ mod tests {
                 epoch,
                 address,
                 scheduled_at_micros,
+                interval_micros: None,
             });
         }
         tail.read(Entry::Claim {
@@ -178,6 +205,26 @@ mod tests {
         assert_eq!(recorded(0), [Some(10), Some(20), Some(15), None]);
         assert_eq!(recorded(16), [Some(15), Some(20), Some(15), Some(15)]);
         assert_eq!(takeover(0).last_tick(), 20);
+    }
+
+    #[test]
+    fn a_run_of_once_says_nothing_about_the_ticks_before_it() {
+        let on_grid = phase_micros("a", 60_000_000);
+        let mut tail = Tail::new("eu", 0);
+        let mut latest = |epoch: &str, tick: i64| {
+            let scheduled_at = Timestamp::from_unix_micros(tick).unwrap();
+            let value = format!(
+                r#"{{"address":"a","is_valid":true,"scheduled_at":"{scheduled_at}","interval_seconds":60,"agent":"eu","epoch":{epoch}}}"#
+            );
+            tail.read_value(value.as_bytes());
+            tail.latest.get("a").copied()
+        };
+        assert_eq!(latest("null", 70_000_000), None);
+        // A producer without the group.
+        assert_eq!(latest("null", on_grid), Some(on_grid));
+        assert_eq!(latest("null", on_grid + 70_000_000), Some(on_grid));
+        // The first tick of a host may be between two of the grid.
+        assert_eq!(latest("1", on_grid + 90_000_000), Some(on_grid + 90_000_000));
     }
 
     #[test]

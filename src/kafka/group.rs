@@ -1,15 +1,116 @@
-//! Whether every partition has an owner in the consumer group.
+//! Whether every partition has an owner in a consumer group.
 //!
 //! A cooperative rebalance takes two rounds. In the first, members give back the partitions that others will get; in the second
 //! these are assigned. If a static member dies between the two and comes back within its session, the broker repeats the first
-//! round's assignment and starts no second round. What was given back then has no owner and is not read until the group changes
-//! again. So every member looks for such partitions.
-//!
-//! Pure: `source` asks Kafka about the group and the topics.
+//! round's assignment and starts no second round. What was given back then has no owner until the group changes again. So every
+//! member looks for such partitions.
 
 use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
 
-use crate::kafka::Named;
+use log::Level;
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
+use rdkafka::error::KafkaResult;
+use rdkafka::groups::GroupMemberInfo;
+
+use super::topics::{Named, look_up_topic};
+
+/// How long Kafka may take for each question about the group. A thread of its own waits, so nothing is delayed.
+const ASK_WITHIN: Duration = Duration::from_secs(3);
+
+/// How often the group is looked at. Two looks in a row have to find the same partitions without an owner.
+const LOOK_EVERY: Duration = Duration::from_secs(15);
+
+/// What a look at the group has found.
+pub struct Found<'a> {
+    pub members: &'a [GroupMemberInfo],
+    /// All partitions of our topics.
+    pub all: BTreeSet<Named>,
+    /// Those that no member has. They need [`adopt`].
+    pub orphans: BTreeSet<Named>,
+}
+
+/// Looks at the group regularly, until the sender is dropped, and reports what it finds while no rebalance is under way. The answer
+/// takes as long as the slowest broker.
+pub fn watch_group<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    group: &str,
+    until: &Receiver<()>,
+    report: impl Fn(Found<'_>),
+) {
+    let mut watch = Watch::default();
+    while until.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+        if let Err(error) = look(consumer, group, &mut watch, &report) {
+            watch.forget();
+            log::debug!("cannot look at the group: {error}");
+        }
+    }
+}
+
+fn look<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    name: &str,
+    watch: &mut Watch,
+    report: impl Fn(Found<'_>),
+) -> KafkaResult<()> {
+    let list = consumer.fetch_group_list(Some(name), ASK_WITHIN)?;
+    let group = list.groups().iter().find(|group| group.name() == name);
+    // A group without members cannot own anything, and a rebalance is about to assign everything.
+    let Some(group) = group.filter(|group| group.state() == "Stable" && !group.members().is_empty()) else {
+        watch.forget();
+        return Ok(());
+    };
+    let mut all = BTreeSet::new();
+    for topic in topics(consumer)? {
+        let partitions = look_up_topic(consumer.client(), &topic, ASK_WITHIN)?.unwrap_or_default();
+        all.extend(
+            partitions
+                .iter()
+                .map(|partition| (topic.clone(), partition.number)),
+        );
+    }
+    let members = group.members();
+    let assignments = members.iter().filter_map(|member| member.assignment());
+    let orphans = watch.look(&all, assignments).unwrap_or_default();
+    report(Found {
+        members,
+        all,
+        orphans,
+    });
+    Ok(())
+}
+
+/// Leaves the group and joins it again, which makes the group assign every partition. A new subscription alone does not, and a
+/// static member that only joins again gets what it had.
+pub fn adopt<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    orphans: &BTreeSet<Named>,
+    level: Level,
+) -> KafkaResult<()> {
+    log::log!(
+        level,
+        "{} are assigned to no member of the group; joining it again, so that they are assigned",
+        names(orphans)
+    );
+    let topics = topics(consumer)?;
+    consumer.unsubscribe();
+    consumer.subscribe(&topics.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// The names of partitions in texts: `topic/number`.
+pub fn names<'a>(partitions: impl IntoIterator<Item = &'a Named>) -> String {
+    let names = partitions
+        .into_iter()
+        .map(|(topic, number)| format!("{topic}/{number}"));
+    names.collect::<Vec<_>>().join(" ")
+}
+
+fn topics<C: ConsumerContext>(consumer: &BaseConsumer<C>) -> KafkaResult<Vec<String>> {
+    let subscription = consumer.subscription()?;
+    let topics = subscription.elements();
+    Ok(topics.iter().map(|topic| topic.topic().to_owned()).collect())
+}
 
 /// Compares each look at the group with the one before.
 #[derive(Debug, Default)]
@@ -30,7 +131,7 @@ impl Watch {
         let mut missing = all.clone();
         for assignment in assignments {
             let owned = partitions_in(assignment)?;
-            missing.retain(|(topic, number)| !owned.contains(&(topic.as_str(), *number)));
+            missing.retain(|partition| !owned.contains(partition));
         }
         let still: BTreeSet<Named> = before.intersection(&missing).cloned().collect();
         if still.is_empty() {
@@ -48,7 +149,7 @@ impl Watch {
 
 /// The partitions in an assignment (Kafka's ConsumerProtocolAssignment.json: a version, then an array of topics, each a string
 /// and an array of int32, all big-endian; the rest is not needed). `None` if it is cut off.
-fn partitions_in(assignment: &[u8]) -> Option<BTreeSet<(&str, i32)>> {
+pub fn partitions_in(assignment: &[u8]) -> Option<BTreeSet<Named>> {
     let mut owned = BTreeSet::new();
     if assignment.is_empty() {
         return Some(owned);
@@ -61,7 +162,7 @@ fn partitions_in(assignment: &[u8]) -> Option<BTreeSet<(&str, i32)>> {
         rest = after;
         let name = std::str::from_utf8(name).ok()?;
         for _ in 0..i32::from_be_bytes(take(&mut rest)?) {
-            owned.insert((name, i32::from_be_bytes(take(&mut rest)?)));
+            owned.insert((name.to_owned(), i32::from_be_bytes(take(&mut rest)?)));
         }
     }
     Some(owned)
