@@ -969,7 +969,7 @@ impl World {
             }
             Letter::Claim(share, epoch) => {
                 let lane = lane_of(outbox, &share);
-                assert!(!outbox.is_open(lane), "a claim while records go out");
+                // The lane may be open: a slow timer thread passes on later that the share was given up before.
                 outbox.claim(lane, epoch);
                 pipes.entry(share).or_default().push_back(InPipe {
                     sent: Sent::Claim(epoch),
