@@ -4,8 +4,9 @@
 //! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
 use std::collections::BTreeSet;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -74,7 +75,9 @@ pub struct Member {
     /// To the thread that commits.
     commits: Sender<Commit>,
     /// The thread that watches the group ends when this is dropped.
-    _watching: Sender<()>,
+    watching: Sender<()>,
+    /// Both threads also hold the consumer.
+    threads: [JoinHandle<()>; 2],
 }
 
 type Commit = (Vec<(Named, Committed)>, Answer);
@@ -128,20 +131,21 @@ impl Member {
         let consumer = Arc::new(consumer);
         let (commits, requests) = channel::<Commit>();
         let committer = Arc::clone(&consumer);
-        start_thread("commits", move || {
+        let committing = start_thread("commits", move || {
             for (commits, answer) in requests {
                 answer(commit(&committer, &commits));
             }
         })?;
         let (watching, until) = channel();
         let (watched, name) = (Arc::clone(&consumer), group.clone());
-        start_thread("group-watch", move || watch_group(&watched, &name, &until))?;
+        let looking = start_thread("group-watch", move || watch_group(&watched, &name, &until))?;
         let member = Self {
             group,
             config,
             consumer,
             commits,
-            _watching: watching,
+            watching,
+            threads: [committing, looking],
         };
         member.subscribe(topics)?;
         Ok(member)
@@ -159,7 +163,25 @@ impl Member {
         let next = Self::start(self.config.clone(), explainer, self.group.clone(), topics)?;
         let ended = std::mem::replace(self, next);
         // Closing it may take long.
-        start_thread("kafka-close", move || drop(ended))
+        start_thread("kafka-close", move || drop(ended)).map(drop)
+    }
+
+    /// Closes the consumer, which waits until Kafka has answered [`Member::leave`]; otherwise the process may end before the request is
+    /// sent, and the group waits for the end of our session. If Kafka does not answer in time, the threads end with the process.
+    pub fn close(self, within: Duration) {
+        let (closed, is_closed) = channel::<()>();
+        let closing = start_thread("kafka-close", move || {
+            drop((self.commits, self.watching));
+            for thread in self.threads {
+                // A thread that has panicked holds nothing any more.
+                let _ = thread.join();
+            }
+            drop(self.consumer);
+            drop(closed);
+        });
+        if closing.is_err() || is_closed.recv_timeout(within) == Err(RecvTimeoutError::Timeout) {
+            log::debug!("Kafka does not answer; the group was not left properly");
+        }
     }
 
     /// Subscribes to these topics, instead of those before.
@@ -318,12 +340,11 @@ impl Member {
     }
 }
 
-fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
     let thread = std::thread::Builder::new().name(name.into());
     thread
         .spawn(work)
-        .context("cannot start a thread for PRODUCE_GROUP")?;
-    Ok(())
+        .context("cannot start a thread for PRODUCE_GROUP")
 }
 
 fn watch_group(consumer: &BaseConsumer<Context>, group: &str, until: &Receiver<()>) {

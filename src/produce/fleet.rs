@@ -48,6 +48,9 @@ const JOIN_WITHIN: Duration = Duration::from_secs(10);
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
 
+/// How long Kafka's answer to that is waited for.
+const CLOSE_WITHIN: Duration = Duration::from_millis(700);
+
 /// The shortest time from joining the group to joining it again.
 const JOIN_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
@@ -242,6 +245,8 @@ impl Thread {
                 action => self.act(action),
             }
         }
+        self.member.close(CLOSE_WITHIN);
+        (self.orders)(Order::Left);
     }
 
     /// The last owner of a share may have written void records while it was suspended: see `share`.
@@ -517,7 +522,6 @@ impl Thread {
                     // Nothing that comes now matters.
                     let _ = self.heard.recv_timeout(READ_STEP / 5);
                 }
-                (self.orders)(Order::Left);
             }
             Action::Wait { .. } => {}
         }
