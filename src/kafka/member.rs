@@ -162,6 +162,8 @@ impl Member {
         let explainer = self.consumer.context().explainer.clone();
         let next = Self::start(self.config.clone(), explainer, self.group.clone(), topics)?;
         let ended = std::mem::replace(self, next);
+        // Closing it waits for the answers to all revocations.
+        ended.answer_revocations();
         // Closing it may take long.
         start_thread("kafka-close", move || drop(ended)).map(drop)
     }
@@ -231,11 +233,21 @@ impl Member {
 
     /// Leaves the group, even as a static member.
     pub fn leave(&self) {
-        self.heard().is_leaving = true;
-        if std::mem::take(&mut self.heard().owes) {
+        self.answer_revocations();
+        self.consumer.unsubscribe();
+    }
+
+    /// Answers every revocation at once from now on, and those that wait for an answer.
+    fn answer_revocations(&self) {
+        let mut heard = self.heard();
+        heard.is_leaving = true;
+        heard.is_committing = false;
+        let is_lost = std::mem::take(&mut heard.has_to_forget);
+        let is_waiting = std::mem::take(&mut heard.owes) || is_lost;
+        drop(heard);
+        if is_waiting {
             self.give_back();
         }
-        self.consumer.unsubscribe();
     }
 
     /// Whether the group has no other member. If Kafka does not answer in time, it may have one.

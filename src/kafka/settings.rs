@@ -27,6 +27,9 @@ impl KafkaConfig {
             ("security.protocol", protocol.to_owned()),
             // The kernel then notices that the path to the broker silently drops packets.
             ("socket.keepalive.enable", "true".to_owned()),
+            // librdkafka would wait up to 10 s, longer than a producer's session, so that it would lose its shares.
+            ("reconnect.backoff.ms", "100".to_owned()),
+            ("reconnect.backoff.max.ms", "1000".to_owned()),
             // If the name of a server has several addresses, try all of them.
             ("client.dns.lookup", "use_all_dns_ips".to_owned()),
         ];

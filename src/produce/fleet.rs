@@ -38,9 +38,9 @@ const READ_WITHIN: Duration = Duration::from_secs(30);
 /// a share without being noticed.
 const SUSPENDED_MICROS: i64 = 5_000_000;
 
-/// How long the thread asks for ledgers before it asks again for the group's decisions. The last questions may take 4 s more, and
+/// How long the thread asks for ledgers before it asks again for the group's decisions. The last questions may take 4.5 s more, and
 /// all of it has to be shorter than [`SUSPENDED_MICROS`].
-const ASK_FOR: Duration = Duration::from_millis(900);
+const ASK_FOR: Duration = Duration::from_millis(400);
 
 /// Joining a group takes a few seconds, and up to a session longer after a kill. A longer wait is logged.
 const JOIN_WITHIN: Duration = Duration::from_secs(10);
@@ -577,10 +577,13 @@ impl Thread {
                         }
                         Err(why) => foreign = Some(format!("share={share} cannot be taken: {why}")),
                     },
-                    Some(None) if instant_now() < until => match self.without_ledger(share) {
-                        Ok(missing) => drop(found.insert(share.clone(), missing)),
-                        Err(why) => self.failure = Some(format!("share={share} {why}")),
-                    },
+                    // The first one is asked for in any case, so that a slow Kafka does not prevent it for ever.
+                    Some(None) if found.is_empty() || instant_now() < until => {
+                        match self.without_ledger(share) {
+                            Ok(missing) => drop(found.insert(share.clone(), missing)),
+                            Err(why) => self.failure = Some(format!("share={share} {why}")),
+                        }
+                    }
                     _ => {}
                 }
             }

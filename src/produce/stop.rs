@@ -16,7 +16,7 @@ const CHECKS_END_WITHIN: Duration = Duration::from_secs(6);
 
 /// With PRODUCE_GROUP: shares that are not given back this long after the signal are abandoned. Leaving the group takes less than
 /// the time from then to [`DELIVER_WITHIN`].
-const GIVE_BACK_WITHIN: Duration = Duration::from_millis(7_000);
+const GIVE_BACK_WITHIN: Duration = Duration::from_millis(6_700);
 
 /// Records that Kafka has not acknowledged this long after the signal are given up. The rest of [`STOP_WITHIN`] is for the
 /// end of the process.

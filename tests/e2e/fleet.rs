@@ -79,6 +79,13 @@ impl Fleet {
         }
     }
 
+    /// Appends a void claim to each partition, so that a producer that takes it has something to read.
+    pub fn write_void_claims(&self, kafka: &Kafka, partitions: i32) {
+        let claim = Claim::new(&self.group, &self.group, 1).encode();
+        let claims = (0..partitions).map(|number| (number, None, Some(claim.clone())));
+        kafka.write(&self.topic, claims);
+    }
+
     pub fn start(&self) -> Agent {
         self.start_with(&self.variables)
     }

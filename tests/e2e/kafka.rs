@@ -13,6 +13,7 @@ use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicRe
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::{KafkaResult, RDKafkaErrorCode};
+use rdkafka::groups::GroupList;
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
@@ -225,8 +226,8 @@ impl Kafka {
         self.wait_for_partitions(name, partitions);
     }
 
-    /// On a busy machine the broker's heartbeats may be late. The controller then fences it and has no broker for a topic.
-    /// Only this error is temporary.
+    /// On a busy machine the broker's heartbeats may be late. The controller then fences it and has no broker for a topic. Just
+    /// after a crash the controller may not answer yet.
     fn create_when_unfenced(&self, topic: &NewTopic<'_>, options: &AdminOptions) {
         let results = wait_for(
             START_WITHIN,
@@ -235,10 +236,18 @@ impl Kafka {
                 let create = self.administer_with(options, async |admin, options| {
                     admin.create_topics([topic], options).await
                 });
-                let is_fenced = |result: &TopicResult| {
-                    matches!(result, Err((_, RDKafkaErrorCode::InvalidReplicationFactor)))
+                let is_temporary = |result: &TopicResult| {
+                    matches!(
+                        result,
+                        Err((
+                            _,
+                            RDKafkaErrorCode::InvalidReplicationFactor
+                                | RDKafkaErrorCode::RequestTimedOut
+                                | RDKafkaErrorCode::NotController
+                        ))
+                    )
                 };
-                (!create.iter().any(is_fenced)).then_some(create)
+                create.ok().filter(|results| !results.iter().any(is_temporary))
             },
             || self.log(),
         );
@@ -300,37 +309,45 @@ impl Kafka {
 
     /// The members of a group, by their member IDs.
     pub fn members(&self, group: &str) -> BTreeSet<String> {
-        let client: BaseConsumer = self.client().create().unwrap();
-        let list = client.fetch_group_list(Some(group), REQUEST_WITHIN).unwrap();
+        let list = self.groups(group);
         let members = list.groups().iter().flat_map(|group| group.members());
         members.map(|member| member.id().to_owned()).collect()
     }
 
     /// Whether no rebalance of the group is under way.
     pub fn group_is_stable(&self, group: &str) -> bool {
-        let client: BaseConsumer = self.client().create().unwrap();
-        let list = client.fetch_group_list(Some(group), REQUEST_WITHIN).unwrap();
+        let list = self.groups(group);
         list.groups().iter().all(|group| group.state() == "Stable")
+    }
+
+    fn groups(&self, group: &str) -> GroupList {
+        let client: BaseConsumer = self.client().create().unwrap();
+        wait_for(
+            START_WITHIN,
+            "the group's members",
+            || client.fetch_group_list(Some(group), REQUEST_WITHIN).ok(),
+            || self.log(),
+        )
     }
 
     fn administer<T>(
         &self,
         request: impl AsyncFnOnce(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<T>,
     ) -> T {
-        self.administer_with(&admin_options(), request)
+        self.administer_with(&admin_options(), request).unwrap()
     }
 
     fn administer_with<T>(
         &self,
         options: &AdminOptions,
         request: impl AsyncFnOnce(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<T>,
-    ) -> T {
+    ) -> KafkaResult<T> {
         let admin = self.client().create().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(request(&admin, options)).unwrap()
+        runtime.block_on(request(&admin, options))
     }
 
     /// A created or deleted topic may not be known everywhere in the broker yet.
@@ -427,15 +444,18 @@ impl Kafka {
         consumer.assign(&assignment).unwrap();
         let mut records = Vec::new();
         while missing > 0 {
-            let record = match consumer.poll(REQUEST_WITHIN).expect("a record in time") {
+            match consumer.poll(START_WITHIN).expect("a record in time") {
                 // On a busy machine a connection may end; librdkafka makes another one.
-                Err(error) if error.rdkafka_error_code() == Some(RDKafkaErrorCode::AllBrokersDown) => {
-                    continue;
+                Err(error)
+                    if matches!(
+                        error.rdkafka_error_code(),
+                        Some(RDKafkaErrorCode::AllBrokersDown | RDKafkaErrorCode::BrokerTransportFailure)
+                    ) => {}
+                record => {
+                    records.push(Record::from(&record.unwrap()));
+                    missing -= 1;
                 }
-                record => record.unwrap(),
-            };
-            records.push(Record::from(&record));
-            missing -= 1;
+            }
         }
         records.sort();
         records
@@ -460,7 +480,12 @@ impl Kafka {
     }
 
     fn partitions(&self, consumer: &BaseConsumer, topic: &str) -> Vec<i32> {
-        let metadata = consumer.fetch_metadata(Some(topic), REQUEST_WITHIN).unwrap();
+        let metadata = wait_for(
+            START_WITHIN,
+            "the topic's partitions",
+            || consumer.fetch_metadata(Some(topic), REQUEST_WITHIN).ok(),
+            || self.log(),
+        );
         let mut numbers: Vec<i32> = metadata.topics()[0]
             .partitions()
             .iter()

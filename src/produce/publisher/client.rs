@@ -41,8 +41,6 @@ pub(super) fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig
             "queue.buffering.max.kbytes",
             (bounds.bytes / 512 + 1_024).to_string(),
         )
-        .set("reconnect.backoff.ms", "100")
-        .set("reconnect.backoff.max.ms", "2000")
         .set("retry.backoff.ms", "100")
         .set("retry.backoff.max.ms", "1000")
         .set("request.timeout.ms", "10000")
