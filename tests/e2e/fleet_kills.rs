@@ -13,6 +13,7 @@ use crate::agent::{Agent, Variables, run};
 use crate::database::{Database, server};
 use crate::faults::{Proxy, signal, with_clock};
 use crate::fleet::{Fleet, GROUP, HOSTS, PARTITIONS, SECOND, WITHIN, now_micros, wait_until};
+use crate::fleet_members::metrics;
 use crate::kafka::{Kafka, Listener};
 use crate::kills::number;
 use crate::scratch::{now, wait_for};
@@ -72,7 +73,11 @@ fn each_tick_counts_once_although_producers_and_broker_are_killed_and_frozen_at_
     let fleet = Fleet::of(&kafka, "fleet_kills", GROUP, PARTITIONS, HOSTS);
     let mut db = Database::new();
     let (consumer, variables) = consume(&kafka, &fleet.topic, &db);
-    let start = |index: usize| fleet.start_with(&with_clock(&fleet.variables, CLOCKS_AHEAD[index]));
+    let metrics = [metrics(), metrics(), metrics()];
+    let start = |index: usize| {
+        let variables = fleet.variables.and(&metrics[index]);
+        fleet.start_with(&with_clock(&variables, CLOCKS_AHEAD[index]))
+    };
     let mut members: Vec<Option<Agent>> = (0..3).map(|index| Some(start(index))).collect();
     fleet.wait_for_ticks_since(&kafka, 0, &members.iter().flatten().collect::<Vec<_>>());
 
@@ -150,18 +155,20 @@ fn each_tick_counts_once_although_producers_and_broker_are_killed_and_frozen_at_
         }
     }
     let members: Vec<Agent> = members.into_iter().flatten().collect();
-    // One that is no member at a stop may end with records that Kafka never acknowledged.
-    wait_for(
-        WITHIN,
-        "all are members",
-        || (kafka.members(GROUP).len() == 3 && kafka.group_is_stable(GROUP)).then_some(()),
-        || members.iter().map(|agent| agent.stderr() + "\n---\n").collect(),
-    );
     fleet.wait_for_ticks_since(
         &kafka,
         now_micros() + 5 * SECOND,
         &members.iter().collect::<Vec<_>>(),
     );
+    // One that is no member at a stop may end with records that Kafka never acknowledged.
+    for metrics in &metrics {
+        wait_for(
+            WITHIN,
+            "it is a member",
+            || (run(&["health"], metrics).0 == 0).then_some(()),
+            || members.iter().map(|agent| agent.stderr() + "\n---\n").collect(),
+        );
+    }
     members.into_iter().for_each(Agent::stop);
     let judged = fleet.judged(&kafka);
     eprintln!("SOAK_SEED={seed} kills {kills:?}, freezes {freezes:?}, {faults:?}");

@@ -6,6 +6,7 @@
 //! that reads a pipe from this process. When this process ends for any reason, the pipe ends too; the guard then stops the
 //! server and removes its directory. (A parent-death signal would require unsafe code, and exists only on Linux.)
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
@@ -13,8 +14,11 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
 
 use anyhow::{Context, bail, ensure};
+
+use crate::lock::lock;
 
 const SUPERUSER: &str = "postgres";
 const DATABASE: &str = "postgres";
@@ -292,11 +296,12 @@ impl Drop for ThrowAwayPostgres {
     }
 }
 
-/// A port of 127.0.0.1 that is free at the moment.
+/// A port of 127.0.0.1 that is free at the moment; a different one each time, because the caller listens on it only later.
 pub fn free_port() -> anyhow::Result<u16> {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     (0..100)
         .map(|_| fastrand::u16(PORTS))
-        .find(|port| !port_is_taken(*port))
+        .find(|port| !port_is_taken(*port) && lock(&GIVEN).insert(*port))
         .context("found no free port on 127.0.0.1 in 100 tries")
 }
 
