@@ -18,7 +18,7 @@ use host_metrics::commands::screen::can_redraw;
 use host_metrics::commands::{self, audit, check, demo, init, page, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
-use host_metrics::produce::host_file::{self, HostFileError, Hosts, OnDisk};
+use host_metrics::produce::host_file::{self, Files, HostFileError, Hosts};
 use host_metrics::produce::hosts::{self, Sources};
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
@@ -126,7 +126,7 @@ fn run_consume(variables: &Variables) -> anyhow::Result<bool> {
 
 fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
     let secrets = config::secrets_dir(variables);
-    let files = OnDisk::new(secrets.as_deref(), Some(Path::new("")));
+    let files = Files::new(secrets.as_deref(), Some(Path::new("")));
     let target = host_file::target_with(&args.address, &args.options, args.regex.as_deref(), &files);
     let (config, target) = both(config::check(variables), target)?;
     start_logging(variables, Servers::NONE)?;
