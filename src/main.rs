@@ -152,7 +152,7 @@ fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<b
         sources.validate_table(&table, secrets.as_deref(), &mut hosts)?;
         (config, hosts)
     } else {
-        let (config, (_, hosts)) = both(config::validate(variables), files)?;
+        let (config, (_, hosts)) = both(config::checks(variables), files)?;
         start_logging(variables, Servers::NONE)?;
         (config, hosts)
     };
@@ -320,7 +320,7 @@ fn run_health(variables: &Variables) -> anyhow::Result<bool> {
 fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<bool> {
     let path = args.host_file.as_deref();
     let hosts = path.map(|path| read_hosts(path, variables)).transpose();
-    let (check, hosts) = both(config::demo(variables), hosts)?;
+    let (check, hosts) = both(config::checks(variables), hosts)?;
     limits::raise_open_files();
     let options = demo::Options {
         check,

@@ -108,16 +108,16 @@ impl Sink for RowsSink {
             Err(fault) => return Err(fault),
         };
         let found = destination::find(session).await?;
-        let destination = destination::destination(session, &found, &self.user)
-            .await
-            .map_err(|fault| match &not_made {
-                Some(why) if fault.kind == Kind::Operator => Fault {
-                    text: format!("{fault} (this user could not create what is missing: {why})"),
-                    ..fault
-                },
-                _ => fault,
-            })?;
-        let layout = destination.layout;
+        let layout =
+            destination::layout(session, &found, &self.user)
+                .await
+                .map_err(|fault| match &not_made {
+                    Some(why) if fault.kind == Kind::Operator => Fault {
+                        text: format!("{fault} (this user could not create what is missing: {why})"),
+                        ..fault
+                    },
+                    _ => fault,
+                })?;
         let not_stored = layout.not_stored();
         if self.logged_not_stored.as_ref() != Some(&not_stored) {
             if !not_stored.is_empty() {
