@@ -24,7 +24,7 @@ use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
 use crate::tables::destination::{self, ExistingObjects};
-use crate::tables::names::{Object, TableName};
+use crate::tables::names::{Object, TableName, quoted};
 use crate::tables::row::{HEADER, Layout, Origin, TRAILER};
 use crate::tables::schema::Day;
 use crate::tables::{days, migrate};
@@ -185,11 +185,7 @@ impl Statements {
         layout: &Layout,
     ) -> Result<Self, tokio_postgres::Error> {
         let rejected = table.quoted(Object::Rejected.suffix());
-        let columns: Vec<String> = layout
-            .column_names()
-            .iter()
-            .map(|name| format!("\"{}\"", name.replace('"', "\"\"")))
-            .collect();
+        let columns: Vec<String> = layout.column_names().iter().map(|name| quoted(name)).collect();
         Ok(Self {
             reject: client
                 .prepare(&format!(

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use crate::postgres::{Fault, Session};
-use crate::tables::names::{Object, TableName};
+use crate::tables::names::{Object, TableName, quoted};
 use crate::tables::row::{Column, Layout};
 use crate::tables::schema::{MARK, SCHEMA_VERSION};
 
@@ -224,9 +224,9 @@ async fn problems_of_other_tables(
 
 fn grant(found: &ExistingObjects, object: Object, rights: &[&str], user: &str) -> String {
     let table = found.table.quoted(object.suffix());
-    let user = user.replace('"', "\"\"");
+    let user = quoted(user);
     format!(
-        "permission denied: GRANT {} ON {table} TO \"{user}\"",
+        "permission denied: GRANT {} ON {table} TO {user}",
         rights.join(", ")
     )
 }

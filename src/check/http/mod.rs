@@ -34,6 +34,7 @@ use crate::check::tls::Trust;
 use crate::clock::instant_now;
 use crate::config::CheckConfig;
 use crate::sample::Outcome;
+use crate::terminal::counted;
 pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
 use body::{BodyEnd, BodyFault, BodyLimits, BrotliDecoders};
 use request::{Request, origin};
@@ -249,8 +250,7 @@ impl Checker {
                     return Ok((response, request.method));
                 }
                 Ok(Some(_)) if followed == target.follow => {
-                    let plural = if followed == 1 { "" } else { "s" };
-                    let text = format!("more than {followed} redirect{plural}");
+                    let text = format!("more than {}", counted(followed, "redirect"));
                     Failure::Redirect(Outcome::TooManyRedirects, text)
                 }
                 Ok(Some(next)) if target.tls_required && next.scheme() != "https" => {
@@ -464,9 +464,8 @@ impl Checker {
         let (expires_at, seconds_left) = self.progress.lock().soonest_expiry?;
         let days = seconds_left.div_euclid(24 * 60 * 60);
         (days < i64::from(wanted)).then(|| {
-            let plural = if days == 1 { "" } else { "s" };
             let left = match days {
-                0.. => format!("in {days} day{plural}"),
+                0.. => format!("in {}", counted(days, "day")),
                 _ => "already".to_owned(),
             };
             let text = format!("a certificate expires {left}, at {expires_at}; cert-days={wanted}");
@@ -549,8 +548,7 @@ fn next_url(from: &Url, headers: &HeaderMap) -> Result<Option<Url>, String> {
 fn after_redirects(followed: u32) -> String {
     match followed {
         0 => String::new(),
-        1 => ", after 1 redirect".into(),
-        _ => format!(", after {followed} redirects"),
+        _ => format!(", after {}", counted(followed, "redirect")),
     }
 }
 
