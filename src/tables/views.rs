@@ -79,3 +79,20 @@ WHERE cert_expires_at IS NOT NULL
 ORDER BY address, cert_seen_at DESC;\n"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::Outcome;
+
+    #[test]
+    fn the_texts_name_exactly_the_outcomes_without_a_check() {
+        for outcome in Outcome::ALL {
+            let is_checked = outcome == Outcome::Ok || outcome.is_failed_check();
+            let word = format!("'{}'", outcome.as_str());
+            for text in [NOT_CHECKED, FAILED, CHECKED] {
+                assert_eq!(text.contains(&word), !is_checked, "{word} in {text}");
+            }
+        }
+    }
+}
