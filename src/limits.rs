@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
+use crate::terminal::counted;
+
 /// Open files that the checks do not use: connections to Kafka, requests for metrics, the program's own files.
 pub const OTHER_FILES: u64 = 64;
 
@@ -141,10 +143,10 @@ impl Need {
             0 => "lower MAX_THREADS".to_owned(),
             fits => format!("set MAX_THREADS={fits}"),
         };
-        let plural = if checks == 1 { "" } else { "s" };
         Some(format!(
-            "{checks} check{plural} at the same time may need {} {what}, but {who} {limit}; {}; raise {knob}, or \
+            "{} at the same time may need {} {what}, but {who} {limit}; {}; raise {knob}, or \
              {lower}",
+            counted(checks, "check"),
             self.count,
             (self.otherwise)(fits),
             what = self.what

@@ -18,7 +18,7 @@ use host_metrics::commands::screen::can_redraw;
 use host_metrics::commands::{self, audit, check, demo, init, page, skip, status, tail, validate};
 use host_metrics::config::{self, Servers, Variables, WrongInput, WrongVariables};
 use host_metrics::http::health::{self, Health};
-use host_metrics::produce::host_file::{self, HostFileError, Hosts, OnDisk};
+use host_metrics::produce::host_file::{self, Files, HostFileError, Hosts};
 use host_metrics::produce::hosts::{self, Sources};
 use host_metrics::produce::{self, Rounds};
 use host_metrics::shutdown::Shutdown;
@@ -126,7 +126,7 @@ fn run_consume(variables: &Variables) -> anyhow::Result<bool> {
 
 fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
     let secrets = config::secrets_dir(variables);
-    let files = OnDisk::new(secrets.as_deref(), Some(Path::new("")));
+    let files = Files::new(secrets.as_deref(), Some(Path::new("")));
     let target = host_file::target_with(&args.address, &args.options, args.regex.as_deref(), &files);
     let (config, target) = both(config::check(variables), target)?;
     start_logging(variables, Servers::NONE)?;
@@ -152,7 +152,7 @@ fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<b
         sources.validate_table(&table, secrets.as_deref(), &mut hosts)?;
         (config, hosts)
     } else {
-        let (config, (_, hosts)) = both(config::validate(variables), files)?;
+        let (config, (_, hosts)) = both(config::checks(variables), files)?;
         start_logging(variables, Servers::NONE)?;
         (config, hosts)
     };
@@ -320,7 +320,7 @@ fn run_health(variables: &Variables) -> anyhow::Result<bool> {
 fn run_demo(args: &cli::Demo, variables: &Variables) -> anyhow::Result<bool> {
     let path = args.host_file.as_deref();
     let hosts = path.map(|path| read_hosts(path, variables)).transpose();
-    let (check, hosts) = both(config::demo(variables), hosts)?;
+    let (check, hosts) = both(config::checks(variables), hosts)?;
     limits::raise_open_files();
     let options = demo::Options {
         check,

@@ -84,11 +84,6 @@ impl Names {
         }))
     }
 
-    /// Uses the system's resolver: the hosts file, DNS and what else is configured.
-    pub fn of_the_system(max_threads: usize) -> Self {
-        Self::new(Box::new(getaddrinfo), max_threads)
-    }
-
     pub fn resolve(
         &self,
         name: &str,
@@ -288,7 +283,7 @@ fn is_of(family: Option<IpFamily>, ip: IpAddr) -> bool {
     }
 }
 
-fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> {
+pub(in crate::check) fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> {
     let hints = AddrInfoHints {
         socktype: SockType::Stream.into(),
         address: match family {

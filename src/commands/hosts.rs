@@ -11,7 +11,7 @@ use tokio_postgres::types::ToSql;
 use crate::cli::HostsAdd;
 use crate::config::{DatabaseConfig, WrongInput};
 use crate::postgres::{self, Bounds, Fault, Session};
-use crate::produce::host_file::{self, OnDisk};
+use crate::produce::host_file::{self, Files};
 use crate::produce::hosts::rows::HostRow;
 use crate::tables::names::Object;
 use crate::terminal::{columns, plain};
@@ -36,7 +36,7 @@ impl NewHost {
             regex: args.regex.clone().unwrap_or_default(),
         };
         let line = row.line().map_err(WrongInput)?;
-        host_file::parse_with("host", line.as_bytes(), &OnDisk::new(secrets, None))
+        host_file::parse_with("host", line.as_bytes(), &Files::new(secrets, None))
             .map_err(|error| WrongInput(error.0))?;
         Ok(Self {
             row,

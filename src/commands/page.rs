@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -159,17 +160,13 @@ fn write_files(files: &Files, directory: &Path) -> anyhow::Result<()> {
             fs::create_dir_all(parent)?;
             let mut temporary = tempfile::Builder::new().prefix(".page-").tempfile_in(parent)?;
             std::io::Write::write_all(&mut temporary, &file.body)?;
-            make_readable(temporary.as_file())?;
+            // The web server, which is another user, reads the file. Only its owner may read a temporary file.
+            let mode = fs::Permissions::from_mode(0o644);
+            temporary.as_file().set_permissions(mode)?;
             temporary.persist(&path)?;
             Ok(())
         };
         write().with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
-}
-
-/// Lets the web server, which is another user, read the file. Only its owner may read a temporary file.
-fn make_readable(file: &fs::File) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(fs::Permissions::from_mode(0o644))
 }

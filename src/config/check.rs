@@ -45,9 +45,14 @@ pub struct CheckConfig {
 /// `is_one`: for a single check, where MAX_THREADS has no meaning.
 pub(super) fn checks(reader: &mut Reader<'_>, is_one: bool) -> CheckConfig {
     CheckConfig {
-        timeout: timeout(reader),
-        max_threads: if is_one { 1 } else { max_threads(reader) },
-        max_body_bytes: max_body_bytes(reader),
+        timeout: reader
+            .duration("CHECK_TIMEOUT", TIMEOUTS, "10s")
+            .unwrap_or(DEFAULT_TIMEOUT),
+        max_threads: match is_one {
+            true => 1,
+            false => reader.number("MAX_THREADS", THREADS, DEFAULT_MAX_THREADS),
+        },
+        max_body_bytes: reader.number("MAX_BODY_BYTES", BODY_BYTES, 1 << 20),
         user_agent: user_agent(reader),
         ca_file: reader.pem_file("CHECK_CA_FILE", PemKind::Certificate),
         secrets_dir: secrets_dir(reader),
@@ -96,20 +101,6 @@ pub(super) fn references(reader: &mut Reader<'_>) -> References {
     reader
         .read("REFERENCE_HOSTS", expected, hosts)
         .unwrap_or(References::Gateways)
-}
-
-pub(super) fn timeout(reader: &mut Reader<'_>) -> Duration {
-    reader
-        .duration("CHECK_TIMEOUT", TIMEOUTS, "10s")
-        .unwrap_or(DEFAULT_TIMEOUT)
-}
-
-pub(super) fn max_threads(reader: &mut Reader<'_>) -> usize {
-    reader.number("MAX_THREADS", THREADS, DEFAULT_MAX_THREADS)
-}
-
-pub(super) fn max_body_bytes(reader: &mut Reader<'_>) -> u64 {
-    reader.number("MAX_BODY_BYTES", BODY_BYTES, 1 << 20)
 }
 
 fn user_agent(reader: &mut Reader<'_>) -> String {

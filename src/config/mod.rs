@@ -254,12 +254,8 @@ pub fn check(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, true))
 }
 
-/// The configuration of the checks of `demo`, which has its own servers.
-pub fn demo(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
-    read(variables, |reader| check::checks(reader, false))
-}
-
-pub fn validate(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
+/// The configuration of the checks of `validate`, and of `demo`, which has its own servers.
+pub fn checks(variables: &Variables) -> Result<CheckConfig, WrongVariables> {
     read(variables, |reader| check::checks(reader, false))
 }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use tokio_postgres::Statement;
 
 use crate::consume::batch::{Batch, NextOffset, Partition, Position};
-use crate::postgres::{Fault, Kind, Session};
+use crate::postgres::{Fault, Session};
 use crate::sample::epoch::Epochs;
 use crate::tables::names::Object;
 
@@ -181,12 +181,7 @@ fn not_epochs(topic: &str, partition: i32, error: &serde_json::Error) -> Fault {
 
 /// Adds the table's quoted name to an error that no record can have caused, because none was sent yet.
 pub(super) fn not_a_rows(fault: Fault, name: &str, grant: &str) -> Fault {
-    let fault = fault.with_grant(&format!("GRANT {grant} ON {name} to this user"));
-    let text = format!("{name}: {}", fault.text);
-    let kind = if fault.kind == Kind::Refused {
-        Kind::Operator
-    } else {
-        fault.kind
-    };
-    Fault { kind, text, ..fault }
+    fault
+        .with_grant(&format!("GRANT {grant} ON {name} to this user"))
+        .at(name)
 }

@@ -24,7 +24,7 @@ use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
 use crate::tables::destination::{self, ExistingObjects};
-use crate::tables::names::{Object, TableName};
+use crate::tables::names::{Object, TableName, quoted};
 use crate::tables::row::{HEADER, Layout, Origin, TRAILER};
 use crate::tables::schema::Day;
 use crate::tables::{days, migrate};
@@ -108,16 +108,16 @@ impl Sink for RowsSink {
             Err(fault) => return Err(fault),
         };
         let found = destination::find(session).await?;
-        let destination = destination::destination(session, &found, &self.user)
-            .await
-            .map_err(|fault| match &not_made {
-                Some(why) if fault.kind == Kind::Operator => Fault {
-                    text: format!("{fault} (this user could not create what is missing: {why})"),
-                    ..fault
-                },
-                _ => fault,
-            })?;
-        let layout = destination.layout;
+        let layout =
+            destination::layout(session, &found, &self.user)
+                .await
+                .map_err(|fault| match &not_made {
+                    Some(why) if fault.kind == Kind::Operator => Fault {
+                        text: format!("{fault} (this user could not create what is missing: {why})"),
+                        ..fault
+                    },
+                    _ => fault,
+                })?;
         let not_stored = layout.not_stored();
         if self.logged_not_stored.as_ref() != Some(&not_stored) {
             if !not_stored.is_empty() {
@@ -185,11 +185,7 @@ impl Statements {
         layout: &Layout,
     ) -> Result<Self, tokio_postgres::Error> {
         let rejected = table.quoted(Object::Rejected.suffix());
-        let columns: Vec<String> = layout
-            .column_names()
-            .iter()
-            .map(|name| format!("\"{}\"", name.replace('"', "\"\"")))
-            .collect();
+        let columns: Vec<String> = layout.column_names().iter().map(|name| quoted(name)).collect();
         Ok(Self {
             reject: client
                 .prepare(&format!(

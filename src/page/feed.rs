@@ -41,7 +41,7 @@ pub fn render(view: &View<'_>) -> String {
                         href={ "incidents/" (words::month_key(incident.started_at)) "/#" (incidents::anchor(incident)) } {}
                     summary {
                         (words::outcome(&incident.outcome)) "; "
-                        (words::counted(incident.checks, "check", "checks")) " failed"
+                        (words::counted(incident.checks, "check")) " failed"
                         @if let Some(places) = incidents::places(incident) { ", seen from " (places) }
                         "."
                         @if let Some(error) = &incident.last_error { " " (view.error(error, &incident.address)) }

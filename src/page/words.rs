@@ -5,6 +5,7 @@
 use time::OffsetDateTime;
 
 use crate::page::snapshot::{Counts, SECOND, State};
+use crate::terminal;
 
 /// A time as it is written in HTML and JSON: RFC 3339 with whole seconds.
 pub fn machine_time(micros: i64) -> String {
@@ -84,8 +85,8 @@ pub fn number(number: i64) -> String {
 }
 
 /// `1 check`, `43,180 checks`
-pub fn counted(count: i64, one: &str, many: &str) -> String {
-    format!("{} {}", number(count), if count == 1 { one } else { many })
+pub fn counted(count: i64, what: &str) -> String {
+    terminal::counted(number(count), what)
 }
 
 /// `99.95 %`, cut and not rounded, so that it is 100 only if no check failed. `None` without a check.
@@ -108,7 +109,7 @@ fn of_hundredths(hundredths: i128) -> String {
 
 /// The checks that a share refers to: `of 43,180 checks, 21 not made`.
 pub fn of_checks(counts: Counts) -> String {
-    let checks = counted(counts.checks(), "check", "checks");
+    let checks = counted(counts.checks(), "check");
     let of = if counts.checks() == 0 {
         "no checks".to_owned()
     } else {
@@ -126,7 +127,7 @@ pub fn of_a_day(starts_at: i64, is: State, counts: Counts) -> String {
         State::Slow => (counts.slow, "were slow"),
         _ => (counts.failed, "failed"),
     };
-    let checks = counted(counts.checks(), "check", "checks");
+    let checks = counted(counts.checks(), "check");
     format!(
         "{}: {}, {} of {checks} {what}",
         date(starts_at),
@@ -355,7 +356,7 @@ mod tests {
     fn numbers_and_lists_are_readable() {
         let shown = [0, 999, 1_000, 43_180, -1_234_567].map(number);
         assert_eq!(shown, ["0", "999", "1,000", "43,180", "-1,234,567"]);
-        assert_eq!(counted(1, "check", "checks"), "1 check");
+        assert_eq!(counted(1, "check"), "1 check");
         assert_eq!(list(&["a", "b"], 2), "a, b");
         assert_eq!(list(&["a", "b", "c", "d"], 2), "a, b and 2 more");
     }

@@ -29,22 +29,30 @@ pub struct Fault {
 impl Fault {
     /// An error to wait out.
     pub fn passing(text: impl Into<String>) -> Self {
+        Self::new(Kind::Passing, text)
+    }
+
+    /// An error for the operator.
+    pub fn operator(text: impl Into<String>) -> Self {
+        Self::new(Kind::Operator, text)
+    }
+
+    fn new(kind: Kind, text: impl Into<String>) -> Self {
         Self {
-            kind: Kind::Passing,
+            kind,
             text: text.into(),
             code: None,
             context: None,
         }
     }
 
-    /// An error for the operator.
-    pub fn operator(text: impl Into<String>) -> Self {
-        Self {
-            kind: Kind::Operator,
-            text: text.into(),
-            code: None,
-            context: None,
+    /// Adds where it occurred. Nothing was written there yet, so what was refused is for the operator.
+    pub fn at(mut self, place: &str) -> Self {
+        if self.kind == Kind::Refused {
+            self.kind = Kind::Operator;
         }
+        self.text = format!("{place}: {}", self.text);
+        self
     }
 
     /// Adds the GRANT to run, if the error is a missing privilege.
@@ -59,12 +67,7 @@ impl Fault {
 impl From<tokio_postgres::Error> for Fault {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(db) = error.as_db_error() else {
-            return Self {
-                kind: kind_of_client_error(&error),
-                text: chain(&error),
-                code: None,
-                context: None,
-            };
+            return Self::new(kind_of_client_error(&error), chain(&error));
         };
         let mut text = format!("{} (SQLSTATE {})", db.message(), db.code().code());
         // A DETAIL can repeat the whole row ("Failing row contains …"); its beginning is enough to recognise the row.

@@ -115,16 +115,7 @@ impl Session {
     /// is wrong.
     pub async fn open(config: &DatabaseConfig, bounds: Bounds) -> Result<Self, Fault> {
         let place = format!("Postgres at {}:{}", config.host, config.port);
-        // Nothing was written yet, so a refusal concerns the login or a setting.
-        let named = |fault: Fault| Fault {
-            kind: if fault.kind == Kind::Refused {
-                Kind::Operator
-            } else {
-                fault.kind
-            },
-            text: format!("{place}: {}", fault.text),
-            ..fault
-        };
+        let named = |fault: Fault| fault.at(&place);
         let (client, driver) = bounded("connecting", bounds.connect, connect(config, &bounds))
             .await
             .map_err(named)?;

@@ -26,42 +26,37 @@ pub(super) struct CheckResult {
 
 impl CheckResult {
     pub(super) fn of(done: Done, ended_at_micros: i64, agent_name: &str) -> Self {
-        let Done {
-            tick,
-            started_at_micros,
-            observation,
-        } = done;
+        let took = ended_at_micros - done.started_at_micros;
+        let timing = Timing {
+            late_micros: done.started_at_micros - done.tick.scheduled_at_micros,
+            took: Duration::from_micros(u64::try_from(took).unwrap_or(0)),
+            phases: done.observation.phases,
+        };
+        let started_at = Some(done.started_at_micros);
+        Self::new(done.tick, done.observation, started_at, Some(timing), agent_name)
+    }
+
+    pub(super) fn not_begun(tick: Tick, failed: Observation, agent_name: &str) -> Self {
+        Self::new(tick, failed, None, None, agent_name)
+    }
+
+    fn new(
+        tick: Tick,
+        observation: Observation,
+        started_at_micros: Option<i64>,
+        timing: Option<Timing>,
+        agent_name: &str,
+    ) -> Self {
         Self {
             outcome: observation.outcome,
             agent_error: agent_error(&observation),
-            timing: Some(Timing {
-                late_micros: started_at_micros - tick.scheduled_at_micros,
-                took: Duration::from_micros(u64::try_from(ended_at_micros - started_at_micros).unwrap_or(0)),
-                phases: observation.phases,
-            }),
+            timing,
             record: record(
                 &tick.target,
                 tick.share.clone(),
                 observation,
                 tick.scheduled_at_micros,
-                Some(started_at_micros),
-                agent_name,
-            ),
-            tick,
-        }
-    }
-
-    pub(super) fn not_begun(tick: Tick, failed: Observation, agent_name: &str) -> Self {
-        Self {
-            outcome: failed.outcome,
-            agent_error: agent_error(&failed),
-            timing: None,
-            record: record(
-                &tick.target,
-                tick.share.clone(),
-                failed,
-                tick.scheduled_at_micros,
-                None,
+                started_at_micros,
                 agent_name,
             ),
             tick,

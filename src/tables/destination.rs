@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use crate::postgres::{Fault, Session};
-use crate::tables::names::{Object, TableName};
+use crate::tables::names::{Object, TableName, quoted};
 use crate::tables::row::{Column, Layout};
 use crate::tables::schema::{MARK, SCHEMA_VERSION};
 
@@ -141,23 +141,12 @@ pub(super) async fn owner(
         .await
 }
 
-/// The table that `consume` writes to.
-pub struct Destination {
-    pub layout: Layout,
-    /// Whether `consume` maintains its partitions: host-metrics created it partitioned.
-    pub is_ours: bool,
-}
-
-/// Reads columns and rights, and checks that rows can be written.
+/// How rows are written to the table. Reads columns and rights, and checks that rows can be written.
 ///
 /// # Errors
 /// All problems for the operator at once: a column whose type does not fit, a column that must not be null but gets no
 /// value, a view without a trigger, missing rights.
-pub async fn destination(
-    session: &Session,
-    found: &ExistingObjects,
-    user: &str,
-) -> Result<Destination, Fault> {
+pub async fn layout(session: &Session, found: &ExistingObjects, user: &str) -> Result<Layout, Fault> {
     let main = found.table.quoted("");
     let Some(object) = found.get(Object::Main) else {
         return Err(Fault::operator(format!(
@@ -206,10 +195,7 @@ pub async fn destination(
     if !problems.is_empty() {
         return Err(Fault::operator(problems.join("; ")));
     }
-    Ok(Destination {
-        layout,
-        is_ours: found.partitioned_main().is_some(),
-    })
+    Ok(layout)
 }
 
 async fn problems_of_other_tables(
@@ -238,15 +224,15 @@ async fn problems_of_other_tables(
 
 fn grant(found: &ExistingObjects, object: Object, rights: &[&str], user: &str) -> String {
     let table = found.table.quoted(object.suffix());
-    let user = user.replace('"', "\"\"");
+    let user = quoted(user);
     format!(
-        "permission denied: GRANT {} ON {table} TO \"{user}\"",
+        "permission denied: GRANT {} ON {table} TO {user}",
         rights.join(", ")
     )
 }
 
 /// The fields of a record that an existing table has no column for; empty if the table cannot take records at all, which
-/// [`destination`] reports.
+/// [`layout`] reports.
 pub async fn not_stored(session: &Session, found: &ExistingObjects) -> Result<Vec<&'static str>, Fault> {
     let Some(object) = found.get(Object::Main) else {
         return Ok(Vec::new());

@@ -41,10 +41,9 @@ impl TableName {
 
     /// As a quoted SQL identifier with `suffix` appended to the table's name: `"s"."host_metrics_offsets"`.
     pub fn quoted(&self, suffix: &str) -> String {
-        let quote = |part: &str| format!("\"{}\"", part.replace('"', "\"\""));
-        let name = quote(&format!("{}{suffix}", self.name));
+        let name = quoted(&format!("{}{suffix}", self.name));
         match &self.schema {
-            Some(schema) => format!("{}.{name}", quote(schema)),
+            Some(schema) => format!("{}.{name}", quoted(schema)),
             None => name,
         }
     }
@@ -173,6 +172,11 @@ impl Object {
             Self::Certificates => "per host: when the certificate that was seen last expires",
         }
     }
+}
+
+/// `name` as a quoted SQL identifier.
+pub fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// `text` as an SQL string literal, correct for both values of `standard_conforming_strings`.

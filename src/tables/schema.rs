@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use crate::sample::Timestamp;
 use crate::tables::hosts;
-use crate::tables::names::{Object, SEARCH_PATH, TableName, literal};
+use crate::tables::names::{Object, SEARCH_PATH, TableName, literal, quoted};
 use crate::tables::state::{INCIDENTS, ROLLUPS, SERIES};
 use crate::tables::views::{self, HOUR};
 use crate::tables::windows;
@@ -206,7 +206,6 @@ fn with_schema(table: &TableName) -> TableName {
 /// Creates a user without a password, unless it exists, and lets it read the tables of the state.
 pub fn let_read(table: &TableName, reader: &str) -> String {
     let table = with_schema(table);
-    let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
     let (user, schema) = (
         quoted(reader),
         quoted(table.schema.as_deref().unwrap_or_default()),

@@ -31,11 +31,6 @@ pub const FAILED: &str =
 /// A tick with a check. Valid rows are tested first, because most rows are valid and comparing text is slow.
 pub const CHECKED: &str = "(is_valid OR (outcome IN ('missed', 'agent_error', 'agent_offline')) IS NOT TRUE)";
 
-/// [`HOUR`] of `at`, an expression.
-fn hour_of(at: &str) -> String {
-    HOUR.replace("scheduled_at", at)
-}
-
 /// The newest row of each host and place. The state knows its time, so one partition has to be searched. If the row was rejected
 /// or is not written yet, it is the newest one before. Without state it is the newest row of each host; the hosts are then
 /// found by jumping through the index from one address to the next.
@@ -45,7 +40,7 @@ fn hour_of(at: &str) -> String {
 pub(super) fn latest(table: &TableName) -> String {
     let main = table.quoted("");
     let series = table.quoted(Object::Series.suffix());
-    let hour = hour_of("place.last_seen_at");
+    let hour = HOUR.replace("scheduled_at", "place.last_seen_at");
     let of_place = "address = place.address AND coalesce(t.agent, '') = place.agent";
     format!(
         "SELECT newest.*
@@ -83,4 +78,21 @@ FROM {series}
 WHERE cert_expires_at IS NOT NULL
 ORDER BY address, cert_seen_at DESC;\n"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::Outcome;
+
+    #[test]
+    fn the_texts_name_exactly_the_outcomes_without_a_check() {
+        for outcome in Outcome::ALL {
+            let is_checked = outcome == Outcome::Ok || outcome.is_failed_check();
+            let word = format!("'{}'", outcome.as_str());
+            for text in [NOT_CHECKED, FAILED, CHECKED] {
+                assert_eq!(text.contains(&word), !is_checked, "{word} in {text}");
+            }
+        }
+    }
 }

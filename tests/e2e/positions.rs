@@ -149,6 +149,32 @@ fn records_that_kafka_deleted_unread_are_reported_and_reading_continues_at_the_f
 }
 
 #[test]
+fn records_that_kafka_deleted_before_the_state_read_them_are_reported_and_missing_only_there() {
+    let mut case = Case::new("state_retention", 1);
+    let with_state = case.variables().with("STATE", "on");
+    let consumer = Agent::start(&["consume"], &with_state);
+    case.write(0, 0..20);
+    case.wait_for_rows(20, &[&consumer]);
+    wait_for_due(&mut case.db, 20, &consumer);
+    consumer.stop();
+    let consumer = Agent::start(&["consume"], &case.variables().with("STATE", "off"));
+    case.write(0, 20..60);
+    case.wait_for_rows(60, &[&consumer]);
+    consumer.stop();
+    case.kafka.delete_records(case.name, 0, 40);
+    let consumer = Agent::start(&["consume"], &with_state);
+    case.write(0, 60..70);
+    case.wait_for_rows(70, &[&consumer]);
+    consumer.wait_for_stderr(
+        "Kafka has deleted the records of state_retention/0 from 20 to 40 before they were read (retention); reading goes on at 40",
+        SOON,
+    );
+    wait_for_due(&mut case.db, 20 + 30, &consumer);
+    consumer.stop();
+    assert_eq!(stored(&mut case), addresses(0..70));
+}
+
+#[test]
 fn a_recreated_topic_is_reported_and_read_from_its_beginning() {
     let mut case = Case::new("anew", 1);
     let variables = case.variables().with("STATE", "on");

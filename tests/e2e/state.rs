@@ -414,6 +414,45 @@ fn texts_of_any_length_do_not_stop_the_state() {
 }
 
 #[test]
+fn a_hundred_thousand_hosts_have_their_state() {
+    const HOSTS: i64 = 100_000;
+    const CHECKS: i64 = 2;
+    const RECORDS_OF_A_BATCH: usize = 20_000;
+    let mut db = Database::new();
+    let mut store = state_store(&db, "host_metrics", StateConfig::default());
+    store.open().unwrap();
+    locate(&mut store, P0, 0);
+    let now = now_micros();
+    for base in (0..HOSTS * CHECKS).step_by(RECORDS_OF_A_BATCH) {
+        let samples: Vec<_> = (base..base + RECORDS_OF_A_BATCH as i64)
+            .map(|number| Sample {
+                address: format!("https://host-{}.example/", number % HOSTS).into(),
+                agent: Some("eu".into()),
+                is_valid: number % 10 != 0,
+                outcome: Some(if number % 10 != 0 { "ok" } else { "bad_status" }.into()),
+                latency: Some(0.02),
+                interval_seconds: Some(60.0),
+                scheduled_at: Timestamp::from_unix_micros(now - 60_000_000 * (CHECKS - number / HOSTS)),
+                ..Sample::default()
+            })
+            .collect();
+        assert_eq!(store.flush(&batch(P0, base, &samples)), Flushed::Durable);
+    }
+    drop(store);
+    refresh(&db, StateConfig::default());
+    let down = HOSTS / 10;
+    assert_eq!(db.count("host_metrics_series"), HOSTS);
+    assert_eq!(db.count("host_metrics_incidents"), down);
+    assert_eq!(
+        db.one(
+            "SELECT concat_ws(' ', count(*), sum(due_24h), sum(due_24h - valid_24h)) FROM host_metrics_uptime \
+             WHERE agent = 'eu'"
+        ),
+        format!("{HOSTS} {} {}", HOSTS * CHECKS, down * CHECKS)
+    );
+}
+
+#[test]
 fn an_interval_of_any_length_and_a_place_ahead_of_time_change_nothing_for_others() {
     let mut db = Database::new();
     let mut store = state_store(&db, "host_metrics", StateConfig::default());

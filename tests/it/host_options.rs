@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use host_metrics::check::target::{HeaderValue, Method, Proxy, Target};
-use host_metrics::produce::host_file::{Hosts, OPTION_NAMES, OnDisk, parse_with, read, target_with};
+use host_metrics::produce::host_file::{Files, Hosts, OPTION_NAMES, parse_with, read, target_with};
 
 /// A folder with a host file, the bodies that it names, and secrets.
 struct Folder(tempfile::TempDir);
@@ -34,7 +34,7 @@ impl Folder {
     }
 
     fn parse(&self, text: &str) -> Result<Hosts, String> {
-        let files = OnDisk::new(Some(self.path()), Some(self.path()));
+        let files = Files::new(Some(self.path()), Some(self.path()));
         parse_with("hosts", text.as_bytes(), &files).map_err(|error| error.to_string())
     }
 
@@ -484,7 +484,7 @@ fn a_secret_that_cannot_be_used_is_an_error_of_its_line_that_does_not_show_it() 
         let errors = folder.errors(&format!("https://a.example/ {option}").replace(" ", " 5 "));
         assert_eq!(errors, [format!("hosts:1:{}: {why}", column + 3)], "{option}");
     }
-    let files = OnDisk::new(None, None);
+    let files = Files::new(None, None);
     let error = parse_with("hosts", b"a.example 5 auth=@shop", &files)
         .unwrap_err()
         .to_string();
@@ -691,7 +691,7 @@ fn a_text_that_was_a_regex_before_there_were_more_options_still_is() {
 #[test]
 fn the_check_command_takes_the_same_options_without_quotes_for_spaces() {
     let folder = Folder::new();
-    let files = OnDisk::new(Some(folder.path()), Some(folder.path()));
+    let files = Files::new(Some(folder.path()), Some(folder.path()));
     let options = [
         "header=X-Key: Token @key",
         "name=Shop front",

@@ -13,7 +13,7 @@ use ureq::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use ureq::http::{HeaderMap, Response};
 
 use super::chunks::{self, Chunks};
-use super::inflate::Inflate;
+use super::inflate::{Inflate, invalid};
 use crate::check::fault::CheckFault;
 use crate::check::pattern::DeadlinePassed;
 use crate::clock::instant_now;
@@ -348,10 +348,6 @@ fn decode_brotli(coded: &[u8], max_bytes: u64) -> (Vec<u8>, Option<io::Error>) {
         BrotliResult::ResultFailure => Some(invalid("it is not valid brotli (RFC 7932)")),
     };
     (decoded, failure)
-}
-
-fn invalid(what: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
 /// The `charset=` of the Content-Type, if it is a known one.

@@ -134,7 +134,7 @@ impl<R: BufRead> Read for Inflate<R> {
                     let (taken, given) = (data.total_in(), data.total_out());
                     let status = data
                         .decompress(input, into, FlushDecompress::None)
-                        .map_err(|error| invalid(&error.to_string()))?;
+                        .map_err(|error| invalid(error.to_string()))?;
                     // Both are bounded by the buffers' lengths.
                     let taken = (data.total_in() - taken) as usize;
                     let given = (data.total_out() - given) as usize;
@@ -168,8 +168,8 @@ impl<R: BufRead> Read for Inflate<R> {
     }
 }
 
-fn invalid(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
+pub(super) fn invalid(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
 #[cfg(test)]

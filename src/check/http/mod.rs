@@ -28,12 +28,13 @@ use crate::check::fault::classify;
 use crate::check::observation::Observation;
 use crate::check::pattern::{DeadlinePassed, Search};
 use crate::check::progress::{Phase, SharedProgress, add};
-use crate::check::resolver::{CheckResolver, Lookup, Names};
+use crate::check::resolver::{CheckResolver, Lookup, Names, getaddrinfo};
 use crate::check::target::{Method, NOT_NAMED, Target, can_be_named};
 use crate::check::tls::Trust;
 use crate::clock::instant_now;
 use crate::config::CheckConfig;
 use crate::sample::Outcome;
+use crate::terminal::counted;
 pub use body::{BROTLI_DECODER_BYTES, MAX_BROTLI_DECODERS, READING_BYTES};
 use body::{BodyEnd, BodyFault, BodyLimits, BrotliDecoders};
 use request::{Request, origin};
@@ -61,19 +62,15 @@ impl Checks {
     /// # Errors
     /// CHECK_CA_FILE or USER_AGENT cannot be used. That there are no trust anchors only causes a warning.
     pub fn new(config: &CheckConfig) -> anyhow::Result<Self> {
-        Self::with_names(config, Names::of_the_system(config.max_threads))
+        Self::with_lookup(config, Box::new(getaddrinfo))
     }
 
-    /// As [`Checks::new`], but with another function for name lookups.
+    /// As [`Checks::new`], but with another function for name lookups than the system's.
     pub fn with_lookup(config: &CheckConfig, lookup: Box<Lookup>) -> anyhow::Result<Self> {
-        Self::with_names(config, Names::new(lookup, config.max_threads))
-    }
-
-    fn with_names(config: &CheckConfig, names: Names) -> anyhow::Result<Self> {
         let user_agent = HeaderValue::from_bytes(config.user_agent.as_bytes())
             .context("USER_AGENT: expected one line without control characters")?;
         let checks = Self {
-            names,
+            names: Names::new(lookup, config.max_threads),
             trust: Trust::load(config.ca_file.as_deref())?,
             user_agent,
             max_body_bytes: config.max_body_bytes,
@@ -106,9 +103,7 @@ impl Checks {
         Checker {
             agent: Agent::with_parts(config, connector, resolver),
             progress,
-            user_agent: self.user_agent.clone(),
-            max_body_bytes: self.max_body_bytes,
-            brotli: Arc::clone(&self.brotli),
+            checks: self.clone(),
             search: None,
         }
     }
@@ -117,9 +112,7 @@ impl Checks {
 pub struct Checker {
     agent: Agent,
     progress: SharedProgress,
-    user_agent: HeaderValue,
-    max_body_bytes: u64,
-    brotli: Arc<BrotliDecoders>,
+    checks: Checks,
     /// The last search. If the next host has the same regex, the table built for it is used again.
     search: Option<Search>,
 }
@@ -207,7 +200,7 @@ impl Checker {
         let limits = BodyLimits {
             max_bytes: GLANCE_BYTES,
             deadline,
-            brotli: &self.brotli,
+            brotli: &self.checks.brotli,
         };
         let mut beginning = String::new();
         // What came before a fault is shown.
@@ -257,8 +250,7 @@ impl Checker {
                     return Ok((response, request.method));
                 }
                 Ok(Some(_)) if followed == target.follow => {
-                    let plural = if followed == 1 { "" } else { "s" };
-                    let text = format!("more than {followed} redirect{plural}");
+                    let text = format!("more than {}", counted(followed, "redirect"));
                     Failure::Redirect(Outcome::TooManyRedirects, text)
                 }
                 Ok(Some(next)) if target.tls_required && next.scheme() != "https" => {
@@ -308,7 +300,7 @@ impl Checker {
             let mut progress = self.progress.lock();
             // tls=insecure is about the certificate of the target's host, not of hosts that it redirects to.
             let tls_insecure = target.tls_insecure && request.url.host() == target.url.host();
-            let outgoing = request.write(self.user_agent.as_bytes());
+            let outgoing = request.write(self.checks.user_agent.as_bytes());
             progress.begin_request(tls_insecure, outgoing);
             let certificate = target.cert.as_ref().filter(|_| is_own);
             progress.client_certificate = certificate.map(|files| Arc::clone(&files.value().0));
@@ -372,9 +364,9 @@ impl Checker {
         let mut body_bytes = 0;
         let mut document = String::new();
         let limits = BodyLimits {
-            max_bytes: self.max_body_bytes,
+            max_bytes: self.checks.max_body_bytes,
             deadline,
-            brotli: &self.brotli,
+            brotli: &self.checks.brotli,
         };
         let result = body::read(response, &limits, &mut body_bytes, |text| {
             if is_detailed || !target.json.is_empty() {
@@ -420,7 +412,7 @@ impl Checker {
                 Outcome::BodyTooLarge,
                 format!(
                     "the regex does not match the first {} bytes of the body",
-                    self.max_body_bytes
+                    self.checks.max_body_bytes
                 ),
             )),
         }
@@ -453,7 +445,7 @@ impl Checker {
         if !target.json.is_empty() && end == BodyEnd::Beyond {
             let text = format!(
                 "the body has more than {} bytes, too many for json=",
-                self.max_body_bytes
+                self.checks.max_body_bytes
             );
             return Some((Outcome::BodyTooLarge, text));
         }
@@ -472,9 +464,8 @@ impl Checker {
         let (expires_at, seconds_left) = self.progress.lock().soonest_expiry?;
         let days = seconds_left.div_euclid(24 * 60 * 60);
         (days < i64::from(wanted)).then(|| {
-            let plural = if days == 1 { "" } else { "s" };
             let left = match days {
-                0.. => format!("in {days} day{plural}"),
+                0.. => format!("in {}", counted(days, "day")),
                 _ => "already".to_owned(),
             };
             let text = format!("a certificate expires {left}, at {expires_at}; cert-days={wanted}");
@@ -557,8 +548,7 @@ fn next_url(from: &Url, headers: &HeaderMap) -> Result<Option<Url>, String> {
 fn after_redirects(followed: u32) -> String {
     match followed {
         0 => String::new(),
-        1 => ", after 1 redirect".into(),
-        _ => format!(", after {followed} redirects"),
+        _ => format!(", after {}", counted(followed, "redirect")),
     }
 }
 

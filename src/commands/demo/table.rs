@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::sample::Outcome;
-use crate::terminal::{self, NONE, SPARKLINE_CHECKS, columns, fit, fit_end, percent, seconds, sparkline};
+use crate::terminal::{
+    self, NONE, SPARKLINE_CHECKS, columns, counted, fit, fit_end, percent, seconds, sparkline,
+};
 
 /// The length of a sparkline on a terminal narrower than WIDE, such as one of 80 columns.
 const FEWER_CHECKS: usize = 8;
@@ -51,11 +53,11 @@ pub(super) fn summary(totals: Totals, elapsed: Duration) -> String {
         rows,
     } = totals;
     let seconds = elapsed.as_secs();
-    let host = if hosts == 1 { "host" } else { "hosts" };
     format!(
-        "{:02}:{:02}  {hosts} {host}: {up} up, {down} down; {rows} rows in Postgres",
+        "{:02}:{:02}  {}: {up} up, {down} down; {rows} rows in Postgres",
         seconds / 60,
-        seconds % 60
+        seconds % 60,
+        counted(hosts, "host")
     )
 }
 

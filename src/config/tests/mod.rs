@@ -307,7 +307,7 @@ fn a_command_reads_only_the_variables_that_it_needs() {
     let all_wrong = || NAMES.iter().map(|name| (*name, "\u{1}"));
     let variables = Variables::from_pairs(all_wrong());
     assert_eq!(
-        wrong_names(validate(&variables).map(drop)),
+        wrong_names(checks(&variables).map(drop)),
         [
             "CHECK_TIMEOUT",
             "MAX_THREADS",

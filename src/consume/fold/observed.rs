@@ -135,6 +135,7 @@ fn cut(text: &str, bytes: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sample::Outcome;
 
     #[test]
     fn only_a_failed_check_counts_as_failed() {
@@ -154,6 +155,14 @@ mod tests {
             (false, None, Finding::Failed),
         ] {
             assert_eq!(Finding::of(&sample(is_valid, outcome)), finding, "{outcome:?}");
+        }
+        for outcome in Outcome::ALL.into_iter().filter(|outcome| *outcome != Outcome::Ok) {
+            let finding = Finding::of(&sample(false, Some(outcome.as_str())));
+            assert_eq!(
+                finding == Finding::Failed,
+                outcome.is_failed_check(),
+                "{outcome:?}"
+            );
         }
     }
 

@@ -29,7 +29,7 @@ pub fn list(view: &View<'_>, incidents: &[Pair<'_, '_>], root: &str, level: u8) 
                     p {
                         (words::outcome(&incident.outcome))
                         @if let Some(phase) = words::phase(&incident.outcome) { " (" (phase) ")" }
-                        "; " (words::counted(incident.checks, "check", "checks")) " failed"
+                        "; " (words::counted(incident.checks, "check")) " failed"
                         @if let Some(places) = places(incident) { ", seen from " (places) }
                         "."
                     }
@@ -80,7 +80,7 @@ pub fn render(view: &View<'_>) -> Vec<(String, String)> {
                                 a href={ (root) "incidents/" (key) "/" } aria-current=[(key == current).then_some("page")] {
                                     (words::month(incidents[0].1.started_at))
                                 }
-                                " " span.count { (words::counted(incidents.len() as i64, "incident", "incidents")) }
+                                " " span.count { (words::counted(incidents.len() as i64, "incident")) }
                             }
                         }
                     }

@@ -12,19 +12,9 @@ use crate::files;
 /// The longest body of a request. It stays in memory, and a check is no upload.
 pub(super) const MAX_REQUEST_BODY_BYTES: u64 = 1 << 20;
 
-/// Where a host file's secrets and bodies come from. The errors say why one cannot be used.
-pub trait Files {
-    fn auth(&self, name: &str) -> Result<Arc<SecretFile>, String>;
-
-    fn header(&self, name: &str) -> Result<Arc<SecretFile>, String>;
-
-    fn certificate(&self, name: &str) -> Result<Arc<CertificateFiles>, String>;
-
-    fn body(&self, path: &str) -> Result<Arc<[u8]>, String>;
-}
-
-/// The files on disk. Each is read once, however many hosts use it.
-pub struct OnDisk<'a> {
+/// Where a host file's secrets and bodies come from. Each file is read once, however many hosts use it. The errors say why one cannot be
+/// used.
+pub struct Files<'a> {
     /// SECRETS_DIR.
     secrets: Option<&'a Path>,
     /// The folder to which the paths of bodies are relative; `None` if no body may be read from a file.
@@ -37,7 +27,7 @@ pub struct OnDisk<'a> {
 
 type Known<K, V> = RefCell<HashMap<K, Result<V, String>>>;
 
-impl<'a> OnDisk<'a> {
+impl<'a> Files<'a> {
     pub fn new(secrets: Option<&'a Path>, bodies: Option<&'a Path>) -> Self {
         Self {
             secrets,
@@ -78,6 +68,39 @@ impl<'a> OnDisk<'a> {
             .collect()
     }
 
+    pub(super) fn auth(&self, name: &str) -> Result<Arc<SecretFile>, String> {
+        let folder = self.secrets()?;
+        known(&self.auths, name.to_owned(), || {
+            SecretFile::auth(folder, name).map(Arc::new)
+        })
+    }
+
+    pub(super) fn header(&self, name: &str) -> Result<Arc<SecretFile>, String> {
+        let folder = self.secrets()?;
+        known(&self.headers, name.to_owned(), || {
+            SecretFile::header(folder, name).map(Arc::new)
+        })
+    }
+
+    pub(super) fn certificate(&self, name: &str) -> Result<Arc<CertificateFiles>, String> {
+        let folder = self.secrets()?;
+        known(&self.certificates, name.to_owned(), || {
+            CertificateFiles::certificate(folder, name).map(Arc::new)
+        })
+    }
+
+    pub(super) fn body(&self, path: &str) -> Result<Arc<[u8]>, String> {
+        let folder = self
+            .bodies
+            .ok_or("a body can be read from a file only for the hosts of a host file")?;
+        known(&self.texts, path.to_owned(), || {
+            let path = folder.join(path);
+            let contents = files::read(&path, MAX_REQUEST_BODY_BYTES)
+                .map_err(|error| format!("{path:?} cannot be read: {error}"))?;
+            Ok(contents.into())
+        })
+    }
+
     fn secrets(&self) -> Result<&'a Path, String> {
         self.secrets
             .ok_or_else(|| "set SECRETS_DIR to the directory with the files of secrets".to_owned())
@@ -90,39 +113,4 @@ fn known<K: Hash + Eq, V: Clone>(
     read: impl FnOnce() -> Result<V, String>,
 ) -> Result<V, String> {
     known.borrow_mut().entry(key).or_insert_with(read).clone()
-}
-
-impl Files for OnDisk<'_> {
-    fn auth(&self, name: &str) -> Result<Arc<SecretFile>, String> {
-        let folder = self.secrets()?;
-        known(&self.auths, name.to_owned(), || {
-            SecretFile::auth(folder, name).map(Arc::new)
-        })
-    }
-
-    fn header(&self, name: &str) -> Result<Arc<SecretFile>, String> {
-        let folder = self.secrets()?;
-        known(&self.headers, name.to_owned(), || {
-            SecretFile::header(folder, name).map(Arc::new)
-        })
-    }
-
-    fn certificate(&self, name: &str) -> Result<Arc<CertificateFiles>, String> {
-        let folder = self.secrets()?;
-        known(&self.certificates, name.to_owned(), || {
-            CertificateFiles::certificate(folder, name).map(Arc::new)
-        })
-    }
-
-    fn body(&self, path: &str) -> Result<Arc<[u8]>, String> {
-        let folder = self
-            .bodies
-            .ok_or("a body can be read from a file only for the hosts of a host file")?;
-        known(&self.texts, path.to_owned(), || {
-            let path = folder.join(path);
-            let contents = files::read(&path, MAX_REQUEST_BODY_BYTES)
-                .map_err(|error| format!("{path:?} cannot be read: {error}"))?;
-            Ok(contents.into())
-        })
-    }
 }

@@ -20,7 +20,7 @@ mod slips;
 mod words;
 
 pub use fault::HostFileError;
-pub use files::{Files, OnDisk};
+pub use files::Files;
 pub use options::OPTION_NAMES;
 pub use parse::{Hosts, parse, parse_with, target, target_with};
 pub use read::{contents, is_stdin, parse_contents, read};

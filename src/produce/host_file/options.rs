@@ -4,12 +4,6 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nom::bytes::complete::take;
-use nom::character::complete::char;
-use nom::combinator::{all_consuming, map, map_opt, opt, verify};
-use nom::multi::separated_list1;
-use nom::sequence::preceded;
-use nom::{IResult, Parser};
 use url::Url;
 
 use super::fault::LineFault;
@@ -120,7 +114,7 @@ pub(super) struct Options {
 }
 
 impl Options {
-    pub(super) fn set(&mut self, option: &OptionWord<'_>, files: &dyn Files) -> Result<(), LineFault> {
+    pub(super) fn set(&mut self, option: &OptionWord<'_>, files: &Files<'_>) -> Result<(), LineFault> {
         if let Some((at, what)) = option.fault {
             return Err(LineFault::new(at, what));
         }
@@ -150,11 +144,11 @@ impl Options {
             "body" => option.put(&mut self.body, request::read_body(option, files)),
             "auth" => option.put(
                 &mut self.auth,
-                request::read_secret(option, |name| files.auth(name)),
+                request::read_secret(option, &option.value, |name| files.auth(name)),
             ),
             "cert" => option.put(
                 &mut self.cert,
-                request::read_secret(option, |name| files.certificate(name)),
+                request::read_secret(option, &option.value, |name| files.certificate(name)),
             ),
             "plain-auth" => option.once(
                 &mut self.plain_auth,
@@ -170,7 +164,7 @@ impl Options {
         }
     }
 
-    fn add_header(&mut self, option: &OptionWord<'_>, files: &dyn Files) -> Result<(), LineFault> {
+    fn add_header(&mut self, option: &OptionWord<'_>, files: &Files<'_>) -> Result<(), LineFault> {
         let header = request::read_header(option, files)?;
         let is_same = |other: &Header| other.name.eq_ignore_ascii_case(&header.name);
         option.not_twice(self.headers.iter().any(is_same), &header.name)?;
@@ -350,23 +344,15 @@ fn read_timeout(text: &str) -> Option<Duration> {
 }
 
 fn read_status(text: &str) -> Option<StatusSet> {
-    fn code(input: &str) -> IResult<&str, u16> {
-        map_opt(take(3_usize), |digits: &str| {
-            let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
-            digits.parse().ok().filter(|code| is_number && *code >= 100)
-        })
-        .parse(input)
+    fn code(text: &str) -> Option<u16> {
+        let is_code = text.len() == 3 && text.bytes().all(|byte| byte.is_ascii_digit());
+        text.parse().ok().filter(|code| is_code && *code >= 100)
     }
-    fn range(input: &str) -> IResult<&str, RangeInclusive<u16>> {
-        let range = map((code, opt(preceded(char('-'), code))), |(start, end)| {
-            start..=end.unwrap_or(start)
-        });
-        verify(range, |range: &RangeInclusive<u16>| !range.is_empty()).parse(input)
-    }
-    let (_, ranges) = all_consuming(separated_list1(char(','), range))
-        .parse(text)
-        .ok()?;
-    Some(StatusSet(ranges))
+    let ranges = text.split(',').map(|range| {
+        let (start, end) = range.split_once('-').unwrap_or((range, range));
+        Some(code(start)?..=code(end)?).filter(|range| !range.is_empty())
+    });
+    ranges.collect::<Option<_>>().map(StatusSet)
 }
 
 fn read_method(text: &str) -> Option<Method> {

@@ -8,7 +8,7 @@ use nom::Offset;
 
 use super::address::read_address;
 use super::fault::{HostFileError, LineFault};
-use super::files::{Files, OnDisk};
+use super::files::Files;
 use super::options::{INTERVALS, Options, known_options, read_frequency};
 use super::profiles::{Profiles, place as place_of};
 use super::quote::{is_blank, quoted};
@@ -37,7 +37,7 @@ pub struct Hosts {
 
 /// [`parse_with`] for host files that name no other files.
 pub fn parse(name: &str, contents: &[u8]) -> Result<Hosts, HostFileError> {
-    parse_with(name, contents, &OnDisk::new(None, None))
+    parse_with(name, contents, &Files::new(None, None))
 }
 
 /// The bytes without a byte-order mark, or why they cannot be a host file.
@@ -60,7 +60,7 @@ fn text_of_line(bytes: &[u8]) -> Result<&str, LineFault> {
 }
 
 /// Parses a whole host file. `name` is the file's name in messages (`FILE:LINE:COLUMN`).
-pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Hosts, HostFileError> {
+pub fn parse_with(name: &str, contents: &[u8], files: &Files<'_>) -> Result<Hosts, HostFileError> {
     let mut report = ErrorReport::default();
     let invalid = |fault| report.add(format_args!("{name}:1"), "", &fault);
     let Ok(contents) = utf8_bytes(contents).map_err(invalid) else {
@@ -123,7 +123,7 @@ pub fn parse_with(name: &str, contents: &[u8], files: &dyn Files) -> Result<Host
 
 /// [`target_with`] without secrets and bodies from files.
 pub fn target(address: &str, options: &[String], regex: Option<&str>) -> Result<Target, HostFileError> {
-    target_with(address, options, regex, &OnDisk::new(None, None))
+    target_with(address, options, regex, &Files::new(None, None))
 }
 
 /// The target of the `check` command, from its arguments. There is no interval that bounds the timeout, and the REGEX is
@@ -135,7 +135,7 @@ pub fn target_with(
     address: &str,
     options: &[String],
     regex: Option<&str>,
-    files: &dyn Files,
+    files: &Files<'_>,
 ) -> Result<Target, HostFileError> {
     let mut report = ErrorReport::default();
     let mut settings = Options::default();
@@ -195,7 +195,7 @@ impl<'a> Line<'a> {
         numbers: &mut HashMap<&'a str, usize>,
         number: usize,
         profiles: &Profiles<'_>,
-        files: &dyn Files,
+        files: &Files<'_>,
     ) -> Result<Target, Vec<LineFault>> {
         let mut faults = Vec::new();
         let url = self.keep(&mut faults, self.address, read_address(self.address));
@@ -234,7 +234,7 @@ impl<'a> Line<'a> {
     }
 
     /// The line's own options, and below them those of its profiles.
-    fn options(&self, faults: &mut Vec<LineFault>, profiles: &Profiles<'_>, files: &dyn Files) -> Options {
+    fn options(&self, faults: &mut Vec<LineFault>, profiles: &Profiles<'_>, files: &Files<'_>) -> Options {
         let mut settings = Options::default();
         let mut shared = Options::default();
         for (index, word) in self.words.iter().enumerate() {

@@ -31,7 +31,7 @@ struct Profile<'a> {
 }
 
 impl<'a> Profiles<'a> {
-    pub(super) fn of(contents: &'a [u8], files: &dyn Files) -> Self {
+    pub(super) fn of(contents: &'a [u8], files: &Files<'_>) -> Self {
         let mut profiles = Self::default();
         for (number, line) in (1..).zip(contents.split(|byte| *byte == b'\n')) {
             // What is not UTF-8 is reported with the other lines.
@@ -44,7 +44,7 @@ impl<'a> Profiles<'a> {
         profiles
     }
 
-    fn add(&mut self, number: usize, line: &'a str, files: &dyn Files) {
+    fn add(&mut self, number: usize, line: &'a str, files: &Files<'_>) {
         self.is_any = true;
         let mut faults = Vec::new();
         let mut fault = |part: &str, fault: LineFault| {

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use super::fault::HostFileError;
-use super::files::OnDisk;
+use super::files::Files;
 use super::parse::{Hosts, parse_with};
 use crate::files::read_bounded;
 
@@ -41,7 +41,7 @@ pub fn parse_contents(
             "cannot read the host file {name:?}: {error}; -c expects a file, or - for standard input"
         ))
     })?;
-    let files = OnDisk::new(secrets, Some(path.parent().unwrap_or(Path::new(""))));
+    let files = Files::new(secrets, Some(path.parent().unwrap_or(Path::new(""))));
     let mut hosts = parse_with(&name, &contents, &files)?;
     hosts.warnings.extend(files.warnings());
     Ok(hosts)

@@ -30,7 +30,7 @@ const MAX_HEADER_BYTES: usize = 8 << 10;
 const SECRET_RULE: &str = "expected `@NAME` with the name of a file in SECRETS_DIR";
 
 /// `header="NAME: VALUE"`. The messages do not repeat the value, which may be secret.
-pub(super) fn read_header(option: &OptionWord<'_>, files: &dyn Files) -> Result<Header, LineFault> {
+pub(super) fn read_header(option: &OptionWord<'_>, files: &Files<'_>) -> Result<Header, LineFault> {
     let form = "write header=\"NAME: VALUE\" with the quotes";
     let Some((name, value)) = option.value.split_once(':') else {
         return Err(option.fault(format!("there is no `:` in the header; {form}")));
@@ -60,7 +60,10 @@ pub(super) fn read_header(option: &OptionWord<'_>, files: &dyn Files) -> Result<
     let last_word = value.rfind(is_blank).map_or(0, |blank| blank + 1);
     let (prefix, word) = value.split_at(last_word);
     let value = match word.starts_with('@') {
-        true => HeaderValue::Secret(prefix.to_owned(), named(option, word, |name| files.header(name))?),
+        true => HeaderValue::Secret(
+            prefix.to_owned(),
+            read_secret(option, word, |name| files.header(name))?,
+        ),
         false => HeaderValue::Plain(value.to_owned()),
     };
     Ok(Header {
@@ -70,7 +73,7 @@ pub(super) fn read_header(option: &OptionWord<'_>, files: &dyn Files) -> Result<
 }
 
 /// `body="TEXT"`, or `body=@FILE` without quotes.
-pub(super) fn read_body(option: &OptionWord<'_>, files: &dyn Files) -> Result<RequestBody, LineFault> {
+pub(super) fn read_body(option: &OptionWord<'_>, files: &Files<'_>) -> Result<RequestBody, LineFault> {
     let is_quoted = option.word[option.name.len() + 1..].starts_with('"');
     if let Some(path) = option.value.strip_prefix('@').filter(|_| !is_quoted) {
         let bytes = files.body(path).map_err(|why| option.fault(why))?;
@@ -88,15 +91,8 @@ pub(super) fn read_body(option: &OptionWord<'_>, files: &dyn Files) -> Result<Re
     })
 }
 
-/// `auth=@NAME` and `cert=@NAME`.
+/// The secret that `word`, a part of the option, names.
 pub(super) fn read_secret<T>(
-    option: &OptionWord<'_>,
-    read: impl FnOnce(&str) -> Result<T, String>,
-) -> Result<T, LineFault> {
-    named(option, &option.value, read)
-}
-
-fn named<T>(
     option: &OptionWord<'_>,
     word: &str,
     read: impl FnOnce(&str) -> Result<T, String>,

@@ -4,7 +4,7 @@
 //! meant as a REGEX can be written as a group: `(# main)`.
 
 use super::fault::LineFault;
-use super::files::OnDisk;
+use super::files::Files;
 use super::options::{FIRST_OPTIONS, OPTION_NAMES, Options};
 use super::quote::{MAX_QUOTED_CHARS, is_blank, quoted};
 use super::regexes::MAX_REGEX_BYTES;
@@ -281,5 +281,5 @@ fn is_valid_option(word: &str) -> bool {
         return false;
     };
     // A secret or a body from a file is not looked for.
-    Options::default().set(&option, &OnDisk::new(None, None)).is_ok()
+    Options::default().set(&option, &Files::new(None, None)).is_ok()
 }

@@ -35,13 +35,7 @@ impl HostList {
     }
 
     pub fn topics(&self) -> BTreeSet<Option<String>> {
-        let mut topics = BTreeSet::new();
-        for target in self.iter() {
-            if !topics.contains(&target.topic) {
-                topics.insert(target.topic.clone());
-            }
-        }
-        topics
+        self.iter().map(|target| target.topic.clone()).collect()
     }
 
     /// Replaces the list by a newer one. Returns what has changed.

@@ -29,7 +29,7 @@ use crate::duration::micros;
 use crate::lock::lock;
 use crate::outage::Outage;
 use crate::postgres::{Fault, Kind};
-use crate::produce::host_file::{self, HostFileError, Hosts, OnDisk};
+use crate::produce::host_file::{self, Files, HostFileError, Hosts};
 use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::hosts::rows::{TableHosts, read_rows};
 use crate::produce::hosts::table::Table;
@@ -464,7 +464,7 @@ fn read_with_secrets(
     rows: &[rows::HostRow],
     secrets: Option<&Path>,
 ) -> Result<TableHosts, HostFileError> {
-    let files = OnDisk::new(secrets, None);
+    let files = Files::new(secrets, None);
     let mut read = read_rows(table, rows, &files)?;
     read.hosts.warnings.extend(files.warnings());
     Ok(read)

@@ -75,7 +75,7 @@ impl HostRow {
 ///
 /// # Errors
 /// Something is wrong with the rows as a whole, such as the size of all regexes.
-pub fn read_rows(table: &str, rows: &[HostRow], files: &dyn Files) -> Result<TableHosts, HostFileError> {
+pub fn read_rows(table: &str, rows: &[HostRow], files: &Files<'_>) -> Result<TableHosts, HostFileError> {
     let mut wrong = Vec::new();
     let mut lines = Vec::with_capacity(rows.len());
     for row in rows {
@@ -154,10 +154,10 @@ impl WrongRow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::produce::host_file::OnDisk;
+    use crate::produce::host_file::Files;
 
     fn read_all(rows: &[HostRow]) -> TableHosts {
-        read_rows("t", rows, &OnDisk::new(None, None)).unwrap()
+        read_rows("t", rows, &Files::new(None, None)).unwrap()
     }
 
     fn row(columns: [&str; 4]) -> HostRow {

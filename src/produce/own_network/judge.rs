@@ -312,18 +312,15 @@ impl Judge {
     }
 
     fn has_no_name_server(&self, asked: &Asked) -> bool {
-        let mut replies = asked.answers.iter().filter_map(|answer| match answer.reference {
-            Reference::NameServer(_) => Some((answer.reply, self.proven.contains(&answer.reference))),
-            _ => None,
-        });
-        let has_any = asked
+        let mut answers = asked
             .answers
             .iter()
-            .any(|answer| matches!(answer.reference, Reference::NameServer(_)));
-        has_any
-            && replies.all(|(reply, is_proven)| match reply {
+            .filter(|answer| matches!(answer.reference, Reference::NameServer(_)))
+            .peekable();
+        answers.peek().is_some()
+            && answers.all(|answer| match answer.reply {
                 Reply::Answered => false,
-                Reply::ServerFailure => is_proven,
+                Reply::ServerFailure => self.proven.contains(&answer.reference),
                 Reply::Nothing | Reply::NoNeighbour => true,
             })
     }

@@ -14,6 +14,7 @@ use crate::produce::share::Share;
 use crate::produce::share::events::Event;
 use crate::produce::share::tail::Takeover;
 use crate::sample::epoch::Epoch;
+use crate::terminal::counted;
 
 /// The size of the buffer: about 50 seconds of 2,000 checks a second, or an hour of 8,000 hosts at five minutes. Every check under
 /// way may exceed it by one record. A record has about 650 bytes, and librdkafka adds about 200.
@@ -157,9 +158,12 @@ const NAMED_HOSTS: usize = 10;
 impl fmt::Display for Unacknowledged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (records, hosts) = (self.records(), self.per_address.len());
-        let plural = |count: u64| if count == 1 { "" } else { "s" };
-        let (s_records, s_hosts) = (plural(records), plural(hosts as u64));
-        write!(f, "{records} record{s_records} of {hosts} host{s_hosts}: ")?;
+        write!(
+            f,
+            "{} of {}: ",
+            counted(records, "record"),
+            counted(hosts, "host")
+        )?;
         let mut separator = "";
         for (address, count) in self.per_address.iter().take(NAMED_HOSTS) {
             write!(f, "{separator}{address} ({count})")?;
