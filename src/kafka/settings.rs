@@ -7,8 +7,15 @@ use crate::config::{KafkaConfig, KafkaSecurity};
 
 /// The shared properties; the caller adds its own.
 pub fn client_config(kafka: &KafkaConfig) -> ClientConfig {
-    let properties = kafka.client_properties().into_iter();
-    properties.map(|(name, value)| (name.to_owned(), value)).collect()
+    let mut config = ClientConfig::new();
+    for (name, value) in kafka.client_properties() {
+        config.set(name, value);
+    }
+    // librdkafka would wait up to 10 s, longer than a producer's session, so that it would lose its shares.
+    config
+        .set("reconnect.backoff.ms", "100")
+        .set("reconnect.backoff.max.ms", "1000");
+    config
 }
 
 impl KafkaConfig {
@@ -27,9 +34,6 @@ impl KafkaConfig {
             ("security.protocol", protocol.to_owned()),
             // The kernel then notices that the path to the broker silently drops packets.
             ("socket.keepalive.enable", "true".to_owned()),
-            // librdkafka would wait up to 10 s, longer than a producer's session, so that it would lose its shares.
-            ("reconnect.backoff.ms", "100".to_owned()),
-            ("reconnect.backoff.max.ms", "1000".to_owned()),
             // If the name of a server has several addresses, try all of them.
             ("client.dns.lookup", "use_all_dns_ips".to_owned()),
         ];
