@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::thread;
 
 use host_metrics::commands::demo::postgres::free_port;
 use host_metrics::produce::host_file;
@@ -179,12 +180,17 @@ fn no_command_shows_a_secret_of_the_host_file() {
             "{name} is not run here"
         );
     }
-    for args in commands {
-        let output = run(folder.path(), &args);
-        for text in [&output.stdout, &output.stderr] {
-            assert_shows_none(&format!("{args:?}"), &String::from_utf8_lossy(text));
+    // Several wait for servers, so all run at once.
+    thread::scope(|scope| {
+        for args in &commands {
+            scope.spawn(|| {
+                let output = run(folder.path(), args);
+                for text in [&output.stdout, &output.stderr] {
+                    assert_shows_none(&format!("{args:?}"), &String::from_utf8_lossy(text));
+                }
+            });
         }
-    }
+    });
     assert_all_were_sent(&site);
 }
 
