@@ -697,6 +697,30 @@ fn a_recreated_topic_and_deleted_offsets_neither_end_nor_repeat_ticks() {
 }
 
 #[test]
+fn records_that_kafka_deleted_while_nobody_checked_cost_no_tick() {
+    let kafka = Kafka::shared();
+    let fleet = Fleet::of(kafka, "fleet_expired", "fleet_expired", PARTITIONS, HOSTS);
+    let agent = fleet.start();
+    fleet.wait_for_ticks_since(kafka, now_micros() + SECOND, &[&agent]);
+    agent.stop();
+    let before = fleet.judged(kafka);
+    let records = kafka.records(&fleet.topic);
+    for partition in 0..PARTITIONS {
+        let last = records.iter().rfind(|record| record.partition == partition);
+        kafka.delete_records(&fleet.topic, partition, last.unwrap().offset + 1);
+    }
+    let agent = fleet.start();
+    fleet.wait_for_ticks_since(kafka, now_micros() + SECOND, &[&agent]);
+    agent.stop();
+    let mut all = before;
+    for (host, ticks) in fleet.judged(kafka).ticks {
+        all.ticks.get_mut(&host).unwrap().extend(ticks);
+    }
+    all.assert_whole(0);
+    assert_eq!(all.ticks.len(), HOSTS);
+}
+
+#[test]
 fn hosts_and_partitions_that_change_while_members_are_stopped_at_random_double_no_tick() {
     let kafka = Kafka::start();
     let fleet = Fleet::new(&kafka, "fleet_changes");
