@@ -28,3 +28,4 @@ pub mod shutdown;
 mod socket;
 pub mod tables;
 pub mod terminal;
+mod words;
