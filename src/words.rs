@@ -20,6 +20,11 @@ macro_rules! words {
                     $(Self::$variant => $text),+
                 }
             }
+
+            /// The one with this word.
+            pub fn named(text: &str) -> Option<Self> {
+                Self::ALL.into_iter().find(|one| one.$word() == text)
+            }
         }
     };
 }

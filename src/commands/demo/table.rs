@@ -94,10 +94,7 @@ pub(super) fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<Stri
 }
 
 fn state(host: &Host) -> (&'static str, Colour) {
-    let is_failed = |outcome: &str| {
-        let known = Outcome::ALL.into_iter().find(|known| known.as_str() == outcome);
-        known.is_none_or(Outcome::is_failed_check)
-    };
+    let is_failed = |outcome: &str| Outcome::named(outcome).is_none_or(Outcome::is_failed_check);
     match &host.newest {
         None => ("…", Colour::Dim),
         Some(newest) if newest.is_valid => ("up", Colour::Green),
