@@ -38,6 +38,7 @@ use crate::consume::store::Store;
 use crate::http::Endpoint;
 use crate::postgres::Bounds;
 use crate::shutdown::Shutdown;
+use crate::thread::start_thread;
 
 /// The wait before the state's pipeline starts again after an error, such as a missing privilege. It doubles each time, so
 /// that a lasting error costs nothing, and an operator sees the effect of a repair within ten minutes.
@@ -127,5 +128,5 @@ fn start_state(
             wait = (wait * 2).min(STATE_AGAIN_MOST);
         }
     };
-    std::thread::Builder::new().name("state".into()).spawn(run)
+    start_thread("state", run)
 }

@@ -20,6 +20,8 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, JoinSet};
 
+use crate::thread::start_thread;
+
 /// What a server answers. It is called on the server's thread and must not wait.
 pub trait Service: Send + Sync + 'static {
     fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>>;
@@ -75,10 +77,7 @@ impl Server {
             // Ends when the sender is dropped. Then the runtime, the listener and all connections are dropped.
             let _ = runtime.block_on(stopped);
         };
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(run)
-            .with_context(|| format!("cannot start the thread that serves {variable}"))?;
+        start_thread(name, run).with_context(|| format!("cannot start the thread that serves {variable}"))?;
         Ok(Self { address, _stop: stop })
     }
 
