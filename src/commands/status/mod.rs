@@ -17,7 +17,7 @@ use crate::commands::status::lag::{Lag, lag};
 use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
 use crate::config::StatusConfig;
 use crate::consume::state::GROUP_SUFFIX;
-use crate::postgres::{self, Bounds, Fault, Session};
+use crate::postgres;
 use crate::sample::Timestamp;
 use crate::tables::destination;
 use crate::terminal::{
@@ -41,18 +41,11 @@ pub struct Report {
 
 /// Reads the tables, and asks Kafka for the lag. If Kafka does not answer, the report says so.
 pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
-    let runtime = postgres::runtime()?;
-    let rows = runtime.block_on(async {
-        let session = Session::open(&config.database, Bounds::default()).await?;
-        let found = destination::find(&session).await;
-        let rows = match found {
-            Ok(found) => rows::read(&session, &found, &config.group_id, config.is_state_on).await,
-            Err(fault) => Err(fault),
-        };
-        session.close().await;
-        rows
-    });
-    let rows = rows.map_err(|fault| anyhow!("{fault}"))?;
+    let rows = postgres::once(&config.database, async |session| {
+        let found = destination::find(session).await?;
+        rows::read(session, &found, &config.group_id, config.is_state_on).await
+    })?
+    .map_err(|fault| anyhow!("{fault}"))?;
     let lag = match (&config.kafka, &rows.positions) {
         (None, _) => Err("KAFKA_BOOTSTRAP_SERVERS is not set".to_owned()),
         (_, None) => Err(format!(
@@ -76,16 +69,11 @@ pub fn history(
     only_incidents: bool,
     width: Option<usize>,
 ) -> anyhow::Result<String> {
-    let history = postgres::runtime()?.block_on(async {
-        let session = Session::open(&config.database, Bounds::default()).await?;
-        let history = match destination::find(&session).await {
-            Ok(found) => history::read(&session, &found, host, only_incidents, config.is_state_on).await,
-            Err(fault) => Err(fault),
-        };
-        session.close().await;
-        history
-    });
-    let history = history.map_err(|fault: Fault| anyhow!("{fault}"))?;
+    let history = postgres::once(&config.database, async |session| {
+        let found = destination::find(session).await?;
+        history::read(session, &found, host, only_incidents, config.is_state_on).await
+    })?
+    .map_err(|fault| anyhow!("{fault}"))?;
     Ok(joined(history::lines(&history, width), width))
 }
 
