@@ -255,16 +255,7 @@ struct PipelineDocument<'a> {
     lag_records: Option<i64>,
     state_lag_records: Option<i64>,
     lag_unknown_because: Option<&'a str>,
-    partitions: Vec<PartitionDocument<'a>>,
-}
-
-#[derive(Serialize)]
-struct PartitionDocument<'a> {
-    topic: &'a str,
-    partition: i32,
-    next_offset: Option<i64>,
-    end_offset: i64,
-    lag_records: i64,
+    partitions: &'a [Lag],
 }
 
 impl<'a> PipelineDocument<'a> {
@@ -272,14 +263,6 @@ impl<'a> PipelineDocument<'a> {
         let Report {
             rows, lag, group_id, ..
         } = report;
-        let partitions = lag.as_deref().unwrap_or_default();
-        let partition = |lag: &'a Lag| PartitionDocument {
-            topic: &lag.topic,
-            partition: lag.partition,
-            next_offset: lag.next_offset,
-            end_offset: lag.end_offset,
-            lag_records: lag.records,
-        };
         Self {
             now: Timestamp::from_unix_micros(rows.now_micros).map(|now| now.to_string()),
             newest_row: rows.newest.map(|newest| newest.at.to_string()),
@@ -293,7 +276,7 @@ impl<'a> PipelineDocument<'a> {
             lag_records: lag.as_ref().ok().map(|lag| total(lag)),
             state_lag_records: report.state_lag(),
             lag_unknown_because: lag.as_ref().err().map(String::as_str),
-            partitions: partitions.iter().map(partition).collect(),
+            partitions: lag.as_deref().unwrap_or_default(),
         }
     }
 }
