@@ -35,7 +35,7 @@ use crate::consume::pipeline::run_pipeline;
 use crate::consume::source::Source;
 use crate::consume::state::StateSink;
 use crate::consume::store::Store;
-use crate::http::Endpoint;
+use crate::http;
 use crate::postgres::Bounds;
 use crate::shutdown::Shutdown;
 use crate::thread::start_thread;
@@ -53,7 +53,7 @@ pub fn run(config: &ConsumeConfig, shutdown: &Shutdown) -> anyhow::Result<()> {
     let counters = Counters::default();
     let _endpoint = config
         .metrics_addr
-        .map(|address| Endpoint::start(address, counters.clone()))
+        .map(|address| http::serve(address, counters.clone()))
         .transpose()?;
     run_counted(config, shutdown, &counters)
 }

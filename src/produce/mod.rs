@@ -32,7 +32,7 @@ use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::Clock;
 use crate::config::{GroupConfig, ProduceConfig};
-use crate::http::Endpoint;
+use crate::http;
 use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::mailbox::Mailbox;
@@ -69,7 +69,7 @@ pub fn run(
     };
     let metrics_addr = config.metrics_addr.filter(|_| rounds == Rounds::Endless);
     let _endpoint = metrics_addr
-        .map(|address| Endpoint::start(address, figures))
+        .map(|address| http::serve(address, figures))
         .transpose()?;
     run_counted(config, targets, sources, rounds, shutdown, counters)
 }
