@@ -14,7 +14,7 @@ use crate::postgres::{self, Fault, Session};
 use crate::produce::host_file::{self, Files};
 use crate::produce::hosts::rows::HostRow;
 use crate::tables::names::Object;
-use crate::terminal::{columns, plain};
+use crate::terminal::{self, columns, plain};
 
 /// A host that is to be added.
 pub struct NewHost {
@@ -235,19 +235,15 @@ struct Listed {
 
 /// All hosts as a table for a person.
 pub fn list(config: &DatabaseConfig) -> anyhow::Result<String> {
-    let mut table = vec![
-        [
-            "ADDRESS",
-            "FREQUENCY",
-            "OPTIONS",
-            "REGEX",
-            "ENABLED",
-            "NOTE",
-            "ERROR",
-        ]
-        .map(str::to_owned)
-        .to_vec(),
-    ];
+    let mut table = terminal::table([
+        "ADDRESS",
+        "FREQUENCY",
+        "OPTIONS",
+        "REGEX",
+        "ENABLED",
+        "NOTE",
+        "ERROR",
+    ]);
     for listed in listed(config)? {
         let Listed {
             row,

@@ -77,7 +77,7 @@ pub(super) fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<Stri
         "NEWEST",
         "LAST OUTCOME",
     ];
-    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    let mut table = terminal::table(heading);
     table.extend(hosts.iter().map(|host| row(host, address_width, checks)));
     let longest = table.iter().map(|row| terminal::width(&row[0])).max();
     let mut lines: Vec<String> = columns(&table).iter().map(|line| fit(line, width)).collect();

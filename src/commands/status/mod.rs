@@ -411,7 +411,7 @@ fn table(report: &Report, hosts: &[&Host]) -> Vec<Vec<String>> {
         "LATENCY TREND",
         "LAST ERROR",
     ];
-    let mut table = vec![headline.map(str::to_owned).to_vec()];
+    let mut table = terminal::table(headline);
     let none = || NONE.to_owned();
     let share = |share: Option<Share>| share.map_or_else(none, |share| percent(share.valid, share.checks));
     let ago = |at: Timestamp| roughly(report.age_seconds(at) as i64);
@@ -462,11 +462,7 @@ fn word(state: State) -> &'static str {
 
 /// The rows for a table without times.
 fn counted_only(report: &Report) -> Vec<Vec<String>> {
-    let mut table = vec![
-        ["HOST", " CHECKS", " UPTIME", " P50", " P95"]
-            .map(str::to_owned)
-            .to_vec(),
-    ];
+    let mut table = terminal::table(["HOST", " CHECKS", " UPTIME", " P50", " P95"]);
     let none = || NONE.to_owned();
     for host in &report.rows.hosts {
         let share = host.uptime_ever;
