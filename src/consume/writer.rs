@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -67,18 +67,6 @@ impl<L: Send + 'static> Writer<L> {
         match self.requests.send(request) {
             Ok(()) => Ok(()),
             Err(_) => bail!(GONE),
-        }
-    }
-
-    /// The answer, if it has arrived.
-    pub(super) fn answer(&mut self) -> anyhow::Result<Option<Answer<L>>> {
-        match self.answers.try_recv() {
-            Ok(answer) => {
-                self.is_busy = false;
-                Ok(Some(answer))
-            }
-            Err(TryRecvError::Empty) => Ok(None),
-            Err(TryRecvError::Disconnected) => bail!(GONE),
         }
     }
 
