@@ -56,7 +56,8 @@ fn main() {
     let shelf = PublishedFiles::new(&[]);
     shelf.put(page(&self::snapshot(42)));
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let server = Server::start("page", "PAGE_ADDR", address, LIMITS, shelf.clone()).expect("a free port");
+    let server =
+        Server::start("page", "PAGE_ADDR", address, LIMITS, shelf.clone().service()).expect("a free port");
     let address = server.address();
     let gzip = "Accept-Encoding: gzip\r\n";
     let tag = exchange(

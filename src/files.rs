@@ -1,6 +1,6 @@
 //! Reads small files that users name: only regular files, and only up to a limit.
 
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -29,20 +29,17 @@ pub(crate) fn mode_if_exposed(path: &Path) -> Option<u32> {
     (mode & 0o004 != 0).then_some(mode)
 }
 
-/// Tells two states of a file apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    file: (u64, u64),
-    bytes: u64,
-    changed_at: (i64, i64),
-}
+/// Tells two states of a file apart: which file it is, its size, and when it was changed.
+pub(crate) type Stamp = (u64, u64, u64, i64, i64);
 
 /// The file's state; `None` if there is no such file. Follows symbolic links, which Kubernetes switches.
 pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
-    let of = |file: Metadata| Stamp {
-        file: (file.dev(), file.ino()),
-        bytes: file.len(),
-        changed_at: (file.ctime(), file.ctime_nsec()),
-    };
-    path.metadata().ok().map(of)
+    let file = path.metadata().ok()?;
+    Some((
+        file.dev(),
+        file.ino(),
+        file.len(),
+        file.ctime(),
+        file.ctime_nsec(),
+    ))
 }

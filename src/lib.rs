@@ -28,3 +28,5 @@ pub mod shutdown;
 mod socket;
 pub mod tables;
 pub mod terminal;
+mod thread;
+mod words;

@@ -12,6 +12,7 @@ use signal_hook::iterator::Signals;
 
 use crate::clock::instant_now;
 use crate::lock::lock;
+use crate::thread::start_thread;
 
 /// The longest time from the stop signal to the end of the process, including the last flush. Container runtimes kill
 /// after ten seconds.
@@ -117,17 +118,15 @@ impl Shutdown {
     pub fn listen_to_signals(&self) -> io::Result<()> {
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
         let shutdown = self.clone();
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                for signal in signals.forever() {
-                    match signal {
-                        SIGHUP => shutdown.request_reload(),
-                        _ if shutdown.requested() => end_at_once(128 + signal),
-                        _ => shutdown.request(),
-                    }
+        start_thread("signals", move || {
+            for signal in signals.forever() {
+                match signal {
+                    SIGHUP => shutdown.request_reload(),
+                    _ if shutdown.requested() => end_at_once(128 + signal),
+                    _ => shutdown.request(),
                 }
-            })?;
+            }
+        })?;
         Ok(())
     }
 

@@ -202,6 +202,11 @@ pub fn roughly(seconds: i64) -> String {
     }
 }
 
+/// A table for [`columns`] that has only its heading yet.
+pub fn table<const N: usize>(heading: [&str; N]) -> Vec<Vec<String>> {
+    vec![heading.map(str::to_owned).to_vec()]
+}
+
 /// The rows as lines, with two spaces between columns and no trailing spaces. The first row is the heading; a heading that
 /// begins with a space aligns its column to the right.
 pub fn columns(rows: &[Vec<String>]) -> Vec<String> {

@@ -43,9 +43,14 @@ pub struct Observation {
 impl Observation {
     /// A check that failed, with nothing observed but the cause.
     pub fn failed(outcome: Outcome, error: impl Into<String>) -> Self {
+        Self::new(outcome, Some(error.into()))
+    }
+
+    /// Nothing is observed yet.
+    pub(super) fn new(outcome: Outcome, error: Option<String>) -> Self {
         Self {
             outcome,
-            error: Some(error.into()),
+            error,
             latency: None,
             status_code: None,
             regex_matched: None,

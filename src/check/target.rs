@@ -14,6 +14,7 @@ use crate::check::json::JsonRule;
 use crate::check::pattern::Pattern;
 use crate::check::secret::{CertificateFiles, SecretFile};
 use crate::duration;
+use crate::words::words;
 
 /// The share of its interval that a check may take, so that a hanging check ends before the next tick.
 pub const MAX_TIMEOUT_SHARE: f64 = 0.95;
@@ -70,39 +71,15 @@ pub struct Target {
     pub regex_absent: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    Get,
-    Head,
-    Post,
-    Put,
-    Patch,
-    Delete,
-    Options,
-}
-
-impl Method {
-    pub const ALL: [Self; 7] = [
-        Self::Get,
-        Self::Head,
-        Self::Post,
-        Self::Put,
-        Self::Patch,
-        Self::Delete,
-        Self::Options,
-    ];
-
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Get => "GET",
-            Self::Head => "HEAD",
-            Self::Post => "POST",
-            Self::Put => "PUT",
-            Self::Patch => "PATCH",
-            Self::Delete => "DELETE",
-            Self::Options => "OPTIONS",
-        }
-    }
+words! {
+    Method, as_str:
+    Get "GET",
+    Head "HEAD",
+    Post "POST",
+    Put "PUT",
+    Patch "PATCH",
+    Delete "DELETE",
+    Options "OPTIONS",
 }
 
 /// `header="NAME: VALUE"`.

@@ -10,11 +10,11 @@ use tokio_postgres::types::ToSql;
 
 use crate::cli::HostsAdd;
 use crate::config::{DatabaseConfig, WrongInput};
-use crate::postgres::{self, Bounds, Fault, Session};
+use crate::postgres::{self, Fault, Session};
 use crate::produce::host_file::{self, Files};
 use crate::produce::hosts::rows::HostRow;
 use crate::tables::names::Object;
-use crate::terminal::{columns, plain};
+use crate::terminal::{self, columns, plain};
 
 /// A host that is to be added.
 pub struct NewHost {
@@ -235,19 +235,15 @@ struct Listed {
 
 /// All hosts as a table for a person.
 pub fn list(config: &DatabaseConfig) -> anyhow::Result<String> {
-    let mut table = vec![
-        [
-            "ADDRESS",
-            "FREQUENCY",
-            "OPTIONS",
-            "REGEX",
-            "ENABLED",
-            "NOTE",
-            "ERROR",
-        ]
-        .map(str::to_owned)
-        .to_vec(),
-    ];
+    let mut table = terminal::table([
+        "ADDRESS",
+        "FREQUENCY",
+        "OPTIONS",
+        "REGEX",
+        "ENABLED",
+        "NOTE",
+        "ERROR",
+    ]);
     for listed in listed(config)? {
         let Listed {
             row,
@@ -313,25 +309,20 @@ fn listed(config: &DatabaseConfig) -> anyhow::Result<Vec<Listed>> {
     })
 }
 
-/// Does the work in a session of its own; an open transaction ends with it. It is given the quoted name of the table.
+/// Does the work in a session of its own. It is given the quoted name of the table.
 fn run<T>(
     config: &DatabaseConfig,
     work: impl AsyncFnOnce(&Session, &str) -> Result<T, Fault>,
 ) -> anyhow::Result<T> {
-    let runtime = postgres::runtime()?;
-    let done = runtime.block_on(async {
-        let session = Session::open(config, Bounds::default()).await?;
+    postgres::once(config, async |session| {
         let table = session.table.quoted(Object::Hosts.suffix());
-        let done = work(&session, &table).await;
-        session.close().await;
-        done.map_err(|fault| {
+        work(session, &table).await.map_err(|fault| {
             fault.with_grant(&format!(
                 "GRANT SELECT, INSERT, UPDATE, DELETE ON {table} to this user"
             ))
         })
-    });
-    runtime.shutdown_background();
-    done.map_err(|fault| anyhow!("{fault}"))
+    })?
+    .map_err(|fault| anyhow!("{fault}"))
 }
 
 #[cfg(test)]

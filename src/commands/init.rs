@@ -88,20 +88,16 @@ pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
 
 /// Creates the user if it does not exist, and grants it the right to read the state.
 fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
-    postgres::runtime()?
-        .block_on(async {
-            let session = Session::open(config, Bounds::default()).await?;
-            let sql = schema::let_read(&session.table, reader);
-            let result = session
-                .bounded("granting SELECT", session.client.batch_execute(&sql))
-                .await;
-            session.close().await;
-            result
-        })
-        .map_err(|fault: Fault| {
-            let remedy = format!("let a superuser run CREATE ROLE for {reader:?}, and run `init` again");
-            anyhow::anyhow!("user {reader:?} not created: {}", fault.with_grant(&remedy))
-        })?;
+    postgres::once(config, async |session| {
+        let sql = schema::let_read(&session.table, reader);
+        session
+            .bounded("granting SELECT", session.client.batch_execute(&sql))
+            .await
+    })?
+    .map_err(|fault| {
+        let remedy = format!("let a superuser run CREATE ROLE for {reader:?}, and run `init` again");
+        anyhow::anyhow!("user {reader:?} not created: {}", fault.with_grant(&remedy))
+    })?;
     log::info!("user {reader:?} may read the state; if it has no password, set one with ALTER ROLE");
     Ok(())
 }
@@ -397,16 +393,8 @@ async fn make_tables_once(config: &DatabaseConfig) -> Result<(), Fault> {
 }
 
 fn drop_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
-    let runtime = postgres::runtime()?;
-    let (dropped, left) = runtime
-        .block_on(async {
-            let session = Session::open(config, Bounds::default()).await?;
-            let result = migrate::drop_ours(&session).await;
-            session.close().await;
-            result
-        })
-        .map_err(|fault: Fault| anyhow::anyhow!("nothing dropped: {fault}"))?;
-    runtime.shutdown_background();
+    let (dropped, left) = postgres::once(config, async |session| migrate::drop_ours(session).await)?
+        .map_err(|fault| anyhow::anyhow!("nothing dropped: {fault}"))?;
     for name in &dropped {
         log::info!("{name} dropped");
     }

@@ -44,7 +44,7 @@ impl Page {
     /// Listens. There is no page before the first round of [`Page::run`].
     pub fn start(config: PageConfig) -> anyhow::Result<Self> {
         let files = PublishedFiles::new(&config.logins);
-        let server = Server::start("page", "PAGE_ADDR", config.addr, LIMITS, files.clone())?;
+        let server = Server::start("page", "PAGE_ADDR", config.addr, LIMITS, files.clone().service())?;
         log::info!("page at http://{}/", server.address());
         Ok(Self {
             config,

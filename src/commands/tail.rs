@@ -240,10 +240,7 @@ enum Kind {
 }
 
 fn kind(sample: &Sample<'_>) -> Kind {
-    let outcome = Outcome::ALL
-        .into_iter()
-        .find(|known| Some(known.as_str()) == sample.outcome.as_deref());
-    match outcome {
+    match sample.outcome.as_deref().and_then(Outcome::named) {
         _ if sample.is_valid => Kind::Valid,
         Some(outcome) if !outcome.is_failed_check() => Kind::NotChecked,
         _ => Kind::Failed,

@@ -7,6 +7,7 @@ use super::form::{MAX_LINE_BYTES, SECOND, host, host_and_port, host_of_url, is_p
 use super::reader::{PemKind, Reader};
 use super::secret::Secret;
 use crate::tables::names::{MAX_IDENTIFIER_BYTES, MAX_TABLE_BYTES, TableName};
+use crate::words::words;
 
 const DEFAULT_TABLE: &str = "host_metrics";
 const DEFAULT_PORT: u16 = 5_432;
@@ -25,27 +26,14 @@ pub struct DatabaseConfig {
     pub ssl_root_cert: Option<PathBuf>,
 }
 
-/// The values of libpq's `sslmode`, with libpq's meaning.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DbSslMode {
-    Disable,
-    Prefer,
-    Require,
-    VerifyCa,
-    VerifyFull,
-}
-
-impl DbSslMode {
-    pub fn from_word(word: &str) -> Option<Self> {
-        Some(match word {
-            "disable" => Self::Disable,
-            "prefer" => Self::Prefer,
-            "require" => Self::Require,
-            "verify-ca" => Self::VerifyCa,
-            "verify-full" => Self::VerifyFull,
-            _ => return None,
-        })
-    }
+words! {
+    /// The values of libpq's `sslmode`, with libpq's meaning.
+    DbSslMode, as_str:
+    Disable "disable",
+    Prefer "prefer",
+    Require "require",
+    VerifyCa "verify-ca",
+    VerifyFull "verify-full",
 }
 
 pub(super) fn database(reader: &mut Reader<'_>) -> DatabaseConfig {
@@ -81,7 +69,7 @@ pub(super) fn database(reader: &mut Reader<'_>) -> DatabaseConfig {
         "disable, prefer, require, verify-ca or verify-full; correct it, or leave it unset for prefer";
     let ssl_mode = reader
         .read("DB_SSLMODE", expected, |text| {
-            DbSslMode::from_word(&text.to_ascii_lowercase())
+            DbSslMode::named(&text.to_ascii_lowercase())
         })
         .unwrap_or(DbSslMode::Prefer);
     // Not used without TLS.

@@ -125,36 +125,8 @@ fn server_remedy(server: &str) -> Option<String> {
         .then(|| "separate the servers by commas".to_owned())
 }
 
-/// A security protocol, with the layers that it has.
-#[derive(Clone, Copy)]
-struct Protocol {
-    word: &'static str,
-    tls: bool,
-    sasl: bool,
-}
-
-const PROTOCOLS: [Protocol; 4] = [
-    Protocol {
-        word: "PLAINTEXT",
-        tls: false,
-        sasl: false,
-    },
-    Protocol {
-        word: "SSL",
-        tls: true,
-        sasl: false,
-    },
-    Protocol {
-        word: "SASL_PLAINTEXT",
-        tls: false,
-        sasl: true,
-    },
-    Protocol {
-        word: "SASL_SSL",
-        tls: true,
-        sasl: true,
-    },
-];
+/// The security protocols. Those that end with SSL have TLS.
+const PROTOCOLS: [&str; 4] = ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"];
 
 const FILES: [(&str, PemKind); 3] = [
     ("KAFKA_SSL_CA_FILE", PemKind::Certificate),
@@ -171,7 +143,7 @@ fn security(reader: &mut Reader<'_>) -> KafkaSecurity {
         false => "PLAINTEXT",
     };
     let find = |word: &str| {
-        let same = |protocol: &Protocol| protocol.word.eq_ignore_ascii_case(word);
+        let same = |known: &&str| known.eq_ignore_ascii_case(word);
         PROTOCOLS.into_iter().find(same)
     };
     let protocol = match reader.is_set(name) {
@@ -184,10 +156,14 @@ fn security(reader: &mut Reader<'_>) -> KafkaSecurity {
     }
 }
 
+fn has_sasl(protocol: &str) -> bool {
+    protocol.starts_with("SASL")
+}
+
 /// `protocol` is `None` if its variable is wrong.
-fn tls(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaTls> {
-    if let Some(protocol) = protocol.filter(|protocol| !protocol.tls) {
-        let with_tls = if protocol.sasl { "SASL_SSL" } else { "SSL" };
+fn tls(reader: &mut Reader<'_>, protocol: Option<&str>) -> Option<KafkaTls> {
+    if let Some(protocol) = protocol.filter(|protocol| !protocol.ends_with("SSL")) {
+        let with_tls = if has_sasl(protocol) { "SASL_SSL" } else { "SSL" };
         for (name, kind) in FILES {
             // Only files that exist, because existing setups may name files that were never there.
             let Some(path) = reader.get(name).filter(|path| Path::new(path).exists()) else {
@@ -196,9 +172,8 @@ fn tls(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaTls> 
             reader.conflict(
                 name,
                 format!(
-                    "names a file that exists ({path:?}), but KAFKA_SECURITY_PROTOCOL={} does not use it; set \
-                     KAFKA_SECURITY_PROTOCOL={with_tls} or unset {name}",
-                    protocol.word
+                    "names a file that exists ({path:?}), but KAFKA_SECURITY_PROTOCOL={protocol} does not use it; set \
+                     KAFKA_SECURITY_PROTOCOL={with_tls} or unset {name}"
                 ),
             );
             reader.pem_file(name, kind);
@@ -222,7 +197,7 @@ fn tls(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaTls> 
     })
 }
 
-fn sasl(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaSasl> {
+fn sasl(reader: &mut Reader<'_>, protocol: Option<&str>) -> Option<KafkaSasl> {
     let mechanism_name = "KAFKA_SASL_MECHANISM";
     let username_names = ("KAFKA_SASL_USERNAME", "KAFKA_SASL_USERNAME_FILE");
     let password_names = ("KAFKA_SASL_PASSWORD", "KAFKA_SASL_PASSWORD_FILE");
@@ -230,7 +205,7 @@ fn sasl(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaSasl
         let same = |known: &&str| known.eq_ignore_ascii_case(text);
         MECHANISMS.into_iter().find(same)
     };
-    let is_needed = protocol.is_some_and(|protocol| protocol.sasl);
+    let is_needed = protocol.is_some_and(has_sasl);
     let expected = "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512";
     if is_needed && !reader.is_set(mechanism_name) {
         reader.wrong(mechanism_name, expected, None);
@@ -239,14 +214,13 @@ fn sasl(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaSasl
     let [username, password] = [username_names, password_names].map(|(name, file)| {
         if let Some(protocol) = protocol.filter(|_| is_needed && !reader.is_set(name) && !reader.is_set(file)) {
             let what = format!(
-                "is not set, but KAFKA_SECURITY_PROTOCOL={} requires it; set it, or set {file} to a file with the value",
-                protocol.word
+                "is not set, but KAFKA_SECURITY_PROTOCOL={protocol} requires it; set it, or set {file} to a file with the value"
             );
             reader.conflict(name, what);
         }
         reader.secret(name, file)
     });
-    if let Some(protocol) = protocol.filter(|protocol| !protocol.sasl) {
+    if let Some(protocol) = protocol.filter(|protocol| !has_sasl(protocol)) {
         let names = [
             mechanism_name,
             username_names.0,
@@ -257,9 +231,8 @@ fn sasl(reader: &mut Reader<'_>, protocol: Option<Protocol>) -> Option<KafkaSasl
         for name in names {
             if reader.is_set(name) {
                 let what = format!(
-                    "is set, but KAFKA_SECURITY_PROTOCOL={} does not use it; set KAFKA_SECURITY_PROTOCOL=SASL_SSL (or \
-                     SASL_PLAINTEXT) or unset {name}",
-                    protocol.word
+                    "is set, but KAFKA_SECURITY_PROTOCOL={protocol} does not use it; set KAFKA_SECURITY_PROTOCOL=SASL_SSL (or \
+                     SASL_PLAINTEXT) or unset {name}"
                 );
                 reader.conflict(name, what);
             }

@@ -35,9 +35,10 @@ use crate::consume::pipeline::run_pipeline;
 use crate::consume::source::Source;
 use crate::consume::state::StateSink;
 use crate::consume::store::Store;
-use crate::http::Endpoint;
+use crate::http;
 use crate::postgres::Bounds;
 use crate::shutdown::Shutdown;
+use crate::thread::start_thread;
 
 /// The wait before the state's pipeline starts again after an error, such as a missing privilege. It doubles each time, so
 /// that a lasting error costs nothing, and an operator sees the effect of a repair within ten minutes.
@@ -52,7 +53,7 @@ pub fn run(config: &ConsumeConfig, shutdown: &Shutdown) -> anyhow::Result<()> {
     let counters = Counters::default();
     let _endpoint = config
         .metrics_addr
-        .map(|address| Endpoint::start(address, counters.clone()))
+        .map(|address| http::serve(address, counters.clone()))
         .transpose()?;
     run_counted(config, shutdown, &counters)
 }
@@ -127,5 +128,5 @@ fn start_state(
             wait = (wait * 2).min(STATE_AGAIN_MOST);
         }
     };
-    std::thread::Builder::new().name("state".into()).spawn(run)
+    start_thread("state", run)
 }

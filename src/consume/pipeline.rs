@@ -109,7 +109,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             let now = instant_now();
             self.counters.0.heartbeat.beat();
             self.look_at_shutdown(now);
-            while let Some(answer) = self.writer.answer()? {
+            while let Some(answer) = self.writer.wait(Duration::ZERO)? {
                 self.answered(now, answer)?;
             }
             self.watch(now);

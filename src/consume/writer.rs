@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -13,6 +13,7 @@ use crate::clock::{self, instant_now, wall_micros};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
 use crate::consume::sink::Sink;
 use crate::consume::store::{Store, StoreError};
+use crate::thread::start_thread;
 
 /// How often the store is maintained: partitions of the days ahead are created, and what is too old is removed.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3_600);
@@ -47,9 +48,7 @@ impl<L: Send + 'static> Writer<L> {
     pub(super) fn start<S: Sink<Layout = L>>(store: Store<S>) -> io::Result<Self> {
         let (requests, requested) = sync_channel(1);
         let (answer, answers) = sync_channel(1);
-        std::thread::Builder::new()
-            .name("writer".into())
-            .spawn(move || write(store, &requested, &answer))?;
+        start_thread("writer", move || write(store, &requested, &answer))?;
         Ok(Self {
             requests,
             answers,
@@ -68,18 +67,6 @@ impl<L: Send + 'static> Writer<L> {
         match self.requests.send(request) {
             Ok(()) => Ok(()),
             Err(_) => bail!(GONE),
-        }
-    }
-
-    /// The answer, if it has arrived.
-    pub(super) fn answer(&mut self) -> anyhow::Result<Option<Answer<L>>> {
-        match self.answers.try_recv() {
-            Ok(answer) => {
-                self.is_busy = false;
-                Ok(Some(answer))
-            }
-            Err(TryRecvError::Empty) => Ok(None),
-            Err(TryRecvError::Disconnected) => bail!(GONE),
         }
     }
 

@@ -11,14 +11,13 @@ pub mod server;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
 use self::metrics::Page;
-use self::server::{Limits, Server, Service};
+use self::server::{Limits, Server};
 
 /// What an agent publishes. The functions are called on the server's thread and must not wait for the agent.
 pub trait Watched: Send + Sync + 'static {
@@ -41,29 +40,13 @@ const LIMITS: Limits = Limits {
     idle_for: None,
 };
 
-/// A running endpoint. Dropping it ends it.
-pub struct Endpoint(Server);
-
-impl Endpoint {
-    /// Starts it.
-    pub fn start(metrics_addr: SocketAddr, watched: impl Watched) -> anyhow::Result<Self> {
-        let server = Server::start("metrics", "METRICS_ADDR", metrics_addr, LIMITS, Agent(watched))?;
-        log::info!("metrics at http://{}/metrics", server.address());
-        Ok(Self(server))
-    }
-
-    /// The address that it listens on, with the port that the system chose if METRICS_ADDR has port 0.
-    pub fn address(&self) -> SocketAddr {
-        self.0.address()
-    }
-}
-
-struct Agent<W>(W);
-
-impl<W: Watched> Service for Agent<W> {
-    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        respond(request, &self.0).map(|body| Full::new(body.into()))
-    }
+/// Starts the endpoint.
+pub fn serve(metrics_addr: SocketAddr, watched: impl Watched) -> anyhow::Result<Server> {
+    let answer =
+        move |request: &Request<Incoming>| respond(request, &watched).map(|body| Full::new(body.into()));
+    let server = Server::start("metrics", "METRICS_ADDR", metrics_addr, LIMITS, answer)?;
+    log::info!("metrics at http://{}/metrics", server.address());
+    Ok(server)
 }
 
 fn respond<B>(request: &Request<B>, watched: &dyn Watched) -> Response<String> {

@@ -1,4 +1,4 @@
-//! A small HTTP server on its own thread: bounded connections, heads and times. What it answers is a [`Service`]'s.
+//! A small HTTP server on its own thread: bounded connections, heads and times. What it answers is its caller's.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -20,10 +20,10 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, JoinSet};
 
-/// What a server answers. It is called on the server's thread and must not wait.
-pub trait Service: Send + Sync + 'static {
-    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>>;
-}
+use crate::thread::start_thread;
+
+/// What a server answers.
+type Respond = dyn Fn(&Request<Incoming>) -> Response<Full<Bytes>> + Send + Sync;
 
 /// What one server allows.
 #[derive(Clone, Copy, Debug)]
@@ -53,13 +53,14 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts the server. `variable` is the one that `address` comes from, and `name` the thread's.
+    /// Starts the server. `variable` is the one that `address` comes from, and `name` the thread's. `respond` is called on that
+    /// thread and must not wait.
     pub fn start(
         name: &'static str,
         variable: &'static str,
         address: SocketAddr,
         limits: Limits,
-        service: impl Service,
+        respond: impl Fn(&Request<Incoming>) -> Response<Full<Bytes>> + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_all()
@@ -71,14 +72,11 @@ impl Server {
         let address = listener.local_addr().context(variable)?;
         let (stop, stopped) = oneshot::channel();
         let run = move || {
-            runtime.spawn(accept(name, listener, limits, Arc::new(service)));
+            runtime.spawn(accept(name, listener, limits, Arc::new(respond)));
             // Ends when the sender is dropped. Then the runtime, the listener and all connections are dropped.
             let _ = runtime.block_on(stopped);
         };
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(run)
-            .with_context(|| format!("cannot start the thread that serves {variable}"))?;
+        start_thread(name, run).with_context(|| format!("cannot start the thread that serves {variable}"))?;
         Ok(Self { address, _stop: stop })
     }
 
@@ -100,7 +98,7 @@ fn listen(runtime: &Runtime, address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-async fn accept(name: &'static str, listener: TcpListener, limits: Limits, service: Arc<dyn Service>) {
+async fn accept(name: &'static str, listener: TcpListener, limits: Limits, respond: Arc<Respond>) {
     // By the order in which they came, so that the first is the oldest.
     let mut open: BTreeMap<u64, AbortHandle> = BTreeMap::new();
     let mut tasks: JoinSet<u64> = JoinSet::new();
@@ -114,9 +112,9 @@ async fn accept(name: &'static str, listener: TcpListener, limits: Limits, servi
         }
         match accepted {
             Ok((stream, peer)) => {
-                let service = Arc::clone(&service);
+                let respond = Arc::clone(&respond);
                 let task = tasks.spawn(async move {
-                    serve(name, stream, peer, limits, service).await;
+                    serve(name, stream, peer, limits, respond).await;
                     number
                 });
                 open.insert(number, task);
@@ -140,12 +138,11 @@ async fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     limits: Limits,
-    service: Arc<dyn Service>,
+    respond: Arc<Respond>,
 ) {
     // Small responses on a connection that stays open must not wait for the client's acknowledgement.
     let _ = stream.set_nodelay(true);
-    let answer =
-        service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(service.respond(&request)));
+    let answer = service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(respond(&request)));
     let mut builder = http1::Builder::new();
     builder
         .keep_alive(limits.idle_for.is_some())

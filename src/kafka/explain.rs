@@ -10,7 +10,6 @@ use std::io::{ErrorKind, Read};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use openssl::asn1::Asn1Time;
@@ -26,6 +25,7 @@ use crate::config::{KafkaConfig, KafkaTls};
 use crate::lock::lock;
 use crate::socket::Socket;
 use crate::terminal;
+use crate::thread::start_thread;
 
 /// The bound on connecting, and on the handshake. A thread of its own waits, and the explanation is of use only soon.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
@@ -158,7 +158,7 @@ impl Explainer {
                 handshake.found = found;
             }
         };
-        match thread::Builder::new().name("kafka-look".into()).spawn(work) {
+        match start_thread("kafka-look", work) {
             Ok(_) => handshake.is_under_way = true,
             Err(error) => log::debug!("cannot start a thread to look at Kafka: {error}"),
         }

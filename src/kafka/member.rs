@@ -28,6 +28,7 @@ use crate::clock::instant_now;
 use crate::config::KafkaConfig;
 use crate::lock::lock;
 use crate::outage::Outage;
+use crate::thread::start_thread;
 
 /// How long a question to Kafka may take. The member gets no news from the group meanwhile, and the group waits 6 s for it.
 const ASK_WITHIN: Duration = Duration::from_secs(2);
@@ -135,10 +136,12 @@ impl Member {
             for (commits, answer) in requests {
                 answer(commit(&committer, &commits));
             }
-        })?;
+        })
+        .context(NO_THREAD)?;
         let (watching, until) = channel();
         let (watched, name) = (Arc::clone(&consumer), group.clone());
-        let looking = start_thread("group-watch", move || watch_group(&watched, &name, &until))?;
+        let looking =
+            start_thread("group-watch", move || watch_group(&watched, &name, &until)).context(NO_THREAD)?;
         let member = Self {
             group,
             config,
@@ -165,7 +168,8 @@ impl Member {
         // Closing it waits for the answers to all revocations.
         ended.answer_revocations();
         // Closing it may take long.
-        start_thread("kafka-close", move || drop(ended)).map(drop)
+        start_thread("kafka-close", move || drop(ended)).context(NO_THREAD)?;
+        Ok(())
     }
 
     /// Closes the consumer, which waits until Kafka has answered [`Member::leave`]; otherwise the process may end before the request is
@@ -352,12 +356,8 @@ impl Member {
     }
 }
 
-fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
-    let thread = std::thread::Builder::new().name(name.into());
-    thread
-        .spawn(work)
-        .context("cannot start a thread for PRODUCE_GROUP")
-}
+/// What a failed start of a thread says before the reason.
+const NO_THREAD: &str = "cannot start a thread for PRODUCE_GROUP";
 
 fn watch_group(consumer: &BaseConsumer<Context>, group: &str, until: &Receiver<()>) {
     group::watch_group(consumer, group, until, |found| {

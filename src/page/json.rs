@@ -4,7 +4,7 @@
 
 use serde::Serialize;
 
-use crate::page::snapshot::{Counts, State, WINDOWS};
+use crate::page::snapshot::{Counts, WINDOWS};
 use crate::page::view::View;
 use crate::page::words::machine_time;
 use crate::terminal::plain_json;
@@ -69,17 +69,6 @@ struct Uptime {
     not_made: i64,
 }
 
-/// The states as words, which the schema lists.
-fn word(state: State) -> &'static str {
-    match state {
-        State::Up => "up",
-        State::Slow => "slow",
-        State::Partly => "partly",
-        State::Down => "down",
-        State::NotChecked => "not_checked",
-    }
-}
-
 fn uptime(counts: Counts, verdict_share: Option<f64>) -> Uptime {
     let checks = counts.checks();
     Uptime {
@@ -112,7 +101,7 @@ pub fn render(view: &View<'_>) -> String {
             name: &shown.name,
             group: shown.group.as_deref(),
             address: view.options.shows_addresses.then_some(&host.address),
-            state: word(shown.state),
+            state: shown.state.word(),
             since: time(host.since),
             last_check_at: time(host.last_check_at()),
             last_outcome: host.last_check().and_then(|place| place.outcome.as_deref()),
@@ -123,7 +112,7 @@ pub fn render(view: &View<'_>) -> String {
                 .iter()
                 .map(|place| PlaceDocument {
                     place: &place.agent,
-                    state: word(place.state(now)),
+                    state: place.state(now).word(),
                     last_check_at: time(place.last_check_at),
                     last_outcome: place.outcome.as_deref(),
                     error: place
@@ -155,7 +144,7 @@ pub fn render(view: &View<'_>) -> String {
         title: &view.options.title,
         at: machine_time(now),
         age_seconds: view.age.unwrap_or(0) / crate::page::snapshot::SECOND,
-        state: word(view.state()),
+        state: view.state().word(),
         sentence: view.sentence(),
         hosts: hosts.collect(),
         incidents: incidents.collect(),

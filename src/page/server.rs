@@ -16,7 +16,7 @@ use percent_encoding::percent_decode_str;
 
 use crate::config::Secret;
 use crate::http::health::Readiness;
-use crate::http::server::{Limits, Service};
+use crate::http::server::Limits;
 use crate::page::html::POLICY;
 use crate::page::view::encoded;
 use crate::page::{File, Files};
@@ -80,7 +80,12 @@ impl PublishedFiles {
         logins.is_empty() || logins.iter().filter(is).count() > 0
     }
 
-    fn respond_to<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
+    /// What the server answers.
+    pub fn service(self) -> impl Fn(&Request<Incoming>) -> Response<Full<Bytes>> + Send + Sync + 'static {
+        move |request| self.respond(request)
+    }
+
+    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         if ![Method::GET, Method::HEAD].contains(request.method()) {
             return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is supported");
         }
@@ -127,12 +132,6 @@ impl PublishedFiles {
             );
         }
         text(StatusCode::NOT_FOUND, "not found")
-    }
-}
-
-impl Service for PublishedFiles {
-    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        self.respond_to(request)
     }
 }
 

@@ -3,6 +3,7 @@
 //! Pure. `reader` fills it from the tables; everything else in `page` is made from it. Times are microseconds since 1970.
 
 use crate::tables::buckets::Histogram;
+use crate::words::words;
 
 pub const SECOND: i64 = 1_000_000;
 pub const HOUR: i64 = 3_600 * SECOND;
@@ -141,19 +142,19 @@ pub struct Incident {
     pub last_error: Option<String>,
 }
 
-/// The state of a host, of a place, or of a day.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum State {
-    Up,
-    Slow,
-    Partly,
-    Down,
-    NotChecked,
+words! {
+    /// The state of a host, of a place, or of a day.
+    State,
+    /// As `status.json` has it and its schema lists it.
+    word:
+    Up "up",
+    Slow "slow",
+    Partly "partly",
+    Down "down",
+    NotChecked "not_checked",
 }
 
 impl State {
-    pub const ALL: [Self; 5] = [Self::Up, Self::Slow, Self::Partly, Self::Down, Self::NotChecked];
-
     /// The state in a period with these counts.
     pub fn of(counts: Counts) -> Self {
         let checks = counts.checks();

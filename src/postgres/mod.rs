@@ -88,6 +88,22 @@ pub fn runtime() -> std::io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
+/// Does the work in a session of its own; an open transaction ends with it.
+pub(crate) fn once<T>(
+    config: &DatabaseConfig,
+    work: impl AsyncFnOnce(&Session) -> Result<T, Fault>,
+) -> std::io::Result<Result<T, Fault>> {
+    let runtime = runtime()?;
+    let done = runtime.block_on(async {
+        let session = Session::open(config, Bounds::default()).await?;
+        let done = work(&session).await;
+        session.close().await;
+        done
+    });
+    runtime.shutdown_background();
+    Ok(done)
+}
+
 /// A server process. The start time distinguishes it from a later process with the same number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {

@@ -24,6 +24,7 @@ use crate::produce::share::ledger::Ledger;
 use crate::produce::share::shares::Shares;
 use crate::produce::share::tail::{Tail, Takeover};
 use crate::produce::share::{Share, partition_of};
+use crate::thread::start_thread;
 
 /// How often the thread asks for the group's decisions.
 const LISTEN_EVERY: Duration = Duration::from_millis(50);
@@ -146,10 +147,7 @@ impl Fleet {
             foreign_ledger: Outage::default(),
             commit_failure: Arc::default(),
         };
-        std::thread::Builder::new()
-            .name("fleet".into())
-            .spawn(move || thread.run())
-            .context("cannot start the thread of PRODUCE_GROUP")?;
+        start_thread("fleet", move || thread.run()).context("cannot start the thread of PRODUCE_GROUP")?;
         Ok(Self {
             events,
             topics: send_topics,

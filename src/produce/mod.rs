@@ -32,7 +32,7 @@ use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::Clock;
 use crate::config::{GroupConfig, ProduceConfig};
-use crate::http::Endpoint;
+use crate::http;
 use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::mailbox::Mailbox;
@@ -45,7 +45,8 @@ use crate::produce::schedule::{Limits, Schedule};
 use crate::produce::shared_hosts::Joining;
 use crate::produce::timer::{Ended, TimerLoop};
 use crate::shutdown::Shutdown;
-pub use setup::{Rounds, Setup};
+pub use schedule::Rounds;
+pub use setup::Setup;
 
 /// How long the end of `--once` may take. All records are acknowledged then, and only copies of failed checks may be left.
 const COPIES_WITHIN: Duration = Duration::from_secs(5);
@@ -69,7 +70,7 @@ pub fn run(
     };
     let metrics_addr = config.metrics_addr.filter(|_| rounds == Rounds::Endless);
     let _endpoint = metrics_addr
-        .map(|address| Endpoint::start(address, figures))
+        .map(|address| http::serve(address, figures))
         .transpose()?;
     run_counted(config, targets, sources, rounds, shutdown, counters)
 }
@@ -153,10 +154,7 @@ impl Setup<'_> {
             check_timeout: self.config.check.timeout,
         };
         let now = clock.now_micros();
-        let schedule = match self.rounds {
-            Rounds::Once => Schedule::once(targets, limits, now),
-            Rounds::Endless => Schedule::endless(targets, limits, now),
-        };
+        let schedule = Schedule::new(self.rounds, targets, limits, now);
         let mut timer = TimerLoop::new(self, hosts, schedule, shared_hosts, pool, publisher, mailbox)?;
         match timer.run() {
             Ended::StopRequested(at) => timer.stop(at),

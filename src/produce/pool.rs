@@ -247,7 +247,7 @@ mod tests {
     use std::thread::ThreadId;
 
     use super::*;
-    use crate::produce::schedule::{Limits, Next, Schedule};
+    use crate::produce::schedule::{Limits, Next, Rounds, Schedule};
 
     /// Longer than anything here takes on a busy machine.
     const BOUND: Duration = Duration::from_secs(20);
@@ -427,7 +427,12 @@ mod tests {
             max_under_way: count,
             check_timeout: BOUND,
         };
-        let mut schedule = Schedule::<()>::once((0..count).map(target).map(Arc::new).collect(), limits, 0);
+        let mut schedule = Schedule::<()>::new(
+            Rounds::Once,
+            (0..count).map(target).map(Arc::new).collect(),
+            limits,
+            0,
+        );
         std::iter::from_fn(|| match schedule.next(0, |_| true) {
             Next::Start(tick) => Some(tick),
             Next::Wait(_) => None,

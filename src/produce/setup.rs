@@ -6,16 +6,8 @@ use crate::config::ProduceConfig;
 use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::publisher::Bounds;
+use crate::produce::schedule::Rounds;
 use crate::shutdown::Shutdown;
-
-/// When a run ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rounds {
-    /// `--once`: after one check of each host, when Kafka has acknowledged every record.
-    Once,
-    /// When a stop is requested.
-    Endless,
-}
 
 /// What a run needs from its caller. Tests use their own checks and bounds.
 pub struct Setup<'a> {

@@ -158,7 +158,7 @@ impl<'de> RecordReader<'de> {
             .get(position)
             .copied()
             .filter(|field| field.name() == key);
-        let field = guess.or_else(|| Field::ALL.into_iter().find(|field| field.name() == key));
+        let field = guess.or_else(|| Field::named(&key));
         let is_new = match field {
             Some(field) => {
                 let is_new = !self.has_seen(field);

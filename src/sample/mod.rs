@@ -4,28 +4,6 @@
 //! readers hold a record to. Of Postgres it only knows what a column cannot hold: a NUL, or a number that is too large. What
 //! [`encode`] writes is also described for other programs, in `schema/sample.v1.json`.
 
-/// An enum whose variants each have a word: one table for the variants, their order and their words.
-macro_rules! words {
-    ($(#[$attribute:meta])* $name:ident, $(#[$doc:meta])* $word:ident: $($variant:ident $text:literal,)+) => {
-        $(#[$attribute])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name {
-            $($variant),+
-        }
-
-        impl $name {
-            pub const ALL: [Self; [$($text),+].len()] = [$(Self::$variant),+];
-
-            $(#[$doc])*
-            pub fn $word(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $text),+
-                }
-            }
-        }
-    };
-}
-
 mod decode;
 mod encode;
 pub mod epoch;

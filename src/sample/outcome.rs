@@ -1,5 +1,7 @@
 //! The outcomes of a tick: the closed set of words that a record's `outcome` can be.
 
+use crate::words::words;
+
 words! {
     /// What became of one tick of one host.
     Outcome,

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::net::IpAddr;
 
 use super::timestamp::Timestamp;
+use crate::words::words;
 
 /// The number of a claim; a later claim has a higher one.
 pub type Epoch = i64;

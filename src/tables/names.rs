@@ -2,6 +2,8 @@
 //!
 //! Pure text.
 
+use crate::words::words;
+
 /// Postgres truncates identifiers to 63 bytes (NAMEDATALEN), and the longest suffix to a table's name has 23.
 pub const MAX_TABLE_BYTES: usize = 40;
 pub const MAX_IDENTIFIER_BYTES: usize = 63;
@@ -69,59 +71,28 @@ fn identifier(text: &str) -> Option<(String, &str)> {
     }
 }
 
-/// The tables and views that belong to DB_TABLE, in the order of creation; `drop` uses the reverse order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Object {
-    Main,
-    Offsets,
-    Rejected,
-    Series,
-    Rollups,
-    Incidents,
-    Windows,
-    Hosts,
-    Latest,
-    Uptime,
-    Latency,
-    Certificates,
+words! {
+    /// The tables and views that belong to DB_TABLE, in the order of creation; `drop` uses the reverse order.
+    Object,
+    /// Appended to the main table's name.
+    suffix:
+    Main "",
+    Offsets "_offsets",
+    Rejected "_rejected",
+    Series "_series",
+    Rollups "_rollups",
+    Incidents "_incidents",
+    Windows "_windows",
+    Hosts "_hosts",
+    Latest "_latest",
+    Uptime "_uptime",
+    Latency "_latency",
+    Certificates "_certificates",
 }
 
 impl Object {
-    pub const ALL: [Self; 12] = [
-        Self::Main,
-        Self::Offsets,
-        Self::Rejected,
-        Self::Series,
-        Self::Rollups,
-        Self::Incidents,
-        Self::Windows,
-        Self::Hosts,
-        Self::Latest,
-        Self::Uptime,
-        Self::Latency,
-        Self::Certificates,
-    ];
-
     /// The tables of the state, which the views read.
     pub const STATE: [Self; 4] = [Self::Series, Self::Rollups, Self::Incidents, Self::Windows];
-
-    /// Appended to the main table's name.
-    pub fn suffix(self) -> &'static str {
-        match self {
-            Self::Main => "",
-            Self::Offsets => "_offsets",
-            Self::Rejected => "_rejected",
-            Self::Series => "_series",
-            Self::Rollups => "_rollups",
-            Self::Incidents => "_incidents",
-            Self::Windows => "_windows",
-            Self::Hosts => "_hosts",
-            Self::Latest => "_latest",
-            Self::Uptime => "_uptime",
-            Self::Latency => "_latency",
-            Self::Certificates => "_certificates",
-        }
-    }
 
     pub(super) fn is_view(self) -> bool {
         matches!(

@@ -14,7 +14,7 @@ use std::time::Duration;
 use host_metrics::check::target::Target;
 use host_metrics::produce::host_file;
 use host_metrics::produce::outbox::{Kept, LaneId, Outbox, Sequence};
-use host_metrics::produce::schedule::{BacklogItem, Limits, Next, Schedule, Tick, phase_micros};
+use host_metrics::produce::schedule::{BacklogItem, Limits, Next, Rounds, Schedule, Tick, phase_micros};
 use host_metrics::produce::share::events::{Action, CommitOutcome, Event, Range, StoredLedger};
 use host_metrics::produce::share::ledger::Ledger;
 use host_metrics::produce::share::shares::Shares;
@@ -527,7 +527,7 @@ impl World {
             generation: -1,
             to_member: VecDeque::new(),
             asked: VecDeque::new(),
-            schedule: Schedule::endless(Vec::new(), limits, self.now + skew),
+            schedule: Schedule::new(Rounds::Endless, Vec::new(), limits, self.now + skew),
             under_way: Vec::new(),
             to_timer: VecDeque::new(),
             releasing: Vec::new(),

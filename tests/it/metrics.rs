@@ -14,7 +14,8 @@ use host_metrics::config::{self, Variables};
 use host_metrics::consume;
 use host_metrics::http::health::{self, Health};
 use host_metrics::http::metrics::Page;
-use host_metrics::http::{Endpoint, Watched};
+use host_metrics::http::server::Server;
+use host_metrics::http::{self, Watched};
 use host_metrics::produce::hosts::Sources;
 use host_metrics::produce::{self, Rounds, host_file};
 use host_metrics::shutdown::Shutdown;
@@ -61,8 +62,8 @@ impl Watched for Stub {
     }
 }
 
-fn endpoint(stub: &Stub) -> Endpoint {
-    Endpoint::start((Ipv4Addr::LOCALHOST, 0).into(), stub.clone()).unwrap()
+fn endpoint(stub: &Stub) -> Server {
+    http::serve((Ipv4Addr::LOCALHOST, 0).into(), stub.clone()).unwrap()
 }
 
 /// The whole response to these bytes.
@@ -268,7 +269,7 @@ fn a_server_that_is_not_an_agent_is_recognised() {
 fn an_address_in_use_is_an_error_and_a_dropped_endpoint_frees_its_address() {
     let endpoint = endpoint(&Stub::new());
     let address = endpoint.address();
-    let error = Endpoint::start(address, Stub::new())
+    let error = http::serve(address, Stub::new())
         .err()
         .expect("the address is taken");
     let text = format!("{error:#}");

@@ -51,7 +51,7 @@ fn start(shelf: &PublishedFiles) -> Server {
         "PAGE_ADDR",
         (Ipv4Addr::LOCALHOST, 0).into(),
         LIMITS,
-        shelf.clone(),
+        shelf.clone().service(),
     )
     .unwrap()
 }
@@ -288,7 +288,7 @@ fn connections_are_closed_that_are_idle_too_long_or_too_many() {
         "PAGE_ADDR",
         (Ipv4Addr::LOCALHOST, 0).into(),
         limits,
-        shelf(&[]),
+        shelf(&[]).service(),
     )
     .unwrap();
     let open = || {

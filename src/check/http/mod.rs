@@ -139,19 +139,7 @@ impl Checker {
     fn observe(&mut self, target: &Target, deadline: Instant, details: Option<Box<Details>>) -> Observation {
         let started_at = instant_now();
         self.progress.begin_check(deadline, target, details);
-        let mut observation = Observation {
-            outcome: Outcome::Ok,
-            error: None,
-            latency: None,
-            status_code: None,
-            regex_matched: None,
-            phases: Default::default(),
-            ip: None,
-            redirects: None,
-            body_bytes: None,
-            cert_expires_at: None,
-            lookup_began_at: None,
-        };
+        let mut observation = Observation::new(Outcome::Ok, None);
         let mut unread = None;
         match self.final_response(target, &mut observation) {
             Ok((mut response, method)) => {

@@ -146,7 +146,8 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, options: Opti
     if let Some(certificate) = &details.certificate {
         add_certificate(&mut lines, certificate);
     }
-    if let Some(advice) = outcome(sample).and_then(advice::advice) {
+    let outcome = sample.outcome.as_deref().and_then(Outcome::named);
+    if let Some(advice) = outcome.and_then(advice::advice) {
         let status = sample.status_code.unwrap_or_default().to_string();
         let url = format!("'{}'", target.url.as_str().replace('\'', "%27"));
         let advice = advice.replace("STATUS", &status).replace("URL", &url);
@@ -191,11 +192,6 @@ fn body(sample: &Sample<'_>, details: &Details) -> Option<String> {
     let content_type = details.header("content-type").map(str::to_owned);
     let parts: Vec<String> = size.into_iter().chain(content_type).collect();
     (!parts.is_empty()).then(|| terminal::plain(&parts.join(", ")))
-}
-
-fn outcome(sample: &Sample<'_>) -> Option<Outcome> {
-    let word = sample.outcome.as_deref()?;
-    Outcome::ALL.into_iter().find(|outcome| outcome.as_str() == word)
 }
 
 fn style(sample: &Sample<'_>) -> Style {

@@ -14,7 +14,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -41,6 +41,7 @@ use crate::produce::hosts::Sources;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal::fit;
+use crate::thread::start_thread;
 use crate::{consume, logging, produce};
 
 const TOPIC: &str = "host-metrics";
@@ -446,13 +447,11 @@ impl AgentThread {
     ) -> anyhow::Result<Self> {
         let stop = Shutdown::new();
         let (own, ends_demo) = (stop.clone(), RequestOnDrop(demo.clone()));
-        let thread = thread::Builder::new()
-            .name(name.into())
-            .spawn(move || {
-                let _ends_demo = ends_demo;
-                run(&own)
-            })
-            .with_context(|| format!("cannot start a thread for {name}"))?;
+        let thread = start_thread(name, move || {
+            let _ends_demo = ends_demo;
+            run(&own)
+        })
+        .with_context(|| format!("cannot start a thread for {name}"))?;
         Ok(Self {
             name,
             stop,

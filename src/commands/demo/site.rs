@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -21,6 +21,7 @@ use time::OffsetDateTime;
 
 use crate::clock::instant_now;
 use crate::shutdown::{Shutdown, Wake};
+use crate::thread::start_thread;
 
 /// The most connections at the same time, far more than the demo's checks need. Further ones are closed.
 const MAX_CONNECTIONS: usize = 64;
@@ -83,9 +84,7 @@ impl SampleSite {
             TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("found no free port on 127.0.0.1")?;
         let address = listener.local_addr()?;
         let shutdown = self.shutdown.clone();
-        let thread = thread::Builder::new()
-            .name("sample-site".into())
-            .spawn(move || accept(&listener, tls.as_ref(), &shutdown))?;
+        let thread = start_thread("sample-site", move || accept(&listener, tls.as_ref(), &shutdown))?;
         self.listeners.push((address, thread));
         Ok(address)
     }
@@ -144,7 +143,7 @@ fn accept(listener: &TcpListener, tls: Option<&Arc<ServerConfig>>, shutdown: &Sh
         let (tls, shutdown, open) = (tls.cloned(), shutdown.clone(), Arc::clone(&open));
         open.fetch_add(1, Ordering::Relaxed);
         let counted = Arc::clone(&open);
-        let spawned = thread::Builder::new().name("sample-site".into()).spawn(move || {
+        let spawned = start_thread("sample-site", move || {
             // Checks close connections early by design.
             if let Err(error) = serve(stream, tls, start, &shutdown) {
                 log::trace!("the sample site: {error}");

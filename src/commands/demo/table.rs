@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use anstyle::{AnsiColor, Style};
+
 use crate::sample::Outcome;
 use crate::terminal::{
     self, NONE, SPARKLINE_CHECKS, columns, counted, fit, fit_end, percent, seconds, sparkline,
@@ -79,33 +81,30 @@ pub(super) fn lines(hosts: &[Host], width: usize, is_coloured: bool) -> Vec<Stri
         "NEWEST",
         "LAST OUTCOME",
     ];
-    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    let mut table = terminal::table(heading);
     table.extend(hosts.iter().map(|host| row(host, address_width, checks)));
     let longest = table.iter().map(|row| terminal::width(&row[0])).max();
     let mut lines: Vec<String> = columns(&table).iter().map(|line| fit(line, width)).collect();
-    lines[0] = paint(&lines[0], Colour::Bold, is_coloured);
+    lines[0] = paint(&lines[0], Style::new().bold(), is_coloured);
     for ((line, row), host) in lines[1..].iter_mut().zip(&table[1..]).zip(hosts) {
         // Colours are added after cutting, because an escape has no width and must not be cut.
-        let (address, (state, colour)) = (&row[0], state(host));
+        let (address, (state, style)) = (&row[0], state(host));
         let at = address.len() + longest.unwrap_or_default() - terminal::width(address) + 2;
         if line.get(at..).is_some_and(|rest| rest.starts_with(state)) {
-            line.replace_range(at..at + state.len(), &paint(state, colour, is_coloured));
+            line.replace_range(at..at + state.len(), &paint(state, style, is_coloured));
         }
     }
     lines
 }
 
-fn state(host: &Host) -> (&'static str, Colour) {
-    let is_failed = |outcome: &str| {
-        let known = Outcome::ALL.into_iter().find(|known| known.as_str() == outcome);
-        known.is_none_or(Outcome::is_failed_check)
-    };
+fn state(host: &Host) -> (&'static str, Style) {
+    let is_failed = |outcome: &str| Outcome::named(outcome).is_none_or(Outcome::is_failed_check);
     match &host.newest {
-        None => ("…", Colour::Dim),
-        Some(newest) if newest.is_valid => ("up", Colour::Green),
-        Some(newest) if is_failed(&newest.outcome) => ("DOWN", Colour::Red),
+        None => ("…", Style::new().dimmed()),
+        Some(newest) if newest.is_valid => ("up", AnsiColor::Green.on_default()),
+        Some(newest) if is_failed(&newest.outcome) => ("DOWN", AnsiColor::Red.on_default()),
         // The host was not checked, so its state is unknown.
-        Some(_) => ("?", Colour::Dim),
+        Some(_) => ("?", Style::new().dimmed()),
     }
 }
 
@@ -134,27 +133,9 @@ fn row(host: &Host, address_width: usize, checks: usize) -> Vec<String> {
     ]
 }
 
-#[derive(Clone, Copy)]
-enum Colour {
-    Bold,
-    Dim,
-    Green,
-    Red,
-}
-
-/// ECMA-48's "select graphic rendition".
-fn paint(text: &str, colour: Colour, is_coloured: bool) -> String {
-    let code = match colour {
-        Colour::Bold => 1,
-        Colour::Dim => 2,
-        Colour::Green => 32,
-        Colour::Red => 31,
-    };
-    if is_coloured {
-        format!("\x1b[{code}m{text}\x1b[0m")
-    } else {
-        text.to_owned()
-    }
+fn paint(text: &str, style: Style, is_coloured: bool) -> String {
+    let style = if is_coloured { style } else { Style::new() };
+    format!("{style}{text}{style:#}")
 }
 
 #[cfg(test)]

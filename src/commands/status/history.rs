@@ -9,7 +9,7 @@ use crate::sample::Timestamp;
 use crate::tables::buckets::Histogram;
 use crate::tables::destination::ExistingObjects;
 use crate::tables::names::Object;
-use crate::terminal::{NONE, columns, plain, roughly, seconds, wrap};
+use crate::terminal::{self, NONE, columns, plain, roughly, seconds, wrap};
 
 /// How many incidents are shown below a host's other figures, and how many if only incidents are shown.
 const INCIDENTS_OF_HOST: i64 = 5;
@@ -276,7 +276,7 @@ pub(super) fn lines(history: &History, width: Option<usize>) -> Vec<String> {
     lines.push(String::new());
     lines.extend(plot(host));
     lines.push(String::new());
-    let mut outcomes = vec![vec!["OUTCOMES OF 7 DAYS".to_owned(), " CHECKS".to_owned()]];
+    let mut outcomes = terminal::table(["OUTCOMES OF 7 DAYS", " CHECKS"]);
     let counted = |(outcome, count): &(String, i64)| vec![plain(outcome), count.to_string()];
     outcomes.extend(host.outcomes.iter().map(counted));
     lines.extend(columns(&outcomes));
@@ -287,7 +287,7 @@ pub(super) fn lines(history: &History, width: Option<usize>) -> Vec<String> {
 
 fn places(history: &History, host: &Host) -> Vec<String> {
     let heading = ["PLACE", "STATE", " SINCE", " LAST CHECK", "OUTCOME", "ERROR"];
-    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    let mut table = terminal::table(heading);
     for place in &host.places {
         let state = match place.is_valid {
             Some(true) => "up",
@@ -310,7 +310,7 @@ fn places(history: &History, host: &Host) -> Vec<String> {
 /// The median as a full bar, and from there to the 95th percentile a light one.
 fn plot(host: &Host) -> Vec<String> {
     let heading = ["HOUR (UTC)", " P50", " P95", " CHECKS", " FAILED", "P50 █ P95 ░"];
-    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    let mut table = terminal::table(heading);
     let longest = host.hours.iter().filter_map(|hour| hour.p95).fold(0.0, f64::max);
     let width = |latency: Option<f64>| match latency {
         Some(latency) if longest > 0.0 => ((latency / longest * PLOT_WIDTH).round() as usize).max(1),
@@ -346,7 +346,7 @@ fn incidents(history: &History) -> Vec<String> {
         "PLACES",
         "LAST ERROR",
     ];
-    let mut table = vec![heading.map(str::to_owned).to_vec()];
+    let mut table = terminal::table(heading);
     for incident in &history.incidents {
         let started_at = incident.started_at.map(|at| at.to_string()).unwrap_or_default();
         let end = incident

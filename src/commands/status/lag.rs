@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::{Offset, TopicPartitionList};
+use serde::Serialize;
 
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
@@ -14,8 +15,8 @@ use crate::kafka::{Listener, client_config, look_up_topic, reason};
 /// Bounds all requests to Kafka together, because a person waits and the tables are reported anyway.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
-/// The lag of one partition.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The lag of one partition, as the JSON document has it too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Lag {
     pub topic: String,
     pub partition: i32,
@@ -24,6 +25,7 @@ pub(super) struct Lag {
     /// The offset after the last record that can be read.
     pub end_offset: i64,
     /// A number of offsets; compaction and transactions leave gaps, so there may be fewer records.
+    #[serde(rename = "lag_records")]
     pub records: i64,
 }
 

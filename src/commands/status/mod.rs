@@ -17,7 +17,7 @@ use crate::commands::status::lag::{Lag, lag};
 use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
 use crate::config::StatusConfig;
 use crate::consume::state::GROUP_SUFFIX;
-use crate::postgres::{self, Bounds, Fault, Session};
+use crate::postgres;
 use crate::sample::Timestamp;
 use crate::tables::destination;
 use crate::terminal::{
@@ -41,18 +41,11 @@ pub struct Report {
 
 /// Reads the tables, and asks Kafka for the lag. If Kafka does not answer, the report says so.
 pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
-    let runtime = postgres::runtime()?;
-    let rows = runtime.block_on(async {
-        let session = Session::open(&config.database, Bounds::default()).await?;
-        let found = destination::find(&session).await;
-        let rows = match found {
-            Ok(found) => rows::read(&session, &found, &config.group_id, config.is_state_on).await,
-            Err(fault) => Err(fault),
-        };
-        session.close().await;
-        rows
-    });
-    let rows = rows.map_err(|fault| anyhow!("{fault}"))?;
+    let rows = postgres::once(&config.database, async |session| {
+        let found = destination::find(session).await?;
+        rows::read(session, &found, &config.group_id, config.is_state_on).await
+    })?
+    .map_err(|fault| anyhow!("{fault}"))?;
     let lag = match (&config.kafka, &rows.positions) {
         (None, _) => Err("KAFKA_BOOTSTRAP_SERVERS is not set".to_owned()),
         (_, None) => Err(format!(
@@ -76,16 +69,11 @@ pub fn history(
     only_incidents: bool,
     width: Option<usize>,
 ) -> anyhow::Result<String> {
-    let history = postgres::runtime()?.block_on(async {
-        let session = Session::open(&config.database, Bounds::default()).await?;
-        let history = match destination::find(&session).await {
-            Ok(found) => history::read(&session, &found, host, only_incidents, config.is_state_on).await,
-            Err(fault) => Err(fault),
-        };
-        session.close().await;
-        history
-    });
-    let history = history.map_err(|fault: Fault| anyhow!("{fault}"))?;
+    let history = postgres::once(&config.database, async |session| {
+        let found = destination::find(session).await?;
+        history::read(session, &found, host, only_incidents, config.is_state_on).await
+    })?
+    .map_err(|fault| anyhow!("{fault}"))?;
     Ok(joined(history::lines(&history, width), width))
 }
 
@@ -267,16 +255,7 @@ struct PipelineDocument<'a> {
     lag_records: Option<i64>,
     state_lag_records: Option<i64>,
     lag_unknown_because: Option<&'a str>,
-    partitions: Vec<PartitionDocument<'a>>,
-}
-
-#[derive(Serialize)]
-struct PartitionDocument<'a> {
-    topic: &'a str,
-    partition: i32,
-    next_offset: Option<i64>,
-    end_offset: i64,
-    lag_records: i64,
+    partitions: &'a [Lag],
 }
 
 impl<'a> PipelineDocument<'a> {
@@ -284,14 +263,6 @@ impl<'a> PipelineDocument<'a> {
         let Report {
             rows, lag, group_id, ..
         } = report;
-        let partitions = lag.as_deref().unwrap_or_default();
-        let partition = |lag: &'a Lag| PartitionDocument {
-            topic: &lag.topic,
-            partition: lag.partition,
-            next_offset: lag.next_offset,
-            end_offset: lag.end_offset,
-            lag_records: lag.records,
-        };
         Self {
             now: Timestamp::from_unix_micros(rows.now_micros).map(|now| now.to_string()),
             newest_row: rows.newest.map(|newest| newest.at.to_string()),
@@ -305,7 +276,7 @@ impl<'a> PipelineDocument<'a> {
             lag_records: lag.as_ref().ok().map(|lag| total(lag)),
             state_lag_records: report.state_lag(),
             lag_unknown_because: lag.as_ref().err().map(String::as_str),
-            partitions: partitions.iter().map(partition).collect(),
+            partitions: lag.as_deref().unwrap_or_default(),
         }
     }
 }
@@ -440,7 +411,7 @@ fn table(report: &Report, hosts: &[&Host]) -> Vec<Vec<String>> {
         "LATENCY TREND",
         "LAST ERROR",
     ];
-    let mut table = vec![headline.map(str::to_owned).to_vec()];
+    let mut table = terminal::table(headline);
     let none = || NONE.to_owned();
     let share = |share: Option<Share>| share.map_or_else(none, |share| percent(share.valid, share.checks));
     let ago = |at: Timestamp| roughly(report.age_seconds(at) as i64);
@@ -491,11 +462,7 @@ fn word(state: State) -> &'static str {
 
 /// The rows for a table without times.
 fn counted_only(report: &Report) -> Vec<Vec<String>> {
-    let mut table = vec![
-        ["HOST", " CHECKS", " UPTIME", " P50", " P95"]
-            .map(str::to_owned)
-            .to_vec(),
-    ];
+    let mut table = terminal::table(["HOST", " CHECKS", " UPTIME", " P50", " P95"]);
     let none = || NONE.to_owned();
     for host in &report.rows.hosts {
         let share = host.uptime_ever;

@@ -59,7 +59,7 @@ pub(super) struct Newest {
 }
 
 /// What is known of one host. `None` also if the table lacks a column.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Host {
     pub address: String,
     /// As in the host file; only the state has them.
@@ -428,23 +428,13 @@ fn host(row: &Row) -> Result<Host, Fault> {
     let latency = |at: usize| latency.as_ref().and_then(|both| *both.get(at)?);
     let mut host = Host {
         address: row.try_get("address")?,
-        name: None,
-        group: None,
-        is_valid: None,
-        since: None,
-        is_longer: false,
         uptime_1h: share("checks_1h", "valid_1h")?,
         uptime_24h: share("checks_24h", "valid_24h")?,
         uptime_7d: share("checks_7d", "valid_7d")?,
         uptime_ever: share("checks_ever", "valid_ever")?,
-        missed_7d: None,
         latency_p50_seconds: latency(0),
         latency_p95_seconds: latency(1),
-        certificate_days_left: None,
-        newest: None,
-        last_outcome: None,
-        last_error: None,
-        latencies: Vec::new(),
+        ..Host::default()
     };
     if !has("newest_at") {
         return Ok(host);

@@ -7,7 +7,7 @@ use crate::check::target::{DEFAULT_FOLLOW, Header, HeaderValue, IpFamily, Method
 use crate::config::CheckConfig;
 use crate::duration;
 use crate::produce::host_file::Hosts;
-use crate::terminal::{columns, counted, fit, plain, seconds};
+use crate::terminal::{self, columns, counted, fit, plain, seconds};
 
 /// The most columns of an error beside a host.
 const MAX_ERROR_WIDTH: usize = 60;
@@ -29,11 +29,7 @@ pub(super) fn list(config: &CheckConfig, hosts: &Hosts, measured: &Measured) -> 
         let target = &hosts.targets[*index];
         (target.group.is_none(), target.group.clone(), profiles(target))
     });
-    let mut table = vec![
-        ["EVERY", "TIMEOUT", "NOW", "HOST", ""]
-            .map(str::to_owned)
-            .to_vec(),
-    ];
+    let mut table = terminal::table(["EVERY", "TIMEOUT", "NOW", "HOST", ""]);
     for index in &order {
         let target = &hosts.targets[*index];
         let mut host = plain(&target.address);

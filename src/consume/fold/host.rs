@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use crate::consume::fold::observed::{Finding, Observed};
 use crate::consume::fold::rollup::count_outcome;
+use crate::words::words;
 
 /// DOWN_WHEN: how many of the voting places must see a host down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,20 +50,11 @@ impl FromStr for DownWhen {
     }
 }
 
-/// The verdict of the voting places on a host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    Up,
-    Down,
-}
-
-impl Verdict {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Up => "up",
-            Self::Down => "down",
-        }
-    }
+words! {
+    /// The verdict of the voting places on a host.
+    Verdict, as_str:
+    Up "up",
+    Down "down",
 }
 
 /// A host as one place sees it.

@@ -16,7 +16,7 @@ mod context;
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -34,6 +34,7 @@ use crate::consume::ingest::{Event, Extent};
 use crate::consume::source::context::{Context, Reported, level_of, partition};
 use crate::kafka::{BatchHead, Explainer, batch_head, client_config, group, names_a_cause, partitions};
 use crate::sample::Timestamp;
+use crate::thread::start_thread;
 
 /// How long a question to Kafka (committed offsets, watermarks) may delay polling. It is repeated later if Kafka does not
 /// answer by then.
@@ -172,28 +173,24 @@ impl Source {
         let (commits, to_commit) = sync_channel(1);
         let committer = {
             let consumer = Arc::clone(&consumer);
-            thread::Builder::new()
-                .name("committer".into())
-                .spawn(move || context::commit_all(&consumer, &to_commit))
+            start_thread("committer", move || context::commit_all(&consumer, &to_commit))
                 .context("cannot start a thread for commits")?
         };
         let (watching, until) = sync_channel(0);
         let watcher = {
             let consumer = Arc::clone(&consumer);
             let group_id = client.get("group.id").unwrap_or_default().to_owned();
-            thread::Builder::new()
-                .name("group-watch".into())
-                .spawn(move || {
-                    group::watch_group(&consumer, &group_id, &until, |found| {
-                        if !found.orphans.is_empty()
-                            && let Err(error) =
-                                group::adopt(&consumer, &found.orphans, level_of(is_second, Level::Warn))
-                        {
-                            log::error!("cannot join the group again: {error}");
-                        }
-                    });
-                })
-                .context("cannot start a thread to watch the group")?
+            start_thread("group-watch", move || {
+                group::watch_group(&consumer, &group_id, &until, |found| {
+                    if !found.orphans.is_empty()
+                        && let Err(error) =
+                            group::adopt(&consumer, &found.orphans, level_of(is_second, Level::Warn))
+                    {
+                        log::error!("cannot join the group again: {error}");
+                    }
+                });
+            })
+            .context("cannot start a thread to watch the group")?
         };
         Ok(Self {
             client,
@@ -392,7 +389,7 @@ impl Source {
     /// the process.
     pub fn close(self, within: Duration) {
         let (closed, is_closed) = sync_channel(1);
-        let closing = thread::Builder::new().name("kafka-close".into()).spawn(move || {
+        let closing = start_thread("kafka-close", move || {
             // The threads also hold the consumer.
             drop(self.commits);
             drop(self.watching);
@@ -502,7 +499,7 @@ impl Source {
             // The receiver may be gone.
             let _ = found.send((partition, offset, head));
         };
-        match thread::Builder::new().name("kafka-look".into()).spawn(work) {
+        match start_thread("kafka-look", work) {
             Ok(_) => self.head_asked = Some(asked),
             Err(error) => log::debug!("cannot start a thread to look at a batch: {error}"),
         }

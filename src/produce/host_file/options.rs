@@ -132,7 +132,7 @@ impl Options {
             ),
             "method" => option.once(
                 &mut self.method,
-                read_method,
+                Method::named,
                 "`GET`, `HEAD`, `POST`, `PUT`, `PATCH`, `DELETE` or `OPTIONS`",
             ),
             "follow" => option.once(&mut self.follow, read_follow, "a number from 0 to 100"),
@@ -353,10 +353,6 @@ fn read_status(text: &str) -> Option<StatusSet> {
         Some(code(start)?..=code(end)?).filter(|range| !range.is_empty())
     });
     ranges.collect::<Option<_>>().map(StatusSet)
-}
-
-fn read_method(text: &str) -> Option<Method> {
-    Method::ALL.into_iter().find(|method| method.as_str() == text)
 }
 
 fn read_follow(text: &str) -> Option<u32> {

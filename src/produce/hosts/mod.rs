@@ -17,7 +17,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -34,6 +33,7 @@ use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::hosts::rows::{TableHosts, read_rows};
 use crate::produce::hosts::table::Table;
 use crate::produce::hosts::watch::{Content, Version};
+use crate::thread::start_thread;
 
 /// What `-c` names the table of hosts.
 pub const TABLE: &str = "postgres:";
@@ -215,13 +215,11 @@ impl Sources {
         shared.note_errors(&shared.lists().of_sources);
         for (index, source) in self.0.into_iter().enumerate() {
             let shared = Arc::clone(&shared);
-            thread::Builder::new()
-                .name("hosts".into())
-                .spawn(move || match source.origin {
-                    Origin::Stdin => shared.watch_nothing(),
-                    Origin::File(path) => shared.watch_file(index, &path, source.hash),
-                    Origin::Table(config) => shared.watch_table(index, &config, source.hash),
-                })?;
+            start_thread("hosts", move || match source.origin {
+                Origin::Stdin => shared.watch_nothing(),
+                Origin::File(path) => shared.watch_file(index, &path, source.hash),
+                Origin::Table(config) => shared.watch_table(index, &config, source.hash),
+            })?;
         }
         Ok(Watch(shared))
     }

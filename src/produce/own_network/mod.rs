@@ -20,6 +20,7 @@ use crate::config::References;
 use crate::duration;
 use crate::lock::lock;
 use crate::sample::Outcome;
+use crate::thread::start_thread;
 use judge::{Answer, Decision, Failure, Judge, Reference, Reply, could_be_ours};
 
 /// How long a reference may take for its answer, and how long all answers are waited for: a check must not end much later
@@ -115,11 +116,7 @@ impl Shared {
         drop(judge);
         if learns {
             let shared = Arc::clone(self);
-            let spawned = std::thread::Builder::new()
-                .name("reference".into())
-                .spawn(move || {
-                    shared.ask_all();
-                });
+            let spawned = start_thread("reference", move || shared.ask_all());
             if spawned.is_err() {
                 self.take_answers(Vec::new());
             }
@@ -165,14 +162,12 @@ impl Shared {
                 continue;
             }
             let (shared, send, asked) = (Arc::clone(self), send.clone(), reference.clone());
-            let spawned = std::thread::Builder::new()
-                .name("reference".into())
-                .spawn(move || {
-                    let answer = ask::ask(asked.clone(), deadline);
-                    lock(&shared.busy).remove(&asked);
-                    // Late answers are not waited for.
-                    let _ = send.send(answer);
-                });
+            let spawned = start_thread("reference", move || {
+                let answer = ask::ask(asked.clone(), deadline);
+                lock(&shared.busy).remove(&asked);
+                // Late answers are not waited for.
+                let _ = send.send(answer);
+            });
             if spawned.is_err() {
                 lock(&self.busy).remove(reference);
             }

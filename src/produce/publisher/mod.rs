@@ -28,6 +28,7 @@ use crate::check::target::Target;
 use crate::clock::instant_now;
 use crate::config::ProduceConfig;
 use crate::lock::lock;
+use crate::thread::start_thread;
 use shared::Shared;
 pub use shared::{Bounds, Deliveries, Letter, LetterBox, Membership, Record, Unacknowledged};
 use worker::Worker;
@@ -56,10 +57,10 @@ impl Publisher {
         let shared = Arc::new(shared);
         let worker = Worker::new(Arc::clone(&shared), &config.kafka, membership)?;
         let (end, ended) = sync_channel(1);
-        std::thread::Builder::new()
-            .name("publisher".into())
-            .spawn(move || worker.run(|unacknowledged| drop(end.send(unacknowledged))))
-            .context("cannot start the publisher's thread")?;
+        start_thread("publisher", move || {
+            worker.run(|unacknowledged| drop(end.send(unacknowledged)))
+        })
+        .context("cannot start the publisher's thread")?;
         Ok(Self { shared, ended })
     }
 

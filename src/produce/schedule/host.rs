@@ -20,12 +20,13 @@ pub(super) const MAX_LATE: RangeInclusive<Duration> = Duration::from_millis(500)
 /// an interval to appear. These first checks are spread over this time.
 pub(super) const FIRST_CHECK_WITHIN: Duration = Duration::from_secs(10);
 
+/// How often each host is checked, and so when a run ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rhythm {
-    /// Each host has a tick every interval.
-    Grid,
-    /// Each host has one tick.
+pub enum Rounds {
+    /// `--once`: each host has one tick. The run ends when Kafka has acknowledged every record.
     Once,
+    /// Each host has a tick every interval. The run ends when a stop is requested.
+    Endless,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -136,14 +137,14 @@ impl<R> Host<R> {
         }
     }
 
-    pub(super) fn become_like(&mut self, target: Arc<Target>, rhythm: Rhythm, limits: Limits, now: i64) {
+    pub(super) fn become_like(&mut self, target: Arc<Target>, rounds: Rounds, limits: Limits, now: i64) {
         let was_gone = self.next.is_none();
         let other_interval = self.target.interval != target.interval;
         self.interval_micros = micros(target.interval).max(1);
         self.phase_micros = phase_micros(&target.address, self.interval_micros);
         self.target = target;
         if was_gone {
-            self.next = Some(self.first_tick(rhythm, limits, now));
+            self.next = Some(self.first_tick(rounds, limits, now));
         } else if other_interval {
             self.next = Some(self.first_on_grid_after(now));
         }
@@ -151,10 +152,10 @@ impl<R> Host<R> {
 
     /// The first tick of a host that is new at `now`: its first tick on the grid, or an additional one before it if that is more
     /// than [`FIRST_CHECK_WITHIN`] away.
-    pub(super) fn first_tick(&self, rhythm: Rhythm, limits: Limits, now: i64) -> i64 {
+    pub(super) fn first_tick(&self, rounds: Rounds, limits: Limits, now: i64) -> i64 {
         let on_grid = self.first_on_grid_after(now);
         let spread = micros(FIRST_CHECK_WITHIN);
-        if rhythm == Rhythm::Once {
+        if rounds == Rounds::Once {
             return now;
         }
         let least_late = *MAX_LATE.start();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::check::target::Target;
 use crate::produce::share::Share;
+use crate::words::words;
 
 /// A tick without a result.
 #[derive(Clone, Debug)]
@@ -17,57 +18,32 @@ pub struct MissedTick {
     pub reason: MissedReason,
 }
 
-/// Why a tick was missed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MissedReason {
+words! {
+    /// Why a tick was missed.
+    MissedReason,
+    /// The word in log lines and metrics.
+    as_word:
     /// The host's previous check was still under way.
-    Busy,
+    Busy "busy",
     /// The program did not run: no CPU time was left for it, a debugger stopped it, or the machine was suspended.
-    Stalled,
+    Stalled "stalled",
     /// No producer of the group had the host's share at the time of the tick.
-    Unattended,
+    Unattended "unattended",
     /// MAX_THREADS checks were under way until the host's next tick.
-    NoThread,
+    NoThread "no_thread",
     /// The buffer for records that Kafka has not acknowledged was full.
-    NoRoom,
+    NoRoom "no_room",
     /// Too many results waited until the earlier missed ticks of their hosts are written.
-    Backlog,
+    Backlog "backlog",
     /// The host left the host file before a thread was free.
-    Removed,
+    Removed "removed",
     /// The program stopped before the check could begin.
-    Stopped,
+    Stopped "stopped",
     /// The check was under way when the program had to end.
-    CutOff,
+    CutOff "cut_off",
 }
 
 impl MissedReason {
-    pub const ALL: [Self; 9] = [
-        Self::Busy,
-        Self::Stalled,
-        Self::Unattended,
-        Self::NoThread,
-        Self::NoRoom,
-        Self::Backlog,
-        Self::Removed,
-        Self::Stopped,
-        Self::CutOff,
-    ];
-
-    /// The word in log lines and metrics.
-    pub fn as_word(self) -> &'static str {
-        match self {
-            Self::Busy => "busy",
-            Self::Stalled => "stalled",
-            Self::Unattended => "unattended",
-            Self::NoThread => "no_thread",
-            Self::NoRoom => "no_room",
-            Self::Backlog => "backlog",
-            Self::Removed => "removed",
-            Self::Stopped => "stopped",
-            Self::CutOff => "cut_off",
-        }
-    }
-
     /// The record's `error`.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -20,8 +20,8 @@ use std::sync::Arc;
 use crate::check::target::Target;
 use crate::duration::micros;
 use crate::produce::share::Share;
-use host::{BacklogEntry, Host, HostState, Rhythm, max_late};
-pub use host::{BacklogItem, Limits, is_on_grid, phase_micros};
+use host::{BacklogEntry, Host, HostState, max_late};
+pub use host::{BacklogItem, Limits, Rounds, is_on_grid, phase_micros};
 pub use missed::{MissedCounts, MissedReason, MissedTick};
 
 /// How many results, over all hosts, may wait until the earlier missed ticks of their host are written. Above this number,
@@ -76,22 +76,13 @@ pub struct Schedule<R> {
     held: usize,
     ticks_due: u64,
     missed: MissedCounts,
-    rhythm: Rhythm,
+    rounds: Rounds,
     limits: Limits,
 }
 
 impl<R> Schedule<R> {
-    /// All ticks of all targets from `now` on.
-    pub fn endless(targets: Vec<Arc<Target>>, limits: Limits, now: i64) -> Self {
-        Self::new(Rhythm::Grid, targets, limits, now)
-    }
-
-    /// One tick of each target, at `now`.
-    pub fn once(targets: Vec<Arc<Target>>, limits: Limits, now: i64) -> Self {
-        Self::new(Rhythm::Once, targets, limits, now)
-    }
-
-    fn new(rhythm: Rhythm, targets: Vec<Arc<Target>>, limits: Limits, now: i64) -> Self {
+    /// The ticks of all targets from `now` on.
+    pub fn new(rounds: Rounds, targets: Vec<Arc<Target>>, limits: Limits, now: i64) -> Self {
         let mut schedule = Self {
             hosts: Vec::with_capacity(targets.len()),
             vacant: Vec::new(),
@@ -106,7 +97,7 @@ impl<R> Schedule<R> {
             held: 0,
             ticks_due: 0,
             missed: MissedCounts::default(),
-            rhythm,
+            rounds,
             limits,
         };
         targets
@@ -256,7 +247,7 @@ impl<R> Schedule<R> {
             host.was_unattended = recorded.is_some();
             let next = match recorded {
                 Some(recorded) => host.first_on_grid_after(recorded),
-                None => host.first_tick(self.rhythm, self.limits, now),
+                None => host.first_tick(self.rounds, self.limits, now),
             };
             host.next = Some(next);
             self.by_address.insert(host.target.address.clone(), id);
@@ -410,12 +401,12 @@ impl<R> Schedule<R> {
                 true => MissedReason::Unattended,
                 false => MissedReason::Stalled,
             };
-            let (latest, ticks) = match self.rhythm {
-                Rhythm::Once => {
+            let (latest, ticks) = match self.rounds {
+                Rounds::Once => {
                     host.next = None;
                     (tick, 1)
                 }
-                Rhythm::Grid => host.catch_up(tick, now, reason, &mut self.missed),
+                Rounds::Endless => host.catch_up(tick, now, reason, &mut self.missed),
             };
             self.ticks_due += ticks;
             if let Some(next) = host.next {
@@ -423,7 +414,7 @@ impl<R> Schedule<R> {
             }
             host.give_up_waiting(&mut self.missed, MissedReason::NoThread);
             let held_up =
-                now - latest > micros(max_late(host.target.interval)) && self.rhythm == Rhythm::Grid;
+                now - latest > micros(max_late(host.target.interval)) && self.rounds == Rounds::Endless;
             let is_behind = self.held >= MAX_HELD && !host.backlog.is_empty();
             let reason = match host.state {
                 _ if held_up => Some(reason),
@@ -461,13 +452,13 @@ impl<R> Schedule<R> {
         let before = self.hosts[id].as_ref().and_then(|host| host.next);
         let host = match &mut self.hosts[id] {
             Some(host) => {
-                host.become_like(target, self.rhythm, self.limits, now);
+                host.become_like(target, self.rounds, self.limits, now);
                 host
             }
             vacant => {
                 self.by_address.insert(target.address.clone(), id);
                 let mut host = Host::new(target);
-                host.next = Some(host.first_tick(self.rhythm, self.limits, now));
+                host.next = Some(host.first_tick(self.rounds, self.limits, now));
                 vacant.insert(host)
             }
         };
@@ -503,7 +494,7 @@ impl<R> Schedule<R> {
 
     fn forget_if_gone(&mut self, id: usize) {
         if let Some(host) = &self.hosts[id]
-            && self.rhythm == Rhythm::Grid
+            && self.rounds == Rounds::Endless
             && host.next.is_none()
             && host.state == HostState::Idle
             && host.backlog.is_empty()

@@ -17,7 +17,7 @@ const LIMITS: Limits = Limits {
 #[test]
 fn ticks_of_a_host_lie_on_its_grid_whenever_the_agent_starts() {
     for start in [START, START + 1, START + 86_400 * SECOND + 77] {
-        let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 5)], LIMITS, start);
+        let mut schedule = Schedule::<()>::new(Rounds::Endless, vec![shared("a.example", 5)], LIMITS, start);
         let mut last = start;
         for _ in 0..100 {
             let tick = quick_check(&mut schedule).scheduled_at_micros;
@@ -59,7 +59,8 @@ fn hosts_with_like_addresses_are_spread_over_their_interval() {
 #[test]
 fn a_long_interval_does_not_delay_the_first_check() {
     let hosts = (0..1_000).map(|i| shared(&format!("h{i}.example"), 300));
-    let mut schedule = Schedule::<()>::endless(
+    let mut schedule = Schedule::<()>::new(
+        Rounds::Endless,
         hosts.collect(),
         Limits {
             max_under_way: 1_000,
@@ -87,22 +88,22 @@ fn a_first_check_that_hangs_is_over_when_the_grid_has_its_tick() {
     for i in 0..1_000 {
         let target = host(&format!("h{i}.example"), 60);
         let made = Host::<()>::new(Arc::new(target));
-        let first = made.first_tick(Rhythm::Grid, LIMITS, START);
+        let first = made.first_tick(Rounds::Endless, LIMITS, START);
         let grid = made.first_on_grid_after(START);
         assert!(first > START && first <= START + 10_500_000);
         assert!(first == grid || first + 10 * SECOND < grid);
         // Two microseconds are left before a check that hangs would last until the grid's tick.
         let late = grid - 10_500_000 - 2;
-        assert_eq!(made.first_tick(Rhythm::Grid, LIMITS, late), late + 1);
+        assert_eq!(made.first_tick(Rounds::Endless, LIMITS, late), late + 1);
         // With less it lasts until then in any case, and the first checks are spread as usual.
-        assert!(made.first_tick(Rhythm::Grid, LIMITS, late + 1) > late + 2);
+        assert!(made.first_tick(Rounds::Endless, LIMITS, late + 1) > late + 2);
     }
 }
 
 #[test]
 fn once_checks_every_host_now_and_is_over() {
     let hosts = (0..9).map(|i| shared(&format!("h{i}.example"), 3_600)).collect();
-    let mut schedule = Schedule::<()>::once(hosts, LIMITS, START);
+    let mut schedule = Schedule::<()>::new(Rounds::Once, hosts, LIMITS, START);
     let mut now = START;
     let mut checked = Vec::new();
     while !schedule.is_over() {
@@ -124,7 +125,7 @@ fn once_checks_every_host_now_and_is_over() {
 
 #[test]
 fn a_tick_during_its_hosts_check_is_missed_and_written_after_it() {
-    let mut schedule = Schedule::endless(vec![shared("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::new(Rounds::Endless, vec![shared("a.example", 1)], LIMITS, START);
     let (first, now) = start_one(&mut schedule, START);
     for i in 1..=3 {
         let wait = schedule.next(now + i * SECOND, |_| true);
@@ -143,7 +144,7 @@ fn a_stall_costs_its_ticks_and_makes_no_burst() {
         max_under_way: 50,
         ..LIMITS
     };
-    let mut schedule = Schedule::<()>::endless(hosts, limits, START);
+    let mut schedule = Schedule::<()>::new(Rounds::Endless, hosts, limits, START);
     let woken = START + 3_600 * SECOND;
     let mut burst = 0;
     while let Next::Start(tick) = schedule.next(woken, |_| true) {
@@ -164,7 +165,7 @@ fn a_stall_costs_its_ticks_and_makes_no_burst() {
 #[test]
 fn a_suspended_day_of_five_thousand_hosts_is_held_as_ranges() {
     let hosts = (0..5_000).map(|i| shared(&format!("h{i}.example"), 1)).collect();
-    let mut schedule = Schedule::<()>::endless(hosts, LIMITS, START);
+    let mut schedule = Schedule::<()>::new(Rounds::Endless, hosts, LIMITS, START);
     let woken = START + 86_400 * SECOND;
     let mut entries = 0;
     schedule.next(woken, |_| true);
@@ -185,7 +186,7 @@ fn without_a_free_thread_a_tick_waits_until_the_next_one_and_no_longer() {
         max_under_way: 1,
         ..LIMITS
     };
-    let mut schedule = Schedule::endless(hosts, limits, START);
+    let mut schedule = Schedule::new(Rounds::Endless, hosts, limits, START);
     // b.example takes the only thread, and the ticks of a.example wait for it.
     let (hanging, now) = start_one(&mut schedule, START);
     let hanging = if hanging.target.address == "b.example" {
@@ -222,7 +223,7 @@ fn without_a_free_thread_a_tick_waits_until_the_next_one_and_no_longer() {
 
 #[test]
 fn without_room_ticks_are_missed_and_written_when_there_is_room_again() {
-    let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::<()>::new(Rounds::Endless, vec![shared("a.example", 1)], LIMITS, START);
     for second in 1..=3_600 {
         let next = schedule.next(START + second * SECOND, |_| false);
         assert!(matches!(next, Next::Wait(_)));
@@ -242,7 +243,7 @@ fn without_room_ticks_are_missed_and_written_when_there_is_room_again() {
 #[test]
 fn a_check_may_begin_as_late_as_the_limit_and_no_later() {
     for (later, is_checked) in [(0, true), (1, false)] {
-        let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 10)], LIMITS, START);
+        let mut schedule = Schedule::<()>::new(Rounds::Endless, vec![shared("a.example", 10)], LIMITS, START);
         let Next::Wait(Some(tick)) = schedule.next(START, |_| true) else {
             panic!("nothing is due yet")
         };
@@ -254,7 +255,7 @@ fn a_check_may_begin_as_late_as_the_limit_and_no_later() {
 
 #[test]
 fn when_too_many_results_wait_only_hosts_without_unwritten_records_are_checked() {
-    let mut schedule = Schedule::endless(vec![shared("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::new(Rounds::Endless, vec![shared("a.example", 1)], LIMITS, START);
     schedule.held = MAX_HELD;
     let (tick, now) = start_one(&mut schedule, START);
     schedule.next(now + SECOND, |_| true);
@@ -280,7 +281,7 @@ fn every_reason_for_a_missed_tick_has_a_word_and_a_text_of_its_own() {
 
 #[test]
 fn a_reload_leaves_unchanged_hosts_their_rhythm_and_gives_them_their_new_options() {
-    let mut schedule = Schedule::endless(vec![shared("a.example", 7)], LIMITS, START);
+    let mut schedule = Schedule::new(Rounds::Endless, vec![shared("a.example", 7)], LIMITS, START);
     let (before, now) = start_one(&mut schedule, START);
     let changed = Target {
         follow: 3,
@@ -307,7 +308,7 @@ fn a_reload_leaves_unchanged_hosts_their_rhythm_and_gives_them_their_new_options
 
 #[test]
 fn a_host_removed_and_added_again_during_its_check_is_still_checked_once_at_a_time() {
-    let mut schedule = Schedule::endless(vec![shared("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::new(Rounds::Endless, vec![shared("a.example", 1)], LIMITS, START);
     let (open, now) = start_one(&mut schedule, START);
     reload(&mut schedule, vec![shared("b.example", 3_600)], now + 1);
     reload(&mut schedule, vec![shared("a.example", 1)], now + 2);
@@ -322,7 +323,7 @@ fn a_host_removed_and_added_again_during_its_check_is_still_checked_once_at_a_ti
 
 #[test]
 fn removed_hosts_take_no_memory_once_their_records_are_written() {
-    let mut schedule = Schedule::<()>::endless(vec![shared("a.example", 1)], LIMITS, START);
+    let mut schedule = Schedule::<()>::new(Rounds::Endless, vec![shared("a.example", 1)], LIMITS, START);
     for i in 0..1_000 {
         reload(
             &mut schedule,
@@ -341,7 +342,7 @@ fn with_a_share() -> (Share, Schedule<()>) {
         topic: "t".into(),
         partition: 0,
     };
-    let mut schedule = Schedule::endless(vec![shared("own.example", 60)], LIMITS, START);
+    let mut schedule = Schedule::new(Rounds::Endless, vec![shared("own.example", 60)], LIMITS, START);
     let recorded = |_: &str| Some(START - 60 * SECOND);
     schedule.add_share(&share, [shared("a.example", 1)], recorded, START);
     (share, schedule)
@@ -444,7 +445,7 @@ fn a_stop_ends_the_ticks_and_cuts_off_what_hangs() {
         max_under_way: 1,
         ..LIMITS
     };
-    let mut schedule = Schedule::<()>::endless(hosts, limits, START);
+    let mut schedule = Schedule::<()>::new(Rounds::Endless, hosts, limits, START);
     let (hanging, began) = start_one(&mut schedule, START);
     let Next::Wait(Some(other)) = schedule.next(began, |_| true) else {
         panic!("one thread only")
@@ -552,7 +553,7 @@ impl Model {
             random,
             faults,
             now,
-            schedule: Schedule::endless(Vec::new(), limits, now),
+            schedule: Schedule::new(Rounds::Endless, Vec::new(), limits, now),
             limits,
             under_way: Vec::new(),
             room: true,
