@@ -183,8 +183,9 @@ fn no_command_shows_a_secret_of_the_host_file() {
     // Several wait for servers, so all run at once.
     thread::scope(|scope| {
         for args in &commands {
-            scope.spawn(|| {
-                let output = run(folder.path(), args);
+            let folder = folder.path();
+            scope.spawn(move || {
+                let output = run(folder, args);
                 for text in [&output.stdout, &output.stderr] {
                     assert_shows_none(&format!("{args:?}"), &String::from_utf8_lossy(text));
                 }
