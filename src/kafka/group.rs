@@ -27,7 +27,7 @@ pub struct Found<'a> {
     pub members: &'a [GroupMemberInfo],
     /// All partitions of our topics.
     pub all: BTreeSet<Named>,
-    /// Those that no member has. They need [`adopt`].
+    /// Those that no member had at this look and at the one before it. They need [`adopt`].
     pub orphans: BTreeSet<Named>,
 }
 

@@ -1,6 +1,6 @@
 //! A member of a consumer group that is assigned partitions but does not read them.
 //!
-//! Owns the group's consumer, and makes no decisions. librdkafka is told to read nothing, so no records are fetched. When the
+//! Owns the group's consumer, and makes no decisions about shares. librdkafka is told to read nothing, so no records are fetched. When the
 //! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
 use std::collections::BTreeSet;
@@ -340,14 +340,14 @@ impl Member {
     }
 
     /// Which other programs are members and have partitions of our topics.
-    pub fn strangers(&self) -> Option<String> {
-        self.heard().strangers.reason().map(str::to_owned)
+    pub fn other_programs(&self) -> Option<String> {
+        self.heard().other_programs.reason().map(str::to_owned)
     }
 
     /// The same, and for how long, if it is time to log that.
-    pub fn strangers_to_report(&self, now: Instant) -> Option<(String, Duration)> {
+    pub fn other_programs_to_report(&self, now: Instant) -> Option<(String, Duration)> {
         let mut heard = self.heard();
-        let (who, lasted) = heard.strangers.take_report(now)?;
+        let (who, lasted) = heard.other_programs.take_report(now)?;
         Some((who.to_owned(), lasted))
     }
 
@@ -362,16 +362,16 @@ const NO_THREAD: &str = "cannot start a thread for PRODUCE_GROUP";
 fn watch_group(consumer: &BaseConsumer<Context>, group: &str, until: &Receiver<()>) {
     group::watch_group(consumer, group, until, |found| {
         let mut heard = consumer.context().heard();
-        match strangers(&found) {
-            Some(who) => heard.strangers.begin(instant_now(), who),
-            None => drop(heard.strangers.end(instant_now())),
+        match other_programs(&found) {
+            Some(who) => heard.other_programs.begin(instant_now(), who),
+            None => drop(heard.other_programs.end(instant_now())),
         }
         heard.orphans = found.orphans;
     });
 }
 
-/// What members that are other programs have of our topics.
-fn strangers(found: &Found<'_>) -> Option<String> {
+/// The members that are other programs, and their partitions of our topics.
+fn other_programs(found: &Found<'_>) -> Option<String> {
     let others = found
         .members
         .iter()
@@ -439,9 +439,9 @@ fn advice(error: &KafkaError) -> Option<&'static str> {
             Some("another program uses this group: set another PRODUCE_GROUP")
         }
         RDKafkaErrorCode::InvalidGroupId => Some("set another PRODUCE_GROUP"),
-        RDKafkaErrorCode::FencedInstanceId => {
-            Some("another producer has the same KAFKA_GROUP_INSTANCE_ID: give each its own")
-        }
+        RDKafkaErrorCode::FencedInstanceId => Some(
+            "if this comes again, another producer has the same KAFKA_GROUP_INSTANCE_ID: give each its own",
+        ),
         _ => None,
     }
 }
@@ -459,7 +459,7 @@ struct Heard {
     /// Kafka does not allow what we ask for.
     refused: Outage,
     /// Other programs have partitions.
-    strangers: Outage,
+    other_programs: Outage,
     /// Partitions that no member has.
     orphans: BTreeSet<Named>,
 }

@@ -36,7 +36,7 @@ pub struct Counters {
     pub threads: AtomicUsize,
     /// Of the timer loop.
     pub heartbeat: Heartbeat,
-    /// With PRODUCE_GROUP: whether the group has admitted this producer.
+    /// With PRODUCE_GROUP: whether this producer is a member of the group, and no other program has partitions of it.
     pub membership: Arc<Readiness>,
     pub(super) late_by: Lateness,
     pub(super) spent: CheckTimes,

@@ -139,7 +139,7 @@ impl Fleet {
             logged_shares: None,
             absent_since: Some(instant_now()),
             absence: Outage::default(),
-            outage: Outage::default(),
+            untaken: Outage::default(),
             unsaved: Outage::default(),
             failure: None,
             topics: topics.to_vec(),
@@ -173,7 +173,7 @@ pub(super) struct Settings<'a> {
     pub(super) place: &'a str,
     pub(super) partitions: &'a Partitions,
     pub(super) clock: Clock,
-    /// Whether the group has admitted us.
+    /// Whether this producer is a member of the group, and no other program has partitions of it.
     pub(super) readiness: &'a Arc<Readiness>,
 }
 
@@ -200,11 +200,12 @@ struct Thread {
     reading: Option<Reading>,
     /// The number of our shares, as logged last.
     logged_shares: Option<usize>,
-    /// Since when we are not a member.
+    /// When we stopped being a member; `None` while we are one.
     absent_since: Option<Instant>,
+    /// We have not been a member for [`JOIN_WITHIN`].
     absence: Outage,
     /// Not all shares are taken.
-    outage: Outage,
+    untaken: Outage,
     /// The ledgers of shares that we own cannot be committed.
     unsaved: Outage,
     /// The last error since shares could not be taken.
@@ -360,7 +361,8 @@ impl Thread {
     }
 
     /// If another producer joined with our KAFKA_GROUP_INSTANCE_ID, Kafka gave it our shares and ended our membership. After a crash
-    /// of the broker that producer may be ourselves, so we join again. If that was of no use, we leave the shares to it for a while.
+    /// of the broker, our own earlier request to join may look like another producer's, so we join again. If we are replaced again
+    /// within [`JOIN_AGAIN_AFTER`], we stop checking the hosts until then.
     fn join_again_if_ended(&mut self) {
         let Some(why) = self.member.ended() else {
             return;
@@ -370,11 +372,20 @@ impl Thread {
         self.absent_since.get_or_insert(now);
         if now < self.joined_at + JOIN_AGAIN_AFTER {
             self.handle(Event::Assigned(Vec::new()));
-            self.log_shares();
+            if self.logged_shares.replace(0) != Some(0) {
+                log::info!(
+                    "group={} this producer was replaced again and has no share: it joins again in {} s",
+                    self.group,
+                    (self.joined_at + JOIN_AGAIN_AFTER - now).as_secs()
+                );
+            }
             return;
         }
         self.joined_at = now;
-        log::error!("group={} {why}; this producer joins again", self.group);
+        log::error!(
+            "group={} this producer was replaced and joins again: {why}",
+            self.group
+        );
         let topics: Vec<&str> = self.topics.iter().map(String::as_str).collect();
         if let Err(error) = self.member.join_again(&topics) {
             log::error!("{error:#}");
@@ -416,7 +427,7 @@ impl Thread {
                 lasted.as_secs()
             );
         }
-        if let Some((who, lasted)) = self.member.strangers_to_report(now) {
+        if let Some((who, lasted)) = self.member.other_programs_to_report(now) {
             log::error!(
                 "group={group} another program is a member of the group, and the hosts of its partitions are not checked: {who} \
                  (for {} s); end it, or set another PRODUCE_GROUP",
@@ -439,7 +450,7 @@ impl Thread {
             );
         }
         // A member without a share is ready too.
-        self.readiness.set(match (refused, self.member.strangers()) {
+        self.readiness.set(match (refused, self.member.other_programs()) {
             (Some(reason), _) => Err(format!(
                 "Kafka refuses the membership of the group {group}: {reason}"
             )),
@@ -469,12 +480,13 @@ impl Thread {
         let Some((share, waits_for)) = untaken.next() else {
             self.failure = None;
             self.foreign_ledger.end(now);
-            self.outage.end(now);
+            self.untaken.end(now);
             return;
         };
         let count = 1 + untaken.count();
-        self.outage.begin(now, format!("share={share} waits {waits_for}"));
-        if let Some((reason, lasted)) = self.outage.take_report(now) {
+        self.untaken
+            .begin(now, format!("share={share} waits {waits_for}"));
+        if let Some((reason, lasted)) = self.untaken.take_report(now) {
             let (_, ours) = self.shares.owned_of();
             let failure = self.failure.as_deref().unwrap_or("no error is known");
             log::warn!(
@@ -553,7 +565,7 @@ impl Thread {
     /// Shares that are left out, because there was no time or no answer, are asked for again.
     fn read_ledgers(&mut self, shares: &[Share]) -> BTreeMap<Share, StoredLedger> {
         let until = instant_now() + ASK_FOR;
-        let (mut found, mut foreign) = (BTreeMap::new(), None);
+        let (mut found, mut foreign, mut has_asked) = (BTreeMap::new(), None, false);
         let topics: BTreeSet<&Arc<str>> = shares.iter().map(|share| &share.topic).collect();
         for topic in topics {
             if instant_now() >= until {
@@ -576,7 +588,8 @@ impl Thread {
                         Err(why) => foreign = Some(format!("share={share} cannot be taken: {why}")),
                     },
                     // The first one is asked for in any case, so that a slow Kafka does not prevent it for ever.
-                    Some(None) if found.is_empty() || instant_now() < until => {
+                    Some(None) if !has_asked || instant_now() < until => {
+                        has_asked = true;
                         match self.without_ledger(share) {
                             Ok(missing) => drop(found.insert(share.clone(), missing)),
                             Err(why) => self.failure = Some(format!("share={share} {why}")),

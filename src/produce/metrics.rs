@@ -28,7 +28,8 @@ impl Watched for Figures {
         let ready = f64::from(u8::from(self.is_ready().is_ok()));
         page.gauge(
             "host_metrics_ready",
-            "1 while Kafka accepts records and, with PRODUCE_GROUP, the membership, else 0.",
+            "1 while Kafka accepts records and, with PRODUCE_GROUP, this producer is a member of the group and no other program has \
+             partitions of it, else 0.",
             ready,
         );
         self.ticks_and_checks(&mut page);

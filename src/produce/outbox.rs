@@ -325,7 +325,7 @@ mod tests {
     use crate::produce::share::tail::Tail;
 
     #[test]
-    fn the_last_ledger_covers_records_of_later_ticks_than_that_of_a_check_that_has_not_ended() {
+    fn the_last_ledger_begins_before_every_record_of_a_tick_after_an_open_check() {
         let mut outbox = Outbox::default();
         let lane = outbox.add_lane();
         outbox.claim(lane, 1);

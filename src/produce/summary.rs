@@ -102,7 +102,7 @@ impl Summary {
         if count > self.no_thread_count && self.no_thread_line.take_turn(now) {
             self.no_thread_count = count;
             log::warn!(
-                "ticks are missed ({count} so far), because MAX_THREADS={} checks are under way: raise MAX_THREADS, or share the \
+                "ticks are missed ({count} so far), because as many checks are under way as MAX_THREADS={} allows: raise MAX_THREADS, or share the \
                  hosts with more producers (PRODUCE_GROUP)",
                 self.max_threads
             );

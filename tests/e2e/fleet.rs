@@ -79,7 +79,7 @@ impl Fleet {
         }
     }
 
-    /// Appends a void claim to each partition, so that a producer that takes it has something to read.
+    /// Appends a void claim to each partition, so that a producer that takes the share has something to read.
     pub fn write_void_claims(&self, kafka: &Kafka, partitions: i32) {
         let claim = Claim::new(&self.group, &self.group, 1).encode();
         let claims = (0..partitions).map(|number| (number, None, Some(claim.clone())));

@@ -160,7 +160,7 @@ fn each_tick_counts_once_although_producers_and_broker_are_killed_and_frozen_at_
         now_micros() + 5 * SECOND,
         &members.iter().collect::<Vec<_>>(),
     );
-    // One that is no member at a stop may end with records that Kafka never acknowledged.
+    // A producer that is not a member when it stops may leave records that Kafka never acknowledged.
     for metrics in &metrics {
         wait_for(
             WITHIN,

@@ -1,5 +1,6 @@
-//! Producers of a group whose membership is wrong: two with one name, a partition that no member has, a member that is another program.
-//! The log and /readyz say so, and no tick is there twice or left out.
+//! Producers of a group whose membership is wrong: two with the same KAFKA_GROUP_INSTANCE_ID, a partition that no member has, a
+//! member that is another program.
+//! The log and /readyz say so, and no tick is recorded twice or left out.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
@@ -33,7 +34,7 @@ pub fn wait_until_unready(metrics: &Variables, why: &str, agents: &[&Agent]) {
     );
 }
 
-/// For example replicas with the same variables.
+/// This happens if replicas have the same variables.
 #[test]
 fn of_two_producers_with_one_instance_id_one_checks_and_the_other_one_says_why_it_does_not() {
     let kafka = Kafka::shared();
@@ -82,7 +83,10 @@ fn ticks_that_are_missed_because_max_threads_is_too_low_are_reported() {
     let lines = (1..4).map(|i| format!("http://{address}/{i} 1s timeout=900ms\n"));
     fs::write(&fleet.hosts, lines.collect::<String>()).unwrap();
     let agent = fleet.start_with(&fleet.variables.clone().with("MAX_THREADS", 1));
-    agent.wait_for_stderr("because MAX_THREADS=1 checks are under way", WITHIN);
+    agent.wait_for_stderr(
+        "because as many checks are under way as MAX_THREADS=1 allows",
+        WITHIN,
+    );
     agent.stop();
 }
 

@@ -149,7 +149,7 @@ fn records_that_kafka_deleted_unread_are_reported_and_reading_continues_at_the_f
 }
 
 #[test]
-fn records_that_kafka_deleted_before_the_state_read_them_are_reported_and_missing_only_there() {
+fn records_that_kafka_deleted_before_the_state_read_them_are_reported_and_missing_only_in_the_state() {
     let mut case = Case::new("state_retention", 1);
     let with_state = case.variables().with("STATE", "on");
     let consumer = Agent::start(&["consume"], &with_state);

@@ -607,7 +607,7 @@ impl World {
                         producer.generation = 0;
                         self.callbacks.remove(&producer.name);
                         self.coordinator.owners.retain(|_, owner| *owner != producer.name);
-                        // Nobody waits for what the old member was asked for.
+                        // The coordinator no longer waits for the old member to give partitions back.
                         if let Some((_, waiting)) = &mut self.coordinator.pending {
                             waiting.remove(&producer.name);
                         }
@@ -969,7 +969,7 @@ impl World {
             }
             Letter::Claim(share, epoch) => {
                 let lane = lane_of(outbox, &share);
-                // The lane may be open: a slow timer thread passes on later that the share was given up before.
+                // The lane may still be open: the timer thread may not have passed on yet that the share was given up.
                 outbox.claim(lane, epoch);
                 pipes.entry(share).or_default().push_back(InPipe {
                     sent: Sent::Claim(epoch),

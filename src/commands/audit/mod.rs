@@ -409,8 +409,8 @@ fn notes(report: &Report) -> Vec<String> {
         let ended = &findings.ended;
         if !ended.is_empty() {
             notes.push(format!(
-                "Hosts without a row in their last ten intervals, while their place checked other hosts: they left its list, or \
-                 nobody checks them (not counted): {}.",
+                "Hosts whose rows end more than ten intervals and more than a minute before those of their place: they left the host \
+                 list, no producer checks them, or `consume` has not stored their rows yet (not counted): {}.",
                 ended.len()
             ));
             notes.extend(ended.iter().take(NAMED).map(|(number, at)| {

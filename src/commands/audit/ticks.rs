@@ -13,8 +13,9 @@ use crate::commands::audit::offsets::BLOCK;
 const AWAY_MICROS: i64 = 3_600_000_000;
 const AWAY_TICKS: i64 = 10;
 
-/// A host that has had no tick for [`AWAY_TICKS`] intervals and this time, although its place has later ones, is reported. It may
-/// have left the host list, or nobody checks it. Taking a host over from another producer takes less.
+/// A host that has had no tick for more than [`AWAY_TICKS`] intervals and more than this time, although its place has later ones, is
+/// reported. It may have left the host list, nobody may check it, or its rows are not stored yet. Taking a host over from another
+/// producer takes less.
 const ENDED_MICROS: i64 = 60_000_000;
 
 /// More gaps than this are counted, but not examined one by one, to bound the memory. Ten are shown.

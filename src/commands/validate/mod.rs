@@ -266,7 +266,7 @@ redirects not followed, IPv6 only, certificate not verified, topic other
                 "warning: 127.0.0.1: every check will fail, because ip= requires the other address family",
                 "warning: CHECK_TIMEOUT (10s) is reduced to 95 % of the interval for 2 of the hosts; see the column TIMEOUT",
                 "warning: there are 4 hosts, but MAX_THREADS=3: while that many hosts hang, ticks of the others are missed; \
-                 with PRODUCE_GROUP a producer that is left alone checks all hosts",
+                 with PRODUCE_GROUP this matters when one producer is left, because it then checks all hosts",
             ]
         );
         let report = report_of(

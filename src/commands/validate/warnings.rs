@@ -31,7 +31,7 @@ pub(super) fn warnings(config: &CheckConfig, targets: &[Target], tried: Option<&
     let too_many = (targets.len() > config.max_threads).then(|| {
         format!(
             "there are {} hosts, but MAX_THREADS={}: while that many hosts hang, ticks of the others are missed; \
-             with PRODUCE_GROUP a producer that is left alone checks all hosts",
+             with PRODUCE_GROUP this matters when one producer is left, because it then checks all hosts",
             targets.len(),
             config.max_threads
         )

@@ -546,13 +546,13 @@ impl Ingest {
         let Some(flight) = &mut self.flight else {
             return;
         };
-        let strangers: Vec<Partition> = batch
+        let unassigned: Vec<Partition> = batch
             .spans
             .keys()
             .filter(|partition| !flight.spans.contains_key(partition))
             .copied()
             .collect();
-        for partition in strangers {
+        for partition in unassigned {
             batch.forget(partition);
         }
         flight.records = batch.len();

@@ -74,7 +74,7 @@ pub(super) struct Topic {
     pub(super) name: String,
     /// Whether it is known to exist. Its records wait until then.
     pub(super) exists: bool,
-    /// With a group: whether hosts have it.
+    /// With PRODUCE_GROUP: whether a host's records go to this topic; otherwise true.
     pub(super) is_used: bool,
     /// Why it cannot be used. After Kafka has refused its records, only an acknowledged one resets this.
     pub(super) why_not: Option<String>,

@@ -320,7 +320,7 @@ pub fn phase_micros(address: &str, interval_micros: i64) -> i64 {
     i64::try_from(fnv1a(address.bytes()) % interval).unwrap_or(0)
 }
 
-/// Whether it may be the time of a tick. The first tick of a host and those of `--once` are between the others.
+/// Whether `tick` is on the host's grid. The first tick of a host and those of `--once` usually are not.
 pub fn is_on_grid(address: &str, interval_micros: i64, tick: i64) -> bool {
     let interval = interval_micros.max(1);
     (tick - phase_micros(address, interval)).rem_euclid(interval) == 0

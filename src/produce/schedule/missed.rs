@@ -33,7 +33,7 @@ words! {
     NoThread "no_thread",
     /// The buffer for records that Kafka has not acknowledged was full.
     NoRoom "no_room",
-    /// Too many results waited until the earlier missed ticks of their hosts are written.
+    /// Too many results waited for the records of their hosts' earlier missed ticks.
     Backlog "backlog",
     /// The host left the host file before a thread was free.
     Removed "removed",

@@ -9,7 +9,7 @@ use crate::sample::epoch::Epoch;
 /// The version of the metadata.
 const VERSION: &str = "1";
 
-/// The last one is the place, which may contain spaces.
+/// The number of words in the metadata. The last one is the place, which may contain spaces itself.
 const WORDS: usize = 6;
 
 /// How far a share is recorded.
@@ -32,8 +32,8 @@ pub struct Ledger {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "its committed offset {offset} has the metadata {metadata:?}, which host-metrics did not write: another program uses this \
-     group, or somebody reset its offsets; set another PRODUCE_GROUP, or stop all producers of this one, delete the offsets of \
-     the group, and start them"
+     group, or somebody reset its offsets; set another PRODUCE_GROUP, or end that program and all producers of this group, delete \
+     the offsets of the group, and start the producers"
 )]
 pub struct NotALedger {
     pub offset: i64,

@@ -87,9 +87,8 @@ struct Tenure {
     stage: Stage,
     /// The epoch under which we own it or last owned it, as long as we check its hosts.
     epoch: Option<Epoch>,
-    /// The epoch of the last ledger that we committed, as long as nobody else has committed one since we owned the share. All
-    /// claims since then are ours.
-    unrivalled: Option<Epoch>,
+    /// The epoch that we committed last. `None` once another producer may have committed a ledger since we owned the share.
+    own_committed_epoch: Option<Epoch>,
     committed: Option<Ledger>,
     /// A later ledger, to be committed next.
     progress: Option<Ledger>,
@@ -105,11 +104,11 @@ impl Tenure {
         self.not_before = not_before;
     }
 
-    /// Whether no other producer has owned the share since we last did: there is no later claim, or only our own ones, which were
-    /// followed by another attempt.
+    /// Whether no other producer has owned the share since we last did: there is no later claim, or only claims of
+    /// our own attempts that failed.
     fn is_unbroken(&self, tail: &Tail) -> bool {
         self.epoch.is_some_and(|ours| {
-            tail.epoch() == ours || (self.unrivalled.is_some() && tail.written_epoch() <= ours)
+            tail.epoch() == ours || (self.own_committed_epoch.is_some() && tail.written_epoch() <= ours)
         })
     }
 
@@ -329,7 +328,7 @@ impl Shares {
             self.tenures.entry(share).or_insert(Tenure {
                 stage: Stage::ToRead,
                 epoch: None,
-                unrivalled: None,
+                own_committed_epoch: None,
                 committed: None,
                 progress: None,
                 not_before: now,
@@ -456,7 +455,7 @@ impl Shares {
                     StoredLedger::Ledger(ledger) => Some(ledger.epoch),
                     StoredLedger::Missing { .. } => None,
                 };
-                tenure.unrivalled = tenure.unrivalled.filter(|ours| Some(*ours) == epoch);
+                tenure.own_committed_epoch = tenure.own_committed_epoch.filter(|ours| Some(*ours) == epoch);
             }
             match found.get(share) {
                 Some(StoredLedger::Ledger(ledger)) => {
@@ -490,7 +489,7 @@ impl Shares {
             match (tenure.stage.clone(), outcome) {
                 (Stage::CommittingEpoch(with_epoch), CommitOutcome::Done) if with_epoch == ledger => {
                     tenure.stage = Stage::ToClaim(ledger);
-                    tenure.unrivalled = tenure.unrivalled.and(Some(ledger.epoch));
+                    tenure.own_committed_epoch = tenure.own_committed_epoch.and(Some(ledger.epoch));
                     tenure.committed = Some(ledger);
                 }
                 (Stage::CommittingEpoch(with_epoch), _) if with_epoch == ledger => {
@@ -564,7 +563,7 @@ impl Shares {
             (Stage::CatchingUp(ledger, claim), tail) if ledger.epoch == epoch => match tail {
                 Some(tail) if tail.epoch() >= epoch => {
                     // Another claim came first, or the ledger was not the latest one. We need a higher epoch.
-                    tenure.unrivalled = None;
+                    tenure.own_committed_epoch = None;
                     tenure.stage = Stage::ToCommitEpoch(Ledger {
                         epoch: tail.epoch() + 1,
                         ..*ledger
@@ -579,7 +578,7 @@ impl Shares {
                         tail,
                     };
                     tenure.epoch = Some(epoch);
-                    tenure.unrivalled = Some(epoch);
+                    tenure.own_committed_epoch = Some(epoch);
                     tenure.stage = Stage::Owned;
                     self.decided.push_back(Action::Take(takeover));
                     if let Some(until) = self.stops_at {
@@ -665,7 +664,7 @@ mod tests {
         }
     }
 
-    /// Takes the share up to the claim, which the partition has. `found` is the epoch of the ledger.
+    /// Does every step up to the acknowledged claim, and returns the range to read next. `found` is the epoch of the ledger.
     fn claim(shares: &mut Shares, now: i64, found: Epoch) -> Range {
         let next = |shares: &mut Shares| loop {
             match shares.next_action(now) {
@@ -716,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn an_attempt_that_failed_after_its_claim_does_not_cost_the_kept_records() {
+    fn kept_records_stay_valid_after_an_own_attempt_that_failed_after_its_claim() {
         let claim = |epoch| Entry::Claim { place: PLACE, epoch };
         let record = |epoch| Entry::Result {
             place: PLACE,
