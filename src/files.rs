@@ -30,10 +30,10 @@ pub(crate) fn mode_if_exposed(path: &Path) -> Option<u32> {
 }
 
 /// Tells two states of a file apart: which file it is, its size, and when it was changed.
-pub(crate) type Stamp = (u64, u64, u64, i64, i64);
+pub(crate) type FileState = (u64, u64, u64, i64, i64);
 
 /// The file's state; `None` if there is no such file. Follows symbolic links, which Kubernetes switches.
-pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
+pub(crate) fn state(path: &Path) -> Option<FileState> {
     let file = path.metadata().ok()?;
     Some((
         file.dev(),

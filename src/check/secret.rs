@@ -134,7 +134,7 @@ pub struct Watched<T, const N: usize> {
 }
 
 struct Current<T, const N: usize> {
-    stamps: [Option<files::Stamp>; N],
+    states: [Option<files::FileState>; N],
     value: Arc<T>,
 }
 
@@ -174,14 +174,14 @@ impl<T, const N: usize> Watched<T, N> {
         read: fn([&[u8]; N]) -> Result<T, String>,
     ) -> Result<Self, String> {
         // Before the reading: a change in between is then noticed at the next look.
-        let stamps = stamps(&paths);
+        let states = states(&paths);
         let value = Arc::new(read_all(&paths, max_bytes, read)?);
         Ok(Self {
             name: name.to_owned(),
             paths,
             max_bytes,
             read,
-            current: Mutex::new(Current { stamps, value }),
+            current: Mutex::new(Current { states, value }),
         })
     }
 
@@ -195,10 +195,10 @@ impl<T, const N: usize> Watched<T, N> {
 
     /// What the files hold now. If they cannot be used, the last good value stays, and this is logged once.
     pub fn value(&self) -> Arc<T> {
-        let stamps = stamps(&self.paths);
+        let states = states(&self.paths);
         // A panic cannot leave it half changed.
         let mut current = lock(&self.current);
-        if current.stamps != stamps {
+        if current.states != states {
             match read_all(&self.paths, self.max_bytes, self.read) {
                 Ok(value) => current.value = Arc::new(value),
                 Err(why) => log::warn!(
@@ -206,7 +206,7 @@ impl<T, const N: usize> Watched<T, N> {
                     self.name
                 ),
             }
-            current.stamps = stamps;
+            current.states = states;
         }
         Arc::clone(&current.value)
     }
@@ -225,8 +225,8 @@ impl<T, const N: usize> fmt::Debug for Watched<T, N> {
     }
 }
 
-fn stamps<const N: usize>(paths: &[PathBuf; N]) -> [Option<files::Stamp>; N] {
-    paths.each_ref().map(|path| files::stamp(path))
+fn states<const N: usize>(paths: &[PathBuf; N]) -> [Option<files::FileState>; N] {
+    paths.each_ref().map(|path| files::state(path))
 }
 
 fn read_all<T, const N: usize>(

@@ -21,12 +21,12 @@ pub const FLUSH_BUCKETS: [f64; 13] = [
 
 /// Metric families, in the order in which they were added.
 #[derive(Default)]
-pub struct Page(Vec<MetricFamily>);
+pub struct Metrics(Vec<MetricFamily>);
 
 /// The names and values of a metric's labels.
 pub type Labels<'a> = &'a [(&'a str, &'a str)];
 
-impl Page {
+impl Metrics {
     pub fn counter(&mut self, name: &str, help: &str, value: u64) {
         self.counters(name, help, [(&[] as Labels, value)]);
     }
@@ -162,10 +162,10 @@ mod tests {
 
     #[test]
     fn families_become_text_and_empty_ones_nothing() {
-        let mut page = Page::default();
-        page.counter("a_total", "How many.", 3);
-        page.gauges("nobody", "None.", []);
-        page.gauges(
+        let mut metrics = Metrics::default();
+        metrics.counter("a_total", "How many.", 3);
+        metrics.gauges("nobody", "None.", []);
+        metrics.gauges(
             "lag",
             "Quotes: \" \\ \n.",
             [
@@ -173,7 +173,7 @@ mod tests {
                 (&[("topic", "c"), ("partition", "1")], 0.0),
             ],
         );
-        page.histogram("late_seconds", "Late.", [(0.1, 2), (1.0, 1)], 4, 9.5);
+        metrics.histogram("late_seconds", "Late.", [(0.1, 2), (1.0, 1)], 4, 9.5);
         let expected = r#"# HELP a_total How many.
 # TYPE a_total counter
 a_total 3
@@ -189,14 +189,14 @@ late_seconds_bucket{le="+Inf"} 4
 late_seconds_sum 9.5
 late_seconds_count 4
 "#;
-        assert_eq!(page.text(), expected);
+        assert_eq!(metrics.text(), expected);
     }
 
     #[test]
     fn the_process_has_its_version_and_resources() {
-        let mut page = Page::default();
-        page.of_the_process();
-        let text = page.text();
+        let mut metrics = Metrics::default();
+        metrics.of_the_process();
+        let text = metrics.text();
         assert!(
             text.contains(concat!("version=\"", env!("CARGO_PKG_VERSION"), "\"")),
             "{text}"

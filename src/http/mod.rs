@@ -16,13 +16,13 @@ use hyper::body::Incoming;
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
-use self::metrics::Page;
+use self::metrics::Metrics;
 use self::server::{Limits, Server};
 
 /// What an agent publishes. The functions are called on the server's thread and must not wait for the agent.
-pub trait Watched: Send + Sync + 'static {
+pub trait Monitored: Send + Sync + 'static {
     /// The metrics as they are now.
-    fn page(&self) -> Page;
+    fn metrics(&self) -> Metrics;
 
     /// # Errors
     /// A loop of the agent hangs: which and since when.
@@ -41,15 +41,15 @@ const LIMITS: Limits = Limits {
 };
 
 /// Starts the endpoint.
-pub fn serve(metrics_addr: SocketAddr, watched: impl Watched) -> anyhow::Result<Server> {
+pub fn serve(metrics_addr: SocketAddr, agent: impl Monitored) -> anyhow::Result<Server> {
     let answer =
-        move |request: &Request<Incoming>| respond(request, &watched).map(|body| Full::new(body.into()));
+        move |request: &Request<Incoming>| respond(request, &agent).map(|body| Full::new(body.into()));
     let server = Server::start("metrics", "METRICS_ADDR", metrics_addr, LIMITS, answer)?;
     log::info!("metrics at http://{}/metrics", server.address());
     Ok(server)
 }
 
-fn respond<B>(request: &Request<B>, watched: &dyn Watched) -> Response<String> {
+fn respond<B>(request: &Request<B>, agent: &dyn Monitored) -> Response<String> {
     if ![Method::GET, Method::HEAD].contains(request.method()) {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is supported");
     }
@@ -58,9 +58,9 @@ fn respond<B>(request: &Request<B>, watched: &dyn Watched) -> Response<String> {
         Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, &reason),
     };
     match request.uri().path() {
-        "/metrics" => response(StatusCode::OK, metrics::CONTENT_TYPE, watched.page().text()),
-        "/healthz" => check(watched.is_alive(), "alive"),
-        "/readyz" => check(watched.is_alive().and_then(|()| watched.is_ready()), "ready"),
+        "/metrics" => response(StatusCode::OK, metrics::CONTENT_TYPE, agent.metrics().text()),
+        "/healthz" => check(agent.is_alive(), "alive"),
+        "/readyz" => check(agent.is_alive().and_then(|()| agent.is_ready()), "ready"),
         _ => text(
             StatusCode::NOT_FOUND,
             "not found; try /metrics, /healthz or /readyz",

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::http::Watched;
-use crate::http::metrics::{Labels, Page};
+use crate::http::Monitored;
+use crate::http::metrics::{Labels, Metrics};
 use crate::produce::counters::Counters;
 use crate::produce::schedule::MissedReason;
 use crate::sample::Outcome;
@@ -20,24 +20,24 @@ pub(super) struct Figures {
     pub max_records: usize,
 }
 
-impl Watched for Figures {
-    fn page(&self) -> Page {
-        let mut page = Page::default();
-        page.of_the_process();
+impl Monitored for Figures {
+    fn metrics(&self) -> Metrics {
+        let mut metrics = Metrics::default();
+        metrics.of_the_process();
         let counters = &*self.counters;
         let ready = f64::from(u8::from(self.is_ready().is_ok()));
-        page.gauge(
+        metrics.gauge(
             "host_metrics_ready",
             "1 while Kafka accepts records and, with PRODUCE_GROUP, this producer is a member of the group and no other program has \
              partitions of it, else 0.",
             ready,
         );
-        self.ticks_and_checks(&mut page);
-        page.collect(&counters.spent.durations);
-        page.collect(&counters.spent.phases);
-        self.lateness(&mut page);
-        self.records(&mut page);
-        page
+        self.ticks_and_checks(&mut metrics);
+        metrics.collect(&counters.spent.durations);
+        metrics.collect(&counters.spent.phases);
+        self.lateness(&mut metrics);
+        self.records(&mut metrics);
+        metrics
     }
 
     fn is_alive(&self) -> Result<(), String> {
@@ -55,27 +55,27 @@ impl Watched for Figures {
 }
 
 impl Figures {
-    fn ticks_and_checks(&self, page: &mut Page) {
+    fn ticks_and_checks(&self, metrics: &mut Metrics) {
         let counters = &*self.counters;
         let gauge = |value: usize| value as f64;
-        page.gauge(
+        metrics.gauge(
             "host_metrics_hosts",
             "Hosts that are checked.",
             gauge(counters.hosts.load(Ordering::Relaxed)),
         );
-        page.gauge(
+        metrics.gauge(
             "host_metrics_host_list_current",
             "1 while the hosts are those of the host file or table, 0 while its newest version has an error or cannot be read.",
             f64::from(u8::from(!counters.host_list_has_error.load(Ordering::Relaxed))),
         );
-        page.counter(
+        metrics.counter(
             "host_metrics_ticks_due_total",
             "Ticks that were due. Each is checked or missed.",
             counters.ticks_due.load(Ordering::Relaxed),
         );
         let missed =
             MissedReason::ALL.map(|reason| ([("reason", reason.as_word())], counters.missed(reason)));
-        page.counters(
+        metrics.counters(
             "host_metrics_ticks_missed_total",
             "Ticks that were not checked and are recorded as missed.",
             missed.iter().map(|(labels, count)| (labels as Labels, *count)),
@@ -86,29 +86,29 @@ impl Figures {
         let checks: Vec<_> = checked
             .map(|outcome| ([("outcome", outcome.as_str())], counters.results(outcome)))
             .collect();
-        page.counters(
+        metrics.counters(
             "host_metrics_checks_total",
             "Checks that ended, by outcome.",
             checks.iter().map(|(labels, count)| (labels as Labels, *count)),
         );
-        page.gauge(
+        metrics.gauge(
             "host_metrics_checks_under_way",
             "Checks under way.",
             gauge(counters.under_way.load(Ordering::Relaxed)),
         );
-        page.gauge(
+        metrics.gauge(
             "host_metrics_check_threads",
             "Threads for checks, busy or idle.",
             gauge(counters.threads.load(Ordering::Relaxed)),
         );
-        page.gauge(
+        metrics.gauge(
             "host_metrics_check_threads_limit",
             "MAX_THREADS, the most checks under way.",
             gauge(self.max_threads),
         );
     }
 
-    fn lateness(&self, page: &mut Page) {
+    fn lateness(&self, metrics: &mut Metrics) {
         /// The first bucket ends with this class, at 128 µs. From there on, every second class is fine enough.
         const FIRST: usize = 7;
         let late_by = &self.counters.late_by;
@@ -123,7 +123,7 @@ impl Figures {
                 count = 0;
             }
         }
-        page.histogram(
+        metrics.histogram(
             "host_metrics_check_late_seconds",
             "The time from a tick to the start of its check.",
             buckets,
@@ -132,49 +132,49 @@ impl Figures {
         );
     }
 
-    fn records(&self, page: &mut Page) {
+    fn records(&self, metrics: &mut Metrics) {
         let deliveries = &self.counters.deliveries;
-        page.gauge(
+        metrics.gauge(
             "host_metrics_buffer_records",
             "Records in the buffer, because Kafka has not acknowledged them yet.",
             deliveries.records_on_the_way.load(Ordering::Relaxed) as f64,
         );
-        page.gauge(
+        metrics.gauge(
             "host_metrics_buffer_bytes",
             "Size of the keys and values in the buffer.",
             deliveries.bytes_on_the_way.load(Ordering::Relaxed) as f64,
         );
-        page.gauge(
+        metrics.gauge(
             "host_metrics_buffer_records_limit",
             "The most records in the buffer. When it is full, hosts are not checked.",
             self.max_records as f64,
         );
-        page.counter(
+        metrics.counter(
             "host_metrics_records_delivered_total",
             "Records that Kafka acknowledged.",
             deliveries.delivered.load(Ordering::Relaxed),
         );
-        page.counter(
+        metrics.counter(
             "host_metrics_deliveries_failed_total",
             "Failed attempts to deliver a record. The record is sent again.",
             deliveries.failed.load(Ordering::Relaxed),
         );
-        page.counter(
+        metrics.counter(
             "host_metrics_records_superseded_total",
             "Records dropped because another producer of the group had recorded their ticks meanwhile.",
             deliveries.superseded.load(Ordering::Relaxed),
         );
-        page.counter(
+        metrics.counter(
             "host_metrics_records_refused_total",
             "Records lost because Kafka refused them for good.",
             deliveries.refused.load(Ordering::Relaxed),
         );
-        page.counter(
+        metrics.counter(
             "host_metrics_failure_copies_delivered_total",
             "Copies of failed checks that the topic of KAFKA_TOPIC_FAILURES has.",
             deliveries.copies_delivered.load(Ordering::Relaxed),
         );
-        page.counter(
+        metrics.counter(
             "host_metrics_failure_copies_dropped_total",
             "Copies of failed checks dropped, because too many waited for their topic or Kafka refused them.",
             deliveries.copies_dropped.load(Ordering::Relaxed),

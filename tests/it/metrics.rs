@@ -13,9 +13,9 @@ use host_metrics::commands::init;
 use host_metrics::config::{self, Variables};
 use host_metrics::consume;
 use host_metrics::http::health::{self, Health};
-use host_metrics::http::metrics::Page;
+use host_metrics::http::metrics::Metrics;
 use host_metrics::http::server::Server;
-use host_metrics::http::{self, Watched};
+use host_metrics::http::{self, Monitored};
 use host_metrics::produce::hosts::Sources;
 use host_metrics::produce::{self, Rounds, host_file};
 use host_metrics::shutdown::Shutdown;
@@ -46,11 +46,11 @@ impl Stub {
 /// More than the buffers of both sockets can hold.
 const LONG_PAGE_BYTES: usize = 32 << 20;
 
-impl Watched for Stub {
-    fn page(&self) -> Page {
-        let mut page = Page::default();
-        page.counter("a_total", self.1, 1);
-        page
+impl Monitored for Stub {
+    fn metrics(&self) -> Metrics {
+        let mut metrics = Metrics::default();
+        metrics.counter("a_total", self.1, 1);
+        metrics
     }
 
     fn is_alive(&self) -> Result<(), String> {

@@ -70,7 +70,7 @@ pub struct Settings {
 pub struct ThrowAwayPostgres {
     programs: Programs,
     directory: PathBuf,
-    account: Option<Account>,
+    account: Option<SystemUser>,
     port: u16,
     password: Option<String>,
     guard: Child,
@@ -380,12 +380,12 @@ fn newest_first(parent: &Path, prefix: &str, bin: &str) -> Vec<PathBuf> {
 
 /// The account that runs the server if this process is root, because Postgres refuses to run as root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Account {
+struct SystemUser {
     uid: u32,
     gid: u32,
 }
 
-impl Account {
+impl SystemUser {
     /// The account `nobody`, which every system has, from the text of `/etc/passwd`.
     fn nobody(passwd: &str) -> Option<Self> {
         let line = passwd.lines().find(|line| line.starts_with("nobody:"))?;
@@ -400,7 +400,7 @@ impl Account {
 }
 
 /// Creates a directory for the server. Returns it with the account that owns it, if that is not this process's own.
-fn make_directory() -> anyhow::Result<(PathBuf, Option<Account>)> {
+fn make_directory() -> anyhow::Result<(PathBuf, Option<SystemUser>)> {
     let make_in = |parent: &Path| {
         tempfile::Builder::new()
             .prefix("host-metrics-postgres-")
@@ -430,7 +430,7 @@ fn make_directory() -> anyhow::Result<(PathBuf, Option<Account>)> {
         directory = make_in(parent)?;
     }
     let passwd = fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")?;
-    let account = Account::nobody(&passwd)
+    let account = SystemUser::nobody(&passwd)
         .context("Postgres refuses to run as root, and /etc/passwd has no user \"nobody\"")?;
     chown(directory.path(), Some(account.uid), Some(account.gid))
         .with_context(|| format!("cannot give {} to nobody", directory.path().display()))?;
@@ -447,7 +447,7 @@ fn others_may_enter(directory: &Path) -> bool {
     })
 }
 
-fn start_guard(programs: &Programs, directory: &Path, account: Option<Account>) -> anyhow::Result<Child> {
+fn start_guard(programs: &Programs, directory: &Path, account: Option<SystemUser>) -> anyhow::Result<Child> {
     command_as(
         account,
         directory.parent().unwrap_or(directory),
@@ -464,13 +464,13 @@ fn start_guard(programs: &Programs, directory: &Path, account: Option<Account>) 
     .context("cannot start /bin/sh")
 }
 
-fn command_as(account: Option<Account>, working_directory: &Path, program: &Path) -> Command {
+fn command_as(account: Option<SystemUser>, working_directory: &Path, program: &Path) -> Command {
     let mut command = Command::new(program);
     // The account may be unable to enter the current directory.
     command.current_dir(working_directory).stdin(Stdio::null());
     // Its own process group, so that Ctrl-C reaches only this process, which stops the others in order.
     command.process_group(0);
-    if let Some(Account { uid, gid }) = account {
+    if let Some(SystemUser { uid, gid }) = account {
         // As root, this also drops the supplementary groups.
         command.uid(uid).gid(gid);
     }
@@ -504,22 +504,22 @@ mod tests {
         let debian =
             "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65533:nobody:/nonexistent:/usr/sbin/nologin\n";
         assert_eq!(
-            Account::nobody(debian),
-            Some(Account {
+            SystemUser::nobody(debian),
+            Some(SystemUser {
                 uid: 65534,
                 gid: 65533
             })
         );
         let mac = "nobody:*:-2:-2:Unprivileged User:/var/empty:/usr/bin/false\n";
         assert_eq!(
-            Account::nobody(mac),
-            Some(Account {
+            SystemUser::nobody(mac),
+            Some(SystemUser {
                 uid: 4294967294,
                 gid: 4294967294
             })
         );
-        assert_eq!(Account::nobody("root:x:0:0::/root:/bin/sh\n"), None);
-        assert_eq!(Account::nobody("nobody:x:none\n"), None);
+        assert_eq!(SystemUser::nobody("root:x:0:0::/root:/bin/sh\n"), None);
+        assert_eq!(SystemUser::nobody("nobody:x:none\n"), None);
     }
 
     #[test]
