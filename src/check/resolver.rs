@@ -283,7 +283,7 @@ fn is_of(family: Option<IpFamily>, ip: IpAddr) -> bool {
     }
 }
 
-pub(in crate::check) fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> {
+pub(super) fn getaddrinfo(name: &str, family: Option<IpFamily>) -> Result<Vec<IpAddr>, NameError> {
     let hints = AddrInfoHints {
         socktype: SockType::Stream.into(),
         address: match family {

@@ -40,7 +40,7 @@ const LIMITS: Limits = Limits {
     idle_for: None,
 };
 
-/// Starts the endpoint.
+/// Starts the endpoint, which ends when the result is dropped.
 pub fn serve(metrics_addr: SocketAddr, agent: impl Monitored) -> anyhow::Result<Server> {
     let answer =
         move |request: &Request<Incoming>| respond(request, &agent).map(|body| Full::new(body.into()));

@@ -1,7 +1,7 @@
 //! A member of a consumer group that is assigned partitions but does not read them.
 //!
-//! Owns the group's consumer, and makes no decisions about shares. librdkafka is told to read nothing, so no records are fetched. When the
-//! group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
+//! Owns the group's consumer, and makes no decisions about shares. librdkafka is told to read nothing, so no records are fetched.
+//! When the group takes partitions back, it waits for [`Member::give_back`], unless it has already removed this member.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};

@@ -2,8 +2,8 @@
 //!
 //! Owns the librdkafka properties that all clients share ([`settings`]), the small clients that ask a question or two
 //! ([`client`], [`topics`]), a reader of parts of partitions ([`reader`]), a group member that reads nothing ([`member`]), the watch
-//! over a group ([`group`]), the explanation of a refusal ([`explain`]), and a Fetch of its own for a batch that librdkafka cannot read
-//! ([`batch_head`]). The producer is in `produce::publisher`, and the consumer in `consume::source`.
+//! over a group ([`group`]), the explanation of a refusal ([`explain`]), and a Fetch of its own for a batch that librdkafka cannot
+//! read ([`batch_head`]). The producer is in `produce::publisher`, and the consumer in `consume::source`.
 
 mod batch_head;
 mod client;

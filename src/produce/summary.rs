@@ -102,8 +102,8 @@ impl Summary {
         if count > self.no_thread_count && self.no_thread_line.take_turn(now) {
             self.no_thread_count = count;
             log::warn!(
-                "ticks are missed ({count} so far), because as many checks are under way as MAX_THREADS={} allows: raise MAX_THREADS, or share the \
-                 hosts with more producers (PRODUCE_GROUP)",
+                "ticks are missed ({count} so far), because as many checks are under way as MAX_THREADS={} allows: raise \
+                 MAX_THREADS, or share the hosts with more producers (PRODUCE_GROUP)",
                 self.max_threads
             );
         }

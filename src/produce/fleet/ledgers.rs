@@ -1,6 +1,6 @@
 //! The ledgers in the group's offsets: reading and committing them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,15 +14,23 @@ use crate::produce::share::events::{CommitOutcome, Event, StoredLedger};
 use crate::produce::share::ledger::Ledger;
 
 /// How long the thread asks for ledgers before it asks again for the group's decisions. The last questions may take 4.5 s more, and
-/// all of it has to be shorter than [`SUSPENDED_MICROS`].
+/// all of it has to be shorter than [`SUSPENDED_MICROS`](super::thread::SUSPENDED_MICROS).
 const ASK_FOR: Duration = Duration::from_millis(400);
 
 impl Thread {
-    /// Shares that are left out, because there was no time or no answer, are asked for again.
+    /// Shares that are left out, because there was no time or no answer, are asked for again. The shares are sorted. Each call begins
+    /// after the last one that took time, so that a partition without a leader holds up no other share for ever.
     pub(super) fn read_ledgers(&mut self, shares: &[Share]) -> BTreeMap<Share, StoredLedger> {
         let until = instant_now() + ASK_FOR;
         let (mut found, mut foreign, mut has_asked) = (BTreeMap::new(), None, false);
-        let topics: BTreeSet<&Arc<str>> = shares.iter().map(|share| &share.topic).collect();
+        let start = shares.partition_point(|share| Some(share) <= self.asked_last.as_ref());
+        let in_turn = || shares[start..].iter().chain(&shares[..start]);
+        let mut topics: Vec<&Arc<str>> = Vec::new();
+        for Share { topic, .. } in in_turn() {
+            if !topics.contains(&topic) {
+                topics.push(topic);
+            }
+        }
         for topic in topics {
             if instant_now() >= until {
                 break;
@@ -31,10 +39,11 @@ impl Thread {
                 Ok(committed) => committed,
                 Err(why) => {
                     self.failure = Some(why);
+                    self.asked_last = shares.iter().rfind(|share| share.topic == *topic).cloned();
                     continue;
                 }
             };
-            for share in shares.iter().filter(|share| share.topic == *topic) {
+            for share in in_turn().filter(|share| share.topic == *topic) {
                 match committed.get(&share.partition) {
                     Some(Some(committed)) => match Ledger::parse(committed.offset, &committed.metadata) {
                         Ok(ledger) => {
@@ -43,9 +52,10 @@ impl Thread {
                         }
                         Err(why) => foreign = Some(format!("share={share} cannot be taken: {why}")),
                     },
-                    // The first one is asked for in any case, so that a slow Kafka does not prevent it for ever.
+                    // One is asked for in any case, even if the questions before took long.
                     Some(None) if !has_asked || instant_now() < until => {
                         has_asked = true;
+                        self.asked_last = Some(share.clone());
                         match self.without_ledger(share) {
                             Ok(missing) => drop(found.insert(share.clone(), missing)),
                             Err(why) => self.failure = Some(format!("share={share} {why}")),
@@ -62,13 +72,13 @@ impl Thread {
         found
     }
 
-    pub(super) fn note_place(&mut self, metadata: &str) {
+    fn note_place(&mut self, metadata: &str) {
         if let Some(place) = Ledger::place_of(metadata).filter(|place| *place != self.place) {
             self.other_place = Some(place.to_owned());
         }
     }
 
-    pub(super) fn without_ledger(&self, share: &Share) -> Result<StoredLedger, String> {
+    fn without_ledger(&self, share: &Share) -> Result<StoredLedger, String> {
         let (low, high) = self.member.extent(&share.topic, share.partition)?;
         Ok(StoredLedger::Missing {
             low,

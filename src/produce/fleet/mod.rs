@@ -75,6 +75,7 @@ impl Fleet {
             failure: None,
             topics: topics.to_vec(),
             other_place: None,
+            asked_last: None,
             foreign_ledger: Outage::default(),
             commit_failure: Arc::default(),
         };

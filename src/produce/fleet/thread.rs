@@ -27,7 +27,7 @@ pub(super) const READ_STEP: Duration = Duration::from_millis(50);
 
 /// A turn of the loop takes less than this unless the process was suspended. It is shorter than a session, so nobody can have taken
 /// a share without being noticed.
-const SUSPENDED_MICROS: i64 = 5_000_000;
+pub(super) const SUSPENDED_MICROS: i64 = 5_000_000;
 
 /// How long librdkafka has for telling the group that we leave.
 const LEAVE_WITHIN: Duration = Duration::from_millis(300);
@@ -90,6 +90,8 @@ pub(super) struct Thread {
     pub(super) topics: Vec<String>,
     /// The AGENT_NAME in a ledger, if it is not ours.
     pub(super) other_place: Option<String>,
+    /// The share that was asked about last when ledgers were read.
+    pub(super) asked_last: Option<Share>,
     /// Another program has replaced the ledger of a share.
     pub(super) foreign_ledger: Outage,
     /// Why the last commit failed, if that was not reported yet.
@@ -237,8 +239,8 @@ impl Thread {
     }
 
     /// If another producer joined with our KAFKA_GROUP_INSTANCE_ID, Kafka gave it our shares and ended our membership. After a crash
-    /// of the broker, our own earlier request to join may look like another producer's, so we join again. If we are replaced again
-    /// within [`JOIN_AGAIN_AFTER`], we stop checking the hosts until then.
+    /// of the broker, our own earlier request to join may look like another producer's, so we join again. If we are replaced
+    /// within [`JOIN_AGAIN_AFTER`] of joining, we stop checking the hosts until then.
     fn join_again_if_ended(&mut self) {
         let Some(why) = self.member.ended() else {
             return;
@@ -250,7 +252,7 @@ impl Thread {
             self.handle(Event::Assigned(Vec::new()));
             if self.logged_shares.replace(0) != Some(0) {
                 log::info!(
-                    "group={} this producer was replaced again and has no share: it joins again in {} s",
+                    "group={} this producer was replaced soon after it joined, and has no share; it joins again in {} s: {why}",
                     self.group,
                     (self.joined_at + JOIN_AGAIN_AFTER - now).as_secs()
                 );

@@ -12,8 +12,8 @@ use crate::files;
 /// The longest body of a request. It stays in memory, and a check is no upload.
 pub(super) const MAX_REQUEST_BODY_BYTES: u64 = 1 << 20;
 
-/// Where a host file's secrets and bodies come from. Each file is read once, however many hosts use it. The errors say why one cannot be
-/// used.
+/// Where a host file's secrets and bodies come from. Each file is read once, however many hosts use it. The errors say why one
+/// cannot be used.
 pub struct Files<'a> {
     /// SECRETS_DIR.
     secrets: Option<&'a Path>,

@@ -87,7 +87,8 @@ struct Tenure {
     stage: Stage,
     /// The epoch under which we own it or last owned it, as long as we check its hosts.
     epoch: Option<Epoch>,
-    /// The epoch that we committed last. `None` once another producer may have committed a ledger since we owned the share.
+    /// The epoch that we committed last, once we have owned the share and while no other producer can have committed a ledger since. All
+    /// claims since then are ours.
     own_committed_epoch: Option<Epoch>,
     committed: Option<Ledger>,
     /// A later ledger, to be committed next.
