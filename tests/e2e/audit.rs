@@ -167,7 +167,7 @@ fn each_violation_is_found_and_a_sound_table_passes() {
     assert_says(
         &ended,
         1,
-        &["nobody checks them (not counted): 1.\n  https://a.example/ at us, last row at 2026-11-18T"],
+        &["has not stored their rows yet (not counted): 1.\n  https://a.example/ at us, last row at 2026-11-18T"],
     );
 
     case.db

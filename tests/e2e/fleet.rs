@@ -546,7 +546,7 @@ fn a_producer_reports_another_program_in_its_group_and_goes_on_without_a_wrong_t
     agent.wait_for_stderr("cannot be taken", WITHIN);
     let said = agent.stderr();
     assert!(
-        said.contains("stop all producers of this one, delete the offsets"),
+        said.contains("end that program and all producers of this group, delete the offsets"),
         "{said}"
     );
     agent.stop();
