@@ -167,7 +167,9 @@ fn each_violation_is_found_and_a_sound_table_passes() {
     assert_says(
         &ended,
         1,
-        &["has not stored their rows yet (not counted): 1.\n  https://a.example/ at us, last row at 2026-11-18T"],
+        &[
+            "has not stored their rows yet (not counted): 1.\n  https://a.example/ at us, last row at 2026-11-18T",
+        ],
     );
 
     case.db
