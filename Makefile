@@ -22,11 +22,11 @@ demo: ## run the whole pipeline in one process, without any setup; ARGS="--for 3
 		echo "The largest is librdkafka (C); host-metrics itself comes last. Then the demo starts."; }
 	CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0" cargo run --profile demo --no-default-features --locked -- demo $(ARGS)
 
-check: ## format, clippy, and all tests that need no server; about 80 seconds once compiled, because the simulators try fewer histories than in `make test`
+check: ## format, clippy, and all tests that need no server; about a minute once compiled, because the simulators try fewer histories than in `make test`
 	@scripts/setup demo
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
-	RUST_TEST_THREADS=8 SIMULATOR_SEEDS=200 FLEET_SEEDS=200 cargo test --locked --lib --test it
+	RUST_TEST_THREADS=24 SIMULATOR_SEEDS=200 FLEET_SEEDS=200 cargo test --locked --lib --test it
 
 unit: ## the unit tests; ARGS=schedule runs those with that name
 	cargo test --locked --lib -- $(ARGS)
