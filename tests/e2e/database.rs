@@ -9,6 +9,10 @@ use host_metrics::config::{ConsumeConfig, DatabaseConfig, DbSslMode, KafkaConfig
 use host_metrics::tables::names::TableName;
 use postgres::{Client, NoTls};
 
+/// For [`Database::count`]: the sessions of this database that wait for an advisory lock.
+pub const WAITS_FOR_ADVISORY_LOCK: &str = "pg_locks WHERE locktype = 'advisory' AND NOT granted \
+     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+
 pub fn server() -> &'static ThrowAwayPostgres {
     static SERVER: OnceLock<ThrowAwayPostgres> = OnceLock::new();
     SERVER.get_or_init(|| ThrowAwayPostgres::start().unwrap())

@@ -81,7 +81,7 @@ fn the_demo_checks_the_users_own_hosts_too() {
     let directory = crate::scratch::directory("hosts");
     let path = directory.join("mine");
     let site = crate::site::Site::start();
-    std::fs::write(&path, site.host_file("1s")).unwrap();
+    std::fs::write(&path, site.host_file("3s")).unwrap();
     let mut demo = Agent::start(
         &["demo", "--for", "10s", "-c", path.to_str().unwrap()],
         &Variables::default(),

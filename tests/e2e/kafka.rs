@@ -260,17 +260,26 @@ impl Kafka {
     }
 
     pub fn delete_topic(&self, name: &str) {
-        for result in self.administer(async |admin, options| admin.delete_topics(&[name], options).await) {
-            result.unwrap();
-        }
+        self.administer("the topic is deleted", async |admin, options| {
+            let results = admin.delete_topics(&[name], options).await?;
+            Ok(results.into_iter().all(|result| {
+                matches!(
+                    result,
+                    Ok(_) | Err((_, RDKafkaErrorCode::UnknownTopicOrPartition))
+                )
+            }))
+        });
         self.wait_for_partitions(name, 0);
     }
 
     /// Deletes a group that has no members, with its offsets.
     pub fn delete_group(&self, group: &str) {
-        for result in self.administer(async |admin, options| admin.delete_groups(&[group], options).await) {
-            result.unwrap();
-        }
+        self.administer("the group is deleted", async |admin, options| {
+            let results = admin.delete_groups(&[group], options).await?;
+            Ok(results
+                .into_iter()
+                .all(|result| matches!(result, Ok(_) | Err((_, RDKafkaErrorCode::GroupIdNotFound)))))
+        });
     }
 
     /// Runs Kafka's tool for rights with these arguments.
@@ -290,9 +299,13 @@ impl Kafka {
     /// Increases the number of the topic's partitions to `partitions`.
     pub fn add_partitions(&self, name: &str, partitions: i32) {
         let new = NewPartitions::new(name, partitions as usize);
-        for result in self.administer(async |admin, options| admin.create_partitions([&new], options).await) {
-            result.unwrap();
-        }
+        self.administer("the partitions are added", async |admin, options| {
+            let results = admin.create_partitions([&new], options).await?;
+            // An attempt without an answer may have added them.
+            Ok(results
+                .into_iter()
+                .all(|result| matches!(result, Ok(_) | Err((_, RDKafkaErrorCode::InvalidPartitions)))))
+        });
         self.wait_for_partitions(name, partitions);
     }
 
@@ -301,10 +314,10 @@ impl Kafka {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(topic, partition, Offset::Offset(before))
             .unwrap();
-        let deleted = self.administer(async |admin, options| admin.delete_records(&list, options).await);
-        for element in deleted.elements() {
-            element.error().unwrap();
-        }
+        self.administer("the records are deleted", async |admin, options| {
+            let deleted = admin.delete_records(&list, options).await?;
+            Ok(deleted.elements().iter().all(|element| element.error().is_ok()))
+        });
     }
 
     /// The members of a group, by their member IDs.
@@ -330,11 +343,23 @@ impl Kafka {
         )
     }
 
-    fn administer<T>(
+    /// Repeats the request until it returns true: on a busy machine a partition may have no leader, or the broker no answer, for a while.
+    fn administer(
         &self,
-        request: impl AsyncFnOnce(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<T>,
-    ) -> T {
-        self.administer_with(&admin_options(), request).unwrap()
+        what: &str,
+        request: impl AsyncFn(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<bool>,
+    ) {
+        wait_for(
+            START_WITHIN,
+            what,
+            || {
+                let done = self.administer_with(&admin_options(), async |admin, options| {
+                    request(admin, options).await
+                });
+                (done == Ok(true)).then_some(())
+            },
+            || self.log(),
+        );
     }
 
     fn administer_with<T>(
@@ -354,7 +379,7 @@ impl Kafka {
     fn wait_for_partitions(&self, topic: &str, partitions: i32) {
         let client: BaseProducer = self.client().create().unwrap();
         wait_for(
-            REQUEST_WITHIN,
+            START_WITHIN,
             "the topic has so many partitions, with leaders",
             || {
                 let metadata = client.client().fetch_metadata(Some(topic), REQUEST_WITHIN).ok()?;
@@ -431,10 +456,10 @@ impl Kafka {
         for partition in self.partitions(&consumer, topic) {
             // A topic that was just made may not have all its leaders yet.
             let (low, high) = wait_for(
-                REQUEST_WITHIN,
+                START_WITHIN,
                 "the ends of the partition",
                 || consumer.fetch_watermarks(topic, partition, REQUEST_WITHIN).ok(),
-                String::new,
+                || self.log(),
             );
             missing += high - low;
             assignment
@@ -468,7 +493,12 @@ impl Kafka {
         for partition in self.partitions(&consumer, topic) {
             list.add_partition(topic, partition);
         }
-        let committed = consumer.committed_offsets(list, REQUEST_WITHIN).unwrap();
+        let committed = wait_for(
+            START_WITHIN,
+            "the committed offsets",
+            || consumer.committed_offsets(list.clone(), REQUEST_WITHIN).ok(),
+            || self.log(),
+        );
         committed
             .elements()
             .iter()
@@ -477,6 +507,16 @@ impl Kafka {
                 _ => None,
             })
             .collect()
+    }
+
+    /// Waits until the group has committed these offsets.
+    pub fn wait_for_commits(&self, group: &str, topic: &str, offsets: &[Option<i64>]) {
+        wait_for(
+            START_WITHIN,
+            "the commits",
+            || (self.committed(group, topic) == offsets).then_some(()),
+            || format!("{:?} instead of {offsets:?}", self.committed(group, topic)),
+        );
     }
 
     fn partitions(&self, consumer: &BaseConsumer, topic: &str) -> Vec<i32> {

@@ -13,7 +13,7 @@ use postgres::Client;
 
 use crate::agent::{Agent, STOP_WITHIN, Variables};
 use crate::case::{Case, InProcess, SOON, wait_for_count, write};
-use crate::database::{Database, config, server};
+use crate::database::{Database, WAITS_FOR_ADVISORY_LOCK, config, server};
 use crate::faults::{Proxy, Thaw, signal};
 use crate::kafka::{Kafka, Listener};
 use crate::scratch::{self, now, wait_for};
@@ -129,6 +129,7 @@ fn a_group_does_not_evict_a_consumer_whose_database_is_away_for_longer_than_a_po
         &[
             ("max.poll.interval.ms", &milliseconds),
             ("session.timeout.ms", "6000"),
+            ("heartbeat.interval.ms", "500"),
         ],
     );
     let counters = &consumer.counters;
@@ -314,7 +315,7 @@ fn a_commit_that_was_applied_but_never_answered_is_not_repeated() {
     wait_for(
         SOON,
         "the flush waits",
-        || (db.count("pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1).then_some(()),
+        || (db.count(WAITS_FOR_ADVISORY_LOCK) == 1).then_some(()),
         || consumer.stderr(),
     );
     proxy.is_deaf.store(true, Ordering::SeqCst);

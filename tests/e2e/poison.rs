@@ -198,7 +198,7 @@ fn a_topic_with_only_bad_records_is_drained_at_a_steady_pace_and_reported() {
         "SELECT max(pause)::text FROM (SELECT extract(epoch FROM rejected_at - lag(rejected_at) OVER \
          (ORDER BY rejected_at)) AS pause FROM host_metrics_rejected) p",
     );
-    assert!(longest_pause.parse::<f64>().unwrap() < 3.0, "{longest_pause} s");
+    assert!(longest_pause.parse::<f64>().unwrap() < 10.0, "{longest_pause} s");
     wait_for(
         SOON,
         "the rejected are said",
@@ -206,7 +206,7 @@ fn a_topic_with_only_bad_records_is_drained_at_a_steady_pace_and_reported() {
         || consumer.stderr(),
     );
     let said = consumer.said("rejected records=");
-    assert!(said < 6, "a flood:\n{}", consumer.stderr());
+    assert!(said < 9, "a flood:\n{}", consumer.stderr());
     consumer.stop();
     case.assert_exactly_once(&["nothing-but-poison"]);
     assert_eq!(case.db.count("host_metrics"), 0);

@@ -162,17 +162,19 @@ fn slow_clients_do_not_delay_others_and_are_closed() {
                 stream
             })
             .collect();
+        let connected_at = now();
         for path in ["/healthz", "/readyz", "/metrics"] {
             assert_eq!(get(address, path).0, 200, "{count} clients that send {what}");
         }
         // It was answered although the slow clients were still connected: the newest of them still is.
         let newest = dawdlers.last_mut().unwrap();
         newest.set_nonblocking(true).unwrap();
-        let error = newest.read(&mut [0; 16]).unwrap_err();
-        assert_eq!(
-            error.kind(),
-            ErrorKind::WouldBlock,
-            "{count} clients that send {what}"
+        let seen = newest.read(&mut [0; 16]).map_err(|error| error.kind());
+        // On a busy machine its two seconds may be over.
+        let is_open = seen == Err(ErrorKind::WouldBlock);
+        assert!(
+            is_open || connected_at.elapsed() > Duration::from_millis(1_900),
+            "{count} clients that send {what}: {seen:?}"
         );
         newest.set_nonblocking(false).unwrap();
         for stream in &mut dawdlers {

@@ -417,7 +417,7 @@ fn one_host_and_the_incidents_are_read_from_the_state() {
     database.execute(
         "INSERT INTO host_metrics_series (series_id, address, agent, name, \"group\", is_valid, since, last_seen_at, outcome, error, verdict, verdict_since)
          SELECT n, CASE WHEN n < 3 THEN 'https://a.example/' ELSE 'https://b.example/' END, 'place-' || n, 'Shop ' || n / 3, 'Shops',
-             n <> 2, now() - interval '10 minutes', now() - interval '5 seconds', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
+             n <> 2, now() - interval '10 minutes', now() - interval '5 minutes', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
              CASE WHEN n = 2 THEN 'status 503' END, 'up', now() - interval '3 hours'
          FROM generate_series(1, 3) n;
          INSERT INTO host_metrics_rollups (series_id, starts_at, seconds, due, valid, failed, missed, outcomes, histogram)
@@ -442,7 +442,7 @@ fn one_host_and_the_incidents_are_read_from_the_state() {
     let has = |line: &str| assert!(text.lines().any(|shown| shown == line), "{line}:\n{text}");
     has("https://a.example/  Shop 0");
     has("up for 3 h");
-    has("place-2  DOWN   10 min     5 s ago  bad_status  status 503");
+    has("place-2  DOWN   10 min   5 min ago  bad_status  status 503");
     has("ok                   19152");
     has("bad_status             672");
     has("not checked            336");

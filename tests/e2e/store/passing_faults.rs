@@ -12,7 +12,7 @@ use host_metrics::consume::store::Store;
 use host_metrics::postgres::Bounds;
 
 use super::{P0, ok, positions, retry, retry_of, row, start_at, wait_for};
-use crate::database::{Database, config, server};
+use crate::database::{Database, WAITS_FOR_ADVISORY_LOCK, config, server};
 use crate::faults::{Proxy, Thaw, signal};
 use crate::scratch;
 
@@ -87,9 +87,11 @@ fn a_commit_whose_answer_is_lost_is_recognised_by_the_positions_and_not_repeated
     let mut config = db.config();
     config.database.port = proxy.port;
     let bounds = Bounds {
-        step: Duration::from_secs(1),
+        step: Duration::from_secs(3),
         ..Bounds::default()
     };
+    // The tables are made without a tight bound.
+    db.store().open().unwrap();
     let mut store = Store::with_bounds(&config, bounds).unwrap();
     let layout = store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);
@@ -107,7 +109,7 @@ fn a_commit_whose_answer_is_lost_is_recognised_by_the_positions_and_not_repeated
         move || (store.flush(&batch), store)
     });
     wait_for("the flush to reach the server", || {
-        db.count("pg_locks WHERE locktype = 'advisory' AND NOT granted") == 1
+        db.count(WAITS_FOR_ADVISORY_LOCK) == 1
     });
     // From here on the server gets our bytes, but we get none of its answers.
     proxy.is_deaf.store(true, Ordering::SeqCst);
@@ -130,10 +132,11 @@ fn a_connection_that_swallows_everything_is_given_up_within_the_bound() {
     let mut config = db.config();
     config.database.port = proxy.port;
     let bounds = Bounds {
-        step: Duration::from_secs(1),
+        step: Duration::from_secs(3),
         connect: Duration::from_secs(1),
         ..Bounds::default()
     };
+    db.store().open().unwrap();
     let mut store = Store::with_bounds(&config, bounds).unwrap();
     store.open().unwrap();
     start_at(&mut store, &[(P0, 0)]);

@@ -35,7 +35,7 @@ use crate::site::{Authority, Site};
 /// More time than any check here needs on a busy machine.
 pub const LONG: Duration = Duration::from_secs(20);
 /// The timeout of checks that are expected to reach it.
-const SHORT: Duration = Duration::from_millis(400);
+const SHORT: Duration = Duration::from_millis(1_000);
 
 pub fn config() -> CheckConfig {
     CheckConfig {

@@ -70,7 +70,7 @@ fn hanging_lookups_delay_only_their_own_names_and_free_their_threads() {
     for number in 0..3 {
         let silent = format!("silent-{number}.test");
         assert_eq!(
-            names.resolve(&silent, None, now() + SHORT / 8),
+            names.resolve(&silent, None, now() + SHORT / 20),
             Err(NameError::TimedOut)
         );
     }
@@ -81,17 +81,17 @@ fn hanging_lookups_delay_only_their_own_names_and_free_their_threads() {
     }
     // A second check of a hanging name joins its lookup instead of taking that thread.
     assert_eq!(
-        names.resolve("silent-0.test", None, now() + SHORT / 8),
+        names.resolve("silent-0.test", None, now() + SHORT / 20),
         Err(NameError::TimedOut)
     );
     assert!(names.resolve("site.test", None, now() + LONG).is_ok());
     // If all threads hang, a name waits no longer than its check.
     assert_eq!(
-        names.resolve("silent-4.test", None, now() + SHORT / 8),
+        names.resolve("silent-4.test", None, now() + SHORT / 20),
         Err(NameError::TimedOut)
     );
     assert_eq!(
-        names.resolve("site.test", None, now() + SHORT / 8),
+        names.resolve("site.test", None, now() + SHORT / 20),
         Err(NameError::TimedOut)
     );
 }
@@ -99,7 +99,7 @@ fn hanging_lookups_delay_only_their_own_names_and_free_their_threads() {
 #[test]
 fn a_check_tells_when_the_lookup_began_that_it_joined() {
     let mut checker = checker_with_names();
-    let mut check = || checker.check(&target("http://silent.test/"), now() + SHORT / 8);
+    let mut check = || checker.check(&target("http://silent.test/"), now() + SHORT / 20);
     let first = check();
     let joined_at = now();
     let second = check();
