@@ -42,6 +42,9 @@ const SESSION_MS: &str = "6000";
 /// Distinguishes producers from other members, including `consume`.
 const CLIENT_ID: &str = "host-metrics-produce";
 
+/// What a failed start of a thread says before the reason.
+const NO_THREAD: &str = "cannot start a thread for PRODUCE_GROUP";
+
 /// A change of the assignment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -165,9 +168,8 @@ impl Member {
         let explainer = self.consumer.context().explainer.clone();
         let next = Self::start(self.config.clone(), explainer, self.group.clone(), topics)?;
         let ended = std::mem::replace(self, next);
-        // Closing it waits for the answers to all revocations.
+        // Closing it may take long, and waits for the answers to all revocations.
         ended.answer_revocations();
-        // Closing it may take long.
         start_thread("kafka-close", move || drop(ended)).context(NO_THREAD)?;
         Ok(())
     }
@@ -355,9 +357,6 @@ impl Member {
         self.consumer.context().heard()
     }
 }
-
-/// What a failed start of a thread says before the reason.
-const NO_THREAD: &str = "cannot start a thread for PRODUCE_GROUP";
 
 fn watch_group(consumer: &BaseConsumer<Context>, group: &str, until: &Receiver<()>) {
     group::watch_group(consumer, group, until, |found| {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
+use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
 
 use crate::scratch::{self, Process, now, wait_for};
 
@@ -33,6 +33,11 @@ impl Variables {
     pub fn and(&self, others: &Self) -> Self {
         let with = |all: Self, (name, value): &(String, String)| all.with(name, value);
         others.0.iter().fold(self.clone(), with)
+    }
+
+    /// With a METRICS_ADDR of its own, for `health`.
+    pub fn with_metrics(self) -> Self {
+        self.with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()))
     }
 
     pub fn kafka(self, bootstrap_servers: &str, topic: &str) -> Self {

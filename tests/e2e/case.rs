@@ -227,12 +227,9 @@ pub fn wait_for_count_within(
         within,
         &format!("{rows} rows in {table}"),
         || {
-            last = match db
-                .one(&format!("SELECT (to_regclass('{table}') IS NOT NULL)::text"))
-                .as_str()
-            {
-                "true" => db.count(table),
-                _ => 0,
+            last = match db.exists(table) {
+                true => db.count(table),
+                false => 0,
             };
             (last >= rows).then_some(last)
         },

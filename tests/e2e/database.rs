@@ -25,6 +25,10 @@ pub struct Database {
 }
 
 impl Database {
+    pub fn exists(&mut self, table: &str) -> bool {
+        self.one(&format!("SELECT (to_regclass('{table}') IS NOT NULL)::text")) == "true"
+    }
+
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));

@@ -12,8 +12,8 @@ use host_metrics::commands::demo::postgres::free_port;
 use crate::agent::{Agent, Variables, run};
 use crate::database::{Database, server};
 use crate::faults::{Proxy, signal, with_clock};
-use crate::fleet::{Fleet, GROUP, HOSTS, PARTITIONS, SECOND, WITHIN, now_micros, wait_until};
-use crate::fleet_members::metrics;
+use crate::fleet::{Fleet, GROUP, HOSTS, PARTITIONS, SECOND, WITHIN, end, now_micros, wait_until};
+use crate::fleet_members::{metrics, wait_until_ready};
 use crate::kafka::{Kafka, Listener};
 use crate::kills::number;
 use crate::scratch::{now, wait_for};
@@ -127,7 +127,7 @@ fn each_tick_counts_once_although_producers_and_broker_are_killed_and_frozen_at_
             }
             Fault::Stop(one) => {
                 if frozen_until[one].is_none()
-                    && let Some(mut agent) = members[one].take()
+                    && let Some(agent) = members[one].take()
                 {
                     // Without a member it may end with records that Kafka never acknowledged.
                     wait_for(
@@ -136,8 +136,7 @@ fn each_tick_counts_once_although_producers_and_broker_are_killed_and_frozen_at_
                         || (!agent.stderr().is_empty()).then_some(()),
                         String::new,
                     );
-                    agent.signal("TERM");
-                    agent.wait(WITHIN);
+                    end(agent);
                 }
             }
             Fault::KillBroker => kafka.restart(),
@@ -162,12 +161,7 @@ fn each_tick_counts_once_although_producers_and_broker_are_killed_and_frozen_at_
     );
     // A producer that is not a member when it stops may leave records that Kafka never acknowledged.
     for metrics in &metrics {
-        wait_for(
-            WITHIN,
-            "it is a member",
-            || (run(&["health"], metrics).0 == 0).then_some(()),
-            || members.iter().map(|agent| agent.stderr() + "\n---\n").collect(),
-        );
+        wait_until_ready(metrics, &members);
     }
     members.into_iter().for_each(Agent::stop);
     let judged = fleet.judged(&kafka);

@@ -2,11 +2,8 @@
 //! member that is another program.
 //! The log and /readyz say so, and no tick is recorded twice or left out.
 
-use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
 use std::time::Duration;
 
-use host_metrics::commands::demo::postgres::free_port;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 
 use crate::agent::{Agent, Variables, run};
@@ -18,7 +15,17 @@ use crate::scratch::wait_for;
 const NOTICED_WITHIN: Duration = Duration::from_secs(60);
 
 pub fn metrics() -> Variables {
-    Variables::new().with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()))
+    Variables::new().with_metrics()
+}
+
+pub fn wait_until_ready(metrics: &Variables, agents: &[Agent]) {
+    let ready = (0, "ready\n".to_owned());
+    wait_for(
+        WITHIN,
+        "it is ready",
+        || (run(&["health"], metrics) == ready).then_some(()),
+        || agents.iter().map(|agent| agent.stderr() + "\n---\n").collect(),
+    );
 }
 
 /// Waits until /readyz says this.
@@ -77,11 +84,7 @@ fn of_two_producers_with_one_instance_id_one_checks_and_the_other_one_says_why_i
 fn ticks_that_are_missed_because_max_threads_is_too_low_are_reported() {
     let kafka = Kafka::shared();
     let fleet = Fleet::of(kafka, "fleet_threads", "fleet_threads", 1, 3);
-    // It accepts connections and never answers.
-    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = silent.local_addr().unwrap();
-    let lines = (1..4).map(|i| format!("http://{address}/{i} 1s timeout=900ms\n"));
-    fs::write(&fleet.hosts, lines.collect::<String>()).unwrap();
+    let _silent = fleet.check_a_silent_site();
     let agent = fleet.start_with(&fleet.variables.clone().with("MAX_THREADS", 1));
     agent.wait_for_stderr(
         "because as many checks are under way as MAX_THREADS=1 allows",

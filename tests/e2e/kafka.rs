@@ -1,5 +1,6 @@
 //! A real Apache Kafka: one node in KRaft mode on 127.0.0.1, from the jars that `make setup` downloads.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -201,7 +202,7 @@ impl Kafka {
         self.broker = Some(broker);
         // A broker that answers may still be fenced: the controller has no heartbeat from it and puts no topic on it.
         let topic = NewTopic::new("not-made", 1, TopicReplication::Fixed(1));
-        self.create_when_unfenced(&topic, &AdminOptions::new().validate_only(true));
+        self.create(&topic, &AdminOptions::new().validate_only(true));
     }
 
     /// The settings of a client. It logs nothing, because outages of the broker are part of the tests.
@@ -214,7 +215,7 @@ impl Kafka {
 
     pub fn create_topic(&self, name: &str, partitions: i32) {
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-        self.create_when_unfenced(&topic, &admin_options());
+        self.create(&topic, &admin_options());
         self.wait_for_partitions(name, partitions);
     }
 
@@ -222,63 +223,30 @@ impl Kafka {
     pub fn create_compacted_topic(&self, name: &str, partitions: i32) {
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
         let topic = topic.set("cleanup.policy", "compact");
-        self.create_when_unfenced(&topic, &admin_options());
+        self.create(&topic, &admin_options());
         self.wait_for_partitions(name, partitions);
     }
 
-    /// On a busy machine the broker's heartbeats may be late. The controller then fences it and has no broker for a topic. Just
-    /// after a crash the controller may not answer yet.
-    fn create_when_unfenced(&self, topic: &NewTopic<'_>, options: &AdminOptions) {
-        let results = wait_for(
-            START_WITHIN,
-            "Kafka has a broker for a new topic",
-            || {
-                let create = self.administer_with(options, async |admin, options| {
-                    admin.create_topics([topic], options).await
-                });
-                let is_temporary = |result: &TopicResult| {
-                    matches!(
-                        result,
-                        Err((
-                            _,
-                            RDKafkaErrorCode::InvalidReplicationFactor
-                                | RDKafkaErrorCode::RequestTimedOut
-                                | RDKafkaErrorCode::NotController
-                        ))
-                    )
-                };
-                create.ok().filter(|results| !results.iter().any(is_temporary))
-            },
-            || self.log(),
-        );
-        for result in results {
-            assert!(
-                matches!(result, Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists))),
-                "{result:?}"
-            );
-        }
+    fn create(&self, topic: &NewTopic<'_>, options: &AdminOptions) {
+        let exists = RDKafkaErrorCode::TopicAlreadyExists;
+        self.administer(options, exists, async |admin, options| {
+            admin.create_topics([topic], options).await
+        });
     }
 
     pub fn delete_topic(&self, name: &str) {
-        self.administer("the topic is deleted", async |admin, options| {
-            let results = admin.delete_topics(&[name], options).await?;
-            Ok(results.into_iter().all(|result| {
-                matches!(
-                    result,
-                    Ok(_) | Err((_, RDKafkaErrorCode::UnknownTopicOrPartition))
-                )
-            }))
+        let gone = RDKafkaErrorCode::UnknownTopicOrPartition;
+        self.administer(&admin_options(), gone, async |admin, options| {
+            admin.delete_topics(&[name], options).await
         });
         self.wait_for_partitions(name, 0);
     }
 
     /// Deletes a group that has no members, with its offsets.
     pub fn delete_group(&self, group: &str) {
-        self.administer("the group is deleted", async |admin, options| {
-            let results = admin.delete_groups(&[group], options).await?;
-            Ok(results
-                .into_iter()
-                .all(|result| matches!(result, Ok(_) | Err((_, RDKafkaErrorCode::GroupIdNotFound)))))
+        let gone = RDKafkaErrorCode::GroupIdNotFound;
+        self.administer(&admin_options(), gone, async |admin, options| {
+            admin.delete_groups(&[group], options).await
         });
     }
 
@@ -299,12 +267,9 @@ impl Kafka {
     /// Increases the number of the topic's partitions to `partitions`.
     pub fn add_partitions(&self, name: &str, partitions: i32) {
         let new = NewPartitions::new(name, partitions as usize);
-        self.administer("the partitions are added", async |admin, options| {
-            let results = admin.create_partitions([&new], options).await?;
-            // An attempt without an answer may have added them.
-            Ok(results
-                .into_iter()
-                .all(|result| matches!(result, Ok(_) | Err((_, RDKafkaErrorCode::InvalidPartitions)))))
+        let added = RDKafkaErrorCode::InvalidPartitions;
+        self.administer(&admin_options(), added, async |admin, options| {
+            admin.create_partitions([&new], options).await
         });
         self.wait_for_partitions(name, partitions);
     }
@@ -314,10 +279,18 @@ impl Kafka {
         let mut list = TopicPartitionList::new();
         list.add_partition_offset(topic, partition, Offset::Offset(before))
             .unwrap();
-        self.administer("the records are deleted", async |admin, options| {
-            let deleted = admin.delete_records(&list, options).await?;
-            Ok(deleted.elements().iter().all(|element| element.error().is_ok()))
-        });
+        self.administer(
+            &admin_options(),
+            RDKafkaErrorCode::NoError,
+            async |admin, options| {
+                let deleted = admin.delete_records(&list, options).await?;
+                let elements = deleted.elements();
+                elements
+                    .iter()
+                    .map(|element| element.error().map(|()| Ok(topic.to_owned())))
+                    .collect()
+            },
+        );
     }
 
     /// The members of a group, by their member IDs.
@@ -343,36 +316,37 @@ impl Kafka {
         )
     }
 
-    /// Repeats the request until it returns true: on a busy machine a partition may have no leader, or the broker no answer, for a while.
+    /// Repeats the request until it succeeds, or until it fails as it does if an attempt without an answer has succeeded. On a busy
+    /// machine the broker may not answer, and the controller may have fenced it, so that partitions have no leader for a while.
     fn administer(
         &self,
-        what: &str,
-        request: impl AsyncFn(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<bool>,
-    ) {
-        wait_for(
-            START_WITHIN,
-            what,
-            || {
-                let done = self.administer_with(&admin_options(), async |admin, options| {
-                    request(admin, options).await
-                });
-                (done == Ok(true)).then_some(())
-            },
-            || self.log(),
-        );
-    }
-
-    fn administer_with<T>(
-        &self,
         options: &AdminOptions,
-        request: impl AsyncFnOnce(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<T>,
-    ) -> KafkaResult<T> {
+        already_done: RDKafkaErrorCode,
+        request: impl AsyncFn(&AdminClient<DefaultClientContext>, &AdminOptions) -> KafkaResult<Vec<TopicResult>>,
+    ) {
         let admin = self.client().create().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(request(&admin, options))
+        let last = RefCell::new(None);
+        let is_done = |result: &TopicResult| {
+            result
+                .as_ref()
+                .err()
+                .is_none_or(|(_, code)| *code == already_done)
+        };
+        wait_for(
+            START_WITHIN,
+            "Kafka has done what it was asked for",
+            || {
+                let results = runtime.block_on(request(&admin, options));
+                let done = results.as_ref().is_ok_and(|results| results.iter().all(is_done));
+                last.replace(Some(results));
+                done.then_some(())
+            },
+            || format!("{last:?}\n{}", self.log()),
+        );
     }
 
     /// A created or deleted topic may not be known everywhere in the broker yet.

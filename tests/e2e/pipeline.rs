@@ -55,11 +55,7 @@ fn assert_says(record: &Value, page: &Page) {
         context()
     );
     if let Some(latency) = record["latency"].as_f64() {
-        assert!(
-            latency >= page.at_least_seconds && latency < 10.0,
-            "{}",
-            context()
-        );
+        assert!(latency >= page.at_least_seconds && latency < 2.0, "{}", context());
     }
     assert!(
         record["dns_seconds"].is_null() && record["tls_seconds"].is_null(),

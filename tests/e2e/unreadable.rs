@@ -3,8 +3,6 @@
 
 use std::time::Duration;
 
-use host_metrics::commands::demo::postgres::free_port;
-
 use crate::agent::{Agent, Variables, run};
 use crate::case::{Case, SOON, wait_for_count_within};
 use crate::scratch::wait_for;
@@ -13,8 +11,7 @@ use crate::scratch::wait_for;
 const BEYOND_THE_CLIENT: usize = 105_000_000;
 
 fn serving(case: &Case) -> Variables {
-    case.variables()
-        .with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()))
+    case.variables().with_metrics()
 }
 
 fn health_becomes(variables: &Variables, expected: i32, words: &str, consumer: &Agent) -> String {

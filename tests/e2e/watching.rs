@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use host_metrics::commands::demo::postgres::{ThrowAwayPostgres, free_port};
+use host_metrics::commands::demo::postgres::ThrowAwayPostgres;
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Variables, run};
@@ -23,11 +23,7 @@ fn health_and_status_report_an_outage_of_either_server_and_its_end() {
         .kafka(&kafka.bootstrap_servers(), "watched")
         .database(&postgres)
         .with("DB_BATCH_SECONDS", "0.1");
-    let serving = || {
-        servers
-            .clone()
-            .with("METRICS_ADDR", format!("127.0.0.1:{}", free_port().unwrap()))
-    };
+    let serving = || servers.clone().with_metrics();
     let (of_produce, of_consume) = (serving(), serving());
     let producer = Agent::start(&["produce", "-c", host_file.to_str().unwrap()], &of_produce);
     let consumer = Agent::start(&["consume"], &of_consume);

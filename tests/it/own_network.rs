@@ -50,7 +50,7 @@ fn a_removed_route_is_not_blamed_on_a_host_and_a_later_outage_of_a_host_is_repor
     let told = assert_only_blames(&records, Some(C), mended_at);
     let first = told.iter().map(|record| record.scheduled_at()).min().unwrap();
     assert!(
-        first <= mended_at + 4 * SECOND,
+        first <= mended_at + 2 * SECOND,
         "{} s late",
         (first - mended_at) / SECOND
     );

@@ -216,19 +216,15 @@ impl Ticks {
     }
 
     fn find_ended(&mut self) {
-        let newest = |place: &str| {
-            let runs = self.places.get(place).map(Vec::as_slice).unwrap_or_default();
-            runs.iter().map(|(_, last)| *last).max()
-        };
-        let newest: BTreeMap<&str, Option<i64>> = self
+        let newest: BTreeMap<&str, i64> = self
             .places
-            .keys()
-            .map(|place| (place.as_str(), newest(place)))
+            .iter()
+            .filter_map(|(place, runs)| Some((place.as_str(), runs.iter().map(|(_, last)| *last).max()?)))
             .collect();
         // Each series has a block, and so a run.
         for (series, end) in self.ends.iter().enumerate() {
             let longest = (AWAY_TICKS * end.interval).max(ENDED_MICROS);
-            let newest = newest.get(self.series[series].place.as_str()).copied().flatten();
+            let newest = newest.get(self.series[series].place.as_str());
             if newest.is_some_and(|newest| newest - end.last > longest) {
                 self.findings.ended.push((series, end.last));
             }

@@ -88,10 +88,7 @@ impl Thread {
     }
 
     /// The committed offset of each partition of a topic. Also decides by how many partitions its hosts are divided.
-    pub(super) fn committed_in(
-        &self,
-        topic: &str,
-    ) -> Result<HashMap<i32, Option<member::Committed>>, String> {
+    fn committed_in(&self, topic: &str) -> Result<HashMap<i32, Option<member::Committed>>, String> {
         let existing = self.member.partitions(topic)?;
         let all: Vec<Named> = (0..existing)
             .map(|partition| (topic.to_owned(), partition))

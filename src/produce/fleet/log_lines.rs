@@ -38,7 +38,7 @@ impl Thread {
         }
     }
 
-    pub(super) fn report_membership(&mut self, now: Instant) {
+    fn report_membership(&mut self, now: Instant) {
         let group = &self.group;
         if let Some((reason, lasted)) = self.member.refusal(now) {
             log::error!(
@@ -79,7 +79,7 @@ impl Thread {
         });
     }
 
-    pub(super) fn report_shares(&mut self, now: Instant) {
+    fn report_shares(&mut self, now: Instant) {
         if let Some(why) = lock(&self.commit_failure).take() {
             self.unsaved.begin(now, why.clone());
             self.failure = Some(why);
