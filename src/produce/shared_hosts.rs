@@ -164,7 +164,7 @@ impl SharedHosts {
                 publisher.tell(Letter::End { share, ends_at });
             }
         }
-        if looked_at >= self.mark_at && !self.ours.is_empty() {
+        if looked_at >= self.mark_at {
             self.mark_at = looked_at + micros(MARK_EVERY);
             publisher.tell(Letter::Mark {
                 now: looked_at + 1,
