@@ -165,6 +165,12 @@ impl Batch {
         self.entries.is_empty()
     }
 
+    /// The number of records that become rows.
+    pub fn row_count(&self) -> usize {
+        let forms = self.entries.iter().map(|entry| &entry.form);
+        forms.filter(|form| matches!(form, Form::Row(_))).count()
+    }
+
     /// The memory of its records.
     pub fn bytes(&self) -> usize {
         self.record_bytes.len() + self.encoded.len()
@@ -285,15 +291,18 @@ mod tests {
     const P: Partition = Partition { topic: 0, number: 0 };
     const Q: Partition = Partition { topic: 0, number: 1 };
 
-    fn push(batch: &mut Batch, partition: Partition, base: i64, offset: i64, row: Result<&[u8], &str>) {
-        let record = Record {
+    fn record(partition: Partition, offset: i64) -> Record<'static> {
+        Record {
             partition,
             offset: Offset(offset),
             timestamp: None,
             key: Some(b"key"),
             value: Some(b"value"),
-        };
-        batch.push(NextOffset(base), record, |into| {
+        }
+    }
+
+    fn push(batch: &mut Batch, partition: Partition, base: i64, offset: i64, row: Result<&[u8], &str>) {
+        batch.push(NextOffset(base), record(partition, offset), |into| {
             into.extend_from_slice(row.unwrap_or(b"half a row"));
             row.map(|_| Encoded::Row).map_err(String::from)
         });
@@ -317,15 +326,11 @@ mod tests {
         push(&mut batch, P, 0, 0, Ok(b"a"));
         push(&mut batch, P, 0, 1, Err("no row"));
         push(&mut batch, P, 0, 2, Ok(b"c"));
-        let forms: Vec<&Form> = batch.entries.iter().map(|entry| &entry.form).collect();
-        assert_eq!(
-            forms,
-            [
-                &Form::Row(0..1),
-                &Form::Rejected("no row".into()),
-                &Form::Row(1..2)
-            ]
-        );
+        batch.push(NextOffset(0), record(P, 3), |_| Ok(Encoded::Claim));
+        let forms: Vec<Form> = batch.entries.iter().map(|entry| entry.form.clone()).collect();
+        let rejected = Form::Rejected("no row".into());
+        assert_eq!(forms, [Form::Row(0..1), rejected, Form::Row(1..2), Form::Claim]);
+        assert_eq!(batch.row_count(), 2, "a claim is not a row");
         assert_eq!(batch.encoded, b"ac");
         let value = batch.entries[1].value.clone().unwrap();
         assert_eq!(&batch.record_bytes[value], b"value");

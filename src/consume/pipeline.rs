@@ -308,7 +308,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                 oldest = Some(oldest.map_or(timestamp, |oldest: Timestamp| oldest.min(timestamp)));
             }
         }
-        let rows = batch.len() as u64 - rejected;
+        let rows = batch.row_count() as u64;
         log::debug!(
             "flush rows={rows} rejected={rejected} partitions={} seconds={:.3}",
             batch.spans.len(),
