@@ -35,7 +35,10 @@ mod scratch;
 
 const VIEWS: [&str; 5] = ["uptime", "latency", "latest", "certificates", "incidents"];
 const ROUNDS: usize = 5;
-const PARTITION: Partition = Partition { topic: 0, number: 0 };
+const PARTITION: Partition = Partition {
+    topic: "host-metrics",
+    number: 0,
+};
 
 fn main() {
     // cargo passes `--bench`.
@@ -137,7 +140,7 @@ fn write_state(load: &Load, server: &ThrowAwayPostgres, client: &mut Client) {
     let (mut ours, mut theirs, mut seconds) = (0.0, 0.0, 0.0);
     for (base, samples) in load.batches(settings.batch_size) {
         let batch = batch(base, samples, |record, into| {
-            StateSink::encode(&(), "", record, &mut Epochs::default(), into)
+            StateSink::encode(&(), record, &mut Epochs::default(), into)
         });
         let (cpu, of_backend, since) = (cpu_seconds("self"), cpu_seconds(&backend), now());
         assert_eq!(store.flush(&batch), Flushed::Durable);
@@ -173,7 +176,7 @@ fn write_rows(load: &Load, server: &ThrowAwayPostgres) {
     store.positions(&[PARTITION], &start).expect("a position is made");
     for (base, samples) in load.batches(50_000) {
         let batch = batch(base, samples, |record, into| {
-            RowsSink::encode(&layout, "", record, &mut Epochs::default(), into)
+            RowsSink::encode(&layout, record, &mut Epochs::default(), into)
         });
         assert_eq!(store.flush(&batch), Flushed::Durable);
     }

@@ -105,7 +105,10 @@ struct Machine {
 }
 
 impl Machine {
-    const PARTITION: Partition = Partition { topic: 0, number: 3 };
+    const PARTITION: Partition = Partition {
+        topic: "host-metrics",
+        number: 3,
+    };
 
     fn new() -> Self {
         let limits = Limits {

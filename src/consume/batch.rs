@@ -3,6 +3,7 @@
 //! Owns the bytes of its records, because a record that Postgres refuses is stored unchanged, and the types for positions. Pure.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 
 use openssl::sha::sha256;
@@ -20,9 +21,14 @@ const PREFIX_BYTES: usize = 64 << 10;
 /// A partition of one of the configured topics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Partition {
-    /// Index into the configured list of topics (KAFKA_TOPIC).
-    pub topic: u16,
+    pub topic: &'static str,
     pub number: i32,
+}
+
+impl fmt::Display for Partition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.topic, self.number)
+    }
 }
 
 /// A record's place in its partition.
@@ -288,8 +294,14 @@ const KEPT_BYTES: usize = 1 << 20;
 mod tests {
     use super::*;
 
-    const P: Partition = Partition { topic: 0, number: 0 };
-    const Q: Partition = Partition { topic: 0, number: 1 };
+    const P: Partition = Partition {
+        topic: "t",
+        number: 0,
+    };
+    const Q: Partition = Partition {
+        topic: "t",
+        number: 1,
+    };
 
     fn record(partition: Partition, offset: i64) -> Record<'static> {
         Record {

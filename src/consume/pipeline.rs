@@ -12,7 +12,7 @@ use crate::config::ConsumeConfig;
 use crate::consume::batch::{Batch, Flushed, Form, NextOffset, Partition, Record};
 use crate::consume::counters::Counters;
 use crate::consume::ingest::{Action, Event, Ingest, Limits};
-use crate::consume::report::{Rejections, Summary, level, notice_text};
+use crate::consume::report::{Rejections, Summary};
 use crate::consume::sink::Sink;
 use crate::consume::source::{Ended, Source};
 use crate::consume::store::{Store, StoreError};
@@ -140,10 +140,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                     }
                 }
                 Action::Commit(commits) => self.source.commit(commits),
-                Action::Tell(notice) => {
-                    let (at, text) = notice_text(&notice, |partition| self.source.name(partition));
-                    log::log!(level::<S>(at), "{text}");
-                }
+                Action::Tell(text) => log::log!(self.source.level(Level::Warn), "{text}"),
                 Action::Poll { until } => self.poll(now, until)?,
                 Action::Hold { until } => {
                     let wait = until.saturating_duration_since(now).min(POLL);
@@ -161,7 +158,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
 
     fn read(&mut self, now: Instant, starts: &[(Partition, NextOffset)]) {
         for (partition, next) in starts {
-            log::debug!("reading {} from offset {}", self.source.name(*partition), next.0);
+            log::debug!("reading {partition} from offset {}", next.0);
         }
         if let Err(error) = self.source.read(starts) {
             log::debug!("cannot read: {error}");
@@ -209,7 +206,6 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             };
             let record = delivered.record();
             if let Some(layout) = &self.layout {
-                let topic = self.source.topic(record.partition);
                 let kept = match S::KEEPS_RECORDS {
                     true => record,
                     false => Record {
@@ -218,9 +214,8 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                         ..record
                     },
                 };
-                self.ingest.record(now, kept, |epochs, into| {
-                    S::encode(layout, topic, &record, epochs, into)
-                });
+                self.ingest
+                    .record(now, kept, |epochs, into| S::encode(layout, &record, epochs, into));
             }
             if !self.ingest.has_room() {
                 return Ok(());
@@ -231,7 +226,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
 
     fn rejoin(&mut self, now: Instant) -> anyhow::Result<()> {
         log::log!(
-            level::<S>(Level::Warn),
+            self.source.level(Level::Warn),
             "Kafka was away and now reports that {}; it may mean this consumer itself, which joins again",
             Ended::InstanceTaken
         );
@@ -280,7 +275,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             && let Some(lasted) = self.postgres.end(now)
         {
             log::log!(
-                level::<S>(Level::Info),
+                self.source.level(Level::Info),
                 "Postgres is back after {} s",
                 lasted.as_secs()
             );
@@ -300,9 +295,8 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         for entry in &batch.entries {
             if let Form::Rejected(reason) = &entry.form {
                 rejected += 1;
-                let partition = self.source.name(entry.partition);
                 self.rejections
-                    .note(|| format!("{partition} offset {}: {reason}", entry.offset.0));
+                    .note(|| format!("{} offset {}: {reason}", entry.partition, entry.offset.0));
             }
             if let Some(timestamp) = entry.timestamp {
                 oldest = Some(oldest.map_or(timestamp, |oldest: Timestamp| oldest.min(timestamp)));
@@ -326,7 +320,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         );
         counts.delay_millis.store(millis(delay), Ordering::Relaxed);
         self.summary.delay = self.summary.delay.max(delay);
-        self.rejections.log(level::<S>(Level::Warn), now);
+        self.rejections.log(self.source.level(Level::Warn), now);
     }
 
     /// Once a second: logs outages, counts the lag, and logs the summary once a minute.
@@ -336,11 +330,11 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         }
         self.watch_at = now + Duration::from_secs(1);
         self.source.report_outages(now);
-        self.rejections.log(level::<S>(Level::Warn), now);
+        self.rejections.log(self.source.level(Level::Warn), now);
         let unwritten = self.ingest.unwritten();
         if let Some((reason, lasted)) = self.postgres.take_report(now) {
             log::log!(
-                level::<S>(Level::Warn),
+                self.source.level(Level::Warn),
                 "waiting for Postgres: {reason} (for {} s, {} not written yet)",
                 lasted.as_secs(),
                 counted(unwritten, "record")
@@ -372,7 +366,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         let lag = |(partition, durable, _): (Partition, NextOffset, NextOffset)| {
             let end = ends.get(&partition)?;
             let lag = u64::try_from(end.0.saturating_sub(durable.0)).unwrap_or(0);
-            Some(((self.source.topic(partition).to_owned(), partition.number), lag))
+            Some(((partition.topic.to_owned(), partition.number), lag))
         };
         self.ingest.positions().filter_map(lag).collect()
     }
@@ -385,7 +379,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         let flushes = counters.flushes();
         let lag: u64 = self.lags().values().sum();
         log::log!(
-            level::<S>(Level::Info),
+            self.source.level(Level::Info),
             "summary seconds={:.0} rows={} flushes={} rejected={} partitions={} lag={lag} delay_seconds={:.3}",
             now.saturating_duration_since(previous.at).as_secs_f64(),
             rows - previous.rows,
@@ -412,11 +406,8 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             let revoked = partitions.len() as u64;
             self.counters.0.revoked.fetch_add(revoked, Ordering::Relaxed);
         }
-        let names: Vec<String> = partitions
-            .iter()
-            .map(|partition| self.source.name(*partition))
-            .collect();
-        log::log!(level::<S>(Level::Info), "{what} {}", names.join(" "));
+        let names: Vec<String> = partitions.iter().map(Partition::to_string).collect();
+        log::log!(self.source.level(Level::Info), "{what} {}", names.join(" "));
     }
 
     fn stopped(&mut self, now: Instant, unwritten: usize) {
@@ -424,11 +415,11 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         self.log_summary(now);
         match unwritten {
             0 => log::log!(
-                level::<S>(Level::Info),
+                self.source.level(Level::Info),
                 "stopped: all records that were read are written and committed"
             ),
             _ => log::log!(
-                level::<S>(Level::Warn),
+                self.source.level(Level::Warn),
                 "stopped: {} read but not written ({}); what is not committed will be read again",
                 counted(unwritten, "record"),
                 self.postgres.reason().unwrap_or("there was no time left"),

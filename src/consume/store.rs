@@ -15,7 +15,7 @@ use tokio_postgres::types::ToSql;
 use crate::clock::instant_now;
 use crate::config::{ConsumeConfig, DatabaseConfig};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
-use crate::consume::positions::{Keys, Positions};
+use crate::consume::positions::Positions;
 use crate::consume::rows::RowsSink;
 use crate::consume::sink::Sink;
 use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Session};
@@ -37,7 +37,7 @@ pub enum StoreError {
 pub struct Store<S: Sink = RowsSink> {
     database: DatabaseConfig,
     bounds: Bounds,
-    keys: Keys,
+    group_id: String,
     sink: S,
     /// `None` only in `drop`.
     runtime: Option<Runtime>,
@@ -68,10 +68,7 @@ impl<S: Sink> Store<S> {
     pub fn of(sink: S, config: &ConsumeConfig, bounds: Bounds) -> anyhow::Result<Self> {
         Ok(Self {
             database: config.database.clone(),
-            keys: Keys {
-                group_id: config.group_id.clone(),
-                topics: config.topics.clone(),
-            },
+            group_id: config.group_id.clone(),
             bounds,
             sink,
             runtime: Some(postgres::runtime()?),
@@ -96,10 +93,10 @@ impl<S: Sink> Store<S> {
         partitions: &[Partition],
         missing_from: &BTreeMap<Partition, NextOffset>,
     ) -> Result<BTreeMap<Partition, Position>, StoreError> {
-        let result = self.on_session(async |opened, keys, _| {
+        let result = self.on_session(async |opened, _| {
             opened
                 .positions
-                .locate(&opened.session, keys, partitions, missing_from)
+                .locate(&opened.session, partitions, missing_from)
                 .await
         });
         result.map_err(StoreError::from)
@@ -107,7 +104,7 @@ impl<S: Sink> Store<S> {
 
     /// Writes the batch in one transaction. An empty batch waits until all earlier ones are on the server's disk.
     pub fn flush(&mut self, batch: &Batch) -> Flushed {
-        let written = self.on_session(async |opened, keys, sink| {
+        let written = self.on_session(async |opened, sink| {
             let Opened {
                 session,
                 positions,
@@ -121,7 +118,7 @@ impl<S: Sink> Store<S> {
                     .await?;
                 return Ok(Flushed::Durable);
             }
-            sink.flush(session, keys, positions, prepared, batch).await
+            sink.flush(session, positions, prepared, batch).await
         });
         match written {
             Ok(flushed) => flushed,
@@ -140,8 +137,8 @@ impl<S: Sink> Store<S> {
     /// # Errors
     /// The connection broke. All other errors are logged, and the next call tries again.
     pub fn maintain(&mut self, now: Timestamp) -> Result<(), StoreError> {
-        let result = self
-            .on_session(async |opened, _, sink| sink.maintain(&opened.session, &opened.prepared, now).await);
+        let result =
+            self.on_session(async |opened, sink| sink.maintain(&opened.session, &opened.prepared, now).await);
         result.map_err(StoreError::from)
     }
 
@@ -163,12 +160,12 @@ impl<S: Sink> Store<S> {
     /// Runs `work` in the open session, and drops the session if that fails.
     fn on_session<T>(
         &mut self,
-        work: impl AsyncFnOnce(&Opened<S>, &Keys, &mut S) -> Result<T, Fault>,
+        work: impl AsyncFnOnce(&Opened<S>, &mut S) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
         let (Some(opened), Some(runtime)) = (&self.opened, &self.runtime) else {
             return Err(Fault::passing("not connected to Postgres"));
         };
-        let result = runtime.block_on(work(opened, &self.keys, &mut self.sink));
+        let result = runtime.block_on(work(opened, &mut self.sink));
         if result.is_err() {
             self.close();
         }
@@ -182,7 +179,7 @@ impl<S: Sink> Store<S> {
                 terminate(&session, old).await?;
             }
             let (layout, prepared) = self.sink.prepare(&session).await?;
-            let positions = Positions::prepare(&session);
+            let positions = Positions::prepare(&session, &self.group_id);
             let positions = session.bounded("preparing", positions).await?;
             if std::mem::take(&mut self.was_locked_out) {
                 end_silent(&session).await?;

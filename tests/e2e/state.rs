@@ -48,7 +48,7 @@ pub fn batch(partition: Partition, base: i64, samples: &[Sample<'_>]) -> Batch {
             value: Some(&value),
         };
         batch.push(NextOffset(base), record, |into| {
-            StateSink::encode(&(), "t", &record, &mut Epochs::default(), into)
+            StateSink::encode(&(), &record, &mut Epochs::default(), into)
         });
     }
     batch
@@ -490,7 +490,7 @@ fn an_interval_of_any_length_and_a_place_ahead_of_time_change_nothing_for_others
         value: Some(&value),
     };
     ahead.push(NextOffset(2), record, |into| {
-        StateSink::encode(&(), "t", &record, &mut Epochs::default(), into)
+        StateSink::encode(&(), &record, &mut Epochs::default(), into)
     });
     assert_eq!(store.flush(&ahead), Flushed::Durable);
     refresh(&db, StateConfig::default());

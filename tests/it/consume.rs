@@ -24,8 +24,14 @@ const PACE: &[(&str, &str)] = &[("session.timeout.ms", "6000"), ("heartbeat.inte
 const PATIENCE: Duration = Duration::from_secs(90);
 
 const TOPIC: &str = "host-metrics";
-const P0: Partition = Partition { topic: 0, number: 0 };
-const P1: Partition = Partition { topic: 0, number: 1 };
+const P0: Partition = Partition {
+    topic: TOPIC,
+    number: 0,
+};
+const P1: Partition = Partition {
+    topic: TOPIC,
+    number: 1,
+};
 
 type Broker = MockCluster<'static, DefaultProducerContext>;
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::{Event, Extent, Ingest, KAFKA_RETRY, Located, Notice, PartitionState, Stopping, StoreState};
+use super::{Event, Extent, Ingest, KAFKA_RETRY, Located, PartitionState, Stopping, StoreState};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position, Span};
 use crate::sample::epoch::Epochs;
 
@@ -70,23 +70,26 @@ impl Ingest {
                 continue;
             }
             if position < extent.low {
-                self.notices.push_back(Notice::BeforeBeginning {
-                    partition,
-                    position,
-                    extent,
-                });
+                self.notices.push_back(format!(
+                    "Kafka has deleted the records of {partition} from {} to {} before they were read (retention); reading goes \
+                     on at {}",
+                    position.0, extent.low.0, extent.low.0,
+                ));
                 self.set(partition, |located| {
                     located.next = extent.low;
                     located.reading = false;
                 });
             } else if suspected.get(&partition) == Some(&position) {
                 let forgotten = self.forget(partition);
-                self.notices.push_back(Notice::BeyondEnd {
-                    partition,
-                    position,
-                    extent,
-                    forgotten,
-                });
+                let lost = match forgotten {
+                    0 => String::new(),
+                    _ => format!("; {forgotten} records of the old topic were not written"),
+                };
+                self.notices.push_back(format!(
+                    "position {} of {partition} is beyond the end, {}, so the topic was recreated; reading starts at its \
+                     beginning, {}{lost}",
+                    position.0, extent.high.0, extent.low.0,
+                ));
                 self.set(partition, |located| {
                     located.next = extent.low;
                     located.reading = false;
@@ -157,7 +160,8 @@ impl Ingest {
             }
         }
         if forgotten > 0 && !same_layout {
-            self.notices.push_back(Notice::OtherLayout { forgotten });
+            let text = format!("the table's columns changed; {forgotten} records are read again");
+            self.notices.push_back(text);
         }
     }
 
@@ -209,16 +213,25 @@ impl Ingest {
             return;
         }
         let forgotten = self.forget(partition);
-        self.notices.push_back(Notice::Fenced {
-            partition,
-            base: span.base,
-            position,
-            forgotten,
-        });
-        let progress = match position {
-            Some(position) => PartitionState::Located(Located::at(position)),
-            None => PartitionState::Startless,
+        let base = span.base.0;
+        let (progress, text) = match position {
+            Some(position) => (
+                PartitionState::Located(Located::at(position)),
+                format!(
+                    "another consumer moved the position of {partition} from {base} to {}; {forgotten} records are left to that \
+                     consumer",
+                    position.0
+                ),
+            ),
+            None => (
+                PartitionState::Startless,
+                format!(
+                    "the position of {partition}, {base}, is no longer in the offsets table; reading starts at the group's \
+                     committed offset, or at the first record if there is none"
+                ),
+            ),
         };
+        self.notices.push_back(text);
         self.partitions.insert(partition, progress);
         self.epochs.insert(
             partition,

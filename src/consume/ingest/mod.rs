@@ -143,41 +143,14 @@ pub enum Action {
     Pause,
     /// Commit these to Kafka.
     Commit(Vec<(Partition, NextOffset)>),
-    /// Log something unusual.
-    Tell(Notice),
+    /// Log this text: something unusual happened.
+    Tell(String),
     /// Poll Kafka for records and for changes of the assignment until then.
     Poll { until: Instant },
     /// There is no room for records: wait for the store until then, without polling Kafka.
     Hold { until: Instant },
     /// End. `unwritten` records were read, but neither written nor committed.
     Stop { unwritten: usize },
-}
-
-/// Something unusual that is logged.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// Another consumer moved the position. Our records from `base` on are discarded, and reading goes on at `position`.
-    Fenced {
-        partition: Partition,
-        base: NextOffset,
-        position: Option<NextOffset>,
-        forgotten: usize,
-    },
-    /// The position is beyond the partition's end, so the topic was recreated. Reading starts at its beginning.
-    BeyondEnd {
-        partition: Partition,
-        position: NextOffset,
-        extent: Extent,
-        forgotten: usize,
-    },
-    /// Kafka no longer has the records at the position (retention). Reading goes on with the first record that is left.
-    BeforeBeginning {
-        partition: Partition,
-        position: NextOffset,
-        extent: Extent,
-    },
-    /// The table's columns changed, so records are read and encoded again.
-    OtherLayout { forgotten: usize },
 }
 
 /// The state machine. The module's documentation explains it.
@@ -210,7 +183,7 @@ pub struct Ingest {
     commit_at: Option<Instant>,
     /// The first commit that a crash of the server could undo.
     unsynced_since: Option<Instant>,
-    notices: VecDeque<Notice>,
+    notices: VecDeque<String>,
     stopping: Option<Stopping>,
 }
 
@@ -404,12 +377,10 @@ impl Ingest {
         let in_flight = self.flight.iter().flat_map(|flight| &flight.spans);
         for (partition, span) in in_flight.chain(&self.filling.spans) {
             let Some(PartitionState::Located(located)) = self.partitions.get(partition) else {
-                return Err(format!(
-                    "a batch names {partition:?}, whose position is not known"
-                ));
+                return Err(format!("a batch names {partition}, whose position is not known"));
             };
             if !located.restarted && (span.next > located.next || span.base < located.durable) {
-                return Err(format!("{partition:?}: {span:?} is out of place in {located:?}"));
+                return Err(format!("{partition}: {span:?} is out of place in {located:?}"));
             }
         }
         for (partition, progress) in &self.partitions {
@@ -431,7 +402,7 @@ impl Ingest {
                         .is_none_or(|committed| committed <= located.durable));
             if !chained || !ordered {
                 return Err(format!(
-                    "{partition:?}: {located:?} with {flown:?} in flight and {filled:?} being filled"
+                    "{partition}: {located:?} with {flown:?} in flight and {filled:?} being filled"
                 ));
             }
         }

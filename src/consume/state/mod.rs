@@ -19,7 +19,7 @@ use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
 use crate::consume::counters::Counters;
 use crate::consume::fold::Fold;
 use crate::consume::fold::observed::Observed;
-use crate::consume::positions::{Keys, Positions};
+use crate::consume::positions::Positions;
 use crate::consume::sink::{Sink, admit, begin};
 use crate::consume::windows::Windows;
 use crate::duration;
@@ -170,14 +170,12 @@ impl StateSink {
 }
 
 impl Sink for StateSink {
-    const IS_FIRST: bool = false;
     const KEEPS_RECORDS: bool = false;
     type Layout = ();
     type Prepared = Statements;
 
     fn encode(
         (): &(),
-        _: &str,
         record: &Record<'_>,
         epochs: &mut Epochs,
         into: &mut Vec<u8>,
@@ -228,7 +226,6 @@ impl Sink for StateSink {
     async fn flush(
         &mut self,
         session: &Session,
-        keys: &Keys,
         positions: &Positions,
         prepared: &Statements,
         batch: &Batch,
@@ -249,7 +246,7 @@ impl Sink for StateSink {
             Ok::<_, Fault>(
                 join3(
                     client.batch_execute(&begin),
-                    positions.advance(session, keys, batch),
+                    positions.advance(session, batch),
                     read(client, prepared, &fold, &mut rollups),
                 )
                 .await,

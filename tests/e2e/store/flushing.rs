@@ -162,7 +162,8 @@ fn a_missing_position_is_added_and_an_existing_one_is_not_changed() {
     start_at(&mut theirs, &[(P0, 3), (P1, 7)]);
     assert_eq!(positions(&mut mine, &[P0, P1]), [(P0, 5), (P1, 7)]);
     // Another topic and another group have their own positions.
-    assert_eq!(positions(&mut mine, &[Partition { topic: 1, number: 0 }]), []);
+    let elsewhere = Partition { topic: "u", ..P0 };
+    assert_eq!(positions(&mut mine, &[elsewhere]), []);
     let mut other = db.config();
     other.group_id = "h".into();
     let mut other = Store::new(&other).unwrap();

@@ -27,9 +27,18 @@ use host_metrics::tables::schema::Day;
 use crate::database::{Database, config, server};
 use crate::scratch;
 
-pub const P0: Partition = Partition { topic: 0, number: 0 };
-pub const P1: Partition = Partition { topic: 0, number: 1 };
-const P2: Partition = Partition { topic: 0, number: 2 };
+pub const P0: Partition = Partition {
+    topic: "t",
+    number: 0,
+};
+pub const P1: Partition = Partition {
+    topic: "t",
+    number: 1,
+};
+const P2: Partition = Partition {
+    topic: "t",
+    number: 2,
+};
 
 impl Database {
     pub fn config(&self) -> ConsumeConfig {
@@ -108,7 +117,7 @@ pub fn row(
         value: Some(b"{}"),
     };
     let origin = Origin {
-        topic: "t",
+        topic: partition.topic,
         partition: partition.number,
         offset,
     };
