@@ -143,7 +143,7 @@ fn write_state(load: &Load, server: &ThrowAwayPostgres, client: &mut Client) {
             StateSink::encode(&(), record, &mut Epochs::default(), into)
         });
         let (cpu, of_backend, since) = (cpu_seconds("self"), cpu_seconds(&backend), now());
-        assert_eq!(store.flush(&batch), Flushed::Durable);
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
         seconds += since.elapsed().as_secs_f64();
         ours += cpu_seconds("self") - cpu;
         theirs += cpu_seconds(&backend) - of_backend;
@@ -178,7 +178,7 @@ fn write_rows(load: &Load, server: &ThrowAwayPostgres) {
         let batch = batch(base, samples, |record, into| {
             RowsSink::encode(&layout, record, &mut Epochs::default(), into)
         });
-        assert_eq!(store.flush(&batch), Flushed::Durable);
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     }
 }
 

@@ -14,7 +14,7 @@ use host_metrics::consume::batch::{Encoded, NextOffset, Offset, Partition, Recor
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::DownWhen;
 use host_metrics::consume::fold::observed::Observed;
-use host_metrics::consume::ingest::{Action, Event, Ingest, Limits};
+use host_metrics::consume::ingest::{Action, Event, Ingest, Limits, Request};
 use host_metrics::sample::{Timestamp, decode, encode};
 use host_metrics::tables::row::{Column, Layout, Origin};
 
@@ -153,11 +153,11 @@ impl Machine {
     fn go_on(&mut self) {
         loop {
             let event = match self.ingest.next_action(self.now) {
-                Action::Open => Event::Opened { same_layout: true },
-                Action::Locate { .. } => {
+                Action::Ask(Request::Open) => Event::Opened { same_layout: true },
+                Action::Ask(Request::Locate { .. }) => {
                     Event::Located(BTreeMap::from([(Self::PARTITION, self.next.into())]))
                 }
-                Action::Flush(batch) => Event::Flushed(batch, Flushed::Durable),
+                Action::Ask(Request::Flush(batch)) => Event::Flushed(batch, Some(Flushed::Durable)),
                 Action::Poll { .. } | Action::Hold { .. } => return,
                 _ => continue,
             };

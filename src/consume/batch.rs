@@ -61,7 +61,7 @@ pub struct Span {
     pub next: NextOffset,
 }
 
-/// The result of a flush.
+/// What a transaction did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Flushed {
     /// Rows, rejected records and positions are committed. A crash of the server can lose them only if the batch
@@ -71,10 +71,6 @@ pub enum Flushed {
     Fenced,
     /// The table refuses these entries (by index) for the given reasons. Nothing was written.
     Refused(Vec<(usize, String)>),
-    /// A passing error. Nothing was written, unless the answer to COMMIT was lost; the positions tell.
-    Retry(String),
-    /// An error that the operator has to correct; the text says how.
-    Fatal(String),
 }
 
 /// A record as Kafka delivers it.

@@ -15,9 +15,10 @@ use crate::consume::ingest::{Action, Event, Ingest, Limits};
 use crate::consume::report::{Rejections, Summary};
 use crate::consume::sink::Sink;
 use crate::consume::source::{Ended, Source};
-use crate::consume::store::{Store, StoreError};
-use crate::consume::writer::{Answer, Request, Writer};
+use crate::consume::store::Store;
+use crate::consume::writer::{Answer, Writer};
 use crate::outage::Outage;
+use crate::postgres::{Fault, Kind};
 use crate::sample::Timestamp;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
 use crate::terminal::counted;
@@ -114,15 +115,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             }
             self.watch(now);
             match self.ingest.next_action(now) {
-                Action::Open => self.writer.ask(Request::Open)?,
-                Action::Locate {
-                    partitions,
-                    missing_from,
-                } => self.writer.ask(Request::Locate {
-                    partitions,
-                    missing_from,
-                })?,
-                Action::Flush(batch) => self.writer.ask(Request::Flush(batch))?,
+                Action::Ask(request) => self.writer.ask(request)?,
                 Action::FindStarts(partitions) => {
                     let starts = self.source.starts(&partitions);
                     self.ingest.handle(now, Event::Starts(starts));
@@ -238,39 +231,34 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     }
 
     fn answered(&mut self, now: Instant, answer: Answer<S::Layout>) -> anyhow::Result<()> {
-        match answer {
-            Answer::Opened(Ok(layout)) => {
-                let same_layout = self.layout.as_ref().is_none_or(|known| *known == layout);
-                self.layout = Some(layout);
-                self.ingest.handle(now, Event::Opened { same_layout });
-            }
-            Answer::Located(Ok(positions)) => {
-                self.ingest.handle(now, Event::Located(positions));
-            }
-            Answer::Opened(Err(StoreError::Retry(reason)))
-            | Answer::Located(Err(StoreError::Retry(reason))) => {
-                self.failed(now, reason);
-                self.ingest.handle(now, Event::StoreFailed);
-            }
-            Answer::Opened(Err(StoreError::Fatal(text))) | Answer::Located(Err(StoreError::Fatal(text))) => {
-                return Err(anyhow!(text));
-            }
-            Answer::Flushed(_, Flushed::Fatal(text), _) => return Err(anyhow!(text)),
+        let event = match answer {
+            Answer::Opened(opened) => match self.unless_passing(now, opened)? {
+                Some(layout) => {
+                    let same_layout = self.layout.as_ref().is_none_or(|known| *known == layout);
+                    self.layout = Some(layout);
+                    Event::Opened { same_layout }
+                }
+                None => Event::StoreFailed,
+            },
+            Answer::Located(located) => self
+                .unless_passing(now, located)?
+                .map_or(Event::StoreFailed, Event::Located),
             Answer::Flushed(batch, flushed, took) => {
+                let flushed = self.unless_passing(now, flushed)?;
                 match &flushed {
                     // An empty batch only waited for the disk.
-                    Flushed::Durable if batch.spans.is_empty() => {}
-                    Flushed::Durable => self.durable(now, &batch, took),
-                    Flushed::Retry(reason) => self.failed(now, reason.clone()),
-                    Flushed::Fenced => {
+                    Some(Flushed::Durable) if batch.spans.is_empty() => {}
+                    Some(Flushed::Durable) => self.durable(now, &batch, took),
+                    Some(Flushed::Fenced) => {
                         self.counters.0.fences.fetch_add(1, Ordering::Relaxed);
                     }
-                    Flushed::Refused(refused) => log::debug!("{} rows are refused", refused.len()),
-                    Flushed::Fatal(_) => {}
+                    Some(Flushed::Refused(refused)) => log::debug!("{} rows are refused", refused.len()),
+                    None => {}
                 }
-                self.ingest.handle(now, Event::Flushed(batch, flushed));
+                Event::Flushed(batch, flushed)
             }
-        }
+        };
+        self.ingest.handle(now, event);
         if !self.ingest.store_is_away()
             && let Some(lasted) = self.postgres.end(now)
         {
@@ -283,10 +271,23 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         Ok(())
     }
 
-    fn failed(&mut self, now: Instant, reason: String) {
-        log::debug!("Postgres: {reason}");
-        self.counters.0.failures.fetch_add(1, Ordering::Relaxed);
-        self.postgres.begin(now, reason);
+    /// What the store returned, or `None` after an error that will pass.
+    fn unless_passing<T>(&mut self, now: Instant, result: Result<T, Fault>) -> anyhow::Result<Option<T>> {
+        match result {
+            Ok(answer) => Ok(Some(answer)),
+            Err(Fault {
+                kind: Kind::Passing,
+                text,
+                ..
+            }) => {
+                log::debug!("Postgres: {text}");
+                self.counters.0.failures.fetch_add(1, Ordering::Relaxed);
+                self.postgres.begin(now, text);
+                Ok(None)
+            }
+            // A refusal that no row caused comes from a trigger or a constraint of the operator.
+            Err(fault) => Err(anyhow!(fault.text)),
+        }
     }
 
     fn durable(&mut self, now: Instant, batch: &Batch, took: Duration) {

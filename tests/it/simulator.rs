@@ -19,7 +19,7 @@ use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::{DownWhen, Host};
 use host_metrics::consume::fold::observed::Observed;
 use host_metrics::consume::fold::rollup::{Key, Rollup};
-use host_metrics::consume::ingest::{Action, Event, Extent, Ingest, Limits};
+use host_metrics::consume::ingest::{Action, Event, Extent, Ingest, Limits, Request};
 use host_metrics::sample::{Sample, Timestamp};
 
 const DEFAULT_SEEDS: u64 = 2_000;
@@ -238,13 +238,6 @@ fn value(partition: Partition, id: u64) -> Vec<u8> {
     let observed = Observed::of(&sample, None).expect("it has a time");
     observed.encode(&mut value);
     value
-}
-
-#[derive(Debug)]
-enum Request {
-    Open,
-    Locate(Vec<Partition>, BTreeMap<Partition, NextOffset>),
-    Flush(Batch),
 }
 
 #[derive(Debug)]
@@ -729,21 +722,18 @@ impl History {
                 let member = self.members.remove(index);
                 self.log(format_args!("{} crashes in the middle", member.name));
                 self.saw("crash");
-                if let Action::Flush(batch) = action {
+                if let Action::Ask(Request::Flush(batch)) = action {
                     self.leave_in_doubt(&batch);
                 }
                 self.rebalance();
                 return;
             }
             match action {
-                Action::Open => self.request(index, Request::Open),
-                Action::Locate {
-                    partitions,
-                    missing_from,
-                } => self.request(index, Request::Locate(partitions, missing_from)),
-                Action::Flush(batch) => {
-                    self.check_flush(index, &batch);
-                    self.request(index, Request::Flush(batch));
+                Action::Ask(request) => {
+                    if let Request::Flush(batch) = &request {
+                        self.check_flush(index, batch);
+                    }
+                    self.request(index, request);
                 }
                 Action::FindStarts(partitions) => self.find_starts(index, &partitions),
                 Action::FindExtents(partitions) => self.find_extents(index, &partitions),
@@ -1015,8 +1005,11 @@ impl History {
                     same_layout: previous.is_none() || previous == layout,
                 }
             }
-            Request::Locate(..) if fails || is_broken => Event::StoreFailed,
-            Request::Locate(partitions, missing_from) => {
+            Request::Locate { .. } if fails || is_broken => Event::StoreFailed,
+            Request::Locate {
+                partitions,
+                missing_from,
+            } => {
                 // A plain read sees what is committed, and waits for no lock.
                 let mut found = BTreeMap::new();
                 for partition in partitions {
@@ -1032,9 +1025,7 @@ impl History {
                 }
                 Event::Located(found)
             }
-            Request::Flush(batch) if is_broken => {
-                Event::Flushed(batch, Flushed::Retry("connection lost".into()))
-            }
+            Request::Flush(batch) if is_broken => Event::Flushed(batch, None),
             Request::Flush(batch) => {
                 let layout = self.members[index].layout.map(u32::to_be_bytes);
                 for entry in &batch.entries {
@@ -1054,13 +1045,14 @@ impl History {
         member.wait_until = None;
     }
 
-    fn try_flush(&mut self, batch: &Batch, fails: bool) -> Flushed {
+    /// `None` if the client does not know the result.
+    fn try_flush(&mut self, batch: &Batch, fails: bool) -> Option<Flushed> {
         if fails {
             self.saw("flush failed");
             if self.rng.u8(0..3) != 0 && !self.postgres.away {
                 self.leave_in_doubt(batch);
             }
-            return Flushed::Retry("connection lost".into());
+            return None;
         }
         let locked = |transaction: &Transaction| {
             let mut partitions = transaction.spans.keys();
@@ -1070,7 +1062,7 @@ impl History {
         while let Some(holder) = self.postgres.in_doubt.iter().position(locked) {
             self.saw("locked");
             if self.faults && self.rng.bool() {
-                return Flushed::Retry("lock timeout".into());
+                return None;
             }
             let transaction = self.postgres.in_doubt.remove(holder);
             if self.rng.bool() {
@@ -1084,7 +1076,7 @@ impl History {
             .any(|(partition, span)| current(partition) != Some(span.base))
         {
             self.saw("fenced");
-            return Flushed::Fenced;
+            return Some(Flushed::Fenced);
         }
         let mut poison = Vec::new();
         for (index, entry) in batch.entries.iter().enumerate() {
@@ -1097,16 +1089,16 @@ impl History {
             self.saw("poison");
             let told = self.rng.usize(1..=poison.len());
             poison.truncate(told);
-            return Flushed::Refused(poison);
+            return Some(Flushed::Refused(poison));
         }
         let transaction = transaction(batch);
         self.apply(&transaction);
         if self.faults && self.rng.u8(0..12) == 0 {
             self.saw("answer lost");
-            return Flushed::Retry("connection lost in COMMIT".into());
+            return None;
         }
         self.saw("durable");
-        Flushed::Durable
+        Some(Flushed::Durable)
     }
 
     /// The client does not know the result: the transaction continues, has ended, or never began.
@@ -1232,7 +1224,7 @@ fn held(member: &Member, partition: Partition) -> Vec<i64> {
             let span = batch.spans.get(&partition);
             held.extend(span.into_iter().flat_map(|span| [span.base.0, span.next.0]));
         }
-        Some((Request::Locate(partitions, _), _)) if partitions.contains(&partition) => held.push(0),
+        Some((Request::Locate { partitions, .. }, _)) if partitions.contains(&partition) => held.push(0),
         _ => {}
     }
     held

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::{
-    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, PAUSE_AFTER, PartitionState, SYNC_EVERY,
-    StoreState,
+    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, PAUSE_AFTER, PartitionState, Request,
+    SYNC_EVERY, StoreState,
 };
 
 impl Ingest {
@@ -15,7 +15,7 @@ impl Ingest {
             return Action::Tell(notice);
         }
         let action = self
-            .store_action(now)
+            .ask_store(now)
             .or_else(|| self.kafka_action(now))
             .or_else(|| self.stop_action(now))
             .unwrap_or_else(|| self.wait_action(now));
@@ -23,23 +23,22 @@ impl Ingest {
         action
     }
 
-    fn store_action(&mut self, now: Instant) -> Option<Action> {
-        match self.store {
+    fn ask_store(&mut self, now: Instant) -> Option<Action> {
+        let request = match self.store {
             StoreState::Busy => None,
             StoreState::Closed { open_at } => {
                 let needed = self.stopping.is_none() || self.unwritten() > 0;
                 let due = open_at.is_none_or(|open_at| open_at <= now);
-                (needed && due && !self.has_given_up(now)).then(|| {
-                    self.store = StoreState::Busy;
-                    Action::Open
-                })
+                (needed && due && !self.has_given_up(now)).then_some(Request::Open)
             }
             StoreState::Open if self.has_given_up(now) => None,
             StoreState::Open => self.locate().or_else(|| self.flush(now)),
-        }
+        }?;
+        self.store = StoreState::Busy;
+        Some(Action::Ask(request))
     }
 
-    fn locate(&mut self) -> Option<Action> {
+    fn locate(&self) -> Option<Request> {
         let mut partitions = Vec::new();
         let mut missing_from = BTreeMap::new();
         if let Some(flight) = self.flight.as_ref().filter(|flight| flight.in_doubt) {
@@ -53,17 +52,13 @@ impl Ingest {
                 }
             }
         }
-        if partitions.is_empty() {
-            return None;
-        }
-        self.store = StoreState::Busy;
-        Some(Action::Locate {
+        (!partitions.is_empty()).then_some(Request::Locate {
             partitions,
             missing_from,
         })
     }
 
-    fn flush(&mut self, now: Instant) -> Option<Action> {
+    fn flush(&mut self, now: Instant) -> Option<Request> {
         let is_sync_due = self.is_sync_due(now);
         if self.flight.is_none() && (is_sync_due || self.is_due(now)) {
             let mut batch = std::mem::replace(&mut self.filling, std::mem::take(&mut self.spare));
@@ -90,8 +85,7 @@ impl Ingest {
             });
         }
         let batch = self.flight.as_mut()?.batch.take()?;
-        self.store = StoreState::Busy;
-        Some(Action::Flush(batch))
+        Some(Request::Flush(batch))
     }
 
     fn is_sync_due(&self, now: Instant) -> bool {

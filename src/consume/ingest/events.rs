@@ -239,7 +239,7 @@ impl Ingest {
         );
     }
 
-    fn flushed(&mut self, now: Instant, mut batch: Batch, flushed: Flushed) {
+    fn flushed(&mut self, now: Instant, mut batch: Batch, flushed: Option<Flushed>) {
         let Some(flight) = self.flight.as_mut() else {
             // All of its partitions were revoked meanwhile.
             self.store = StoreState::Open;
@@ -247,7 +247,7 @@ impl Ingest {
             return;
         };
         match flushed {
-            Flushed::Durable => {
+            Some(Flushed::Durable) => {
                 let spans = std::mem::take(&mut flight.spans);
                 self.flight = None;
                 self.store = StoreState::Open;
@@ -260,7 +260,7 @@ impl Ingest {
                 }
                 self.recycle(batch);
             }
-            Flushed::Refused(refused) => {
+            Some(Flushed::Refused(refused)) => {
                 let mut progress = false;
                 for (index, reason) in refused {
                     progress |= batch.reject(index, reason);
@@ -272,7 +272,7 @@ impl Ingest {
                     self.store_failed(now);
                 }
             }
-            Flushed::Fenced => {
+            Some(Flushed::Fenced) => {
                 flight.in_doubt = true;
                 self.take_back(batch);
                 // From the second fence in a row on this waits, which prevents a busy loop if the position turns out to be ours.
@@ -284,7 +284,7 @@ impl Ingest {
                     },
                 };
             }
-            Flushed::Retry(_) | Flushed::Fatal(_) => {
+            None => {
                 flight.in_doubt = true;
                 self.take_back(batch);
                 self.store_failed(now);

@@ -109,22 +109,23 @@ pub enum Event {
     ReadFailed(Vec<Partition>),
     /// [`Action::Commit`] failed for these.
     CommitFailed(Vec<Partition>),
-    /// The answer to [`Action::Open`]. If the table has changed, the rows that are already encoded do not fit it.
+    /// The answer to [`Request::Open`]. If the table has changed, the rows that are already encoded do not fit it.
     Opened { same_layout: bool },
-    /// The answer to [`Action::Locate`].
+    /// The answer to [`Request::Locate`].
     Located(BTreeMap<Partition, Position>),
-    /// The answer to [`Action::Flush`]: the batch, and what became of it.
-    Flushed(Batch, Flushed),
-    /// [`Action::Open`] or [`Action::Locate`] failed for a reason that will pass.
+    /// The answer to [`Request::Flush`]: the batch, and what became of it. `None` is a failure that will pass. It may have come
+    /// after the COMMIT; the positions tell.
+    Flushed(Batch, Option<Flushed>),
+    /// [`Request::Open`] or [`Request::Locate`] failed for a reason that will pass.
     StoreFailed,
     /// Stop cleanly: write and commit first what was read, until the deadline.
     Stop { deadline: Instant },
 }
 
-/// What to do next. At most one request to the store (`Open`, `Locate`, `Flush`) is under way at a time.
+/// A request to the store. At most one is under way at a time.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Connect the store, on a new connection if there is one.
+pub enum Request {
+    /// Connect, on a new connection if there is one.
     Open,
     /// Read the positions of these from the table. First add those of `missing_from` that it lacks.
     Locate {
@@ -133,6 +134,13 @@ pub enum Action {
     },
     /// Write this in one transaction.
     Flush(Batch),
+}
+
+/// What to do next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Ask the store.
+    Ask(Request),
     /// Ask Kafka for the group's committed offset of each, or for its first offset if there is none.
     FindStarts(Vec<Partition>),
     /// Ask Kafka which offsets these hold. No record may be taken between the question and the answer.
