@@ -14,7 +14,7 @@ use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::commands::status;
 use host_metrics::config::{self, StateConfig, Variables};
 use host_metrics::consume::Counters;
-use host_metrics::consume::batch::{Batch, Encoded, Flushed, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::rows::RowsSink;
 use host_metrics::consume::sink::Sink;
 use host_metrics::consume::state::{self, StateSink};
@@ -236,7 +236,7 @@ fn sample(host: i64, tick: i64, at: i64, interval: i64) -> Sample<'static> {
 fn batch(
     base: i64,
     samples: impl Iterator<Item = Sample<'static>>,
-    encode_as: impl Fn(&Record<'_>, &mut Vec<u8>) -> Result<Encoded, String>,
+    encode_as: impl Fn(&Record<'_>, &mut Vec<u8>) -> Result<(), String>,
 ) -> Batch {
     let mut batch = Batch::default();
     let mut value = Vec::new();

@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{Encoded, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{NextOffset, Offset, Partition, Record};
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::DownWhen;
 use host_metrics::consume::fold::observed::Observed;
@@ -142,7 +142,7 @@ impl Machine {
         let taken = self.ingest.record(self.now, record, |epochs, into| {
             epochs.admit("fra-1", 18).map_err(|void| void.to_string())?;
             into.extend_from_slice(row);
-            Ok(Encoded::Row)
+            Ok(())
         });
         assert!(taken, "the partition is being read, and there is room");
         if !self.ingest.has_room() {

@@ -102,15 +102,6 @@ pub enum Form {
     Claim,
 }
 
-/// What a sink made of a valid record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encoded {
-    /// It was appended.
-    Row,
-    /// It is a claim, which is not stored.
-    Claim,
-}
-
 /// How far a partition is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position {
@@ -178,13 +169,13 @@ impl Batch {
         self.record_bytes.len() + self.encoded.len()
     }
 
-    /// Appends a record. `base` is the partition's position before this batch. `encode` appends what is written; its error is the
-    /// reason why the record is rejected.
+    /// Appends a record. `base` is the partition's position before this batch. `encode` appends what is written, which is nothing
+    /// for a claim. Its error is the reason why the record is rejected.
     pub fn push(
         &mut self,
         base: NextOffset,
         record: Record<'_>,
-        encode: impl FnOnce(&mut Vec<u8>) -> Result<Encoded, String>,
+        encode: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
     ) {
         let span = self
             .spans
@@ -199,8 +190,8 @@ impl Batch {
         let row_start = self.encoded.len();
         let encoded = record.too_long().map_or_else(|| encode(&mut self.encoded), Err);
         let form = match encoded {
-            Ok(Encoded::Row) => Form::Row(row_start..self.encoded.len()),
-            Ok(Encoded::Claim) => Form::Claim,
+            Ok(()) if self.encoded.len() == row_start => Form::Claim,
+            Ok(()) => Form::Row(row_start..self.encoded.len()),
             Err(reason) => {
                 self.encoded.truncate(row_start);
                 Form::Rejected(reason)
@@ -312,7 +303,7 @@ mod tests {
     fn push(batch: &mut Batch, partition: Partition, base: i64, offset: i64, row: Result<&[u8], &str>) {
         batch.push(NextOffset(base), record(partition, offset), |into| {
             into.extend_from_slice(row.unwrap_or(b"half a row"));
-            row.map(|_| Encoded::Row).map_err(String::from)
+            row.map(|_| ()).map_err(String::from)
         });
     }
 
@@ -334,7 +325,7 @@ mod tests {
         push(&mut batch, P, 0, 0, Ok(b"a"));
         push(&mut batch, P, 0, 1, Err("no row"));
         push(&mut batch, P, 0, 2, Ok(b"c"));
-        batch.push(NextOffset(0), record(P, 3), |_| Ok(Encoded::Claim));
+        batch.push(NextOffset(0), record(P, 3), |_| Ok(()));
         let forms: Vec<Form> = batch.entries.iter().map(|entry| entry.form.clone()).collect();
         let rejected = Form::Rejected("no row".into());
         assert_eq!(forms, [Form::Row(0..1), rejected, Form::Row(1..2), Form::Claim]);
@@ -366,7 +357,7 @@ mod tests {
             };
             batch.push(NextOffset(0), record, |_| {
                 assert_eq!(said, None, "it is not read");
-                Ok(Encoded::Row)
+                Ok(())
             });
             let entry = &batch.entries[0];
             for (bytes, kept) in [(key, &entry.key), (value, &entry.value)] {
@@ -377,7 +368,7 @@ mod tests {
                 assert!(kept.clone().map(|kept| &batch.record_bytes[kept]) == expected);
             }
             let Some(said) = said else {
-                assert_eq!(entry.form, Form::Row(0..0));
+                assert_eq!(entry.form, Form::Claim, "nothing was appended");
                 continue;
             };
             let Form::Rejected(reason) = &entry.form else {

@@ -23,9 +23,6 @@ use crate::sample::Timestamp;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
 use crate::terminal::counted;
 
-/// The longest poll. A stop is noticed at most this late.
-const POLL: Duration = Duration::from_millis(100);
-
 /// The longest poll while the store is busy. If no records arrive, its answer is noticed at most this late.
 const POLL_WHILE_WRITING: Duration = Duration::from_millis(10);
 
@@ -136,8 +133,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                 Action::Tell(text) => log::log!(self.source.level(Level::Warn), "{text}"),
                 Action::Poll { until } => self.poll(now, until)?,
                 Action::Hold { until } => {
-                    let wait = until.saturating_duration_since(now).min(POLL);
-                    if let Some(answer) = self.writer.wait(wait)? {
+                    if let Some(answer) = self.writer.wait(until.saturating_duration_since(now))? {
                         self.answered(instant_now(), answer)?;
                     }
                 }
@@ -171,11 +167,10 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     }
 
     fn poll(&mut self, now: Instant, until: Instant) -> anyhow::Result<()> {
-        let longest = match self.writer.is_busy() {
-            true => POLL_WHILE_WRITING,
-            false => POLL,
-        };
-        let mut timeout = until.saturating_duration_since(now).min(longest);
+        let mut timeout = until.saturating_duration_since(now);
+        if self.writer.is_busy() {
+            timeout = timeout.min(POLL_WHILE_WRITING);
+        }
         let mut now = None;
         for _ in 0..RECORDS_PER_TURN {
             let delivered = self.source.poll(timeout);

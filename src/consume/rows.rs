@@ -16,7 +16,7 @@ use tokio_postgres::{Client, CopyInSink, Statement};
 
 use crate::clock::instant_now;
 use crate::config::ConsumeConfig;
-use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
+use crate::consume::batch::{Batch, Flushed, Form, Record};
 use crate::consume::positions::{Positions, not_a_rows};
 use crate::consume::refused::Trials;
 use crate::consume::sink::{Sink, admit, begin};
@@ -71,9 +71,9 @@ impl Sink for RowsSink {
         record: &Record<'_>,
         epochs: &mut Epochs,
         row: &mut Vec<u8>,
-    ) -> Result<Encoded, String> {
+    ) -> Result<(), String> {
         let Some(mut sample) = admit(record.value.unwrap_or_default(), epochs)? else {
-            return Ok(Encoded::Claim);
+            return Ok(());
         };
         if sample.scheduled_at.is_none() {
             // The original's records have no time of their own.
@@ -86,8 +86,7 @@ impl Sink for RowsSink {
             partition: record.partition.number,
             offset: record.offset.0,
         };
-        layout.encode_row(&sample, origin, row)?;
-        Ok(Encoded::Row)
+        layout.encode_row(&sample, origin, row)
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<(Layout, PreparedRows), Fault> {

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
-use crate::consume::batch::{Batch, Encoded, Flushed, Record};
+use crate::consume::batch::{Batch, Flushed, Record};
 use crate::consume::positions::Positions;
 use crate::postgres::{Fault, Session};
 use crate::sample::epoch::{Claim, Epochs, VoidReason};
@@ -54,13 +54,13 @@ pub trait Sink: Send + 'static {
     /// What is prepared in a session, such as statements.
     type Prepared: Send;
 
-    /// Appends what is written of the record.
+    /// Appends what is written of the record, which is nothing for a claim.
     fn encode(
         layout: &Self::Layout,
         record: &Record<'_>,
         epochs: &mut Epochs,
         into: &mut Vec<u8>,
-    ) -> Result<Encoded, String>;
+    ) -> Result<(), String>;
 
     /// Creates missing tables, if the user may, and prepares the statements.
     async fn prepare(&mut self, session: &Session) -> Result<(Self::Layout, Self::Prepared), Fault>;

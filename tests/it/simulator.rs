@@ -12,9 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{
-    Batch, Encoded, Form, NextOffset, Offset, Partition, Position, Record, Span,
-};
+use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Position, Record, Span};
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::{DownWhen, Host};
 use host_metrics::consume::fold::observed::Observed;
@@ -827,7 +825,7 @@ impl History {
                     return Err("undecodable".into());
                 }
                 row.extend_from_slice(&bytes);
-                Ok(Encoded::Row)
+                Ok(())
             });
             if zombie && taken {
                 self.saw("zombie record");

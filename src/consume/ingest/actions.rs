@@ -184,30 +184,11 @@ impl Ingest {
     }
 
     fn wait_action(&self, now: Instant) -> Action {
-        let opening = match self.store {
-            StoreState::Closed { open_at } => open_at,
-            _ => None,
-        };
-        let filled = match (self.store, &self.flight) {
-            (StoreState::Open, None) => {
-                let filled = self.filling_since.map(|since| since + self.limits.batch_wait);
-                let unsynced = self.unsynced_since.map(|since| since + SYNC_EVERY);
-                filled.into_iter().chain(unsynced).min()
-            }
-            _ => None,
-        };
-        let committing = self
-            .commit_at
-            .filter(|_| self.is_any(|located| self.committable(located).is_some()));
-        let starting = self.find_starts_at.filter(|_| !self.startless().is_empty());
-        let until = [opening, filled, committing, starting]
-            .into_iter()
-            .chain([self.find_extents_at, self.read_at])
-            .chain([self.full_since.map(|since| since + PAUSE_AFTER)])
-            .chain([self.stopping.map(|stopping| stopping.deadline)])
-            .flatten()
+        // Only the age of a batch is waited for exactly; everything else may be IDLE late.
+        let due_at = self.filling_since.map(|since| since + self.limits.batch_wait);
+        let until = due_at
             .filter(|at| *at > now)
-            .fold(now + IDLE, Instant::min);
+            .map_or(now + IDLE, |at| at.min(now + IDLE));
         if !self.has_room() && self.is_reading() {
             Action::Hold { until }
         } else {

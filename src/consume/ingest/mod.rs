@@ -28,7 +28,7 @@ mod events;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::consume::batch::{Batch, Encoded, Flushed, NextOffset, Partition, Position, Record, Span};
+use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position, Record, Span};
 use crate::sample::epoch::Epochs;
 
 /// A batch is full when it holds DB_BATCH_SIZE KiB, even if it holds fewer records, because two batches must fit into memory
@@ -60,8 +60,8 @@ const KAFKA_RETRY: Duration = Duration::from_secs(1);
 /// How often a failing store is tried during a stop. What is not written is not committed, so nothing is lost.
 const TRIES_DURING_STOP: u32 = 2;
 
-/// The longest wait, for when nothing is due.
-const IDLE: Duration = Duration::from_secs(1);
+/// The longest wait. Stops, retries and commits are at most this late.
+const IDLE: Duration = Duration::from_millis(100);
 
 /// The limits of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -317,7 +317,7 @@ impl Ingest {
         &mut self,
         now: Instant,
         record: Record<'_>,
-        encode: impl FnOnce(&mut Epochs, &mut Vec<u8>) -> Result<Encoded, String>,
+        encode: impl FnOnce(&mut Epochs, &mut Vec<u8>) -> Result<(), String>,
     ) -> bool {
         let room = self.has_room();
         let Some(located) = self

@@ -15,7 +15,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::clock::{instant_now, wall_micros};
 use crate::config::{ConsumeConfig, StateConfig};
-use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
+use crate::consume::batch::{Batch, Flushed, Form, Record};
 use crate::consume::counters::Counters;
 use crate::consume::fold::Fold;
 use crate::consume::fold::observed::Observed;
@@ -174,22 +174,17 @@ impl Sink for StateSink {
     type Layout = ();
     type Prepared = Statements;
 
-    fn encode(
-        (): &(),
-        record: &Record<'_>,
-        epochs: &mut Epochs,
-        into: &mut Vec<u8>,
-    ) -> Result<Encoded, String> {
+    fn encode((): &(), record: &Record<'_>, epochs: &mut Epochs, into: &mut Vec<u8>) -> Result<(), String> {
         // The batch cannot tell, because it does not get the bytes.
         if let Some(reason) = record.too_long() {
             return Err(reason);
         }
         let Some(sample) = admit(record.value.unwrap_or_default(), epochs)? else {
-            return Ok(Encoded::Claim);
+            return Ok(());
         };
         let observed = Observed::of(&sample, record.timestamp).ok_or("it has no time")?;
         observed.encode(into);
-        Ok(Encoded::Row)
+        Ok(())
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<((), Statements), Fault> {

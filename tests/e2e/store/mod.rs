@@ -17,7 +17,7 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use host_metrics::config::{ConsumeConfig, InitConfig};
-use host_metrics::consume::batch::{Batch, Encoded, Form, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::store::Store;
 use host_metrics::postgres::{Fault, Kind};
 use host_metrics::sample::{Sample, Timestamp};
@@ -123,7 +123,7 @@ pub fn row(
         offset,
     };
     batch.push(NextOffset(base), record, |into| {
-        layout.encode_row(sample, origin, into).map(|()| Encoded::Row)
+        layout.encode_row(sample, origin, into)
     });
     assert!(matches!(batch.entries.last().unwrap().form, Form::Row(_)));
 }
