@@ -124,7 +124,6 @@ impl From<NextOffset> for Position {
 pub struct Entry {
     pub partition: Partition,
     pub offset: Offset,
-    /// Kafka's timestamp of the record, if it has a valid one.
     pub timestamp: Option<Timestamp>,
     /// Ranges of [`Batch::record_bytes`]; `None` is Kafka's null.
     pub key: Option<Range<usize>>,

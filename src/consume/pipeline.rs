@@ -9,7 +9,7 @@ use log::Level;
 
 use crate::clock::{self, instant_now};
 use crate::config::ConsumeConfig;
-use crate::consume::batch::{Batch, Flushed, Form, NextOffset, Partition, Record};
+use crate::consume::batch::{Batch, Flushed, Form, NextOffset, Partition};
 use crate::consume::counters::Counters;
 use crate::consume::ingest::{Action, Event, Ingest, Limits};
 use crate::consume::report::{Rejections, Summary};
@@ -194,14 +194,10 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             };
             let record = delivered.record();
             if let Some(layout) = &self.layout {
-                let kept = match S::KEEPS_RECORDS {
-                    true => record,
-                    false => Record {
-                        key: None,
-                        value: None,
-                        ..record
-                    },
-                };
+                let mut kept = record;
+                if !S::KEEPS_RECORDS {
+                    (kept.key, kept.value) = (None, None);
+                }
                 self.ingest
                     .record(now, kept, |epochs, into| S::encode(layout, &record, epochs, into));
             }

@@ -104,7 +104,6 @@ impl<S: Sink> Store<S> {
         Ok(layout)
     }
 
-    /// The positions of `partitions`. First adds those of `missing_from` that the table lacks.
     pub fn positions(
         &mut self,
         partitions: &[Partition],
@@ -142,15 +141,12 @@ impl<S: Sink> Store<S> {
         flushed
     }
 
-    /// The sink's maintenance, once an hour and after [`Store::maintain_in`].
-    ///
     /// # Errors
     /// The connection broke. All other errors are logged, and the next call tries again.
     pub fn maintain(&mut self, now: Timestamp) -> Result<(), Fault> {
         self.on_session(async |opened, sink| sink.maintain(&opened.session, &opened.prepared, now).await)
     }
 
-    /// When [`Store::maintain`] is due at the latest.
     pub fn maintain_in(&self, now: Instant) -> Duration {
         self.opened
             .as_ref()

@@ -69,13 +69,7 @@ impl Ingest {
                 self.unsynced_since.get_or_insert(now);
             }
             for (partition, span) in &batch.spans {
-                if let Some(located) = self
-                    .partitions
-                    .get_mut(partition)
-                    .and_then(PartitionState::located_mut)
-                {
-                    located.tail = span.next;
-                }
+                self.set(*partition, |located| located.tail = span.next);
             }
             self.flight = Some(Flight {
                 spans: batch.spans.clone(),

@@ -432,15 +432,9 @@ impl Ingest {
         next.filter(|next| !located.restarted && located.committed != Some(*next))
     }
 
-    fn is_any(&self, condition: impl Fn(&Located) -> bool) -> bool {
-        self.partitions
-            .values()
-            .filter_map(PartitionState::located)
-            .any(condition)
-    }
-
     fn is_reading(&self) -> bool {
-        self.is_any(|located| located.reading)
+        let mut located = self.partitions.values().filter_map(PartitionState::located);
+        located.any(|located| located.reading)
     }
 
     fn startless(&self) -> Vec<Partition> {

@@ -70,6 +70,17 @@ pub(super) struct Reported {
     pub(super) last_reason: Option<String>,
 }
 
+impl Reported {
+    /// What we may be waiting for.
+    pub(super) fn waiting(&mut self) -> [(&'static str, &mut Outage); 3] {
+        [
+            ("waiting for Kafka", &mut self.away),
+            ("waiting for Kafka's permission", &mut self.refused),
+            ("waiting for the topic", &mut self.missing),
+        ]
+    }
+}
+
 impl Context {
     /// A panic leaves nothing half written, so a poisoned lock is still usable.
     pub(super) fn reported(&self) -> MutexGuard<'_, Reported> {

@@ -311,13 +311,7 @@ impl Source {
         self.look_for_topics(now);
         self.look_for_stuck(now);
         let mut reported = self.reported();
-        let reported = &mut *reported;
-        let waiting = [
-            ("waiting for Kafka", &mut reported.away),
-            ("waiting for Kafka's permission", &mut reported.refused),
-            ("waiting for the topic", &mut reported.missing),
-        ];
-        for (what, outage) in waiting {
+        for (what, outage) in reported.waiting() {
             let reason = self.explainer().explain(outage.reason().unwrap_or_default());
             outage.set_cause_known(names_a_cause(&reason));
             if let Some((_, lasted)) = outage.take_report(now) {
@@ -335,13 +329,8 @@ impl Source {
 
     /// Whether we are a member of the group and can reach Kafka.
     pub fn is_ready(&self) -> Result<(), String> {
-        let reported = self.reported();
-        let waiting = [
-            ("waiting for Kafka", &reported.away),
-            ("waiting for Kafka's permission", &reported.refused),
-            ("waiting for the topic", &reported.missing),
-        ];
-        for (what, outage) in waiting {
+        let mut reported = self.reported();
+        for (what, outage) in reported.waiting() {
             if let Some(reason) = outage.reason() {
                 return Err(format!("{what}: {}", self.explainer().explain(reason)));
             }
