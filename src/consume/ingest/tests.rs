@@ -106,6 +106,14 @@ fn flush(ingest: &mut Ingest, millis: u64) -> Batch {
     }
 }
 
+fn assert_locates(ingest: &mut Ingest, millis: u64) {
+    let action = ingest.next_action(at(millis));
+    assert!(
+        matches!(action, Action::Ask(Request::Locate { .. })),
+        "{action:?}"
+    );
+}
+
 fn assert_tells(ingest: &mut Ingest, millis: u64, words: &str) {
     match ingest.next_action(at(millis)) {
         Action::Tell(text) => assert!(text.contains(words), "{text}"),
@@ -260,10 +268,7 @@ fn a_batch_stores_the_highest_epochs_and_those_of_the_table_count() {
         next: NextOffset(150),
         epochs: Epochs::of("eu", 9),
     };
-    assert!(matches!(
-        ingest.next_action(at(200)),
-        Action::Ask(Request::Locate { .. })
-    ));
+    assert_locates(&mut ingest, 200);
     let found = BTreeMap::from([(P, moved)])
         .into_iter()
         .chain(positions_at(&[Q], 101));
@@ -321,10 +326,7 @@ fn after_a_lost_answer_the_position_shows_whether_the_rows_are_stored() {
         assert!(matches!(next_wait(&mut ingest, 200), Action::Poll { .. }));
         assert_eq!(ingest.next_action(at(400)), Action::Ask(Request::Open));
         ingest.handle(at(400), Event::Opened { same_layout: true });
-        assert!(matches!(
-            ingest.next_action(at(400)),
-            Action::Ask(Request::Locate { .. })
-        ));
+        assert_locates(&mut ingest, 400);
         ingest.handle(at(400), Event::Located(positions_at(&[P], position)));
         assert_eq!(ingest.unwritten(), usize::from(!is_written));
         match is_written {
@@ -346,10 +348,7 @@ fn a_moved_position_costs_only_the_records_of_its_partition() {
     read(&mut ingest, 200, P, 101);
     read(&mut ingest, 200, Q, 101);
     ingest.handle(at(200), Event::Flushed(batch, Some(Flushed::Fenced)));
-    assert!(matches!(
-        ingest.next_action(at(200)),
-        Action::Ask(Request::Locate { .. })
-    ));
+    assert_locates(&mut ingest, 200);
     let positions = positions_at(&[P], 150)
         .into_iter()
         .chain(positions_at(&[Q], 100))
@@ -471,10 +470,7 @@ fn commits_follow_flushes_at_most_once_a_second_and_a_failed_one_is_made_again()
 fn a_partition_without_a_position_starts_at_kafkas_commit_or_beginning() {
     let mut ingest = open();
     ingest.handle(at(0), Event::Assigned(vec![P]));
-    assert!(matches!(
-        ingest.next_action(at(0)),
-        Action::Ask(Request::Locate { .. })
-    ));
+    assert_locates(&mut ingest, 0);
     ingest.handle(at(0), Event::Located(BTreeMap::new()));
     assert_eq!(ingest.next_action(at(0)), Action::FindStarts(vec![P]));
     // Without an answer Kafka is asked again, but not at once.
@@ -538,10 +534,7 @@ fn rows_for_other_columns_are_forgotten_and_read_again() {
     assert_eq!(ingest.next_action(at(400)), Action::Ask(Request::Open));
     ingest.handle(at(400), Event::Opened { same_layout: false });
     assert_tells(&mut ingest, 400, "columns changed; 1 records");
-    assert!(matches!(
-        ingest.next_action(at(400)),
-        Action::Ask(Request::Locate { .. })
-    ));
+    assert_locates(&mut ingest, 400);
     ingest.handle(at(400), Event::Located(positions_at(&[P], 100)));
     assert_eq!(ingest.next_action(at(400)), read_from(100));
 }
@@ -552,10 +545,7 @@ fn another_layout_is_not_reported_if_no_record_was_read() {
     ingest.handle(at(0), Event::StoreFailed);
     assert_eq!(ingest.next_action(at(200)), Action::Ask(Request::Open));
     ingest.handle(at(200), Event::Opened { same_layout: false });
-    assert!(matches!(
-        ingest.next_action(at(200)),
-        Action::Ask(Request::Locate { .. })
-    ));
+    assert_locates(&mut ingest, 200);
 }
 
 #[test]
@@ -572,17 +562,11 @@ fn extents_that_are_missing_are_asked_for_again_after_a_second() {
 fn a_start_that_the_table_does_not_take_is_asked_for_again_after_a_second() {
     let mut ingest = open();
     ingest.handle(at(0), Event::Assigned(vec![P]));
-    assert!(matches!(
-        ingest.next_action(at(0)),
-        Action::Ask(Request::Locate { .. })
-    ));
+    assert_locates(&mut ingest, 0);
     ingest.handle(at(0), Event::Located(BTreeMap::new()));
     assert_eq!(ingest.next_action(at(0)), Action::FindStarts(vec![P]));
     ingest.handle(at(0), Event::Starts(starts_at(&[P], 42)));
-    assert!(matches!(
-        ingest.next_action(at(0)),
-        Action::Ask(Request::Locate { .. })
-    ));
+    assert_locates(&mut ingest, 0);
     ingest.handle(at(0), Event::Located(BTreeMap::new()));
     assert!(matches!(next_wait(&mut ingest, 999), Action::Poll { .. }));
     assert_eq!(ingest.next_action(at(1_000)), Action::FindStarts(vec![P]));
