@@ -29,10 +29,9 @@ const POLL_WHILE_WRITING: Duration = Duration::from_millis(10);
 /// The most records that are taken before the loop looks for answers and stops.
 const RECORDS_PER_TURN: usize = 128;
 
-/// The parts of [`STOP_WITHIN`] that are reserved for the commit, for leaving the group, and for ending the writer. Each is some
-/// times what it takes with healthy servers; the flush has the rest.
-const COMMIT_WITHIN: Duration = Duration::from_millis(1_000);
-const LEAVE_WITHIN: Duration = Duration::from_millis(1_500);
+/// The parts of [`STOP_WITHIN`] that are reserved for the last commit and leaving the group, and for ending the writer. Each is
+/// some times what it takes with healthy servers; the flush has the rest.
+const LEAVE_WITHIN: Duration = Duration::from_millis(2_500);
 const WRITER_CLOSE_WITHIN: Duration = Duration::from_millis(500);
 
 const SUMMARY_EVERY: Duration = Duration::from_secs(60);
@@ -129,7 +128,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                         log::debug!("cannot pause: {error}");
                     }
                 }
-                Action::Commit(commits) => self.source.commit(commits),
+                Action::Commit(commits) => self.source.commit(&commits),
                 Action::Tell(text) => log::log!(self.source.level(Level::Warn), "{text}"),
                 Action::Poll { until } => self.poll(now, until)?,
                 Action::Hold { until } => {
@@ -161,7 +160,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             return;
         };
         self.stopping = true;
-        let afterwards = COMMIT_WITHIN + LEAVE_WITHIN + WRITER_CLOSE_WITHIN;
+        let afterwards = LEAVE_WITHIN + WRITER_CLOSE_WITHIN;
         let deadline = requested_at + STOP_WITHIN.saturating_sub(afterwards);
         self.ingest.handle(now, Event::Stop { deadline });
     }
@@ -403,7 +402,6 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     }
 
     fn stopped(&mut self, now: Instant, unwritten: usize) {
-        self.source.wait_for_commits(now + COMMIT_WITHIN);
         self.log_summary(now);
         match unwritten {
             0 => log::log!(

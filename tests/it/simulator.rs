@@ -91,7 +91,7 @@ impl Seen {
             "before beginning",
             "clean stop",
             "commit",
-            "commit failed",
+            "commit lost",
             "crash",
             "crash of Postgres",
             "durable",
@@ -948,22 +948,13 @@ impl History {
                 "commits {next:?} of {partition:?}, while {durable:?} is durable"
             );
         }
-        match self.rng.u8(0..10) {
-            0 if self.faults => {
-                self.saw("commit failed");
-                let partitions = commits.iter().map(|(partition, _)| *partition).collect();
-                let now = self.instant();
-                self.members[index]
-                    .ingest
-                    .handle(now, Event::CommitFailed(partitions));
-            }
-            1 if self.faults => {}
-            _ => {
-                for (partition, next) in commits {
-                    if !self.recreated.contains(partition) {
-                        self.committed.insert(*partition, *next);
-                    }
-                }
+        if self.faults && self.rng.u8(0..5) == 0 {
+            self.saw("commit lost");
+            return;
+        }
+        for (partition, next) in commits {
+            if !self.recreated.contains(partition) {
+                self.committed.insert(*partition, *next);
             }
         }
     }

@@ -158,10 +158,13 @@ impl Ingest {
             .iter()
             .filter_map(|(partition, progress)| Some((*partition, self.committable(progress.located()?)?)))
             .collect();
+        let mut is_news = false;
         for (partition, next) in &commits {
-            self.set(*partition, |located| located.committed = Some(*next));
+            self.set(*partition, |located| {
+                is_news |= located.committed.replace(*next) != Some(*next)
+            });
         }
-        if commits.is_empty() {
+        if !is_news {
             return None;
         }
         self.commit_at = Some(now + COMMIT_EVERY);

@@ -20,7 +20,6 @@ impl Ingest {
             Event::Extents(extents) => self.extents(now, &extents),
             Event::Stuck(partitions) => self.stuck(&partitions),
             Event::ReadFailed(partitions) => self.read_failed(now, &partitions),
-            Event::CommitFailed(partitions) => self.commit_failed(&partitions),
             Event::Opened { same_layout } => self.opened(same_layout),
             Event::Located(positions) => self.located(now, &positions),
             Event::Flushed(batch, flushed) => self.flushed(now, batch, flushed),
@@ -136,12 +135,6 @@ impl Ingest {
         self.read_at = Some(now + KAFKA_RETRY);
         for partition in partitions {
             self.set(*partition, |located| located.reading = false);
-        }
-    }
-
-    fn commit_failed(&mut self, partitions: &[Partition]) {
-        for partition in partitions {
-            self.set(*partition, |located| located.committed = None);
         }
     }
 

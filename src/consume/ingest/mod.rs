@@ -107,8 +107,6 @@ pub enum Event {
     Stuck(Vec<Partition>),
     /// [`Action::Read`] failed for these.
     ReadFailed(Vec<Partition>),
-    /// [`Action::Commit`] failed for these.
-    CommitFailed(Vec<Partition>),
     /// The answer to [`Request::Open`]. If the table has changed, the rows that are already encoded do not fit it.
     Opened { same_layout: bool },
     /// The answer to [`Request::Locate`].
@@ -149,7 +147,7 @@ pub enum Action {
     Read(Vec<(Partition, NextOffset)>),
     /// Stop reading all partitions, discard what was prefetched, and go on polling.
     Pause,
-    /// Commit these to Kafka.
+    /// Commit these to Kafka: all partitions, so that a commit makes up for a lost one before it.
     Commit(Vec<(Partition, NextOffset)>),
     /// Log this text: something unusual happened.
     Tell(String),
@@ -429,7 +427,7 @@ impl Ingest {
             false => Some(located.durable),
         };
         // While `restarted`, the position in the table is still the old topic's.
-        next.filter(|next| !located.restarted && located.committed != Some(*next))
+        next.filter(|_| !located.restarted)
     }
 
     fn is_reading(&self) -> bool {

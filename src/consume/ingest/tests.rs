@@ -451,19 +451,17 @@ fn a_stop_does_not_wait_for_a_store_that_hangs() {
 }
 
 #[test]
-fn commits_follow_flushes_at_most_once_a_second_and_a_failed_one_is_made_again() {
-    let mut ingest = reading(&[P]);
+fn commits_follow_flushes_at_most_once_a_second_and_have_all_partitions() {
+    let mut ingest = reading(&[P, Q]);
     for (millis, offset) in [(100, 100), (400, 101)] {
         read(&mut ingest, millis, P, offset);
         let batch = flush(&mut ingest, millis + 200);
         ingest.handle(at(millis + 200), Event::Flushed(batch, Some(Flushed::Durable)));
     }
     assert!(matches!(ingest.next_action(at(999)), Action::Poll { .. }));
-    let commit = commit_of(102);
-    assert_eq!(ingest.next_action(at(1_000)), commit);
-    ingest.handle(at(1_100), Event::CommitFailed(vec![P]));
-    assert!(matches!(ingest.next_action(at(1_999)), Action::Poll { .. }));
-    assert_eq!(ingest.next_action(at(2_000)), commit);
+    let commits = vec![(P, NextOffset(102)), (Q, NextOffset(100))];
+    assert_eq!(ingest.next_action(at(1_000)), Action::Commit(commits));
+    assert!(matches!(ingest.next_action(at(9_000)), Action::Poll { .. }));
 }
 
 #[test]

@@ -4,18 +4,17 @@
 //! waits to be told in a rebalance.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::mpsc::Receiver;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use log::Level;
+use rdkafka::TopicPartitionList;
 use rdkafka::client::ClientContext;
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::statistics::Statistics;
 use rdkafka::types::RDKafkaRespErr;
-use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use crate::clock::instant_now;
 use crate::consume::batch::{NextOffset, Partition};
@@ -55,7 +54,6 @@ impl Membership {
 #[derive(Default)]
 pub(super) struct Reported {
     pub(super) events: VecDeque<Event>,
-    pub(super) commits_under_way: usize,
     /// Whether the group has assigned our partitions, of which there may be none.
     pub(super) is_member: bool,
     pub(super) ends: BTreeMap<Partition, NextOffset>,
@@ -95,19 +93,6 @@ impl Context {
                 "Kafka is back after {} s",
                 lasted.as_secs()
             );
-        }
-    }
-
-    pub(super) fn committed(&self, commits: &[(Partition, NextOffset)], result: Result<(), String>) {
-        let mut reported = self.reported();
-        reported.commits_under_way = reported.commits_under_way.saturating_sub(1);
-        match result {
-            Ok(()) => self.connected(&mut reported),
-            Err(reason) => {
-                log::debug!("commit failed: {reason}");
-                let partitions = commits.iter().map(|(partition, _)| *partition).collect();
-                reported.events.push_back(Event::CommitFailed(partitions));
-            }
         }
     }
 
@@ -251,28 +236,4 @@ impl ConsumerContext for Context {
             false => Event::Revoked(ours),
         });
     }
-}
-
-/// Commits each list that is sent, until the sender is dropped.
-///
-/// A commit that is waited for takes as long as Kafka does. For one that is not waited for, librdkafka reports the result only
-/// to a callback that rust-rdkafka 0.39 does not set.
-pub(super) fn commit_all(
-    consumer: &BaseConsumer<Context>,
-    to_commit: &Receiver<Vec<(Partition, NextOffset)>>,
-) {
-    let context = consumer.context();
-    for commits in to_commit {
-        let result = list_at(&commits).and_then(|list| consumer.commit(&list, CommitMode::Sync));
-        context.committed(&commits, result.map_err(|error| error.to_string()));
-    }
-}
-
-pub(super) fn list_at(positions: &[(Partition, NextOffset)]) -> KafkaResult<TopicPartitionList> {
-    let mut list = TopicPartitionList::with_capacity(positions.len());
-    for (partition, next) in positions {
-        let offset = KafkaOffset::Offset(next.0);
-        list.add_partition_offset(partition.topic, partition.number, offset)?;
-    }
-    Ok(list)
 }

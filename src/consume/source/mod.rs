@@ -14,14 +14,14 @@
 mod context;
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use log::Level;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
@@ -30,7 +30,7 @@ use crate::clock::instant_now;
 use crate::config::ConsumeConfig;
 use crate::consume::batch::{NextOffset, Offset, Partition, Record};
 use crate::consume::ingest::{Event, Extent};
-use crate::consume::source::context::{Context, Membership, Reported, list_at};
+use crate::consume::source::context::{Context, Membership, Reported};
 use crate::kafka::{BatchHead, Explainer, batch_head, client_config, group, names_a_cause, partitions};
 use crate::sample::Timestamp;
 use crate::thread::start_thread;
@@ -49,9 +49,6 @@ const LOOK_FOR_TOPICS_WITHIN: Duration = Duration::from_secs(1);
 /// A member of the consumer group.
 pub struct Source {
     consumer: Arc<BaseConsumer<Context>>,
-    /// Holds one entry, so while Kafka does not answer a commit, further ones fail immediately.
-    commits: SyncSender<Vec<(Partition, NextOffset)>>,
-    committer: JoinHandle<()>,
     /// The watcher ends when this is dropped.
     watching: SyncSender<()>,
     watcher: JoinHandle<()>,
@@ -150,12 +147,6 @@ impl Source {
             .subscribe(&topics)
             .context("cannot subscribe to KAFKA_TOPIC")?;
         let consumer = Arc::new(consumer);
-        let (commits, to_commit) = sync_channel(1);
-        let committer = {
-            let consumer = Arc::clone(&consumer);
-            start_thread("committer", move || context::commit_all(&consumer, &to_commit))
-                .context("cannot start a thread for commits")?
-        };
         let (watching, until) = sync_channel(0);
         let watcher = {
             let consumer = Arc::clone(&consumer);
@@ -174,8 +165,6 @@ impl Source {
         };
         Ok(Self {
             consumer,
-            commits,
-            committer,
             watching,
             watcher,
             look_for_topics_at: None,
@@ -273,32 +262,12 @@ impl Source {
         partitions.iter().filter_map(extent).collect()
     }
 
-    /// Commits without waiting for the answer. A failure is reported as [`Event::CommitFailed`].
-    pub fn commit(&self, commits: Vec<(Partition, NextOffset)>) {
-        self.reported().commits_under_way += 1;
-        if let Err(TrySendError::Full(commits) | TrySendError::Disconnected(commits)) =
-            self.commits.try_send(commits)
-        {
-            self.consumer
-                .context()
-                .committed(&commits, Err("the last commit is not answered yet".into()));
+    /// Commits without waiting for the answer. A lost commit is made up for by the next one.
+    pub fn commit(&self, commits: &[(Partition, NextOffset)]) {
+        let sent = list_at(commits).and_then(|list| self.consumer.commit(&list, CommitMode::Async));
+        if let Err(error) = sent {
+            log::debug!("cannot commit: {error}");
         }
-    }
-
-    /// Polls until Kafka has answered every commit, but at most until the deadline. Drops the records that arrive meanwhile.
-    pub fn wait_for_commits(&self, deadline: Instant) {
-        const POLL: Duration = Duration::from_millis(20);
-        while self.commits_under_way() > 0 && instant_now() < deadline {
-            if let Err(error) = self.poll(POLL) {
-                log::debug!("while waiting for commits: {error:#}");
-                return;
-            }
-        }
-    }
-
-    /// The number of commits that Kafka has not answered.
-    pub fn commits_under_way(&self) -> usize {
-        self.reported().commits_under_way
     }
 
     /// The offset after the last readable record of each partition, as Kafka last reported it.
@@ -350,16 +319,15 @@ impl Source {
         self.membership().level(level)
     }
 
-    /// Leaves the group and ends librdkafka's threads. If Kafka is away and this takes longer than `within`, the threads end with
-    /// the process.
+    /// Waits for the answers to the last commits, leaves the group, and ends librdkafka's threads. If Kafka is away and this takes
+    /// longer than `within`, the threads end with the process.
     pub fn close(self, within: Duration) {
         let (closed, is_closed) = sync_channel(1);
         let closing = start_thread("kafka-close", move || {
-            // The threads also hold the consumer.
-            drop(self.commits);
+            // The watcher also holds the consumer.
             drop(self.watching);
-            if self.committer.join().is_err() || self.watcher.join().is_err() {
-                log::debug!("the committer or the watcher of the group panicked");
+            if self.watcher.join().is_err() {
+                log::debug!("the watcher of the group panicked");
             }
             drop(self.consumer);
             // The receiver may be gone.
@@ -510,6 +478,15 @@ const SETTINGS: &[(&str, &str)] = &[
     // Brokers close idle connections, which is not an outage.
     ("log.connection.close", "false"),
 ];
+
+fn list_at(positions: &[(Partition, NextOffset)]) -> KafkaResult<TopicPartitionList> {
+    let mut list = TopicPartitionList::with_capacity(positions.len());
+    for (partition, next) in positions {
+        let offset = KafkaOffset::Offset(next.0);
+        list.add_partition_offset(partition.topic, partition.number, offset)?;
+    }
+    Ok(list)
+}
 
 fn stuck_text(partition: Partition, offset: i64, head: &BatchHead) -> String {
     format!(
