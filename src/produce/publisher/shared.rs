@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
@@ -136,7 +136,6 @@ pub(super) struct Shared {
     pub(super) deliveries: Arc<Deliveries>,
     /// Missing topics that have used up their part of the buffer.
     pub(super) crowded: Mutex<HashSet<String>>,
-    pub(super) any_crowded: AtomicBool,
 }
 
 #[derive(Default)]
@@ -226,12 +225,16 @@ impl Shared {
             changed: Condvar::new(),
             deliveries,
             crowded: Mutex::default(),
-            any_crowded: AtomicBool::new(false),
         }
     }
 
     pub(super) fn topic_of<'a>(&'a self, target: &'a Target) -> &'a str {
         target.topic.as_deref().unwrap_or(&self.default_topic)
+    }
+
+    /// The number of records that are not acknowledged yet.
+    pub(super) fn on_the_way(&self) -> usize {
+        self.deliveries.records_on_the_way.load(Ordering::Relaxed)
     }
 
     pub(super) fn release(&self, bytes: usize) {
