@@ -63,7 +63,7 @@ impl Fleet {
             events: events.clone(),
             turned_at: settings.clock.now_micros(),
             joined_at: instant_now(),
-            new_topics: new_topics,
+            new_topics,
             letters,
             orders: Box::new(orders),
             to_read: Vec::new(),
