@@ -568,7 +568,8 @@ impl World {
             let now = world.now + producer.skew;
             let asleep = world.now - std::mem::replace(&mut producer.ran_at, world.now);
             if asleep > 5 * SECOND {
-                producer.shares.handle(now, Event::Suspended);
+                let all = producer.shares.all();
+                producer.shares.handle(now, Event::InDoubt(all));
             }
             // Its threads run in any order, each often or rarely.
             for _ in 0..4 {

@@ -114,7 +114,7 @@ impl Thread {
                     offset: ledger.from,
                     metadata: ledger.metadata(&self.place),
                 };
-                (named(share), committed)
+                ((share.topic.to_string(), share.partition), committed)
             })
             .collect();
         let (events, group) = (self.events.clone(), self.group.clone());
@@ -136,8 +136,4 @@ impl Thread {
             let _ = events.send(Event::Committed(outcome));
         });
     }
-}
-
-fn named(share: &Share) -> Named {
-    (share.topic.to_string(), share.partition)
 }

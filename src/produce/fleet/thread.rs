@@ -124,7 +124,7 @@ impl Thread {
         (self.orders)(Order::Left);
     }
 
-    /// The last owner of a share may have written void records while it was suspended: see `share`.
+    /// Other producers may have had our shares meanwhile, and we may have written void records: see `share`.
     fn notice_suspension(&mut self) {
         let now = self.clock.now_micros();
         let passed = now - std::mem::replace(&mut self.turned_at, now);
@@ -134,7 +134,7 @@ impl Thread {
                 self.group,
                 passed / 1_000_000
             );
-            self.handle(Event::Suspended);
+            self.handle(Event::InDoubt(self.shares.all()));
         }
     }
 

@@ -99,7 +99,7 @@ impl Publisher {
 
     /// For other threads.
     pub fn letter_box(&self) -> LetterBox {
-        LetterBox(Arc::clone(&self.shared))
+        Arc::clone(&self.shared)
     }
 
     /// The number of records that are not acknowledged yet.

@@ -127,7 +127,10 @@ pub struct Unacknowledged {
 /// other hosts.
 pub(super) const PART_OF_A_MISSING_TOPIC: usize = 4;
 
-pub(super) struct Shared {
+/// Lets other threads send letters to the publisher.
+pub type LetterBox = Arc<Shared>;
+
+pub struct Shared {
     pub(super) default_topic: String,
     pub(super) failures_topic: Option<String>,
     pub(super) bounds: Bounds,
@@ -197,18 +200,8 @@ impl Record {
     }
 }
 
-/// Lets other threads send letters to the publisher.
-#[derive(Clone)]
-pub struct LetterBox(pub(super) Arc<Shared>);
-
-impl LetterBox {
-    pub fn tell(&self, letter: Letter) {
-        self.0.tell(letter);
-    }
-}
-
 impl Shared {
-    pub(super) fn tell(&self, letter: Letter) {
+    pub fn tell(&self, letter: Letter) {
         let mut inbox = lock(&self.inbox);
         inbox.letters.push(letter);
         if inbox.is_asleep {

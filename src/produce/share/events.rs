@@ -60,8 +60,6 @@ pub enum Event {
     Released { share: Share, ledger: Ledger },
     /// Records on their way to Kafka may or may not be stored. A new claim shows which ones are.
     InDoubt(Vec<Share>),
-    /// The process was suspended. Other producers may have had our shares meanwhile.
-    Suspended,
     /// Give everything back by this time.
     Stop { until: i64 },
 }

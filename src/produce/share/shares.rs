@@ -157,7 +157,6 @@ impl Shares {
                 }
             }
             Event::InDoubt(shares) => self.doubt(now, shares),
-            Event::Suspended => self.doubt(now, self.all()),
             Event::Stop { until } => self.stop(until),
         }
     }
@@ -313,13 +312,9 @@ impl Shares {
             });
         }
         // The group has assigned the shares that it does not name here to other members.
-        let others: Vec<_> = self
-            .tenures
-            .iter()
-            .filter(|(_, tenure)| !tenure.is_ours())
-            .map(|(share, _)| share.clone())
-            .collect();
-        others.iter().for_each(|share| self.forget(share));
+        for share in self.select(|tenure| !tenure.is_ours()) {
+            self.forget(&share);
+        }
     }
 
     fn revoked(&mut self, now: i64, shares: &[Share]) {
@@ -360,13 +355,11 @@ impl Shares {
     }
 
     fn release_due(&mut self, now: i64) {
-        let is_due = |(share, tenure): (&Share, &Tenure)| {
-            let is_due = tenure.stage == Stage::Owned && tenure.release_at.is_some_and(|at| at <= now);
-            is_due.then(|| share.clone())
-        };
-        let due: Vec<Share> = self.tenures.iter().filter_map(is_due).collect();
-        due.iter()
-            .for_each(|share| self.release(share, now + RELEASE_WITHIN_MICROS));
+        let is_due =
+            |tenure: &Tenure| tenure.stage == Stage::Owned && tenure.release_at.is_some_and(|at| at <= now);
+        for share in self.select(is_due) {
+            self.release(&share, now + RELEASE_WITHIN_MICROS);
+        }
     }
 
     fn release(&mut self, share: &Share, until: i64) {
@@ -555,18 +548,17 @@ impl Shares {
             Stage::Releasing { until } | Stage::ToClose { until, .. } => until <= now,
             _ => stops,
         };
-        let overdue: Vec<_> = self
-            .tenures
-            .iter()
-            .filter(|(_, tenure)| is_overdue(tenure))
-            .map(|(share, _)| share.clone())
-            .collect();
-        for share in &overdue {
+        for share in &self.select(is_overdue) {
             match self.stops_at {
                 Some(_) => self.abandon(share),
                 None => self.forget(share),
             }
         }
+    }
+
+    fn select(&self, which: impl Fn(&Tenure) -> bool) -> Vec<Share> {
+        let selected = self.tenures.iter().filter(|(_, tenure)| which(tenure));
+        selected.map(|(share, _)| share.clone()).collect()
     }
 
     fn forget(&mut self, share: &Share) {
