@@ -90,14 +90,11 @@ pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
 fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
     postgres::once(config, async |session| {
         let sql = schema::let_read(&session.table, reader);
-        session
-            .bounded("granting SELECT", session.client.batch_execute(&sql))
-            .await
-    })?
-    .map_err(|fault| {
         let remedy = format!("let a superuser run CREATE ROLE for {reader:?}, and run `init` again");
-        anyhow::anyhow!("user {reader:?} not created: {}", fault.with_grant(&remedy))
-    })?;
+        let granted = session.batch("granting SELECT", &sql).await;
+        Ok(granted.map_err(|fault| fault.with_grant(&remedy))?)
+    })
+    .with_context(|| format!("user {reader:?} not created"))?;
     log::info!("user {reader:?} may read the state; if it has no password, set one with ALTER ROLE");
     Ok(())
 }
@@ -393,8 +390,8 @@ async fn make_tables_once(config: &DatabaseConfig) -> Result<(), Fault> {
 }
 
 fn drop_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
-    let (dropped, left) = postgres::once(config, async |session| migrate::drop_ours(session).await)?
-        .map_err(|fault| anyhow::anyhow!("nothing dropped: {fault}"))?;
+    let (dropped, left) = postgres::once(config, async |session| Ok(migrate::drop_ours(session).await?))
+        .context("nothing dropped")?;
     for name in &dropped {
         log::info!("{name} dropped");
     }

@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use crate::config::ConsumeConfig;
 use crate::consume::state;
 use crate::kafka::{BatchHead, batch_head};
-use crate::postgres::{self, Bounds, Fault, Session};
+use crate::postgres::{self, Fault, Session};
 use crate::tables::names::Object;
 
 /// The argument of `skip`: `TOPIC/PARTITION` or `TOPIC/PARTITION:OFFSET`.
@@ -50,18 +50,15 @@ impl FromStr for Argument {
 /// Moves the position past the batch that holds the offset; without an offset, only reads the header of the next batch.
 /// Returns the result as text for a person.
 pub fn run(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
-    let runtime = postgres::runtime()?;
-    let said = runtime.block_on(skip(config, argument));
-    // Does not wait for a name lookup that may still run on a thread of the runtime.
-    runtime.shutdown_background();
-    said
+    postgres::once(&config.database, async |session| {
+        skip(session, config, argument).await
+    })
 }
 
-async fn skip(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
-    let session = Session::open(&config.database, Bounds::default()).await?;
+async fn skip(session: &Session, config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
     let Argument { topic, partition, .. } = argument;
     let name = format!("{topic}/{partition}");
-    let Some(position) = position(&session, config, argument).await? else {
+    let Some(position) = position(session, config, argument).await? else {
         bail!(
             "group {} has no position of {name} in {}; `host-metrics consume` creates it when it first reads that partition",
             config.group_id,
@@ -73,33 +70,30 @@ async fn skip(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<Str
     if offset < position {
         // The state has its own position, which may still be before the batch.
         let next = head().map_or(offset, |head| head.last_offset.saturating_add(1));
-        if pass_state(&session, config, argument, offset, offset, next).await? {
+        if pass_state(session, config, argument, offset, offset, next).await? {
             return Ok(format!("The position of the state of {name} is now {next}\n"));
         }
         bail!("the position of {name} is {position}, which is already past offset {offset}");
     }
     let head = head()?;
-    let said = if argument.offset.is_none() {
-        format!(
+    if argument.offset.is_none() {
+        return Ok(format!(
             "The position of {name} is {position}. The batch there: {head}. To skip it: host-metrics skip {name}:{position}\n"
-        )
-    } else {
-        if !pass(&session, config, argument, position, &head).await? {
-            bail!(
-                "nothing was changed, because the position of {name} has just moved on from {position}; run `skip` again"
-            );
-        }
-        let (first, last) = (head.first_offset, head.last_offset);
-        pass_state(&session, config, argument, first, last, last.saturating_add(1)).await?;
-        format!(
-            "The position of {name} is now {}. Offsets {position} to {} are recorded in {} as not read\n",
-            head.last_offset.saturating_add(1),
-            head.last_offset,
-            config.database.table.quoted(Object::Rejected.suffix())
-        )
-    };
-    session.close().await;
-    Ok(said)
+        ));
+    }
+    if !pass(session, config, argument, position, &head).await? {
+        bail!(
+            "nothing was changed, because the position of {name} has just moved on from {position}; run `skip` again"
+        );
+    }
+    let (first, last) = (head.first_offset, head.last_offset);
+    pass_state(session, config, argument, first, last, last.saturating_add(1)).await?;
+    Ok(format!(
+        "The position of {name} is now {}. Offsets {position} to {} are recorded in {} as not read\n",
+        head.last_offset.saturating_add(1),
+        head.last_offset,
+        config.database.table.quoted(Object::Rejected.suffix())
+    ))
 }
 
 async fn position(
@@ -112,12 +106,8 @@ async fn position(
         "SELECT next_offset FROM {offsets} WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3"
     );
     let params: [&(dyn ToSql + Sync); 3] = [&config.group_id, &argument.topic, &argument.partition];
-    session
-        .bounded("reading the position", async {
-            let row = session.client.query_opt(&sql, &params).await?;
-            row.map(|row| row.try_get(0)).transpose()
-        })
-        .await
+    let rows = session.query("reading the position", &sql, &params).await?;
+    Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
 }
 
 /// Moves the position and records the skipped offsets in one statement. False if the position is no longer the expected one.
@@ -152,9 +142,7 @@ async fn pass(
         &next,
         &reason,
     ];
-    let noted = session
-        .bounded("moving the position", session.client.execute(&sql, &params))
-        .await?;
+    let noted = session.execute("moving the position", &sql, &params).await?;
     Ok(noted == 1)
 }
 
@@ -181,9 +169,7 @@ async fn pass_state(
         &last,
         &next,
     ];
-    let moved = session
-        .bounded("moving the position", session.client.execute(&sql, &params))
-        .await?;
+    let moved = session.execute("moving the position", &sql, &params).await?;
     Ok(moved == 1)
 }
 

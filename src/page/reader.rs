@@ -72,13 +72,10 @@ impl Reader {
 
     async fn read_from(&mut self, session: &Session) -> Result<Snapshot, Fault> {
         const BEGIN: &str = "BEGIN TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY";
-        let client = &session.client;
         let query = async |sql: &str, parameters: &[&(dyn ToSql + Sync)]| {
-            session
-                .bounded("reading the state", client.query(sql, parameters))
-                .await
+            session.query("reading the state", sql, parameters).await
         };
-        session.bounded("BEGIN", client.batch_execute(BEGIN)).await?;
+        session.batch("BEGIN", BEGIN).await?;
         let series = query(&series(&session.table), &[]).await?;
         let windows = query(
             &windows::counts(&session.table, &WINDOWS.map(|(name, _)| name)),
@@ -123,7 +120,7 @@ impl Reader {
             self.incidents
                 .insert((incident.address.clone(), incident.number), incident);
         }
-        session.bounded("COMMIT", client.batch_execute("COMMIT")).await?;
+        session.batch("COMMIT", "COMMIT").await?;
         self.snapshot(now, &series, &windows)
     }
 

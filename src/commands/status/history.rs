@@ -82,9 +82,7 @@ pub(super) async fn read(
     only_incidents: bool,
     is_state_on: bool,
 ) -> Result<History, Fault> {
-    session
-        .bounded("session settings", session.client.batch_execute(SETTINGS))
-        .await?;
+    session.batch("session settings", SETTINGS).await?;
     if let Some(reason) = no_state(session, found, is_state_on).await? {
         return Err(Fault::operator(format!(
             "--host and --incidents read the state that `consume` keeps, but {reason}"
@@ -126,9 +124,7 @@ pub(super) async fn read(
 }
 
 async fn query(session: &Session, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Fault> {
-    session
-        .bounded("reading the state", session.client.query(sql, parameters))
-        .await
+    session.query("reading the state", sql, parameters).await
 }
 
 async fn address_of(session: &Session, series: &str, wanted: &str) -> Result<String, Fault> {

@@ -10,7 +10,6 @@ mod watch;
 
 use std::fmt::Write as _;
 
-use anyhow::anyhow;
 use serde::Serialize;
 
 use crate::commands::status::lag::{Lag, lag};
@@ -43,9 +42,8 @@ pub struct Report {
 pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
     let rows = postgres::once(&config.database, async |session| {
         let found = destination::find(session).await?;
-        rows::read(session, &found, &config.group_id, config.is_state_on).await
-    })?
-    .map_err(|fault| anyhow!("{fault}"))?;
+        Ok(rows::read(session, &found, &config.group_id, config.is_state_on).await?)
+    })?;
     let lag = match (&config.kafka, &rows.positions) {
         (None, _) => Err("KAFKA_BOOTSTRAP_SERVERS is not set".to_owned()),
         (_, None) => Err(format!(
@@ -71,9 +69,8 @@ pub fn history(
 ) -> anyhow::Result<String> {
     let history = postgres::once(&config.database, async |session| {
         let found = destination::find(session).await?;
-        history::read(session, &found, host, only_incidents, config.is_state_on).await
-    })?
-    .map_err(|fault| anyhow!("{fault}"))?;
+        Ok(history::read(session, &found, host, only_incidents, config.is_state_on).await?)
+    })?;
     Ok(joined(history::lines(&history, width), width))
 }
 

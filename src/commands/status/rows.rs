@@ -120,9 +120,7 @@ pub(super) async fn read(
         .map(|(name, _)| *name)
         .filter(|name| !columns.contains(*name))
         .collect();
-    session
-        .bounded("session settings", session.client.batch_execute(SETTINGS))
-        .await?;
+    session.batch("session settings", SETTINGS).await?;
     let now_micros = session.now_micros().await?;
     let times = Times::before(now_micros);
     let has_time = columns.contains("scheduled_at");
@@ -207,12 +205,9 @@ pub(super) async fn no_state(
         }
     }
     let series = found.table.quoted(Object::Series.suffix());
-    let sql = format!("SELECT EXISTS (SELECT FROM {series})");
-    let row = session
-        .bounded("reading the state", session.client.query_one(&sql, &[]))
-        .await?;
-    let has_any: bool = row.try_get(0)?;
-    Ok((!has_any).then(|| format!("{series} is empty")))
+    let sql = format!("SELECT FROM {series} LIMIT 1");
+    let rows = session.query("reading the state", &sql, &[]).await?;
+    Ok(rows.is_empty().then(|| format!("{series} is empty")))
 }
 
 impl Host {
@@ -506,9 +501,7 @@ async fn positions(
         "SELECT topic, \"partition\", next_offset FROM {} WHERE group_id = $1",
         found.table.quoted(Object::Offsets.suffix())
     );
-    let rows = session
-        .bounded("reading the positions", session.client.query(&sql, &[&group_id]))
-        .await?;
+    let rows = session.query("reading the positions", &sql, &[&group_id]).await?;
     let mut positions = BTreeMap::new();
     for row in rows {
         positions.insert((row.try_get(0)?, row.try_get(1)?), row.try_get(2)?);
