@@ -13,6 +13,7 @@ use rdkafka::metadata::Metadata;
 use rdkafka::producer::{BaseProducer, Producer as _};
 use tokio::runtime::Runtime;
 
+use crate::cli;
 use crate::clock::instant_now;
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
@@ -35,33 +36,22 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// (fenced). So this error is final only after this long.
 const BROKERS_START_WITHIN: Duration = Duration::from_secs(30);
 
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options<'a> {
-    /// For new topics.
-    pub partitions: Option<i32>,
-    /// For new topics; `None`: the broker's default.
-    pub replication: Option<i32>,
-    /// For new topics; `None`: the broker's default.
-    pub retention: Option<Duration>,
-    /// A user that gets the right to read the state, and nothing else, for `page`.
-    pub reader: Option<&'a str>,
-    /// Only print the SQL.
-    pub print_sql: bool,
-}
-
 /// Creates missing topics and tables. Waits for servers that cannot be reached, without a limit.
 ///
 /// # Errors
 /// An error that waiting does not resolve: a rejected login, a missing right, an impossible replication factor.
-pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
+pub fn run(config: &InitConfig, options: &cli::Init) -> anyhow::Result<()> {
     if options.print_sql {
         let table = &config.database.table;
-        let reader = options.reader.map(|reader| schema::let_read(table, reader));
+        let reader = options
+            .reader
+            .as_ref()
+            .map(|reader| schema::let_read(table, reader));
         return print(&(schema::script(table, days::today()) + &reader.unwrap_or_default()));
     }
     make_topics(config, options)?;
     make_tables(&config.database)?;
-    match options.reader {
+    match &options.reader {
         Some(reader) => let_read(&config.database, reader),
         None => Ok(()),
     }
@@ -133,7 +123,7 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
+fn make_topics(config: &InitConfig, options: &cli::Init) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut waiting = Outage::default();
     let existing = all_topics(config, &mut waiting)?;
@@ -229,7 +219,7 @@ fn report_existing(
     admin: &AdminClient<Listener>,
     metadata: &Metadata,
     topic: &str,
-    options: &Options<'_>,
+    options: &cli::Init,
 ) {
     let Some(found) = find_topic(metadata, topic) else {
         return;
