@@ -210,7 +210,7 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool>
             true => status::json(&report),
             false => status::text(&report, width),
         };
-        Ok((text, !report.is_stale()))
+        Ok((text, !report.stale))
     };
     if args.watch {
         status::watch(&listen_to_signals()?, || Ok(answer()?.0))?;

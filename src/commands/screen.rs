@@ -4,11 +4,10 @@ use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex};
 
-use anstream::{AutoStream, ColorChoice};
 use terminal_size::{Height, Width, terminal_size};
 
 use crate::lock::lock;
-use crate::terminal::{fit, plain};
+use crate::terminal::plain;
 
 /// The size if there is no terminal, or if it does not report its size. Lines in a file may be long.
 const DEFAULT_WIDTH: usize = 160;
@@ -38,11 +37,6 @@ impl Screen {
 
     pub(super) fn is_terminal(&self) -> bool {
         self.is_terminal
-    }
-
-    /// As NO_COLOR, TERM and `--color` say.
-    pub(super) fn is_coloured(&self) -> bool {
-        AutoStream::choice(&io::stdout()) != ColorChoice::Never
     }
 
     pub(super) fn width(&self) -> usize {
@@ -88,6 +82,17 @@ impl Screen {
     }
 }
 
+/// The lines that fit in `height`, the last one with the number of the others.
+pub(super) fn first_lines(mut lines: Vec<String>, height: usize) -> Vec<String> {
+    if lines.len() > height {
+        let shown = height.saturating_sub(1);
+        let more = lines.len() - shown;
+        lines.truncate(shown);
+        lines.push(format!("… {more} more lines"));
+    }
+    lines
+}
+
 /// The log lines of the agents. On a terminal they would disturb the live table, so only the newest is shown below it, and the
 /// last ones are printed at the end.
 #[derive(Clone, Default)]
@@ -102,9 +107,8 @@ struct Kept {
 }
 
 impl Notices {
-    /// The newest line, in at most `width` characters.
-    pub(super) fn newest(&self, width: usize) -> Option<String> {
-        self.kept().lines.back().map(|line| fit(line, width))
+    pub(super) fn newest(&self) -> Option<String> {
+        self.kept().lines.back().cloned()
     }
 
     /// All lines that are kept, and the number of earlier ones.
@@ -151,11 +155,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_picture_is_not_higher_than_the_terminal() {
+        let lines = |height| first_lines(["a", "b", "c"].map(str::to_owned).to_vec(), height);
+        assert_eq!(lines(3), ["a", "b", "c"]);
+        assert_eq!(lines(2), ["a", "… 2 more lines"]);
+        assert_eq!(lines(1), ["… 3 more lines"]);
+    }
+
+    #[test]
     fn notices_are_whole_lines_without_control_characters_and_bounded() {
         let mut notices = Notices::default();
         write!(notices, "one \x1b[31mred\npart").unwrap();
-        assert_eq!(notices.newest(80).as_deref(), Some("one  [31mred"));
-        assert_eq!(notices.newest(4).as_deref(), Some("one…"));
+        assert_eq!(notices.newest().as_deref(), Some("one  [31mred"));
         for number in 0..MAX_NOTICES {
             writeln!(notices, "{number}").unwrap();
         }

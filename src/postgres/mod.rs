@@ -169,7 +169,7 @@ impl Session {
         bounded(what, self.bounds.step, future).await
     }
 
-    /// The rows of a query, for which at most one step is waited. So do [`Session::execute`] and [`Session::batch`].
+    /// The rows of a query, for which at most one step is waited, as in the next three functions.
     pub async fn query(
         &self,
         what: &str,
@@ -177,6 +177,16 @@ impl Session {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, Fault> {
         self.bounded(what, self.client.query(sql, params)).await
+    }
+
+    /// The row of a query that always has one.
+    pub async fn query_one(
+        &self,
+        what: &str,
+        sql: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Row, Fault> {
+        self.bounded(what, self.client.query_one(sql, params)).await
     }
 
     /// Returns how many rows the statement wrote.
@@ -192,9 +202,7 @@ impl Session {
     /// The database's clock: the start of the transaction in microseconds since 1970.
     pub async fn now_micros(&self) -> Result<i64, Fault> {
         let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
-        let row = self
-            .bounded("asking the time", self.client.query_one(sql, &[]))
-            .await?;
+        let row = self.query_one("asking the time", sql, &[]).await?;
         Ok(row.try_get(0)?)
     }
 

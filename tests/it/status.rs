@@ -82,7 +82,7 @@ impl Database {
             .map(|error| format!("{}: {error}", error.instance_path()))
             .collect();
         assert!(errors.is_empty(), "{errors:#?}\n{document:#}");
-        assert_eq!(document["stale"], report.is_stale());
+        assert_eq!(document["stale"], report.stale);
         document
     }
 }
@@ -166,7 +166,8 @@ fn the_exit_status_tells_whether_the_data_is_current() {
     let (status, text) = run(&[]);
     assert_eq!(status, Some(1));
     assert!(
-        text.contains("The table has no row of any host.") && text.contains("STALE: the table has no row."),
+        text.contains("The table has no row of any host.")
+            && text.contains("STALE: the table has no row of the last seven days."),
         "{text}"
     );
     database.checks("a", 60, 3, &[]);
@@ -217,7 +218,10 @@ fn no_row_and_old_rows_are_stale() {
     let document = database.status(&[]);
     assert_eq!(
         (&document["stale"], &document["pipeline"]["stale_because"]),
-        (&json!(true), &json!("the table has no row"))
+        (
+            &json!(true),
+            &json!("the table has no row of the last seven days")
+        )
     );
     database.checks("a", 10, 5, &[]);
     assert_eq!(database.status(&[])["stale"], false);

@@ -4,9 +4,7 @@
 //! its own thread. Kafka is librdkafka's in-process broker, and Postgres is a temporary cluster.
 
 pub mod postgres;
-mod rows;
 pub mod site;
-mod table;
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -23,24 +21,23 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 
 use self::postgres::ThrowAwayPostgres;
-use self::rows::{Counted, Rows};
 use self::site::SampleSite;
-use self::table::Totals;
 use crate::check::target::Target;
 use crate::clock::instant_now;
-use crate::commands::audit;
 use crate::commands::page::Page;
-use crate::commands::screen::{Notices, Screen};
+use crate::commands::screen::{Notices, Screen, first_lines};
+use crate::commands::{audit, status};
 use crate::config::{
-    self, AuditConfig, CheckConfig, ConsumeConfig, GroupConfig, KafkaConfig, PageConfig, ProduceConfig,
-    References, Variables,
+    self, AuditConfig, CheckConfig, ConsumeConfig, DatabaseConfig, GroupConfig, KafkaConfig, PageConfig,
+    ProduceConfig, References, StatusConfig, Variables,
 };
 use crate::page::view::Options as PageOptions;
 use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
-use crate::terminal::fit;
+use crate::tables::names::Object;
+use crate::terminal::{self, fit};
 use crate::thread::start_thread;
 use crate::{consume, logging, produce};
 
@@ -101,9 +98,15 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
             (hosts.targets, Some(sample_file.as_path()))
         }
     };
-    let addresses: Vec<String> = targets.iter().map(|target| target.address.clone()).collect();
+    let hosts = targets.len();
     let (produce, consume) = configure(&kafka.bootstrap_servers(), &postgres, &password, check, &targets)?;
-    let mut rows = Rows::connect(&consume.database).context("cannot connect to Postgres")?;
+    let status = StatusConfig {
+        kafka: None,
+        topics: consume.topics.clone(),
+        group_id: consume.group_id.clone(),
+        database: consume.database.clone(),
+        is_state_on: true,
+    };
     let page = Page::start(page_config(&consume)).context("cannot serve the status page")?;
     screen.print(&introduction(
         &kafka.bootstrap_servers(),
@@ -116,15 +119,15 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
 
     let mut view = View {
         screen,
-        rows: &mut rows,
-        addresses,
+        status,
+        hosts,
         notices,
         start: instant_now(),
     };
     view.watch(how_long, shutdown, &pipeline.produce.stop)?;
     view.screen
         .print("\nStopping: the running checks end, then all their results are sent and stored ...")?;
-    let (audit, (ledger, ended)) = (pipeline.audit(), pipeline.stop(view.rows)?);
+    let (audit, (ledger, ended)) = (pipeline.audit(), pipeline.stop()?);
     view.finish(&ledger)?;
     ended.and(page.end())?;
     if ledger.acknowledged == 0 {
@@ -249,15 +252,16 @@ fn introduction(
 }
 
 /// The display of the running pipeline.
-struct View<'a> {
+struct View {
     screen: Screen,
-    rows: &'a mut Rows,
-    addresses: Vec<String>,
+    status: StatusConfig,
+    /// How many are checked.
+    hosts: usize,
     notices: Notices,
     start: Instant,
 }
 
-impl View<'_> {
+impl View {
     /// Shows the contents of the table until the time is over or a stop is requested.
     fn watch(
         &mut self,
@@ -289,57 +293,54 @@ impl View<'_> {
     }
 
     fn show(&mut self) -> anyhow::Result<()> {
-        let totals = self.totals()?;
-        let summary = table::summary(totals, self.start.elapsed());
+        let (summary, mut table) = self.look()?;
         if !self.screen.is_terminal() {
             return Ok(self.screen.print(&summary)?);
         }
-        let width = self.screen.width();
-        let mut picture = vec![fit(&summary, width), String::new()];
-        if totals.rows > 0 {
-            picture.extend(self.table()?);
-        } else {
-            let waiting = "(both agents are joining their groups, which takes 3 s; then the checks begin)";
-            picture.push(fit(waiting, width));
+        if table.is_empty() {
+            table.push(
+                "(both agents are joining their groups, which takes 3 s; then the checks begin)".to_owned(),
+            );
         }
-        if let Some(notice) = self.notices.newest(width) {
+        // The summary, a notice, and the empty lines before and after the table.
+        const OTHER_LINES: usize = 4;
+        let mut picture = vec![summary, String::new()];
+        picture.extend(first_lines(
+            table,
+            self.screen.height().saturating_sub(OTHER_LINES),
+        ));
+        if let Some(notice) = self.notices.newest() {
             picture.extend([String::new(), notice]);
         }
+        let width = self.screen.width();
+        let picture: Vec<String> = picture.iter().map(|line| fit(line, width)).collect();
         Ok(self.screen.draw(&picture)?)
     }
 
-    fn totals(&mut self) -> anyhow::Result<Totals> {
-        let hosts = self.addresses.len();
-        if self.rows.tables_exist()? {
-            return Ok(self.rows.totals(hosts)?);
+    /// The totals as a line, and the table of `status` once there are rows.
+    fn look(&self) -> anyhow::Result<(String, Vec<String>)> {
+        let rows = counted(&self.status.database)?.rows;
+        let (mut up, mut down, mut table) = (0, 0, Vec::new());
+        if rows > 0 {
+            let report = status::run(&self.status)?;
+            (up, down) = report.up_and_down();
+            table = status::hosts(&report, self.screen.is_terminal().then(|| self.screen.width()));
         }
-        Ok(Totals {
-            hosts,
-            ..Totals::default()
-        })
-    }
-
-    /// The rows of the hosts that fit on the screen.
-    fn table(&mut self) -> anyhow::Result<Vec<String>> {
-        // The summary, the heading, empty lines, "more", a notice, and the line of the cursor.
-        const OTHER_LINES: usize = 7;
-        let fitting = self.screen.height().saturating_sub(OTHER_LINES).max(1);
-        let shown: Vec<&str> = self.addresses.iter().take(fitting).map(String::as_str).collect();
-        let hosts = self.rows.hosts(&shown)?;
-        let mut lines = table::lines(&hosts, self.screen.width(), self.screen.is_coloured());
-        if shown.len() < self.addresses.len() {
-            let more = format!("... and {} more", self.addresses.len() - shown.len());
-            lines.push(fit(&more, self.screen.width()));
-        }
-        Ok(lines)
+        let seconds = self.start.elapsed().as_secs();
+        let summary = format!(
+            "{:02}:{:02}  {}: {up} up, {down} down; {rows} rows in Postgres",
+            seconds / 60,
+            seconds % 60,
+            terminal::counted(self.hosts, "host")
+        );
+        Ok((summary, table))
     }
 
     fn finish(&mut self, ledger: &Ledger) -> anyhow::Result<()> {
-        let totals = self.totals()?;
-        if !self.screen.is_terminal() && totals.rows > 0 {
-            let summary = table::summary(totals, self.start.elapsed());
-            let table = self.table()?.join("\n");
-            self.screen.print(&format!("\n{summary}\n\n{table}"))?;
+        if !self.screen.is_terminal() {
+            let (summary, table) = self.look()?;
+            self.screen
+                .print(&format!("\n{summary}\n\n{}", table.join("\n")))?;
         }
         // The log lines that were held back while the table was shown.
         let (lines, more) = self.notices.all();
@@ -397,10 +398,10 @@ impl Pipeline {
     }
 
     /// Stops the agents cleanly, `produce` first. Returns the ledger of the run, and the error of an agent that failed.
-    fn stop(mut self, rows: &mut Rows) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
+    fn stop(mut self) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
         let produced = self.produce.end();
         let acknowledged = self.counters.delivered();
-        let counted = self.wait_for_rows(rows, acknowledged)?;
+        let counted = self.wait_for_rows(acknowledged)?;
         let consumed = self.consume.end();
         let ledger = Ledger {
             due: self.counters.ticks_due.load(Ordering::Relaxed),
@@ -411,17 +412,13 @@ impl Pipeline {
     }
 
     /// Waits until the table has all records that Kafka acknowledged, but not longer than [`CATCH_UP_WITHIN`]. Returns the counts.
-    fn wait_for_rows(&self, rows: &mut Rows, acknowledged: u64) -> anyhow::Result<Counted> {
+    fn wait_for_rows(&self, acknowledged: u64) -> anyhow::Result<Counted> {
         let deadline = instant_now() + CATCH_UP_WITHIN;
         // A new handle, because a stop may have been requested on the program's own, which then no longer waits.
         let pause = Shutdown::new();
         loop {
             let is_over = self.consume.has_ended() || instant_now() >= deadline;
-            let counted = if rows.tables_exist()? {
-                rows.counted()?
-            } else {
-                Counted::default()
-            };
+            let counted = counted(&self.consume_config.database)?;
             let stored = u64::try_from(counted.rows + counted.rejected).unwrap_or_default();
             if stored >= acknowledged || is_over {
                 return Ok(counted);
@@ -429,6 +426,35 @@ impl Pipeline {
             pause.wait_until(instant_now() + Duration::from_millis(50));
         }
     }
+}
+
+/// The counts of the tables, for the summary and the ledger.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counted {
+    rows: i64,
+    rejected: i64,
+}
+
+fn counted(database: &DatabaseConfig) -> anyhow::Result<Counted> {
+    crate::postgres::once(database, async |session| {
+        // `consume` creates this one last, and may not have done it yet.
+        let last = session.table.quoted(Object::Certificates.suffix());
+        let sql = "SELECT WHERE to_regclass($1) IS NOT NULL";
+        let found = session.query("looking for the tables", sql, &[&last]).await?;
+        if found.is_empty() {
+            return Ok(Counted::default());
+        }
+        let sql = format!(
+            "SELECT (SELECT count(*) FROM {}), (SELECT count(*) FROM {})",
+            session.table.quoted(""),
+            session.table.quoted(Object::Rejected.suffix())
+        );
+        let row = session.query_one("counting the rows", &sql, &[]).await?;
+        Ok(Counted {
+            rows: row.try_get(0)?,
+            rejected: row.try_get(1)?,
+        })
+    })
 }
 
 /// An agent on its own thread. Dropping it stops the agent.
