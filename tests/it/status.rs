@@ -419,9 +419,9 @@ fn an_absent_kafka_is_reported_within_seconds_beside_the_state() {
 fn one_host_and_the_incidents_are_read_from_the_state() {
     let mut database = Database::with_tables();
     database.execute(
-        "INSERT INTO host_metrics_series (series_id, address, agent, name, \"group\", is_valid, since, last_seen_at, outcome, error, verdict, verdict_since)
+        "INSERT INTO host_metrics_series (series_id, address, agent, name, \"group\", is_valid, since, last_seen_at, last_check_at, outcome, error, verdict, verdict_since)
          SELECT n, CASE WHEN n < 3 THEN 'https://a.example/' ELSE 'https://b.example/' END, 'place-' || n, 'Shop ' || n / 3, 'Shops',
-             n <> 2, now() - interval '10 minutes', now() - interval '5 minutes', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
+             n <> 2, now() - interval '10 minutes', now() - interval '5 minutes', now() - interval '5 minutes', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
              CASE WHEN n = 2 THEN 'status 503' END, 'up', now() - interval '3 hours'
          FROM generate_series(1, 3) n;
          INSERT INTO host_metrics_rollups (series_id, starts_at, seconds, due, valid, failed, missed, outcomes, histogram)

@@ -354,7 +354,7 @@ fn of_a_table_without_time(source: &str) -> String {
 }
 
 /// Microseconds since 1970; null for `infinity`, which host-metrics never writes.
-pub(super) fn micros(time: &str) -> String {
+fn micros(time: &str) -> String {
     format!("(CASE WHEN isfinite({time}) THEN date_part('epoch', {time}) * 1e6 END)::bigint")
 }
 
@@ -398,7 +398,7 @@ fn get<'a, T: FromSql<'a>>(row: &'a Row, name: &str) -> Result<Option<T>, Fault>
     }
 }
 
-pub(super) fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
+fn time(row: &Row, name: &str) -> Result<Option<Timestamp>, Fault> {
     Ok(get(row, name)?.and_then(Timestamp::from_unix_micros))
 }
 
