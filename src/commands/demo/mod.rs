@@ -6,9 +6,10 @@
 pub mod postgres;
 pub mod site;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,10 +29,8 @@ use crate::commands::page::Page;
 use crate::commands::screen::{Notices, Screen, first_lines};
 use crate::commands::{audit, status};
 use crate::config::{
-    self, AuditConfig, CheckConfig, ConsumeConfig, DatabaseConfig, GroupConfig, KafkaConfig, PageConfig,
-    ProduceConfig, References, StatusConfig, Variables,
+    self, CheckConfig, ConsumeConfig, DatabaseConfig, ProduceConfig, StatusConfig, Variables,
 };
-use crate::page::view::Options as PageOptions;
 use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::{Rounds, host_file};
@@ -99,15 +98,22 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
         }
     };
     let hosts = targets.len();
-    let (produce, consume) = configure(&kafka.bootstrap_servers(), &postgres, &password, check, &targets)?;
-    let status = StatusConfig {
-        kafka: None,
-        topics: consume.topics.clone(),
-        group_id: consume.group_id.clone(),
-        database: consume.database.clone(),
-        is_state_on: true,
+    let variables = variables(&kafka.bootstrap_servers(), &postgres, &password);
+    let produce = ProduceConfig {
+        check,
+        ..config::produce(&variables)?
     };
-    let page = Page::start(page_config(&consume)).context("cannot serve the status page")?;
+    let topics: BTreeSet<&str> = targets
+        .iter()
+        .filter_map(|target| target.topic.as_deref())
+        .chain([TOPIC])
+        .collect();
+    let consume = ConsumeConfig {
+        topics: topics.into_iter().map(str::to_owned).collect(),
+        ..config::consume(&variables)?
+    };
+    let (audit, status) = (config::audit(&variables)?, config::status(&variables)?);
+    let page = Page::start(config::page(&variables)?).context("cannot serve the status page")?;
     screen.print(&introduction(
         &kafka.bootstrap_servers(),
         &postgres,
@@ -119,7 +125,11 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
 
     let mut view = View {
         screen,
-        status,
+        // The demo shows no lag.
+        status: StatusConfig {
+            kafka: None,
+            ..status
+        },
         hosts,
         notices,
         start: instant_now(),
@@ -127,7 +137,7 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     view.watch(how_long, shutdown, &pipeline.produce.stop)?;
     view.screen
         .print("\nStopping: the running checks end, then all their results are sent and stored ...")?;
-    let (audit, (ledger, ended)) = (pipeline.audit(), pipeline.stop()?);
+    let (ledger, ended) = pipeline.stop()?;
     view.finish(&ledger)?;
     ended.and(page.end())?;
     if ledger.acknowledged == 0 {
@@ -167,65 +177,30 @@ fn random_password() -> anyhow::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The configurations of the agents, read from variables as usual.
-fn configure(
-    bootstrap_servers: &str,
-    postgres: &ThrowAwayPostgres,
-    password: &str,
-    check: CheckConfig,
-    targets: &[Target],
-) -> anyhow::Result<(ProduceConfig, ConsumeConfig)> {
-    let mut topics = vec![TOPIC];
-    topics.extend(targets.iter().filter_map(|target| target.topic.as_deref()));
-    topics.sort_unstable();
-    topics.dedup();
-    let (topics, port) = (topics.join(","), postgres.port().to_string());
-    let consume = config::consume(&Variables::from_pairs([
+/// The variables of the agents.
+fn variables(bootstrap_servers: &str, postgres: &ThrowAwayPostgres, password: &str) -> Variables {
+    let is_free = TcpListener::bind("127.0.0.1:9480").is_ok();
+    Variables::from_pairs([
         ("KAFKA_BOOTSTRAP_SERVERS", bootstrap_servers),
-        ("KAFKA_TOPIC", &topics),
+        ("KAFKA_TOPIC", TOPIC),
+        ("PRODUCE_GROUP", "host-metrics-produce"),
         ("DB_HOST", postgres.host()),
-        ("DB_PORT", &port),
+        ("DB_PORT", &postgres.port().to_string()),
         ("DB_USER", postgres.superuser()),
         ("DB_PASSWORD", password),
         ("DB_NAME", postgres.database()),
         ("DB_SSLMODE", "disable"),
         // The default of 1 s would make the live table lag.
         ("DB_BATCH_SECONDS", "0.2"),
-    ]))?;
-    let kafka: KafkaConfig = consume.kafka.clone();
-    let produce = ProduceConfig {
-        kafka,
-        topic: TOPIC.to_owned(),
-        failures_topic: None,
-        group: Some(GroupConfig {
-            name: "host-metrics-produce".to_owned(),
-            instance_id: None,
-        }),
-        check,
-        references: References::Gateways,
-        metrics_addr: None,
-    };
-    Ok((produce, consume))
-}
-
-/// The user's own hosts may have no names, so the page shows addresses.
-fn page_config(consume: &ConsumeConfig) -> PageConfig {
-    let usual = SocketAddr::from(([127, 0, 0, 1], 9_480));
-    let is_free = TcpListener::bind(usual).is_ok();
-    PageConfig {
-        database: consume.database.clone(),
-        // Otherwise any free port.
-        addr: if is_free {
-            usual
-        } else {
-            SocketAddr::from(([127, 0, 0, 1], 0))
-        },
-        options: PageOptions {
-            title: "host-metrics demo".to_owned(),
-            shows_addresses: true,
-        },
-        logins: Vec::new(),
-    }
+        // If the usual port is taken, any free one.
+        (
+            "PAGE_ADDR",
+            if is_free { "127.0.0.1:9480" } else { "127.0.0.1:0" },
+        ),
+        ("PAGE_TITLE", "host-metrics demo"),
+        // The user's own hosts may have no names.
+        ("PAGE_SHOW_ADDRESSES", "yes"),
+    ])
 }
 
 fn introduction(
@@ -343,13 +318,7 @@ impl View {
                 .print(&format!("\n{summary}\n\n{}", table.join("\n")))?;
         }
         // The log lines that were held back while the table was shown.
-        let (lines, more) = self.notices.all();
-        if more > 0 {
-            writeln!(io::stderr(), "... {more} earlier lines are not shown")?;
-        }
-        for line in lines {
-            writeln!(io::stderr(), "{line}")?;
-        }
+        write!(io::stderr(), "{}", self.notices.text())?;
         Ok(self.screen.print(&format!("\n{}", ledger.text()))?)
     }
 }
@@ -358,7 +327,7 @@ impl View {
 struct Pipeline {
     produce: AgentThread,
     consume: AgentThread,
-    consume_config: ConsumeConfig,
+    database: DatabaseConfig,
     counters: Arc<Counters>,
 }
 
@@ -370,8 +339,8 @@ impl Pipeline {
         host_file: Option<&Path>,
         demo: &Shutdown,
     ) -> anyhow::Result<Self> {
-        let config = consume_config.clone();
-        let consume = AgentThread::start("consume", demo, move |stop| consume::run(&config, stop))?;
+        let database = consume_config.database.clone();
+        let consume = AgentThread::start("consume", demo, move |stop| consume::run(&consume_config, stop))?;
         let counters = Arc::new(Counters::default());
         let (host_file, counted) = (host_file.map(Path::to_owned), Arc::clone(&counters));
         let produce = AgentThread::start("produce", demo, move |stop| {
@@ -381,20 +350,9 @@ impl Pipeline {
         Ok(Self {
             produce,
             consume,
-            consume_config,
+            database,
             counters,
         })
-    }
-
-    /// The configuration of `audit` for what `consume` stores.
-    fn audit(&self) -> AuditConfig {
-        let consume = &self.consume_config;
-        AuditConfig {
-            kafka: Some(consume.kafka.clone()),
-            group_id: consume.group_id.clone(),
-            database: consume.database.clone(),
-            retention: consume.retention,
-        }
     }
 
     /// Stops the agents cleanly, `produce` first. Returns the ledger of the run, and the error of an agent that failed.
@@ -418,7 +376,7 @@ impl Pipeline {
         let pause = Shutdown::new();
         loop {
             let is_over = self.consume.has_ended() || instant_now() >= deadline;
-            let counted = counted(&self.consume_config.database)?;
+            let counted = counted(&self.database)?;
             let stored = u64::try_from(counted.rows + counted.rejected).unwrap_or_default();
             if stored >= acknowledged || is_over {
                 return Ok(counted);
