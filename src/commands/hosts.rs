@@ -89,10 +89,7 @@ impl Import {
     }
 }
 
-/// Adds the host. `replaces`: changes it if it is there.
-///
-/// # Errors
-/// It is there already, or the database refuses or does not answer.
+/// Adds the host. `replaces`: changes it if it is there, which is an error otherwise.
 pub fn add(config: &DatabaseConfig, host: &NewHost, replaces: bool) -> anyhow::Result<()> {
     let NewHost { row, note } = host;
     let conflict = match replaces {
@@ -119,20 +116,14 @@ pub fn add(config: &DatabaseConfig, host: &NewHost, replaces: bool) -> anyhow::R
     Ok(())
 }
 
-/// Removes these hosts.
-///
-/// # Errors
-/// One of them is not in the table, and then none is removed; or the database refuses or does not answer.
+/// Removes these hosts, or none of them if one is not in the table.
 pub fn remove(config: &DatabaseConfig, addresses: &[String]) -> anyhow::Result<()> {
     change(config, addresses, |table| {
         format!("DELETE FROM {table} WHERE address = ANY ($1) RETURNING address")
     })
 }
 
-/// Enables or disables these hosts.
-///
-/// # Errors
-/// One of them is not in the table, and then none is changed; or the database refuses or does not answer.
+/// Enables or disables these hosts, or none of them if one is not in the table.
 pub fn enable(config: &DatabaseConfig, addresses: &[String], enabled: bool) -> anyhow::Result<()> {
     change(config, addresses, |table| {
         format!("UPDATE {table} SET enabled = {enabled} WHERE address = ANY ($1) RETURNING address")

@@ -57,10 +57,7 @@ pub fn run(config: &InitConfig, options: &cli::Init) -> anyhow::Result<()> {
     }
 }
 
-/// Creates missing tables and views. Waits for a server that cannot be reached.
-///
-/// # Errors
-/// An error that waiting does not resolve.
+/// Creates missing tables and views. Waits for a server that cannot be reached. An error is one that waiting does not resolve.
 pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut waiting = Outage::default();
@@ -89,10 +86,7 @@ fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Removes the tables and views that `init` created, and with `topic` the topics.
-///
-/// # Errors
-/// [`WrongInput`] without `yes`; a server cannot be reached or refuses.
+/// Removes the tables and views that `init` created, and with `topic` the topics. Without `yes`, it is [`WrongInput`].
 pub fn drop(config: &InitConfig, topic: bool, yes: bool) -> anyhow::Result<()> {
     if !yes {
         let table = config.database.table.quoted("");
