@@ -250,14 +250,7 @@ fn counts(now: Timestamp) -> String {
     )
 }
 
-/// The newest valid and the newest invalid check. The earlier one is the last check before the present state.
-fn last(over: &str) -> String {
-    format!(
-        "max(scheduled_at) FILTER (WHERE is_valid) {over} AS last_valid, \
-         max(scheduled_at) FILTER (WHERE NOT is_valid AND {CHECKED}) {over} AS last_invalid"
-    )
-}
-
+/// Of the newest valid and the newest invalid check, the earlier one is the last check before the present state.
 const TURNED_AT: &str = "CASE WHEN last_valid IS NOT NULL AND last_invalid IS NOT NULL \
                          THEN least(last_valid, last_invalid) END AS turned_at";
 
@@ -300,11 +293,12 @@ const IS_VALID: &str = "CASE WHEN greatest(last_valid, last_invalid) IS NOT NULL
                         THEN coalesce(last_valid >= last_invalid, last_valid IS NOT NULL) END";
 
 fn of_a_foreign_table(source: &str, now: Timestamp) -> String {
-    // Rows from the future come from a clock that is ahead.
+    // Rows from the future do not count: a clock that is ahead has written them.
     format!(
         "WITH numbered AS (
              SELECT *, row_number() OVER (PARTITION BY address ORDER BY scheduled_at DESC) AS nth,
-                 {last}
+                 max(scheduled_at) FILTER (WHERE is_valid) OVER (PARTITION BY address) AS last_valid,
+                 max(scheduled_at) FILTER (WHERE NOT is_valid AND {CHECKED}) OVER (PARTITION BY address) AS last_invalid
              FROM {source} WHERE scheduled_at > {week_ago} AND scheduled_at <= {now}
          ), week AS (
              SELECT *, {TURNED_AT} FROM numbered
@@ -333,7 +327,6 @@ fn of_a_foreign_table(source: &str, now: Timestamp) -> String {
              {failed_at} AS failed_at, failed_outcome, failed_error,
              floor(extract(epoch FROM expires_at - {now}) / 86400)::integer AS days_left, latencies
          FROM hosts ORDER BY address",
-        last = last("OVER (PARTITION BY address)"),
         day_ago = ago(now, 24),
         week_ago = ago(now, 7 * 24),
         counts = counts(now),
