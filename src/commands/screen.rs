@@ -141,7 +141,7 @@ mod tests {
     fn the_last_notices_are_kept_without_control_characters() {
         let mut notices = Notices::default();
         assert_eq!(notices.newest(), None);
-        write!(notices, "one \x1b[31mred\n").unwrap();
+        writeln!(notices, "one \x1b[31mred").unwrap();
         assert_eq!(notices.newest().as_deref(), Some("one  [31mred"));
         for number in 0..MAX_NOTICES_BYTES {
             writeln!(notices, "line {number}").unwrap();

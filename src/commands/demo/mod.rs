@@ -98,38 +98,20 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
         }
     };
     let hosts = targets.len();
-    let variables = variables(&kafka.bootstrap_servers(), &postgres, &password);
-    let produce = ProduceConfig {
-        check,
-        ..config::produce(&variables)?
-    };
-    let topics: BTreeSet<&str> = targets
-        .iter()
-        .filter_map(|target| target.topic.as_deref())
-        .chain([TOPIC])
-        .collect();
-    let consume = ConsumeConfig {
-        topics: topics.into_iter().map(str::to_owned).collect(),
-        ..config::consume(&variables)?
-    };
-    let (audit, status) = (config::audit(&variables)?, config::status(&variables)?);
+    let servers = kafka.bootstrap_servers();
+    let variables = variables(&servers, &postgres, &password);
+    let (produce, consume) = configure(&variables, check, &targets)?;
+    let (audit, mut status) = (config::audit(&variables)?, config::status(&variables)?);
+    // The demo shows no lag.
+    status.kafka = None;
     let page = Page::start(config::page(&variables)?).context("cannot serve the status page")?;
-    screen.print(&introduction(
-        &kafka.bootstrap_servers(),
-        &postgres,
-        &page,
-        host_file,
-    ))?;
+    screen.print(&introduction(&servers, &postgres, &page, host_file))?;
     let mut page = AgentThread::start("page", shutdown, move |stop| page.run(stop))?;
     let pipeline = Pipeline::start(produce, consume, targets, host_file, shutdown)?;
 
     let mut view = View {
         screen,
-        // The demo shows no lag.
-        status: StatusConfig {
-            kafka: None,
-            ..status
-        },
+        status,
         hosts,
         notices,
         start: instant_now(),
@@ -201,6 +183,24 @@ fn variables(bootstrap_servers: &str, postgres: &ThrowAwayPostgres, password: &s
         // The user's own hosts may have no names.
         ("PAGE_SHOW_ADDRESSES", "yes"),
     ])
+}
+
+fn configure(
+    variables: &Variables,
+    check: CheckConfig,
+    targets: &[Target],
+) -> anyhow::Result<(ProduceConfig, ConsumeConfig)> {
+    let topics = targets.iter().filter_map(|target| target.topic.as_deref());
+    let topics: BTreeSet<&str> = topics.chain([TOPIC]).collect();
+    let produce = ProduceConfig {
+        check,
+        ..config::produce(variables)?
+    };
+    let consume = ConsumeConfig {
+        topics: topics.into_iter().map(str::to_owned).collect(),
+        ..config::consume(variables)?
+    };
+    Ok((produce, consume))
 }
 
 fn introduction(
