@@ -80,8 +80,9 @@ fn options(target: &Target) -> String {
     let mut shown = target.clone();
     (shown.timeout, shown.group) = (None, None);
     for header in &mut shown.headers {
-        if let HeaderValue::Plain(value) = &mut header.value {
-            *value = "…".to_owned();
+        match &mut header.value {
+            HeaderValue::Plain(value) => *value = "…".to_owned(),
+            HeaderValue::Secret(prefix, _) => prefix.clear(),
         }
     }
     if let Some(body) = &mut shown.body {
