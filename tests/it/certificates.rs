@@ -617,23 +617,11 @@ fn a_ca_file_is_read_as_openssl_reads_it() {
     let other_pem = String::from_utf8(other.x509.to_pem().unwrap()).unwrap();
     let key = String::from_utf8(own.key.private_key_to_pem_pkcs8().unwrap()).unwrap();
     let labelled = |label: &str| pem.replace("CERTIFICATE", label);
-    let trusted = |settings: &[u8]| {
-        let der = [own.x509.to_der().unwrap(), settings.to_vec()].concat();
-        let base64 = openssl::base64::encode_block(&der);
-        format!("-----BEGIN TRUSTED CERTIFICATE-----\n{base64}\n-----END TRUSTED CERTIFICATE-----\n")
-    };
-    // A sequence of two: a sequence of trusted purposes, and [0] with the refused purposes.
-    let server_auth = b"\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x01";
-    let client_auth = b"\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x02";
-    let settings = |tag: u8, purpose: &[u8]| [&[0x30, 12, tag, 10][..], purpose].concat();
     for (what, text) in [
         ("one", pem.clone()),
         ("a byte-order mark", format!("\u{feff}{pem}")),
         ("a byte-order mark and two", format!("\u{feff}{other_pem}{pem}")),
         ("X509", labelled("X509 CERTIFICATE")),
-        ("trusted, without settings", labelled("TRUSTED CERTIFICATE")),
-        ("trusted for servers", trusted(&settings(0x30, server_auth))),
-        ("refused for clients", trusted(&settings(0xa0, client_auth))),
         ("Windows' line ends", pem.replace('\n', "\r\n")),
         ("text around it", format!("subject: own\n\n{pem}\n# end")),
         ("beside its key", format!("{key}{pem}")),
@@ -643,12 +631,5 @@ fn a_ca_file_is_read_as_openssl_reads_it() {
         fs::write(file.path(), text).unwrap();
         let seen = seen_at(&server, "site.test", trusting_file(&file));
         assert_eq!(seen.outcome, Outcome::Ok, "{what}: {seen:?}");
-    }
-    // A certificate that is not trusted for servers is no error if there is another one.
-    for refused in [settings(0x30, client_auth), settings(0xa0, server_auth)] {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), trusted(&refused) + &other_pem).unwrap();
-        let seen = seen_at(&server, "site.test", trusting_file(&file));
-        assert_eq!(seen.outcome, Outcome::TlsCertUntrusted, "{seen:?}");
     }
 }
