@@ -16,8 +16,9 @@ use rdkafka::{Offset, TopicPartitionList};
 use super::shared::Record;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
+use crate::kafka::Listener;
 use crate::kafka::look_up_topic;
-use crate::kafka::reader::{Part, Quiet, Reader};
+use crate::kafka::reader::{Part, Reader};
 use crate::produce::outbox::{Kept, Sequence};
 
 /// How long one question to Kafka may take. The publisher's thread waits for the answer and
@@ -99,7 +100,7 @@ impl Search {
 }
 
 /// All partitions of the topic, from that time on.
-fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
+fn parts_since(consumer: &impl Consumer<Listener>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
     let partitions = match look_up_topic(consumer.client(), topic, ANSWER_WITHIN)? {
         Ok(partitions) => partitions,
         // A deleted topic contains nothing.
