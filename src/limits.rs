@@ -3,7 +3,7 @@
 //! Raises the limit of open files, lowers MAX_THREADS to what it allows, and warns where the limits are too low.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
@@ -19,12 +19,8 @@ const OTHER_THREADS: u64 = 32;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     pub files: Option<u64>,
-    /// RLIMIT_NPROC, for all processes of this user together.
-    pub threads_of_user: Option<u64>,
-    /// The kernel's limit, for all processes together.
-    pub threads_of_kernel: Option<u64>,
-    /// What the control group leaves: pids.max minus the threads that already run in it.
-    pub threads_of_cgroup: Option<u64>,
+    /// The lower one of RLIMIT_NPROC and what the control group leaves.
+    pub threads: Option<u64>,
 }
 
 /// Raises the soft limit of open files to the hard limit. Every check needs a file, and the soft limit is usually 1024, for
@@ -47,19 +43,16 @@ pub fn raise_open_files() {
 
 /// The limits as they are now.
 pub fn current() -> Limits {
+    // The kernel does not apply it to root.
+    let of_user = getrlimit(Resource::Nproc)
+        .current
+        .filter(|_| !geteuid().is_root());
+    let of_group = fs::read_to_string("/proc/self/cgroup")
+        .ok()
+        .and_then(|groups| pids_left(&groups, Path::new("/sys/fs/cgroup")));
     Limits {
         files: getrlimit(Resource::Nofile).current,
-        // The kernel does not apply it to root.
-        threads_of_user: getrlimit(Resource::Nproc)
-            .current
-            .filter(|_| !geteuid().is_root()),
-        threads_of_kernel: ["threads-max", "pid_max"]
-            .into_iter()
-            .filter_map(|name| number(&Path::new("/proc/sys/kernel").join(name)))
-            .min(),
-        threads_of_cgroup: fs::read_to_string("/proc/self/cgroup")
-            .ok()
-            .and_then(|groups| pids_left(&groups, Path::new("/sys/fs/cgroup"))),
+        threads: of_user.into_iter().chain(of_group).min(),
     }
 }
 
@@ -78,101 +71,36 @@ fn fits_open_files(limit: u64) -> u64 {
 /// A line for each limit that this many checks at the same time would exceed; `lookups` of them look up a name.
 pub fn warnings(limits: Limits, checks: usize, lookups: usize) -> Vec<String> {
     let (checks, lookups) = (checks as u64, lookups as u64);
-    let files = Need {
-        what: "open files",
-        count: checks + OTHER_FILES,
-        fits: fits_open_files,
-        otherwise: |fits| format!("at most {fits} run at the same time, and the others wait"),
-    };
-    // A name is looked up on its own thread while the check's thread waits.
-    let threads = Need {
-        what: "threads",
-        count: checks + lookups + OTHER_THREADS,
-        fits: if lookups == 0 {
-            |limit| limit.saturating_sub(OTHER_THREADS)
-        } else {
-            |limit| limit.saturating_sub(OTHER_THREADS) / 2
-        },
-        otherwise: |_| "checks beyond that fail as agent_error".to_owned(),
-    };
-    [
-        files.warning(
-            checks,
-            limits.files,
-            "this process may have",
-            "the limit of open files (ulimit -n, LimitNOFILE= in a systemd unit, --ulimit nofile= for a container)",
-        ),
-        threads.warning(
-            checks,
-            limits.threads_of_user,
-            "this user may have",
-            "the limit of processes (ulimit -u, LimitNPROC= in a systemd unit)",
-        ),
-        threads.warning(
-            checks,
-            limits.threads_of_kernel,
-            "this machine may have",
-            "kernel.threads-max and kernel.pid_max (sysctl)",
-        ),
-        threads.warning(
-            checks,
-            limits.threads_of_cgroup,
-            "the control group leaves",
-            "pids.max of the control group (TasksMax= in a systemd unit, --pids-limit for a container)",
-        ),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
-}
-
-struct Need {
-    what: &'static str,
-    count: u64,
-    /// How many checks fit into a limit.
-    fits: fn(u64) -> u64,
-    /// What happens to the checks that do not fit, if this many do.
-    otherwise: fn(u64) -> String,
-}
-
-impl Need {
-    fn warning(&self, checks: u64, limit: Option<u64>, who: &str, knob: &str) -> Option<String> {
-        let limit = limit.filter(|limit| *limit < self.count)?;
-        let fits = (self.fits)(limit);
-        let lower = match fits {
-            0 => "lower MAX_THREADS".to_owned(),
-            fits => format!("set MAX_THREADS={fits}"),
-        };
-        Some(format!(
-            "{} at the same time may need {} {what}, but {who} {limit}; {}; raise {knob}, or \
-             {lower}",
-            counted(checks, "check"),
-            self.count,
-            (self.otherwise)(fits),
-            what = self.what
-        ))
+    let may_need = format!("{} at the same time may need", counted(checks, "check"));
+    let mut warnings = Vec::new();
+    let files = checks + OTHER_FILES;
+    if let Some(limit) = limits.files.filter(|limit| *limit < files) {
+        let fit = fits_open_files(limit);
+        warnings.push(format!(
+            "{may_need} {files} open files, but this process may have {limit}; at most {fit} run at the same time, and the \
+             others wait; raise the limit of open files (ulimit -n, LimitNOFILE= in a systemd unit, --ulimit nofile= for a \
+             container), or set MAX_THREADS={fit}"
+        ));
     }
+    // A name is looked up on its own thread while the check's thread waits.
+    let threads = checks + lookups + OTHER_THREADS;
+    if let Some(limit) = limits.threads.filter(|limit| *limit < threads) {
+        warnings.push(format!(
+            "{may_need} {threads} threads, but this process may have {limit}; checks beyond that fail as agent_error; raise \
+             the limit (ulimit -u, LimitNPROC= and TasksMax= in a systemd unit, --pids-limit for a container), or lower \
+             MAX_THREADS"
+        ));
+    }
+    warnings
 }
 
-/// The smallest remainder of `pids.max` in our control group and its ancestors. `groups` is the text of /proc/self/cgroup.
-fn pids_left(groups: &str, mounted_at: &Path) -> Option<u64> {
-    let group = groups.lines().find_map(|line| {
-        let (_, rest) = line.split_once(':')?;
-        let (controllers, path) = rest.split_once(':')?;
-        // Version 1 has a hierarchy for pids alone; version 2 has one for everything: `0::/path`.
-        match controllers.split(',').any(|controller| controller == "pids") {
-            true => Some((mounted_at.join("pids"), path)),
-            false => None,
-        }
-    });
-    let version_2 = || {
-        let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
-        Some((mounted_at.to_owned(), path))
-    };
-    let (root, path) = group.or_else(version_2)?;
+/// The smallest remainder of `pids.max` in our control group and its ancestors (version 2). `groups` is the text of
+/// /proc/self/cgroup.
+fn pids_left(groups: &str, root: &Path) -> Option<u64> {
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
     // In a container, /proc may show the host's path although the container's own group is mounted as the root.
-    let path = PathBuf::from(path.trim_start_matches('/'));
-    path.ancestors()
+    Path::new(path)
+        .ancestors()
         .filter_map(|group| {
             let group = root.join(group);
             let current = number(&group.join("pids.current")).unwrap_or(0);
@@ -194,20 +122,16 @@ mod tests {
     fn a_limit_that_is_too_low_is_named_with_the_remedy() {
         let enough = Limits {
             files: Some(164),
-            threads_of_user: Some(232),
-            threads_of_kernel: Some(232),
-            threads_of_cgroup: Some(232),
+            threads: Some(232),
         };
         assert_eq!(warnings(enough, 100, 100), [""; 0]);
         assert_eq!(warnings(Limits::default(), 30_000, 30_000), [""; 0]);
         let short = Limits {
             files: Some(163),
-            threads_of_user: Some(231),
-            threads_of_kernel: Some(232),
-            threads_of_cgroup: Some(10),
+            threads: Some(231),
         };
         let lines = warnings(short, 100, 100);
-        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert_eq!(lines.len(), 2, "{lines:?}");
         assert_eq!(
             lines[0],
             "100 checks at the same time may need 164 open files, but this process may have 163; at most 99 run at the \
@@ -215,13 +139,11 @@ mod tests {
              a container), or set MAX_THREADS=99"
         );
         assert!(
-            lines[1].contains("232 threads, but this user may have 231;"),
+            lines[1].contains("232 threads, but this process may have 231;"),
             "{lines:?}"
         );
-        assert!(lines[1].ends_with("or set MAX_THREADS=99"), "{lines:?}");
-        assert!(lines[2].contains("the control group leaves 10;"), "{lines:?}");
-        assert!(lines[2].ends_with("or lower MAX_THREADS"), "{lines:?}");
-        assert_eq!(warnings(short, 99, 0).len(), 1);
+        assert!(lines[1].ends_with("or lower MAX_THREADS"), "{lines:?}");
+        assert_eq!(warnings(short, 99, 0), [""; 0]);
     }
 
     #[test]
@@ -264,7 +186,5 @@ mod tests {
         // A container's own group, seen as the root.
         write("pids.max", "20\n");
         assert_eq!(left("0::/docker/0123\n"), Some(20));
-        write("pids/docker/0123/pids.max", "7\n");
-        assert_eq!(left("5:cpu,pids:/docker/0123\n1:name=systemd:/\n0::/\n"), Some(7));
     }
 }

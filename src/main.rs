@@ -375,11 +375,8 @@ fn read_hosts(path: &Path, variables: &Variables) -> Result<Hosts, HostFileError
 /// Starts the logging, and logs the warnings about the variables.
 fn start_logging(variables: &Variables, servers: Servers) -> anyhow::Result<()> {
     logging::start(config::log_level(variables)?)?;
-    let secrets = [
-        config::exposed_secrets(variables, servers),
-        config::quoted_secrets(variables, servers),
-    ];
-    for line in variables.warnings().iter().chain(secrets.iter().flatten()) {
+    let exposed = config::exposed_secrets(variables, servers);
+    for line in variables.warnings().iter().chain(&exposed) {
         log::warn!("{line}");
     }
     Ok(())

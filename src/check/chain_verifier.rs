@@ -25,6 +25,7 @@ use x509_parser::nom::Parser;
 
 use crate::check::details::Certificate;
 use crate::sample::Timestamp;
+use crate::terminal;
 
 /// OpenSSL's default security level: RSA keys of at least 2048 bits, and no SHA-1.
 const OPENSSL_LEVEL: i32 = 2;
@@ -197,43 +198,22 @@ impl Anchors {
         let subject = common_name(at_fault.subject_name());
         let issuer = common_name(at_fault.issuer_name());
         let whose = match self.is_anchor(at_fault) {
-            _ if is_leaf => "it".to_owned(),
+            _ if is_leaf => "the certificate".to_owned(),
             true => format!("the trusted CA certificate {subject}"),
             false => format!("the intermediate certificate {subject}"),
-        };
-        let its = if is_leaf {
-            "its".to_owned()
-        } else {
-            format!("{whose}: its")
         };
         // The codes of OpenSSL's x509_vfy.h.
         F::Untrusted(match context.error().as_raw() {
             9 | 10 | 13 | 14 => {
-                let whose = if is_leaf { "the certificate" } else { &whose };
-                return F::Dates(dates_text(whose, at_fault, now));
+                return F::Dates(dates_text(&whose, at_fault, now));
             }
             18 => "it is self-signed and not among the trusted certificates".into(),
             19 => format!("its chain ends with {subject}, which is not among the trusted certificates"),
             2 | 20 | 21 | 27 => format!(
                 "it was issued by {issuer}, which is not known here; or the server does not send the intermediate certificates"
             ),
-            7 => format!("{its} signature is wrong"),
-            66 | 67 => format!("{its} key is too short ({})", key_text(at_fault)),
-            68 => format!("{its} signature is too weak ({})", signature_name(at_fault)),
-            26 if is_leaf => "it is not for use by servers".into(),
-            24 | 26 | 32 | 79 => format!("{whose} is not allowed to issue certificates"),
-            25 => format!("{whose} is in a chain that is longer than its issuer allows"),
-            34 => format!("{whose} has a critical extension that this program does not support"),
-            47 | 48 => "its issuer is not allowed to issue certificates for one of its names".into(),
-            28 => format!("{whose} is not trusted for servers"),
-            _ => {
-                let said = context.error().error_string();
-                if is_leaf {
-                    said.to_owned()
-                } else {
-                    format!("{whose}: {said}")
-                }
-            }
+            _ if is_leaf => context.error().error_string().to_owned(),
+            _ => format!("{whose}: {}", context.error().error_string()),
         })
     }
 
@@ -273,8 +253,7 @@ pub(super) fn verify_signature(
     let certificate = X509::from_der(certificate)?;
     let key = certificate.public_key()?;
     if key.security_bits() < SECURITY_BITS {
-        let text = format!("its key is too short ({})", key_text(&certificate));
-        return Err(CertificateFault::Untrusted(text));
+        return Err(CertificateFault::Untrusted("its key is too short".into()));
     }
     match has_signed(&key, message, signed, binds_curve) {
         Ok(true) => Ok(()),
@@ -488,10 +467,7 @@ fn verify_name(certificate: &X509Ref, expected: &ServerName<'_>) -> Result<(), C
 }
 
 fn shortened(name: &str) -> String {
-    match name.char_indices().nth(MAX_NAME_CHARS) {
-        Some((end, _)) => format!("{}…", &name[..end]),
-        None => name.to_owned(),
-    }
+    terminal::cut(name, MAX_NAME_CHARS)
 }
 
 /// The common name in quotes, or the organisation's name if there is none.
@@ -501,24 +477,6 @@ fn common_name(name: &openssl::x509::X509NameRef) -> String {
         Some(text) => format!("\"{}\"", shortened(&text)),
         None => "an unnamed certificate".to_owned(),
     }
-}
-
-fn key_text(certificate: &X509Ref) -> String {
-    let Ok(key) = certificate.public_key() else {
-        return "of an unknown kind".into();
-    };
-    let kind = match key.id() {
-        Id::RSA | Id::RSA_PSS => "RSA",
-        Id::EC => "elliptic curve",
-        Id::DSA => "DSA",
-        _ => "another kind",
-    };
-    format!("{kind}, {} bits", key.bits())
-}
-
-fn signature_name(certificate: &X509Ref) -> String {
-    let nid = certificate.signature_algorithm().object().nid();
-    nid.long_name().unwrap_or("unknown").to_owned()
 }
 
 fn reason(error: &ErrorStack) -> &'static str {

@@ -142,22 +142,9 @@ fn seconds(duration: Duration) -> f64 {
 /// The text as one line: white space and hidden characters become single spaces, and a long text ends with an ellipsis. The
 /// text can hold bytes that a remote host sent, and it is printed on terminals.
 fn one_line(text: &str) -> String {
-    let mut line = String::new();
-    let mut chars = 0;
-    for word in terminal::plain(text).split_whitespace() {
-        let space = if line.is_empty() { "" } else { " " };
-        for char in space.chars().chain(word.chars()) {
-            if chars == MAX_ERROR_CHARS {
-                // The ellipsis replaces the last character.
-                line.pop();
-                line.push('…');
-                return line;
-            }
-            line.push(char);
-            chars += 1;
-        }
-    }
-    line
+    let text = terminal::plain(text);
+    let words: Vec<_> = text.split_whitespace().collect();
+    terminal::cut(&words.join(" "), MAX_ERROR_CHARS)
 }
 
 #[cfg(test)]

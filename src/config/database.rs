@@ -111,27 +111,10 @@ fn host_remedy(text: &str) -> Option<String> {
             None => format!("this is a URL: set DB_HOST to its host, and set {others} from its other parts"),
         });
     }
-    if text.contains('=') {
-        return Some(format!(
-            "this is a connection string: set DB_HOST to its host, and set {others} from its other parts"
-        ));
-    }
-    if let Some((host, port)) = host_and_port(text) {
-        return Some(format!(
-            "the port has its own variable: set DB_HOST={host} and DB_PORT={port}"
-        ));
-    }
-    if text.contains([',', ';']) {
-        return Some(
-            "several hosts are not supported: name one host, or a name that always resolves to the primary"
-                .to_owned(),
-        );
-    }
-    if text.contains('@') {
-        return Some("set DB_HOST to the host only, and set DB_USER and DB_PASSWORD".to_owned());
-    }
-    let (before, _) = text.split_once('/')?;
-    host(before).map(|host| format!("set DB_HOST={host}, and set DB_NAME to the name of the database"))
+    let (host, port) = host_and_port(text)?;
+    Some(format!(
+        "the port has its own variable: set DB_HOST={host} and DB_PORT={port}"
+    ))
 }
 
 pub(super) fn table(reader: &mut Reader<'_>) -> TableName {

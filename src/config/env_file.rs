@@ -22,8 +22,7 @@ const MAX_BYTES: u64 = 1 << 20;
 pub(super) struct EnvFile {
     pub values: BTreeMap<&'static str, String>,
     pub problems: Vec<Problem>,
-    /// Each with the variable that it concerns.
-    pub warnings: Vec<(Option<&'static str>, String)>,
+    pub warnings: Vec<String>,
 }
 
 /// Reads the named file, or `.env`.
@@ -35,9 +34,8 @@ pub(super) fn read(named: Option<&Path>) -> EnvFile {
         (Ok(contents), _) => parse(&path.display().to_string(), &contents, named.is_some()),
         (Err(error), None) if error.kind() == io::ErrorKind::NotFound => EnvFile::default(),
         (Err(error), None) => EnvFile {
-            warnings: vec![(
-                None,
-                format!("cannot read {path:?}: {error}; any variables in it are not used"),
+            warnings: vec![format!(
+                "cannot read {path:?}: {error}; any variables in it are not used"
             )],
             ..EnvFile::default()
         },
@@ -60,7 +58,7 @@ fn parse(path: &str, contents: &[u8], is_strict: bool) -> EnvFile {
         let is_right = std::str::from_utf8(line).is_ok();
         match dotenvy::from_read_iter(text.as_bytes()).next() {
             None => {}
-            Some(Ok(_)) if is_right => assignments.push((number, text)),
+            Some(Ok(_)) if is_right => assignments.push(text),
             // dotenvy's own message quotes the line, which may hold a secret.
             Some(_) => {
                 let what = match known(name(&text)) {
@@ -77,22 +75,11 @@ fn parse(path: &str, contents: &[u8], is_strict: bool) -> EnvFile {
     }
 
     // Parsed again, all lines together, because a value may refer to a variable from an earlier line.
-    let lines: Vec<&str> = assignments.iter().map(|(_, line)| line.as_ref()).collect();
-    let mut values = BTreeMap::new();
-    let pairs = dotenvy::from_read_iter(Cursor::new(lines.join("\n") + "\n"));
-    for ((number, line), (variable, value)) in assignments.iter().zip(pairs.flatten()) {
-        let is_set = |name: &str| std::env::var_os(name).is_some() || values.contains_key(name);
+    let assignments = Cursor::new(assignments.join("\n") + "\n");
+    for (variable, value) in dotenvy::from_read_iter(assignments).flatten() {
         if let Some(ours) = known(&variable) {
-            if references(line).iter().any(|name| !is_set(name)) {
-                let warning = format!(
-                    "{path}:{number}: {ours}: a `$` in the value refers to a variable that is not set, so that part of the \
-                     value is lost; if the `$` belongs to the value, put the value in single quotes: {ours}='...'"
-                );
-                file.warnings.push((Some(ours), warning));
-            }
-            file.values.insert(ours, value.clone());
+            file.values.insert(ours, value);
         }
-        values.insert(variable, value);
     }
     file
 }
@@ -103,31 +90,4 @@ fn name(line: &str) -> &str {
     let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
     let end = line.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
     &line[..end.unwrap_or(line.len())]
-}
-
-/// The name after every `$` that dotenvy replaces in a line.
-fn references(line: &str) -> Vec<String> {
-    let mut names = Vec::new();
-    let (mut is_single, mut is_double, mut is_after_space) = (false, false, true);
-    let mut rest = line.chars().peekable();
-    while let Some(c) = rest.next() {
-        match c {
-            '\'' if !is_double => is_single = !is_single,
-            _ if is_single => {}
-            '"' => is_double = !is_double,
-            '#' if is_after_space && !is_double => break,
-            '\\' => drop(rest.next()),
-            '$' => {
-                let is_block = rest.next_if_eq(&'{').is_some();
-                let mut name = String::new();
-                while let Some(c) = rest.next_if(|c| c.is_alphanumeric() || (is_block && *c != '}')) {
-                    name.push(c);
-                }
-                names.push(name);
-            }
-            _ => {}
-        }
-        is_after_space = c.is_whitespace();
-    }
-    names
 }

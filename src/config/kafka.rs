@@ -101,28 +101,13 @@ fn server_remedy(server: &str) -> Option<String> {
             None => "write only host:port, without a protocol, user or password".to_owned(),
         });
     }
-    if server.is_empty() {
-        return Some("there is a comma without a server before or after it: remove the comma".to_owned());
-    }
     if server.parse::<std::net::Ipv6Addr>().is_ok() {
         return Some(format!("put an IPv6 address in brackets: [{server}]:9092"));
     }
-    if host(server).is_some() {
-        return Some(format!(
-            "the port is missing; Kafka's default is 9092: {server}:9092"
-        ));
-    }
-    let is_list = |separator: char| {
-        let parts = server.split(separator).map(str::trim);
-        server.contains(separator)
-            && parts
-                .filter(|part| !part.is_empty())
-                .all(|part| host_and_port(part).is_some())
-    };
-    [';', ' ', '|']
-        .into_iter()
-        .any(is_list)
-        .then(|| "separate the servers by commas".to_owned())
+    host(server)?;
+    Some(format!(
+        "the port is missing; Kafka's default is 9092: {server}:9092"
+    ))
 }
 
 /// The security protocols. Those that end with SSL have TLS.

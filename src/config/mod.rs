@@ -35,7 +35,7 @@ pub use kafka::{
 pub use page::PageConfig;
 pub use problem::{Problem, WrongVariables};
 use reader::Reader;
-pub use secret::{Secret, exposed_secrets, quoted_secrets};
+pub use secret::{Secret, exposed_secrets};
 pub use state::StateConfig;
 pub use variables::{NAMES, Servers, Variables};
 

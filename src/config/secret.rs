@@ -129,23 +129,6 @@ fn exposed(variables: &Variables, name: &'static str) -> Option<String> {
     ))
 }
 
-/// A warning for each secret for these servers that is in quotes, which a shell or Compose would have removed.
-pub fn quoted_secrets(variables: &Variables, servers: Servers) -> Vec<String> {
-    let kafka: &[&str] = &["KAFKA_SASL_USERNAME", "KAFKA_SASL_PASSWORD"];
-    let database: &[&str] = &["DB_PASSWORD"];
-    let kafka = kafka.iter().filter(|_| servers.kafka);
-    let names = kafka.chain(database.iter().filter(|_| servers.database));
-    let quoted = names.filter(|name| variables.get(name).is_some_and(super::form::is_quoted));
-    quoted
-        .map(|name| {
-            format!(
-                "{name}: the value begins and ends with a quote, and the quotes are sent as part of it; remove them if they \
-                 do not belong to the value (Docker's --env-file and Kubernetes do not remove quotes)"
-            )
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,12 +21,6 @@ impl Variables {
         } = env_file::read(env_file);
         let mut stronger = from_environment(&mut problems);
         stronger.extend(from_flags(flags, &mut problems));
-        // No warning about a value that another source overrides.
-        let warnings = warnings
-            .into_iter()
-            .filter(|(name, _)| name.is_none_or(|name| !stronger.contains_key(name)))
-            .map(|(_, warning)| warning)
-            .collect();
         let mut variables = Self::merged([values, stronger].into_iter().flatten());
         variables.warnings = warnings;
         variables.problems = problems;

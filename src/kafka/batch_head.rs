@@ -14,7 +14,7 @@ use openssl::pkcs5::pbkdf2_hmac;
 use openssl::pkey::PKey;
 use openssl::rand::rand_bytes;
 use openssl::sign::Signer;
-use openssl::ssl::{SslStream, SslVerifyMode};
+use openssl::ssl::SslVerifyMode;
 use rdkafka::consumer::Consumer as _;
 use rdkafka::error::RDKafkaErrorCode;
 
@@ -23,7 +23,6 @@ use super::connection::{connect, tls_session};
 use super::topics::partitions;
 use crate::clock::instant_now;
 use crate::config::{KafkaConfig, KafkaSasl};
-use crate::socket::Socket;
 use crate::terminal::counted;
 
 /// The bound on all requests to the broker together. With `skip` a person waits; in `consume` a thread of its own does.
@@ -97,25 +96,22 @@ fn leader(kafka: &KafkaConfig, topic: &str, partition: i32) -> Result<String, St
         .ok_or_else(|| format!("{topic}/{partition} has no leader at the moment"))
 }
 
-enum Stream {
-    Plain(Socket),
-    Tls(Box<SslStream<Socket>>),
-}
+/// A connection with or without TLS.
+trait Wire: Read + Write {}
+impl<T: Read + Write> Wire for T {}
 
-struct Broker(Stream);
+struct Broker(Box<dyn Wire>);
 
 impl Broker {
     fn connect(kafka: &KafkaConfig, server: &str) -> io::Result<Self> {
         let connection = connect(server, instant_now() + WITHIN)?;
-        Ok(Self(match &kafka.security.tls {
-            None => Stream::Plain(connection),
-            Some(tls) => {
-                let mut session = tls_session(server, Some(tls))?;
-                session.set_verify(SslVerifyMode::PEER);
-                let session = session.connect(connection).map_err(io::Error::other)?;
-                Stream::Tls(Box::new(session))
-            }
-        }))
+        let Some(tls) = &kafka.security.tls else {
+            return Ok(Self(Box::new(connection)));
+        };
+        let mut session = tls_session(server, Some(tls))?;
+        session.set_verify(SslVerifyMode::PEER);
+        let session = session.connect(connection).map_err(io::Error::other)?;
+        Ok(Self(Box::new(session)))
     }
 
     /// Sends a request and returns the beginning of the response, after its correlation number.
@@ -128,10 +124,7 @@ impl Broker {
         request.extend(body);
         let length = u32::try_from(request.len()).map_err(io::Error::other)?;
         request.splice(..0, length.to_be_bytes());
-        match &mut self.0 {
-            Stream::Plain(stream) => stream.write_all(&request)?,
-            Stream::Tls(stream) => stream.write_all(&request)?,
-        }
+        self.0.write_all(&request)?;
         let length = self.read(4)?;
         let length = usize::try_from(Response(&length).i32()?).map_err(io::Error::other)?;
         let response = self.read(length.min(MAX_RESPONSE_BYTES))?;
@@ -140,14 +133,14 @@ impl Broker {
 
     fn read(&mut self, length: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; length];
-        let read = match &mut self.0 {
-            Stream::Plain(stream) => stream.read_exact(&mut bytes),
-            Stream::Tls(stream) => stream.read_exact(&mut bytes),
-        };
-        read.map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => io::Error::other("it closed the connection without an answer"),
-            _ => error,
-        })?;
+        self.0
+            .read_exact(&mut bytes)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => {
+                    io::Error::other("it closed the connection without an answer")
+                }
+                _ => error,
+            })?;
         Ok(bytes)
     }
 

@@ -6,21 +6,18 @@
 
 mod fault;
 
-use std::convert::Infallible;
-use std::error::Error;
 use std::future::Future;
 use std::path::Path;
-use std::pin::Pin;
 use std::time::Duration;
 
 use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode, SslVersion};
 use openssl::x509::store::X509StoreBuilder;
-use postgres_openssl::{MakeTlsConnector, TlsStream};
+use postgres_openssl::MakeTlsConnector;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
+use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Row, SimpleQueryMessage, SimpleQueryRow, Socket};
 
@@ -313,9 +310,6 @@ async fn encrypted(
     pg: &tokio_postgres::Config,
     config: &DatabaseConfig,
 ) -> Result<(Client, JoinHandle<()>), Fault> {
-    if config.ssl_mode == DbSslMode::Prefer && config.ssl_root_cert.is_none() {
-        return connect_with(pg, TlsIfOffered::new(config)).await;
-    }
     // All errors of the configuration are found before the server is asked.
     connect_with(pg, tls_connector(config)?).await
 }
@@ -327,48 +321,6 @@ where
 {
     let (client, connection) = pg.connect(tls).await?;
     Ok((client, tokio::spawn(drive(connection))))
-}
-
-/// Makes the connector once the server offers TLS, because OpenSSL then reads all certificates that this machine trusts, which
-/// takes 30 ms.
-#[derive(Clone)]
-struct TlsIfOffered {
-    config: DatabaseConfig,
-    host: String,
-}
-
-impl TlsIfOffered {
-    fn new(config: &DatabaseConfig) -> Self {
-        Self {
-            config: config.clone(),
-            host: String::new(),
-        }
-    }
-}
-
-impl MakeTlsConnect<Socket> for TlsIfOffered {
-    type Stream = TlsStream<Socket>;
-    type TlsConnect = Self;
-    type Error = Infallible;
-
-    fn make_tls_connect(&mut self, host: &str) -> Result<Self, Infallible> {
-        self.host = host.to_owned();
-        Ok(self.clone())
-    }
-}
-
-impl TlsConnect<Socket> for TlsIfOffered {
-    type Stream = TlsStream<Socket>;
-    type Error = Box<dyn Error + Send + Sync>;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Stream, Self::Error>> + Send>>;
-
-    fn connect(self, stream: Socket) -> Self::Future {
-        Box::pin(async move {
-            let mut connector = tls_connector(&self.config).map_err(|fault| fault.text)?;
-            let connect = MakeTlsConnect::<Socket>::make_tls_connect(&mut connector, &self.host)?;
-            connect.connect(stream).await
-        })
-    }
 }
 
 async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error>>) {

@@ -3,25 +3,19 @@
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::IpAddr;
+use std::str::FromStr;
 
-use serde::de::{
-    self, Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
-};
+use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
 use super::record::{Field, MAX_ADDRESS_BYTES, Sample, VERSION};
 use super::shortcut;
-use super::timestamp::Timestamp;
-
-/// How deep arrays and objects may be nested in a record, ignored fields included. Programs that read the record later may
-/// use recursion. serde_json has the same limit.
-pub const MAX_NESTING: usize = 128;
+use crate::terminal;
 
 /// The white space of JSON (RFC 8259, section 2). A byte-order mark does not belong to it.
 const WHITE_SPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// How much of a value a [`Rejection`] quotes: enough to recognise the value, and little in a table or a log.
-const MAX_QUOTED_CHARS: usize = 64;
+/// The longest [`Rejection`]: enough to recognise the value that it quotes, and little in a table or a log.
+const MAX_REASON_CHARS: usize = 200;
 
 /// Why a value is not a valid record: the field, what was expected and what was found. One line of limited length.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,8 +25,8 @@ pub struct Rejection(pub String);
 /// Reads a record's value. Strings without escapes are borrowed from it.
 ///
 /// Only white space is allowed before and after the object. A key that is there twice is an error, but not within an
-/// ignored field, where only `\u0000` and the nesting are checked. Two limits follow from the types of the table's
-/// columns: `status_code` is a smallint, `redirects` an integer.
+/// ignored field, where only `\u0000` is checked. Two limits follow from the types of the table's columns: `status_code` is a
+/// smallint, `redirects` an integer.
 pub fn decode(value: &[u8]) -> Result<Sample<'_>, Rejection> {
     let read = std::str::from_utf8(value).ok().and_then(shortcut::read);
     match read {
@@ -46,25 +40,14 @@ pub(super) fn decode_fully(value: &[u8]) -> Result<Sample<'_>, Rejection> {
     let text = object_text(value)?;
     let mut reading = RecordReader::default();
     let mut json = serde_json::Deserializer::from_str(text);
-    let read = json.deserialize_map(&mut reading).and_then(|()| json.end());
-    if let Some(rejection) = reading.rejection {
-        return Err(rejection);
-    }
-    if let Err(error) = read {
-        return Err(Rejection(match reading.at {
-            Some(field) => format!("{}: {error}", field.name()),
-            None => format!("expected one JSON object and nothing else: {error}"),
-        }));
+    if let Err(error) = json.deserialize_map(&mut reading).and_then(|()| json.end()) {
+        let what = reading.at.map_or("not one valid JSON object", Field::name);
+        return Err(Rejection(shortened(&format!("{what}: {error}"))));
     }
     for required in [Field::Address, Field::IsValid] {
         if !reading.has_seen(required) {
             return Err(Rejection(format!("{}: missing", required.name())));
         }
-    }
-    if !reading.unknown_keys.is_empty() && is_nested_deeper_than(MAX_NESTING, text) {
-        return Err(Rejection(format!(
-            "expected arrays and objects nested at most {MAX_NESTING} deep"
-        )));
     }
     Ok(reading.sample)
 }
@@ -89,8 +72,8 @@ fn object_text(value: &[u8]) -> Result<&str, Rejection> {
     }
     if !text.trim_start_matches(WHITE_SPACE).starts_with('{') {
         return Err(Rejection(format!(
-            "expected a JSON object, found {}",
-            Quoted(text)
+            "expected a JSON object, found {:?}",
+            shortened(text)
         )));
     }
     if let Some(at) = nul_escape(text) {
@@ -114,24 +97,8 @@ fn nul_escape(text: &str) -> Option<usize> {
     None
 }
 
-/// Whether valid JSON is nested deeper than the limit.
-fn is_nested_deeper_than(limit: usize, json: &str) -> bool {
-    let mut depth = 0_usize;
-    let mut in_string = false;
-    let mut bytes = json.bytes();
-    while let Some(byte) = bytes.next() {
-        match byte {
-            b'\\' => _ = bytes.next(),
-            b'"' => in_string = !in_string,
-            b'[' | b'{' if !in_string => depth += 1,
-            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        if depth > limit {
-            return true;
-        }
-    }
-    false
+fn shortened(text: &str) -> String {
+    terminal::cut(text, MAX_REASON_CHARS)
 }
 
 /// The state of reading one record.
@@ -143,8 +110,6 @@ struct RecordReader<'de> {
     unknown_keys: BTreeSet<Cow<'de, str>>,
     /// The field whose value is being read, because serde_json's errors do not name it.
     at: Option<Field>,
-    /// The reason, unless it is serde_json's. It does not go through serde_json's error, which would append a position.
-    rejection: Option<Rejection>,
 }
 
 impl<'de> RecordReader<'de> {
@@ -152,67 +117,55 @@ impl<'de> RecordReader<'de> {
         self.seen & 1 << field as u32 != 0
     }
 
-    fn key(&mut self, key: Cow<'de, str>, position: usize) -> Result<Option<Field>, Rejection> {
-        // Nearly all records have the order of `encode`, so the next field of that order is tried first.
-        let guess = Field::ALL
-            .get(position)
-            .copied()
-            .filter(|field| field.name() == key);
-        let field = guess.or_else(|| Field::named(&key));
+    /// Takes note of a key; the error is for a key that was there before.
+    fn key<E: Error>(&mut self, key: Cow<'de, str>) -> Result<Option<Field>, E> {
+        let field = Field::named(&key);
         let is_new = match field {
-            Some(field) => {
-                let is_new = !self.has_seen(field);
-                self.seen |= 1 << field as u32;
-                is_new
-            }
+            Some(field) => !self.has_seen(field),
             None => self.unknown_keys.insert(key.clone()),
         };
-        if is_new {
-            Ok(field)
-        } else {
-            Err(Rejection(format!(
-                "expected every key once, found {} twice",
-                Quoted(&key)
-            )))
+        if !is_new {
+            return Err(E::custom(format_args!("the key {key:?} is there twice")));
         }
+        self.seen |= field.map_or(0, |field| 1 << field as u32);
+        Ok(field)
     }
 
-    #[inline(always)] // It is called in one place.
-    fn set(&mut self, field: Field, value: Scalar<'de>) -> Result<(), String> {
+    fn value<A: MapAccess<'de>>(&mut self, field: Field, map: &mut A) -> Result<(), A::Error> {
         let sample = &mut self.sample;
         match field {
-            Field::V => value.version()?,
-            Field::Address => sample.address = value.address()?,
-            Field::Latency => sample.latency = value.seconds()?,
-            Field::StatusCode => sample.status_code = value.integer(i16::MIN, i16::MAX)?,
-            Field::IsValid => sample.is_valid = value.required_boolean()?,
-            Field::Outcome => sample.outcome = value.text()?,
-            Field::Error => sample.error = value.text()?,
-            Field::ScheduledAt => sample.scheduled_at = value.timestamp()?,
-            Field::StartedAt => sample.started_at = value.timestamp()?,
-            Field::IntervalSeconds => sample.interval_seconds = value.seconds()?,
-            Field::RegexMatched => sample.regex_matched = value.boolean()?,
-            Field::DnsSeconds => sample.dns_seconds = value.seconds()?,
-            Field::ConnectSeconds => sample.connect_seconds = value.seconds()?,
-            Field::TlsSeconds => sample.tls_seconds = value.seconds()?,
-            Field::TtfbSeconds => sample.ttfb_seconds = value.seconds()?,
-            Field::BodySeconds => sample.body_seconds = value.seconds()?,
-            Field::Ip => sample.ip = value.ip()?,
-            Field::Redirects => sample.redirects = value.integer(i32::MIN, i32::MAX)?,
-            Field::BodyBytes => sample.body_bytes = value.integer(i64::MIN, i64::MAX)?,
-            Field::CertExpiresAt => sample.cert_expires_at = value.timestamp()?,
-            Field::Slow => sample.slow = value.boolean()?,
-            Field::Name => sample.name = value.text()?,
-            Field::Group => sample.group = value.text()?,
-            Field::Agent => sample.agent = value.text()?,
-            Field::Epoch => sample.epoch = value.integer(0, i64::MAX)?,
+            Field::V => version(map)?,
+            Field::Address => sample.address = address(map)?,
+            Field::Latency => sample.latency = seconds(map)?,
+            Field::StatusCode => sample.status_code = map.next_value()?,
+            Field::IsValid => sample.is_valid = map.next_value()?,
+            Field::Outcome => sample.outcome = text(map)?,
+            Field::Error => sample.error = text(map)?,
+            Field::ScheduledAt => sample.scheduled_at = parsed(map)?,
+            Field::StartedAt => sample.started_at = parsed(map)?,
+            Field::IntervalSeconds => sample.interval_seconds = seconds(map)?,
+            Field::RegexMatched => sample.regex_matched = map.next_value()?,
+            Field::DnsSeconds => sample.dns_seconds = seconds(map)?,
+            Field::ConnectSeconds => sample.connect_seconds = seconds(map)?,
+            Field::TlsSeconds => sample.tls_seconds = seconds(map)?,
+            Field::TtfbSeconds => sample.ttfb_seconds = seconds(map)?,
+            Field::BodySeconds => sample.body_seconds = seconds(map)?,
+            Field::Ip => sample.ip = parsed(map)?,
+            Field::Redirects => sample.redirects = map.next_value()?,
+            Field::BodyBytes => sample.body_bytes = map.next_value()?,
+            Field::CertExpiresAt => sample.cert_expires_at = parsed(map)?,
+            Field::Slow => sample.slow = map.next_value()?,
+            Field::Name => sample.name = text(map)?,
+            Field::Group => sample.group = text(map)?,
+            Field::Agent => sample.agent = text(map)?,
+            Field::Epoch => {
+                sample.epoch = map.next_value()?;
+                if let Some(..0) = sample.epoch {
+                    return Err(A::Error::custom("expected an integer, 0 or more, or null"));
+                }
+            }
         }
         Ok(())
-    }
-
-    fn reject<E: de::Error>(&mut self, rejection: Rejection) -> E {
-        self.rejection = Some(rejection);
-        E::custom("rejected")
     }
 }
 
@@ -224,25 +177,66 @@ impl<'de> Visitor<'de> for &mut RecordReader<'de> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut position = 0;
         while let Some(JsonString(key)) = map.next_key()? {
-            match self
-                .key(key, position)
-                .map_err(|rejection| self.reject(rejection))?
-            {
-                Some(field) => {
-                    self.at = Some(field);
-                    map.next_value_seed(FieldReader {
-                        reading: &mut *self,
-                        field,
-                    })?;
-                    self.at = None;
-                }
+            self.at = self.key(key)?;
+            match self.at {
+                Some(field) => self.value(field, &mut map)?,
                 None => _ = map.next_value::<IgnoredAny>()?,
             }
-            position += 1;
+            self.at = None;
         }
         Ok(())
+    }
+}
+
+fn version<'de, A: MapAccess<'de>>(map: &mut A) -> Result<(), A::Error> {
+    match map.next_value::<Option<u64>>()? {
+        None | Some(VERSION) => Ok(()),
+        Some(0) => Err(A::Error::custom(format_args!("expected {VERSION}, found 0"))),
+        Some(version) => Err(A::Error::custom(format_args!(
+            "expected {VERSION}, found {version}: a newer version wrote the record; upgrade this program"
+        ))),
+    }
+}
+
+fn address<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Cow<'de, str>, A::Error> {
+    let JsonString(address) = map.next_value()?;
+    match address.len() {
+        1..=MAX_ADDRESS_BYTES => Ok(address),
+        bytes => Err(A::Error::custom(format_args!(
+            "expected 1 to {MAX_ADDRESS_BYTES} bytes, found {bytes}: {address:?}"
+        ))),
+    }
+}
+
+fn seconds<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<f64>, A::Error> {
+    match map.next_value()? {
+        None => Ok(None),
+        // Adding zero turns -0.0 into 0.0.
+        Some(seconds @ 0.0..=f64::MAX) => Ok(Some(seconds + 0.0)),
+        Some(seconds) => Err(A::Error::custom(format_args!(
+            "expected a number of seconds, 0 or more, or null, found {seconds:?}"
+        ))),
+    }
+}
+
+fn text<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<Cow<'de, str>>, A::Error> {
+    let text: Option<JsonString<'de>> = map.next_value()?;
+    Ok(text.map(|JsonString(text)| text))
+}
+
+/// A time or an IP address.
+fn parsed<'de, T, A>(map: &mut A) -> Result<Option<T>, A::Error>
+where
+    T: FromStr<Err: fmt::Display>,
+    A: MapAccess<'de>,
+{
+    let Some(text) = text(map)? else {
+        return Ok(None);
+    };
+    match text.parse() {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => Err(A::Error::custom(format_args!("{error}, found {text:?}"))),
     }
 }
 
@@ -270,212 +264,5 @@ impl<'de> Deserialize<'de> for JsonString<'de> {
         }
 
         deserializer.deserialize_str(TextVisitor)
-    }
-}
-
-/// A field's value before its type is checked. The methods return it as the type of a field, or say what was expected and
-/// what was found.
-enum Scalar<'de> {
-    Null,
-    Boolean(bool),
-    /// serde_json reads integers from -2^63 to 2^64-1.
-    Integer(i128),
-    Float(f64),
-    Text(Cow<'de, str>),
-    Array,
-    Object,
-}
-
-impl<'de> Scalar<'de> {
-    fn version(self) -> Result<(), String> {
-        match self {
-            Self::Null => Ok(()),
-            Self::Integer(version) if version == i128::from(VERSION) => Ok(()),
-            Self::Integer(version) if version > i128::from(VERSION) => Err(format!(
-                "expected {VERSION}, found {version}: a newer version wrote the record; upgrade this program"
-            )),
-            other => Err(other.instead_of(VERSION)),
-        }
-    }
-
-    fn address(self) -> Result<Cow<'de, str>, String> {
-        match self {
-            Self::Text(text) if (1..=MAX_ADDRESS_BYTES).contains(&text.len()) => Ok(text),
-            Self::Text(text) if !text.is_empty() => Err(format!(
-                "expected at most {MAX_ADDRESS_BYTES} bytes, found {}: {}",
-                text.len(),
-                Quoted(&text)
-            )),
-            other => Err(other.instead_of("a non-empty string")),
-        }
-    }
-
-    fn seconds(self) -> Result<Option<f64>, String> {
-        match self {
-            Self::Null => Ok(None),
-            // Above 2^53 an integer is rounded to the nearest float, as a decimal would be.
-            Self::Integer(seconds) if seconds >= 0 => Ok(Some(seconds as f64)),
-            // Adding zero turns -0.0 into 0.0.
-            Self::Float(seconds) if seconds.is_finite() && seconds >= 0.0 => Ok(Some(seconds + 0.0)),
-            other => Err(other.instead_of("a number of seconds, 0 or more, or null")),
-        }
-    }
-
-    fn integer<T>(self, least: T, greatest: T) -> Result<Option<T>, String>
-    where
-        T: TryFrom<i128> + fmt::Display,
-    {
-        let fitting = match self {
-            Self::Null => return Ok(None),
-            Self::Integer(integer) => T::try_from(integer).ok(),
-            _ => None,
-        };
-        match fitting {
-            Some(fitting) => Ok(Some(fitting)),
-            None => Err(self.instead_of(format_args!("an integer from {least} to {greatest}, or null"))),
-        }
-    }
-
-    fn required_boolean(self) -> Result<bool, String> {
-        match self {
-            Self::Boolean(boolean) => Ok(boolean),
-            other => Err(other.instead_of("true or false")),
-        }
-    }
-
-    fn boolean(self) -> Result<Option<bool>, String> {
-        match self {
-            Self::Null => Ok(None),
-            Self::Boolean(boolean) => Ok(Some(boolean)),
-            other => Err(other.instead_of("true, false or null")),
-        }
-    }
-
-    fn text(self) -> Result<Option<Cow<'de, str>>, String> {
-        match self {
-            Self::Null => Ok(None),
-            Self::Text(text) => Ok(Some(text)),
-            other => Err(other.instead_of("a string or null")),
-        }
-    }
-
-    fn timestamp(self) -> Result<Option<Timestamp>, String> {
-        match self {
-            Self::Null => Ok(None),
-            Self::Text(text) => match text.parse() {
-                Ok(timestamp) => Ok(Some(timestamp)),
-                Err(error) => Err(format!("{error}, found {}", Quoted(&text))),
-            },
-            other => Err(other.instead_of("a string with a time as in RFC 3339, or null")),
-        }
-    }
-
-    fn ip(self) -> Result<Option<IpAddr>, String> {
-        let ip = match &self {
-            Self::Null => return Ok(None),
-            Self::Text(text) => text.parse().ok(),
-            _ => None,
-        };
-        match ip {
-            Some(ip) => Ok(Some(ip)),
-            None => {
-                Err(self.instead_of("a string with an IPv4 or IPv6 address (without zone and port), or null"))
-            }
-        }
-    }
-
-    fn instead_of(self, expected: impl fmt::Display) -> String {
-        let found = match self {
-            Self::Null => "null".to_owned(),
-            Self::Boolean(boolean) => boolean.to_string(),
-            Self::Integer(integer) => integer.to_string(),
-            Self::Float(float) => format!("{float:?}"),
-            Self::Text(text) => Quoted(&text).to_string(),
-            Self::Array => "an array".to_owned(),
-            Self::Object => "an object".to_owned(),
-        };
-        format!("expected {expected}, found {found}")
-    }
-}
-
-/// Reads one field's value into the sample. Returning the value instead makes decoding 7 % slower.
-struct FieldReader<'r, 'de> {
-    reading: &'r mut RecordReader<'de>,
-    field: Field,
-}
-
-impl<'de> FieldReader<'_, 'de> {
-    fn fill<E: de::Error>(self, value: Scalar<'de>) -> Result<(), E> {
-        let Self { reading, field } = self;
-        reading
-            .set(field, value)
-            .map_err(|reason| reading.reject(Rejection(format!("{}: {reason}", field.name()))))
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for FieldReader<'_, 'de> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for FieldReader<'_, 'de> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("a JSON value")
-    }
-
-    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
-        self.fill(Scalar::Null)
-    }
-
-    fn visit_bool<E: de::Error>(self, boolean: bool) -> Result<(), E> {
-        self.fill(Scalar::Boolean(boolean))
-    }
-
-    fn visit_i64<E: de::Error>(self, integer: i64) -> Result<(), E> {
-        self.fill(Scalar::Integer(integer.into()))
-    }
-
-    fn visit_u64<E: de::Error>(self, integer: u64) -> Result<(), E> {
-        self.fill(Scalar::Integer(integer.into()))
-    }
-
-    fn visit_f64<E: de::Error>(self, float: f64) -> Result<(), E> {
-        self.fill(Scalar::Float(float))
-    }
-
-    fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<(), E> {
-        self.fill(Scalar::Text(Cow::Borrowed(text)))
-    }
-
-    fn visit_str<E: de::Error>(self, text: &str) -> Result<(), E> {
-        self.fill(Scalar::Text(Cow::Owned(text.to_owned())))
-    }
-
-    // No field is an array or an object. They are skipped, so that the reason can name the field.
-    fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<(), A::Error> {
-        while array.next_element::<IgnoredAny>()?.is_some() {}
-        self.fill(Scalar::Array)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<(), A::Error> {
-        while object.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        self.fill(Scalar::Object)
-    }
-}
-
-/// A text in quotes, shortened, with its control characters escaped.
-struct Quoted<'a>(&'a str);
-
-impl fmt::Display for Quoted<'_> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.char_indices().nth(MAX_QUOTED_CHARS) {
-            Some((end, _)) => write!(formatter, "{:?}…", &self.0[..end]),
-            None => write!(formatter, "{:?}", self.0),
-        }
     }
 }

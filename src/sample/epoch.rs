@@ -17,8 +17,8 @@ pub const MAX_PLACES: usize = 256;
 
 /// The highest epoch so far of each place in one partition.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "BTreeMap<String, Epoch>", into = "BTreeMap<String, Epoch>")]
-pub struct Epochs(Vec<(String, Epoch)>);
+#[serde(transparent)]
+pub struct Epochs(BTreeMap<String, Epoch>);
 
 /// Why a record does not count.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,30 +29,18 @@ pub enum VoidReason {
     TooManyPlaces,
 }
 
-impl From<BTreeMap<String, Epoch>> for Epochs {
-    fn from(epochs: BTreeMap<String, Epoch>) -> Self {
-        Self(epochs.into_iter().collect())
-    }
-}
-
-impl From<Epochs> for BTreeMap<String, Epoch> {
-    fn from(epochs: Epochs) -> Self {
-        epochs.0.into_iter().collect()
-    }
-}
-
 impl Epochs {
     /// The epochs of a partition of which only this one is known.
     pub fn of(place: &str, epoch: Epoch) -> Self {
         match epoch {
             0 => Self::default(),
-            _ => Self(vec![(place.to_owned(), epoch)]),
+            _ => Self(BTreeMap::from([(place.to_owned(), epoch)])),
         }
     }
 
     /// Takes note of the epoch of the partition's next record or claim.
     pub fn admit(&mut self, place: &str, epoch: Epoch) -> Result<(), VoidReason> {
-        if let Some((_, highest)) = self.0.iter_mut().find(|(known, _)| known == place) {
+        if let Some(highest) = self.0.get_mut(place) {
             if epoch < *highest {
                 return Err(VoidReason::Superseded {
                     by: *highest,
@@ -65,19 +53,20 @@ impl Epochs {
         if self.0.len() >= MAX_PLACES {
             return Err(VoidReason::TooManyPlaces);
         }
-        self.0.push((place.to_owned(), epoch));
+        self.0.insert(place.to_owned(), epoch);
         Ok(())
     }
 
     /// The sum of all epochs. It grows whenever one of them does.
     pub fn sum(&self) -> Epoch {
-        self.0.iter().fold(0, |sum, (_, epoch)| sum.wrapping_add(*epoch))
+        self.0
+            .values()
+            .fold(0, |sum: Epoch, epoch| sum.wrapping_add(*epoch))
     }
 
     /// The highest epoch of a place, or zero.
     pub fn highest(&self, place: &str) -> Epoch {
-        let known = self.0.iter().find(|(known, _)| known == place);
-        known.map_or(0, |(_, epoch)| *epoch)
+        self.0.get(place).copied().unwrap_or(0)
     }
 }
 

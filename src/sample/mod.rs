@@ -12,7 +12,7 @@ mod record;
 mod shortcut;
 mod timestamp;
 
-pub use decode::{MAX_NESTING, Rejection, decode};
+pub use decode::{Rejection, decode};
 pub use encode::encode;
 pub use outcome::Outcome;
 pub use record::{Field, MAX_ADDRESS_BYTES, Sample, VERSION};

@@ -77,7 +77,7 @@ fn poison() -> Vec<(Option<Vec<u8>>, &'static str)> {
                 "[".repeat(100_000),
                 "]".repeat(100_000)
             )),
-            "error: expected",
+            "error: invalid type",
         ),
         (
             text("\u{feff}{\"address\":\"a\",\"is_valid\":true}"),

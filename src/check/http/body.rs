@@ -13,7 +13,7 @@ use ureq::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use ureq::http::{HeaderMap, Response};
 
 use super::chunks::{self, Chunks};
-use super::inflate::{Inflate, invalid};
+use super::inflate::{inflate, invalid};
 use crate::check::fault::CheckFault;
 use crate::check::pattern::DeadlinePassed;
 use crate::clock::instant_now;
@@ -222,8 +222,8 @@ impl Codings {
         }
         for coding in self.codings.iter().rev() {
             body = match coding {
-                Coding::Gzip => Box::new(buffered(Inflate::gzip(body))),
-                Coding::Deflate => Box::new(buffered(Inflate::deflate(body))),
+                Coding::Gzip => Box::new(buffered(inflate(body, false)?)),
+                Coding::Deflate => Box::new(buffered(inflate(body, true)?)),
                 Coding::Brotli => {
                     let (decoded, failure) = limits.brotli.decode(body, limits)?;
                     Box::new(buffered(Cursor::new(decoded).chain(Failing(failure))))
@@ -234,31 +234,13 @@ impl Codings {
     }
 }
 
-/// Whether the word is a coding registered at IANA, or the name of a compression program.
+/// The codings registered at IANA and the names of compression programs that are not supported.
+const UNSUPPORTED: &str = "zstd compress dcb dcz exi pack200-gzip aes128gcm sdch brotli bzip bzip2 bz2 lzma lzip lzo lz4 xz \
+                           zip zlib snappy";
+
 fn is_compression(word: &str) -> bool {
-    matches!(
-        word.strip_prefix("x-").unwrap_or(word),
-        "zstd"
-            | "compress"
-            | "dcb"
-            | "dcz"
-            | "exi"
-            | "pack200-gzip"
-            | "aes128gcm"
-            | "sdch"
-            | "brotli"
-            | "bzip"
-            | "bzip2"
-            | "bz2"
-            | "lzma"
-            | "lzip"
-            | "lzo"
-            | "lz4"
-            | "xz"
-            | "zip"
-            | "zlib"
-            | "snappy"
-    )
+    let name = word.strip_prefix("x-").unwrap_or(word);
+    UNSUPPORTED.split(' ').any(|unsupported| unsupported == name)
 }
 
 fn buffered<R: Read>(reader: R) -> BufReader<R> {

@@ -27,7 +27,6 @@ pub(super) enum Start {
     Unfinished,
     /// A head of this many bytes, including its blank line.
     Head(usize),
-    Http2,
     Unknown,
 }
 
@@ -40,7 +39,7 @@ pub(super) fn look(input: &[u8], looked_at: usize) -> Start {
     let answer = &input[blank_lines..];
     let protocol = &answer[..answer.len().min(PROTOCOL.len())];
     if !protocol.eq_ignore_ascii_case(&PROTOCOL[..protocol.len()]) {
-        return look_for_frame(answer);
+        return Start::Unknown;
     }
     // The line end before the blank line may be among the bytes of the last call.
     let mut from = looked_at.saturating_sub(2).max(blank_lines);
@@ -53,18 +52,6 @@ pub(super) fn look(input: &[u8], looked_at: usize) -> Start {
         }
     }
     Start::Unfinished
-}
-
-/// Recognises HTTP/2: the server begins with its settings or, if it closes at once, with GOAWAY (RFC 9113, section 3.4).
-fn look_for_frame(answer: &[u8]) -> Start {
-    const SETTINGS: u8 = 4;
-    const GOAWAY: u8 = 7;
-    match answer {
-        // Length, type, flags, stream.
-        [0, _, _, SETTINGS | GOAWAY, _, 0, 0, 0, 0, ..] => Start::Http2,
-        [0, ..] if answer.len() < 9 => Start::Unfinished,
-        _ => Start::Unknown,
-    }
 }
 
 /// A complete head.
@@ -364,14 +351,6 @@ mod tests {
             (b"HTTQ", Start::Unknown),
             (b" HTTP/1.1 200 OK", Start::Unknown),
             (b"\x15\x03\x01", Start::Unknown),
-            // SETTINGS, empty and with one value; GOAWAY.
-            (b"\0\0\0\x04\0\0\0\0\0", Start::Http2),
-            (b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x64", Start::Http2),
-            (b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x01", Start::Http2),
-            (b"\0\0\x06\x04\0\0\0\0", Start::Unfinished),
-            (b"\0", Start::Unfinished),
-            (b"\0\0\x06\x05\0\0\0\0\0", Start::Unknown),
-            (b"\0\0\0\x04\0\0\0\0\x01", Start::Unknown),
         ] {
             assert_eq!(look(answer, 0), expected, "{}", answer.escape_ascii());
         }

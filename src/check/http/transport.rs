@@ -200,7 +200,7 @@ fn connect_through(authority: &str, user_agent: &[u8], socket: &mut Socket) -> R
             }
             Start::Unfinished if answer.len() <= MAX_HEAD_BYTES => looked_at = answer.len(),
             Start::Unfinished => return Err(ureq::Error::LargeResponseHeader(answer.len(), MAX_HEAD_BYTES)),
-            Start::Http2 | Start::Unknown => {
+            Start::Unknown => {
                 return Err(CheckFault::Protocol("it does not begin with HTTP").into());
             }
         }
@@ -320,11 +320,6 @@ impl Connection {
                 Start::Unfinished if input.len() <= MAX_HEAD_BYTES => looked_at = input.len(),
                 Start::Head(_) | Start::Unfinished => {
                     return Err(ureq::Error::LargeResponseHeader(input.len(), MAX_HEAD_BYTES));
-                }
-                Start::Http2 => {
-                    return Err(
-                        CheckFault::Protocol("the server answered HTTP/1.1 with HTTP/2 frames").into(),
-                    );
                 }
                 Start::Unknown => return Err(CheckFault::Protocol("it does not begin with HTTP").into()),
             }

@@ -5,7 +5,7 @@ use regex_automata::hybrid::LazyStateID;
 use regex_automata::hybrid::dfa::{Cache, DFA};
 use regex_automata::util::start;
 
-use super::deadline::{DeadlinePassed, DeadlineWatch};
+use super::DeadlinePassed;
 use super::states::Starts;
 
 /// A search with a lazy DFA.
@@ -27,13 +27,7 @@ impl DfaSearch {
         self.state = None;
     }
 
-    pub(super) fn step(
-        &mut self,
-        starts: &Starts,
-        dfa: &DFA,
-        text: &[u8],
-        watch: &mut DeadlineWatch<impl Fn() -> bool>,
-    ) -> Result<bool, DeadlinePassed> {
+    pub(super) fn step(&mut self, starts: &Starts, dfa: &DFA, text: &[u8]) -> Result<bool, DeadlinePassed> {
         let mut at = 0;
         let mut state = self.start(dfa)?;
         while let Some(byte) = text.get(at) {
@@ -54,7 +48,6 @@ impl DfaSearch {
                 .next_state(&mut self.cache, state, *byte)
                 .or(Err(DeadlinePassed))?;
             at += 1;
-            watch.spend(1)?;
         }
         self.state = Some(state);
         Ok(state.is_match())

@@ -17,8 +17,9 @@ use super::shared::Record;
 use super::worker::Worker;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
+use crate::kafka::Listener;
 use crate::kafka::look_up_topic;
-use crate::kafka::reader::{Part, Quiet, Reader, is_forbidden};
+use crate::kafka::reader::{Part, Reader, is_forbidden};
 use crate::produce::outbox::{Kept, Sequence};
 
 /// How long one question to Kafka may take. The publisher's thread waits for the answer and sends nothing meanwhile. There are
@@ -154,7 +155,7 @@ impl Worker {
 }
 
 /// All partitions of the topic, from that time on.
-fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
+fn parts_since(consumer: &impl Consumer<Listener>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
     let partitions = match look_up_topic(consumer.client(), topic, ANSWER_WITHIN)? {
         Ok(partitions) => partitions,
         // A deleted topic contains nothing.
