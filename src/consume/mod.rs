@@ -9,7 +9,6 @@ pub mod batch;
 mod counters;
 pub mod fold;
 pub mod ingest;
-mod metrics;
 mod pipeline;
 mod positions;
 mod report;
