@@ -18,7 +18,6 @@ pub mod source;
 pub mod state;
 pub mod store;
 mod stuck;
-mod windows;
 mod writer;
 
 use std::thread::JoinHandle;

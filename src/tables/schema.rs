@@ -234,56 +234,6 @@ pub fn drop(object: Object, table: &TableName) -> String {
     )
 }
 
-/// Creates the table of a new day, to be filled from the default partition and then attached.
-///
-/// `CREATE TABLE … PARTITION OF` would block the writers of the parent; `ATTACH PARTITION` locks only the default partition.
-pub fn create_day(table: &TableName, day: Day) -> String {
-    format!(
-        "CREATE TABLE {} (LIKE {} INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE INCLUDING CONSTRAINTS);",
-        table.quoted(&day.suffix()),
-        table.quoted("")
-    )
-}
-
-/// Moves a day's rows out of the default partition (its name quoted) into the table of [`create_day`].
-pub fn move_day(table: &TableName, default: &str, day: Day) -> String {
-    let Range { start, end } = day.bounds();
-    format!(
-        "WITH moved AS (DELETE FROM {default} WHERE scheduled_at >= {start} AND scheduled_at < {end} RETURNING *) \
-         INSERT INTO {} SELECT * FROM moved;",
-        table.quoted(&day.suffix())
-    )
-}
-
-/// Counts the rows of a day in the default partition (its name quoted), up to `limit`.
-pub fn count_day(default: &str, day: Day, limit: i64) -> String {
-    let Range { start, end } = day.bounds();
-    format!(
-        "SELECT count(*) FROM (SELECT FROM {default} \
-         WHERE scheduled_at >= {start} AND scheduled_at < {end} LIMIT {limit}) rows"
-    )
-}
-
-/// Attaches the table of [`create_day`] as a partition.
-pub fn attach_day(table: &TableName, day: Day) -> String {
-    let Range { start, end } = day.bounds();
-    format!(
-        "ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({start}) TO ({end});",
-        table.quoted(""),
-        table.quoted(&day.suffix())
-    )
-}
-
-/// Deletes at most `limit` rows before `day` from the default partition (its name quoted). Skips locked rows, because another
-/// consumer may be deleting them.
-pub fn delete_before(default: &str, day: Day, limit: i64) -> String {
-    let start = day.bounds().start;
-    format!(
-        "DELETE FROM {default} WHERE ctid = ANY (ARRAY( \
-         SELECT ctid FROM {default} WHERE scheduled_at < {start} LIMIT {limit} FOR UPDATE SKIP LOCKED))"
-    )
-}
-
 /// The partition for days without one, and for rows without `scheduled_at`.
 const DEFAULT_SUFFIX: &str = "_default";
 
