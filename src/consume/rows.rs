@@ -97,29 +97,14 @@ impl Sink for RowsSink {
     async fn prepare(&mut self, session: &Session) -> Result<(Layout, PreparedRows), Fault> {
         let client = &session.client;
         let today = days::today();
-        let made = migrate::make(session, today).await;
-        // Many users may write but not create. That is an error only if something that is needed is missing.
-        let not_made = match made {
-            Ok(made) => {
-                for object in made {
-                    log::info!("created {}", session.table.quoted(object.suffix()));
-                }
-                None
-            }
-            Err(fault) if fault.kind == Kind::Operator => Some(fault),
-            Err(fault) => return Err(fault),
-        };
-        let found = destination::find(session).await?;
-        let layout =
-            destination::layout(session, &found, &self.user)
-                .await
-                .map_err(|fault| match &not_made {
-                    Some(why) if fault.kind == Kind::Operator => Fault {
-                        text: format!("{fault} (this user could not create what is missing: {why})"),
-                        ..fault
-                    },
-                    _ => fault,
-                })?;
+        let made = migrate::make(session, today).await?;
+        for object in &made.made {
+            log::info!("created {}", session.table.quoted(object.suffix()));
+        }
+        let layout = destination::layout(session, &made.found, &self.user)
+            .await
+            .map_err(|fault| made.explain(fault))?;
+        let found = made.found;
         let not_stored = layout.not_stored();
         if self.logged_not_stored.as_ref() != Some(&not_stored) {
             if !not_stored.is_empty() {

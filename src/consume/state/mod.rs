@@ -29,7 +29,7 @@ use crate::tables::buckets::WIDTHS;
 use crate::tables::names::Object;
 use crate::tables::state::{delete_old, rollups_of};
 use crate::tables::windows::{self, WINDOWS};
-use crate::tables::{days, ddl, destination, migrate};
+use crate::tables::{days, ddl, migrate};
 
 /// The end of the group's name.
 pub const GROUP_SUFFIX: &str = "-state";
@@ -197,24 +197,19 @@ impl Sink for StateSink {
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<((), Statements), Fault> {
-        let made = migrate::make(session, days::today()).await;
-        let not_made = match made {
-            Ok(_) => None,
-            Err(fault) if fault.kind == Kind::Operator => Some(fault),
-            Err(fault) => return Err(fault),
-        };
-        let found = destination::find(session).await?;
-        if let Some(object) = Object::STATE
+        let made = migrate::make(session, days::today()).await?;
+        let found = &made.found;
+        let unfit = Object::STATE
             .into_iter()
-            .find(|object| !found.is_current(*object))
-        {
+            .find(|object| !found.is_current(*object));
+        if let Some(object) = unfit {
             let name = session.table.quoted(object.suffix());
-            return Err(Fault::operator(match not_made {
-                Some(fault) => format!("{name} is missing, and this user could not create it: {fault}"),
-                None => format!(
+            return Err(made.explain(Fault::operator(match found.has(object) {
+                true => format!(
                     "{name} was not created by this version of host-metrics; rename it, and run `host-metrics init`"
                 ),
-            }));
+                false => format!("{name} does not exist: run `host-metrics init`"),
+            })));
         }
         let statements = Statements::prepare(&session.client, &session.table);
         let statements = session.bounded("preparing", statements).await;
