@@ -348,6 +348,7 @@ impl Flush<'_> {
         let mut refused = Vec::new();
         let mut untried = trials(rows.len());
         for _ in 0..MAX_TRIALS {
+            // From left to right, because a row may be refused because of one before it.
             let Some(range) = untried.pop() else { break };
             match self.trial(batch, &rows[range.clone()]).await? {
                 Ok(()) => {}
@@ -505,8 +506,8 @@ fn trials(rows: usize) -> Vec<Range<usize>> {
     starts.map(|start| start..rows.min(start + TRIAL_ROWS)).collect()
 }
 
-/// What to try after the rows of `range` were refused, the last rows first: the rows before the bad one, that one, and those
-/// after it, if the error contained its `line` (from 1); otherwise the two halves.
+/// What to try after a COPY of `range` was refused, the last rows first: the rows before the bad one, that one, and those after it
+/// if the error named its `line` (from 1), otherwise the two halves. Each part has fewer rows than `range`, which has at least two.
 fn parts(range: Range<usize>, line: Option<usize>) -> impl Iterator<Item = Range<usize>> {
     let bad = line.and_then(|line| range.start.checked_add(line)?.checked_sub(1));
     let [first, second] = match bad.filter(|bad| range.contains(bad)) {
@@ -580,8 +581,8 @@ mod tests {
         assert!(contiguous(&batch, &[]).is_empty());
     }
 
-    /// Searches `rows` rows of which `bad`, in their order, are refused, with or without the line in the error. Returns what was found and the
-    /// number of trials.
+    /// Searches `rows` rows of which `bad`, in their order, are refused, with or without the line in the error. Returns what was
+    /// found and the number of trials.
     fn search(rows: usize, bad: &[usize], with_lines: bool) -> (Vec<usize>, usize) {
         let mut untried = trials(rows);
         let (mut found, mut count) = (Vec::new(), 0);

@@ -128,8 +128,8 @@ impl StateSink {
             .await
     }
 
-    /// Brings the windows up to date that are due at `now`, without waiting for the disk, because they can be computed again.
-    /// Failures are logged.
+    /// Brings the windows up to date that are due, without waiting for the disk, because they can be computed again. Failures are
+    /// logged.
     ///
     /// # Errors
     /// The connection is of no further use, or a table is missing.
