@@ -14,7 +14,7 @@ use host_metrics::commands::demo::postgres::{Settings, ThrowAwayPostgres};
 use host_metrics::commands::status;
 use host_metrics::config::{self, StateConfig, Variables};
 use host_metrics::consume::Counters;
-use host_metrics::consume::batch::{Batch, Encoded, Flushed, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{Batch, Flushed, NextOffset, Offset, Partition, Record};
 use host_metrics::consume::rows::RowsSink;
 use host_metrics::consume::sink::Sink;
 use host_metrics::consume::state::{self, StateSink};
@@ -35,7 +35,10 @@ mod scratch;
 
 const VIEWS: [&str; 5] = ["uptime", "latency", "latest", "certificates", "incidents"];
 const ROUNDS: usize = 5;
-const PARTITION: Partition = Partition { topic: 0, number: 0 };
+const PARTITION: Partition = Partition {
+    topic: "host-metrics",
+    number: 0,
+};
 
 fn main() {
     // cargo passes `--bench`.
@@ -137,10 +140,10 @@ fn write_state(load: &Load, server: &ThrowAwayPostgres, client: &mut Client) {
     let (mut ours, mut theirs, mut seconds) = (0.0, 0.0, 0.0);
     for (base, samples) in load.batches(settings.batch_size) {
         let batch = batch(base, samples, |record, into| {
-            StateSink::encode(&(), "", record, &mut Epochs::default(), into)
+            StateSink::encode(&(), record, &mut Epochs::default(), into)
         });
         let (cpu, of_backend, since) = (cpu_seconds("self"), cpu_seconds(&backend), now());
-        assert_eq!(store.flush(&batch), Flushed::Durable);
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
         seconds += since.elapsed().as_secs_f64();
         ours += cpu_seconds("self") - cpu;
         theirs += cpu_seconds(&backend) - of_backend;
@@ -173,9 +176,9 @@ fn write_rows(load: &Load, server: &ThrowAwayPostgres) {
     store.positions(&[PARTITION], &start).expect("a position is made");
     for (base, samples) in load.batches(50_000) {
         let batch = batch(base, samples, |record, into| {
-            RowsSink::encode(&layout, "", record, &mut Epochs::default(), into)
+            RowsSink::encode(&layout, record, &mut Epochs::default(), into)
         });
-        assert_eq!(store.flush(&batch), Flushed::Durable);
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     }
 }
 
@@ -233,7 +236,7 @@ fn sample(host: i64, tick: i64, at: i64, interval: i64) -> Sample<'static> {
 fn batch(
     base: i64,
     samples: impl Iterator<Item = Sample<'static>>,
-    encode_as: impl Fn(&Record<'_>, &mut Vec<u8>) -> Result<Encoded, String>,
+    encode_as: impl Fn(&Record<'_>, &mut Vec<u8>) -> Result<(), String>,
 ) -> Batch {
     let mut batch = Batch::default();
     let mut value = Vec::new();

@@ -10,11 +10,11 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{Encoded, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::batch::{NextOffset, Offset, Partition, Record};
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::DownWhen;
 use host_metrics::consume::fold::observed::Observed;
-use host_metrics::consume::ingest::{Action, Event, Ingest, Limits};
+use host_metrics::consume::ingest::{Action, Event, Ingest, Limits, Request};
 use host_metrics::sample::{Timestamp, decode, encode};
 use host_metrics::tables::row::{Column, Layout, Origin};
 
@@ -105,7 +105,10 @@ struct Machine {
 }
 
 impl Machine {
-    const PARTITION: Partition = Partition { topic: 0, number: 3 };
+    const PARTITION: Partition = Partition {
+        topic: "host-metrics",
+        number: 3,
+    };
 
     fn new() -> Self {
         let limits = Limits {
@@ -139,7 +142,7 @@ impl Machine {
         let taken = self.ingest.record(self.now, record, |epochs, into| {
             epochs.admit("fra-1", 18).map_err(|void| void.to_string())?;
             into.extend_from_slice(row);
-            Ok(Encoded::Row)
+            Ok(())
         });
         assert!(taken, "the partition is being read, and there is room");
         if !self.ingest.has_room() {
@@ -150,11 +153,11 @@ impl Machine {
     fn go_on(&mut self) {
         loop {
             let event = match self.ingest.next_action(self.now) {
-                Action::Open => Event::Opened { same_layout: true },
-                Action::Locate { .. } => {
+                Action::Ask(Request::Open) => Event::Opened { same_layout: true },
+                Action::Ask(Request::Locate { .. }) => {
                     Event::Located(BTreeMap::from([(Self::PARTITION, self.next.into())]))
                 }
-                Action::Flush(batch) => Event::Flushed(batch, Flushed::Durable),
+                Action::Ask(Request::Flush(batch)) => Event::Flushed(batch, Some(Flushed::Durable)),
                 Action::Poll { .. } | Action::Hold { .. } => return,
                 _ => continue,
             };

@@ -3,6 +3,7 @@
 //! Owns the bytes of its records, because a record that Postgres refuses is stored unchanged, and the types for positions. Pure.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
 
 use openssl::sha::sha256;
@@ -20,9 +21,14 @@ const PREFIX_BYTES: usize = 64 << 10;
 /// A partition of one of the configured topics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Partition {
-    /// Index into the configured list of topics (KAFKA_TOPIC).
-    pub topic: u16,
+    pub topic: &'static str,
     pub number: i32,
+}
+
+impl fmt::Display for Partition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.topic, self.number)
+    }
 }
 
 /// A record's place in its partition.
@@ -55,7 +61,7 @@ pub struct Span {
     pub next: NextOffset,
 }
 
-/// The result of a flush.
+/// What a transaction did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Flushed {
     /// Rows, rejected records and positions are committed. A crash of the server can lose them only if the batch
@@ -65,10 +71,6 @@ pub enum Flushed {
     Fenced,
     /// The table refuses these entries (by index) for the given reasons. Nothing was written.
     Refused(Vec<(usize, String)>),
-    /// A passing error. Nothing was written, unless the answer to COMMIT was lost; the positions tell.
-    Retry(String),
-    /// An error that the operator has to correct; the text says how.
-    Fatal(String),
 }
 
 /// A record as Kafka delivers it.
@@ -100,15 +102,6 @@ pub enum Form {
     Claim,
 }
 
-/// What a sink made of a valid record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encoded {
-    /// It was appended.
-    Row,
-    /// It is a claim, which is not stored.
-    Claim,
-}
-
 /// How far a partition is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position {
@@ -131,7 +124,6 @@ impl From<NextOffset> for Position {
 pub struct Entry {
     pub partition: Partition,
     pub offset: Offset,
-    /// Kafka's timestamp of the record, if it has a valid one.
     pub timestamp: Option<Timestamp>,
     /// Ranges of [`Batch::record_bytes`]; `None` is Kafka's null.
     pub key: Option<Range<usize>>,
@@ -165,18 +157,24 @@ impl Batch {
         self.entries.is_empty()
     }
 
+    /// The number of records that become rows.
+    pub fn row_count(&self) -> usize {
+        let forms = self.entries.iter().map(|entry| &entry.form);
+        forms.filter(|form| matches!(form, Form::Row(_))).count()
+    }
+
     /// The memory of its records.
     pub fn bytes(&self) -> usize {
         self.record_bytes.len() + self.encoded.len()
     }
 
-    /// Appends a record. `base` is the partition's position before this batch. `encode` appends what is written; its error is the
-    /// reason why the record is rejected.
+    /// Appends a record. `base` is the partition's position before this batch. `encode` appends what is written, which is nothing
+    /// for a claim. Its error is the reason why the record is rejected.
     pub fn push(
         &mut self,
         base: NextOffset,
         record: Record<'_>,
-        encode: impl FnOnce(&mut Vec<u8>) -> Result<Encoded, String>,
+        encode: impl FnOnce(&mut Vec<u8>) -> Result<(), String>,
     ) {
         let span = self
             .spans
@@ -191,8 +189,8 @@ impl Batch {
         let row_start = self.encoded.len();
         let encoded = record.too_long().map_or_else(|| encode(&mut self.encoded), Err);
         let form = match encoded {
-            Ok(Encoded::Row) => Form::Row(row_start..self.encoded.len()),
-            Ok(Encoded::Claim) => Form::Claim,
+            Ok(()) if self.encoded.len() == row_start => Form::Claim,
+            Ok(()) => Form::Row(row_start..self.encoded.len()),
             Err(reason) => {
                 self.encoded.truncate(row_start);
                 Form::Rejected(reason)
@@ -282,20 +280,29 @@ const KEPT_BYTES: usize = 1 << 20;
 mod tests {
     use super::*;
 
-    const P: Partition = Partition { topic: 0, number: 0 };
-    const Q: Partition = Partition { topic: 0, number: 1 };
+    const P: Partition = Partition {
+        topic: "t",
+        number: 0,
+    };
+    const Q: Partition = Partition {
+        topic: "t",
+        number: 1,
+    };
 
-    fn push(batch: &mut Batch, partition: Partition, base: i64, offset: i64, row: Result<&[u8], &str>) {
-        let record = Record {
+    fn record(partition: Partition, offset: i64) -> Record<'static> {
+        Record {
             partition,
             offset: Offset(offset),
             timestamp: None,
             key: Some(b"key"),
             value: Some(b"value"),
-        };
-        batch.push(NextOffset(base), record, |into| {
+        }
+    }
+
+    fn push(batch: &mut Batch, partition: Partition, base: i64, offset: i64, row: Result<&[u8], &str>) {
+        batch.push(NextOffset(base), record(partition, offset), |into| {
             into.extend_from_slice(row.unwrap_or(b"half a row"));
-            row.map(|_| Encoded::Row).map_err(String::from)
+            row.map(|_| ()).map_err(String::from)
         });
     }
 
@@ -317,15 +324,11 @@ mod tests {
         push(&mut batch, P, 0, 0, Ok(b"a"));
         push(&mut batch, P, 0, 1, Err("no row"));
         push(&mut batch, P, 0, 2, Ok(b"c"));
-        let forms: Vec<&Form> = batch.entries.iter().map(|entry| &entry.form).collect();
-        assert_eq!(
-            forms,
-            [
-                &Form::Row(0..1),
-                &Form::Rejected("no row".into()),
-                &Form::Row(1..2)
-            ]
-        );
+        batch.push(NextOffset(0), record(P, 3), |_| Ok(()));
+        let forms: Vec<Form> = batch.entries.iter().map(|entry| entry.form.clone()).collect();
+        let rejected = Form::Rejected("no row".into());
+        assert_eq!(forms, [Form::Row(0..1), rejected, Form::Row(1..2), Form::Claim]);
+        assert_eq!(batch.row_count(), 2, "a claim is not a row");
         assert_eq!(batch.encoded, b"ac");
         let value = batch.entries[1].value.clone().unwrap();
         assert_eq!(&batch.record_bytes[value], b"value");
@@ -353,7 +356,7 @@ mod tests {
             };
             batch.push(NextOffset(0), record, |_| {
                 assert_eq!(said, None, "it is not read");
-                Ok(Encoded::Row)
+                Ok(())
             });
             let entry = &batch.entries[0];
             for (bytes, kept) in [(key, &entry.key), (value, &entry.value)] {
@@ -364,7 +367,7 @@ mod tests {
                 assert!(kept.clone().map(|kept| &batch.record_bytes[kept]) == expected);
             }
             let Some(said) = said else {
-                assert_eq!(entry.form, Form::Row(0..0));
+                assert_eq!(entry.form, Form::Claim, "nothing was appended");
                 continue;
             };
             let Form::Rejected(reason) = &entry.form else {

@@ -8,21 +8,19 @@ use log::Level;
 
 use crate::clock::{self, instant_now};
 use crate::config::ConsumeConfig;
-use crate::consume::batch::{Batch, Flushed, Form, NextOffset, Partition, Record};
+use crate::consume::batch::{Batch, Flushed, Form, NextOffset, Partition};
 use crate::consume::counters::Counters;
 use crate::consume::ingest::{Action, Event, Ingest, Limits};
-use crate::consume::report::{Rejections, Summary, level, notice_text};
+use crate::consume::report::{Rejections, Summary};
 use crate::consume::sink::Sink;
 use crate::consume::source::{Ended, Source};
-use crate::consume::store::{Store, StoreError};
-use crate::consume::writer::{Answer, Request, Writer};
+use crate::consume::store::Store;
+use crate::consume::writer::{Answer, Writer};
 use crate::outage::Outage;
+use crate::postgres::{Fault, Kind};
 use crate::sample::Timestamp;
 use crate::shutdown::{STOP_WITHIN, Shutdown};
 use crate::terminal::counted;
-
-/// The longest poll. A stop is noticed at most this late.
-const POLL: Duration = Duration::from_millis(100);
 
 /// The longest poll while the store is busy. If no records arrive, its answer is noticed at most this late.
 const POLL_WHILE_WRITING: Duration = Duration::from_millis(10);
@@ -30,10 +28,9 @@ const POLL_WHILE_WRITING: Duration = Duration::from_millis(10);
 /// The most records that are taken before the loop looks for answers and stops.
 const RECORDS_PER_TURN: usize = 128;
 
-/// The parts of [`STOP_WITHIN`] that are reserved for the commit, for leaving the group, and for ending the writer. Each is some
-/// times what it takes with healthy servers; the flush has the rest.
-const COMMIT_WITHIN: Duration = Duration::from_millis(1_000);
-const LEAVE_WITHIN: Duration = Duration::from_millis(1_500);
+/// The parts of [`STOP_WITHIN`] that are reserved for the last commit and leaving the group, and for ending the writer. Each is
+/// some times what it takes with healthy servers; the flush has the rest.
+const LEAVE_WITHIN: Duration = Duration::from_millis(2_500);
 const WRITER_CLOSE_WITHIN: Duration = Duration::from_millis(500);
 
 const SUMMARY_EVERY: Duration = Duration::from_secs(60);
@@ -113,15 +110,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             }
             self.watch(now);
             match self.ingest.next_action(now) {
-                Action::Open => self.writer.ask(Request::Open)?,
-                Action::Locate {
-                    partitions,
-                    missing_from,
-                } => self.writer.ask(Request::Locate {
-                    partitions,
-                    missing_from,
-                })?,
-                Action::Flush(batch) => self.writer.ask(Request::Flush(batch))?,
+                Action::Ask(request) => self.writer.ask(request)?,
                 Action::FindStarts(partitions) => {
                     let starts = self.source.starts(&partitions);
                     self.ingest.handle(now, Event::Starts(starts));
@@ -138,15 +127,11 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                         log::debug!("cannot pause: {error}");
                     }
                 }
-                Action::Commit(commits) => self.source.commit(commits),
-                Action::Tell(notice) => {
-                    let (at, text) = notice_text(&notice, |partition| self.source.name(partition));
-                    log::log!(level::<S>(at), "{text}");
-                }
+                Action::Commit(commits) => self.source.commit(&commits),
+                Action::Tell(text) => log::log!(self.source.level(Level::Warn), "{text}"),
                 Action::Poll { until } => self.poll(now, until)?,
                 Action::Hold { until } => {
-                    let wait = until.saturating_duration_since(now).min(POLL);
-                    if let Some(answer) = self.writer.wait(wait)? {
+                    if let Some(answer) = self.writer.wait(until.saturating_duration_since(now))? {
                         self.answered(instant_now(), answer)?;
                     }
                 }
@@ -160,7 +145,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
 
     fn read(&mut self, now: Instant, starts: &[(Partition, NextOffset)]) {
         for (partition, next) in starts {
-            log::debug!("reading {} from offset {}", self.source.name(*partition), next.0);
+            log::debug!("reading {partition} from offset {}", next.0);
         }
         if let Err(error) = self.source.read(starts) {
             log::debug!("cannot read: {error}");
@@ -174,17 +159,16 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             return;
         };
         self.stopping = true;
-        let afterwards = COMMIT_WITHIN + LEAVE_WITHIN + WRITER_CLOSE_WITHIN;
+        let afterwards = LEAVE_WITHIN + WRITER_CLOSE_WITHIN;
         let deadline = requested_at + STOP_WITHIN.saturating_sub(afterwards);
         self.ingest.handle(now, Event::Stop { deadline });
     }
 
     fn poll(&mut self, now: Instant, until: Instant) -> anyhow::Result<()> {
-        let longest = match self.writer.is_busy() {
-            true => POLL_WHILE_WRITING,
-            false => POLL,
-        };
-        let mut timeout = until.saturating_duration_since(now).min(longest);
+        let mut timeout = until.saturating_duration_since(now);
+        if self.writer.is_busy() {
+            timeout = timeout.min(POLL_WHILE_WRITING);
+        }
         let mut now = None;
         for _ in 0..RECORDS_PER_TURN {
             let delivered = self.source.poll(timeout);
@@ -208,18 +192,12 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             };
             let record = delivered.record();
             if let Some(layout) = &self.layout {
-                let topic = self.source.topic(record.partition);
-                let kept = match S::KEEPS_RECORDS {
-                    true => record,
-                    false => Record {
-                        key: None,
-                        value: None,
-                        ..record
-                    },
-                };
-                self.ingest.record(now, kept, |epochs, into| {
-                    S::encode(layout, topic, &record, epochs, into)
-                });
+                let mut kept = record;
+                if !S::KEEPS_RECORDS {
+                    (kept.key, kept.value) = (None, None);
+                }
+                self.ingest
+                    .record(now, kept, |epochs, into| S::encode(layout, &record, epochs, into));
             }
             if !self.ingest.has_room() {
                 return Ok(());
@@ -230,7 +208,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
 
     fn rejoin(&mut self, now: Instant) -> anyhow::Result<()> {
         log::log!(
-            level::<S>(Level::Warn),
+            self.source.level(Level::Warn),
             "Kafka was away and now reports that {}; it may mean this consumer itself, which joins again",
             Ended::InstanceTaken
         );
@@ -242,44 +220,39 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     }
 
     fn answered(&mut self, now: Instant, answer: Answer<S::Layout>) -> anyhow::Result<()> {
-        match answer {
-            Answer::Opened(Ok(layout)) => {
-                let same_layout = self.layout.as_ref().is_none_or(|known| *known == layout);
-                self.layout = Some(layout);
-                self.ingest.handle(now, Event::Opened { same_layout });
-            }
-            Answer::Located(Ok(positions)) => {
-                self.ingest.handle(now, Event::Located(positions));
-            }
-            Answer::Opened(Err(StoreError::Retry(reason)))
-            | Answer::Located(Err(StoreError::Retry(reason))) => {
-                self.failed(now, reason);
-                self.ingest.handle(now, Event::StoreFailed);
-            }
-            Answer::Opened(Err(StoreError::Fatal(text))) | Answer::Located(Err(StoreError::Fatal(text))) => {
-                return Err(anyhow!(text));
-            }
-            Answer::Flushed(_, Flushed::Fatal(text), _) => return Err(anyhow!(text)),
+        let event = match answer {
+            Answer::Opened(opened) => match self.unless_passing(now, opened)? {
+                Some(layout) => {
+                    let same_layout = self.layout.as_ref().is_none_or(|known| *known == layout);
+                    self.layout = Some(layout);
+                    Event::Opened { same_layout }
+                }
+                None => Event::StoreFailed,
+            },
+            Answer::Located(located) => self
+                .unless_passing(now, located)?
+                .map_or(Event::StoreFailed, Event::Located),
             Answer::Flushed(batch, flushed, took) => {
+                let flushed = self.unless_passing(now, flushed)?;
                 match &flushed {
                     // An empty batch only waited for the disk.
-                    Flushed::Durable if batch.spans.is_empty() => {}
-                    Flushed::Durable => self.durable(now, &batch, took),
-                    Flushed::Retry(reason) => self.failed(now, reason.clone()),
-                    Flushed::Fenced => {
+                    Some(Flushed::Durable) if batch.spans.is_empty() => {}
+                    Some(Flushed::Durable) => self.durable(now, &batch, took),
+                    Some(Flushed::Fenced) => {
                         self.counters.fences.inc();
                     }
-                    Flushed::Refused(refused) => log::debug!("{} rows are refused", refused.len()),
-                    Flushed::Fatal(_) => {}
+                    Some(Flushed::Refused(refused)) => log::debug!("{} rows are refused", refused.len()),
+                    None => {}
                 }
-                self.ingest.handle(now, Event::Flushed(batch, flushed));
+                Event::Flushed(batch, flushed)
             }
-        }
+        };
+        self.ingest.handle(now, event);
         if !self.ingest.store_is_away()
             && let Some(lasted) = self.postgres.end(now)
         {
             log::log!(
-                level::<S>(Level::Info),
+                self.source.level(Level::Info),
                 "Postgres is back after {} s",
                 lasted.as_secs()
             );
@@ -287,10 +260,23 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         Ok(())
     }
 
-    fn failed(&mut self, now: Instant, reason: String) {
-        log::debug!("Postgres: {reason}");
-        self.counters.failures.inc();
-        self.postgres.begin(now, reason);
+    /// What the store returned, or `None` after an error that will pass.
+    fn unless_passing<T>(&mut self, now: Instant, result: Result<T, Fault>) -> anyhow::Result<Option<T>> {
+        match result {
+            Ok(answer) => Ok(Some(answer)),
+            Err(Fault {
+                kind: Kind::Passing,
+                text,
+                ..
+            }) => {
+                log::debug!("Postgres: {text}");
+                self.counters.failures.inc();
+                self.postgres.begin(now, text);
+                Ok(None)
+            }
+            // A refusal that no row caused comes from a trigger or a constraint of the operator.
+            Err(fault) => Err(anyhow!(fault.text)),
+        }
     }
 
     fn durable(&mut self, now: Instant, batch: &Batch, took: Duration) {
@@ -299,15 +285,14 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         for entry in &batch.entries {
             if let Form::Rejected(reason) = &entry.form {
                 rejected += 1;
-                let partition = self.source.name(entry.partition);
                 self.rejections
-                    .note(|| format!("{partition} offset {}: {reason}", entry.offset.0));
+                    .note(|| format!("{} offset {}: {reason}", entry.partition, entry.offset.0));
             }
             if let Some(timestamp) = entry.timestamp {
                 oldest = Some(oldest.map_or(timestamp, |oldest: Timestamp| oldest.min(timestamp)));
             }
         }
-        let rows = batch.len() as u64 - rejected;
+        let rows = batch.row_count() as u64;
         log::debug!(
             "flush rows={rows} rejected={rejected} partitions={} seconds={:.3}",
             batch.spans.len(),
@@ -322,7 +307,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         counters.flushed_at_seconds.set(clock::wall_micros() as f64 / 1e6);
         counters.delay_seconds.set(delay.as_secs_f64());
         self.summary.delay = self.summary.delay.max(delay);
-        self.rejections.log(level::<S>(Level::Warn), now);
+        self.rejections.log(self.source.level(Level::Warn), now);
     }
 
     /// Once a second: logs outages, counts the lag, and logs the summary once a minute.
@@ -332,11 +317,11 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         }
         self.watch_at = now + Duration::from_secs(1);
         self.source.report_outages(now);
-        self.rejections.log(level::<S>(Level::Warn), now);
+        self.rejections.log(self.source.level(Level::Warn), now);
         let unwritten = self.ingest.unwritten();
         if let Some((reason, lasted)) = self.postgres.take_report(now) {
             log::log!(
-                level::<S>(Level::Warn),
+                self.source.level(Level::Warn),
                 "waiting for Postgres: {reason} (for {} s, {} not written yet)",
                 lasted.as_secs(),
                 counted(unwritten, "record")
@@ -367,7 +352,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         let lag = |(partition, durable, _): (Partition, NextOffset, NextOffset)| {
             let end = ends.get(&partition)?;
             let lag = u64::try_from(end.0.saturating_sub(durable.0)).unwrap_or(0);
-            Some(((self.source.topic(partition).to_owned(), partition.number), lag))
+            Some(((partition.topic.to_owned(), partition.number), lag))
         };
         self.ingest.positions().filter_map(lag).collect()
     }
@@ -380,7 +365,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         let flushes = counters.flushes.get();
         let lag: u64 = self.lags().values().sum();
         log::log!(
-            level::<S>(Level::Info),
+            self.source.level(Level::Info),
             "summary seconds={:.0} rows={} flushes={} rejected={} partitions={} lag={lag} delay_seconds={:.3}",
             now.saturating_duration_since(previous.at).as_secs_f64(),
             rows - previous.rows,
@@ -406,23 +391,19 @@ impl<'a, S: Sink> Pipeline<'a, S> {
         if matches!(event, Event::Revoked(_)) {
             self.counters.revoked.inc_by(partitions.len() as u64);
         }
-        let names: Vec<String> = partitions
-            .iter()
-            .map(|partition| self.source.name(*partition))
-            .collect();
-        log::log!(level::<S>(Level::Info), "{what} {}", names.join(" "));
+        let names: Vec<String> = partitions.iter().map(Partition::to_string).collect();
+        log::log!(self.source.level(Level::Info), "{what} {}", names.join(" "));
     }
 
     fn stopped(&mut self, now: Instant, unwritten: usize) {
-        self.source.wait_for_commits(now + COMMIT_WITHIN);
         self.log_summary(now);
         match unwritten {
             0 => log::log!(
-                level::<S>(Level::Info),
+                self.source.level(Level::Info),
                 "stopped: all records that were read are written and committed"
             ),
             _ => log::log!(
-                level::<S>(Level::Warn),
+                self.source.level(Level::Warn),
                 "stopped: {} read but not written ({}); what is not committed will be read again",
                 counted(unwritten, "record"),
                 self.postgres.reason().unwrap_or("there was no time left"),

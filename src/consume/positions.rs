@@ -11,26 +11,9 @@ use crate::postgres::{Fault, Session};
 use crate::sample::epoch::Epochs;
 use crate::tables::names::Object;
 
-/// The names under which the offsets table has this consumer's positions.
-pub struct Keys {
-    pub group_id: String,
-    pub topics: Vec<String>,
-}
-
-impl Keys {
-    pub fn topic(&self, partition: Partition) -> Result<&str, Fault> {
-        let topic = self.topics.get(usize::from(partition.topic));
-        topic.map(String::as_str).ok_or_else(|| {
-            Fault::operator(format!(
-                "no topic has the number {}: this is a bug, please report it",
-                partition.topic
-            ))
-        })
-    }
-}
-
-/// The statements about positions.
+/// The statements about the positions of a group.
 pub struct Positions {
+    pub(super) group_id: String,
     offsets: String,
     /// Moves the positions that are at the bases of a batch.
     advance: Statement,
@@ -39,10 +22,11 @@ pub struct Positions {
 }
 
 impl Positions {
-    pub async fn prepare(session: &Session) -> Result<Self, tokio_postgres::Error> {
+    pub async fn prepare(session: &Session, group_id: &str) -> Result<Self, tokio_postgres::Error> {
         let client = &session.client;
         let offsets = session.table.quoted(Object::Offsets.suffix());
         Ok(Self {
+            group_id: group_id.to_owned(),
             advance: client
                 .prepare(&format!(
                     "UPDATE {offsets} o SET next_offset = s.next, epochs = coalesce(s.epochs::pg_catalog.jsonb, o.epochs) \
@@ -75,21 +59,17 @@ impl Positions {
     pub async fn locate(
         &self,
         session: &Session,
-        keys: &Keys,
         partitions: &[Partition],
         missing_from: &BTreeMap<Partition, NextOffset>,
     ) -> Result<BTreeMap<Partition, Position>, Fault> {
-        let mut found = self.read(session, keys, partitions).await?;
+        let mut found = self.read(session, partitions).await?;
         let missing: Vec<(Partition, NextOffset)> = missing_from
             .iter()
             .filter(|(partition, _)| partitions.contains(partition) && !found.contains_key(partition))
             .map(|(&partition, &next)| (partition, next))
             .collect();
         if !missing.is_empty() {
-            let topics = missing
-                .iter()
-                .map(|(p, _)| keys.topic(*p))
-                .collect::<Result<Vec<_>, _>>()?;
+            let topics: Vec<&str> = missing.iter().map(|(p, _)| p.topic).collect();
             let numbers: Vec<i32> = missing.iter().map(|(p, _)| p.number).collect();
             let nexts: Vec<i64> = missing.iter().map(|(_, next)| next.0).collect();
             session
@@ -97,11 +77,11 @@ impl Positions {
                     "adding positions",
                     session
                         .client
-                        .execute(&self.add, &[&keys.group_id, &topics, &numbers, &nexts]),
+                        .execute(&self.add, &[&self.group_id, &topics, &numbers, &nexts]),
                 )
                 .await?;
             // Another consumer may have added one first; then that one counts.
-            found = self.read(session, keys, partitions).await?;
+            found = self.read(session, partitions).await?;
         }
         Ok(found)
     }
@@ -109,33 +89,25 @@ impl Positions {
     async fn read(
         &self,
         session: &Session,
-        keys: &Keys,
         partitions: &[Partition],
     ) -> Result<BTreeMap<Partition, Position>, Fault> {
-        let topics = partitions
-            .iter()
-            .map(|p| keys.topic(*p))
-            .collect::<Result<Vec<_>, _>>()?;
+        let topics: Vec<&str> = partitions.iter().map(|p| p.topic).collect();
         let numbers: Vec<i32> = partitions.iter().map(|p| p.number).collect();
-        let by_name: BTreeMap<(&str, i32), Partition> = topics
-            .iter()
-            .zip(partitions)
-            .map(|(&topic, &p)| ((topic, p.number), p))
-            .collect();
         session
             .bounded("reading positions", async {
                 let mut found = BTreeMap::new();
                 for row in session
                     .client
-                    .query(&self.read, &[&keys.group_id, &topics, &numbers])
+                    .query(&self.read, &[&self.group_id, &topics, &numbers])
                     .await?
                 {
                     let (topic, number): (&str, i32) = (row.try_get(0)?, row.try_get(1)?);
-                    if let Some(&partition) = by_name.get(&(topic, number)) {
+                    let is_this = |p: &&Partition| p.topic == topic && p.number == number;
+                    if let Some(&partition) = partitions.iter().find(is_this) {
                         let epochs = serde_json::from_str(row.try_get(3)?);
                         let position = Position {
                             next: NextOffset(row.try_get(2)?),
-                            epochs: epochs.map_err(|error| not_epochs(topic, number, &error))?,
+                            epochs: epochs.map_err(|error| not_epochs(partition, &error))?,
                         };
                         found.insert(partition, position);
                     }
@@ -147,12 +119,9 @@ impl Positions {
 
     /// Moves the positions of the batch's partitions. False if another consumer has moved one of them; the transaction then has to
     /// be rolled back.
-    pub async fn advance(&self, session: &Session, keys: &Keys, batch: &Batch) -> Result<bool, Fault> {
+    pub async fn advance(&self, session: &Session, batch: &Batch) -> Result<bool, Fault> {
         let spans = batch.spans.iter();
-        let topics = spans
-            .clone()
-            .map(|(p, _)| keys.topic(*p))
-            .collect::<Result<Vec<_>, _>>()?;
+        let topics: Vec<&str> = spans.clone().map(|(p, _)| p.topic).collect();
         let numbers: Vec<i32> = spans.clone().map(|(p, _)| p.number).collect();
         let bases: Vec<i64> = spans.clone().map(|(_, span)| span.base.0).collect();
         let nexts: Vec<i64> = spans.clone().map(|(_, span)| span.next.0).collect();
@@ -161,7 +130,7 @@ impl Positions {
             .client
             .execute(
                 &self.advance,
-                &[&keys.group_id, &topics, &numbers, &bases, &nexts, &epochs],
+                &[&self.group_id, &topics, &numbers, &bases, &nexts, &epochs],
             )
             .await
             .map_err(|error| not_a_rows(error.into(), &self.offsets, "SELECT, INSERT, UPDATE"))?;
@@ -173,9 +142,9 @@ fn json(epochs: &Epochs) -> String {
     serde_json::to_string(epochs).expect("names and numbers are JSON")
 }
 
-fn not_epochs(topic: &str, partition: i32, error: &serde_json::Error) -> Fault {
+fn not_epochs(partition: Partition, error: &serde_json::Error) -> Fault {
     Fault::operator(format!(
-        "the epochs of {topic}/{partition} in the offsets table are not an object of numbers: {error}"
+        "the epochs of {partition} in the offsets table are not an object of numbers: {error}"
     ))
 }
 

@@ -16,8 +16,8 @@ use tokio_postgres::{Client, CopyInSink, Statement};
 
 use crate::clock::instant_now;
 use crate::config::ConsumeConfig;
-use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
-use crate::consume::positions::{Keys, Positions, not_a_rows};
+use crate::consume::batch::{Batch, Flushed, Form, Record};
+use crate::consume::positions::{Positions, not_a_rows};
 use crate::consume::sink::{Sink, admit, begin};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
@@ -64,20 +64,18 @@ impl RowsSink {
 }
 
 impl Sink for RowsSink {
-    const IS_FIRST: bool = true;
     const KEEPS_RECORDS: bool = true;
     type Layout = Layout;
     type Prepared = PreparedRows;
 
     fn encode(
         layout: &Layout,
-        topic: &str,
         record: &Record<'_>,
         epochs: &mut Epochs,
         row: &mut Vec<u8>,
-    ) -> Result<Encoded, String> {
+    ) -> Result<(), String> {
         let Some(mut sample) = admit(record.value.unwrap_or_default(), epochs)? else {
-            return Ok(Encoded::Claim);
+            return Ok(());
         };
         if sample.scheduled_at.is_none() {
             // The original's records have no time of their own.
@@ -86,12 +84,11 @@ impl Sink for RowsSink {
                 Some(timestamp.ok_or("scheduled_at is missing, and the record has no timestamp of Kafka")?);
         }
         let origin = Origin {
-            topic,
+            topic: record.partition.topic,
             partition: record.partition.number,
             offset: record.offset.0,
         };
-        layout.encode_row(&sample, origin, row)?;
-        Ok(Encoded::Row)
+        layout.encode_row(&sample, origin, row)
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<(Layout, PreparedRows), Fault> {
@@ -126,14 +123,12 @@ impl Sink for RowsSink {
     async fn flush(
         &mut self,
         session: &Session,
-        keys: &Keys,
         positions: &Positions,
         prepared: &PreparedRows,
         batch: &Batch,
     ) -> Result<Flushed, Fault> {
         let flush = Flush {
             session,
-            keys,
             positions,
             prepared,
         };
@@ -197,7 +192,6 @@ impl Statements {
 /// What a flush needs.
 struct Flush<'a> {
     session: &'a Session,
-    keys: &'a Keys,
     positions: &'a Positions,
     prepared: &'a PreparedRows,
 }
@@ -225,7 +219,7 @@ impl Flush<'_> {
     async fn begin(&self, batch: &Batch, has_rows: bool) -> Result<Option<Option<CopyInSink<Bytes>>>, Fault> {
         let client = &self.session.client;
         let step = self.session.bounds.step;
-        let rejected = Rejected::chunks(self.keys, batch)?;
+        let rejected = Rejected::chunks(batch);
         // No other statement can run while a COPY is open, so an INSERT comes before it and costs a round trip.
         let copies_at_once = has_rows && rejected.is_empty();
         let begin = begin(BEGIN, batch);
@@ -236,7 +230,7 @@ impl Flush<'_> {
             Ok::<_, Fault>(
                 join3(
                     client.batch_execute(&begin),
-                    self.positions.advance(self.session, self.keys, batch),
+                    self.positions.advance(self.session, batch),
                     async {
                         match copies_at_once {
                             true => client.copy_in(&self.prepared.statements.copy).await.map(Some),
@@ -262,7 +256,7 @@ impl Flush<'_> {
             bounded(
                 "INSERT of the rejected records",
                 step + self.session.bounds.per_byte.saturating_mul(bytes),
-                chunk.insert(client, &self.prepared.statements.reject, self.keys),
+                chunk.insert(client, &self.prepared.statements.reject, &self.positions.group_id),
             )
             .await
             .map_err(|fault| not_a_rows(fault, &name(Object::Rejected), "INSERT"))?;
@@ -419,7 +413,7 @@ struct Rejected<'a> {
 }
 
 impl<'a> Rejected<'a> {
-    fn chunks(keys: &'a Keys, batch: &'a Batch) -> Result<Vec<Self>, Fault> {
+    fn chunks(batch: &'a Batch) -> Vec<Self> {
         let mut chunks: Vec<Self> = Vec::new();
         for entry in &batch.entries {
             let Form::Rejected(reason) = &entry.form else {
@@ -437,7 +431,7 @@ impl<'a> Rejected<'a> {
             }
             if let Some(chunk) = chunks.last_mut() {
                 chunk.bytes += size;
-                chunk.topics.push(keys.topic(entry.partition)?);
+                chunk.topics.push(entry.partition.topic);
                 chunk.partitions.push(entry.partition.number);
                 chunk.offsets.push(entry.offset.0);
                 chunk.keys.push(key);
@@ -446,17 +440,17 @@ impl<'a> Rejected<'a> {
                 chunk.reasons.push(reason.replace('\0', "\\0"));
             }
         }
-        Ok(chunks)
+        chunks
     }
 
     async fn insert(
         &self,
         client: &Client,
         statement: &Statement,
-        keys: &Keys,
+        group_id: &str,
     ) -> Result<(), tokio_postgres::Error> {
         let params: [&(dyn ToSql + Sync); 7] = [
-            &keys.group_id,
+            &group_id,
             &self.topics,
             &self.partitions,
             &self.offsets,
@@ -558,7 +552,10 @@ mod tests {
     #[test]
     fn neighbouring_rows_are_sent_as_one_range_and_holes_are_left_out() {
         let entry = |form| Entry {
-            partition: Partition { topic: 0, number: 0 },
+            partition: Partition {
+                topic: "t",
+                number: 0,
+            },
             offset: Offset(0),
             timestamp: None,
             key: None,

@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
-use crate::consume::batch::{Batch, Encoded, Flushed, Record};
-use crate::consume::positions::{Keys, Positions};
+use crate::consume::batch::{Batch, Flushed, Record};
+use crate::consume::positions::Positions;
 use crate::postgres::{Fault, Session};
 use crate::sample::epoch::{Claim, Epochs, VoidReason};
 use crate::sample::{self, Sample, Timestamp};
@@ -46,9 +46,6 @@ pub fn begin(sql: &'static str, batch: &Batch) -> Cow<'static, str> {
     reason = "only the writer's thread waits for these, on a runtime of its own"
 )]
 pub trait Sink: Send + 'static {
-    /// Whether this is the first pipeline of the process, which logs what happens.
-    const IS_FIRST: bool;
-
     /// Whether a batch keeps keys and values unchanged, in addition to what [`Sink::encode`] makes of them.
     const KEEPS_RECORDS: bool;
 
@@ -57,14 +54,13 @@ pub trait Sink: Send + 'static {
     /// What is prepared in a session, such as statements.
     type Prepared: Send;
 
-    /// Appends what is written of the record.
+    /// Appends what is written of the record, which is nothing for a claim.
     fn encode(
         layout: &Self::Layout,
-        topic: &str,
         record: &Record<'_>,
         epochs: &mut Epochs,
         into: &mut Vec<u8>,
-    ) -> Result<Encoded, String>;
+    ) -> Result<(), String>;
 
     /// Creates missing tables, if the user may, and prepares the statements.
     async fn prepare(&mut self, session: &Session) -> Result<(Self::Layout, Self::Prepared), Fault>;
@@ -73,7 +69,6 @@ pub trait Sink: Send + 'static {
     async fn flush(
         &mut self,
         session: &Session,
-        keys: &Keys,
         positions: &Positions,
         prepared: &Self::Prepared,
         batch: &Batch,

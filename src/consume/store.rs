@@ -15,32 +15,21 @@ use tokio_postgres::types::ToSql;
 use crate::clock::instant_now;
 use crate::config::{ConsumeConfig, DatabaseConfig};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
-use crate::consume::positions::{Keys, Positions};
+use crate::consume::positions::Positions;
 use crate::consume::rows::RowsSink;
 use crate::consume::sink::Sink;
-use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Kind, Session};
+use crate::postgres::{self, APPLICATION_NAME, Backend, Bounds, Fault, Session};
 use crate::sample::Timestamp;
 use crate::tables::names::Object;
-
-/// Why a request to the store failed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum StoreError {
-    /// A passing error: wait and try again.
-    #[error("{0}")]
-    Retry(String),
-    /// An error that the operator has to correct; the text says how.
-    #[error("{0}")]
-    Fatal(String),
-}
 
 /// A connection to the database, which is replaced when it breaks or hangs.
 pub struct Store<S: Sink = RowsSink> {
     database: DatabaseConfig,
     bounds: Bounds,
-    keys: Keys,
+    group_id: String,
     sink: S,
-    /// `None` only in `drop`.
-    runtime: Option<Runtime>,
+    /// Its drop waits for a name lookup that still runs. That happens on the writer's thread, for which nobody waits long.
+    runtime: Runtime,
     opened: Option<Opened<S>>,
     /// The backend of the last connection, until it is known to have ended.
     old_backend: Option<Backend>,
@@ -68,13 +57,10 @@ impl<S: Sink> Store<S> {
     pub fn of(sink: S, config: &ConsumeConfig, bounds: Bounds) -> anyhow::Result<Self> {
         Ok(Self {
             database: config.database.clone(),
-            keys: Keys {
-                group_id: config.group_id.clone(),
-                topics: config.topics.clone(),
-            },
+            group_id: config.group_id.clone(),
             bounds,
             sink,
-            runtime: Some(postgres::runtime()?),
+            runtime: postgres::runtime()?,
             opened: None,
             old_backend: None,
             was_locked_out: false,
@@ -82,32 +68,58 @@ impl<S: Sink> Store<S> {
     }
 
     /// Connects, ends the backend of the last connection, creates missing tables if the user may, and reads the catalogue.
-    pub fn open(&mut self) -> Result<S::Layout, StoreError> {
+    pub fn open(&mut self) -> Result<S::Layout, Fault> {
         self.close();
-        let runtime = self.runtime.take().ok_or_else(dropped)?;
-        let result = runtime.block_on(self.open_session());
-        self.runtime = Some(runtime);
-        result.map_err(StoreError::from)
+        let (layout, opened) = self.runtime.block_on(async {
+            let session = Session::open(&self.database, self.bounds).await?;
+            let prepared = async {
+                if let Some(old) = &self.old_backend {
+                    terminate(&session, old).await?;
+                }
+                let (layout, prepared) = self.sink.prepare(&session).await?;
+                let positions = Positions::prepare(&session, &self.group_id);
+                let positions = session.bounded("preparing", positions).await?;
+                if std::mem::take(&mut self.was_locked_out) {
+                    end_silent(&session).await?;
+                }
+                Ok::<_, Fault>((layout, prepared, positions))
+            };
+            match prepared.await {
+                Ok((layout, prepared, positions)) => {
+                    let opened = Opened {
+                        session,
+                        positions,
+                        prepared,
+                    };
+                    Ok((layout, opened))
+                }
+                Err(fault) => {
+                    session.close().await;
+                    Err(fault)
+                }
+            }
+        })?;
+        self.old_backend = None;
+        self.opened = Some(opened);
+        Ok(layout)
     }
 
-    /// The positions of `partitions`. First adds those of `missing_from` that the table lacks.
     pub fn positions(
         &mut self,
         partitions: &[Partition],
         missing_from: &BTreeMap<Partition, NextOffset>,
-    ) -> Result<BTreeMap<Partition, Position>, StoreError> {
-        let result = self.on_session(async |opened, keys, _| {
+    ) -> Result<BTreeMap<Partition, Position>, Fault> {
+        self.on_session(async |opened, _| {
             opened
                 .positions
-                .locate(&opened.session, keys, partitions, missing_from)
+                .locate(&opened.session, partitions, missing_from)
                 .await
-        });
-        result.map_err(StoreError::from)
+        })
     }
 
     /// Writes the batch in one transaction. An empty batch waits until all earlier ones are on the server's disk.
-    pub fn flush(&mut self, batch: &Batch) -> Flushed {
-        let written = self.on_session(async |opened, keys, sink| {
+    pub fn flush(&mut self, batch: &Batch) -> Result<Flushed, Fault> {
+        let flushed = self.on_session(async |opened, sink| {
             let Opened {
                 session,
                 positions,
@@ -121,31 +133,20 @@ impl<S: Sink> Store<S> {
                     .await?;
                 return Ok(Flushed::Durable);
             }
-            sink.flush(session, keys, positions, prepared, batch).await
+            sink.flush(session, positions, prepared, batch).await
         });
-        match written {
-            Ok(flushed) => flushed,
-            Err(fault) => {
-                self.was_locked_out = fault.code == Some(SqlState::LOCK_NOT_AVAILABLE);
-                match StoreError::from(fault) {
-                    StoreError::Retry(text) => Flushed::Retry(text),
-                    StoreError::Fatal(text) => Flushed::Fatal(text),
-                }
-            }
+        if let Err(fault) = &flushed {
+            self.was_locked_out = fault.code == Some(SqlState::LOCK_NOT_AVAILABLE);
         }
+        flushed
     }
 
-    /// The sink's maintenance, once an hour and after [`Store::maintain_in`].
-    ///
     /// # Errors
     /// The connection broke. All other errors are logged, and the next call tries again.
-    pub fn maintain(&mut self, now: Timestamp) -> Result<(), StoreError> {
-        let result = self
-            .on_session(async |opened, _, sink| sink.maintain(&opened.session, &opened.prepared, now).await);
-        result.map_err(StoreError::from)
+    pub fn maintain(&mut self, now: Timestamp) -> Result<(), Fault> {
+        self.on_session(async |opened, sink| sink.maintain(&opened.session, &opened.prepared, now).await)
     }
 
-    /// When [`Store::maintain`] is due at the latest.
     pub fn maintain_in(&self, now: Instant) -> Duration {
         self.opened
             .as_ref()
@@ -154,77 +155,31 @@ impl<S: Sink> Store<S> {
 
     /// Drops the connection. The next [`Store::open`] ends its backend.
     fn close(&mut self) {
-        if let (Some(opened), Some(runtime)) = (self.opened.take(), &self.runtime) {
+        if let Some(opened) = self.opened.take() {
             self.old_backend = Some(opened.session.backend.clone());
-            runtime.block_on(opened.session.close());
+            self.runtime.block_on(opened.session.close());
         }
     }
 
     /// Runs `work` in the open session, and drops the session if that fails.
     fn on_session<T>(
         &mut self,
-        work: impl AsyncFnOnce(&Opened<S>, &Keys, &mut S) -> Result<T, Fault>,
+        work: impl AsyncFnOnce(&Opened<S>, &mut S) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
-        let (Some(opened), Some(runtime)) = (&self.opened, &self.runtime) else {
+        let Some(opened) = &self.opened else {
             return Err(Fault::passing("not connected to Postgres"));
         };
-        let result = runtime.block_on(work(opened, &self.keys, &mut self.sink));
+        let result = self.runtime.block_on(work(opened, &mut self.sink));
         if result.is_err() {
             self.close();
         }
         result
-    }
-
-    async fn open_session(&mut self) -> Result<S::Layout, Fault> {
-        let session = Session::open(&self.database, self.bounds).await?;
-        let opened = async {
-            if let Some(old) = &self.old_backend {
-                terminate(&session, old).await?;
-            }
-            let (layout, prepared) = self.sink.prepare(&session).await?;
-            let positions = Positions::prepare(&session);
-            let positions = session.bounded("preparing", positions).await?;
-            if std::mem::take(&mut self.was_locked_out) {
-                end_silent(&session).await?;
-            }
-            Ok((layout, prepared, positions))
-        }
-        .await;
-        match opened {
-            Ok((layout, prepared, positions)) => {
-                self.old_backend = None;
-                self.opened = Some(Opened {
-                    session,
-                    positions,
-                    prepared,
-                });
-                Ok(layout)
-            }
-            Err(fault) => {
-                session.close().await;
-                Err(fault)
-            }
-        }
     }
 }
 
 impl<S: Sink> Drop for Store<S> {
     fn drop(&mut self) {
         self.close();
-        // Does not wait for a name lookup that may still run on a thread of the runtime.
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-impl From<Fault> for StoreError {
-    fn from(fault: Fault) -> Self {
-        match fault.kind {
-            Kind::Passing => Self::Retry(fault.text),
-            // A refusal that no row caused comes from a trigger or constraint of the operator.
-            Kind::Operator | Kind::Refused => Self::Fatal(fault.text),
-        }
     }
 }
 
@@ -283,8 +238,4 @@ async fn end_silent(session: &Session) -> Result<(), Fault> {
         );
     }
     Ok(())
-}
-
-fn dropped() -> StoreError {
-    StoreError::Retry("the store is being dropped".into())
 }

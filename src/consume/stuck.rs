@@ -113,7 +113,10 @@ impl Stuck {
 mod tests {
     use super::*;
 
-    const P: Partition = Partition { topic: 0, number: 0 };
+    const P: Partition = Partition {
+        topic: "t",
+        number: 0,
+    };
 
     fn at(seconds: u64) -> Instant {
         static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();

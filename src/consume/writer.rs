@@ -10,31 +10,22 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 
 use crate::clock::{self, instant_now, wall_micros};
-use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position};
+use crate::consume::batch::{Batch, Flushed, Partition, Position};
+use crate::consume::ingest::Request;
 use crate::consume::sink::Sink;
-use crate::consume::store::{Store, StoreError};
+use crate::consume::store::Store;
+use crate::postgres::Fault;
 use crate::thread::start_thread;
 
 /// How often the store is maintained: partitions of the days ahead are created, and what is too old is removed.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3_600);
 
-/// A request to the store.
-#[derive(Debug)]
-pub(super) enum Request {
-    Open,
-    Locate {
-        partitions: Vec<Partition>,
-        missing_from: BTreeMap<Partition, NextOffset>,
-    },
-    Flush(Batch),
-}
-
 /// The store's answer, for a flush with its duration.
 #[derive(Debug)]
 pub(super) enum Answer<L> {
-    Opened(Result<L, StoreError>),
-    Located(Result<BTreeMap<Partition, Position>, StoreError>),
-    Flushed(Batch, Flushed, Duration),
+    Opened(Result<L, Fault>),
+    Located(Result<BTreeMap<Partition, Position>, Fault>),
+    Flushed(Batch, Result<Flushed, Fault>, Duration),
 }
 
 /// The handle that the polling thread has.

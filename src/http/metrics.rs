@@ -3,7 +3,7 @@
 //! The agents count in plain atomics, which is cheap; families are built from them only for a request.
 
 use prometheus::core::Collector;
-use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, TextEncoder};
 
 /// The Content-Type of the text format.
@@ -67,33 +67,6 @@ impl Metrics {
         };
         let metrics = values.into_iter().map(metric).collect();
         self.family(name, help, MetricType::GAUGE, metrics);
-    }
-
-    /// A histogram. `buckets` are upper bounds, each with the number of values above the bound before it. `count` and `sum` are of
-    /// all values, including those above the last bound.
-    pub fn histogram(
-        &mut self,
-        name: &str,
-        help: &str,
-        buckets: impl IntoIterator<Item = (f64, u64)>,
-        count: u64,
-        sum: f64,
-    ) {
-        let mut cumulative = 0;
-        let bucket = |(upper_bound, count)| {
-            cumulative += count;
-            let mut bucket = Bucket::default();
-            bucket.set_upper_bound(upper_bound);
-            bucket.set_cumulative_count(cumulative);
-            bucket
-        };
-        let mut histogram = Histogram::default();
-        histogram.set_bucket(buckets.into_iter().map(bucket).collect());
-        histogram.set_sample_count(count);
-        histogram.set_sample_sum(sum);
-        let mut metric = metric(&[]);
-        metric.set_histogram(histogram);
-        self.family(name, help, MetricType::HISTOGRAM, vec![metric]);
     }
 
     pub fn collect(&mut self, collector: &impl Collector) {
@@ -173,7 +146,6 @@ mod tests {
                 (&[("topic", "c"), ("partition", "1")], 0.0),
             ],
         );
-        metrics.histogram("late_seconds", "Late.", [(0.1, 2), (1.0, 1)], 4, 9.5);
         let expected = r#"# HELP a_total How many.
 # TYPE a_total counter
 a_total 3
@@ -181,13 +153,6 @@ a_total 3
 # TYPE lag gauge
 lag{topic="a\"b",partition="0"} 1.5
 lag{topic="c",partition="1"} 0
-# HELP late_seconds Late.
-# TYPE late_seconds histogram
-late_seconds_bucket{le="0.1"} 2
-late_seconds_bucket{le="1"} 3
-late_seconds_bucket{le="+Inf"} 4
-late_seconds_sum 9.5
-late_seconds_count 4
 "#;
         assert_eq!(metrics.text(), expected);
     }

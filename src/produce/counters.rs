@@ -2,12 +2,11 @@
 //!
 //! The log, the demo and the metrics read them during the run.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use prometheus::{Histogram, HistogramOpts, HistogramVec};
+use prometheus::{Histogram, HistogramOpts, HistogramVec, exponential_buckets};
 
 use crate::check::observation::Phases;
 use crate::http::health::{Heartbeat, Readiness};
@@ -38,8 +37,7 @@ pub struct Counters {
     pub heartbeat: Heartbeat,
     /// With PRODUCE_GROUP: whether this producer is a member of the group, and no other program has partitions of it.
     pub membership: Arc<Readiness>,
-    pub(super) late_by: Lateness,
-    pub(super) spent: CheckTimes,
+    pub(super) times: CheckTimes,
 }
 
 /// When a check began, and how long it took.
@@ -73,8 +71,7 @@ impl Counters {
     pub(super) fn count_result(&self, outcome: Outcome, timing: Option<&Timing>) {
         self.results[outcome as usize].fetch_add(1, Ordering::Relaxed);
         if let Some(timing) = timing {
-            self.late_by.count(timing.late_micros);
-            self.spent.count(timing);
+            self.times.count(timing);
         }
     }
 
@@ -86,90 +83,36 @@ impl Counters {
     }
 
     pub(super) fn snapshot(&self) -> Snapshot {
-        Snapshot {
-            ticks_due: self.ticks_due.load(Ordering::Relaxed),
-            results: Outcome::ALL.map(|outcome| self.results(outcome)),
-            missed: MissedReason::ALL.map(|reason| self.missed(reason)),
-            delivered: self.delivered(),
-            lost: self.lost(),
-            late_by: self.late_by.classes(),
-        }
+        let mut counts = vec![("ticks".to_owned(), self.ticks_due.load(Ordering::Relaxed))];
+        counts.extend(Outcome::ALL.map(|outcome| (outcome.as_str().to_owned(), self.results(outcome))));
+        let name = |reason: MissedReason| format!("missed_{}", reason.as_word());
+        counts.extend(MissedReason::ALL.map(|reason| (name(reason), self.missed(reason))));
+        counts.push(("delivered".to_owned(), self.delivered()));
+        counts.push(("lost".to_owned(), self.lost()));
+        Snapshot(counts)
     }
 }
 
-/// The counters at one moment.
+/// The counters at one moment, with their names in the log.
 #[derive(Clone, Debug)]
-pub(super) struct Snapshot {
-    ticks_due: u64,
-    results: [u64; Outcome::ALL.len()],
-    missed: [u64; MissedReason::ALL.len()],
-    delivered: u64,
-    lost: u64,
-    late_by: [u64; LATENESS_CLASSES],
-}
+pub(super) struct Snapshot(Vec<(String, u64)>);
 
 impl Snapshot {
-    /// What happened since an earlier moment, as `name=value` words without zeros.
+    /// What happened since an earlier moment, as `name=value` words. Zeros are left out, except that of the ticks.
     pub(super) fn since(&self, earlier: &Self) -> String {
-        let mut words = format!("ticks={}", self.ticks_due - earlier.ticks_due);
-        let mut say = |name: &str, now: u64, before: u64| {
-            if now > before {
-                // Writing to a string cannot fail.
-                let _ = write!(words, " {name}={}", now - before);
-            }
-        };
-        for outcome in Outcome::ALL {
-            let at = outcome as usize;
-            say(outcome.as_str(), self.results[at], earlier.results[at]);
-        }
-        for reason in MissedReason::ALL {
-            let at = reason as usize;
-            let name = format!("missed_{}", reason.as_word());
-            say(&name, self.missed[at], earlier.missed[at]);
-        }
-        say("delivered", self.delivered, earlier.delivered);
-        say("lost", self.lost, earlier.lost);
-        let late_by = std::array::from_fn(|i| self.late_by[i] - earlier.late_by[i]);
-        if let (Some(p50), Some(p99)) = (quantile_ms(&late_by, 0.5), quantile_ms(&late_by, 0.99)) {
-            let _ = write!(words, " late_p50_ms={p50} late_p99_ms={p99}");
-        }
-        words
+        let counts = self.0.iter().zip(&earlier.0);
+        let words: Vec<String> = counts
+            .filter(|((name, now), (_, before))| now > before || name == "ticks")
+            .map(|((name, now), (_, before))| format!("{name}={}", now - before))
+            .collect();
+        words.join(" ")
     }
 }
 
-/// Class i counts checks that began at most 2^i microseconds late, without those of the classes before it. The last class
-/// counts the rest, which began more than half a minute late.
-pub(super) const LATENESS_CLASSES: usize = 26;
-
-#[derive(Debug, Default)]
-pub(super) struct Lateness {
-    classes: [AtomicU64; LATENESS_CLASSES],
-    sum_micros: AtomicU64,
-}
-
-impl Lateness {
-    pub(super) fn classes(&self) -> [u64; LATENESS_CLASSES] {
-        std::array::from_fn(|class| self.classes[class].load(Ordering::Relaxed))
-    }
-
-    pub(super) fn sum_seconds(&self) -> f64 {
-        self.sum_micros.load(Ordering::Relaxed) as f64 / 1e6
-    }
-
-    fn count(&self, micros: i64) {
-        let micros = u64::try_from(micros).unwrap_or(0);
-        let class = micros
-            .max(1)
-            .checked_next_power_of_two()
-            .map_or(LATENESS_CLASSES, |power| power.trailing_zeros() as usize);
-        self.classes[class.min(LATENESS_CLASSES - 1)].fetch_add(1, Ordering::Relaxed);
-        self.sum_micros.fetch_add(micros, Ordering::Relaxed);
-    }
-}
-
-/// Where the time of checks goes.
+/// How late checks begin, and where their time goes.
 #[derive(Debug)]
 pub(super) struct CheckTimes {
+    pub(super) late_by: Histogram,
     pub(super) durations: Histogram,
     pub(super) phases: HistogramVec,
     /// The histograms of `phases`, in the order of [`CheckTimes::PHASES`].
@@ -180,6 +123,7 @@ impl CheckTimes {
     const PHASES: [&str; 5] = ["dns", "connect", "tls", "ttfb", "body"];
 
     fn count(&self, timing: &Timing) {
+        self.late_by.observe(timing.late_micros.max(0) as f64 / 1e6);
         self.durations.observe(timing.took.as_secs_f64());
         let Phases {
             dns,
@@ -200,10 +144,16 @@ impl Default for CheckTimes {
     fn default() -> Self {
         const SOUND: &str = "the name is legal and the buckets ascend";
         let options = |name, help| HistogramOpts::new(name, help).buckets(CHECK_BUCKETS.to_vec());
-        let durations = Histogram::with_opts(options(
+        // Up to 8.4 s.
+        let late_buckets = exponential_buckets(128e-6, 4.0, 9).expect(SOUND);
+        let late_by = options(
+            "host_metrics_check_late_seconds",
+            "The time from a tick to the start of its check.",
+        );
+        let durations = options(
             "host_metrics_check_duration_seconds",
             "From the start of a check to its end, for every outcome.",
-        ));
+        );
         let phases = HistogramVec::new(
             options(
                 "host_metrics_check_phase_seconds",
@@ -213,23 +163,12 @@ impl Default for CheckTimes {
         )
         .expect(SOUND);
         Self {
-            durations: durations.expect(SOUND),
+            late_by: Histogram::with_opts(late_by.buckets(late_buckets)).expect(SOUND),
+            durations: Histogram::with_opts(durations).expect(SOUND),
             of_phase: Self::PHASES.map(|phase| phases.with_label_values(&[phase])),
             phases,
         }
     }
-}
-
-/// The upper end of the class that contains the quantile. `None` if nothing was counted.
-fn quantile_ms(classes: &[u64; LATENESS_CLASSES], share: f64) -> Option<f64> {
-    let all: u64 = classes.iter().sum();
-    let rank = (all as f64 * share).ceil().max(1.0) as u64;
-    let mut seen = 0;
-    let class = classes.iter().position(|count| {
-        seen += count;
-        seen >= rank
-    })?;
-    Some(f64::from(1_u32 << class) / 1e3)
 }
 
 #[cfg(test)]
@@ -260,7 +199,7 @@ mod tests {
         counters.left.store(1, Ordering::Relaxed);
         assert_eq!(
             counters.snapshot().since(&before),
-            "ticks=7 connect_refused=5 agent_error=1 delivered=6 lost=1 late_p50_ms=0.128 late_p99_ms=4.096"
+            "ticks=7 connect_refused=5 agent_error=1 delivered=6 lost=1"
         );
         let now = counters.snapshot();
         assert_eq!(now.since(&now), "ticks=0");
@@ -288,23 +227,12 @@ mod tests {
                 .iter()
                 .position(|phase| *phase == name)
                 .unwrap();
-            let histogram = &counters.spent.of_phase[at];
+            let histogram = &counters.times.of_phase[at];
             (histogram.get_sample_count(), histogram.get_sample_sum())
         };
         assert_eq!(of("connect"), (1, 0.004));
         assert_eq!(of("dns"), (0, 0.0));
-        assert_eq!(counters.spent.durations.get_sample_count(), 1);
-        assert_eq!(counters.late_by.sum_seconds(), 0.000_005);
-    }
-
-    #[test]
-    fn lateness_of_any_size_has_a_class() {
-        let late = Lateness::default();
-        [i64::MIN, 0, 1, i64::MAX]
-            .into_iter()
-            .for_each(|micros| late.count(micros));
-        assert_eq!(late.classes()[0], 3);
-        assert_eq!(late.classes()[LATENESS_CLASSES - 1], 1);
-        assert_eq!(quantile_ms(&[0; LATENESS_CLASSES], 0.5), None);
+        assert_eq!(counters.times.durations.get_sample_count(), 1);
+        assert_eq!(counters.times.late_by.get_sample_sum(), 0.000_005);
     }
 }

@@ -17,18 +17,22 @@ const RESULTS_WAIT: Duration = Duration::from_millis(20);
 /// A wait does not count the time for which the machine was suspended, so it may end late after a suspension.
 const LOOK_AT_CLOCK_EVERY: Duration = Duration::from_millis(250);
 
+pub(super) enum Mail {
+    Result(CheckResult),
+    Order(Order),
+    Changes(Changes),
+}
+
 /// Holds at most one result for each check under way.
 pub(super) struct Mailbox {
     clock: Clock,
-    mail: Mutex<Mail>,
+    inbox: Mutex<Inbox>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Mail {
-    results: Vec<CheckResult>,
-    orders: Vec<Order>,
-    changes: Vec<Changes>,
+struct Inbox {
+    mail: Vec<Mail>,
     is_urgent: bool,
     /// Ticks wait for a thread, and every result frees one.
     results_are_urgent: bool,
@@ -36,13 +40,11 @@ struct Mail {
     wakes_at: i64,
 }
 
-pub(super) type Taken = (Vec<CheckResult>, Vec<Order>, Vec<Changes>);
-
 impl Mailbox {
     pub(super) fn new(clock: Clock) -> Self {
         Self {
             clock,
-            mail: Mutex::default(),
+            inbox: Mutex::default(),
             changed: Condvar::new(),
         }
     }
@@ -51,61 +53,48 @@ impl Mailbox {
         self.clock
     }
 
-    pub(super) fn put_result(&self, result: CheckResult) {
-        let mut mail = self.mail();
-        mail.results.push(result);
-        if self.must_look(&mail) {
+    pub(super) fn put(&self, mail: Mail) {
+        let mut inbox = self.inbox();
+        inbox.is_urgent |= !matches!(mail, Mail::Result(_));
+        inbox.mail.push(mail);
+        if self.must_look(&inbox) {
             self.changed.notify_one();
         }
     }
 
-    pub(super) fn put_order(&self, order: Order) {
-        self.mail().orders.push(order);
-        self.wake();
-    }
-
-    pub(super) fn put_changes(&self, changes: Changes) {
-        self.mail().changes.push(changes);
-        self.wake();
-    }
-
     pub(super) fn wake(&self) {
-        self.mail().is_urgent = true;
+        self.inbox().is_urgent = true;
         self.changed.notify_one();
     }
 
     /// Waits for mail, until `wakes_at` at the latest.
     pub(super) fn wait_until(&self, wakes_at: i64, results_are_urgent: bool) {
-        let mut mail = self.mail();
-        mail.wakes_at = wakes_at;
-        mail.results_are_urgent = results_are_urgent;
-        while !self.must_look(&mail) {
+        let mut inbox = self.inbox();
+        inbox.wakes_at = wakes_at;
+        inbox.results_are_urgent = results_are_urgent;
+        while !self.must_look(&inbox) {
             let left = self.clock.until(wakes_at);
             if left.is_zero() {
                 return;
             }
-            let waited = self.changed.wait_timeout(mail, left.min(LOOK_AT_CLOCK_EVERY));
-            mail = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.changed.wait_timeout(inbox, left.min(LOOK_AT_CLOCK_EVERY));
+            inbox = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    fn must_look(&self, mail: &Mail) -> bool {
-        let looks_soon = || mail.wakes_at - self.clock.now_micros() <= micros(RESULTS_WAIT);
-        let results_wait = mail.results.is_empty() || (!mail.results_are_urgent && looks_soon());
-        mail.is_urgent || !results_wait
+    fn must_look(&self, inbox: &Inbox) -> bool {
+        let looks_soon = || inbox.wakes_at - self.clock.now_micros() <= micros(RESULTS_WAIT);
+        let mail_waits = inbox.mail.is_empty() || (!inbox.results_are_urgent && looks_soon());
+        inbox.is_urgent || !mail_waits
     }
 
-    pub(super) fn take(&self) -> Taken {
-        let mut mail = self.mail();
-        mail.is_urgent = false;
-        (
-            std::mem::take(&mut mail.results),
-            std::mem::take(&mut mail.orders),
-            std::mem::take(&mut mail.changes),
-        )
+    pub(super) fn take(&self) -> Vec<Mail> {
+        let mut inbox = self.inbox();
+        inbox.is_urgent = false;
+        std::mem::take(&mut inbox.mail)
     }
 
-    fn mail(&self) -> MutexGuard<'_, Mail> {
-        lock(&self.mail)
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        lock(&self.inbox)
     }
 }

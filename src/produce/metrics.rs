@@ -33,9 +33,9 @@ impl Monitored for Figures {
             ready,
         );
         self.ticks_and_checks(&mut metrics);
-        metrics.collect(&counters.spent.durations);
-        metrics.collect(&counters.spent.phases);
-        self.lateness(&mut metrics);
+        metrics.collect(&counters.times.durations);
+        metrics.collect(&counters.times.phases);
+        metrics.collect(&counters.times.late_by);
         self.records(&mut metrics);
         metrics
     }
@@ -105,30 +105,6 @@ impl Figures {
             "host_metrics_check_threads_limit",
             "MAX_THREADS, the most checks under way.",
             gauge(self.max_threads),
-        );
-    }
-
-    fn lateness(&self, metrics: &mut Metrics) {
-        /// The first bucket ends with this class, at 128 µs. From there on, every second class is fine enough.
-        const FIRST: usize = 7;
-        let late_by = &self.counters.late_by;
-        let classes = late_by.classes();
-        let mut buckets = Vec::new();
-        let mut count = 0;
-        for (class, counted) in classes.iter().enumerate() {
-            count += counted;
-            // The last class has no upper bound.
-            if class >= FIRST && (class - FIRST).is_multiple_of(2) && class < classes.len() - 1 {
-                buckets.push((f64::from(1_u32 << class) / 1e6, count));
-                count = 0;
-            }
-        }
-        metrics.histogram(
-            "host_metrics_check_late_seconds",
-            "The time from a tick to the start of its check.",
-            buckets,
-            classes.iter().sum(),
-            late_by.sum_seconds(),
         );
     }
 

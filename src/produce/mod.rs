@@ -16,7 +16,6 @@ pub mod pool;
 pub mod publisher;
 mod result;
 pub mod schedule;
-mod setup;
 pub mod share;
 mod shared_hosts;
 mod stop;
@@ -25,6 +24,7 @@ mod timer;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use crate::check::http::Checks;
@@ -34,19 +34,20 @@ use crate::clock::Clock;
 use crate::config::{GroupConfig, ProduceConfig};
 use crate::http;
 use crate::produce::counters::Counters;
+use crate::produce::fleet::Partitions;
 use crate::produce::hosts::Sources;
-use crate::produce::mailbox::Mailbox;
+use crate::produce::mailbox::{Mail, Mailbox};
 use crate::produce::metrics::Figures;
 use crate::produce::own_network::OwnNetwork;
 use crate::produce::pool::Pool;
-use crate::produce::publisher::{Bounds, Publisher};
+use crate::produce::publisher::{Bounds, Membership, Publisher};
 use crate::produce::result::CheckResult;
 use crate::produce::schedule::{Limits, Schedule};
-use crate::produce::shared_hosts::Joining;
+use crate::produce::shared_hosts::SharedHosts;
 use crate::produce::timer::{Ended, TimerLoop};
 use crate::shutdown::Shutdown;
 pub use schedule::Rounds;
-pub use setup::Setup;
+pub use timer::Setup;
 
 /// How long the end of `--once` may take. All records are acknowledged then, and only copies of failed checks may be left.
 const COPIES_WITHIN: Duration = Duration::from_secs(5);
@@ -114,47 +115,55 @@ impl Setup<'_> {
         self.counters.hosts.store(targets.len(), Ordering::Relaxed);
         let clock = Clock::start()?;
         let mailbox = Arc::new(Mailbox::new(clock));
-        let pool = self.start_pool(clock, &mailbox, make_check);
+        let check = &self.config.check;
+        let (agent_name, results) = (check.agent_name.clone(), Arc::clone(&mailbox));
+        let pool = Pool::new(clock, check.timeout, make_check, move |done| {
+            let result = CheckResult::of(done, clock.now_micros(), &agent_name);
+            results.put(Mail::Result(result));
+        });
         let waker = Arc::clone(&mailbox);
         self.shutdown.on_request(move || waker.wake());
 
         let targets: Vec<Arc<Target>> = targets.into_iter().map(Arc::new).collect();
         let hosts = targets.iter().cloned().collect();
-        let (joining, targets) = match self.group() {
-            Some(_) => (Some(Joining::new(targets)), Vec::new()),
-            None => (None, targets),
-        };
-        let membership = joining
-            .as_ref()
-            .and_then(|joining| joining.membership(self.config));
-        let publisher = Publisher::start(
-            self.config,
-            self.bounds,
-            Arc::clone(&self.counters.deliveries),
-            membership,
-        )?;
-        let orders = Arc::clone(&mailbox);
-        let shared_hosts = match joining {
-            Some(joining) => {
-                let readiness = Arc::clone(&self.counters.membership);
-                joining.join(
-                    self.config,
+        let group = self.group();
+        let (events, heard) = channel();
+        let membership = group.map(|group| Membership {
+            group: group.name.clone(),
+            place: check.agent_name.clone(),
+            events: events.clone(),
+        });
+        let deliveries = Arc::clone(&self.counters.deliveries);
+        let publisher = Publisher::start(self.config, self.bounds, deliveries, membership)?;
+        let (targets, shared_hosts) = match group {
+            None => (targets, None),
+            // The schedule gets the hosts of a share when the group gives it to us.
+            Some(group) => {
+                let settings = fleet::Settings {
+                    kafka: &self.config.kafka,
+                    group,
+                    place: &check.agent_name,
+                    partitions: &Partitions::default(),
                     clock,
+                    readiness: &self.counters.membership,
+                };
+                let orders = Arc::clone(&mailbox);
+                let shared_hosts = SharedHosts::join(
+                    &settings,
+                    &self.config.topic,
+                    targets.into_iter().collect(),
+                    (events, heard),
                     publisher.letter_box(),
-                    readiness,
-                    move |order| {
-                        orders.put_order(order);
-                    },
-                )?
+                    move |order| orders.put(Mail::Order(order)),
+                )?;
+                (Vec::new(), Some(shared_hosts))
             }
-            None => None,
         };
         let limits = Limits {
-            max_under_way: self.config.check.max_threads,
-            check_timeout: self.config.check.timeout,
+            max_under_way: check.max_threads,
+            check_timeout: check.timeout,
         };
-        let now = clock.now_micros();
-        let schedule = Schedule::new(self.rounds, targets, limits, now);
+        let schedule = Schedule::new(self.rounds, targets, limits, clock.now_micros());
         let mut timer = TimerLoop::new(self, hosts, schedule, shared_hosts, pool, publisher, mailbox)?;
         match timer.run() {
             Ended::StopRequested(at) => timer.stop(at),
@@ -176,21 +185,5 @@ impl Setup<'_> {
             self.group().map_or("none", |group| group.name.as_str()),
             self.config.check.max_threads,
         );
-    }
-
-    fn start_pool<C>(
-        &self,
-        clock: Clock,
-        mailbox: &Arc<Mailbox>,
-        make_check: impl Fn() -> C + Send + Sync + 'static,
-    ) -> Pool
-    where
-        C: FnMut(&Target, Instant) -> Observation + 'static,
-    {
-        let check = &self.config.check;
-        let (agent_name, results) = (check.agent_name.clone(), Arc::clone(mailbox));
-        Pool::new(clock, check.timeout, make_check, move |done| {
-            results.put_result(CheckResult::of(done, clock.now_micros(), &agent_name));
-        })
     }
 }

@@ -7,7 +7,9 @@ use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::check::observation::Observation;
@@ -31,15 +33,6 @@ pub struct Done {
     pub observation: Observation,
 }
 
-/// A check that could not begin.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot start a thread: {reason}")]
-pub struct NoThread {
-    pub tick: Tick,
-    #[source]
-    pub reason: io::Error,
-}
-
 /// Dropping it ends the idle threads at once and the others after their check, without waiting for them.
 pub struct Pool(Arc<Shared>);
 
@@ -51,27 +44,21 @@ struct Shared {
     idle_time: Duration,
     make_check: Box<dyn Fn() -> Check + Send + Sync>,
     report: Box<dyn Fn(Done) + Send + Sync>,
-    idle: Mutex<Idle>,
+    /// `None`: the pool was dropped.
+    idle: Mutex<Option<Vec<IdleThread>>>,
     threads: AtomicUsize,
 }
 
-#[derive(Default)]
-struct Idle {
-    /// The thread that became idle last is at the end.
-    threads: Vec<Arc<JobSlot>>,
-    is_closed: bool,
+/// Where the next job of an idle thread goes. The thread ends when this is dropped.
+struct IdleThread {
+    id: ThreadId,
+    jobs: SyncSender<Job>,
 }
 
-/// Holds the next job of one thread.
-#[derive(Default)]
-struct JobSlot {
-    job: Mutex<Option<Job>>,
-    changed: Condvar,
-}
-
-enum Job {
-    Check(Tick),
-    End,
+/// A check to begin, and what its thread leaves in the pool when it is idle again.
+struct Job {
+    tick: Tick,
+    jobs: SyncSender<Job>,
 }
 
 impl Pool {
@@ -92,33 +79,42 @@ impl Pool {
             idle_time: IDLE,
             make_check: Box::new(move || Box::new(make_check())),
             report: Box::new(report),
-            idle: Mutex::default(),
+            idle: Mutex::new(Some(Vec::new())),
             threads: AtomicUsize::new(0),
         }))
     }
 
-    /// Begins a check on an idle thread or a new one.
-    pub fn start(&self, tick: Tick) -> Result<(), Box<NoThread>> {
-        let idle = self.0.idle().threads.pop();
-        if let Some(slot) = idle {
-            slot.put(Job::Check(tick));
-            return Ok(());
-        }
-        let slot = Arc::new(JobSlot::default());
-        slot.put(Job::Check(tick.clone()));
+    /// Begins a check on an idle thread, the one that became idle last, or on a new one.
+    ///
+    /// # Errors
+    /// No thread can be started. The tick is returned.
+    pub fn start(&self, tick: Tick) -> Result<(), (Tick, io::Error)> {
+        let idle = self.0.idle().as_mut().and_then(Vec::pop);
+        let jobs = match idle {
+            Some(thread) => thread.jobs,
+            None => match self.start_thread() {
+                Ok(jobs) => jobs,
+                Err(error) => return Err((tick, error)),
+            },
+        };
+        let job = Job {
+            tick,
+            jobs: jobs.clone(),
+        };
+        // The thread cannot have ended, because we have its sender.
+        let _ = jobs.send(job);
+        Ok(())
+    }
+
+    fn start_thread(&self) -> io::Result<SyncSender<Job>> {
+        let (sender, jobs) = sync_channel(1);
         let shared = Arc::clone(&self.0);
-        self.0.threads.fetch_add(1, Ordering::Relaxed);
-        let spawned = std::thread::Builder::new()
+        thread::Builder::new()
             .name("check".into())
             .stack_size(STACK_BYTES)
-            .spawn(move || shared.work(&slot));
-        match spawned {
-            Ok(_) => Ok(()),
-            Err(reason) => {
-                self.0.threads.fetch_sub(1, Ordering::Relaxed);
-                Err(Box::new(NoThread { tick, reason }))
-            }
-        }
+            .spawn(move || shared.work(&jobs))?;
+        self.0.threads.fetch_add(1, Ordering::Relaxed);
+        Ok(sender)
     }
 
     /// The number of threads, busy or idle.
@@ -129,27 +125,35 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        let mut idle = self.0.idle();
-        idle.is_closed = true;
-        for slot in idle.threads.drain(..) {
-            slot.put(Job::End);
-        }
+        *self.0.idle() = None;
     }
 }
 
 impl Shared {
-    fn work(self: &Arc<Self>, slot: &Arc<JobSlot>) {
+    fn work(&self, jobs: &Receiver<Job>) {
         let mut check = None;
-        while let Some(Job::Check(tick)) = self.next_job(slot) {
-            let done = self.check(&mut check, tick);
+        while let Some(job) = self.next_job(jobs) {
+            let done = self.check(&mut check, job.tick);
             // The thread is idle before the result is reported. Otherwise the next check would start another thread.
-            let is_open = self.become_idle(slot);
-            (self.report)(done);
-            if !is_open {
-                break;
+            if let Some(idle) = &mut *self.idle() {
+                let id = thread::current().id();
+                idle.push(IdleThread { id, jobs: job.jobs });
             }
+            (self.report)(done);
         }
         self.threads.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Waits for the next job. `None`: the thread was idle for too long, or the pool was dropped.
+    fn next_job(&self, jobs: &Receiver<Job>) -> Option<Job> {
+        let job = jobs.recv_timeout(self.idle_time).or_else(|_| {
+            if let Some(idle) = &mut *self.idle() {
+                idle.retain(|other| other.id != thread::current().id());
+            }
+            // If `start` has just removed this thread from the idle ones, it sends a job; otherwise this ends at once.
+            jobs.recv()
+        });
+        job.ok()
     }
 
     fn check(&self, check: &mut Option<Check>, tick: Tick) -> Done {
@@ -173,62 +177,8 @@ impl Shared {
         }
     }
 
-    fn become_idle(&self, slot: &Arc<JobSlot>) -> bool {
-        let mut idle = self.idle();
-        if !idle.is_closed {
-            idle.threads.push(Arc::clone(slot));
-        }
-        !idle.is_closed
-    }
-
-    /// Waits for the next job. `None`: the thread was idle for too long.
-    fn next_job(&self, slot: &Arc<JobSlot>) -> Option<Job> {
-        if let Some(job) = slot.take_within(self.idle_time) {
-            return Some(job);
-        }
-        let mut idle = self.idle();
-        if let Some(at) = idle.threads.iter().position(|other| Arc::ptr_eq(other, slot)) {
-            idle.threads.remove(at);
-            return None;
-        }
-        drop(idle);
-        // `start` has just removed this thread from the idle ones, and will put a job into the slot.
-        Some(slot.take())
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Idle> {
+    fn idle(&self) -> MutexGuard<'_, Option<Vec<IdleThread>>> {
         lock(&self.idle)
-    }
-}
-
-impl JobSlot {
-    fn put(&self, job: Job) {
-        *self.job() = Some(job);
-        self.changed.notify_one();
-    }
-
-    fn take_within(&self, time: Duration) -> Option<Job> {
-        let nothing = |job: &mut Option<Job>| job.is_none();
-        let waited = self
-            .changed
-            .wait_timeout_while(self.job(), time, nothing)
-            .unwrap_or_else(PoisonError::into_inner);
-        let (mut job, _) = waited;
-        job.take()
-    }
-
-    fn take(&self) -> Job {
-        let mut job = self.job();
-        loop {
-            if let Some(job) = job.take() {
-                return job;
-            }
-            job = self.changed.wait(job).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn job(&self) -> MutexGuard<'_, Option<Job>> {
-        lock(&self.job)
     }
 }
 
@@ -243,8 +193,8 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
-    use std::sync::mpsc::{Receiver, channel};
-    use std::thread::ThreadId;
+    use std::sync::Condvar;
+    use std::sync::mpsc::channel;
 
     use super::*;
     use crate::produce::schedule::{Limits, Next, Rounds, Schedule};

@@ -33,24 +33,23 @@ impl CheckResult {
             phases: done.observation.phases,
         };
         let started_at = Some(done.started_at_micros);
-        Self::new(done.tick, done.observation, started_at, Some(timing), agent_name)
+        Self {
+            timing: Some(timing),
+            ..Self::new(done.tick, done.observation, started_at, agent_name)
+        }
     }
 
-    pub(super) fn not_begun(tick: Tick, failed: Observation, agent_name: &str) -> Self {
-        Self::new(tick, failed, None, None, agent_name)
-    }
-
-    fn new(
+    /// Without a timing.
+    pub(super) fn new(
         tick: Tick,
         observation: Observation,
         started_at_micros: Option<i64>,
-        timing: Option<Timing>,
         agent_name: &str,
     ) -> Self {
         Self {
             outcome: observation.outcome,
             agent_error: agent_error(&observation),
-            timing,
+            timing: None,
             record: record(
                 &tick.target,
                 tick.share.clone(),

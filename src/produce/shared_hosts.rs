@@ -2,17 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
 use crate::check::target::Target;
-use crate::clock::Clock;
-use crate::config::ProduceConfig;
 use crate::duration::micros;
-use crate::http::health::Readiness;
 use crate::produce::fleet::{self, Fleet, Order, Partitions};
 use crate::produce::hosts::list::{Changes, HostList};
-use crate::produce::publisher::{Letter, LetterBox, Membership, Publisher, Record};
+use crate::produce::publisher::{Letter, LetterBox, Publisher, Record};
 use crate::produce::schedule::Schedule;
 use crate::produce::share::Share;
 use crate::produce::share::events::Event;
@@ -22,68 +19,6 @@ const FINISH_WITHIN: Duration = Duration::from_millis(300);
 
 /// How often the ledgers are updated.
 const MARK_EVERY: Duration = Duration::from_secs(2);
-
-/// The part that exists before the publisher has started.
-pub(super) struct Joining {
-    events: (std::sync::mpsc::Sender<Event>, std::sync::mpsc::Receiver<Event>),
-    targets: HostList,
-}
-
-impl Joining {
-    pub(super) fn new(targets: Vec<Arc<Target>>) -> Self {
-        Self {
-            events: channel(),
-            targets: targets.into_iter().collect(),
-        }
-    }
-
-    /// For [`Publisher::start`].
-    pub(super) fn membership(&self, config: &ProduceConfig) -> Option<Membership> {
-        let group = config.group.as_ref()?;
-        Some(Membership {
-            group: group.name.clone(),
-            place: config.check.agent_name.clone(),
-            events: self.events.0.clone(),
-        })
-    }
-
-    /// `orders` passes an order to the timer loop.
-    pub(super) fn join(
-        self,
-        config: &ProduceConfig,
-        clock: Clock,
-        letters: LetterBox,
-        readiness: Arc<Readiness>,
-        orders: impl Fn(Order) + Send + 'static,
-    ) -> anyhow::Result<Option<SharedHosts>> {
-        let Some(group) = &config.group else {
-            return Ok(None);
-        };
-        let partitions = Partitions::default();
-        let settings = fleet::Settings {
-            kafka: &config.kafka,
-            group,
-            place: &config.check.agent_name,
-            partitions: &partitions,
-            clock,
-            readiness: &readiness,
-        };
-        let topics = topics_of(&self.targets.topics(), &config.topic);
-        let fleet = Fleet::start(&settings, &topics, self.events, letters, orders)?;
-        Ok(Some(SharedHosts {
-            fleet,
-            partitions,
-            default_topic: config.topic.clone(),
-            targets: self.targets,
-            topics,
-            ours: BTreeSet::new(),
-            finishing: BTreeMap::new(),
-            cut_off_at: None,
-            mark_at: 0,
-            has_left: false,
-        }))
-    }
-}
 
 pub(super) struct SharedHosts {
     fleet: Fleet,
@@ -102,6 +37,30 @@ pub(super) struct SharedHosts {
 }
 
 impl SharedHosts {
+    /// Joins the group. The publisher sends events to the same channel; `orders` passes an order to the timer loop.
+    pub(super) fn join(
+        settings: &fleet::Settings<'_>,
+        default_topic: &str,
+        targets: HostList,
+        channel: (Sender<Event>, Receiver<Event>),
+        letters: LetterBox,
+        orders: impl Fn(Order) + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let topics = topics_of(&targets.topics(), default_topic);
+        Ok(Self {
+            fleet: Fleet::start(settings, &topics, channel, letters, orders)?,
+            partitions: settings.partitions.clone(),
+            default_topic: default_topic.to_owned(),
+            targets,
+            topics,
+            ours: BTreeSet::new(),
+            finishing: BTreeMap::new(),
+            cut_off_at: None,
+            mark_at: 0,
+            has_left: false,
+        })
+    }
+
     pub(super) fn obey(
         &mut self,
         order: Order,
@@ -145,7 +104,7 @@ impl SharedHosts {
     pub(super) fn turn(
         &mut self,
         schedule: &mut Schedule<Record>,
-        publisher: &Publisher,
+        tell: impl Fn(Letter),
         looked_at: i64,
     ) -> i64 {
         if self.cut_off_at.take_if(|at| looked_at >= *at).is_some() {
@@ -161,12 +120,12 @@ impl SharedHosts {
             for share in finished {
                 self.remove(&share, schedule);
                 let ends_at = open_since.get(&share).copied().unwrap_or(looked_at);
-                publisher.tell(Letter::End { share, ends_at });
+                tell(Letter::End { share, ends_at });
             }
         }
         if looked_at >= self.mark_at {
             self.mark_at = looked_at + micros(MARK_EVERY);
-            publisher.tell(Letter::Mark {
+            tell(Letter::Mark {
                 now: looked_at + 1,
                 open_since: schedule.open_since(),
             });
@@ -226,4 +185,44 @@ fn topics_of(topics: &BTreeSet<Option<String>>, default_topic: &str) -> Vec<Stri
         topics.insert(default_topic);
     }
     topics.into_iter().map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::produce::schedule::{Limits, Rounds};
+
+    #[test]
+    fn a_member_without_shares_waits_between_its_turns() {
+        let mut shared_hosts = SharedHosts {
+            fleet: Fleet::without_thread(),
+            partitions: Partitions::default(),
+            default_topic: "t".to_owned(),
+            targets: HostList::default(),
+            topics: vec!["t".to_owned()],
+            ours: BTreeSet::new(),
+            finishing: BTreeMap::new(),
+            cut_off_at: None,
+            mark_at: 0,
+            has_left: false,
+        };
+        let limits = Limits {
+            max_under_way: 1,
+            check_timeout: MARK_EVERY,
+        };
+        let mut schedule = Schedule::new(Rounds::Endless, Vec::new(), limits, 0);
+        let marks = Cell::new(0);
+        let tell = |letter: Letter| {
+            assert!(matches!(letter, Letter::Mark { .. }));
+            marks.set(marks.get() + 1);
+        };
+        let mut now = 1_000_000;
+        for turn in 1..=30 {
+            let next = shared_hosts.turn(&mut schedule, tell, now);
+            assert_eq!((next - now, marks.get()), (micros(MARK_EVERY), turn));
+            now = next;
+        }
+    }
 }

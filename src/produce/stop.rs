@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 
 use super::publisher::{END_WITHIN, Unacknowledged};
-use super::timer::{Backlog, LOOK_FOR_ROOM_EVERY, TimerLoop};
+use super::timer::{LOOK_FOR_ROOM_EVERY, TimerLoop};
 use crate::clock::instant_now;
 use crate::duration::micros;
 use crate::shutdown::STOP_WITHIN;
@@ -36,20 +36,16 @@ impl TimerLoop<'_> {
         );
         let checks_end_at = from + micros(CHECKS_END_WITHIN);
         while self.schedule.under_way() > 0 && self.clock.now_micros() < checks_end_at {
-            let backlog = self.write_backlog();
-            let now = self.clock.now_micros();
-            self.wait_until(match backlog {
-                Backlog::NotEmpty => now,
-                Backlog::NoRoom => now + micros(LOOK_FOR_ROOM_EVERY),
-                Backlog::Empty => checks_end_at,
-            });
+            let wakes_at = self.write_backlog().min(checks_end_at);
+            self.wait_until(wakes_at);
             self.take_mail();
         }
         self.schedule.cut_off();
         let deliver_until = from + micros(DELIVER_WITHIN);
         while self.schedule.has_backlog() && self.clock.now_micros() < deliver_until {
-            if self.write_backlog() == Backlog::NoRoom {
-                self.wait_until(self.clock.now_micros() + micros(LOOK_FOR_ROOM_EVERY));
+            let wakes_at = self.write_backlog();
+            if self.schedule.has_backlog() {
+                self.wait_until(wakes_at);
             }
         }
         let left = self.clock.until(deliver_until);
@@ -67,15 +63,9 @@ impl TimerLoop<'_> {
         }
         let gives_up_at = from + micros(DELIVER_WITHIN);
         while self.is_member() && self.clock.now_micros() < gives_up_at {
-            let next_tick = self.start_due();
-            let backlog = self.write_backlog();
-            let shares_due_at = self.look_at_shares();
-            let backlog_due_at = match backlog {
-                Backlog::NotEmpty => self.clock.now_micros(),
-                Backlog::NoRoom | Backlog::Empty => self.clock.now_micros() + micros(LOOK_FOR_ROOM_EVERY),
-            };
-            let wakes_at = backlog_due_at.min(shares_due_at);
-            self.wait_until(next_tick.map_or(wakes_at, |tick| tick.min(wakes_at)));
+            let looks_at = self.clock.now_micros() + micros(LOOK_FOR_ROOM_EVERY);
+            let wakes_at = self.turn().min(looks_at);
+            self.wait_until(wakes_at);
             self.take_mail();
         }
     }

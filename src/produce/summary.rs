@@ -23,12 +23,10 @@ pub(super) struct Summary {
     last: Snapshot,
     due_at: i64,
     clock_deviation: i64,
-    no_room_count: u64,
-    no_room_line: OnceAMinute,
+    no_room: GrowthLine,
     agent_errors: AgentErrors,
     max_threads: usize,
-    no_thread_count: u64,
-    no_thread_line: OnceAMinute,
+    no_thread: GrowthLine,
 }
 
 impl Summary {
@@ -37,12 +35,10 @@ impl Summary {
             last: counters.snapshot(),
             due_at: clock.now_micros() + micros(SUMMARY_EVERY),
             clock_deviation: 0,
-            no_room_count: 0,
-            no_room_line: OnceAMinute::default(),
+            no_room: GrowthLine::default(),
             agent_errors: AgentErrors::default(),
             max_threads,
-            no_thread_count: 0,
-            no_thread_line: OnceAMinute::default(),
+            no_thread: GrowthLine::default(),
             counters,
             clock,
         }
@@ -84,11 +80,7 @@ impl Summary {
 
     /// When the buffer becomes full, and once a minute while ticks are missed for that reason.
     fn log_no_room(&mut self, count: u64, publisher: &Publisher, now: i64) {
-        if count == self.no_room_count {
-            return;
-        }
-        self.no_room_count = count;
-        if self.no_room_line.take_turn(now) {
+        if self.no_room.is_due(count, now) {
             log::error!(
                 "Kafka accepts no records, and the buffer is full ({} records): until Kafka accepts more, hosts are not \
                  checked and their ticks ({count} so far) are recorded as missed",
@@ -99,8 +91,7 @@ impl Summary {
 
     /// Once a minute while ticks are missed for that reason.
     fn log_no_thread(&mut self, count: u64, now: i64) {
-        if count > self.no_thread_count && self.no_thread_line.take_turn(now) {
-            self.no_thread_count = count;
+        if self.no_thread.is_due(count, now) {
             log::warn!(
                 "ticks are missed ({count} so far), because as many checks are under way as MAX_THREADS={} allows: raise \
                  MAX_THREADS, or share the hosts with more producers (PRODUCE_GROUP)",
@@ -126,15 +117,17 @@ impl Summary {
     }
 }
 
-/// Limits a log line to one a minute.
+/// Limits a log line to one a minute, and to moments when its count grows.
 #[derive(Default)]
-struct OnceAMinute {
+struct GrowthLine {
+    count: u64,
     not_before: i64,
 }
 
-impl OnceAMinute {
-    fn take_turn(&mut self, now: i64) -> bool {
-        let is_due = now >= self.not_before;
+impl GrowthLine {
+    fn is_due(&mut self, count: u64, now: i64) -> bool {
+        let has_grown = std::mem::replace(&mut self.count, count) < count;
+        let is_due = has_grown && now >= self.not_before;
         if is_due {
             self.not_before = now + micros(SUMMARY_EVERY);
         }
@@ -147,7 +140,7 @@ impl OnceAMinute {
 struct AgentErrors {
     count: u64,
     newest: String,
-    line: OnceAMinute,
+    not_before: i64,
 }
 
 impl AgentErrors {
@@ -157,7 +150,8 @@ impl AgentErrors {
     }
 
     fn log_if_due(&mut self, now: i64) {
-        if self.count > 0 && self.line.take_turn(now) {
+        if self.count > 0 && now >= self.not_before {
+            self.not_before = now + micros(SUMMARY_EVERY);
             self.log();
         }
     }

@@ -9,28 +9,40 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use super::mailbox::Mailbox;
+use super::counters::Counters;
+use super::mailbox::{Mail, Mailbox};
 use super::pool::Pool;
-use super::publisher::{Publisher, Record};
+use super::publisher::{Bounds, Publisher, Record};
 use super::result::{CheckResult, missed_record};
 use super::schedule::{BacklogItem, Next, Rounds, Schedule};
-use super::setup::Setup;
 use super::shared_hosts::SharedHosts;
 use super::summary::Summary;
 use crate::check::observation::Observation;
 use crate::check::target::Target;
 use crate::clock::{Clock, instant_now};
+use crate::config::ProduceConfig;
 use crate::duration::micros;
 use crate::http::health;
-use crate::produce::hosts::Watch;
 use crate::produce::hosts::list::{Changes, HostList};
+use crate::produce::hosts::{Sources, Watch};
 use crate::sample::Outcome;
+use crate::shutdown::Shutdown;
 
 /// How many records of the backlog are written before the loop looks again at what is due: 0.2 ms of work.
 const BACKLOG_AT_A_TIME: usize = 100;
 
 /// How often the publisher is asked for room while the backlog waits for it.
 pub(super) const LOOK_FOR_ROOM_EVERY: Duration = Duration::from_millis(10);
+
+/// What a run needs from its caller. Tests use their own checks and bounds.
+pub struct Setup<'a> {
+    pub config: &'a ProduceConfig,
+    pub sources: Sources,
+    pub rounds: Rounds,
+    pub shutdown: &'a Shutdown,
+    pub counters: Arc<Counters>,
+    pub bounds: Bounds,
+}
 
 pub(super) struct TimerLoop<'a> {
     pub(super) setup: Setup<'a>,
@@ -48,15 +60,6 @@ pub(super) struct TimerLoop<'a> {
     pub(super) summary: Summary,
     /// Empty between turns; kept for its capacity.
     backlog: Vec<BacklogItem<Record>>,
-}
-
-/// What is left of the backlog.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Backlog {
-    Empty,
-    NotEmpty,
-    /// Not empty, and the publisher has no room.
-    NoRoom,
 }
 
 /// Why the loop has ended.
@@ -86,7 +89,7 @@ impl<'a> TimerLoop<'a> {
                 );
                 let secrets = setup.config.check.secrets_dir.clone();
                 let watch = sources.watch(hosts, secrets, has_error, move |changes| {
-                    lists.put_changes(changes);
+                    lists.put(Mail::Changes(changes));
                 });
                 Some(watch.context("cannot start a thread to watch the hosts")?)
             }
@@ -118,42 +121,35 @@ impl<'a> TimerLoop<'a> {
             {
                 watch.reload();
             }
-            let next_tick = self.start_due();
-            let backlog = self.write_backlog();
-            let shares_due_at = self.look_at_shares();
+            let mut wakes_at = self.turn().min(self.summary.due_at());
             if self.shared_hosts.is_some() {
                 let hosts = self.schedule.hosts();
                 self.setup.counters.hosts.store(hosts, Ordering::Relaxed);
             }
             self.summary.count(&self.schedule, &self.pool, &self.publisher);
-            let now = self.clock.now_micros();
             if self.setup.rounds == Rounds::Once && self.schedule.is_over() {
                 if self.publisher.on_the_way() == 0 {
                     return Ended::Once;
                 }
-                self.wait_until(now + micros(LOOK_FOR_ROOM_EVERY));
-                continue;
+                wakes_at = self.clock.now_micros() + micros(LOOK_FOR_ROOM_EVERY);
             }
-            let backlog_due_at = match backlog {
-                Backlog::NotEmpty => now,
-                Backlog::NoRoom => now + micros(LOOK_FOR_ROOM_EVERY),
-                Backlog::Empty => self.summary.due_at(),
-            };
-            let wakes_at = backlog_due_at.min(shares_due_at);
-            self.wait_until(next_tick.map_or(wakes_at, |tick| tick.min(wakes_at)));
+            self.wait_until(wakes_at);
         }
     }
 
-    /// Returns when the shares have to be looked at again.
-    pub(super) fn look_at_shares(&mut self) -> i64 {
-        let shared_hosts = self.shared_hosts.as_mut();
-        shared_hosts.map_or(i64::MAX, |shared_hosts| {
-            shared_hosts.turn(&mut self.schedule, &self.publisher, self.looked_at)
-        })
+    /// Does what is due. Returns the time of the next turn.
+    pub(super) fn turn(&mut self) -> i64 {
+        let next_tick = self.start_due().unwrap_or(i64::MAX);
+        let backlog_due_at = self.write_backlog();
+        let shares_due_at = self.shared_hosts.as_mut().map_or(i64::MAX, |shared_hosts| {
+            let tell = |letter| self.publisher.tell(letter);
+            shared_hosts.turn(&mut self.schedule, tell, self.looked_at)
+        });
+        next_tick.min(backlog_due_at).min(shares_due_at)
     }
 
     /// Begins every check that is due. Returns the next tick.
-    pub(super) fn start_due(&mut self) -> Option<i64> {
+    fn start_due(&mut self) -> Option<i64> {
         loop {
             let publisher = &self.publisher;
             let now = self.clock.now_micros();
@@ -161,10 +157,13 @@ impl<'a> TimerLoop<'a> {
             match self.schedule.next(now, |target| publisher.has_room(target)) {
                 Next::Wait(until) => return until,
                 Next::Start(tick) => {
-                    if let Err(no_thread) = self.pool.start(tick) {
-                        let failed = Observation::failed(Outcome::AgentError, no_thread.to_string());
+                    if let Err((tick, error)) = self.pool.start(tick) {
+                        let failed = Observation::failed(
+                            Outcome::AgentError,
+                            format!("cannot start a thread: {error}"),
+                        );
                         let name = &self.setup.config.check.agent_name;
-                        self.take_result(CheckResult::not_begun(no_thread.tick, failed, name));
+                        self.take_result(CheckResult::new(tick, failed, None, name));
                     }
                 }
             }
@@ -179,18 +178,21 @@ impl<'a> TimerLoop<'a> {
     }
 
     pub(super) fn take_mail(&mut self) {
-        let (results, orders, changes) = self.mailbox.take();
-        for result in results {
-            self.take_result(result);
-        }
-        for order in orders {
-            if let Some(shared_hosts) = &mut self.shared_hosts {
-                let now = self.clock.now_micros();
-                shared_hosts.obey(order, &mut self.schedule, &self.publisher, now);
+        for mail in self.mailbox.take() {
+            match mail {
+                Mail::Result(result) => self.take_result(result),
+                Mail::Order(order) => {
+                    if let Some(shared_hosts) = &mut self.shared_hosts {
+                        let now = self.clock.now_micros();
+                        shared_hosts.obey(order, &mut self.schedule, &self.publisher, now);
+                    }
+                }
+                Mail::Changes(changes) => {
+                    if !self.setup.shutdown.requested() {
+                        self.change_hosts(changes);
+                    }
+                }
             }
-        }
-        if !self.setup.shutdown.requested() {
-            changes.into_iter().for_each(|changes| self.change_hosts(changes));
         }
     }
 
@@ -214,18 +216,17 @@ impl<'a> TimerLoop<'a> {
         }
     }
 
-    pub(super) fn write_backlog(&mut self) -> Backlog {
-        if !self.schedule.has_backlog() {
-            return Backlog::Empty;
-        }
+    /// Writes a part of the backlog. Returns when the rest of it is due.
+    pub(super) fn write_backlog(&mut self) -> i64 {
         let publisher = &self.publisher;
         let has_room = |target: &Target| publisher.has_spare_room(target);
         self.schedule
             .drain(BACKLOG_AT_A_TIME, has_room, &mut self.backlog);
-        let left = match (self.schedule.has_backlog(), self.backlog.is_empty()) {
-            (false, _) => Backlog::Empty,
-            (true, true) => Backlog::NoRoom,
-            (true, false) => Backlog::NotEmpty,
+        let now = self.clock.now_micros();
+        let due_at = match (self.schedule.has_backlog(), self.backlog.is_empty()) {
+            (false, _) => i64::MAX,
+            (true, true) => now + micros(LOOK_FOR_ROOM_EVERY),
+            (true, false) => now,
         };
         for item in self.backlog.drain(..) {
             self.publisher.publish(match item {
@@ -233,7 +234,7 @@ impl<'a> TimerLoop<'a> {
                 BacklogItem::Missed(missed) => missed_record(missed, &self.setup.config.check.agent_name),
             });
         }
-        left
+        due_at
     }
 
     fn change_hosts(&mut self, changes: Changes) {

@@ -134,7 +134,7 @@ fn objects_that_others_planted_are_neither_used_nor_called() {
             row(&mut batch, &layout, P0, first, offset, &sample);
         }
         reject(&mut batch, P0, first, first + 5, None, Some(b"{"), "no JSON");
-        assert_eq!(store.flush(&batch), Flushed::Durable);
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     };
     flush(&mut store, 0);
     store.maintain(at_day(today, 2)).unwrap();
@@ -164,7 +164,7 @@ fn objects_that_others_planted_are_neither_used_nor_called() {
     state.positions(&[P0], &[(P0, NextOffset(0))].into()).unwrap();
     for base in [0, 2] {
         assert_eq!(
-            state.flush(&batch_of_samples(P0, base, &samples)),
+            state.flush(&batch_of_samples(P0, base, &samples)).unwrap(),
             Flushed::Durable
         );
     }

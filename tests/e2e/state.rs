@@ -48,7 +48,7 @@ pub fn batch(partition: Partition, base: i64, samples: &[Sample<'_>]) -> Batch {
             value: Some(&value),
         };
         batch.push(NextOffset(base), record, |into| {
-            StateSink::encode(&(), "t", &record, &mut Epochs::default(), into)
+            StateSink::encode(&(), &record, &mut Epochs::default(), into)
         });
     }
     batch
@@ -61,7 +61,7 @@ fn fold(store: &mut Store<StateSink>, samples: &[Sample<'_>], most: usize) {
     while at < samples.len() {
         let end = samples.len().min(at + fastrand::usize(1..=most));
         let part = batch(P0, at as i64, &samples[at..end]);
-        assert_eq!(store.flush(&part), Flushed::Durable);
+        assert_eq!(store.flush(&part).unwrap(), Flushed::Durable);
         at = end;
     }
 }
@@ -83,7 +83,7 @@ fn rows(db: &Database, samples: &[Sample<'_>]) {
     for (offset, sample) in (0..).zip(samples) {
         row(&mut rows, &layout, P0, 0, offset, sample);
     }
-    assert_eq!(store.flush(&rows), Flushed::Durable);
+    assert_eq!(store.flush(&rows).unwrap(), Flushed::Durable);
 }
 
 fn now_micros() -> i64 {
@@ -436,7 +436,7 @@ fn a_hundred_thousand_hosts_have_their_state() {
                 ..Sample::default()
             })
             .collect();
-        assert_eq!(store.flush(&batch(P0, base, &samples)), Flushed::Durable);
+        assert_eq!(store.flush(&batch(P0, base, &samples)).unwrap(), Flushed::Durable);
     }
     drop(store);
     refresh(&db, StateConfig::default());
@@ -490,9 +490,9 @@ fn an_interval_of_any_length_and_a_place_ahead_of_time_change_nothing_for_others
         value: Some(&value),
     };
     ahead.push(NextOffset(2), record, |into| {
-        StateSink::encode(&(), "t", &record, &mut Epochs::default(), into)
+        StateSink::encode(&(), &record, &mut Epochs::default(), into)
     });
-    assert_eq!(store.flush(&ahead), Flushed::Durable);
+    assert_eq!(store.flush(&ahead).unwrap(), Flushed::Durable);
     refresh(&db, StateConfig::default());
     assert_eq!(
         db.many("SELECT concat_ws('|', address, agent, verdict) FROM host_metrics_series ORDER BY 1"),
@@ -589,7 +589,10 @@ fn a_host_whose_records_move_to_an_added_partition_keeps_its_state() {
     second.open().unwrap();
     locate(&mut second, P1, 0);
     for (number, part) in (0..).zip(after.chunks(500)) {
-        assert_eq!(second.flush(&batch(P1, 500 * number, part)), Flushed::Durable);
+        assert_eq!(
+            second.flush(&batch(P1, 500 * number, part)).unwrap(),
+            Flushed::Durable
+        );
     }
     assert!(whole_state(&mut db, "host_metrics") == whole_state(&mut db, "moved"));
 }

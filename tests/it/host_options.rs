@@ -224,26 +224,9 @@ const OPTIONS: &str = "timeout, status, method, follow, topic, ip, tls, header, 
                        cert-days, json, name and group";
 
 #[test]
-fn a_profile_that_is_not_used_is_warned_of_and_without_profiles_an_at_sign_begins_a_regex() {
-    let folder = Folder::new();
-    assert_eq!(
-        folder.warnings("@b slow=1s\na.example 5 @a ok\n@a slow=1s\n@c slow=2s\n"),
-        [
-            "hosts:1:1: no host uses the profile `@b`",
-            "hosts:4:1: no host uses the profile `@c`"
-        ]
-    );
-    let host = folder.host("a.example 5 @media print");
+fn without_profiles_an_at_sign_begins_a_regex() {
+    let host = Folder::new().host("a.example 5 @media print");
     assert_eq!(host.regex.unwrap().as_str(), "@media print");
-    assert_eq!(
-        folder.warnings("a.example 5 @media print"),
-        ["hosts:1:13: `@media` is read as the REGEX, because the file does not define a profile"]
-    );
-    assert!(
-        folder
-            .warnings("a.example 5 @ home\nb.example 5 (@media)")
-            .is_empty()
-    );
 }
 
 #[test]
@@ -655,36 +638,6 @@ fn secrets_in_the_file_and_files_that_everybody_can_read_are_warned_of() {
             "every user of this machine can read the secret {:?} (mode 0644); `chmod o-r` prevents that",
             folder.path().join("open")
         )]
-    );
-}
-
-#[test]
-fn a_text_that_was_a_regex_before_there_were_more_options_still_is() {
-    let folder = Folder::new();
-    for regex in [
-        "name = x",
-        "body: x",
-        "group : y",
-        "slow 3s",
-        "json = /a:b",
-        "price name=x",
-        "minutes name=x",
-        "!error",
-        "!",
-        "method = x1",
-    ] {
-        let line = format!("a.example 15m status=200 {regex}");
-        match folder.parse(&line) {
-            Ok(hosts) => assert_eq!(hosts.targets[0].regex.as_ref().unwrap().as_str(), regex),
-            // It was refused before.
-            Err(error) => assert!(regex.starts_with("method ="), "{regex}: {error}"),
-        }
-    }
-    assert_eq!(
-        folder.warnings("a.example 5 !error"),
-        [
-            "hosts:1:13: the `!` is part of the REGEX; to require that the body does not match, write `! error`"
-        ]
     );
 }
 

@@ -12,14 +12,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{
-    Batch, Encoded, Form, NextOffset, Offset, Partition, Position, Record, Span,
-};
+use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Position, Record, Span};
 use host_metrics::consume::fold::Fold;
 use host_metrics::consume::fold::host::{DownWhen, Host};
 use host_metrics::consume::fold::observed::Observed;
 use host_metrics::consume::fold::rollup::{Key, Rollup};
-use host_metrics::consume::ingest::{Action, Event, Extent, Ingest, Limits, Notice};
+use host_metrics::consume::ingest::{Action, Event, Extent, Ingest, Limits, Request};
 use host_metrics::sample::{Sample, Timestamp};
 
 const DEFAULT_SEEDS: u64 = 2_000;
@@ -93,7 +91,7 @@ impl Seen {
             "before beginning",
             "clean stop",
             "commit",
-            "commit failed",
+            "commit lost",
             "crash",
             "crash of Postgres",
             "durable",
@@ -238,13 +236,6 @@ fn value(partition: Partition, id: u64) -> Vec<u8> {
     let observed = Observed::of(&sample, None).expect("it has a time");
     observed.encode(&mut value);
     value
-}
-
-#[derive(Debug)]
-enum Request {
-    Open,
-    Locate(Vec<Partition>, BTreeMap<Partition, NextOffset>),
-    Flush(Batch),
 }
 
 #[derive(Debug)]
@@ -465,7 +456,7 @@ impl History {
 
     fn add_partition(&mut self) {
         let number = self.logs.len() as i32;
-        let partition = Partition { topic: 0, number };
+        let partition = Partition { topic: "t", number };
         let mut log = Log::default();
         if self.rng.bool() {
             // Retention has deleted records before the first consumer came.
@@ -729,21 +720,18 @@ impl History {
                 let member = self.members.remove(index);
                 self.log(format_args!("{} crashes in the middle", member.name));
                 self.saw("crash");
-                if let Action::Flush(batch) = action {
+                if let Action::Ask(Request::Flush(batch)) = action {
                     self.leave_in_doubt(&batch);
                 }
                 self.rebalance();
                 return;
             }
             match action {
-                Action::Open => self.request(index, Request::Open),
-                Action::Locate {
-                    partitions,
-                    missing_from,
-                } => self.request(index, Request::Locate(partitions, missing_from)),
-                Action::Flush(batch) => {
-                    self.check_flush(index, &batch);
-                    self.request(index, Request::Flush(batch));
+                Action::Ask(request) => {
+                    if let Request::Flush(batch) = &request {
+                        self.check_flush(index, batch);
+                    }
+                    self.request(index, request);
                 }
                 Action::FindStarts(partitions) => self.find_starts(index, &partitions),
                 Action::FindExtents(partitions) => self.find_extents(index, &partitions),
@@ -753,8 +741,8 @@ impl History {
                     self.saw("paused");
                 }
                 Action::Commit(commits) => self.commit(index, &commits),
-                Action::Tell(Notice::BeyondEnd { .. }) => self.saw("beyond end"),
-                Action::Tell(Notice::BeforeBeginning { .. }) => self.saw("before beginning"),
+                Action::Tell(text) if text.contains("beyond the end") => self.saw("beyond end"),
+                Action::Tell(text) if text.contains("(retention)") => self.saw("before beginning"),
                 Action::Tell(_) => {}
                 Action::Poll { until } => {
                     assert!(until > now, "waits for the past");
@@ -837,7 +825,7 @@ impl History {
                     return Err("undecodable".into());
                 }
                 row.extend_from_slice(&bytes);
-                Ok(Encoded::Row)
+                Ok(())
             });
             if zombie && taken {
                 self.saw("zombie record");
@@ -960,22 +948,13 @@ impl History {
                 "commits {next:?} of {partition:?}, while {durable:?} is durable"
             );
         }
-        match self.rng.u8(0..10) {
-            0 if self.faults => {
-                self.saw("commit failed");
-                let partitions = commits.iter().map(|(partition, _)| *partition).collect();
-                let now = self.instant();
-                self.members[index]
-                    .ingest
-                    .handle(now, Event::CommitFailed(partitions));
-            }
-            1 if self.faults => {}
-            _ => {
-                for (partition, next) in commits {
-                    if !self.recreated.contains(partition) {
-                        self.committed.insert(*partition, *next);
-                    }
-                }
+        if self.faults && self.rng.u8(0..5) == 0 {
+            self.saw("commit lost");
+            return;
+        }
+        for (partition, next) in commits {
+            if !self.recreated.contains(partition) {
+                self.committed.insert(*partition, *next);
             }
         }
     }
@@ -1015,8 +994,11 @@ impl History {
                     same_layout: previous.is_none() || previous == layout,
                 }
             }
-            Request::Locate(..) if fails || is_broken => Event::StoreFailed,
-            Request::Locate(partitions, missing_from) => {
+            Request::Locate { .. } if fails || is_broken => Event::StoreFailed,
+            Request::Locate {
+                partitions,
+                missing_from,
+            } => {
                 // A plain read sees what is committed, and waits for no lock.
                 let mut found = BTreeMap::new();
                 for partition in partitions {
@@ -1032,9 +1014,7 @@ impl History {
                 }
                 Event::Located(found)
             }
-            Request::Flush(batch) if is_broken => {
-                Event::Flushed(batch, Flushed::Retry("connection lost".into()))
-            }
+            Request::Flush(batch) if is_broken => Event::Flushed(batch, None),
             Request::Flush(batch) => {
                 let layout = self.members[index].layout.map(u32::to_be_bytes);
                 for entry in &batch.entries {
@@ -1054,13 +1034,14 @@ impl History {
         member.wait_until = None;
     }
 
-    fn try_flush(&mut self, batch: &Batch, fails: bool) -> Flushed {
+    /// `None` if the client does not know the result.
+    fn try_flush(&mut self, batch: &Batch, fails: bool) -> Option<Flushed> {
         if fails {
             self.saw("flush failed");
             if self.rng.u8(0..3) != 0 && !self.postgres.away {
                 self.leave_in_doubt(batch);
             }
-            return Flushed::Retry("connection lost".into());
+            return None;
         }
         let locked = |transaction: &Transaction| {
             let mut partitions = transaction.spans.keys();
@@ -1070,7 +1051,7 @@ impl History {
         while let Some(holder) = self.postgres.in_doubt.iter().position(locked) {
             self.saw("locked");
             if self.faults && self.rng.bool() {
-                return Flushed::Retry("lock timeout".into());
+                return None;
             }
             let transaction = self.postgres.in_doubt.remove(holder);
             if self.rng.bool() {
@@ -1084,7 +1065,7 @@ impl History {
             .any(|(partition, span)| current(partition) != Some(span.base))
         {
             self.saw("fenced");
-            return Flushed::Fenced;
+            return Some(Flushed::Fenced);
         }
         let mut poison = Vec::new();
         for (index, entry) in batch.entries.iter().enumerate() {
@@ -1097,16 +1078,16 @@ impl History {
             self.saw("poison");
             let told = self.rng.usize(1..=poison.len());
             poison.truncate(told);
-            return Flushed::Refused(poison);
+            return Some(Flushed::Refused(poison));
         }
         let transaction = transaction(batch);
         self.apply(&transaction);
         if self.faults && self.rng.u8(0..12) == 0 {
             self.saw("answer lost");
-            return Flushed::Retry("connection lost in COMMIT".into());
+            return None;
         }
         self.saw("durable");
-        Flushed::Durable
+        Some(Flushed::Durable)
     }
 
     /// The client does not know the result: the transaction continues, has ended, or never began.
@@ -1232,7 +1213,7 @@ fn held(member: &Member, partition: Partition) -> Vec<i64> {
             let span = batch.spans.get(&partition);
             held.extend(span.into_iter().flat_map(|span| [span.base.0, span.next.0]));
         }
-        Some((Request::Locate(partitions, _), _)) if partitions.contains(&partition) => held.push(0),
+        Some((Request::Locate { partitions, .. }, _)) if partitions.contains(&partition) => held.push(0),
         _ => {}
     }
     held

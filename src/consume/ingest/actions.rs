@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::{
-    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, PAUSE_AFTER, PartitionState, SYNC_EVERY,
-    StoreState,
+    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, PAUSE_AFTER, PartitionState, Request,
+    SYNC_EVERY, StoreState,
 };
 
 impl Ingest {
@@ -15,7 +15,7 @@ impl Ingest {
             return Action::Tell(notice);
         }
         let action = self
-            .store_action(now)
+            .ask_store(now)
             .or_else(|| self.kafka_action(now))
             .or_else(|| self.stop_action(now))
             .unwrap_or_else(|| self.wait_action(now));
@@ -23,23 +23,22 @@ impl Ingest {
         action
     }
 
-    fn store_action(&mut self, now: Instant) -> Option<Action> {
-        match self.store {
+    fn ask_store(&mut self, now: Instant) -> Option<Action> {
+        let request = match self.store {
             StoreState::Busy => None,
             StoreState::Closed { open_at } => {
                 let needed = self.stopping.is_none() || self.unwritten() > 0;
                 let due = open_at.is_none_or(|open_at| open_at <= now);
-                (needed && due && !self.has_given_up(now)).then(|| {
-                    self.store = StoreState::Busy;
-                    Action::Open
-                })
+                (needed && due && !self.has_given_up(now)).then_some(Request::Open)
             }
             StoreState::Open if self.has_given_up(now) => None,
             StoreState::Open => self.locate().or_else(|| self.flush(now)),
-        }
+        }?;
+        self.store = StoreState::Busy;
+        Some(Action::Ask(request))
     }
 
-    fn locate(&mut self) -> Option<Action> {
+    fn locate(&self) -> Option<Request> {
         let mut partitions = Vec::new();
         let mut missing_from = BTreeMap::new();
         if let Some(flight) = self.flight.as_ref().filter(|flight| flight.in_doubt) {
@@ -53,17 +52,13 @@ impl Ingest {
                 }
             }
         }
-        if partitions.is_empty() {
-            return None;
-        }
-        self.store = StoreState::Busy;
-        Some(Action::Locate {
+        (!partitions.is_empty()).then_some(Request::Locate {
             partitions,
             missing_from,
         })
     }
 
-    fn flush(&mut self, now: Instant) -> Option<Action> {
+    fn flush(&mut self, now: Instant) -> Option<Request> {
         let is_sync_due = self.is_sync_due(now);
         if self.flight.is_none() && (is_sync_due || self.is_due(now)) {
             let mut batch = std::mem::replace(&mut self.filling, std::mem::take(&mut self.spare));
@@ -74,13 +69,7 @@ impl Ingest {
                 self.unsynced_since.get_or_insert(now);
             }
             for (partition, span) in &batch.spans {
-                if let Some(located) = self
-                    .partitions
-                    .get_mut(partition)
-                    .and_then(PartitionState::located_mut)
-                {
-                    located.tail = span.next;
-                }
+                self.set(*partition, |located| located.tail = span.next);
             }
             self.flight = Some(Flight {
                 spans: batch.spans.clone(),
@@ -90,8 +79,7 @@ impl Ingest {
             });
         }
         let batch = self.flight.as_mut()?.batch.take()?;
-        self.store = StoreState::Busy;
-        Some(Action::Flush(batch))
+        Some(Request::Flush(batch))
     }
 
     fn is_sync_due(&self, now: Instant) -> bool {
@@ -170,10 +158,13 @@ impl Ingest {
             .iter()
             .filter_map(|(partition, progress)| Some((*partition, self.committable(progress.located()?)?)))
             .collect();
+        let mut is_news = false;
         for (partition, next) in &commits {
-            self.set(*partition, |located| located.committed = Some(*next));
+            self.set(*partition, |located| {
+                is_news |= located.committed.replace(*next) != Some(*next)
+            });
         }
-        if commits.is_empty() {
+        if !is_news {
             return None;
         }
         self.commit_at = Some(now + COMMIT_EVERY);
@@ -190,30 +181,11 @@ impl Ingest {
     }
 
     fn wait_action(&self, now: Instant) -> Action {
-        let opening = match self.store {
-            StoreState::Closed { open_at } => open_at,
-            _ => None,
-        };
-        let filled = match (self.store, &self.flight) {
-            (StoreState::Open, None) => {
-                let filled = self.filling_since.map(|since| since + self.limits.batch_wait);
-                let unsynced = self.unsynced_since.map(|since| since + SYNC_EVERY);
-                filled.into_iter().chain(unsynced).min()
-            }
-            _ => None,
-        };
-        let committing = self
-            .commit_at
-            .filter(|_| self.is_any(|located| self.committable(located).is_some()));
-        let starting = self.find_starts_at.filter(|_| !self.startless().is_empty());
-        let until = [opening, filled, committing, starting]
-            .into_iter()
-            .chain([self.find_extents_at, self.read_at])
-            .chain([self.full_since.map(|since| since + PAUSE_AFTER)])
-            .chain([self.stopping.map(|stopping| stopping.deadline)])
-            .flatten()
+        // Only the age of a batch is waited for exactly; everything else may be IDLE late.
+        let due_at = self.filling_since.map(|since| since + self.limits.batch_wait);
+        let until = due_at
             .filter(|at| *at > now)
-            .fold(now + IDLE, Instant::min);
+            .map_or(now + IDLE, |at| at.min(now + IDLE));
         if !self.has_room() && self.is_reading() {
             Action::Hold { until }
         } else {

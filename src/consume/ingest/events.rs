@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::{Event, Extent, Ingest, KAFKA_RETRY, Located, Notice, PartitionState, Stopping, StoreState};
+use super::{Event, Extent, Ingest, KAFKA_RETRY, Located, PartitionState, Stopping, StoreState};
 use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position, Span};
 use crate::sample::epoch::Epochs;
 
@@ -20,7 +20,6 @@ impl Ingest {
             Event::Extents(extents) => self.extents(now, &extents),
             Event::Stuck(partitions) => self.stuck(&partitions),
             Event::ReadFailed(partitions) => self.read_failed(now, &partitions),
-            Event::CommitFailed(partitions) => self.commit_failed(&partitions),
             Event::Opened { same_layout } => self.opened(same_layout),
             Event::Located(positions) => self.located(now, &positions),
             Event::Flushed(batch, flushed) => self.flushed(now, batch, flushed),
@@ -70,23 +69,26 @@ impl Ingest {
                 continue;
             }
             if position < extent.low {
-                self.notices.push_back(Notice::BeforeBeginning {
-                    partition,
-                    position,
-                    extent,
-                });
+                self.notices.push_back(format!(
+                    "Kafka has deleted the records of {partition} from {} to {} before they were read (retention); reading goes \
+                     on at {}",
+                    position.0, extent.low.0, extent.low.0,
+                ));
                 self.set(partition, |located| {
                     located.next = extent.low;
                     located.reading = false;
                 });
             } else if suspected.get(&partition) == Some(&position) {
                 let forgotten = self.forget(partition);
-                self.notices.push_back(Notice::BeyondEnd {
-                    partition,
-                    position,
-                    extent,
-                    forgotten,
-                });
+                let lost = match forgotten {
+                    0 => String::new(),
+                    _ => format!("; {forgotten} records of the old topic were not written"),
+                };
+                self.notices.push_back(format!(
+                    "position {} of {partition} is beyond the end, {}, so the topic was recreated; reading starts at its \
+                     beginning, {}{lost}",
+                    position.0, extent.high.0, extent.low.0,
+                ));
                 self.set(partition, |located| {
                     located.next = extent.low;
                     located.reading = false;
@@ -136,12 +138,6 @@ impl Ingest {
         }
     }
 
-    fn commit_failed(&mut self, partitions: &[Partition]) {
-        for partition in partitions {
-            self.set(*partition, |located| located.committed = None);
-        }
-    }
-
     fn opened(&mut self, same_layout: bool) {
         self.store = StoreState::Open;
         // The server may have crashed, and lost what it had committed.
@@ -157,7 +153,8 @@ impl Ingest {
             }
         }
         if forgotten > 0 && !same_layout {
-            self.notices.push_back(Notice::OtherLayout { forgotten });
+            let text = format!("the table's columns changed; {forgotten} records are read again");
+            self.notices.push_back(text);
         }
     }
 
@@ -209,16 +206,25 @@ impl Ingest {
             return;
         }
         let forgotten = self.forget(partition);
-        self.notices.push_back(Notice::Fenced {
-            partition,
-            base: span.base,
-            position,
-            forgotten,
-        });
-        let progress = match position {
-            Some(position) => PartitionState::Located(Located::at(position)),
-            None => PartitionState::Startless,
+        let base = span.base.0;
+        let (progress, text) = match position {
+            Some(position) => (
+                PartitionState::Located(Located::at(position)),
+                format!(
+                    "another consumer moved the position of {partition} from {base} to {}; {forgotten} records are left to that \
+                     consumer",
+                    position.0
+                ),
+            ),
+            None => (
+                PartitionState::Startless,
+                format!(
+                    "the position of {partition}, {base}, is no longer in the offsets table; reading starts at the group's \
+                     committed offset, or at the first record if there is none"
+                ),
+            ),
         };
+        self.notices.push_back(text);
         self.partitions.insert(partition, progress);
         self.epochs.insert(
             partition,
@@ -226,7 +232,7 @@ impl Ingest {
         );
     }
 
-    fn flushed(&mut self, now: Instant, mut batch: Batch, flushed: Flushed) {
+    fn flushed(&mut self, now: Instant, mut batch: Batch, flushed: Option<Flushed>) {
         let Some(flight) = self.flight.as_mut() else {
             // All of its partitions were revoked meanwhile.
             self.store = StoreState::Open;
@@ -234,7 +240,7 @@ impl Ingest {
             return;
         };
         match flushed {
-            Flushed::Durable => {
+            Some(Flushed::Durable) => {
                 let spans = std::mem::take(&mut flight.spans);
                 self.flight = None;
                 self.store = StoreState::Open;
@@ -247,7 +253,7 @@ impl Ingest {
                 }
                 self.recycle(batch);
             }
-            Flushed::Refused(refused) => {
+            Some(Flushed::Refused(refused)) => {
                 let mut progress = false;
                 for (index, reason) in refused {
                     progress |= batch.reject(index, reason);
@@ -259,7 +265,7 @@ impl Ingest {
                     self.store_failed(now);
                 }
             }
-            Flushed::Fenced => {
+            Some(Flushed::Fenced) => {
                 flight.in_doubt = true;
                 self.take_back(batch);
                 // From the second fence in a row on this waits, which prevents a busy loop if the position turns out to be ours.
@@ -271,7 +277,7 @@ impl Ingest {
                     },
                 };
             }
-            Flushed::Retry(_) | Flushed::Fatal(_) => {
+            None => {
                 flight.in_doubt = true;
                 self.take_back(batch);
                 self.store_failed(now);

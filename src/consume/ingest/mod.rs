@@ -28,7 +28,7 @@ mod events;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::consume::batch::{Batch, Encoded, Flushed, NextOffset, Partition, Position, Record, Span};
+use crate::consume::batch::{Batch, Flushed, NextOffset, Partition, Position, Record, Span};
 use crate::sample::epoch::Epochs;
 
 /// A batch is full when it holds DB_BATCH_SIZE KiB, even if it holds fewer records, because two batches must fit into memory
@@ -60,8 +60,8 @@ const KAFKA_RETRY: Duration = Duration::from_secs(1);
 /// How often a failing store is tried during a stop. What is not written is not committed, so nothing is lost.
 const TRIES_DURING_STOP: u32 = 2;
 
-/// The longest wait, for when nothing is due.
-const IDLE: Duration = Duration::from_secs(1);
+/// The longest wait. Stops, retries and commits are at most this late.
+const IDLE: Duration = Duration::from_millis(100);
 
 /// The limits of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -107,24 +107,23 @@ pub enum Event {
     Stuck(Vec<Partition>),
     /// [`Action::Read`] failed for these.
     ReadFailed(Vec<Partition>),
-    /// [`Action::Commit`] failed for these.
-    CommitFailed(Vec<Partition>),
-    /// The answer to [`Action::Open`]. If the table has changed, the rows that are already encoded do not fit it.
+    /// The answer to [`Request::Open`]. If the table has changed, the rows that are already encoded do not fit it.
     Opened { same_layout: bool },
-    /// The answer to [`Action::Locate`].
+    /// The answer to [`Request::Locate`].
     Located(BTreeMap<Partition, Position>),
-    /// The answer to [`Action::Flush`]: the batch, and what became of it.
-    Flushed(Batch, Flushed),
-    /// [`Action::Open`] or [`Action::Locate`] failed for a reason that will pass.
+    /// The answer to [`Request::Flush`]: the batch, and what became of it. `None` is a failure that will pass. It may have come
+    /// after the COMMIT; the positions tell.
+    Flushed(Batch, Option<Flushed>),
+    /// [`Request::Open`] or [`Request::Locate`] failed for a reason that will pass.
     StoreFailed,
     /// Stop cleanly: write and commit first what was read, until the deadline.
     Stop { deadline: Instant },
 }
 
-/// What to do next. At most one request to the store (`Open`, `Locate`, `Flush`) is under way at a time.
+/// A request to the store. At most one is under way at a time.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Connect the store, on a new connection if there is one.
+pub enum Request {
+    /// Connect, on a new connection if there is one.
     Open,
     /// Read the positions of these from the table. First add those of `missing_from` that it lacks.
     Locate {
@@ -133,6 +132,13 @@ pub enum Action {
     },
     /// Write this in one transaction.
     Flush(Batch),
+}
+
+/// What to do next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Ask the store.
+    Ask(Request),
     /// Ask Kafka for the group's committed offset of each, or for its first offset if there is none.
     FindStarts(Vec<Partition>),
     /// Ask Kafka which offsets these hold. No record may be taken between the question and the answer.
@@ -141,43 +147,16 @@ pub enum Action {
     Read(Vec<(Partition, NextOffset)>),
     /// Stop reading all partitions, discard what was prefetched, and go on polling.
     Pause,
-    /// Commit these to Kafka.
+    /// Commit these to Kafka: all partitions, so that a commit makes up for a lost one before it.
     Commit(Vec<(Partition, NextOffset)>),
-    /// Log something unusual.
-    Tell(Notice),
+    /// Log this text: something unusual happened.
+    Tell(String),
     /// Poll Kafka for records and for changes of the assignment until then.
     Poll { until: Instant },
     /// There is no room for records: wait for the store until then, without polling Kafka.
     Hold { until: Instant },
     /// End. `unwritten` records were read, but neither written nor committed.
     Stop { unwritten: usize },
-}
-
-/// Something unusual that is logged.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// Another consumer moved the position. Our records from `base` on are discarded, and reading goes on at `position`.
-    Fenced {
-        partition: Partition,
-        base: NextOffset,
-        position: Option<NextOffset>,
-        forgotten: usize,
-    },
-    /// The position is beyond the partition's end, so the topic was recreated. Reading starts at its beginning.
-    BeyondEnd {
-        partition: Partition,
-        position: NextOffset,
-        extent: Extent,
-        forgotten: usize,
-    },
-    /// Kafka no longer has the records at the position (retention). Reading goes on with the first record that is left.
-    BeforeBeginning {
-        partition: Partition,
-        position: NextOffset,
-        extent: Extent,
-    },
-    /// The table's columns changed, so records are read and encoded again.
-    OtherLayout { forgotten: usize },
 }
 
 /// The state machine. The module's documentation explains it.
@@ -210,7 +189,7 @@ pub struct Ingest {
     commit_at: Option<Instant>,
     /// The first commit that a crash of the server could undo.
     unsynced_since: Option<Instant>,
-    notices: VecDeque<Notice>,
+    notices: VecDeque<String>,
     stopping: Option<Stopping>,
 }
 
@@ -336,7 +315,7 @@ impl Ingest {
         &mut self,
         now: Instant,
         record: Record<'_>,
-        encode: impl FnOnce(&mut Epochs, &mut Vec<u8>) -> Result<Encoded, String>,
+        encode: impl FnOnce(&mut Epochs, &mut Vec<u8>) -> Result<(), String>,
     ) -> bool {
         let room = self.has_room();
         let Some(located) = self
@@ -404,12 +383,10 @@ impl Ingest {
         let in_flight = self.flight.iter().flat_map(|flight| &flight.spans);
         for (partition, span) in in_flight.chain(&self.filling.spans) {
             let Some(PartitionState::Located(located)) = self.partitions.get(partition) else {
-                return Err(format!(
-                    "a batch names {partition:?}, whose position is not known"
-                ));
+                return Err(format!("a batch names {partition}, whose position is not known"));
             };
             if !located.restarted && (span.next > located.next || span.base < located.durable) {
-                return Err(format!("{partition:?}: {span:?} is out of place in {located:?}"));
+                return Err(format!("{partition}: {span:?} is out of place in {located:?}"));
             }
         }
         for (partition, progress) in &self.partitions {
@@ -431,7 +408,7 @@ impl Ingest {
                         .is_none_or(|committed| committed <= located.durable));
             if !chained || !ordered {
                 return Err(format!(
-                    "{partition:?}: {located:?} with {flown:?} in flight and {filled:?} being filled"
+                    "{partition}: {located:?} with {flown:?} in flight and {filled:?} being filled"
                 ));
             }
         }
@@ -450,18 +427,12 @@ impl Ingest {
             false => Some(located.durable),
         };
         // While `restarted`, the position in the table is still the old topic's.
-        next.filter(|next| !located.restarted && located.committed != Some(*next))
-    }
-
-    fn is_any(&self, condition: impl Fn(&Located) -> bool) -> bool {
-        self.partitions
-            .values()
-            .filter_map(PartitionState::located)
-            .any(condition)
+        next.filter(|_| !located.restarted)
     }
 
     fn is_reading(&self) -> bool {
-        self.is_any(|located| located.reading)
+        let mut located = self.partitions.values().filter_map(PartitionState::located);
+        located.any(|located| located.reading)
     }
 
     fn startless(&self) -> Vec<Partition> {

@@ -4,18 +4,17 @@
 //! waits to be told in a rebalance.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::mpsc::Receiver;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use log::Level;
+use rdkafka::TopicPartitionList;
 use rdkafka::client::ClientContext;
-use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
+use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::statistics::Statistics;
 use rdkafka::types::RDKafkaRespErr;
-use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use crate::clock::instant_now;
 use crate::consume::batch::{NextOffset, Partition};
@@ -26,18 +25,35 @@ use crate::lock::lock;
 use crate::outage::Outage;
 
 pub(super) struct Context {
-    pub(super) bootstrap_servers: String,
-    pub(super) explainer: Explainer,
-    pub(super) topics: Vec<String>,
+    pub(super) membership: Membership,
     pub(super) reported: Mutex<Reported>,
+}
+
+/// What a consumer needs to join a group. One that joins again takes it over.
+#[derive(Clone)]
+pub(super) struct Membership {
+    pub(super) client: ClientConfig,
+    pub(super) explainer: Explainer,
+    pub(super) topics: Vec<&'static str>,
+    /// Another consumer of this process reads the same topics, and logs the same.
+    pub(super) is_second: bool,
+}
+
+impl Membership {
+    /// The second consumer of a process does not repeat what the first one logs.
+    pub(super) fn level(&self, level: Level) -> Level {
+        if self.is_second { Level::Debug } else { level }
+    }
+
+    pub(super) fn partition(&self, topic: &str, number: i32) -> Option<Partition> {
+        let topic = *self.topics.iter().find(|known| **known == topic)?;
+        Some(Partition { topic, number })
+    }
 }
 
 #[derive(Default)]
 pub(super) struct Reported {
-    /// Another consumer of this process reads the same topics, and logs all this.
-    pub(super) is_second: bool,
     pub(super) events: VecDeque<Event>,
-    pub(super) commits_under_way: usize,
     /// Whether the group has assigned our partitions, of which there may be none.
     pub(super) is_member: bool,
     pub(super) ends: BTreeMap<Partition, NextOffset>,
@@ -52,25 +68,14 @@ pub(super) struct Reported {
     pub(super) last_reason: Option<String>,
 }
 
-/// The second consumer of a process does not repeat what the first one logs.
-pub(super) fn level_of(is_second: bool, level: Level) -> Level {
-    if is_second { Level::Debug } else { level }
-}
-
 impl Reported {
-    fn level(&self, level: Level) -> Level {
-        level_of(self.is_second, level)
-    }
-
-    fn connected(&mut self, now: Instant) {
-        self.last_reason = None;
-        if let Some(lasted) = self.away.end(now) {
-            log::log!(
-                self.level(Level::Info),
-                "Kafka is back after {} s",
-                lasted.as_secs()
-            );
-        }
+    /// What we may be waiting for.
+    pub(super) fn waiting(&mut self) -> [(&'static str, &mut Outage); 3] {
+        [
+            ("waiting for Kafka", &mut self.away),
+            ("waiting for Kafka's permission", &mut self.refused),
+            ("waiting for the topic", &mut self.missing),
+        ]
     }
 }
 
@@ -80,35 +85,14 @@ impl Context {
         lock(&self.reported)
     }
 
-    pub(super) fn topic(&self, partition: Partition) -> &str {
-        self.topics
-            .get(usize::from(partition.topic))
-            .map_or("?", String::as_str)
-    }
-
-    pub(super) fn name(&self, partition: Partition) -> String {
-        format!("{}/{}", self.topic(partition), partition.number)
-    }
-
-    pub(super) fn list_at(&self, positions: &[(Partition, NextOffset)]) -> KafkaResult<TopicPartitionList> {
-        let mut list = TopicPartitionList::with_capacity(positions.len());
-        for (partition, next) in positions {
-            let offset = KafkaOffset::Offset(next.0);
-            list.add_partition_offset(self.topic(*partition), partition.number, offset)?;
-        }
-        Ok(list)
-    }
-
-    pub(super) fn committed(&self, commits: &[(Partition, NextOffset)], result: Result<(), String>) {
-        let mut reported = self.reported();
-        reported.commits_under_way = reported.commits_under_way.saturating_sub(1);
-        match result {
-            Ok(()) => reported.connected(instant_now()),
-            Err(reason) => {
-                log::debug!("commit failed: {reason}");
-                let partitions = commits.iter().map(|(partition, _)| *partition).collect();
-                reported.events.push_back(Event::CommitFailed(partitions));
-            }
+    fn connected(&self, reported: &mut Reported) {
+        reported.last_reason = None;
+        if let Some(lasted) = reported.away.end(instant_now()) {
+            log::log!(
+                self.membership.level(Level::Info),
+                "Kafka is back after {} s",
+                lasted.as_secs()
+            );
         }
     }
 
@@ -116,8 +100,25 @@ impl Context {
         let elements = list.elements();
         let known = elements
             .iter()
-            .filter_map(|element| partition(&self.topics, element.topic(), element.partition()));
+            .filter_map(|element| self.membership.partition(element.topic(), element.partition()));
         known.collect()
+    }
+
+    /// Those of the partitions that are being read. librdkafka refuses to unassign a list with any other.
+    pub(super) fn being_read(
+        &self,
+        consumer: &BaseConsumer<Self>,
+        which: impl Fn(&Partition) -> bool,
+    ) -> KafkaResult<TopicPartitionList> {
+        let mut list = TopicPartitionList::new();
+        for partition in self
+            .partitions(&consumer.assignment()?)
+            .iter()
+            .filter(|p| which(p))
+        {
+            list.add_partition(partition.topic, partition.number);
+        }
+        Ok(list)
     }
 }
 
@@ -130,15 +131,16 @@ impl ClientContext for Context {
     fn stats(&self, statistics: Statistics) {
         let mut reported = self.reported();
         if statistics.brokers.values().any(|broker| broker.state == "UP") {
-            reported.connected(instant_now());
+            self.connected(&mut reported);
         }
         let now = instant_now();
         let mut ends = BTreeMap::new();
         for (topic, statistics) in &statistics.topics {
             for (number, statistics) in &statistics.partitions {
                 // The last readable record is before the last stable offset, because only committed records are read.
-                let partition = partition(&self.topics, topic, *number);
-                let Some(partition) = partition else { continue };
+                let Some(partition) = self.membership.partition(topic, *number) else {
+                    continue;
+                };
                 if statistics.ls_offset >= 0 {
                     ends.insert(partition, NextOffset(statistics.ls_offset));
                 }
@@ -151,10 +153,10 @@ impl ClientContext for Context {
                     records_waiting: statistics.fetchq_cnt,
                 };
                 if let Some(lasted) = reported.stuck.look(now, partition, state) {
-                    let (name, lasted) = (self.name(partition), lasted.as_secs());
                     log::log!(
-                        reported.level(Level::Info),
-                        "{name} is being read again after {lasted} s"
+                        self.membership.level(Level::Info),
+                        "{partition} is being read again after {} s",
+                        lasted.as_secs()
                     );
                 }
             }
@@ -169,7 +171,7 @@ impl ClientContext for Context {
     /// Gets every error, including those that polling returns. Only here is the reason given in words.
     fn error(&self, error: KafkaError, reason: &str) {
         log::debug!("librdkafka {error}: {reason}");
-        self.explainer.hear(&error, reason);
+        self.membership.explainer.hear(&error, reason);
         let reason = reason.to_owned();
         let mut reported = self.reported();
         match error.rdkafka_error_code() {
@@ -189,7 +191,8 @@ impl ClientContext for Context {
             ) => reported.refused.begin(instant_now(), reason),
             // An error before this one says more. There is none if the brokers just do not answer.
             Some(RDKafkaErrorCode::AllBrokersDown) => {
-                let silent = || format!("{} does not answer: {reason}", self.bootstrap_servers);
+                let servers = &self.membership.explainer.kafka().bootstrap_servers;
+                let silent = || format!("{servers} does not answer: {reason}");
                 let reason = reported.last_reason.clone().unwrap_or_else(silent);
                 reported.away.begin(instant_now(), reason);
                 reported.all_down_at = Some(instant_now());
@@ -217,22 +220,14 @@ impl ConsumerContext for Context {
             // Reading starts once the positions are known.
             consumer.incremental_assign(&TopicPartitionList::new())
         } else {
-            consumer.assignment().and_then(|reading| {
-                let mut list = TopicPartitionList::new();
-                for element in reading.elements() {
-                    let partition = partition(&self.topics, element.topic(), element.partition());
-                    if partition.is_some_and(|partition| ours.contains(&partition)) {
-                        list.add_partition(element.topic(), element.partition());
-                    }
-                }
-                consumer.incremental_unassign(&list)
-            })
+            self.being_read(consumer, |partition| ours.contains(partition))
+                .and_then(|list| consumer.incremental_unassign(&list))
         };
         if let Err(error) = answered {
             log::debug!("librdkafka refuses the answer to a rebalance: {error}");
         }
         let mut reported = self.reported();
-        reported.connected(instant_now());
+        self.connected(&mut reported);
         reported.refused.end(instant_now());
         reported.is_member |= is_assigned;
         reported.stuck.forget(&ours);
@@ -241,27 +236,4 @@ impl ConsumerContext for Context {
             false => Event::Revoked(ours),
         });
     }
-}
-
-/// Commits each list that is sent, until the sender is dropped.
-///
-/// A commit that is waited for takes as long as Kafka does. For one that is not waited for, librdkafka reports the result only
-/// to a callback that rust-rdkafka 0.39 does not set.
-pub(super) fn commit_all(
-    consumer: &BaseConsumer<Context>,
-    to_commit: &Receiver<Vec<(Partition, NextOffset)>>,
-) {
-    let context = consumer.context();
-    for commits in to_commit {
-        let result = context
-            .list_at(&commits)
-            .and_then(|list| consumer.commit(&list, CommitMode::Sync));
-        context.committed(&commits, result.map_err(|error| error.to_string()));
-    }
-}
-
-pub(super) fn partition(topics: &[String], topic: &str, number: i32) -> Option<Partition> {
-    let topic = topics.iter().position(|known| known == topic)?;
-    let topic = u16::try_from(topic).ok()?;
-    Some(Partition { topic, number })
 }

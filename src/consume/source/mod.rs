@@ -14,15 +14,14 @@
 mod context;
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use log::Level;
-use rdkafka::config::ClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message};
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
@@ -31,7 +30,7 @@ use crate::clock::instant_now;
 use crate::config::ConsumeConfig;
 use crate::consume::batch::{NextOffset, Offset, Partition, Record};
 use crate::consume::ingest::{Event, Extent};
-use crate::consume::source::context::{Context, Reported, level_of, partition};
+use crate::consume::source::context::{Context, Membership, Reported};
 use crate::kafka::{BatchHead, Explainer, batch_head, client_config, group, names_a_cause, partitions};
 use crate::sample::Timestamp;
 use crate::thread::start_thread;
@@ -49,21 +48,13 @@ const LOOK_FOR_TOPICS_WITHIN: Duration = Duration::from_secs(1);
 
 /// A member of the consumer group.
 pub struct Source {
-    client: ClientConfig,
-    explainer: Explainer,
     consumer: Arc<BaseConsumer<Context>>,
-    /// Holds one entry, so while Kafka does not answer a commit, further ones fail immediately.
-    commits: SyncSender<Vec<(Partition, NextOffset)>>,
-    committer: JoinHandle<()>,
     /// The watcher ends when this is dropped.
     watching: SyncSender<()>,
     watcher: JoinHandle<()>,
-    topics: Vec<String>,
     look_for_topics_at: Option<Instant>,
     /// Receives the result of the [`batch_head`] under way.
     head_asked: Option<Receiver<HeadFound>>,
-    /// As in [`Reported`], so that a log line does not need its lock.
-    is_second: bool,
 }
 
 type HeadFound = (Partition, i64, Result<BatchHead, String>);
@@ -120,71 +111,51 @@ impl Source {
                 .chain(overrides)
                 .map(|(property, value)| ((*property).to_owned(), (*value).to_owned())),
         );
-        Self::subscribe(
+        Self::subscribe(Membership {
             client,
-            Explainer::new(&config.kafka),
-            config.topics.clone(),
-            false,
-        )
+            explainer: Explainer::new(&config.kafka),
+            // The names stay until the process ends, so that each partition can have its topic's name without a copy.
+            topics: config.topics.iter().map(|topic| &*topic.clone().leak()).collect(),
+            is_second: false,
+        })
     }
 
     /// Returns a function that joins another group with the same topics. Consumers that it makes leave it to this one to report
     /// what is wrong with Kafka.
     pub fn joiner(&self, group_id: &str) -> impl Fn() -> anyhow::Result<Self> + Send + 'static {
-        let mut client = self.client.clone();
-        client.set("group.id", group_id);
-        let (explainer, topics) = (self.explainer.clone(), self.topics.clone());
-        move || Self::subscribe(client.clone(), explainer.clone(), topics.clone(), true)
+        let mut membership = self.membership().clone();
+        membership.client.set("group.id", group_id);
+        membership.is_second = true;
+        move || Self::subscribe(membership.clone())
     }
 
     /// Makes a new consumer with the same configuration, after Kafka has ended this one.
     pub fn rejoin(&self) -> anyhow::Result<Self> {
-        Self::subscribe(
-            self.client.clone(),
-            self.explainer.clone(),
-            self.topics.clone(),
-            self.is_second,
-        )
+        Self::subscribe(self.membership().clone())
     }
 
-    fn subscribe(
-        client: ClientConfig,
-        explainer: Explainer,
-        topics: Vec<String>,
-        is_second: bool,
-    ) -> anyhow::Result<Self> {
+    fn subscribe(membership: Membership) -> anyhow::Result<Self> {
+        let (client, topics) = (membership.client.clone(), membership.topics.clone());
         let context = Context {
-            bootstrap_servers: client.get("bootstrap.servers").unwrap_or_default().to_owned(),
-            explainer: explainer.clone(),
-            topics: topics.clone(),
-            reported: Mutex::new(Reported {
-                is_second,
-                ..Reported::default()
-            }),
+            membership,
+            reported: Mutex::default(),
         };
         let consumer: BaseConsumer<Context> = client
             .create_with_context(context)
             .context("cannot make a Kafka consumer")?;
-        let names: Vec<&str> = topics.iter().map(String::as_str).collect();
         consumer
-            .subscribe(&names)
+            .subscribe(&topics)
             .context("cannot subscribe to KAFKA_TOPIC")?;
         let consumer = Arc::new(consumer);
-        let (commits, to_commit) = sync_channel(1);
-        let committer = {
-            let consumer = Arc::clone(&consumer);
-            start_thread("committer", move || context::commit_all(&consumer, &to_commit))
-                .context("cannot start a thread for commits")?
-        };
         let (watching, until) = sync_channel(0);
         let watcher = {
             let consumer = Arc::clone(&consumer);
             let group_id = client.get("group.id").unwrap_or_default().to_owned();
             start_thread("group-watch", move || {
                 group::watch_group(&consumer, &group_id, &until, |found| {
+                    let level = consumer.context().membership.level(Level::Warn);
                     if !found.orphans.is_empty()
-                        && let Err(error) =
-                            group::adopt(&consumer, &found.orphans, level_of(is_second, Level::Warn))
+                        && let Err(error) = group::adopt(&consumer, &found.orphans, level)
                     {
                         log::error!("cannot join the group again: {error}");
                     }
@@ -193,15 +164,9 @@ impl Source {
             .context("cannot start a thread to watch the group")?
         };
         Ok(Self {
-            client,
-            explainer,
             consumer,
-            is_second,
-            commits,
-            committer,
             watching,
             watcher,
-            topics,
             look_for_topics_at: None,
             head_asked: None,
         })
@@ -214,7 +179,8 @@ impl Source {
     pub fn poll(&self, timeout: Duration) -> Result<Option<Delivered<'_>>, Ended> {
         match self.consumer.poll(timeout) {
             Some(Ok(message)) => {
-                let Some(partition) = self.partition(message.topic(), message.partition()) else {
+                let Some(partition) = self.membership().partition(message.topic(), message.partition())
+                else {
                     return Ok(None);
                 };
                 Ok(Some(Delivered { message, partition }))
@@ -243,9 +209,8 @@ impl Source {
     /// # Errors
     /// librdkafka refuses. None of them is being read then.
     pub fn read(&self, starts: &[(Partition, NextOffset)]) -> KafkaResult<()> {
-        self.stop_reading(|partition| starts.iter().any(|(starting, _)| *starting == partition))?;
-        let list = self.consumer.context().list_at(starts)?;
-        self.consumer.incremental_assign(&list)
+        self.stop_reading(|partition| starts.iter().any(|(starting, _)| starting == partition))?;
+        self.consumer.incremental_assign(&list_at(starts)?)
     }
 
     /// Stops reading, and discards what was prefetched. The partitions stay assigned.
@@ -261,7 +226,11 @@ impl Source {
     pub fn starts(&self, partitions: &[Partition]) -> BTreeMap<Partition, NextOffset> {
         let deadline = instant_now() + ASK_WITHIN;
         let mut starts = BTreeMap::new();
-        let committed = match self.consumer.committed_offsets(self.list(partitions), ASK_WITHIN) {
+        let mut list = TopicPartitionList::with_capacity(partitions.len());
+        for partition in partitions {
+            list.add_partition(partition.topic, partition.number);
+        }
+        let committed = match self.consumer.committed_offsets(list, ASK_WITHIN) {
             Ok(committed) => committed,
             Err(error) => {
                 log::debug!("cannot ask for the committed offsets: {error}");
@@ -269,7 +238,7 @@ impl Source {
             }
         };
         for element in committed.elements() {
-            let Some(partition) = self.partition(element.topic(), element.partition()) else {
+            let Some(partition) = self.membership().partition(element.topic(), element.partition()) else {
                 continue;
             };
             match (element.error(), element.offset()) {
@@ -280,7 +249,7 @@ impl Source {
                     let extent = self.extent(partition, deadline);
                     starts.extend(extent.map(|extent| (partition, extent.low)));
                 }
-                (Err(error), _) => log::debug!("no committed offset of {partition:?}: {error}"),
+                (Err(error), _) => log::debug!("no committed offset of {partition}: {error}"),
             }
         }
         starts
@@ -293,32 +262,12 @@ impl Source {
         partitions.iter().filter_map(extent).collect()
     }
 
-    /// Commits without waiting for the answer. A failure is reported as [`Event::CommitFailed`].
-    pub fn commit(&self, commits: Vec<(Partition, NextOffset)>) {
-        self.reported().commits_under_way += 1;
-        if let Err(TrySendError::Full(commits) | TrySendError::Disconnected(commits)) =
-            self.commits.try_send(commits)
-        {
-            self.consumer
-                .context()
-                .committed(&commits, Err("the last commit is not answered yet".into()));
+    /// Commits without waiting for the answer. A lost commit is made up for by the next one.
+    pub fn commit(&self, commits: &[(Partition, NextOffset)]) {
+        let sent = list_at(commits).and_then(|list| self.consumer.commit(&list, CommitMode::Async));
+        if let Err(error) = sent {
+            log::debug!("cannot commit: {error}");
         }
-    }
-
-    /// Polls until Kafka has answered every commit, but at most until the deadline. Drops the records that arrive meanwhile.
-    pub fn wait_for_commits(&self, deadline: Instant) {
-        const POLL: Duration = Duration::from_millis(20);
-        while self.commits_under_way() > 0 && instant_now() < deadline {
-            if let Err(error) = self.poll(POLL) {
-                log::debug!("while waiting for commits: {error:#}");
-                return;
-            }
-        }
-    }
-
-    /// The number of commits that Kafka has not answered.
-    pub fn commits_under_way(&self) -> usize {
-        self.reported().commits_under_way
     }
 
     /// The offset after the last readable record of each partition, as Kafka last reported it.
@@ -331,14 +280,8 @@ impl Source {
         self.look_for_topics(now);
         self.look_for_stuck(now);
         let mut reported = self.reported();
-        let reported = &mut *reported;
-        let waiting = [
-            ("waiting for Kafka", &mut reported.away),
-            ("waiting for Kafka's permission", &mut reported.refused),
-            ("waiting for the topic", &mut reported.missing),
-        ];
-        for (what, outage) in waiting {
-            let reason = self.explainer.explain(outage.reason().unwrap_or_default());
+        for (what, outage) in reported.waiting() {
+            let reason = self.explainer().explain(outage.reason().unwrap_or_default());
             outage.set_cause_known(names_a_cause(&reason));
             if let Some((_, lasted)) = outage.take_report(now) {
                 log::log!(
@@ -355,15 +298,10 @@ impl Source {
 
     /// Whether we are a member of the group and can reach Kafka.
     pub fn is_ready(&self) -> Result<(), String> {
-        let reported = self.reported();
-        let waiting = [
-            ("waiting for Kafka", &reported.away),
-            ("waiting for Kafka's permission", &reported.refused),
-            ("waiting for the topic", &reported.missing),
-        ];
-        for (what, outage) in waiting {
+        let mut reported = self.reported();
+        for (what, outage) in reported.waiting() {
             if let Some(reason) = outage.reason() {
-                return Err(format!("{what}: {}", self.explainer.explain(reason)));
+                return Err(format!("{what}: {}", self.explainer().explain(reason)));
             }
         }
         let stuck: Vec<&str> = reported.stuck.reasons().collect();
@@ -376,25 +314,20 @@ impl Source {
         }
     }
 
-    /// The name of a partition in texts: `topic/number`.
-    pub fn name(&self, partition: Partition) -> String {
-        self.consumer.context().name(partition)
+    /// The level of what two consumers of a process would both log.
+    pub fn level(&self, level: Level) -> Level {
+        self.membership().level(level)
     }
 
-    pub fn topic(&self, partition: Partition) -> &str {
-        self.consumer.context().topic(partition)
-    }
-
-    /// Leaves the group and ends librdkafka's threads. If Kafka is away and this takes longer than `within`, the threads end with
-    /// the process.
+    /// Waits for the answers to the last commits, leaves the group, and ends librdkafka's threads. If Kafka is away and this takes
+    /// longer than `within`, the threads end with the process.
     pub fn close(self, within: Duration) {
         let (closed, is_closed) = sync_channel(1);
         let closing = start_thread("kafka-close", move || {
-            // The threads also hold the consumer.
-            drop(self.commits);
+            // The watcher also holds the consumer.
             drop(self.watching);
-            if self.committer.join().is_err() || self.watcher.join().is_err() {
-                log::debug!("the committer or the watcher of the group panicked");
+            if self.watcher.join().is_err() {
+                log::debug!("the watcher of the group panicked");
             }
             drop(self.consumer);
             // The receiver may be gone.
@@ -410,24 +343,12 @@ impl Source {
         }
     }
 
-    fn level(&self, level: Level) -> Level {
-        level_of(self.is_second, level)
-    }
-
-    fn stop_reading(&self, which: impl Fn(Partition) -> bool) -> KafkaResult<()> {
-        // librdkafka refuses the whole list if one of the partitions is not being read.
-        let reading = self.consumer.assignment()?;
-        let mut list = TopicPartitionList::new();
-        for element in reading.elements() {
-            let partition = self.partition(element.topic(), element.partition());
-            if partition.is_some_and(&which) {
-                list.add_partition(element.topic(), element.partition());
-            }
+    fn stop_reading(&self, which: impl Fn(&Partition) -> bool) -> KafkaResult<()> {
+        let list = self.consumer.context().being_read(&self.consumer, which)?;
+        match list.count() {
+            0 => Ok(()),
+            _ => self.consumer.incremental_unassign(&list),
         }
-        if list.count() == 0 {
-            return Ok(());
-        }
-        self.consumer.incremental_unassign(&list)
     }
 
     fn extent(&self, partition: Partition, deadline: Instant) -> Option<Extent> {
@@ -437,14 +358,14 @@ impl Source {
         }
         let watermarks = self
             .consumer
-            .fetch_watermarks(self.topic(partition), partition.number, left);
+            .fetch_watermarks(partition.topic, partition.number, left);
         match watermarks {
             Ok((low, high)) => Some(Extent {
                 low: NextOffset(low),
                 high: NextOffset(high),
             }),
             Err(error) => {
-                log::debug!("no watermarks of {partition:?}: {error}");
+                log::debug!("no watermarks of {partition}: {error}");
                 None
             }
         }
@@ -455,10 +376,9 @@ impl Source {
             return;
         }
         self.look_for_topics_at = Some(now + LOOK_FOR_TOPICS_EVERY);
-        let exists =
-            |topic: &String| partitions(self.consumer.client(), topic, LOOK_FOR_TOPICS_WITHIN).is_ok();
+        let exists = |topic: &&str| partitions(self.consumer.client(), topic, LOOK_FOR_TOPICS_WITHIN).is_ok();
         // Stops at the first topic that does not exist, so polling is delayed only once.
-        if !self.topics.iter().all(exists) {
+        if !self.membership().topics.iter().all(exists) {
             return;
         }
         let lasted = self.reported().missing.end(now);
@@ -480,11 +400,11 @@ impl Source {
         self.head_asked = None;
         match answer {
             Some(Ok((partition, offset, Ok(head)))) => {
-                let text = |head: &BatchHead| stuck_text(&self.name(partition), offset, head);
+                let text = |head: &BatchHead| stuck_text(partition, offset, head);
                 self.reported().stuck.found(now, partition, offset, text, head);
             }
             Some(Ok((partition, offset, Err(error)))) => {
-                log::debug!("{} is stuck at offset {offset}: {error}", self.name(partition));
+                log::debug!("{partition} is stuck at offset {offset}: {error}");
             }
             _ => {}
         }
@@ -492,10 +412,9 @@ impl Source {
             return;
         };
         let (found, asked) = sync_channel(1);
-        let explainer = self.explainer.clone();
-        let topic = self.topic(partition).to_owned();
+        let explainer = self.explainer().clone();
         let work = move || {
-            let head = batch_head(explainer.kafka(), &topic, partition.number, offset);
+            let head = batch_head(explainer.kafka(), partition.topic, partition.number, offset);
             // The receiver may be gone.
             let _ = found.send((partition, offset, head));
         };
@@ -507,20 +426,16 @@ impl Source {
 
     fn last_reason(&self, code: RDKafkaErrorCode) -> String {
         let reason = self.reported().last_reason.clone();
-        self.explainer
+        self.explainer()
             .explain(&reason.unwrap_or_else(|| code.to_string()))
     }
 
-    fn list(&self, partitions: &[Partition]) -> TopicPartitionList {
-        let mut list = TopicPartitionList::with_capacity(partitions.len());
-        for partition in partitions {
-            list.add_partition(self.topic(*partition), partition.number);
-        }
-        list
+    fn membership(&self) -> &Membership {
+        &self.consumer.context().membership
     }
 
-    fn partition(&self, topic: &str, number: i32) -> Option<Partition> {
-        partition(&self.topics, topic, number)
+    fn explainer(&self) -> &Explainer {
+        &self.membership().explainer
     }
 
     fn reported(&self) -> MutexGuard<'_, Reported> {
@@ -564,9 +479,18 @@ const SETTINGS: &[(&str, &str)] = &[
     ("log.connection.close", "false"),
 ];
 
-fn stuck_text(name: &str, offset: i64, head: &BatchHead) -> String {
+fn list_at(positions: &[(Partition, NextOffset)]) -> KafkaResult<TopicPartitionList> {
+    let mut list = TopicPartitionList::with_capacity(positions.len());
+    for (partition, next) in positions {
+        let offset = KafkaOffset::Offset(next.0);
+        list.add_partition_offset(partition.topic, partition.number, offset)?;
+    }
+    Ok(list)
+}
+
+fn stuck_text(partition: Partition, offset: i64, head: &BatchHead) -> String {
     format!(
-        "{name} is stuck at offset {offset}: Kafka's client cannot read the batch there ({head}). `host-metrics skip \
-         {name}:{offset}` skips it and records in the rejected table which offsets were not read"
+        "{partition} is stuck at offset {offset}: Kafka's client cannot read the batch there ({head}). `host-metrics skip \
+         {partition}:{offset}` skips it and records in the rejected table which offsets were not read"
     )
 }

@@ -15,11 +15,11 @@ use tokio_postgres::error::SqlState;
 
 use crate::clock::{instant_now, wall_micros};
 use crate::config::{ConsumeConfig, StateConfig};
-use crate::consume::batch::{Batch, Encoded, Flushed, Form, Record};
+use crate::consume::batch::{Batch, Flushed, Form, Record};
 use crate::consume::counters::Counters;
 use crate::consume::fold::Fold;
 use crate::consume::fold::observed::Observed;
-use crate::consume::positions::{Keys, Positions};
+use crate::consume::positions::Positions;
 use crate::consume::sink::{Sink, admit, begin};
 use crate::duration;
 use crate::postgres::{Fault, Kind, Session, bounded};
@@ -172,28 +172,21 @@ impl StateSink {
 }
 
 impl Sink for StateSink {
-    const IS_FIRST: bool = false;
     const KEEPS_RECORDS: bool = false;
     type Layout = ();
     type Prepared = Statements;
 
-    fn encode(
-        (): &(),
-        _: &str,
-        record: &Record<'_>,
-        epochs: &mut Epochs,
-        into: &mut Vec<u8>,
-    ) -> Result<Encoded, String> {
+    fn encode((): &(), record: &Record<'_>, epochs: &mut Epochs, into: &mut Vec<u8>) -> Result<(), String> {
         // The batch cannot tell, because it does not get the bytes.
         if let Some(reason) = record.too_long() {
             return Err(reason);
         }
         let Some(sample) = admit(record.value.unwrap_or_default(), epochs)? else {
-            return Ok(Encoded::Claim);
+            return Ok(());
         };
         let observed = Observed::of(&sample, record.timestamp).ok_or("it has no time")?;
         observed.encode(into);
-        Ok(Encoded::Row)
+        Ok(())
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<((), Statements), Fault> {
@@ -225,7 +218,6 @@ impl Sink for StateSink {
     async fn flush(
         &mut self,
         session: &Session,
-        keys: &Keys,
         positions: &Positions,
         prepared: &Statements,
         batch: &Batch,
@@ -246,7 +238,7 @@ impl Sink for StateSink {
             Ok::<_, Fault>(
                 join3(
                     client.batch_execute(&begin),
-                    positions.advance(session, keys, batch),
+                    positions.advance(session, batch),
                     read(client, prepared, &fold, &mut rollups),
                 )
                 .await,

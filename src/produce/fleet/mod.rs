@@ -86,6 +86,12 @@ impl Fleet {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn without_thread() -> Self {
+        let (events, topics) = (channel().0, channel().0);
+        Self { events, topics }
+    }
+
     /// Gives all shares back and leaves the group, at the latest then (Unix time in microseconds).
     pub(super) fn stop(&self, until: i64) {
         // If the thread has ended, we have left the group.

@@ -5,8 +5,8 @@ use std::net::Ipv6Addr;
 
 use url::{Host, Url};
 
-use super::fault::LineFault;
 use super::quote::{is_blank, quoted, userinfo};
+use super::report::LineFault;
 use crate::check::target::{NOT_NAMED, can_be_named};
 use crate::sample::MAX_ADDRESS_BYTES;
 

@@ -6,7 +6,6 @@
 //! except `read`, which gets the bytes, and `files`, which gets secrets and bodies.
 
 mod address;
-mod fault;
 mod files;
 mod options;
 mod parse;
@@ -19,9 +18,9 @@ mod request;
 mod slips;
 mod words;
 
-pub use fault::HostFileError;
 pub use files::Files;
 pub use options::OPTION_NAMES;
 pub use parse::{Hosts, parse, parse_with, target, target_with};
 pub use read::{contents, is_stdin, parse_contents, read};
+pub use report::HostFileError;
 pub use words::columns;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use url::Url;
 
-use super::fault::LineFault;
 use super::files::Files;
 use super::quote::quoted;
+use super::report::LineFault;
 use super::request;
 use super::words::OptionWord;
 use crate::check::json::JsonRule;
@@ -68,9 +68,6 @@ pub const OPTION_NAMES: [&str; 18] = [
     "name",
     "group",
 ];
-
-/// The options of the first version. A REGEX that looks like one of the others was accepted then, so it still is.
-pub(super) const FIRST_OPTIONS: &[&str] = OPTION_NAMES.split_at(7).0;
 
 /// The longest `name=` or `group=`.
 const MAX_NAME_CHARS: usize = 100;
@@ -209,25 +206,14 @@ impl Options {
         let is_new = |rule: &JsonRule| !self.json.iter().any(|own| own.pointer == rule.pointer);
         let mut json: Vec<JsonRule> = profile.json.into_iter().filter(is_new).collect();
         json.append(&mut self.json);
-        Self {
-            timeout: self.timeout.or(profile.timeout),
-            status: self.status.or(profile.status),
-            method: self.method.or(profile.method),
-            follow: self.follow.or(profile.follow),
-            topic: self.topic.or(profile.topic),
-            ip_family: self.ip_family.or(profile.ip_family),
-            tls: self.tls.or(profile.tls),
-            headers,
-            body: self.body.or(profile.body),
-            auth: self.auth.or(profile.auth.filter(|_| !has_authorization)),
-            cert: self.cert.or(profile.cert),
-            plain_auth: self.plain_auth.or(profile.plain_auth),
-            proxy: self.proxy.or(profile.proxy),
-            slow: self.slow.or(profile.slow),
-            cert_days: self.cert_days.or(profile.cert_days),
-            json,
-            name: self.name.or(profile.name),
-            group: self.group.or(profile.group),
+        let auth = self.auth.or(profile.auth.filter(|_| !has_authorization));
+        macro_rules! own_or_profile {
+            ($($field:ident)+) => {
+                Self { headers, json, auth, $($field: self.$field.or(profile.$field)),+ }
+            };
+        }
+        own_or_profile! {
+            timeout status method follow topic ip_family tls body cert plain_auth proxy slow cert_days name group
         }
     }
 

@@ -7,14 +7,13 @@ use std::sync::Arc;
 use nom::Offset;
 
 use super::address::read_address;
-use super::fault::{HostFileError, LineFault};
 use super::files::Files;
 use super::options::{INTERVALS, Options, known_options, read_frequency};
 use super::profiles::{Profiles, place as place_of};
 use super::quote::{is_blank, quoted};
 use super::regexes::{Regexes, compile};
-use super::report::ErrorReport;
-use super::slips::{self, Slip};
+use super::report::{ErrorReport, HostFileError, LineFault};
+use super::slips;
 use super::words::{Line, MAX_WORDS, OptionWord, Word, option_word, split_line, split_word};
 use crate::check::pattern::Pattern;
 use crate::check::target::Target;
@@ -106,9 +105,6 @@ pub fn parse_with(name: &str, contents: &[u8], files: &Files<'_>) -> Result<Host
             }
             Err(faults) => faults.iter().for_each(|fault| report.add(place, text, fault)),
         }
-    }
-    for (number, what) in profiles.unused() {
-        report.warn(format_args!("{name}:{number}"), "", &LineFault::new(0, what));
     }
     if targets.is_empty() && report.faults == 0 {
         report.add(format_args!("{name}:1"), "", &LineFault::new(0, NO_HOSTS));
@@ -275,7 +271,7 @@ impl<'a> Line<'a> {
         if self.regex.is_empty() {
             return Ok(None);
         }
-        if let Some(Slip::Refused(fault)) = slips::in_regex(self) {
+        if let Some(fault) = slips::lone_unit(self) {
             return Err(fault);
         }
         let regex = regexes.compile(self.regex)?;
@@ -296,7 +292,7 @@ impl<'a> Line<'a> {
                 warnings.push(self.at(option.word, fault));
             }
         }
-        if let Some(Slip::Warned(fault)) = slips::in_regex(self) {
+        if let Some(fault) = slips::in_regex(self.regex) {
             warnings.push(self.at(self.regex, fault));
         }
         warnings

@@ -1,14 +1,13 @@
 //! Profiles: `@NAME option=value …` defines options that hosts use by `@NAME`.
 
-use std::cell::Cell;
 use std::collections::HashMap;
 
 use nom::Offset;
 
-use super::fault::LineFault;
 use super::files::Files;
 use super::options::Options;
 use super::quote::{is_blank, quoted};
+use super::report::LineFault;
 use super::words::{Line, MAX_WORDS, Word, profile_name, split_options, split_word};
 
 /// How many profiles a message lists.
@@ -27,7 +26,6 @@ struct Profile<'a> {
     number: usize,
     words: Vec<&'a str>,
     options: Options,
-    is_used: Cell<bool>,
 }
 
 impl<'a> Profiles<'a> {
@@ -83,14 +81,11 @@ impl<'a> Profiles<'a> {
         } else if words.is_empty() {
             fault(name, LineFault::new(0, "the profile has no options"));
         }
-        let is_valid = faults.is_empty();
         if profile_name(name).is_some() {
             self.by_name.entry(name).or_insert_with(|| Profile {
                 number,
                 words: words.iter().map(Word::text).collect(),
                 options,
-                // No second message about a profile that is wrong.
-                is_used: Cell::new(!is_valid),
             });
         }
         self.faults.insert(number, faults);
@@ -109,7 +104,6 @@ impl<'a> Profiles<'a> {
     /// The options of `@NAME`.
     pub(super) fn get(&self, word: &str) -> Result<Options, LineFault> {
         if let Some(profile) = self.by_name.get(word) {
-            profile.is_used.set(true);
             return Ok(profile.options.clone());
         }
         let mut names: Vec<&str> = self.by_name.keys().copied().collect();
@@ -122,21 +116,6 @@ impl<'a> Profiles<'a> {
             names.join(", ")
         );
         Err(LineFault::new(0, what))
-    }
-
-    /// The lines of the profiles that no host uses, with a warning for each.
-    pub(super) fn unused(&self) -> Vec<(usize, String)> {
-        let unused = self.by_name.iter().filter(|(_, profile)| !profile.is_used.get());
-        let mut warnings: Vec<_> = unused
-            .map(|(name, profile)| {
-                (
-                    profile.number,
-                    format!("no host uses the profile {}", quoted(name)),
-                )
-            })
-            .collect();
-        warnings.sort_unstable();
-        warnings
     }
 }
 

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use super::fault::HostFileError;
 use super::files::Files;
 use super::parse::{Hosts, parse_with};
+use super::report::HostFileError;
 use crate::files::read_bounded;
 
 /// Enough for a million hosts of 60 bytes; a longer file is not a host file.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::fault::LineFault;
+use super::report::LineFault;
 use crate::check::pattern::Pattern;
 
 /// The longest text of a REGEX. A longer one means that the file is not a host file.

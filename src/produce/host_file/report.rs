@@ -1,15 +1,45 @@
-//! The errors of a host file as they are printed: `FILE:LINE:COLUMN: what`, the line, a caret.
+//! What can be wrong with a host file, and how it is printed: `FILE:LINE:COLUMN: what`, the line, a caret.
 
 use std::fmt::Display;
 
-use super::fault::{HostFileError, LineFault};
-use super::quote::{is_blank, printable, without_credentials};
+use super::quote::{is_blank, printable, quoted, without_credentials};
 
 /// The most errors, and the most warnings, that are printed of one file.
 const MAX_SHOWN_FAULTS: usize = 100;
 
 /// How much of a line is printed on either side of the caret.
 const MAX_SHOWN_CHARS: usize = 60;
+
+/// Everything that is wrong with a host file, in the order of its lines, as it is printed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct HostFileError(pub String);
+
+/// What is wrong with a line, and where.
+pub(super) struct LineFault {
+    /// In bytes from the beginning of the line.
+    pub at: usize,
+    pub what: String,
+}
+
+impl LineFault {
+    pub(super) fn new(at: usize, what: impl Into<String>) -> Self {
+        let what = what.into();
+        Self { at, what }
+    }
+
+    /// Adds how to write the word where it was meant as the beginning of a REGEX.
+    pub(super) fn or_regex(self, word: &str) -> Self {
+        Self::new(
+            self.at,
+            format!(
+                "{}; to use it as a REGEX, write {}",
+                self.what,
+                quoted(&format!("({word})"))
+            ),
+        )
+    }
+}
 
 /// Collects errors and warnings in the form in which they are printed.
 #[derive(Default)]

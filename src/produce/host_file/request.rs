@@ -2,9 +2,9 @@
 
 use url::Url;
 
-use super::fault::LineFault;
 use super::files::{Files, MAX_REQUEST_BODY_BYTES};
 use super::quote::{is_blank, quoted};
+use super::report::LineFault;
 use super::words::{OptionWord, profile_name};
 use crate::check::target::{Header, HeaderValue, Proxy, RequestBody, bare};
 

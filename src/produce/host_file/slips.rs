@@ -1,136 +1,59 @@
-//! Finds lines whose REGEX is probably a mistake: it contains a comment, an option or a unit.
+//! Finds lines whose REGEX is probably a mistake: it is a unit, or contains a comment, quotes or an option.
 //!
-//! Some of them are refused, because they are certainly mistakes; the others only cause a warning. A text that is really
-//! meant as a REGEX can be written as a group: `(# main)`.
+//! A unit is refused; the others only cause a warning. A text that is really meant as a REGEX can be written as a group:
+//! `(# main)`. Finds secrets in addresses and headers too.
 
-use super::fault::LineFault;
 use super::files::Files;
-use super::options::{FIRST_OPTIONS, OPTION_NAMES, Options};
+use super::options::Options;
 use super::quote::{MAX_QUOTED_CHARS, is_blank, quoted};
 use super::regexes::MAX_REGEX_BYTES;
-use super::words::{Line, OptionWord, option_word, profile_name, split_word};
-use crate::duration;
+use super::report::LineFault;
+use super::words::{Line, OptionWord, option_word, split_word};
 
-pub(super) enum Slip {
-    Refused(LineFault),
-    Warned(LineFault),
+/// `5 s` instead of `5s`. The place is relative to the REGEX, as in [`in_regex`].
+pub(super) fn lone_unit(line: &Line<'_>) -> Option<LineFault> {
+    let (first, rest) = split_word(line.regex);
+    let unit = first.to_lowercase();
+    let is_after_frequency = line.words.is_empty();
+    if !["s", "m", "h", "d"].contains(&unit.as_str()) || !(is_after_frequency || rest.is_empty()) {
+        return None;
+    }
+    let is_number = line.frequency.bytes().all(|byte| byte.is_ascii_digit());
+    let remedy = match is_after_frequency && is_number && line.frequency.len() <= MAX_QUOTED_CHARS {
+        true => format!("write `{}{unit}` without a space", line.frequency),
+        false => "write the unit directly after its number, as in `5s`".to_owned(),
+    };
+    let what = format!("{} is separated from its number; {remedy}", quoted(first));
+    Some(LineFault::new(0, what).or_regex(first))
 }
 
-use Slip::{Refused, Warned};
-
-/// The probable mistake in the REGEX of a line, if there is one. Its place is relative to the REGEX.
-pub(super) fn in_regex(line: &Line<'_>) -> Option<Slip> {
-    let text = line.regex;
+/// The probable mistake in a REGEX, if there is one.
+pub(super) fn in_regex(text: &str) -> Option<LineFault> {
     // A REGEX that is too long is refused anyway.
     if text.is_empty() || text.len() > MAX_REGEX_BYTES {
         return None;
     }
-    let (first, rest) = split_word(text);
-    unit(line, first, rest)
-        .or_else(|| comment(text))
-        .or_else(|| spaced_option(text, first, rest))
+    comment(text)
         .or_else(|| delimiters(text))
-        .or_else(|| lone_value(text, first, rest))
         .or_else(|| late_option(text))
-        .or_else(|| sign(line, first))
 }
 
-/// `5 s` and `5 minutes` instead of `5s` and `5m`.
-fn unit(line: &Line<'_>, first: &str, rest: &str) -> Option<Slip> {
-    let lower = first.to_lowercase();
-    let is_letter = ["s", "m", "h", "d"].contains(&lower.as_str());
-    let is_word = [
-        "sec", "secs", "second", "seconds", "min", "mins", "minute", "minutes", "hr", "hrs", "hour", "hours",
-        "day", "days",
-    ]
-    .contains(&lower.as_str());
-    let is_after_frequency = line.words.is_empty();
-    if !(is_letter || is_word) || !(is_after_frequency || (is_letter && rest.is_empty())) {
-        return None;
-    }
-    let is_number = line.frequency.bytes().all(|byte| byte.is_ascii_digit());
-    let slip = match is_after_frequency && is_number && line.frequency.len() <= MAX_QUOTED_CHARS {
-        true => format!("write `{}{}` without a space", line.frequency, &lower[..1]),
-        false => "write the unit directly after its number, as in `5s`".to_owned(),
-    };
-    let fault = LineFault::new(
-        0,
-        format!("{} is separated from its number; {slip}", quoted(first)),
-    )
-    .or_regex(first);
-    // `minutes ago` can be a text to search for.
-    let is_option = |word: &str| option(word).is_some_and(|name| FIRST_OPTIONS.contains(&name));
-    let (next, _) = split_word(rest);
-    match is_letter || rest.is_empty() || next.starts_with('#') || is_option(next) {
-        true => Some(Refused(fault)),
-        false => Some(Warned(fault)),
-    }
-}
-
-fn comment(text: &str) -> Option<Slip> {
-    let explained = |at: usize| {
-        let what = format!(
-            "{} is part of the REGEX; write a comment on a line of its own",
-            quoted(&text[at..])
-        );
-        LineFault::new(at, what)
-    };
+fn comment(text: &str) -> Option<LineFault> {
     let (first, _) = split_word(text);
-    if ["//", "--", ";", "/*", "<!--"].contains(&first) || first.starts_with('#') {
-        return Some(Warned(explained(0)));
-    }
-    let blank = text.find(" #").or_else(|| text.find("\t#"))?;
-    Some(Warned(explained(blank + 1)))
-}
-
-/// `timeout = 3s`, `timeout: 3s`, `--timeout=3s`.
-fn spaced_option(text: &str, first: &str, rest: &str) -> Option<Slip> {
-    let bare = first.trim_start_matches('-');
-    let name_end = bare
-        .find(|c: char| !c.is_alphanumeric() && c != '-')
-        .unwrap_or(bare.len());
-    let (name, sign) = (bare[..name_end].to_lowercase(), &bare[name_end..]);
-    if !OPTION_NAMES.contains(&name.as_str()) {
-        return None;
-    }
-    let value = match sign {
-        "" => rest
-            .strip_prefix('=')
-            .unwrap_or(rest)
-            .trim_start_matches(is_blank),
-        sign => match sign.strip_prefix(['=', ':'])? {
-            "" => rest,
-            value => value,
-        },
+    let begins = ["//", "--", ";", "/*", "<!--"].contains(&first) || first.starts_with('#');
+    let at = match begins {
+        true => 0,
+        false => text.find(" #").or_else(|| text.find("\t#"))? + 1,
     };
-    let (value, _) = split_word(value);
-    let meant = format!("{name}={value}");
-    let is_equal = sign.starts_with('=') || (sign.is_empty() && rest.starts_with('='));
-    let is_meant = is_valid_option(&meant);
-    if !is_equal && !(is_meant && (sign.is_empty() || sign.starts_with(':'))) {
-        return None;
-    }
-    let what = match is_meant {
-        true => format!(
-            "write the option as {}, without spaces and dashes",
-            quoted(&meant)
-        ),
-        false => format!("write the option as `{name}=VALUE`, without spaces and dashes"),
-    };
-    Some(match is_equal && FIRST_OPTIONS.contains(&name.as_str()) {
-        true => Refused(LineFault::new(0, what).or_regex(text)),
-        false => Warned(LineFault::new(
-            0,
-            format!(
-                "{} is read as the REGEX; if an option was meant, {what}",
-                quoted(text)
-            ),
-        )),
-    })
+    let what = format!(
+        "{} is part of the REGEX; write a comment on a line of its own",
+        quoted(&text[at..])
+    );
+    Some(LineFault::new(at, what))
 }
 
 /// `"text"`, `'text'`, `/text/`.
-fn delimiters(text: &str) -> Option<Slip> {
+fn delimiters(text: &str) -> Option<LineFault> {
     let pairs = [
         ("\"", "\""),
         ("'", "'"),
@@ -149,39 +72,24 @@ fn delimiters(text: &str) -> Option<Slip> {
         "the {sign} around {} are part of the REGEX; remove them unless the page contains them",
         quoted(text)
     );
-    Some(Warned(LineFault::new(0, what)))
-}
-
-/// A REGEX that is only a status, a method or a time, or that is a second host.
-fn lone_value(text: &str, first: &str, rest: &str) -> Option<Slip> {
-    let (second, _) = split_word(rest);
-    if first.contains("://") && duration::parse_interval(second).is_some() {
-        let what = format!(
-            "{} is read as the REGEX; write each host on a line of its own",
-            quoted(text)
-        );
-        return Some(Warned(LineFault::new(0, what)));
-    }
-    let name = ["status", "method", "timeout"]
-        .into_iter()
-        .find(|name| is_valid_option(&format!("{name}={text}")))?;
-    let what = format!(
-        "{} is read as the REGEX; the option is written {}",
-        quoted(text),
-        quoted(&format!("{name}={text}"))
-    );
-    Some(Warned(LineFault::new(0, what)))
+    Some(LineFault::new(0, what))
 }
 
 /// `Add to basket timeout=3s`.
-fn late_option(text: &str) -> Option<Slip> {
+fn late_option(text: &str) -> Option<LineFault> {
     // In HTML these are attributes.
-    let is_html = |word: &str| option(word).is_some_and(|name| ["name", "group", "body"].contains(&name));
-    let is_meant = |word: &&str| is_valid_option(word) && !is_html(word);
+    let is_html = |name: &str| ["name", "group", "body"].contains(&name);
+    let is_meant = |word: &&str| match option_word(word) {
+        // A secret or a body from a file is not looked for.
+        Some((option, "")) if !is_html(option.name) => {
+            Options::default().set(&option, &Files::new(None, None)).is_ok()
+        }
+        _ => false,
+    };
     let word = text.split(is_blank).skip(1).find(is_meant)?;
     let what = format!("{} is part of the REGEX; write options before it", quoted(word));
     let at = word.as_ptr().addr() - text.as_ptr().addr();
-    Some(Warned(LineFault::new(at, what)))
+    Some(LineFault::new(at, what))
 }
 
 /// `?token=…` in an address. Its value is not repeated.
@@ -248,38 +156,4 @@ pub(super) fn secret_in_option(option: &OptionWord<'_>) -> Option<LineFault> {
         );
         LineFault::new(0, what)
     })
-}
-
-/// `!error` instead of `! error`, and `@shop` in a file without profiles.
-fn sign(line: &Line<'_>, first: &str) -> Option<Slip> {
-    if line.regex_absent {
-        return None;
-    }
-    let what = match first.strip_prefix('!').filter(|text| !text.is_empty()) {
-        Some(text) => format!(
-            "the `!` is part of the REGEX; to require that the body does not match, write `! {}`",
-            quoted(text).trim_matches('`')
-        ),
-        None => {
-            profile_name(first)?;
-            format!(
-                "{} is read as the REGEX, because the file does not define a profile",
-                quoted(first)
-            )
-        }
-    };
-    Some(Warned(LineFault::new(0, what)))
-}
-
-fn option(word: &str) -> Option<&str> {
-    let (option, rest) = option_word(word)?;
-    rest.is_empty().then_some(option.name)
-}
-
-fn is_valid_option(word: &str) -> bool {
-    let Some((option, "")) = option_word(word) else {
-        return false;
-    };
-    // A secret or a body from a file is not looked for.
-    Options::default().set(&option, &Files::new(None, None)).is_ok()
 }

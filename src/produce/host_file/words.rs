@@ -4,8 +4,8 @@ use std::borrow::Cow;
 
 use nom::Offset;
 
-use super::fault::LineFault;
 use super::quote::is_blank;
+use super::report::LineFault;
 
 /// The most options and profiles of a line. Without a limit, a long file that is no host file would take much memory.
 pub(super) const MAX_WORDS: usize = 100;

@@ -1,13 +1,12 @@
 //! Where the hosts come from: files, standard input and the table of hosts.
 //!
 //! Owns the first reading, and the threads that notice later changes: one for each source, because a database that does not
-//! answer must not delay a file. `watch` decides when to read again, `rows` reads rows, `table` asks Postgres, `list` compares
-//! lists, and `host_file` reads lines. Each source keeps its last good list, so an error in one changes nothing of the others.
+//! answer must not delay a file. `rows` reads rows, `table` asks Postgres, `list` compares lists, and `host_file` reads lines.
+//! Each source keeps its last good list, so an error in one changes nothing of the others.
 
 pub mod list;
 pub mod rows;
 mod table;
-pub mod watch;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -24,7 +23,6 @@ use anyhow::{Context, anyhow};
 use crate::check::target::Target;
 use crate::clock::instant_now;
 use crate::config::{HostsConfig, WrongInput};
-use crate::duration::micros;
 use crate::lock::lock;
 use crate::outage::Outage;
 use crate::postgres::{Fault, Kind};
@@ -32,7 +30,6 @@ use crate::produce::host_file::{self, Files, HostFileError, Hosts};
 use crate::produce::hosts::list::{Changes, HostList};
 use crate::produce::hosts::rows::{TableHosts, read_rows};
 use crate::produce::hosts::table::Table;
-use crate::produce::hosts::watch::{Content, Version};
 use crate::thread::start_thread;
 
 /// What `-c` names the table of hosts.
@@ -42,19 +39,24 @@ pub const TABLE: &str = "postgres:";
 /// read within this time.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// A table is read that often even if its version stays the same: it may have been renamed, or filled without its triggers.
+const READ_TABLE_EVERY: Duration = Duration::from_secs(60);
+
 /// The wait before a database that did not answer is asked again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 
-/// The sources of the hosts, with what each had when it was first read.
+/// The sources of the hosts.
 #[derive(Default)]
 pub struct Sources(Vec<Source>);
 
 struct Source {
     origin: Origin,
-    /// Of the file's content, or of the table's rows.
+    /// Of the file's content, or of the table's rows, when they were first read.
     hash: Option<u64>,
-    /// Empty if there is only one source.
+    /// The last good list. Empty if there is only one source.
     targets: Vec<Target>,
+    /// Whether there was no error since that list.
+    is_current: bool,
 }
 
 #[derive(Clone)]
@@ -74,6 +76,7 @@ impl Sources {
                 .filter(|path| !is_special(path))
                 .map(|path| hash_of(&host_file::contents(path))),
             targets: Vec::new(),
+            is_current: true,
         }])
     }
 
@@ -102,6 +105,7 @@ impl Sources {
                         origin,
                         hash,
                         targets,
+                        is_current: true,
                     });
                     all.targets.extend(hosts.targets);
                     all.profiles.extend(hosts.profiles);
@@ -110,10 +114,9 @@ impl Sources {
                 Err(error) => errors.push(error.0),
             }
         }
-        let sources = Self(sources);
         if errors.is_empty() {
-            sources.check_addresses()?;
-            return Ok((sources, all));
+            check_addresses(&sources)?;
+            return Ok((Self(sources), all));
         }
         Err(HostFileError(errors.join("\n")))
     }
@@ -142,7 +145,7 @@ impl Sources {
             Err(fault) => (None, cached(config, secrets, &fault, is_needed)?),
         };
         self.push_table(config, hash, of_table, hosts);
-        self.check_addresses().map_err(|error| WrongInput(error.0))?;
+        check_addresses(&self.0).map_err(|error| WrongInput(error.0))?;
         Ok(())
     }
 
@@ -164,7 +167,7 @@ impl Sources {
         let read = read_with_secrets(&name, &rows, secrets).map_err(|error| WrongInput(error.0))?;
         self.push_table(config, None, read.hosts, hosts);
         let mut errors = rows::messages(&name, &read.wrong);
-        errors.extend(self.check_addresses().err().map(|error| error.0));
+        errors.extend(check_addresses(&self.0).err().map(|error| error.0));
         match errors.is_empty() {
             true => Ok(()),
             false => Err(WrongInput(errors.join("\n")).into()),
@@ -182,17 +185,13 @@ impl Sources {
             origin: Origin::Table(Arc::new(config.clone())),
             hash,
             targets,
+            is_current: hash.is_some(),
         });
     }
 
-    fn check_addresses(&self) -> Result<(), HostFileError> {
-        let lists: Vec<&[Target]> = self.0.iter().map(|source| source.targets.as_slice()).collect();
-        let origins: Vec<&Origin> = self.0.iter().map(|source| &source.origin).collect();
-        check_addresses(&origins, &lists)
-    }
-
-    /// Watches all sources, each on a thread of its own. `hosts` is what they had. `put` takes what a new list changes;
-    /// `has_error` tells whether the newest list of a source is not in use. The threads end after the result is dropped.
+    /// Watches all sources except standard input, each on a thread of its own. `hosts` is what they had. `put` takes what a new
+    /// list changes; `has_error` tells whether the newest list of a source is not in use. The threads end after the result is
+    /// dropped.
     pub(super) fn watch(
         self,
         hosts: HostList,
@@ -200,10 +199,13 @@ impl Sources {
         has_error: Arc<AtomicBool>,
         put: impl Fn(Changes) + Send + Sync + 'static,
     ) -> io::Result<Watch> {
+        let sources = self.0.iter();
+        let origins: Vec<_> = sources
+            .map(|source| (source.origin.clone(), source.hash))
+            .collect();
         let shared = Arc::new(Shared {
-            origins: self.0.iter().map(|source| source.origin.clone()).collect(),
             lists: Mutex::new(Lists {
-                of_sources: self.0.iter().map(List::first).collect(),
+                sources: self.0,
                 all: hosts,
             }),
             requests: Mutex::default(),
@@ -212,39 +214,49 @@ impl Sources {
             has_error,
             put: Box::new(put),
         });
-        shared.note_errors(&shared.lists().of_sources);
-        for (index, source) in self.0.into_iter().enumerate() {
+        shared.note_errors(&shared.lists().sources);
+        let has_stdin = origins.iter().any(|(origin, _)| matches!(origin, Origin::Stdin));
+        for (index, (origin, hash)) in origins.into_iter().enumerate() {
             let shared = Arc::clone(&shared);
-            start_thread("hosts", move || match source.origin {
-                Origin::Stdin => shared.watch_nothing(),
-                Origin::File(path) => shared.watch_file(index, &path, source.hash),
-                Origin::Table(config) => shared.watch_table(index, &config, source.hash),
-            })?;
+            match origin {
+                Origin::Stdin => continue,
+                Origin::File(path) => start_thread("hosts", move || shared.watch_file(index, &path, hash))?,
+                Origin::Table(config) => {
+                    start_thread("hosts", move || shared.watch_table(index, &config, hash))?
+                }
+            };
         }
-        Ok(Watch(shared))
+        Ok(Watch { shared, has_stdin })
     }
 }
 
 /// The threads that watch the sources.
-pub(super) struct Watch(Arc<Shared>);
+pub(super) struct Watch {
+    shared: Arc<Shared>,
+    has_stdin: bool,
+}
 
 impl Watch {
     /// Has every source read again, whether it has changed or not.
     pub(super) fn reload(&self) {
-        self.0.requests().reloads += 1;
-        self.0.requested.notify_all();
+        if self.has_stdin {
+            log::warn!(
+                "reload: the host file was read from standard input and cannot be read again; its hosts stay as they were"
+            );
+        }
+        self.shared.requests().reloads += 1;
+        self.shared.requested.notify_all();
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.0.requests().is_over = true;
-        self.0.requested.notify_all();
+        self.shared.requests().is_over = true;
+        self.shared.requested.notify_all();
     }
 }
 
 struct Shared {
-    origins: Vec<Origin>,
     lists: Mutex<Lists>,
     requests: Mutex<Requests>,
     requested: Condvar,
@@ -255,26 +267,9 @@ struct Shared {
 }
 
 struct Lists {
-    of_sources: Vec<List>,
+    sources: Vec<Source>,
     /// The hosts that are checked.
     all: HostList,
-}
-
-/// The last good list of a source.
-struct List {
-    /// Empty if there is only one source.
-    targets: Vec<Target>,
-    /// Whether the source has had no error since.
-    is_current: bool,
-}
-
-impl List {
-    fn first(source: &Source) -> Self {
-        Self {
-            targets: source.targets.clone(),
-            is_current: source.hash.is_some() || !matches!(source.origin, Origin::Table(_)),
-        }
-    }
 }
 
 #[derive(Default)]
@@ -284,20 +279,8 @@ struct Requests {
 }
 
 impl Shared {
-    fn watch_nothing(&self) {
-        let mut reloads = 0;
-        while let Some(is_requested) = self.wait(&mut reloads, Duration::MAX) {
-            if is_requested {
-                log::warn!(
-                    "reload: the host file was read from standard input and cannot be read again; its hosts stay as they were"
-                );
-            }
-        }
-    }
-
-    fn watch_file(&self, index: usize, path: &Path, hash: Option<u64>) {
-        let start = instant_now();
-        let mut content = Content::new(hash);
+    fn watch_file(&self, index: usize, path: &Path, mut known: Option<u64>) {
+        let mut last = None;
         let mut reloads = 0;
         let look_every = if is_special(path) {
             Duration::MAX
@@ -311,12 +294,13 @@ impl Shared {
                 LOOK_EVERY if is_special(path) => Err(io::Error::other("it is not a regular file any more")),
                 _ => host_file::contents(path),
             };
-            let hash = hash_of(&contents);
-            if is_requested {
-                content.set_known(hash);
-            } else if !content.look(micros(start.elapsed()), hash) {
+            let hash = Some(hash_of(&contents));
+            // A program that writes a file in parts pauses for less than the time between two looks.
+            let is_complete = std::mem::replace(&mut last, hash) == hash;
+            if !is_requested && (!is_complete || hash == known) {
                 continue;
             }
+            known = hash;
             match host_file::parse_contents(path, contents, self.secrets.as_deref()) {
                 Ok(hosts) => self.take(index, begun_at, hosts),
                 Err(error) => self.refuse(index, &error.0),
@@ -325,26 +309,28 @@ impl Shared {
     }
 
     fn watch_table(&self, index: usize, config: &HostsConfig, mut hash: Option<u64>) {
-        let start = instant_now();
         let mut table = match Table::new(config) {
             Ok(table) => table,
             Err(error) => return self.refuse(index, &format!("the table of hosts cannot be read: {error}")),
         };
         let name = table.name();
-        let mut version = Version::default();
+        // Its version before the last reading, and the time of that.
+        let mut last: Option<(Option<i64>, Instant)> = None;
         let mut outage = Outage::default();
         let mut reloads = 0;
         let mut wait = LOOK_EVERY;
         while let Some(is_requested) = self.wait(&mut reloads, wait) {
             let begun_at = instant_now();
-            let now = micros(begun_at - start);
-            let read = table.version().and_then(|found| {
-                let is_due = is_requested || version.is_due(now, found);
-                let rows = is_due.then(|| table.rows()).transpose()?;
-                if rows.is_some() {
-                    version.set_read(now, found);
+            let read = table.version().and_then(|version| {
+                let is_known = last.is_some_and(|(known, read_at)| {
+                    version.is_some() && version == known && begun_at - read_at < READ_TABLE_EVERY
+                });
+                if is_known && !is_requested {
+                    return Ok(None);
                 }
-                Ok(rows)
+                let rows = table.rows()?;
+                last = Some((version, begun_at));
+                Ok(Some(rows))
             });
             wait = LOOK_EVERY;
             let rows = match read {
@@ -402,25 +388,22 @@ impl Shared {
             targets, warnings, ..
         } = hosts;
         let mut lists = self.lists();
-        let Lists { of_sources, all } = &mut *lists;
-        of_sources[index] = List {
-            targets,
-            is_current: true,
-        };
-        let targets = match of_sources.as_mut_slice() {
+        let Lists { sources, all } = &mut *lists;
+        sources[index].targets = targets;
+        sources[index].is_current = true;
+        let targets = match sources.as_mut_slice() {
             [only] => std::mem::take(&mut only.targets),
-            lists => {
-                let lists: Vec<&[Target]> = lists.iter().map(|list| list.targets.as_slice()).collect();
-                let origins: Vec<&Origin> = self.origins.iter().collect();
-                if let Err(error) = check_addresses(&origins, &lists) {
+            sources => {
+                if let Err(error) = check_addresses(sources) {
                     self.has_error.store(true, Ordering::Relaxed);
                     log::error!("reload: the hosts stay as they were: {error}");
                     return;
                 }
-                lists.concat()
+                let targets = sources.iter().flat_map(|source| &source.targets);
+                targets.cloned().collect()
             }
         };
-        self.note_errors(of_sources);
+        self.note_errors(sources);
         // While the lists are locked, because the changes have an order.
         (self.put)(all.replace(begun_at, targets, warnings));
     }
@@ -433,12 +416,12 @@ impl Shared {
 
     fn set_current(&self, index: usize, is_current: bool) {
         let mut lists = self.lists();
-        lists.of_sources[index].is_current = is_current;
-        self.note_errors(&lists.of_sources);
+        lists.sources[index].is_current = is_current;
+        self.note_errors(&lists.sources);
     }
 
-    fn note_errors(&self, lists: &[List]) {
-        let has_error = !lists.iter().all(|list| list.is_current);
+    fn note_errors(&self, sources: &[Source]) {
+        let has_error = !sources.iter().all(|source| source.is_current);
         self.has_error.store(has_error, Ordering::Relaxed);
     }
 
@@ -513,19 +496,19 @@ fn keep(table: &mut Table, config: &HostsConfig, read: &TableHosts) {
     }
 }
 
-/// Whether each address is in one list only.
-fn check_addresses(origins: &[&Origin], lists: &[&[Target]]) -> Result<(), HostFileError> {
+/// Whether each address is in one source only.
+fn check_addresses(sources: &[Source]) -> Result<(), HostFileError> {
     const MAX_NAMED: usize = 100;
-    if lists.len() < 2 {
+    if sources.len() < 2 {
         return Ok(());
     }
     let mut known = HashMap::new();
     let mut twice = Vec::new();
-    for (index, targets) in lists.iter().enumerate() {
-        for target in *targets {
+    for Source { origin, targets, .. } in sources {
+        for target in targets {
             match known.entry(target.address.as_str()) {
-                Entry::Vacant(entry) => drop(entry.insert(index)),
-                Entry::Occupied(entry) => twice.push((target.address.as_str(), *entry.get(), index)),
+                Entry::Vacant(entry) => drop(entry.insert(origin)),
+                Entry::Occupied(entry) => twice.push((target.address.as_str(), *entry.get(), origin)),
             }
         }
     }
@@ -536,7 +519,7 @@ fn check_addresses(origins: &[&Origin], lists: &[&[Target]]) -> Result<(), HostF
         .iter()
         .take(MAX_NAMED)
         .map(|(address, first, second)| {
-            let (first, second) = (origins[*first].place(address), origins[*second].place(address));
+            let (first, second) = (first.place(address), second.place(address));
             format!("{first}: the address {address:?} is also in {second}; remove one of the two")
         })
         .collect();

@@ -192,9 +192,9 @@ impl<R> Host<R> {
         let latest = next - self.interval_micros;
         let skipped = (latest - following) / self.interval_micros;
         self.give_up_waiting(counts, MissedReason::NoThread);
-        self.miss(counts, tick, None, reason);
+        self.miss(counts, (tick, tick), None, reason);
         if skipped > 0 {
-            self.miss_all(counts, following, latest - self.interval_micros, reason);
+            self.miss(counts, (following, latest - self.interval_micros), None, reason);
         }
         (latest, skipped.unsigned_abs() + 2)
     }
@@ -202,33 +202,19 @@ impl<R> Host<R> {
     pub(super) fn give_up_waiting(&mut self, counts: &mut MissedCounts, reason: MissedReason) {
         if let HostState::Waiting(tick) = self.state {
             self.state = HostState::Idle;
-            self.miss(counts, tick, None, reason);
+            self.miss(counts, (tick, tick), None, reason);
         }
     }
 
+    /// The ticks from `from` to `to`, one interval apart, are missed.
     pub(super) fn miss(
         &mut self,
         counts: &mut MissedCounts,
-        tick: i64,
+        (from, to): (i64, i64),
         started_at: Option<i64>,
         reason: MissedReason,
     ) {
-        counts.add(reason, 1);
-        self.miss_range(tick, tick, started_at, reason);
-    }
-
-    pub(super) fn miss_all(
-        &mut self,
-        counts: &mut MissedCounts,
-        first: i64,
-        last: i64,
-        reason: MissedReason,
-    ) {
-        counts.add(reason, (last - first) / self.interval_micros + 1);
-        self.miss_range(first, last, None, reason);
-    }
-
-    pub(super) fn miss_range(&mut self, from: i64, to: i64, started_at: Option<i64>, reason: MissedReason) {
+        counts.add(reason, (to - from) / self.interval_micros + 1);
         // A range has consecutive ticks, so no other entry can lie within it.
         let later = self.backlog.partition_point(|entry| entry.first() < from);
         if let Some(BacklogEntry::Missed {

@@ -332,7 +332,12 @@ impl<R> Schedule<R> {
                 && let HostState::UnderWay { tick, started_at, .. } = host.state
             {
                 host.state = HostState::Idle;
-                host.miss(&mut self.missed, tick, Some(started_at), MissedReason::CutOff);
+                host.miss(
+                    &mut self.missed,
+                    (tick, tick),
+                    Some(started_at),
+                    MissedReason::CutOff,
+                );
                 self.under_way -= 1;
                 self.note_backlog(id);
             }
@@ -424,7 +429,7 @@ impl<R> Schedule<R> {
                 _ => None,
             };
             match reason {
-                Some(reason) => host.miss(&mut self.missed, latest, None, reason),
+                Some(reason) => host.miss(&mut self.missed, (latest, latest), None, reason),
                 None => {
                     host.state = HostState::Waiting(latest);
                     if !host.in_waiting {

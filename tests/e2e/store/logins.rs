@@ -13,14 +13,14 @@ use host_metrics::consume::store::Store;
 use host_metrics::postgres::{self as bounded, Bounds, Session};
 use postgres::{Client, NoTls};
 
-use super::{P0, fatal, fatal_of, ok, reject, retry_of, row, start_at};
+use super::{P0, fatal, ok, reject, retry, row, start_at};
 use crate::database::{Database, config, server};
 
 #[test]
 fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named() {
     let mut db = Database::new();
     let mut poor = db.store_without_create("host_metrics");
-    let text = fatal_of(poor.open());
+    let text = fatal(poor.open());
     assert!(text.contains("does not exist: run `host-metrics init`"), "{text}");
     assert!(
         text.contains("could not create what is missing: permission denied for schema public"),
@@ -28,7 +28,7 @@ fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named()
     );
 
     init::make_tables(&db.config().database).unwrap();
-    let text = fatal_of(poor.open());
+    let text = fatal(poor.open());
     for grant in [
         "GRANT INSERT ON \"public\".\"host_metrics\" TO",
         "GRANT SELECT, INSERT, UPDATE ON \"public\".\"host_metrics_offsets\" TO",
@@ -48,7 +48,7 @@ fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named()
     let mut batch = Batch::default();
     row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
     reject(&mut batch, P0, 0, 1, None, None, "empty");
-    assert_eq!(poor.flush(&batch), Flushed::Durable);
+    assert_eq!(poor.flush(&batch).unwrap(), Flushed::Durable);
     assert_eq!(db.count("host_metrics"), 1);
 
     // If a right is revoked during a run, the program stops and names it.
@@ -71,7 +71,7 @@ fn the_rights_that_the_contract_names_are_enough_and_each_missing_one_is_named()
         db.execute(&format!("GRANT {right} ON {table} TO {user}"));
     }
     poor.open().unwrap();
-    assert_eq!(poor.flush(&next), Flushed::Durable);
+    assert_eq!(poor.flush(&next).unwrap(), Flushed::Durable);
 }
 
 #[test]
@@ -80,28 +80,28 @@ fn a_login_that_cannot_succeed_stops_with_what_to_do_and_shows_no_password() {
     let mut wrong = config(own.server(), "postgres", "m");
     wrong.database.user = "scram".into();
     wrong.database.password = Some(Secret::new("not-the-password".into()));
-    let text = fatal_of(Store::new(&wrong).unwrap().open());
+    let text = fatal(Store::new(&wrong).unwrap().open());
     assert!(text.contains("28P01") && text.contains("DB_PASSWORD"), "{text}");
     assert!(!text.contains("not-the-password"), "{text}");
 
     wrong.database.password = None;
-    let text = fatal_of(Store::new(&wrong).unwrap().open());
+    let text = fatal(Store::new(&wrong).unwrap().open());
     assert!(text.contains("password missing"), "{text}");
 
     let mut nowhere = config(server(), "no_such_database", "m");
-    let text = fatal_of(Store::new(&nowhere).unwrap().open());
+    let text = fatal(Store::new(&nowhere).unwrap().open());
     assert!(text.contains("3D000") && text.contains("DB_NAME"), "{text}");
 
     nowhere.database.name = "postgres".into();
     nowhere.database.table.schema = Some("no_such_schema".into());
-    let text = fatal_of(Store::new(&nowhere).unwrap().open());
+    let text = fatal(Store::new(&nowhere).unwrap().open());
     assert!(text.contains("\"no_such_schema\".\"m\" does not exist"), "{text}");
 
     // A database that does not exist yet is waited for.
     nowhere.database.port = host_metrics::commands::demo::postgres::free_port().unwrap();
-    retry_of(Store::new(&nowhere).unwrap().open());
+    retry(Store::new(&nowhere).unwrap().open());
     nowhere.database.host = "no-such-host.invalid".into();
-    retry_of(Store::new(&nowhere).unwrap().open());
+    retry(Store::new(&nowhere).unwrap().open());
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn a_user_who_does_not_own_the_tables_takes_no_step_and_writes_to_the_older_ones
     start_at(&mut store, &[(P0, 0)]);
     let mut batch = Batch::default();
     row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert_eq!((db.one(VERSIONS).as_str(), db.count("host_metrics")), ("1", 1));
 }
 
@@ -168,7 +168,7 @@ fn objects_of_a_newer_version_are_left_alone() {
     start_at(&mut store, &[(P0, 0)]);
     let mut batch = Batch::default();
     row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert_eq!(db.count("host_metrics"), 1);
 }
 

@@ -13,12 +13,13 @@ mod refused_rows;
 mod users_tables;
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::time::Duration;
 
 use host_metrics::config::{ConsumeConfig, InitConfig};
-use host_metrics::consume::batch::Flushed;
-use host_metrics::consume::batch::{Batch, Encoded, Form, NextOffset, Offset, Partition, Record};
-use host_metrics::consume::store::{Store, StoreError};
+use host_metrics::consume::batch::{Batch, Form, NextOffset, Offset, Partition, Record};
+use host_metrics::consume::store::Store;
+use host_metrics::postgres::{Fault, Kind};
 use host_metrics::sample::{Sample, Timestamp};
 use host_metrics::tables::days;
 use host_metrics::tables::row::{Layout, Origin};
@@ -27,9 +28,18 @@ use host_metrics::tables::schema::Day;
 use crate::database::{Database, config, server};
 use crate::scratch;
 
-pub const P0: Partition = Partition { topic: 0, number: 0 };
-pub const P1: Partition = Partition { topic: 0, number: 1 };
-const P2: Partition = Partition { topic: 0, number: 2 };
+pub const P0: Partition = Partition {
+    topic: "t",
+    number: 0,
+};
+pub const P1: Partition = Partition {
+    topic: "t",
+    number: 1,
+};
+const P2: Partition = Partition {
+    topic: "t",
+    number: 2,
+};
 
 impl Database {
     pub fn config(&self) -> ConsumeConfig {
@@ -108,12 +118,12 @@ pub fn row(
         value: Some(b"{}"),
     };
     let origin = Origin {
-        topic: "t",
+        topic: partition.topic,
         partition: partition.number,
         offset,
     };
     batch.push(NextOffset(base), record, |into| {
-        layout.encode_row(sample, origin, into).map(|()| Encoded::Row)
+        layout.encode_row(sample, origin, into)
     });
     assert!(matches!(batch.entries.last().unwrap().form, Form::Row(_)));
 }
@@ -163,32 +173,18 @@ pub fn at_day(today: Day, days: i64) -> Timestamp {
     Timestamp::from_unix_micros(date.midnight().assume_utc().unix_timestamp() * 1_000_000).unwrap()
 }
 
-fn retry(flushed: Flushed) -> String {
-    match flushed {
-        Flushed::Retry(text) => text,
-        other => panic!("{other:?}"),
-    }
+/// The text of an error that passes.
+fn retry<T: Debug>(result: Result<T, Fault>) -> String {
+    let fault = result.unwrap_err();
+    assert_eq!(fault.kind, Kind::Passing, "{fault}");
+    fault.text
 }
 
-fn fatal(flushed: Flushed) -> String {
-    match flushed {
-        Flushed::Fatal(text) => text,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn retry_of<T: std::fmt::Debug>(result: Result<T, StoreError>) -> String {
-    match result {
-        Err(StoreError::Retry(text)) => text,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn fatal_of<T: std::fmt::Debug>(result: Result<T, StoreError>) -> String {
-    match result {
-        Err(StoreError::Fatal(text)) => text,
-        other => panic!("{other:?}"),
-    }
+/// The text of an error that the operator has to correct.
+fn fatal<T: Debug>(result: Result<T, Fault>) -> String {
+    let fault = result.unwrap_err();
+    assert_ne!(fault.kind, Kind::Passing, "{fault}");
+    fault.text
 }
 
 fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {

@@ -25,7 +25,7 @@ fn rows_of_any_day_are_stored_and_move_when_their_day_is_made() {
         sample.scheduled_at = Some(later(days));
         row(&mut batch, &layout, P0, 0, offset as i64, &sample);
     }
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert_eq!(db.count("host_metrics_default"), 5);
     let partition = |days: i64| format!("host_metrics{}", today.plus(days).suffix());
     assert_eq!(db.count(&partition(7)), 1);
@@ -56,7 +56,7 @@ fn rows_of_any_day_are_stored_and_move_when_their_day_is_made() {
     let mut sample = ok("https://a.example/");
     sample.scheduled_at = Some(later(10));
     row(&mut next, &layout, P0, 8, 8, &sample);
-    assert_eq!(store.flush(&next), Flushed::Durable);
+    assert_eq!(store.flush(&next).unwrap(), Flushed::Durable);
     store.maintain(later(3)).unwrap();
     assert_eq!(db.count(&partition(10)), 1);
 }
@@ -85,7 +85,7 @@ fn retention_drops_whole_days_without_making_writers_wait() {
     let mut batch = Batch::default();
     row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
     let began = scratch::now();
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     assert_eq!(exists(&mut db, -3), 1);
     db.execute("COMMIT");
@@ -123,7 +123,7 @@ fn retention_removes_old_rows_of_days_without_partition_too() {
     let mut sample = ok("https://a.example/");
     sample.scheduled_at = Some(at_day(days::today(), -25));
     row(&mut batch, &layout, P0, 0, 0, &sample);
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     db.execute("COMMIT");
     // Retention drops whole days: the thirtieth day before today and all later days stay.

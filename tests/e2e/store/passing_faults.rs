@@ -11,7 +11,7 @@ use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::store::Store;
 use host_metrics::postgres::Bounds;
 
-use super::{P0, ok, positions, retry, retry_of, row, start_at, wait_for};
+use super::{P0, ok, positions, retry, row, start_at, wait_for};
 use crate::database::{Database, WAITS_FOR_ADVISORY_LOCK, config, server};
 use crate::faults::{Proxy, Thaw, signal};
 use crate::scratch;
@@ -75,7 +75,7 @@ fn a_frozen_backend_is_abandoned_within_the_bound_and_its_transaction_is_not_dou
     // The store that owned it asks for its end at the next open, so it rolls back when it wakes up.
     let mut store = reopened(store, &frozen);
     assert_eq!(positions(&mut store, &[P0]), [(P0, 0)]);
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert_eq!(db.count("m"), 1);
     drop(frozen);
 }
@@ -121,7 +121,7 @@ fn a_commit_whose_answer_is_lost_is_recognised_by_the_positions_and_not_repeated
     proxy.is_deaf.store(false, Ordering::SeqCst);
     store.open().unwrap();
     assert_eq!(positions(&mut store, &[P0]), [(P0, 1)]);
-    assert_eq!(store.flush(&batch), Flushed::Fenced);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Fenced);
     assert_eq!(db.count("host_metrics"), 1);
 }
 
@@ -143,10 +143,10 @@ fn a_connection_that_swallows_everything_is_given_up_within_the_bound() {
     proxy.is_mute.store(true, Ordering::SeqCst);
     proxy.is_deaf.store(true, Ordering::SeqCst);
     let began = scratch::now();
-    let text = retry_of(store.positions(&[P0], &BTreeMap::new()));
+    let text = retry(store.positions(&[P0], &BTreeMap::new()));
     assert!(text.contains("no answer within 3 s"), "{text}");
     // A new connection gets no answer either.
-    retry_of(store.open());
+    retry(store.open());
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
 }
 
@@ -168,7 +168,7 @@ fn faults_of_the_server_pass_and_are_named() {
     retry(store.flush(&batch));
     // A lost connection is not used again.
     retry(store.flush(&batch));
-    retry_of(store.positions(&[P0], &BTreeMap::new()));
+    retry(store.positions(&[P0], &BTreeMap::new()));
 
     // 25006: a failover made this server a replica.
     db.execute(&format!(
@@ -213,12 +213,12 @@ fn faults_of_the_server_pass_and_are_named() {
     db.execute(&format!("CREATE ROLE few_{name} LOGIN CONNECTION LIMIT 0"));
     let mut few = db.config();
     few.database.user = format!("few_{name}");
-    let text = retry_of(Store::new(&few).unwrap().open());
+    let text = retry(Store::new(&few).unwrap().open());
     assert!(text.contains("53300"), "{text}");
 
     // After all of these the batch is written once.
     store.open().unwrap();
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert_eq!(db.count("host_metrics"), 1);
 }
 
@@ -232,11 +232,11 @@ fn a_store_survives_a_crash_of_the_server() {
     row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
     own.stop_immediately().unwrap();
     retry(store.flush(&batch));
-    let text = retry_of(store.open());
+    let text = retry(store.open());
     assert!(text.contains(&format!("127.0.0.1:{}", own.port())), "{text}");
     own.start_again().unwrap();
     wait_for("the server to take us again", || store.open().is_ok());
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
 }
 
 /// Opens the store while its old backend is frozen, which asks for the end of that backend, and then lets the backend continue.

@@ -95,7 +95,7 @@ fn exactly_the_refused_rows_are_named_and_the_others_stored() {
             sample.latency = (offset != 7).then_some(0.1);
             row(&mut batch, &layout, P0, 0, offset, &sample);
         }
-        let found = poisoned(store.flush(&batch));
+        let found = poisoned(store.flush(&batch).unwrap());
         let offsets: Vec<i64> = found
             .iter()
             .map(|(entry, _)| batch.entries[*entry].offset.0)
@@ -110,7 +110,7 @@ fn exactly_the_refused_rows_are_named_and_the_others_stored() {
         for (entry, reason) in found {
             assert!(batch.reject(entry, reason));
         }
-        assert_eq!(store.flush(&batch), Flushed::Durable, "{sql}");
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable, "{sql}");
         assert_eq!(db.count("m"), before + 100 - refused.len() as i64, "{sql}");
         let rejected: Vec<i64> = db
             .many("SELECT kafka_offset::text FROM m_rejected ORDER BY kafka_offset")
@@ -138,7 +138,7 @@ fn a_batch_with_only_refused_rows_is_drained_in_few_calls() {
     let mut calls = 0;
     loop {
         calls += 1;
-        match store.flush(&batch) {
+        match store.flush(&batch).unwrap() {
             Flushed::Durable => break,
             Flushed::Refused(found) => {
                 assert!(!found.is_empty());
@@ -195,7 +195,7 @@ fn a_refusal_that_does_not_repeat_row_by_row_names_no_row() {
         "{text}"
     );
     store.open().unwrap();
-    assert_eq!(store.flush(&batch), Flushed::Durable);
+    assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     assert_eq!((db.count("m"), db.count("m_rejected")), (1, 0));
 }
 

@@ -4,7 +4,7 @@ use host_metrics::consume::batch::Batch;
 use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::store::Store;
 
-use super::{P0, fatal, fatal_of, ok, row, start_at};
+use super::{P0, fatal, ok, row, start_at};
 use crate::database::Database;
 
 #[test]
@@ -88,7 +88,7 @@ fn an_existing_table_is_written_as_it_is() {
         start_at(&mut store, &[(P0, 0)]);
         let mut batch = Batch::default();
         row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
-        assert_eq!(store.flush(&batch), Flushed::Durable, "{sql}");
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable, "{sql}");
         assert_eq!(db.one(question), answer, "{sql}");
     }
 }
@@ -116,7 +116,7 @@ fn a_trigger_of_the_users_table_finds_what_the_users_search_path_names() {
     for offset in 0..3 {
         let mut batch = Batch::default();
         row(&mut batch, &layout, P0, offset, offset, &ok("https://a.example/"));
-        assert_eq!(store.flush(&batch), Flushed::Durable);
+        assert_eq!(store.flush(&batch).unwrap(), Flushed::Durable);
     }
     assert_eq!(
         db.many("SELECT address FROM theirs.log"),
@@ -143,7 +143,7 @@ fn a_table_that_cannot_take_the_records_is_refused_at_once_with_all_reasons() {
     ] {
         let mut db = Database::new();
         db.execute(sql);
-        let text = fatal_of(db.store_of("m").open());
+        let text = fatal(db.store_of("m").open());
         for words in expected {
             assert!(text.contains(words), "{sql}: {text}");
         }
@@ -179,7 +179,7 @@ fn a_table_that_changes_during_a_run_stops_with_what_to_do() {
         "{text}"
     );
     db.execute("ALTER TABLE elsewhere RENAME TO m; DROP TABLE m_rejected");
-    let text = fatal_of(db.store_without_create("m").open());
+    let text = fatal(db.store_without_create("m").open());
     assert!(
         text.contains("\"m_rejected\" does not exist: run `host-metrics init`"),
         "{text}"
