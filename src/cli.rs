@@ -196,7 +196,7 @@ pub struct Produce {
     pub once: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct Check {
     /// A URL, or a domain or IP address, which is checked over https
     pub address: String,
@@ -290,7 +290,7 @@ pub struct Status {
     pub json: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct Tail {
     /// Begin with the records of the last TIME, e.g. 10m [default: only new records]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]

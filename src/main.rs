@@ -133,14 +133,15 @@ fn run_check(args: &cli::Check, variables: &Variables) -> anyhow::Result<bool> {
     for line in files.warnings() {
         log::warn!("{line}");
     }
-    let options = check::Options {
-        repeat: args.repeat,
-        every: args.every,
-        json: args.json,
-        headers: args.headers,
-        columns: columns_of_terminal(),
-    };
-    check::run(&config, &target, options, &listen_to_signals()?, print_styled)
+    let columns = columns_of_terminal();
+    check::run(
+        &config,
+        &target,
+        args,
+        columns,
+        &listen_to_signals()?,
+        print_styled,
+    )
 }
 
 fn run_validate(args: &cli::Validate, variables: &Variables) -> anyhow::Result<bool> {
@@ -180,14 +181,7 @@ fn run_init(args: &cli::Init, variables: &Variables) -> anyhow::Result<bool> {
     };
     let config = config::init(variables, servers)?;
     start_logging(variables, servers)?;
-    let options = init::Options {
-        partitions: args.partitions,
-        replication: args.replication,
-        retention: args.retention,
-        reader: args.reader.as_deref(),
-        print_sql: args.print_sql,
-    };
-    init::run(&config, &options)?;
+    init::run(&config, args)?;
     Ok(true)
 }
 
@@ -216,7 +210,7 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool>
             true => status::json(&report),
             false => status::text(&report, width),
         };
-        Ok((text, !report.is_stale()))
+        Ok((text, !report.stale))
     };
     if args.watch {
         status::watch(&listen_to_signals()?, || Ok(answer()?.0))?;
@@ -230,14 +224,8 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool>
 fn run_tail(args: &cli::Tail, variables: &Variables) -> anyhow::Result<bool> {
     let config = config::tail(variables)?;
     start_logging(variables, Servers::KAFKA)?;
-    let options = tail::Options {
-        since: args.since,
-        hosts: args.hosts.clone(),
-        failed: args.failed,
-        json: args.json,
-    };
     // Leaves colours out where standard output is not a terminal, or NO_COLOR or TERM=dumb is set.
-    tail::run(&config, &options, &listen_to_signals()?, &mut anstream::stdout())?;
+    tail::run(&config, args, &listen_to_signals()?, &mut anstream::stdout())?;
     Ok(true)
 }
 

@@ -85,25 +85,6 @@ pub fn fit(text: &str, columns: usize) -> String {
     short
 }
 
-/// As [`fit`], but keeps the end.
-pub fn fit_end(text: &str, columns: usize) -> String {
-    let mut left = width(text);
-    if left <= columns {
-        return text.to_owned();
-    }
-    let end = text.chars().skip_while(|char| {
-        let is_cut = left >= columns;
-        left -= char.width().unwrap_or(0);
-        is_cut
-    });
-    let mut short = String::new();
-    if columns > 0 {
-        short.push('…');
-        short.extend(end);
-    }
-    short
-}
-
 /// The text with line ends in place of spaces, so that no line takes more than `columns`; all lines but the first begin with
 /// `indent` spaces. A longer word stays whole. Colours take no room.
 pub fn wrap(text: &str, indent: usize, columns: Option<usize>) -> String {
@@ -172,14 +153,11 @@ pub fn plain_json(json: &str) -> String {
     plain
 }
 
-/// `part` of `all` in percent; `-` if `all` is 0.
-pub fn percent(part: i64, all: i64) -> String {
-    if all == 0 {
-        return NONE.to_owned();
-    }
-    let percent = part as f64 / all as f64 * 100.0;
+/// A share in percent.
+pub fn percent(share: f64) -> String {
+    let percent = share * 100.0;
     // Rounding up to 100 would hide a failure.
-    let percent = if part < all { percent.min(99.9) } else { percent };
+    let percent = if share < 1.0 { percent.min(99.9) } else { percent };
     format!("{percent:.1} %")
 }
 
@@ -309,10 +287,9 @@ mod tests {
 
     #[test]
     fn an_uptime_of_less_than_all_is_never_shown_as_all() {
-        assert_eq!(percent(99_999, 100_000), "99.9 %");
-        assert_eq!(percent(10, 10), "100.0 %");
-        assert_eq!(percent(0, 3), "0.0 %");
-        assert_eq!(percent(0, 0), "-");
+        assert_eq!(percent(0.99999), "99.9 %");
+        assert_eq!(percent(1.0), "100.0 %");
+        assert_eq!(percent(0.0), "0.0 %");
     }
 
     #[test]
@@ -375,17 +352,5 @@ mod tests {
         for (text, columns, expected) in cases {
             assert_eq!(fit(text, columns), expected, "{text} in {columns}");
         }
-        let ends = [
-            (6, "日本語"),
-            (5, "…本語"),
-            (4, "…語"),
-            (2, "…"),
-            (1, "…"),
-            (0, ""),
-        ];
-        for (columns, expected) in ends {
-            assert_eq!(fit_end("日本語", columns), expected, "the end in {columns}");
-        }
-        assert_eq!(fit_end("abcd", 3), "…cd");
     }
 }

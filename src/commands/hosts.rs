@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 use tokio_postgres::types::ToSql;
 
 use crate::cli::HostsAdd;
@@ -89,10 +89,7 @@ impl Import {
     }
 }
 
-/// Adds the host. `replaces`: changes it if it is there.
-///
-/// # Errors
-/// It is there already, or the database refuses or does not answer.
+/// Adds the host. `replaces`: changes it if it is there, which is an error otherwise.
 pub fn add(config: &DatabaseConfig, host: &NewHost, replaces: bool) -> anyhow::Result<()> {
     let NewHost { row, note } = host;
     let conflict = match replaces {
@@ -108,9 +105,7 @@ pub fn add(config: &DatabaseConfig, host: &NewHost, replaces: bool) -> anyhow::R
              VALUES ($1, $2, nullif($3, ''), nullif($4, ''), $5) ON CONFLICT (address) {conflict}"
         );
         let params: [&(dyn ToSql + Sync); 5] = [&row.address, &row.frequency, &row.options, &row.regex, note];
-        session
-            .bounded("adding the host", session.client.execute(&sql, &params))
-            .await
+        session.execute("adding the host", &sql, &params).await
     })?;
     if added == 0 {
         bail!(
@@ -121,20 +116,14 @@ pub fn add(config: &DatabaseConfig, host: &NewHost, replaces: bool) -> anyhow::R
     Ok(())
 }
 
-/// Removes these hosts.
-///
-/// # Errors
-/// One of them is not in the table, and then none is removed; or the database refuses or does not answer.
+/// Removes these hosts, or none of them if one is not in the table.
 pub fn remove(config: &DatabaseConfig, addresses: &[String]) -> anyhow::Result<()> {
     change(config, addresses, |table| {
         format!("DELETE FROM {table} WHERE address = ANY ($1) RETURNING address")
     })
 }
 
-/// Enables or disables these hosts.
-///
-/// # Errors
-/// One of them is not in the table, and then none is changed; or the database refuses or does not answer.
+/// Enables or disables these hosts, or none of them if one is not in the table.
 pub fn enable(config: &DatabaseConfig, addresses: &[String], enabled: bool) -> anyhow::Result<()> {
     change(config, addresses, |table| {
         format!("UPDATE {table} SET enabled = {enabled} WHERE address = ANY ($1) RETURNING address")
@@ -143,13 +132,9 @@ pub fn enable(config: &DatabaseConfig, addresses: &[String], enabled: bool) -> a
 
 fn change(config: &DatabaseConfig, addresses: &[String], sql: impl Fn(&str) -> String) -> anyhow::Result<()> {
     let missing = run(config, async |session, table| {
-        session
-            .bounded("BEGIN", session.client.batch_execute("BEGIN"))
-            .await?;
+        session.batch("BEGIN", "BEGIN").await?;
         let sql = sql(table);
-        let rows = session
-            .bounded("changing the hosts", session.client.query(&sql, &[&addresses]))
-            .await?;
+        let rows = session.query("changing the hosts", &sql, &[&addresses]).await?;
         let found: Vec<String> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
         let missing: Vec<String> = addresses
             .iter()
@@ -157,7 +142,7 @@ fn change(config: &DatabaseConfig, addresses: &[String], sql: impl Fn(&str) -> S
             .cloned()
             .collect();
         let end = if missing.is_empty() { "COMMIT" } else { "ROLLBACK" };
-        session.bounded(end, session.client.batch_execute(end)).await?;
+        session.batch(end, end).await?;
         Ok(missing)
     })?;
     match missing.as_slice() {
@@ -181,9 +166,7 @@ pub fn import(config: &DatabaseConfig, import: &Import) -> anyhow::Result<String
     );
     let enabled = if *replaces { "true" } else { "h.enabled" };
     let (added, changed, removed) = run(config, async |session, table| {
-        session
-            .bounded("BEGIN", session.client.batch_execute("BEGIN"))
-            .await?;
+        session.batch("BEGIN", "BEGIN").await?;
         let sql = format!(
             "INSERT INTO {table} AS h (address, frequency, options, regex) \
              SELECT address, frequency, nullif(options, ''), nullif(regex, '') \
@@ -195,9 +178,7 @@ pub fn import(config: &DatabaseConfig, import: &Import) -> anyhow::Result<String
              RETURNING xmax = 0"
         );
         let params: [&(dyn ToSql + Sync); 4] = [&addresses, &frequencies, &options, &regexes];
-        let written = session
-            .bounded("importing the hosts", session.client.query(&sql, &params))
-            .await?;
+        let written = session.query("importing the hosts", &sql, &params).await?;
         let mut added = 0;
         for row in &written {
             added += usize::from(row.try_get::<_, bool>(0)?);
@@ -207,16 +188,11 @@ pub fn import(config: &DatabaseConfig, import: &Import) -> anyhow::Result<String
             true => {
                 let sql = format!("DELETE FROM {table} WHERE address <> ALL ($1)");
                 session
-                    .bounded(
-                        "removing the other hosts",
-                        session.client.execute(&sql, &[&addresses]),
-                    )
+                    .execute("removing the other hosts", &sql, &[&addresses])
                     .await?
             }
         };
-        session
-            .bounded("COMMIT", session.client.batch_execute("COMMIT"))
-            .await?;
+        session.batch("COMMIT", "COMMIT").await?;
         Ok((added, written.len() - added, removed))
     })?;
     let same = rows.len() - added - changed;
@@ -288,9 +264,7 @@ fn listed(config: &DatabaseConfig) -> anyhow::Result<Vec<Listed>> {
             "SELECT address::text, frequency::text, options::text, regex::text, note::text, error::text, enabled FROM {table} \
              ORDER BY address"
         );
-        let rows = session
-            .bounded("reading the hosts", session.client.query(&sql, &[]))
-            .await?;
+        let rows = session.query("reading the hosts", &sql, &[]).await?;
         let listed = rows.iter().map(|row| {
             let text = |column: usize| Ok(row.try_get::<_, Option<String>>(column)?.unwrap_or_default());
             Ok(Listed {
@@ -316,13 +290,11 @@ fn run<T>(
 ) -> anyhow::Result<T> {
     postgres::once(config, async |session| {
         let table = session.table.quoted(Object::Hosts.suffix());
-        work(session, &table).await.map_err(|fault| {
-            fault.with_grant(&format!(
-                "GRANT SELECT, INSERT, UPDATE, DELETE ON {table} to this user"
-            ))
-        })
-    })?
-    .map_err(|fault| anyhow!("{fault}"))
+        let grant = format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {table} to this user");
+        Ok(work(session, &table)
+            .await
+            .map_err(|fault| fault.with_grant(&grant))?)
+    })
 }
 
 #[cfg(test)]

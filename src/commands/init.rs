@@ -13,6 +13,7 @@ use rdkafka::metadata::Metadata;
 use rdkafka::producer::{BaseProducer, Producer as _};
 use tokio::runtime::Runtime;
 
+use crate::cli;
 use crate::clock::instant_now;
 use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
@@ -36,42 +37,28 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// (fenced). So this error is final only after this long.
 const BROKERS_START_WITHIN: Duration = Duration::from_secs(30);
 
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Options<'a> {
-    /// For new topics.
-    pub partitions: Option<i32>,
-    /// For new topics; `None`: the broker's default.
-    pub replication: Option<i32>,
-    /// For new topics; `None`: the broker's default.
-    pub retention: Option<Duration>,
-    /// A user that gets the right to read the state, and nothing else, for `page`.
-    pub reader: Option<&'a str>,
-    /// Only print the SQL.
-    pub print_sql: bool,
-}
-
 /// Creates missing topics and tables. Waits for servers that cannot be reached, without a limit.
 ///
 /// # Errors
 /// An error that waiting does not resolve: a rejected login, a missing right, an impossible replication factor.
-pub fn run(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
+pub fn run(config: &InitConfig, options: &cli::Init) -> anyhow::Result<()> {
     if options.print_sql {
         let table = &config.database.table;
-        let reader = options.reader.map(|reader| schema::let_read(table, reader));
+        let reader = options
+            .reader
+            .as_ref()
+            .map(|reader| schema::let_read(table, reader));
         return print(&(schema::script(table, days::today()) + &reader.unwrap_or_default()));
     }
     make_topics(config, options)?;
     make_tables(&config.database)?;
-    match options.reader {
+    match &options.reader {
         Some(reader) => let_read(&config.database, reader),
         None => Ok(()),
     }
 }
 
-/// Creates missing tables and views. Waits for a server that cannot be reached.
-///
-/// # Errors
-/// An error that waiting does not resolve.
+/// Creates missing tables and views. Waits for a server that cannot be reached. An error is one that waiting does not resolve.
 pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut waiting = Outage::default();
@@ -91,22 +78,16 @@ pub fn make_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
 fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
     postgres::once(config, async |session| {
         let sql = schema::let_read(&session.table, reader);
-        session
-            .bounded("granting SELECT", session.client.batch_execute(&sql))
-            .await
-    })?
-    .map_err(|fault| {
         let remedy = format!("let a superuser run CREATE ROLE for {reader:?}, and run `init` again");
-        anyhow::anyhow!("user {reader:?} not created: {}", fault.with_grant(&remedy))
-    })?;
+        let granted = session.batch("granting SELECT", &sql).await;
+        Ok(granted.map_err(|fault| fault.with_grant(&remedy))?)
+    })
+    .with_context(|| format!("user {reader:?} not created"))?;
     log::info!("user {reader:?} may read the state; if it has no password, set one with ALTER ROLE");
     Ok(())
 }
 
-/// Removes the tables and views that `init` created, and with `topic` the topics.
-///
-/// # Errors
-/// [`WrongInput`] without `yes`; a server cannot be reached or refuses.
+/// Removes the tables and views that `init` created, and with `topic` the topics. Without `yes`, it is [`WrongInput`].
 pub fn drop(config: &InitConfig, topic: bool, yes: bool) -> anyhow::Result<()> {
     if !yes {
         let table = config.database.table.quoted("");
@@ -137,7 +118,7 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-fn make_topics(config: &InitConfig, options: &Options<'_>) -> anyhow::Result<()> {
+fn make_topics(config: &InitConfig, options: &cli::Init) -> anyhow::Result<()> {
     let runtime = postgres::runtime()?;
     let mut waiting = Outage::default();
     let existing = all_topics(config, &mut waiting)?;
@@ -233,7 +214,7 @@ fn report_existing(
     admin: &AdminClient<Listener>,
     metadata: &Metadata,
     topic: &str,
-    options: &Options<'_>,
+    options: &cli::Init,
 ) {
     let Some(found) = find_topic(metadata, topic) else {
         return;
@@ -398,8 +379,8 @@ async fn make_tables_once(config: &DatabaseConfig) -> Result<(), Fault> {
 }
 
 fn drop_tables(config: &DatabaseConfig) -> anyhow::Result<()> {
-    let (dropped, left) = postgres::once(config, async |session| migrate::drop_ours(session).await)?
-        .map_err(|fault| anyhow::anyhow!("nothing dropped: {fault}"))?;
+    let (dropped, left) = postgres::once(config, async |session| Ok(migrate::drop_ours(session).await?))
+        .context("nothing dropped")?;
     for name in &dropped {
         log::info!("{name} dropped");
     }

@@ -1,21 +1,19 @@
 //! What `demo` and `status --watch` draw on a terminal or print elsewhere, and the log lines that are held back meanwhile.
 
-use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex};
 
-use anstream::{AutoStream, ColorChoice};
 use terminal_size::{Height, Width, terminal_size};
 
 use crate::lock::lock;
-use crate::terminal::{fit, plain};
+use crate::terminal::plain_lines;
 
 /// The size if there is no terminal, or if it does not report its size. Lines in a file may be long.
 const DEFAULT_WIDTH: usize = 160;
 const DEFAULT_HEIGHT: usize = 50;
 
-/// The most log lines that are kept for the end.
-const MAX_NOTICES: usize = 100;
+/// How many log lines are kept for the end: about a hundred.
+const MAX_NOTICES_BYTES: usize = 16 * 1024;
 
 /// Whether a picture can replace the one before it: on a terminal that knows more than lines of text.
 pub fn can_redraw(stream: &impl IsTerminal) -> bool {
@@ -38,11 +36,6 @@ impl Screen {
 
     pub(super) fn is_terminal(&self) -> bool {
         self.is_terminal
-    }
-
-    /// As NO_COLOR, TERM and `--color` say.
-    pub(super) fn is_coloured(&self) -> bool {
-        AutoStream::choice(&io::stdout()) != ColorChoice::Never
     }
 
     pub(super) fn width(&self) -> usize {
@@ -88,55 +81,41 @@ impl Screen {
     }
 }
 
-/// The log lines of the agents. On a terminal they would disturb the live table, so only the newest is shown below it, and the
-/// last ones are printed at the end.
-#[derive(Clone, Default)]
-pub(super) struct Notices(Arc<Mutex<Kept>>);
-
-#[derive(Default)]
-struct Kept {
-    lines: VecDeque<String>,
-    /// The number of all lines, including those no longer kept.
-    count: usize,
-    unfinished: Vec<u8>,
+/// The lines that fit in `height`, the last one with the number of the others.
+pub(super) fn first_lines(mut lines: Vec<String>, height: usize) -> Vec<String> {
+    if lines.len() > height {
+        let shown = height.saturating_sub(1);
+        let more = lines.len() - shown;
+        lines.truncate(shown);
+        lines.push(format!("… {more} more lines"));
+    }
+    lines
 }
 
+/// The last log lines of the agents. On a terminal they would disturb the live table, so only the newest is shown below it, and
+/// all of them are printed at the end.
+#[derive(Clone, Default)]
+pub(super) struct Notices(Arc<Mutex<String>>);
+
 impl Notices {
-    /// The newest line, in at most `width` characters.
-    pub(super) fn newest(&self, width: usize) -> Option<String> {
-        self.kept().lines.back().map(|line| fit(line, width))
+    pub(super) fn newest(&self) -> Option<String> {
+        self.text().lines().next_back().map(str::to_owned)
     }
 
-    /// All lines that are kept, and the number of earlier ones.
-    pub(super) fn all(&self) -> (Vec<String>, usize) {
-        let kept = self.kept();
-        (
-            kept.lines.iter().cloned().collect(),
-            kept.count - kept.lines.len(),
-        )
-    }
-
-    fn kept(&self) -> std::sync::MutexGuard<'_, Kept> {
-        lock(&self.0)
+    pub(super) fn text(&self) -> String {
+        lock(&self.0).clone()
     }
 }
 
 impl Write for Notices {
+    /// The logger writes whole lines.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut kept = self.kept();
-        for byte in bytes {
-            if *byte != b'\n' {
-                kept.unfinished.push(*byte);
-                continue;
-            }
-            let line = std::mem::take(&mut kept.unfinished);
-            // A line may quote an address with escapes, which must not reach the terminal.
-            let line = plain(&String::from_utf8_lossy(&line));
-            if kept.lines.len() == MAX_NOTICES {
-                kept.lines.pop_front();
-            }
-            kept.lines.push_back(line);
-            kept.count += 1;
+        let mut text = lock(&self.0);
+        // A line may quote an address with escapes, which must not reach the terminal.
+        text.push_str(&plain_lines(&String::from_utf8_lossy(bytes)));
+        while text.len() > MAX_NOTICES_BYTES {
+            let first = text.find('\n').map_or(text.len(), |end| end + 1);
+            text.drain(..first);
         }
         Ok(bytes.len())
     }
@@ -151,16 +130,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn notices_are_whole_lines_without_control_characters_and_bounded() {
+    fn a_picture_is_not_higher_than_the_terminal() {
+        let lines = |height| first_lines(["a", "b", "c"].map(str::to_owned).to_vec(), height);
+        assert_eq!(lines(3), ["a", "b", "c"]);
+        assert_eq!(lines(2), ["a", "… 2 more lines"]);
+        assert_eq!(lines(1), ["… 3 more lines"]);
+    }
+
+    #[test]
+    fn the_last_notices_are_kept_without_control_characters() {
         let mut notices = Notices::default();
-        write!(notices, "one \x1b[31mred\npart").unwrap();
-        assert_eq!(notices.newest(80).as_deref(), Some("one  [31mred"));
-        assert_eq!(notices.newest(4).as_deref(), Some("one…"));
-        for number in 0..MAX_NOTICES {
-            writeln!(notices, "{number}").unwrap();
+        assert_eq!(notices.newest(), None);
+        writeln!(notices, "one \x1b[31mred").unwrap();
+        assert_eq!(notices.newest().as_deref(), Some("one  [31mred"));
+        for number in 0..MAX_NOTICES_BYTES {
+            writeln!(notices, "line {number}").unwrap();
         }
-        let (lines, more) = notices.all();
-        assert_eq!((lines.len(), more), (MAX_NOTICES, 1));
-        assert_eq!(lines[0], "part0");
+        let text = notices.text();
+        assert!(
+            text.len() <= MAX_NOTICES_BYTES && text.starts_with("line "),
+            "{text}"
+        );
     }
 }

@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use crate::config::ConsumeConfig;
 use crate::consume::state;
 use crate::kafka::{BatchHead, batch_head};
-use crate::postgres::{self, Bounds, Fault, Session};
+use crate::postgres::{self, Fault, Session};
 use crate::tables::names::Object;
 
 /// The argument of `skip`: `TOPIC/PARTITION` or `TOPIC/PARTITION:OFFSET`.
@@ -50,18 +50,15 @@ impl FromStr for Argument {
 /// Moves the position past the batch that holds the offset; without an offset, only reads the header of the next batch.
 /// Returns the result as text for a person.
 pub fn run(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
-    let runtime = postgres::runtime()?;
-    let said = runtime.block_on(skip(config, argument));
-    // Does not wait for a name lookup that may still run on a thread of the runtime.
-    runtime.shutdown_background();
-    said
+    postgres::once(&config.database, async |session| {
+        skip(session, config, argument).await
+    })
 }
 
-async fn skip(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
-    let session = Session::open(&config.database, Bounds::default()).await?;
+async fn skip(session: &Session, config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<String> {
     let Argument { topic, partition, .. } = argument;
     let name = format!("{topic}/{partition}");
-    let Some(position) = position(&session, config, argument).await? else {
+    let Some(position) = position(session, config, argument).await? else {
         bail!(
             "group {} has no position of {name} in {}; `host-metrics consume` creates it when it first reads that partition",
             config.group_id,
@@ -69,37 +66,31 @@ async fn skip(config: &ConsumeConfig, argument: &Argument) -> anyhow::Result<Str
         );
     };
     let offset = argument.offset.unwrap_or(position);
-    let head = || batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"));
-    if offset < position {
-        // The state has its own position, which may still be before the batch.
-        let next = head().map_or(offset, |head| head.last_offset.saturating_add(1));
-        if pass_state(&session, config, argument, offset, offset, next).await? {
-            return Ok(format!("The position of the state of {name} is now {next}\n"));
-        }
-        bail!("the position of {name} is {position}, which is already past offset {offset}");
-    }
-    let head = head()?;
-    let said = if argument.offset.is_none() {
-        format!(
+    let head = batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"))?;
+    if argument.offset.is_none() {
+        return Ok(format!(
             "The position of {name} is {position}. The batch there: {head}. To skip it: host-metrics skip {name}:{position}\n"
-        )
-    } else {
-        if !pass(&session, config, argument, position, &head).await? {
-            bail!(
-                "nothing was changed, because the position of {name} has just moved on from {position}; run `skip` again"
-            );
-        }
-        let (first, last) = (head.first_offset, head.last_offset);
-        pass_state(&session, config, argument, first, last, last.saturating_add(1)).await?;
-        format!(
-            "The position of {name} is now {}. Offsets {position} to {} are recorded in {} as not read\n",
-            head.last_offset.saturating_add(1),
+        ));
+    }
+    // The state has its own position, which may still be before a batch that the rows are past.
+    let from = (offset >= position).then_some(position);
+    let moved = pass(session, config, argument, from, &head).await?;
+    let next = head.last_offset.saturating_add(1);
+    if moved.contains(&config.group_id) {
+        Ok(format!(
+            "The position of {name} is now {next}. Offsets {position} to {} are recorded in {} as not read\n",
             head.last_offset,
             config.database.table.quoted(Object::Rejected.suffix())
+        ))
+    } else if !moved.is_empty() {
+        Ok(format!("The position of the state of {name} is now {next}\n"))
+    } else if offset < position {
+        bail!("the position of {name} is {position}, which is already past offset {offset}")
+    } else {
+        bail!(
+            "nothing was changed, because the position of {name} has just moved on from {position}; run `skip` again"
         )
-    };
-    session.close().await;
-    Ok(said)
+    }
 }
 
 async fn position(
@@ -112,79 +103,46 @@ async fn position(
         "SELECT next_offset FROM {offsets} WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3"
     );
     let params: [&(dyn ToSql + Sync); 3] = [&config.group_id, &argument.topic, &argument.partition];
-    session
-        .bounded("reading the position", async {
-            let row = session.client.query_opt(&sql, &params).await?;
-            row.map(|row| row.try_get(0)).transpose()
-        })
-        .await
+    let rows = session.query("reading the position", &sql, &params).await?;
+    Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
 }
 
-/// Moves the position and records the skipped offsets in one statement. False if the position is no longer the expected one.
+/// Moves the position of the rows, if it is `from`, and that of the state, if it is within the batch, to the end of the batch. The
+/// same statement records the offsets that the rows skip. Returns the groups whose position was moved.
 async fn pass(
     session: &Session,
     config: &ConsumeConfig,
     argument: &Argument,
-    position: i64,
+    from: Option<i64>,
     head: &BatchHead,
-) -> Result<bool, Fault> {
-    let table = &session.table;
-    let (offsets, rejected) = (
-        table.quoted(Object::Offsets.suffix()),
-        table.quoted(Object::Rejected.suffix()),
-    );
+) -> Result<Vec<String>, Fault> {
+    let [offsets, rejected] =
+        [Object::Offsets, Object::Rejected].map(|object| session.table.quoted(object.suffix()));
     let sql = format!(
-        "WITH moved AS (UPDATE {offsets} SET next_offset = $5 WHERE group_id = $1 AND topic = $2 \
-         AND \"partition\" = $3 AND next_offset = $4 RETURNING 1) \
-         INSERT INTO {rejected} (group_id, kafka_topic, kafka_partition, kafka_offset, reason) \
-         SELECT $1, $2, $3, $4, $6 FROM moved"
+        "WITH moved AS (UPDATE {offsets} SET next_offset = $7 WHERE topic = $3 AND \"partition\" = $4 \
+             AND (group_id = $1 AND next_offset = $5 OR group_id = $2 AND next_offset >= $6 AND next_offset < $7) \
+             RETURNING group_id), \
+         noted AS (INSERT INTO {rejected} (group_id, kafka_topic, kafka_partition, kafka_offset, reason) \
+             SELECT $1, $3, $4, $5, $8 FROM moved WHERE group_id = $1) \
+         SELECT group_id FROM moved"
     );
-    let next = head.last_offset.saturating_add(1);
     let reason = format!(
-        "offsets {position} to {} were not read, because `host-metrics skip` skipped the batch ({head})",
+        "offsets {} to {} were not read, because `host-metrics skip` skipped the batch ({head})",
+        from.unwrap_or_default(),
         head.last_offset
     );
-    let params: [&(dyn ToSql + Sync); 6] = [
+    let params: [&(dyn ToSql + Sync); 8] = [
         &config.group_id,
+        &state::config_of(config).group_id,
         &argument.topic,
         &argument.partition,
-        &position,
-        &next,
+        &from,
+        &head.first_offset,
+        &head.last_offset.saturating_add(1),
         &reason,
     ];
-    let noted = session
-        .bounded("moving the position", session.client.execute(&sql, &params))
-        .await?;
-    Ok(noted == 1)
-}
-
-/// Moves the state's position to `next` if it is from `first` to `last`. False if it is not.
-async fn pass_state(
-    session: &Session,
-    config: &ConsumeConfig,
-    argument: &Argument,
-    first: i64,
-    last: i64,
-    next: i64,
-) -> Result<bool, Fault> {
-    let offsets = session.table.quoted(Object::Offsets.suffix());
-    let sql = format!(
-        "UPDATE {offsets} SET next_offset = $6 WHERE group_id = $1 AND topic = $2 AND \"partition\" = $3 \
-         AND next_offset BETWEEN $4 AND $5 AND next_offset < $6"
-    );
-    let group_id = state::config_of(config).group_id;
-    let params: [&(dyn ToSql + Sync); 6] = [
-        &group_id,
-        &argument.topic,
-        &argument.partition,
-        &first,
-        &last,
-        &next,
-    ];
-    let moved = session
-        .bounded("moving the position", session.client.execute(&sql, &params))
-        .await?;
-    Ok(moved == 1)
+    let moved = session.query("moving the position", &sql, &params).await?;
+    Ok(moved.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaResult;
 use rdkafka::{Message, Offset, TopicPartitionList};
 
+use crate::cli;
 use crate::clock::{instant_now, wall_micros};
 use crate::config::TailConfig;
 use crate::duration::micros;
@@ -32,32 +33,10 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// How long a signal or a closed pipe may go unnoticed.
 const POLL_FOR: Duration = Duration::from_millis(100);
 
-/// What to print, and how.
-#[derive(Debug, Default)]
-pub struct Options {
-    /// Begin with the records that Kafka received this long ago, instead of with the next ones.
-    pub since: Option<Duration>,
-    /// Only these hosts, by address or name; empty: all.
-    pub hosts: Vec<String>,
-    /// Only failed checks.
-    pub failed: bool,
-    /// Print each record's JSON.
-    pub json: bool,
-}
-
-impl Options {
-    fn wants(&self, sample: &Sample<'_>) -> bool {
-        let is_failed = || matches!(kind(sample), Kind::Failed);
-        let is_named =
-            |host: &String| *host == sample.address || Some(host.as_str()) == sample.name.as_deref();
-        (self.hosts.is_empty() || self.hosts.iter().any(is_named)) && (!self.failed || is_failed())
-    }
-}
-
 /// Prints records until a signal arrives or the reader of `out` closes it. An absence of Kafka is waited out.
 pub fn run(
     config: &TailConfig,
-    options: &Options,
+    options: &cli::Tail,
     shutdown: &Shutdown,
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
@@ -96,7 +75,7 @@ impl<'a> Tail<'a> {
         })
     }
 
-    fn print(mut self, options: &Options, shutdown: &Shutdown, out: &mut impl Write) -> io::Result<()> {
+    fn print(mut self, options: &cli::Tail, shutdown: &Shutdown, out: &mut impl Write) -> io::Result<()> {
         let mut out = io::BufWriter::new(out);
         let mut next_look = instant_now();
         let mut is_first_look = true;
@@ -182,10 +161,10 @@ impl<'a> Tail<'a> {
 }
 
 /// The line for a message; `None` if the options do not ask for it, or it is a claim of a group of producers.
-fn line(message: &impl Message, options: &Options) -> Option<String> {
+fn line(message: &impl Message, options: &cli::Tail) -> Option<String> {
     let value = message.payload().unwrap_or_default();
     match sample::decode(value) {
-        Ok(sample) if !options.wants(&sample) => None,
+        Ok(sample) if !wants(options, &sample) => None,
         Ok(_) if options.json => Some(terminal::plain_json(&String::from_utf8_lossy(value)) + "\n"),
         Ok(sample) => Some(text(&sample, message.timestamp().to_millis())),
         Err(_) if Claim::decode(value).is_some() => None,
@@ -198,6 +177,13 @@ fn line(message: &impl Message, options: &Options) -> Option<String> {
             None
         }
     }
+}
+
+/// Whether the options ask for this record.
+fn wants(options: &cli::Tail, sample: &Sample<'_>) -> bool {
+    let is_named = |host: &String| *host == sample.address || Some(host.as_str()) == sample.name.as_deref();
+    (options.hosts.is_empty() || options.hosts.iter().any(is_named))
+        && (!options.failed || kind(sample) == Kind::Failed)
 }
 
 /// A record as a line for people: time, outcome, status, latency, place, address, error.
@@ -290,7 +276,7 @@ mod tests {
     #[test]
     fn a_record_is_a_line_with_time_outcome_status_latency_place_address_and_error() {
         let lines =
-            [OK, REFUSED, MISSED, ORIGINAL].map(|value| plain(line(&message(value), &Options::default())));
+            [OK, REFUSED, MISSED, ORIGINAL].map(|value| plain(line(&message(value), &cli::Tail::default())));
         assert_eq!(
             lines,
             [
@@ -305,31 +291,31 @@ mod tests {
     #[test]
     fn an_agent_that_was_offline_has_checked_nothing() {
         let value = REFUSED.replace("connect_refused", "agent_offline");
-        let options = Options {
+        let options = cli::Tail {
             failed: true,
-            ..Options::default()
+            ..cli::Tail::default()
         };
         assert_eq!(line(&message(&value), &options), None);
     }
 
     #[test]
     fn only_failed_checks_and_only_some_hosts_are_printed_on_request() {
-        let lines = |options: &Options| {
+        let lines = |options: &cli::Tail| {
             [OK, REFUSED, MISSED, ORIGINAL].map(|value| line(&message(value), options).is_some())
         };
-        let failed = Options {
+        let failed = cli::Tail {
             failed: true,
-            ..Options::default()
+            ..cli::Tail::default()
         };
         assert_eq!(lines(&failed), [false, true, false, true]);
-        let hosts = Options {
+        let hosts = cli::Tail {
             hosts: vec!["http://b.example/".to_owned(), "c.example".to_owned()],
-            ..Options::default()
+            ..cli::Tail::default()
         };
         assert_eq!(lines(&hosts), [false, true, true, true]);
-        let named = Options {
+        let named = cli::Tail {
             hosts: vec!["Shop".to_owned()],
-            ..Options::default()
+            ..cli::Tail::default()
         };
         let value = r#"{"address": "a", "is_valid": true, "name": "Shop"}"#;
         assert!(line(&message(value), &named).is_some());
@@ -337,9 +323,9 @@ mod tests {
 
     #[test]
     fn json_is_the_records_own_value_without_hidden_characters() {
-        let options = Options {
+        let options = cli::Tail {
             json: true,
-            ..Options::default()
+            ..cli::Tail::default()
         };
         let value = "{\"address\":\"a\u{202e}\",\"is_valid\":true}";
         let printed = line(&message(value), &options).unwrap();
@@ -350,7 +336,7 @@ mod tests {
     fn claims_and_values_that_are_not_records_are_not_printed() {
         let claim = String::from_utf8(Claim::new("eu", "eu", 3).encode()).unwrap();
         for value in [claim.as_str(), "", "{}", "nonsense"] {
-            assert_eq!(line(&message(value), &Options::default()), None, "{value}");
+            assert_eq!(line(&message(value), &cli::Tail::default()), None, "{value}");
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Pure.
 
 use maud::html;
-use serde::Serialize;
+use serde_json::json;
 
 use crate::page::snapshot::State;
 use crate::page::view::Shown;
@@ -60,26 +60,15 @@ fn text_width(text: &str) -> usize {
     text.chars().map(width).sum::<usize>().max(1)
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Endpoint<'a> {
-    schema_version: u8,
-    label: &'a str,
-    message: &'a str,
-    color: &'a str,
-    is_error: bool,
-}
-
 /// <https://shields.io/badges/endpoint-badge>
 pub fn json(shown: &Shown<'_>) -> String {
-    let endpoint = Endpoint {
-        schema_version: 1,
-        label: &shown.name,
-        message: &message(shown),
-        color: color(shown.state),
-        is_error: shown.state == State::Down,
-    };
-    crate::page::json::text(&endpoint)
+    crate::page::json::text(&json!({
+        "schemaVersion": 1,
+        "label": shown.name,
+        "message": message(shown),
+        "color": color(shown.state),
+        "isError": shown.state == State::Down,
+    }))
 }
 
 /// The icon of the page, for the tab of a browser.

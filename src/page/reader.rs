@@ -72,14 +72,11 @@ impl Reader {
 
     async fn read_from(&mut self, session: &Session) -> Result<Snapshot, Fault> {
         const BEGIN: &str = "BEGIN TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY";
-        let client = &session.client;
         let query = async |sql: &str, parameters: &[&(dyn ToSql + Sync)]| {
-            session
-                .bounded("reading the state", client.query(sql, parameters))
-                .await
+            session.query("reading the state", sql, parameters).await
         };
-        session.bounded("BEGIN", client.batch_execute(BEGIN)).await?;
-        let series = query(&series(&session.table), &[]).await?;
+        session.batch("BEGIN", BEGIN).await?;
+        let series = query(&series(&session.table, ""), &[]).await?;
         let windows = query(
             &windows::counts(&session.table, &WINDOWS.map(|(name, _)| name)),
             &[],
@@ -104,7 +101,10 @@ impl Reader {
                 this - (again - 1) * width
             };
             let seconds = i32::try_from(width / SECOND).unwrap_or_default();
-            for row in query(&buckets_sql(&session.table, seconds), &[&(from / SECOND)]).await? {
+            let since = format!(
+                "seconds = {seconds} AND starts_at >= to_timestamp($1::bigint) AND starts_at <= now()"
+            );
+            for row in query(&buckets(&session.table, &since), &[&(from / SECOND)]).await? {
                 let bucket = bucket(&row)?;
                 kept.entry(row.try_get("address")?)
                     .or_default()
@@ -118,12 +118,13 @@ impl Reader {
         const AGAIN: i64 = 15 * 60;
         let since = if is_whole { 0 } else { now / SECOND - AGAIN };
         let limit = i64::try_from(MAX_INCIDENTS).unwrap_or(i64::MAX) + 1;
-        for row in query(&incidents(&session.table), &[&since, &limit]).await? {
+        let changed = "ended_at IS NULL OR ended_at >= to_timestamp($1::bigint)";
+        for row in query(&incidents(&session.table, changed), &[&since, &limit]).await? {
             let incident = incident(&row)?;
             self.incidents
                 .insert((incident.address.clone(), incident.number), incident);
         }
-        session.bounded("COMMIT", client.batch_execute("COMMIT")).await?;
+        session.batch("COMMIT", "COMMIT").await?;
         self.snapshot(now, &series, &windows)
     }
 
@@ -172,7 +173,8 @@ fn micros(column: &str) -> String {
     format!("(extract(epoch FROM {column}) * 1000000)::bigint AS {column}")
 }
 
-fn series(table: &TableName) -> String {
+/// The hosts as their places see them. Of each host, the place that was seen last comes last.
+pub(crate) fn series(table: &TableName, condition: &str) -> String {
     let times = [
         "since",
         "last_check_at",
@@ -183,7 +185,7 @@ fn series(table: &TableName) -> String {
     .map(micros);
     format!(
         "SELECT address, agent, name, \"group\", interval_seconds, is_valid, outcome, error, verdict, {} \
-         FROM {} ORDER BY address, last_seen_at NULLS FIRST, agent",
+         FROM {} {condition} ORDER BY address, last_seen_at NULLS FIRST, agent",
         times.join(", "),
         table.quoted(Object::Series.suffix())
     )
@@ -193,26 +195,25 @@ const COUNTS: &str = "coalesce(sum(valid), 0)::bigint AS valid, coalesce(sum(fai
                       (coalesce(sum(missed), 0) + coalesce(sum(offline), 0))::bigint AS not_made, \
                       coalesce(sum(slow), 0)::bigint AS slow";
 
-/// Of each host the buckets of a width from a time on ($1, in seconds), over all places.
-fn buckets_sql(table: &TableName, seconds: i32) -> String {
+/// The buckets of each host, over all places.
+pub(crate) fn buckets(table: &TableName, condition: &str) -> String {
     format!(
         "SELECT address, {}, {COUNTS}, sum(histogram) AS histogram, sum(dns_10us)::bigint AS dns, \
              sum(connect_10us)::bigint AS connect, sum(tls_10us)::bigint AS tls, sum(ttfb_10us)::bigint AS ttfb, \
              sum(body_10us)::bigint AS body \
          FROM {} JOIN {} USING (series_id) \
-         WHERE seconds = {seconds} AND starts_at >= to_timestamp($1::bigint) AND starts_at <= now() \
-         GROUP BY address, starts_at",
+         WHERE {condition} GROUP BY address, starts_at",
         micros("starts_at").replace(" AS starts_at", " AS at"),
         table.quoted(Object::Rollups.suffix()),
         table.quoted(Object::Series.suffix())
     )
 }
 
-/// The newest incidents that are open or have ended after a time ($1, in seconds); at most $2.
-fn incidents(table: &TableName) -> String {
+/// The newest incidents; at most $2.
+pub(crate) fn incidents(table: &TableName, condition: &str) -> String {
     format!(
         "SELECT address, number, {}, {}, checks, most_frequent_outcome, places::text AS places, last_error \
-         FROM {} i WHERE ended_at IS NULL OR ended_at >= to_timestamp($1::bigint) ORDER BY i.started_at DESC LIMIT $2",
+         FROM {} i WHERE {condition} ORDER BY i.started_at DESC LIMIT $2",
         micros("started_at"),
         micros("ended_at"),
         table.quoted(Object::Incidents.suffix())
@@ -220,7 +221,7 @@ fn incidents(table: &TableName) -> String {
 }
 
 /// Adds a row of `_series` to its host.
-fn place(row: &Row, host: &mut Host) -> Result<(), Fault> {
+pub(crate) fn place(row: &Row, host: &mut Host) -> Result<(), Fault> {
     let verdict: Option<String> = row.try_get("verdict")?;
     host.is_down = verdict.map(|verdict| verdict == "down");
     host.since = row.try_get("verdict_since")?;
@@ -251,7 +252,7 @@ fn counts(row: &Row) -> Result<Counts, Fault> {
     })
 }
 
-fn bucket(row: &Row) -> Result<Bucket, Fault> {
+pub(crate) fn bucket(row: &Row) -> Result<Bucket, Fault> {
     let histogram: Option<Histogram> = row.try_get("histogram")?;
     let mut phases = [0; 5];
     for (sum, name) in phases.iter_mut().zip(["dns", "connect", "tls", "ttfb", "body"]) {
@@ -261,7 +262,7 @@ fn bucket(row: &Row) -> Result<Bucket, Fault> {
     Ok(Bucket::new(row.try_get("at")?, counts(row)?, &histogram, phases))
 }
 
-fn incident(row: &Row) -> Result<Incident, Fault> {
+pub(crate) fn incident(row: &Row) -> Result<Incident, Fault> {
     let places: String = row.try_get("places")?;
     Ok(Incident {
         address: row.try_get("address")?,

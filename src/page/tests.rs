@@ -210,7 +210,7 @@ fn the_page_of_a_host_has_its_figures_and_its_incidents() {
             "in 62 d.",
             "of 43,180 checks, 21 not made</span><span>up 99.90 % of the time</span>",
             "connection refused by 10.0.0.7:8080",
-            "The connection was refused (connection); 12 checks failed, seen from fra.",
+            "The connection was refused; 12 checks failed, seen from fra.",
             "still down",
         ],
     );

@@ -4,7 +4,7 @@
 //! Pure. Texts from elsewhere (names, errors, agents) are shortened and lose their hidden characters here; the templates escape
 //! them. If addresses are hidden, they are removed here from names, errors and file names.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
@@ -129,14 +129,10 @@ impl<'a> View<'a> {
 
     /// The same by month, the newest first: the key of the month, and its incidents.
     pub fn months(&self) -> Vec<(String, Vec<(&Shown<'a>, &'a Incident)>)> {
-        let mut months: BTreeMap<String, Vec<_>> = BTreeMap::new();
-        for (shown, incident) in self.incidents() {
-            months
-                .entry(words::month_key(incident.started_at))
-                .or_default()
-                .push((shown, incident));
-        }
-        months.into_iter().rev().collect()
+        let incidents: Vec<_> = self.incidents().collect();
+        let month = |(_, incident): &(&Shown<'a>, &Incident)| words::month_key(incident.started_at);
+        let months = incidents.chunk_by(|a, b| month(a) == month(b));
+        months.map(|same| (month(&same[0]), same.to_vec())).collect()
     }
 
     /// An error as it is shown.
@@ -210,21 +206,21 @@ impl<'a> View<'a> {
         if self.hosts.len() < 2 {
             return Vec::new();
         }
+        let is_any_down = self.hosts.iter().any(|shown| shown.state == State::Down);
         let mut sentences = Vec::new();
-        let mut add = |state, what: &str| {
+        for (state, what) in [
+            (State::Partly, "down from some places"),
+            (State::Slow, "slow"),
+            (State::NotChecked, "not being checked"),
+        ] {
             let names = self.named(state);
-            if !names.is_empty() && names.len() < self.hosts.len()
-                || state != State::NotChecked && !names.is_empty()
-            {
-                let sites = if names.len() == 1 { "site is" } else { "sites are" };
-                let (count, names) = (names.len(), words::list(&names, NAMED));
-                sentences.push(format!("{count} {sites} {what}: {names}."));
+            // Unless a site is down, the first sentence already names those that are not checked.
+            if names.is_empty() || state == State::NotChecked && !is_any_down {
+                continue;
             }
-        };
-        add(State::Partly, "down from some places");
-        add(State::Slow, "slow");
-        if self.hosts.iter().any(|shown| shown.state == State::Down) {
-            add(State::NotChecked, "not being checked");
+            let sites = if names.len() == 1 { "site is" } else { "sites are" };
+            let (count, names) = (names.len(), words::list(&names, NAMED));
+            sentences.push(format!("{count} {sites} {what}: {names}."));
         }
         sentences
     }

@@ -151,17 +151,6 @@ pub fn state(state: State) -> &'static str {
     }
 }
 
-/// The class of a state in the style sheet.
-pub fn class(state: State) -> &'static str {
-    match state {
-        State::Up => "up",
-        State::Slow => "slow",
-        State::Partly => "partly",
-        State::Down => "down",
-        State::NotChecked => "none",
-    }
-}
-
 /// The outcomes in words.
 const OUTCOMES: [(&str, &str); 26] = [
     ("ok", "Answered as expected"),
@@ -217,23 +206,6 @@ pub fn in_a_sentence(words: &str) -> String {
     }
 }
 
-/// The phase in which an outcome arises.
-pub fn phase(outcome: &str) -> Option<&'static str> {
-    Some(match outcome {
-        "bad_status" | "response_timeout" | "connection_closed" | "protocol_error" | "too_many_redirects" => {
-            "response"
-        }
-        "regex_mismatch" | "json_mismatch" | "body_too_large" | "body_timeout" => "body",
-        "dns_not_found" | "dns_error" | "dns_timeout" => "name lookup",
-        "connect_refused" | "connect_unreachable" | "connect_timeout" | "connect_error" | "proxy_error" => {
-            "connection"
-        }
-        "tls_cert_expired" | "tls_cert_expiring" | "tls_cert_name" | "tls_cert_untrusted" | "tls_error"
-        | "tls_timeout" => "TLS",
-        _ => return None,
-    })
-}
-
 /// The name of a place.
 pub fn place(agent: &str) -> String {
     match crate::terminal::cut(&crate::terminal::plain(agent), 60) {
@@ -282,8 +254,6 @@ mod tests {
             assert!(OUTCOMES.iter().any(|(known, _)| *known == word), "{word}");
         }
         assert_eq!(outcome("quantum_flip\u{7}"), "quantum flip ");
-        assert_eq!(phase("tls_error"), Some("TLS"));
-        assert_eq!(phase("quantum_flip"), None);
         let cased = ["No answer", "A name", "TLS failed", ""].map(in_a_sentence);
         assert_eq!(cased, ["no answer", "a name", "TLS failed", ""]);
     }

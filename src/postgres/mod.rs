@@ -21,7 +21,8 @@ use tokio::task::JoinHandle;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
-use tokio_postgres::{Client, NoTls, SimpleQueryMessage, SimpleQueryRow, Socket};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls, Row, SimpleQueryMessage, SimpleQueryRow, Socket};
 
 pub use self::fault::{Fault, Kind};
 use self::fault::{NO_SESSION, chain};
@@ -91,8 +92,8 @@ pub fn runtime() -> std::io::Result<Runtime> {
 /// Does the work in a session of its own; an open transaction ends with it.
 pub(crate) fn once<T>(
     config: &DatabaseConfig,
-    work: impl AsyncFnOnce(&Session) -> Result<T, Fault>,
-) -> std::io::Result<Result<T, Fault>> {
+    work: impl AsyncFnOnce(&Session) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let runtime = runtime()?;
     let done = runtime.block_on(async {
         let session = Session::open(config, Bounds::default()).await?;
@@ -100,8 +101,9 @@ pub(crate) fn once<T>(
         session.close().await;
         done
     });
+    // Does not wait for a name lookup that may still run on a thread of the runtime.
     runtime.shutdown_background();
-    Ok(done)
+    done
 }
 
 /// A server process. The start time distinguishes it from a later process with the same number.
@@ -167,12 +169,40 @@ impl Session {
         bounded(what, self.bounds.step, future).await
     }
 
+    /// The rows of a query, for which at most one step is waited, as in the next three functions.
+    pub async fn query(
+        &self,
+        what: &str,
+        sql: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>, Fault> {
+        self.bounded(what, self.client.query(sql, params)).await
+    }
+
+    /// The row of a query that always has one.
+    pub async fn query_one(
+        &self,
+        what: &str,
+        sql: &str,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Row, Fault> {
+        self.bounded(what, self.client.query_one(sql, params)).await
+    }
+
+    /// Returns how many rows the statement wrote.
+    pub async fn execute(&self, what: &str, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Fault> {
+        self.bounded(what, self.client.execute(sql, params)).await
+    }
+
+    /// Runs statements that return nothing.
+    pub async fn batch(&self, what: &str, sql: &str) -> Result<(), Fault> {
+        self.bounded(what, self.client.batch_execute(sql)).await
+    }
+
     /// The database's clock: the start of the transaction in microseconds since 1970.
     pub async fn now_micros(&self) -> Result<i64, Fault> {
         let sql = "SELECT (extract(epoch FROM now()) * 1000000)::bigint";
-        let row = self
-            .bounded("asking the time", self.client.query_one(sql, &[]))
-            .await?;
+        let row = self.query_one("asking the time", sql, &[]).await?;
         Ok(row.try_get(0)?)
     }
 

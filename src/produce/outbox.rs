@@ -69,8 +69,8 @@ struct Account {
     moments: VecDeque<(i64, i64)>,
 }
 
-/// A slow check holds the ledger at its tick, and the moments after it accumulate. Above this number, every second one is
-/// dropped.
+/// A slow check holds the ledger at its tick, and the moments after it accumulate. Above this number, none is added until the ledger
+/// has passed one of them. The ledger is true all the same, but the next owner reads more of the partition.
 const MOST_MOMENTS: usize = 64;
 
 impl<R> Default for Outbox<R> {
@@ -294,7 +294,10 @@ impl Account {
     fn bring_forward(&mut self, open_since: i64, now: i64) -> Ledger {
         // Records of later ticks may lie before the end: an earlier owner whose clock was ahead has written them, or a share is
         // given back at the tick of a slow check. Then the offset after which all later ticks lie is not known.
-        if now > self.last_tick && self.moments.back().is_none_or(|(at, _)| *at < now) {
+        if self.moments.len() < MOST_MOMENTS
+            && now > self.last_tick
+            && self.moments.back().is_none_or(|(at, _)| *at < now)
+        {
             self.moments.push_back((now, self.end));
         }
         self.ledger.whole_before = self.ledger.whole_before.max(open_since.min(now));
@@ -303,13 +306,6 @@ impl Account {
         while is_past(self.moments.get(1)) {
             self.moments.pop_front();
             self.ledger.epoch_at_from = self.ledger.epoch;
-        }
-        if self.moments.len() > MOST_MOMENTS {
-            let mut nth = 0;
-            self.moments.retain(|_| {
-                nth += 1;
-                nth % 2 == 1
-            });
         }
         if let Some((_, from)) = self.moments.front() {
             self.ledger.from = *from;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
-use super::publisher::{END_WITHIN, Unacknowledged};
+use super::publisher::END_WITHIN;
 use super::timer::{LOOK_FOR_ROOM_EVERY, TimerLoop};
 use crate::clock::instant_now;
 use crate::duration::micros;
@@ -77,10 +77,7 @@ impl TimerLoop<'_> {
 
     pub(super) fn end(mut self, deliver_within: Duration) -> anyhow::Result<()> {
         let deadline = instant_now() + deliver_within;
-        let mut left = match self.publisher.stop(deadline) {
-            Ok(()) => Unacknowledged::default(),
-            Err(left) => left,
-        };
+        let mut left = self.publisher.stop(deadline);
         for (address, ticks) in self.schedule.left() {
             *left.per_address.entry(address.to_owned()).or_insert(0) += ticks;
         }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
+use serde::{Serialize, Serializer};
+
 /// A point in time in microseconds since the Unix epoch (UTC), which RFC 3339 text and `timestamptz` can both hold exactly.
 ///
 /// It is written as in RFC 3339, with six digits and `Z`. It can be read with any offset and up to nine digits, which are
@@ -71,6 +73,12 @@ impl Timestamp {
 impl fmt::Display for Timestamp {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&String::from_utf8_lossy(&self.text()))
+    }
+}
+
+impl Serialize for Timestamp {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

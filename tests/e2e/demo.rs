@@ -17,22 +17,20 @@ fn the_demo_ends_by_itself_and_its_ledger_balances() {
     assert!(text.contains("It balances"), "{text}");
     assert!(!text.contains('\x1b'), "no terminal, no escapes: {text}");
     assert!(text.contains("psql "), "{text}");
-    // The outcome that each page of the sample site demonstrates.
-    for (page, outcome) in [
-        ("/up ", " ok"),
-        ("/failing ", " bad_status"),
-        ("/wrong-body ", " regex_mismatch"),
-        ("/hanging ", " response_timeout"),
-        ("/cut ", " connection_closed"),
-        ("/expired ", " tls_cert_expired"),
-        ("/refused ", " connect_refused"),
+    // What each page of the sample site demonstrates: the host's name, its state, and its last error.
+    for (name, state, outcome) in [
+        ("Plain", " up ", ""),
+        ("Wrong status", " DOWN ", ", bad_status"),
+        ("Wrong text", " DOWN ", ", regex_mismatch"),
+        ("Hanging", " DOWN ", ", response_timeout"),
+        ("Cut off", " DOWN ", ", connection_closed"),
+        ("Expired certificate", " DOWN ", ", tls_cert_expired"),
+        ("Refused", " DOWN ", ", connect_refused"),
     ] {
-        let line = text
-            .lines()
-            .find(|line| line.starts_with("http") && line.contains(page));
+        let line = text.lines().rfind(|line| line.starts_with(&format!("{name}  ")));
         assert!(
-            line.is_some_and(|line| line.contains(outcome)),
-            "{page}{outcome}: {text}"
+            line.is_some_and(|line| line.contains(state) && line.contains(outcome)),
+            "{name}{state}{outcome}: {text}"
         );
     }
     // The counts are not zero.

@@ -177,7 +177,7 @@ fn objects_that_others_planted_are_neither_used_nor_called() {
         group_id: "g".into(),
         is_state_on: true,
     });
-    assert!(!report.unwrap().is_stale());
+    assert!(!report.unwrap().stale);
     for view in ["latest", "uptime", "latency", "incidents", "certificates"] {
         db.count(&format!("host_metrics_{view}"));
     }

@@ -475,7 +475,7 @@ fn validate_prints_the_hosts_and_the_forecast() {
         format!("{before}{after}"),
         "EVERY  TIMEOUT  HOST\n\
          5m     10s      https://google.com\n\
-         10s    9500ms   https://shop.example/  valid status 200-299,301, body matches Add to basket\n\
+         10s    9500ms   https://shop.example/  status=200-299,301 Add to basket\n\
          \n\
          hosts        2\n\
          checks/s     0.10\n\

@@ -18,7 +18,7 @@ use host_metrics::produce::schedule::{BacklogItem, Limits, Next, Rounds, Schedul
 use host_metrics::produce::share::events::{Action, CommitOutcome, Event, Range, StoredLedger};
 use host_metrics::produce::share::ledger::Ledger;
 use host_metrics::produce::share::shares::Shares;
-use host_metrics::produce::share::tail::{Entry, Tail, Takeover};
+use host_metrics::produce::share::tail::{Tail, Takeover};
 use host_metrics::produce::share::{Share, partition_of};
 use host_metrics::sample::epoch::{Epoch, Epochs};
 
@@ -568,7 +568,8 @@ impl World {
             let now = world.now + producer.skew;
             let asleep = world.now - std::mem::replace(&mut producer.ran_at, world.now);
             if asleep > 5 * SECOND {
-                producer.shares.handle(now, Event::Suspended);
+                let all = producer.shares.all();
+                producer.shares.handle(now, Event::InDoubt(all));
             }
             // Its threads run in any order, each often or rarely.
             for _ in 0..4 {
@@ -806,28 +807,21 @@ impl World {
         }
         let from = usize::try_from(range.from).unwrap().min(to);
         for record in &log[from..to] {
-            tail.read(match record {
-                Record::Claim(epoch) => Entry::Claim {
-                    place: PLACE,
-                    epoch: *epoch,
-                },
+            match record {
+                Record::Claim(epoch) => tail.read_claim(PLACE, *epoch),
                 Record::Result {
                     address, tick, epoch, ..
-                } => Entry::Result {
-                    place: PLACE,
-                    epoch: Some(*epoch),
+                } => tail.read_result(
+                    PLACE,
+                    Some(*epoch),
                     address,
-                    scheduled_at_micros: *tick,
-                    interval_micros: Some(self.interval_of(address)),
-                },
-                Record::Once { address, tick } => Entry::Result {
-                    place: PLACE,
-                    epoch: None,
-                    address,
-                    scheduled_at_micros: *tick,
-                    interval_micros: Some(self.interval_of(address)),
-                },
-            });
+                    *tick,
+                    Some(self.interval_of(address)),
+                ),
+                Record::Once { address, tick } => {
+                    tail.read_result(PLACE, None, address, *tick, Some(self.interval_of(address)));
+                }
+            }
         }
         tail
     }

@@ -12,7 +12,7 @@ use host_metrics::produce::share::Share;
 use host_metrics::produce::share::events::{Action, CommitOutcome, Event, StoredLedger};
 use host_metrics::produce::share::ledger::Ledger;
 use host_metrics::produce::share::shares::Shares;
-use host_metrics::produce::share::tail::{Entry, Tail};
+use host_metrics::produce::share::tail::Tail;
 use host_metrics::sample::epoch::{Epoch, Epochs};
 
 const PLACE: &str = "eu";
@@ -370,19 +370,12 @@ impl World {
                 let mut tail = Tail::new(PLACE, range.epoch_at_from);
                 let (from, to) = (range.from as usize, (range.to as usize).min(self.log.len()));
                 for record in &self.log[from.min(to)..to] {
-                    tail.read(match record {
-                        Record::Claim(epoch) => Entry::Claim {
-                            place: PLACE,
-                            epoch: *epoch,
-                        },
-                        Record::Tick(tick, epoch) => Entry::Result {
-                            place: PLACE,
-                            epoch: Some(*epoch),
-                            address: HOST,
-                            scheduled_at_micros: *tick,
-                            interval_micros: None,
-                        },
-                    });
+                    match record {
+                        Record::Claim(epoch) => tail.read_claim(PLACE, *epoch),
+                        Record::Tick(tick, epoch) => {
+                            tail.read_result(PLACE, Some(*epoch), HOST, *tick, None);
+                        }
+                    }
                 }
                 Event::TailRead {
                     share: range.share,

@@ -82,7 +82,7 @@ impl Database {
             .map(|error| format!("{}: {error}", error.instance_path()))
             .collect();
         assert!(errors.is_empty(), "{errors:#?}\n{document:#}");
-        assert_eq!(document["stale"], report.is_stale());
+        assert_eq!(document["stale"], report.stale);
         document
     }
 }
@@ -166,7 +166,8 @@ fn the_exit_status_tells_whether_the_data_is_current() {
     let (status, text) = run(&[]);
     assert_eq!(status, Some(1));
     assert!(
-        text.contains("The table has no row of any host.") && text.contains("STALE: the table has no row."),
+        text.contains("The table has no row of any host.")
+            && text.contains("STALE: the table has no row of the last seven days."),
         "{text}"
     );
     database.checks("a", 60, 3, &[]);
@@ -217,7 +218,10 @@ fn no_row_and_old_rows_are_stale() {
     let document = database.status(&[]);
     assert_eq!(
         (&document["stale"], &document["pipeline"]["stale_because"]),
-        (&json!(true), &json!("the table has no row"))
+        (
+            &json!(true),
+            &json!("the table has no row of the last seven days")
+        )
     );
     database.checks("a", 10, 5, &[]);
     assert_eq!(database.status(&[])["stale"], false);
@@ -415,9 +419,9 @@ fn an_absent_kafka_is_reported_within_seconds_beside_the_state() {
 fn one_host_and_the_incidents_are_read_from_the_state() {
     let mut database = Database::with_tables();
     database.execute(
-        "INSERT INTO host_metrics_series (series_id, address, agent, name, \"group\", is_valid, since, last_seen_at, outcome, error, verdict, verdict_since)
+        "INSERT INTO host_metrics_series (series_id, address, agent, name, \"group\", is_valid, since, last_seen_at, last_check_at, outcome, error, verdict, verdict_since)
          SELECT n, CASE WHEN n < 3 THEN 'https://a.example/' ELSE 'https://b.example/' END, 'place-' || n, 'Shop ' || n / 3, 'Shops',
-             n <> 2, now() - interval '10 minutes', now() - interval '5 minutes', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
+             n <> 2, now() - interval '10 minutes', now() - interval '5 minutes', now() - interval '5 minutes', CASE WHEN n = 2 THEN 'bad_status' ELSE 'ok' END,
              CASE WHEN n = 2 THEN 'status 503' END, 'up', now() - interval '3 hours'
          FROM generate_series(1, 3) n;
          INSERT INTO host_metrics_rollups (series_id, starts_at, seconds, due, valid, failed, missed, outcomes, histogram)

@@ -11,7 +11,7 @@ mod ticks;
 use std::fmt::{Display, Write as _};
 use std::ops::Range;
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 
 use crate::clock::timestamp;
 use crate::commands::audit::kafka::{KafkaFindings, Missing};
@@ -48,15 +48,10 @@ struct Kind {
 /// The database cannot be asked, or the table has neither the columns of the offsets nor those of the ticks. An absent Kafka
 /// is no error.
 pub fn run(config: &AuditConfig) -> anyhow::Result<Report> {
-    let runtime = postgres::runtime()?;
-    let read = runtime.block_on(async {
-        let tables = Tables::open(&config.database, &config.group_id).await?;
-        let read = read(&tables).await;
-        tables.close().await;
-        read
-    });
-    runtime.shutdown_background();
-    let (stored, doubled) = read.map_err(|fault| anyhow!("{fault}"))?;
+    let (stored, doubled) = postgres::once(&config.database, async |session| {
+        let tables = Tables::open(session, &config.group_id).await?;
+        Ok(read(&tables).await?)
+    })?;
     if let Stored {
         offsets: Err(no_offsets),
         ticks: Err(no_ticks),
@@ -89,7 +84,7 @@ struct Doubled {
     ticks: Vec<(usize, i64, i64)>,
 }
 
-async fn read(tables: &Tables) -> Result<(Stored, Doubled), Fault> {
+async fn read(tables: &Tables<'_>) -> Result<(Stored, Doubled), Fault> {
     let stored = tables.read().await?;
     let mut doubled = Doubled::default();
     if let Ok(stored) = &stored.offsets {

@@ -10,8 +10,7 @@ use tokio_postgres::types::ToSql;
 
 use crate::commands::audit::offsets::{BLOCK, Block, Offsets, Position};
 use crate::commands::audit::ticks::{self, Doubled, Findings, Series, Ticks};
-use crate::config::DatabaseConfig;
-use crate::postgres::{Bounds, Fault, Session, bounded};
+use crate::postgres::{Fault, Session, bounded};
 use crate::tables::destination;
 use crate::tables::names::Object;
 
@@ -63,8 +62,8 @@ pub(super) struct DoubledOffset {
 }
 
 /// The connection, with a snapshot of the tables.
-pub(super) struct Tables {
-    session: Session,
+pub(super) struct Tables<'a> {
+    session: &'a Session,
     main: String,
     rejected: String,
     offsets: String,
@@ -72,12 +71,11 @@ pub(super) struct Tables {
     columns: BTreeSet<String>,
 }
 
-impl Tables {
-    /// Connects, and begins a transaction that sees rows and positions of one moment.
-    pub(super) async fn open(config: &DatabaseConfig, group_id: &str) -> Result<Self, Fault> {
-        let session = Session::open(config, Bounds::default()).await?;
+impl<'a> Tables<'a> {
+    /// Begins a transaction that sees rows and positions of one moment.
+    pub(super) async fn open(session: &'a Session, group_id: &str) -> Result<Self, Fault> {
         let main = session.table.quoted("");
-        let columns = destination::column_names(&session, &main).await?;
+        let columns = destination::column_names(session, &main).await?;
         if columns.is_empty() {
             return Err(Fault::operator(format!(
                 "table {main} does not exist: run `host-metrics init`, or check DB_TABLE"
@@ -86,9 +84,7 @@ impl Tables {
         let begin = format!(
             "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL work_mem = '{MEMORY}'; SET LOCAL jit = off"
         );
-        session
-            .bounded("BEGIN", session.client.batch_execute(&begin))
-            .await?;
+        session.batch("BEGIN", &begin).await?;
         Ok(Self {
             rejected: session.table.quoted(Object::Rejected.suffix()),
             offsets: session.table.quoted(Object::Offsets.suffix()),
@@ -97,10 +93,6 @@ impl Tables {
             group_id: group_id.to_owned(),
             columns,
         })
-    }
-
-    pub(super) async fn close(self) {
-        self.session.close().await;
     }
 
     /// Reads everything. These are the largest queries of the command.

@@ -6,7 +6,6 @@ mod timeline;
 
 use std::fmt::Display;
 use std::io;
-use std::time::Duration;
 
 use anstyle::{AnsiColor, Style};
 use anyhow::Context;
@@ -15,6 +14,7 @@ use crate::check::details::{Certificate, Details, Exchange};
 use crate::check::http::Checks;
 use crate::check::observation::{Stamp, stamp};
 use crate::check::target::Target;
+use crate::cli;
 use crate::clock::{instant_now, timestamp, wall_micros};
 use crate::config::CheckConfig;
 use crate::sample::{self, Outcome, Sample};
@@ -26,26 +26,14 @@ const NAMES_SHOWN: usize = 10;
 
 const CANNOT_PRINT: &str = "cannot write to standard output";
 
-/// How many checks to make, and how.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    pub repeat: u32,
-    /// From the start of one check to the start of the next.
-    pub every: Duration,
-    /// Print each record's JSON.
-    pub json: bool,
-    /// Show all headers of the response.
-    pub headers: bool,
-    /// The width of the terminal, if there is one.
-    pub columns: Option<usize>,
-}
-
-/// Checks the target with the same code as `produce`, and hands each text to `print`. True if every check was valid. A
+/// Checks the target with the same code as `produce`, and hands each text to `print`. `columns` is the width of the terminal, if
+/// there is one. True if every check was valid. A
 /// shutdown, or a closed pipe, ends it between two checks.
 pub fn run(
     config: &CheckConfig,
     target: &Target,
-    options: Options,
+    options: &cli::Check,
+    columns: Option<usize>,
     shutdown: &Shutdown,
     mut print: impl FnMut(&str) -> io::Result<()>,
 ) -> anyhow::Result<bool> {
@@ -53,7 +41,7 @@ pub fn run(
     let mut results = Results::default();
     let first = instant_now();
     for number in 0..options.repeat {
-        // A check that takes longer than the interval delays the next one.
+        // From the start of one check to the start of the next. A check that takes longer than the interval delays the next one.
         let due = first + options.every.saturating_mul(number);
         if number > 0 && matches!(shutdown.wait_until(due), Wake::Stop) {
             break;
@@ -75,7 +63,7 @@ pub fn run(
         results.add(&sample);
         let printed = print(&match (options.json, is_report) {
             (true, _) => json(&sample),
-            (_, true) => report(&sample, target, &details, options),
+            (_, true) => report(&sample, target, &details, columns, options.headers),
             (..) => line(number + 1, &sample),
         });
         match printed {
@@ -99,8 +87,13 @@ fn json(sample: &Sample<'_>) -> String {
 }
 
 /// The check as text for people: a line for each value that is known, the phases drawn to scale, and advice after a failure.
-fn report(sample: &Sample<'_>, target: &Target, details: &Details, options: Options) -> String {
-    let columns = options.columns;
+fn report(
+    sample: &Sample<'_>,
+    target: &Target,
+    details: &Details,
+    columns: Option<usize>,
+    headers: bool,
+) -> String {
     let mut lines = Lines {
         text: String::new(),
         columns,
@@ -134,10 +127,7 @@ fn report(sample: &Sample<'_>, target: &Target, details: &Details, options: Opti
     );
     lines.add("body", body(sample, details));
     add_regex(&mut lines, sample, target, details);
-    let head = details
-        .head
-        .lines()
-        .filter(|line| options.headers && !line.is_empty());
+    let head = details.head.lines().filter(|line| headers && !line.is_empty());
     for (number, line) in head.enumerate() {
         let label = if number == 0 { "headers" } else { "" };
         lines.add(label, Some(terminal::plain(line)));
@@ -285,15 +275,9 @@ fn certificate(sample: &Sample<'_>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::Duration;
 
-    const OPTIONS: Options = Options {
-        repeat: 1,
-        every: Duration::ZERO,
-        json: false,
-        headers: false,
-        columns: None,
-    };
+    use super::*;
 
     fn target() -> Target {
         Target::new(
@@ -373,12 +357,8 @@ mod tests {
             body: "<html>\nService Unavailable".into(),
             took: Duration::from_millis(124),
         };
-        let options = Options {
-            headers: true,
-            ..OPTIONS
-        };
         assert_eq!(
-            plain(&report(&known, &target(), &details, options)),
+            plain(&report(&known, &target(), &details, None, true)),
             "address      example.com\n\
              valid        no\n\
              outcome      bad_status\n\
@@ -416,7 +396,7 @@ mod tests {
     #[test]
     fn values_that_are_not_known_have_no_line() {
         assert_eq!(
-            plain(&report(&sample(), &target(), &Details::default(), OPTIONS)),
+            plain(&report(&sample(), &target(), &Details::default(), None, false)),
             "address      example.com\nvalid        no\n"
         );
     }
@@ -429,7 +409,7 @@ mod tests {
             ..sample()
         };
         assert!(
-            report(&expired, &target(), &Details::default(), OPTIONS)
+            report(&expired, &target(), &Details::default(), None, false)
                 .ends_with("certificate  expired 2026-01-01 23:59 UTC\n")
         );
     }

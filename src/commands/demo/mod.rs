@@ -4,13 +4,12 @@
 //! its own thread. Kafka is librdkafka's in-process broker, and Postgres is a temporary cluster.
 
 pub mod postgres;
-mod rows;
 pub mod site;
-mod table;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,24 +22,21 @@ use rdkafka::mocking::MockCluster;
 use rdkafka::producer::DefaultProducerContext;
 
 use self::postgres::ThrowAwayPostgres;
-use self::rows::{Counted, Rows};
 use self::site::SampleSite;
-use self::table::Totals;
 use crate::check::target::Target;
 use crate::clock::instant_now;
-use crate::commands::audit;
 use crate::commands::page::Page;
-use crate::commands::screen::{Notices, Screen};
+use crate::commands::screen::{Notices, Screen, first_lines};
+use crate::commands::{audit, status};
 use crate::config::{
-    self, AuditConfig, CheckConfig, ConsumeConfig, GroupConfig, KafkaConfig, PageConfig, ProduceConfig,
-    References, Variables,
+    self, CheckConfig, ConsumeConfig, DatabaseConfig, ProduceConfig, StatusConfig, Variables,
 };
-use crate::page::view::Options as PageOptions;
 use crate::produce::counters::Counters;
 use crate::produce::hosts::Sources;
 use crate::produce::{Rounds, host_file};
 use crate::shutdown::{Shutdown, Wake};
-use crate::terminal::fit;
+use crate::tables::names::Object;
+use crate::terminal::{self, fit};
 use crate::thread::start_thread;
 use crate::{consume, logging, produce};
 
@@ -101,30 +97,29 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
             (hosts.targets, Some(sample_file.as_path()))
         }
     };
-    let addresses: Vec<String> = targets.iter().map(|target| target.address.clone()).collect();
-    let (produce, consume) = configure(&kafka.bootstrap_servers(), &postgres, &password, check, &targets)?;
-    let mut rows = Rows::connect(&consume.database).context("cannot connect to Postgres")?;
-    let page = Page::start(page_config(&consume)).context("cannot serve the status page")?;
-    screen.print(&introduction(
-        &kafka.bootstrap_servers(),
-        &postgres,
-        &page,
-        host_file,
-    ))?;
+    let hosts = targets.len();
+    let servers = kafka.bootstrap_servers();
+    let variables = variables(&servers, &postgres, &password);
+    let (produce, consume) = configure(&variables, check, &targets)?;
+    let (audit, mut status) = (config::audit(&variables)?, config::status(&variables)?);
+    // The demo shows no lag.
+    status.kafka = None;
+    let page = Page::start(config::page(&variables)?).context("cannot serve the status page")?;
+    screen.print(&introduction(&servers, &postgres, &page, host_file))?;
     let mut page = AgentThread::start("page", shutdown, move |stop| page.run(stop))?;
     let pipeline = Pipeline::start(produce, consume, targets, host_file, shutdown)?;
 
     let mut view = View {
         screen,
-        rows: &mut rows,
-        addresses,
+        status,
+        hosts,
         notices,
         start: instant_now(),
     };
     view.watch(how_long, shutdown, &pipeline.produce.stop)?;
     view.screen
         .print("\nStopping: the running checks end, then all their results are sent and stored ...")?;
-    let (audit, (ledger, ended)) = (pipeline.audit(), pipeline.stop(view.rows)?);
+    let (ledger, ended) = pipeline.stop()?;
     view.finish(&ledger)?;
     ended.and(page.end())?;
     if ledger.acknowledged == 0 {
@@ -164,65 +159,48 @@ fn random_password() -> anyhow::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The configurations of the agents, read from variables as usual.
-fn configure(
-    bootstrap_servers: &str,
-    postgres: &ThrowAwayPostgres,
-    password: &str,
-    check: CheckConfig,
-    targets: &[Target],
-) -> anyhow::Result<(ProduceConfig, ConsumeConfig)> {
-    let mut topics = vec![TOPIC];
-    topics.extend(targets.iter().filter_map(|target| target.topic.as_deref()));
-    topics.sort_unstable();
-    topics.dedup();
-    let (topics, port) = (topics.join(","), postgres.port().to_string());
-    let consume = config::consume(&Variables::from_pairs([
+/// The variables of the agents.
+fn variables(bootstrap_servers: &str, postgres: &ThrowAwayPostgres, password: &str) -> Variables {
+    let is_free = TcpListener::bind("127.0.0.1:9480").is_ok();
+    Variables::from_pairs([
         ("KAFKA_BOOTSTRAP_SERVERS", bootstrap_servers),
-        ("KAFKA_TOPIC", &topics),
+        ("KAFKA_TOPIC", TOPIC),
+        ("PRODUCE_GROUP", "host-metrics-produce"),
         ("DB_HOST", postgres.host()),
-        ("DB_PORT", &port),
+        ("DB_PORT", &postgres.port().to_string()),
         ("DB_USER", postgres.superuser()),
         ("DB_PASSWORD", password),
         ("DB_NAME", postgres.database()),
         ("DB_SSLMODE", "disable"),
         // The default of 1 s would make the live table lag.
         ("DB_BATCH_SECONDS", "0.2"),
-    ]))?;
-    let kafka: KafkaConfig = consume.kafka.clone();
-    let produce = ProduceConfig {
-        kafka,
-        topic: TOPIC.to_owned(),
-        failures_topic: None,
-        group: Some(GroupConfig {
-            name: "host-metrics-produce".to_owned(),
-            instance_id: None,
-        }),
-        check,
-        references: References::Gateways,
-        metrics_addr: None,
-    };
-    Ok((produce, consume))
+        // If the usual port is taken, any free one.
+        (
+            "PAGE_ADDR",
+            if is_free { "127.0.0.1:9480" } else { "127.0.0.1:0" },
+        ),
+        ("PAGE_TITLE", "host-metrics demo"),
+        // The user's own hosts may have no names.
+        ("PAGE_SHOW_ADDRESSES", "yes"),
+    ])
 }
 
-/// The user's own hosts may have no names, so the page shows addresses.
-fn page_config(consume: &ConsumeConfig) -> PageConfig {
-    let usual = SocketAddr::from(([127, 0, 0, 1], 9_480));
-    let is_free = TcpListener::bind(usual).is_ok();
-    PageConfig {
-        database: consume.database.clone(),
-        // Otherwise any free port.
-        addr: if is_free {
-            usual
-        } else {
-            SocketAddr::from(([127, 0, 0, 1], 0))
-        },
-        options: PageOptions {
-            title: "host-metrics demo".to_owned(),
-            shows_addresses: true,
-        },
-        logins: Vec::new(),
-    }
+fn configure(
+    variables: &Variables,
+    check: CheckConfig,
+    targets: &[Target],
+) -> anyhow::Result<(ProduceConfig, ConsumeConfig)> {
+    let topics = targets.iter().filter_map(|target| target.topic.as_deref());
+    let topics: BTreeSet<&str> = topics.chain([TOPIC]).collect();
+    let produce = ProduceConfig {
+        check,
+        ..config::produce(variables)?
+    };
+    let consume = ConsumeConfig {
+        topics: topics.into_iter().map(str::to_owned).collect(),
+        ..config::consume(variables)?
+    };
+    Ok((produce, consume))
 }
 
 fn introduction(
@@ -249,15 +227,16 @@ fn introduction(
 }
 
 /// The display of the running pipeline.
-struct View<'a> {
+struct View {
     screen: Screen,
-    rows: &'a mut Rows,
-    addresses: Vec<String>,
+    status: StatusConfig,
+    /// How many are checked.
+    hosts: usize,
     notices: Notices,
     start: Instant,
 }
 
-impl View<'_> {
+impl View {
     /// Shows the contents of the table until the time is over or a stop is requested.
     fn watch(
         &mut self,
@@ -289,66 +268,57 @@ impl View<'_> {
     }
 
     fn show(&mut self) -> anyhow::Result<()> {
-        let totals = self.totals()?;
-        let summary = table::summary(totals, self.start.elapsed());
+        let (summary, mut table) = self.look()?;
         if !self.screen.is_terminal() {
             return Ok(self.screen.print(&summary)?);
         }
-        let width = self.screen.width();
-        let mut picture = vec![fit(&summary, width), String::new()];
-        if totals.rows > 0 {
-            picture.extend(self.table()?);
-        } else {
-            let waiting = "(both agents are joining their groups, which takes 3 s; then the checks begin)";
-            picture.push(fit(waiting, width));
+        if table.is_empty() {
+            table.push(
+                "(both agents are joining their groups, which takes 3 s; then the checks begin)".to_owned(),
+            );
         }
-        if let Some(notice) = self.notices.newest(width) {
+        // The summary, a notice, and the empty lines before and after the table.
+        const OTHER_LINES: usize = 4;
+        let mut picture = vec![summary, String::new()];
+        picture.extend(first_lines(
+            table,
+            self.screen.height().saturating_sub(OTHER_LINES),
+        ));
+        if let Some(notice) = self.notices.newest() {
             picture.extend([String::new(), notice]);
         }
+        let width = self.screen.width();
+        let picture: Vec<String> = picture.iter().map(|line| fit(line, width)).collect();
         Ok(self.screen.draw(&picture)?)
     }
 
-    fn totals(&mut self) -> anyhow::Result<Totals> {
-        let hosts = self.addresses.len();
-        if self.rows.tables_exist()? {
-            return Ok(self.rows.totals(hosts)?);
+    /// The totals as a line, and the table of `status` once there are rows.
+    fn look(&self) -> anyhow::Result<(String, Vec<String>)> {
+        let rows = counted(&self.status.database)?.rows;
+        let (mut up, mut down, mut table) = (0, 0, Vec::new());
+        if rows > 0 {
+            let report = status::run(&self.status)?;
+            (up, down) = report.up_and_down();
+            table = status::hosts(&report, self.screen.is_terminal().then(|| self.screen.width()));
         }
-        Ok(Totals {
-            hosts,
-            ..Totals::default()
-        })
-    }
-
-    /// The rows of the hosts that fit on the screen.
-    fn table(&mut self) -> anyhow::Result<Vec<String>> {
-        // The summary, the heading, empty lines, "more", a notice, and the line of the cursor.
-        const OTHER_LINES: usize = 7;
-        let fitting = self.screen.height().saturating_sub(OTHER_LINES).max(1);
-        let shown: Vec<&str> = self.addresses.iter().take(fitting).map(String::as_str).collect();
-        let hosts = self.rows.hosts(&shown)?;
-        let mut lines = table::lines(&hosts, self.screen.width(), self.screen.is_coloured());
-        if shown.len() < self.addresses.len() {
-            let more = format!("... and {} more", self.addresses.len() - shown.len());
-            lines.push(fit(&more, self.screen.width()));
-        }
-        Ok(lines)
+        let seconds = self.start.elapsed().as_secs();
+        let summary = format!(
+            "{:02}:{:02}  {}: {up} up, {down} down; {rows} rows in Postgres",
+            seconds / 60,
+            seconds % 60,
+            terminal::counted(self.hosts, "host")
+        );
+        Ok((summary, table))
     }
 
     fn finish(&mut self, ledger: &Ledger) -> anyhow::Result<()> {
-        let totals = self.totals()?;
-        if !self.screen.is_terminal() && totals.rows > 0 {
-            let summary = table::summary(totals, self.start.elapsed());
-            let table = self.table()?.join("\n");
-            self.screen.print(&format!("\n{summary}\n\n{table}"))?;
+        if !self.screen.is_terminal() {
+            let (summary, table) = self.look()?;
+            self.screen
+                .print(&format!("\n{summary}\n\n{}", table.join("\n")))?;
         }
         // The log lines that were held back while the table was shown.
-        let (lines, more) = self.notices.all();
-        if more > 0 {
-            writeln!(io::stderr(), "... {more} earlier lines are not shown")?;
-        }
-        for line in lines {
-            writeln!(io::stderr(), "{line}")?;
-        }
+        write!(io::stderr(), "{}", self.notices.text())?;
         Ok(self.screen.print(&format!("\n{}", ledger.text()))?)
     }
 }
@@ -357,7 +327,7 @@ impl View<'_> {
 struct Pipeline {
     produce: AgentThread,
     consume: AgentThread,
-    consume_config: ConsumeConfig,
+    database: DatabaseConfig,
     counters: Arc<Counters>,
 }
 
@@ -369,8 +339,8 @@ impl Pipeline {
         host_file: Option<&Path>,
         demo: &Shutdown,
     ) -> anyhow::Result<Self> {
-        let config = consume_config.clone();
-        let consume = AgentThread::start("consume", demo, move |stop| consume::run(&config, stop))?;
+        let database = consume_config.database.clone();
+        let consume = AgentThread::start("consume", demo, move |stop| consume::run(&consume_config, stop))?;
         let counters = Arc::new(Counters::default());
         let (host_file, counted) = (host_file.map(Path::to_owned), Arc::clone(&counters));
         let produce = AgentThread::start("produce", demo, move |stop| {
@@ -380,27 +350,16 @@ impl Pipeline {
         Ok(Self {
             produce,
             consume,
-            consume_config,
+            database,
             counters,
         })
     }
 
-    /// The configuration of `audit` for what `consume` stores.
-    fn audit(&self) -> AuditConfig {
-        let consume = &self.consume_config;
-        AuditConfig {
-            kafka: Some(consume.kafka.clone()),
-            group_id: consume.group_id.clone(),
-            database: consume.database.clone(),
-            retention: consume.retention,
-        }
-    }
-
     /// Stops the agents cleanly, `produce` first. Returns the ledger of the run, and the error of an agent that failed.
-    fn stop(mut self, rows: &mut Rows) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
+    fn stop(mut self) -> anyhow::Result<(Ledger, anyhow::Result<()>)> {
         let produced = self.produce.end();
         let acknowledged = self.counters.delivered();
-        let counted = self.wait_for_rows(rows, acknowledged)?;
+        let counted = self.wait_for_rows(acknowledged)?;
         let consumed = self.consume.end();
         let ledger = Ledger {
             due: self.counters.ticks_due.load(Ordering::Relaxed),
@@ -411,17 +370,13 @@ impl Pipeline {
     }
 
     /// Waits until the table has all records that Kafka acknowledged, but not longer than [`CATCH_UP_WITHIN`]. Returns the counts.
-    fn wait_for_rows(&self, rows: &mut Rows, acknowledged: u64) -> anyhow::Result<Counted> {
+    fn wait_for_rows(&self, acknowledged: u64) -> anyhow::Result<Counted> {
         let deadline = instant_now() + CATCH_UP_WITHIN;
         // A new handle, because a stop may have been requested on the program's own, which then no longer waits.
         let pause = Shutdown::new();
         loop {
             let is_over = self.consume.has_ended() || instant_now() >= deadline;
-            let counted = if rows.tables_exist()? {
-                rows.counted()?
-            } else {
-                Counted::default()
-            };
+            let counted = counted(&self.database)?;
             let stored = u64::try_from(counted.rows + counted.rejected).unwrap_or_default();
             if stored >= acknowledged || is_over {
                 return Ok(counted);
@@ -429,6 +384,35 @@ impl Pipeline {
             pause.wait_until(instant_now() + Duration::from_millis(50));
         }
     }
+}
+
+/// The counts of the tables, for the summary and the ledger.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counted {
+    rows: i64,
+    rejected: i64,
+}
+
+fn counted(database: &DatabaseConfig) -> anyhow::Result<Counted> {
+    crate::postgres::once(database, async |session| {
+        // `consume` creates this one last, and may not have done it yet.
+        let last = session.table.quoted(Object::Certificates.suffix());
+        let sql = "SELECT WHERE to_regclass($1) IS NOT NULL";
+        let found = session.query("looking for the tables", sql, &[&last]).await?;
+        if found.is_empty() {
+            return Ok(Counted::default());
+        }
+        let sql = format!(
+            "SELECT (SELECT count(*) FROM {}), (SELECT count(*) FROM {})",
+            session.table.quoted(""),
+            session.table.quoted(Object::Rejected.suffix())
+        );
+        let row = session.query_one("counting the rows", &sql, &[]).await?;
+        Ok(Counted {
+            rows: row.try_get(0)?,
+            rejected: row.try_get(1)?,
+        })
+    })
 }
 
 /// An agent on its own thread. Dropping it stops the agent.

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -54,8 +54,6 @@ rm -rf -- "$2"
 /// Settings of a temporary server. The default suits a quick trial.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// The directory of `initdb`, `pg_ctl` and `postgres`. `None`: find it.
-    pub programs: Option<PathBuf>,
     /// The superuser's password. `None`: every user of this machine may connect as superuser and can then run programs as the
     /// server's user, which is acceptable only for tests.
     pub password: Option<String>,
@@ -88,7 +86,7 @@ impl ThrowAwayPostgres {
     /// Postgres is not installed (the text names the places searched and how to install it), or it did not start (the text
     /// has the end of its log).
     pub fn start_with(settings: &Settings) -> anyhow::Result<Self> {
-        let programs = Programs::find(settings.programs.as_deref())?;
+        let programs = Programs::find()?;
         let (directory, account) = make_directory()?;
         let guard = match start_guard(&programs, &directory, account) {
             Ok(guard) => guard,
@@ -169,15 +167,6 @@ impl ThrowAwayPostgres {
 
     /// The command for a person to open the database in psql.
     pub fn psql_command(&self) -> String {
-        let on_path = Command::new("psql")
-            .arg("--version")
-            .output()
-            .is_ok_and(|output| output.status.success());
-        let psql = if on_path {
-            PathBuf::from("psql")
-        } else {
-            self.program("psql")
-        };
         let (host, port) = (self.host(), self.port);
         let password = self
             .password
@@ -186,7 +175,7 @@ impl ThrowAwayPostgres {
             .unwrap_or_default();
         format!(
             "{} postgresql://{SUPERUSER}{password}@{host}:{port}/{DATABASE}",
-            psql.display()
+            self.program("psql").display()
         )
     }
 
@@ -314,26 +303,15 @@ fn port_is_taken(port: u16) -> bool {
 struct Programs(Option<PathBuf>);
 
 impl Programs {
-    fn find(given: Option<&Path>) -> anyhow::Result<Self> {
-        if let Some(directory) = given {
-            let programs = Self(Some(directory.to_owned()));
-            ensure!(
-                programs.work(),
-                "no working initdb and pg_ctl in {}",
-                directory.display()
-            );
-            return Ok(programs);
-        }
-        let candidates = std::iter::once(Self(None)).chain(
+    fn find() -> anyhow::Result<Self> {
+        let mut candidates = std::iter::once(Self(None)).chain(
             PLACES
                 .iter()
                 .flat_map(|(parent, prefix, bin)| newest_first(Path::new(parent), prefix, bin))
                 .map(|directory| Self(Some(directory))),
         );
-        for programs in candidates {
-            if programs.work() {
-                return Ok(programs);
-            }
+        if let Some(programs) = candidates.find(Self::work) {
+            return Ok(programs);
         }
         let places: Vec<String> = PLACES
             .iter()
@@ -401,33 +379,27 @@ impl SystemUser {
 
 /// Creates a directory for the server. Returns it with the account that owns it, if that is not this process's own.
 fn make_directory() -> anyhow::Result<(PathBuf, Option<SystemUser>)> {
-    let make_in = |parent: &Path| {
-        tempfile::Builder::new()
-            .prefix("host-metrics-postgres-")
-            .tempdir_in(parent)
-            .with_context(|| format!("cannot create a directory in {}", parent.display()))
-    };
     let temporary = std::env::temp_dir();
-    let mut directory = make_in(&temporary)?;
-    let is_root = directory
-        .path()
-        .metadata()
-        .context("cannot read the new directory")?
-        .uid()
-        == 0;
+    let is_root = rustix::process::geteuid().is_root();
+    let parent = match is_root {
+        false => temporary,
+        true => [temporary.as_path(), Path::new("/tmp"), Path::new("/var/tmp")]
+            .into_iter()
+            .find(|path| others_may_enter(path))
+            .with_context(|| {
+                let place = temporary.display();
+                format!(
+                    "Postgres refuses to run as root, and no other user can enter {place}, /tmp or /var/tmp"
+                )
+            })?
+            .to_owned(),
+    };
+    let directory = tempfile::Builder::new()
+        .prefix("host-metrics-postgres-")
+        .tempdir_in(&parent)
+        .with_context(|| format!("cannot create a directory in {}", parent.display()))?;
     if !is_root {
         return Ok((directory.keep(), None));
-    }
-    if !others_may_enter(&temporary) {
-        let mut open_to_others = ["/tmp", "/var/tmp"]
-            .map(Path::new)
-            .into_iter()
-            .filter(|path| others_may_enter(path));
-        let parent = open_to_others.next().with_context(|| {
-            let place = temporary.display();
-            format!("Postgres refuses to run as root, and no other user can enter {place}, /tmp or /var/tmp")
-        })?;
-        directory = make_in(parent)?;
     }
     let passwd = fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")?;
     let account = SystemUser::nobody(&passwd)
@@ -538,15 +510,5 @@ mod tests {
         let names = ["postgresql@17/bin", "postgresql@16/bin", "postgresql@9/bin"];
         assert_eq!(found, names.map(|name| parent.path().join(name)));
         assert!(newest_first(Path::new("/no/such/place"), "", "bin").is_empty());
-    }
-
-    #[test]
-    fn a_directory_without_the_programs_is_named_in_the_error() {
-        let settings = Settings {
-            programs: Some("/no/such/place".into()),
-            ..Settings::default()
-        };
-        let error = ThrowAwayPostgres::start_with(&settings).unwrap_err();
-        assert!(error.to_string().contains("/no/such/place"), "{error}");
     }
 }

@@ -1,14 +1,16 @@
-//! What `--host` and `--incidents` show: one host's places, last day and outcomes, and the newest incidents. From the state only.
+//! What `--host` and `--incidents` show: one host's places, last day and outcomes, and the newest incidents. From the state only,
+//! with the queries of the status page.
 
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use crate::commands::status::rows::{SETTINGS, micros, no_state, time};
+use crate::clock::timestamp;
+use crate::commands::status::rows::{SETTINGS, no_state};
+use crate::page::reader;
+use crate::page::snapshot::{Host, Incident, SECOND};
 use crate::postgres::{Fault, Session};
-use crate::sample::Timestamp;
-use crate::tables::buckets::Histogram;
 use crate::tables::destination::ExistingObjects;
-use crate::tables::names::Object;
+use crate::tables::names::{Object, TableName};
 use crate::terminal::{self, NONE, columns, plain, roughly, seconds, wrap};
 
 /// How many incidents are shown below a host's other figures, and how many if only incidents are shown.
@@ -23,55 +25,13 @@ const PLOT_WIDTH: f64 = 30.0;
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct History {
-    now_micros: i64,
+    now: i64,
     /// `None`: only incidents were asked for.
     host: Option<Host>,
-    /// The newest first.
-    incidents: Vec<Incident>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Host {
-    address: String,
-    name: Option<String>,
-    verdict: Option<String>,
-    verdict_since: Option<Timestamp>,
-    places: Vec<Place>,
-    /// Those of the last 24 that have records, oldest first.
-    hours: Vec<Hour>,
     /// Of seven days, the most frequent first.
     outcomes: Vec<(String, i64)>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Place {
-    agent: String,
-    is_valid: Option<bool>,
-    since: Option<Timestamp>,
-    last_seen_at: Option<Timestamp>,
-    outcome: Option<String>,
-    error: Option<String>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Hour {
-    starts_at: Option<Timestamp>,
-    p50: Option<f64>,
-    p95: Option<f64>,
-    checks: i64,
-    failed: i64,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Incident {
-    /// Its name, or its address if it has none.
-    host: String,
-    started_at: Option<Timestamp>,
-    ended_at: Option<Timestamp>,
-    checks: i64,
-    outcome: String,
-    places: Vec<String>,
-    last_error: Option<String>,
+    /// The newest first, each with the name of its host, or its address if it has none.
+    incidents: Vec<(String, Incident)>,
 }
 
 /// Reads the state. `host` is an address or a `name=`.
@@ -82,16 +42,13 @@ pub(super) async fn read(
     only_incidents: bool,
     is_state_on: bool,
 ) -> Result<History, Fault> {
-    session
-        .bounded("session settings", session.client.batch_execute(SETTINGS))
-        .await?;
+    session.batch("session settings", SETTINGS).await?;
     if let Some(reason) = no_state(session, found, is_state_on).await? {
         return Err(Fault::operator(format!(
             "--host and --incidents read the state that `consume` keeps, but {reason}"
         )));
     }
-    let [series, rollups, incidents] = [Object::Series, Object::Rollups, Object::Incidents]
-        .map(|object| found.table.quoted(object.suffix()));
+    let series = found.table.quoted(Object::Series.suffix());
     let address = match host {
         None => None,
         Some(wanted) => Some(address_of(session, &series, wanted).await?),
@@ -102,33 +59,28 @@ pub(super) async fn read(
         INCIDENTS_OF_HOST
     };
     let sql = format!(
-        "SELECT coalesce((SELECT name FROM {series} s WHERE s.address = i.address AND name IS NOT NULL \
-                 ORDER BY last_seen_at DESC LIMIT 1), address) AS host, \
-             {} AS started, {} AS ended, checks, most_frequent_outcome, last_error, \
-             ARRAY(SELECT jsonb_array_elements_text(places)) AS places \
-         FROM {incidents} i WHERE $1::text IS NULL OR address = $1 ORDER BY started_at DESC LIMIT $2",
-        micros("started_at"),
-        micros("ended_at")
+        "SELECT i.*, coalesce((SELECT name FROM {series} s WHERE s.address = i.address AND name IS NOT NULL \
+                 ORDER BY last_seen_at DESC LIMIT 1), i.address) AS host \
+         FROM ({}) i ORDER BY started_at DESC",
+        reader::incidents(&found.table, "$1::text IS NULL OR address = $1")
     );
-    let rows = query(session, &sql, &[&address, &limit]).await?;
     let mut history = History {
-        now_micros: session.now_micros().await?,
-        host: None,
-        incidents: rows.iter().map(incident).collect::<Result<_, _>>()?,
+        now: session.now_micros().await?,
+        ..History::default()
     };
-    let Some(address) = address.filter(|_| !only_incidents) else {
-        return Ok(history);
-    };
-    let mut host = read_places(session, &series, address).await?;
-    read_buckets(session, &series, &rollups, &mut host).await?;
-    history.host = Some(host);
+    for row in query(session, &sql, &[&address, &limit]).await? {
+        history
+            .incidents
+            .push((row.try_get("host")?, reader::incident(&row)?));
+    }
+    if let Some(address) = address.filter(|_| !only_incidents) {
+        read_host(session, &found.table, address, &mut history).await?;
+    }
     Ok(history)
 }
 
 async fn query(session: &Session, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Fault> {
-    session
-        .bounded("reading the state", session.client.query(sql, parameters))
-        .await
+    session.query("reading the state", sql, parameters).await
 }
 
 async fn address_of(session: &Session, series: &str, wanted: &str) -> Result<String, Fault> {
@@ -140,75 +92,54 @@ async fn address_of(session: &Session, series: &str, wanted: &str) -> Result<Str
     one_of(wanted, addresses)
 }
 
-/// The host as its places see it.
-async fn read_places(session: &Session, series: &str, address: String) -> Result<Host, Fault> {
-    let sql = format!(
-        "SELECT name, verdict, {} AS verdict_at, agent, is_valid, {} AS valid_at, {} AS seen_at, outcome, error \
-         FROM {series} WHERE address = $1 ORDER BY last_seen_at NULLS FIRST, agent",
-        micros("verdict_since"),
-        micros("since"),
-        micros("last_seen_at")
-    );
+/// Reads the host as its places see it, the latencies of a day, and the outcomes of a week.
+async fn read_host(
+    session: &Session,
+    table: &TableName,
+    address: String,
+    history: &mut History,
+) -> Result<(), Fault> {
     let mut host = Host {
         address,
         ..Host::default()
     };
-    for row in query(session, &sql, &[&host.address]).await? {
-        host.name = row.try_get::<_, Option<_>>("name")?.or(host.name);
-        host.verdict = row.try_get("verdict")?;
-        host.verdict_since = time(&row, "verdict_at")?;
-        host.places.push(Place {
-            agent: row.try_get("agent")?,
-            is_valid: row.try_get("is_valid")?,
-            since: time(&row, "valid_at")?,
-            last_seen_at: time(&row, "seen_at")?,
-            outcome: row.try_get("outcome")?,
-            error: row.try_get("error")?,
-        });
+    for row in query(
+        session,
+        &reader::series(table, "WHERE address = $1"),
+        &[&host.address],
+    )
+    .await?
+    {
+        reader::place(&row, &mut host)?;
     }
     host.places.sort_by(|a, b| a.agent.cmp(&b.agent));
-    Ok(host)
-}
-
-/// Adds what the buckets have: the latencies of a day and the outcomes of a week.
-async fn read_buckets(session: &Session, series: &str, rollups: &str, host: &mut Host) -> Result<(), Fault> {
     // Every bucket is looked up by its key, so the time does not grow with the other hosts.
+    let series = table.quoted(Object::Series.suffix());
     let hours = |count: i32| {
         format!(
-            "{rollups} WHERE seconds = 3600 AND starts_at = ANY (ARRAY(SELECT date_bin('1 hour', now(), timestamptz \
+            "seconds = 3600 AND starts_at = ANY (ARRAY(SELECT date_bin('1 hour', now(), timestamptz \
              '2000-01-01 00:00:00+00') - interval '1 hour' * n FROM generate_series(0, {count} - 1) n)) \
              AND series_id = ANY (ARRAY(SELECT series_id FROM {series} WHERE address = $1))"
         )
     };
-    let sql = format!(
-        "SELECT {} AS starts, sum(coalesce(valid, 0) + coalesce(failed, 0))::bigint AS checks, \
-             coalesce(sum(failed), 0)::bigint AS failed, sum(histogram) AS histogram \
-         FROM {} GROUP BY starts_at ORDER BY starts_at",
-        micros("starts_at"),
-        hours(24)
-    );
-    for row in query(session, &sql, &[&host.address]).await? {
-        let histogram: Histogram = row.try_get::<_, Option<_>>("histogram")?.unwrap_or_default();
-        host.hours.push(Hour {
-            starts_at: time(&row, "starts")?,
-            p50: histogram.percentile(0.5),
-            p95: histogram.percentile(0.95),
-            checks: row.try_get("checks")?,
-            failed: row.try_get("failed")?,
-        });
+    for row in query(session, &reader::buckets(table, &hours(24)), &[&host.address]).await? {
+        host.hours.push(reader::bucket(&row)?);
     }
+    host.hours.sort_by_key(|hour| hour.starts_at);
     let sql = format!(
-        "WITH week AS (SELECT valid, missed, offline, outcomes FROM {}) \
+        "WITH week AS (SELECT valid, missed, offline, outcomes FROM {} WHERE {}) \
          SELECT outcome, sum(count)::bigint AS count FROM ( \
              SELECT 'ok' AS outcome, valid::bigint AS count FROM week UNION ALL \
              SELECT 'not checked', coalesce(missed, 0)::bigint + coalesce(offline, 0) FROM week UNION ALL \
              SELECT key, value::bigint FROM week, jsonb_each_text(outcomes) \
          ) counts GROUP BY outcome HAVING sum(count) > 0 ORDER BY 2 DESC, 1",
+        table.quoted(Object::Rollups.suffix()),
         hours(7 * 24)
     );
     for row in query(session, &sql, &[&host.address]).await? {
-        host.outcomes.push((row.try_get(0)?, row.try_get(1)?));
+        history.outcomes.push((row.try_get(0)?, row.try_get(1)?));
     }
+    history.host = Some(host);
     Ok(())
 }
 
@@ -227,24 +158,9 @@ fn one_of(wanted: &str, addresses: Vec<String>) -> Result<String, Fault> {
     }
 }
 
-fn incident(row: &Row) -> Result<Incident, Fault> {
-    Ok(Incident {
-        host: row.try_get("host")?,
-        started_at: time(row, "started")?,
-        ended_at: time(row, "ended")?,
-        checks: row.try_get("checks")?,
-        outcome: row.try_get("most_frequent_outcome")?,
-        places: row.try_get("places")?,
-        last_error: row.try_get("last_error")?,
-    })
-}
-
 impl History {
-    fn ago(&self, at: Option<Timestamp>) -> String {
-        at.map_or_else(
-            || NONE.to_owned(),
-            |at| roughly((self.now_micros - at.unix_micros()) / 1_000_000),
-        )
+    fn ago(&self, at: Option<i64>) -> String {
+        at.map_or_else(|| NONE.to_owned(), |at| roughly((self.now - at) / SECOND))
     }
 }
 
@@ -265,9 +181,9 @@ pub(super) fn lines(history: &History, width: Option<usize>) -> Vec<String> {
         return incidents;
     };
     let name = host.name.as_ref().map(|name| format!("  {}", plain(name)));
-    let verdict = match host.verdict.as_deref() {
-        Some("down") => format!("DOWN for {}", history.ago(host.verdict_since)),
-        Some(verdict) => format!("{} for {}", plain(verdict), history.ago(host.verdict_since)),
+    let verdict = match host.is_down {
+        Some(true) => format!("DOWN for {}", history.ago(host.since)),
+        Some(false) => format!("up for {}", history.ago(host.since)),
         None => "not checked yet".to_owned(),
     };
     let mut lines = vec![plain(&host.address) + &name.unwrap_or_default(), verdict];
@@ -278,7 +194,7 @@ pub(super) fn lines(history: &History, width: Option<usize>) -> Vec<String> {
     lines.push(String::new());
     let mut outcomes = terminal::table(["OUTCOMES OF 7 DAYS", " CHECKS"]);
     let counted = |(outcome, count): &(String, i64)| vec![plain(outcome), count.to_string()];
-    outcomes.extend(host.outcomes.iter().map(counted));
+    outcomes.extend(history.outcomes.iter().map(counted));
     lines.extend(columns(&outcomes));
     lines.push(String::new());
     lines.extend(incidents);
@@ -299,7 +215,7 @@ fn places(history: &History, host: &Host) -> Vec<String> {
             plain(&place.agent),
             state.to_owned(),
             history.ago(place.since),
-            history.ago(place.last_seen_at) + " ago",
+            history.ago(place.last_check_at) + " ago",
             text(&place.outcome),
             text(&place.error),
         ]);
@@ -317,16 +233,14 @@ fn plot(host: &Host) -> Vec<String> {
         _ => 0,
     };
     for hour in &host.hours {
-        let starts_at = hour.starts_at.map(|at| at.to_string()).unwrap_or_default();
-        let starts_at = starts_at.get(5..16).unwrap_or_default().replace('T', " ");
         let (median, end) = (width(hour.p50), width(hour.p95));
         let latency = |latency: Option<f64>| latency.map_or_else(|| NONE.to_owned(), seconds);
         table.push(vec![
-            starts_at,
+            minute(hour.starts_at)[5..].to_owned(),
             latency(hour.p50),
             latency(hour.p95),
-            hour.checks.to_string(),
-            hour.failed.to_string(),
+            hour.counts.checks().to_string(),
+            hour.counts.failed.to_string(),
             "█".repeat(median) + &"░".repeat(end.saturating_sub(median)),
         ]);
     }
@@ -347,24 +261,17 @@ fn incidents(history: &History) -> Vec<String> {
         "LAST ERROR",
     ];
     let mut table = terminal::table(heading);
-    for incident in &history.incidents {
-        let started_at = incident.started_at.map(|at| at.to_string()).unwrap_or_default();
-        let end = incident
-            .ended_at
-            .map_or(history.now_micros, |at| at.unix_micros());
-        let lasted = incident.started_at.map_or_else(
-            || NONE.to_owned(),
-            |at| roughly((end - at.unix_micros()) / 1_000_000),
-        );
+    for (host, incident) in &history.incidents {
+        let lasted = roughly((incident.ended_at.unwrap_or(history.now) - incident.started_at) / SECOND);
         let goes_on = if incident.ended_at.is_none() {
             " so far"
         } else {
             ""
         };
         table.push(vec![
-            started_at.get(..16).unwrap_or_default().replace('T', " "),
+            minute(incident.started_at),
             lasted + goes_on,
-            plain(&incident.host),
+            plain(host),
             plain(&incident.outcome),
             incident.checks.to_string(),
             plain(&incident.places.join(", ")),
@@ -374,14 +281,20 @@ fn incidents(history: &History) -> Vec<String> {
     columns(&table)
 }
 
+/// `2026-11-28 16:20`
+fn minute(micros: i64) -> String {
+    timestamp(micros).to_string()[..16].replace('T', " ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page::snapshot::{Bucket, Counts, Place};
 
     const NOW: i64 = 1_790_000_000_000_000;
 
-    fn ago(seconds: i64) -> Option<Timestamp> {
-        Timestamp::from_unix_micros(NOW - seconds * 1_000_000)
+    fn ago(seconds: i64) -> i64 {
+        NOW - seconds * SECOND
     }
 
     #[test]
@@ -389,25 +302,31 @@ mod tests {
         let place = |agent: &str, is_valid, error: Option<&str>| Place {
             agent: agent.into(),
             is_valid: Some(is_valid),
-            since: ago(600),
-            last_seen_at: ago(5),
+            since: Some(ago(600)),
+            last_check_at: Some(ago(5)),
             outcome: Some(if is_valid { "ok" } else { "bad_status" }.into()),
             error: error.map(str::to_owned),
+            ..Place::default()
         };
-        let hour = |hours: i64, p50, p95| Hour {
+        let counts = Counts {
+            valid: 58,
+            failed: 2,
+            ..Counts::default()
+        };
+        let hour = |hours: i64, p50, p95| Bucket {
             starts_at: ago(hours * 3_600),
+            counts,
             p50,
             p95,
-            checks: 60,
-            failed: 2,
+            ..Bucket::default()
         };
         let history = History {
-            now_micros: NOW,
+            now: NOW,
             host: Some(Host {
                 address: "https://a.example/".into(),
                 name: Some("Shop\x1b".into()),
-                verdict: Some("down".into()),
-                verdict_since: ago(600),
+                is_down: Some(true),
+                since: Some(ago(600)),
                 places: vec![
                     place("fra-1", false, Some("status 503")),
                     place("nyc-1", true, None),
@@ -417,27 +336,29 @@ mod tests {
                     hour(1, None, None),
                     hour(0, Some(0.001), Some(0.002)),
                 ],
-                outcomes: vec![("ok".into(), 1_000), ("bad_status".into(), 7)],
+                ..Host::default()
             }),
-            incidents: vec![
+            outcomes: vec![("ok".into(), 1_000), ("bad_status".into(), 7)],
+            incidents: [
                 Incident {
-                    host: "https://a.example/".into(),
                     started_at: ago(600),
                     ended_at: None,
                     checks: 10,
                     outcome: "bad_status".into(),
                     places: vec!["fra-1".into(), "nyc-1".into()],
                     last_error: Some("status 503".into()),
+                    ..Incident::default()
                 },
                 Incident {
-                    host: "https://a.example/".into(),
                     started_at: ago(90_000),
-                    ended_at: ago(89_970),
+                    ended_at: Some(ago(89_970)),
                     checks: 1,
                     outcome: "dns_error".into(),
                     ..Incident::default()
                 },
-            ],
+            ]
+            .map(|incident| ("https://a.example/".to_owned(), incident))
+            .to_vec(),
         };
         let expected = "\
 https://a.example/  Shop\u{20}

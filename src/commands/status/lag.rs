@@ -1,7 +1,7 @@
 //! The lag of the tables behind Kafka: the ends of the partitions minus the positions in the tables.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
@@ -45,52 +45,30 @@ pub(super) fn lag(
     let client: BaseConsumer<Listener> = config
         .create_with_context(Listener::new(kafka))
         .map_err(|error| error.to_string())?;
-    let asked = ask(&client, topics, positions, deadline);
-    asked.map_err(|error| match error {
-        Ask::Kafka(error) => format!(
+    let failed = |error: KafkaError| {
+        format!(
             "Kafka at {}: {}",
             kafka.bootstrap_servers,
             reason(&client, &error)
-        ),
-        Ask::NoTopic(topic, why) => format!("topic {topic}: {why}"),
-    })
-}
-
-#[derive(Debug)]
-enum Ask {
-    Kafka(KafkaError),
-    NoTopic(String, String),
-}
-
-impl From<KafkaError> for Ask {
-    fn from(error: KafkaError) -> Self {
-        Self::Kafka(error)
-    }
-}
-
-fn ask(
-    client: &BaseConsumer<Listener>,
-    topics: &[String],
-    positions: &BTreeMap<(String, i32), i64>,
-    deadline: Instant,
-) -> Result<Vec<Lag>, Ask> {
+        )
+    };
     let left = || deadline.saturating_duration_since(instant_now());
     let mut partitions: BTreeSet<(String, i32)> = positions.keys().cloned().collect();
     for topic in topics {
-        match look_up_topic(client.client(), topic, left())? {
+        match look_up_topic(client.client(), topic, left()).map_err(failed)? {
             // The topic may have been deleted. Its positions are still reported.
             Err(error) if positions.keys().any(|(known, _)| known == topic) => {
                 log::debug!("topic {topic}: {error}");
             }
-            Err(error) => return Err(Ask::NoTopic(topic.clone(), error.to_string())),
+            Err(error) => return Err(format!("topic {topic}: {error}")),
             Ok(found) => partitions.extend(found.iter().map(|found| (topic.clone(), found.number))),
         }
     }
-    let ends = offsets(client, partitions.iter(), Offset::End, left())?;
+    let ends = offsets(&client, partitions.iter(), Offset::End, left()).map_err(failed)?;
     let new = partitions
         .iter()
         .filter(|partition| !positions.contains_key(*partition));
-    let beginnings = offsets(client, new, Offset::Beginning, left())?;
+    let beginnings = offsets(&client, new, Offset::Beginning, left()).map_err(failed)?;
     let lag = |(partition, end): (&(String, i32), &i64)| {
         let next_offset = positions.get(partition).copied();
         let from = next_offset.or_else(|| beginnings.get(partition).copied());

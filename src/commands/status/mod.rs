@@ -10,11 +10,10 @@ mod watch;
 
 use std::fmt::Write as _;
 
-use anyhow::anyhow;
 use serde::Serialize;
 
 use crate::commands::status::lag::{Lag, lag};
-use crate::commands::status::rows::{Host, MAX_COUNTED, Newest, Rows, Share};
+use crate::commands::status::rows::{Host, MAX_COUNTED, Rows, State};
 use crate::config::StatusConfig;
 use crate::consume::state::GROUP_SUFFIX;
 use crate::postgres;
@@ -30,12 +29,34 @@ pub use watch::watch;
 const STALE_AFTER_INTERVALS: f64 = 3.0;
 const STALE_AFTER_SECONDS: f64 = 60.0;
 
-#[derive(Clone, Debug)]
+/// The answer, as the JSON document `schema/status.v1.json` has it.
+#[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    rows: Rows,
-    /// Or why it is unknown.
-    lag: Result<Vec<Lag>, String>,
+    hosts: Vec<Host>,
+    pipeline: Pipeline,
+    /// Whether no new row came for too long.
+    pub stale: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Pipeline {
+    /// The database's clock.
+    now: Timestamp,
+    newest_row: Option<Timestamp>,
+    /// Negative if the clock of the writer is ahead.
+    newest_row_age_seconds: Option<f64>,
+    stale_after_seconds: Option<f64>,
+    stale_because: Option<String>,
+    missing_columns: Vec<&'static str>,
+    /// At most one more than [`MAX_COUNTED`].
+    rejected_records: Option<i64>,
+    counted_rows_because: Option<String>,
     group_id: String,
+    lag_records: Option<i64>,
+    state_lag_records: Option<i64>,
+    lag_unknown_because: Option<String>,
+    partitions: Vec<Lag>,
+    #[serde(skip)]
     topics: Vec<String>,
 }
 
@@ -43,9 +64,8 @@ pub struct Report {
 pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
     let rows = postgres::once(&config.database, async |session| {
         let found = destination::find(session).await?;
-        rows::read(session, &found, &config.group_id, config.is_state_on).await
-    })?
-    .map_err(|fault| anyhow!("{fault}"))?;
+        Ok(rows::read(session, &found, &config.group_id, config.is_state_on).await?)
+    })?;
     let lag = match (&config.kafka, &rows.positions) {
         (None, _) => Err("KAFKA_BOOTSTRAP_SERVERS is not set".to_owned()),
         (_, None) => Err(format!(
@@ -54,12 +74,7 @@ pub fn run(config: &StatusConfig) -> anyhow::Result<Report> {
         )),
         (Some(kafka), Some(positions)) => lag(kafka, &config.topics, positions),
     };
-    Ok(Report {
-        rows,
-        lag,
-        group_id: config.group_id.clone(),
-        topics: config.topics.clone(),
-    })
+    Ok(Report::new(rows, lag, config))
 }
 
 /// What `--host` and `--incidents` show, for people. `host` is an address or a `name=`.
@@ -71,246 +86,133 @@ pub fn history(
 ) -> anyhow::Result<String> {
     let history = postgres::once(&config.database, async |session| {
         let found = destination::find(session).await?;
-        history::read(session, &found, host, only_incidents, config.is_state_on).await
-    })?
-    .map_err(|fault| anyhow!("{fault}"))?;
+        Ok(history::read(session, &found, host, only_incidents, config.is_state_on).await?)
+    })?;
     Ok(joined(history::lines(&history, width), width))
 }
 
 impl Report {
-    /// Whether no new row came for too long.
-    pub fn is_stale(&self) -> bool {
-        self.stale_because().is_some()
-    }
-
-    /// Why the data is stale; `None`: it is not.
-    fn stale_because(&self) -> Option<String> {
-        let Rows {
-            newest,
-            missing_columns,
-            hosts,
-            ..
-        } = &self.rows;
-        match newest {
-            Some(newest) if !self.is_overdue(*newest) => None,
-            Some(newest) => Some(format!(
-                "the newest row is {} old, and its host is checked every {}",
-                roughly(self.age_seconds(newest.at) as i64),
-                roughly(newest.interval_seconds as i64)
-            )),
-            None if !hosts.is_empty() && missing_columns.contains(&"scheduled_at") => Some(
-                "the age of the rows is unknown, because the table has no column scheduled_at".to_owned(),
-            ),
-            None => Some("the table has no row".to_owned()),
+    /// `lag`: or why it is unknown.
+    fn new(rows: Rows, lag: Result<Vec<Lag>, String>, config: &StatusConfig) -> Self {
+        let newest = rows
+            .hosts
+            .iter()
+            .filter_map(|host| host.last_check.zip(host.interval_seconds))
+            .max_by_key(|(at, _)| *at);
+        let stale_because = stale_because(&rows, newest);
+        let lag_unknown_because = lag.as_ref().err().cloned();
+        let state_lag_records = lag.as_ref().ok().and_then(|lag| state_lag(&rows, lag));
+        Self {
+            stale: stale_because.is_some(),
+            pipeline: Pipeline {
+                now: rows.now,
+                newest_row: newest.map(|(at, _)| at),
+                newest_row_age_seconds: newest.map(|(at, _)| age_seconds(at, rows.now)),
+                stale_after_seconds: newest
+                    .map(|(_, interval_seconds)| stale_after_seconds(interval_seconds)),
+                stale_because,
+                missing_columns: rows.missing_columns,
+                rejected_records: rows.rejected,
+                counted_rows_because: rows.counted_because,
+                group_id: config.group_id.clone(),
+                lag_records: lag
+                    .as_ref()
+                    .ok()
+                    .map(|lag| lag.iter().map(|lag| lag.records).sum()),
+                state_lag_records,
+                lag_unknown_because,
+                partitions: lag.unwrap_or_default(),
+                topics: config.topics.clone(),
+            },
+            hosts: rows.hosts,
         }
     }
 
-    /// The lag of the state in records; `None`: unknown, or there is no state.
-    fn state_lag(&self) -> Option<i64> {
-        let Rows {
-            state_positions,
-            counted_because: None,
-            ..
-        } = &self.rows
-        else {
-            return None;
-        };
-        let behind = |lag: &Lag| {
-            let position = state_positions.get(&(lag.topic.clone(), lag.partition));
-            // Without a position of its own, the state starts at the first position of the rows.
-            position
-                .map_or(lag.end_offset, |position| lag.end_offset - position)
-                .max(0)
-        };
-        Some(self.lag.as_ref().ok()?.iter().map(behind).sum())
-    }
-
-    fn is_overdue(&self, newest: Newest) -> bool {
-        self.age_seconds(newest.at) > stale_after_seconds(newest)
-    }
-
-    /// Negative if the clock of the writer is ahead.
-    fn age_seconds(&self, at: Timestamp) -> f64 {
-        self.rows.now_micros.saturating_sub(at.unix_micros()) as f64 / 1e6
-    }
-
-    fn state(&self, host: &Host) -> State {
-        if host.newest.is_some_and(|newest| self.is_overdue(newest)) {
-            return State::Stale;
-        }
-        match host.is_valid {
-            Some(true) => State::Up,
-            Some(false) => State::Down,
-            None => State::Unknown,
-        }
+    /// How many hosts are up and how many are down.
+    pub(super) fn up_and_down(&self) -> (usize, usize) {
+        let count = |state| self.hosts.iter().filter(|host| host.state == state).count();
+        (count(State::Up), count(State::Down))
     }
 }
 
-fn stale_after_seconds(newest: Newest) -> f64 {
-    STALE_AFTER_INTERVALS * newest.interval_seconds + STALE_AFTER_SECONDS
+/// Why the data is stale; `None`: it is not. `newest`: the time and the interval of the newest row.
+fn stale_because(rows: &Rows, newest: Option<(Timestamp, f64)>) -> Option<String> {
+    match newest {
+        Some(newest) if !is_overdue(newest, rows.now) => None,
+        Some((at, interval_seconds)) => Some(format!(
+            "the newest row is {} old, and its host is checked every {}",
+            roughly(age_seconds(at, rows.now) as i64),
+            roughly(interval_seconds as i64)
+        )),
+        None if !rows.hosts.is_empty() && rows.missing_columns.contains(&"scheduled_at") => {
+            Some("the age of the rows is unknown, because the table has no column scheduled_at".to_owned())
+        }
+        None => Some("the table has no row of the last seven days".to_owned()),
+    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum State {
-    Up,
-    Down,
-    /// Its newest row is too old.
-    Stale,
-    /// There was no check for seven days, or the table lacks a column.
-    Unknown,
+/// The lag of the state in records; `None`: there is no state.
+fn state_lag(rows: &Rows, lag: &[Lag]) -> Option<i64> {
+    let behind = |lag: &Lag| {
+        let position = rows.state_positions.get(&(lag.topic.clone(), lag.partition));
+        // Without a position of its own, the state starts at the first position of the rows.
+        position
+            .map_or(lag.end_offset, |position| lag.end_offset - position)
+            .max(0)
+    };
+    let has_state = rows.counted_because.is_none();
+    has_state.then(|| lag.iter().map(behind).sum())
+}
+
+fn is_overdue((at, interval_seconds): (Timestamp, f64), now: Timestamp) -> bool {
+    age_seconds(at, now) > stale_after_seconds(interval_seconds)
+}
+
+/// Negative if the clock of the writer is ahead.
+fn age_seconds(at: Timestamp, now: Timestamp) -> f64 {
+    (now.unix_micros() - at.unix_micros()) as f64 / 1e6
+}
+
+fn stale_after_seconds(interval_seconds: f64) -> f64 {
+    STALE_AFTER_INTERVALS * interval_seconds + STALE_AFTER_SECONDS
 }
 
 /// One JSON object, described by `schema/status.v1.json`, and a line end.
 pub fn json(report: &Report) -> String {
-    let hosts = report
-        .rows
-        .hosts
-        .iter()
-        .map(|host| HostDocument::of(report, host));
-    let document = Document {
-        hosts: hosts.collect(),
-        pipeline: PipelineDocument::of(report),
-        stale: report.is_stale(),
-    };
-    let text = serde_json::to_string(&document).expect("numbers, texts and lists have a JSON form");
-    let mut text = plain_json(&text);
-    text.push('\n');
-    text
-}
-
-#[derive(Serialize)]
-struct Document<'a> {
-    hosts: Vec<HostDocument<'a>>,
-    pipeline: PipelineDocument<'a>,
-    stale: bool,
-}
-
-#[derive(Serialize)]
-struct HostDocument<'a> {
-    address: &'a str,
-    name: Option<&'a str>,
-    group: Option<&'a str>,
-    state: State,
-    since: Option<String>,
-    since_is_earlier: bool,
-    uptime_1h: Option<f64>,
-    uptime_24h: Option<f64>,
-    uptime_7d: Option<f64>,
-    uptime_ever: Option<f64>,
-    missed_7d: Option<i64>,
-    latency_p50_seconds: Option<f64>,
-    latency_p95_seconds: Option<f64>,
-    certificate_days_left: Option<i32>,
-    interval_seconds: Option<f64>,
-    last_check: Option<String>,
-    last_outcome: Option<&'a str>,
-    last_error_at: Option<String>,
-    last_error_outcome: Option<&'a str>,
-    last_error: Option<&'a str>,
-    latencies: &'a [Option<f64>],
-}
-
-impl<'a> HostDocument<'a> {
-    fn of(report: &Report, host: &'a Host) -> Self {
-        let share = |share: Option<Share>| share.map(|Share { valid, checks }| valid as f64 / checks as f64);
-        let failed = host.last_error.as_ref();
-        Self {
-            address: &host.address,
-            name: host.name.as_deref(),
-            group: host.group.as_deref(),
-            state: report.state(host),
-            since: host.since.map(|at| at.to_string()),
-            since_is_earlier: host.is_longer,
-            uptime_1h: share(host.uptime_1h),
-            uptime_24h: share(host.uptime_24h),
-            uptime_7d: share(host.uptime_7d),
-            uptime_ever: share(host.uptime_ever),
-            missed_7d: host.missed_7d,
-            latency_p50_seconds: host.latency_p50_seconds,
-            latency_p95_seconds: host.latency_p95_seconds,
-            certificate_days_left: host.certificate_days_left,
-            interval_seconds: host.newest.map(|newest| newest.interval_seconds),
-            last_check: host.newest.map(|newest| newest.at.to_string()),
-            last_outcome: host.last_outcome.as_deref(),
-            last_error_at: failed.map(|failed| failed.at.to_string()),
-            last_error_outcome: failed.and_then(|failed| failed.outcome.as_deref()),
-            last_error: failed.and_then(|failed| failed.error.as_deref()),
-            latencies: &host.latencies,
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct PipelineDocument<'a> {
-    now: Option<String>,
-    newest_row: Option<String>,
-    newest_row_age_seconds: Option<f64>,
-    stale_after_seconds: Option<f64>,
-    stale_because: Option<String>,
-    missing_columns: &'a [&'static str],
-    rejected_records: Option<i64>,
-    counted_rows_because: Option<&'a str>,
-    group_id: &'a str,
-    lag_records: Option<i64>,
-    state_lag_records: Option<i64>,
-    lag_unknown_because: Option<&'a str>,
-    partitions: &'a [Lag],
-}
-
-impl<'a> PipelineDocument<'a> {
-    fn of(report: &'a Report) -> Self {
-        let Report {
-            rows, lag, group_id, ..
-        } = report;
-        Self {
-            now: Timestamp::from_unix_micros(rows.now_micros).map(|now| now.to_string()),
-            newest_row: rows.newest.map(|newest| newest.at.to_string()),
-            newest_row_age_seconds: rows.newest.map(|newest| report.age_seconds(newest.at)),
-            stale_after_seconds: rows.newest.map(stale_after_seconds),
-            stale_because: report.stale_because(),
-            missing_columns: &rows.missing_columns,
-            rejected_records: rows.rejected,
-            counted_rows_because: rows.counted_because.as_deref(),
-            group_id,
-            lag_records: lag.as_ref().ok().map(|lag| total(lag)),
-            state_lag_records: report.state_lag(),
-            lag_unknown_because: lag.as_ref().err().map(String::as_str),
-            partitions: lag.as_deref().unwrap_or_default(),
-        }
-    }
-}
-
-fn total(lag: &[Lag]) -> i64 {
-    lag.iter().map(|lag| lag.records).sum()
+    let text = serde_json::to_string(report).expect("numbers, texts and lists have a JSON form");
+    plain_json(&text) + "\n"
 }
 
 /// For people: a row per host, then the pipeline. Lines are cut to `width` characters.
 pub fn text(report: &Report, width: Option<usize>) -> String {
-    let rows = &report.rows;
-    let mut lines = Vec::new();
-    if rows.hosts.is_empty() {
-        lines.push("The table has no row of any host.".to_owned());
-    } else if rows.missing_columns.contains(&"scheduled_at") {
-        lines.extend(columns(&counted_only(report)));
-    } else {
-        lines.extend(by_group(report, width));
-    }
+    let pipeline = &report.pipeline;
+    let mut lines = hosts(report, width);
     lines.push(String::new());
-    lines.extend(columns(&pipeline(report)));
-    if let Some(reason) = &rows.counted_because {
+    lines.extend(columns(&of_the_pipeline(pipeline)));
+    if let Some(reason) = &pipeline.counted_rows_because {
         lines.push(format!("Counted from the rows, because {reason}."));
     }
-    if !rows.missing_columns.is_empty() {
+    if !pipeline.missing_columns.is_empty() {
         lines.push(format!(
             "Not everything is shown, because the table has no column {}.",
-            rows.missing_columns.join(", ")
+            pipeline.missing_columns.join(", ")
         ));
     }
-    if let Some(reason) = report.stale_because() {
+    if let Some(reason) = &pipeline.stale_because {
         lines.push(format!("STALE: {reason}."));
     }
     joined(lines, width)
+}
+
+/// A heading and a row per host, with the columns that fit in `width`. A line with an error may be longer.
+pub(super) fn hosts(report: &Report, width: Option<usize>) -> Vec<String> {
+    if report.hosts.is_empty() {
+        vec!["The table has no row of any host.".to_owned()]
+    } else if report.pipeline.missing_columns.contains(&"scheduled_at") {
+        columns(&counted_only(&report.hosts))
+    } else {
+        by_group(report, width)
+    }
 }
 
 fn joined(lines: Vec<String>, width: Option<usize>) -> String {
@@ -325,7 +227,7 @@ fn joined(lines: Vec<String>, width: Option<usize>) -> String {
 
 /// The table, with a heading for each group as on the status page: hosts without a group come last.
 fn by_group(report: &Report, width: Option<usize>) -> Vec<String> {
-    let mut hosts: Vec<&Host> = report.rows.hosts.iter().collect();
+    let mut hosts: Vec<&Host> = report.hosts.iter().collect();
     hosts.sort_by_cached_key(|host| {
         (
             host.group.is_none(),
@@ -333,7 +235,7 @@ fn by_group(report: &Report, width: Option<usize>) -> Vec<String> {
             title(host).to_lowercase(),
         )
     });
-    let mut table = columns(&narrowed(table(report, &hosts), width)).into_iter();
+    let mut table = columns(&narrowed(table(&hosts, report.pipeline.now), width)).into_iter();
     let mut lines: Vec<String> = table.next().into_iter().collect();
     for group in hosts.chunk_by(|a, b| a.group == b.group) {
         match &group[0].group {
@@ -395,7 +297,7 @@ fn narrowed(mut table: Vec<Vec<String>>, width: Option<usize>) -> Vec<Vec<String
     table
 }
 
-fn table(report: &Report, hosts: &[&Host]) -> Vec<Vec<String>> {
+fn table(hosts: &[&Host], now: Timestamp) -> Vec<Vec<String>> {
     let headline = [
         "HOST",
         "ADDRESS",
@@ -413,34 +315,32 @@ fn table(report: &Report, hosts: &[&Host]) -> Vec<Vec<String>> {
     ];
     let mut table = terminal::table(headline);
     let none = || NONE.to_owned();
-    let share = |share: Option<Share>| share.map_or_else(none, |share| percent(share.valid, share.checks));
-    let ago = |at: Timestamp| roughly(report.age_seconds(at) as i64);
+    let ago = |at: Timestamp| roughly(age_seconds(at, now) as i64);
     for host in hosts {
         let since = host.since.map_or_else(none, |since| {
-            let longer = if host.is_longer { "> " } else { "" };
+            let longer = if host.since_is_earlier { "> " } else { "" };
             format!("{longer}{}", ago(since))
         });
-        let last_error = host.last_error.as_ref().map_or_else(String::new, |failed| {
-            let outcome = failed.outcome.as_deref().unwrap_or("not valid");
-            let error = failed.error.as_deref().map(|error| format!(": {error}"));
-            format!("{} ago, {outcome}{}", ago(failed.at), error.unwrap_or_default())
+        let last_error = host.last_error_at.map_or_else(String::new, |at| {
+            let outcome = host.last_error_outcome.as_deref().unwrap_or("not valid");
+            let error = host.last_error.as_ref().map(|error| format!(": {error}"));
+            format!("{} ago, {outcome}{}", ago(at), error.unwrap_or_default())
         });
         table.push(vec![
             title(host),
             host.name
                 .as_ref()
                 .map_or_else(String::new, |_| plain(&host.address)),
-            word(report.state(host)).to_owned(),
+            word(host.state).to_owned(),
             since,
-            share(host.uptime_1h),
-            share(host.uptime_24h),
-            share(host.uptime_7d),
+            host.uptime_1h.map_or_else(none, percent),
+            host.uptime_24h.map_or_else(none, percent),
+            host.uptime_7d.map_or_else(none, percent),
             host.latency_p50_seconds.map_or_else(none, seconds),
             host.latency_p95_seconds.map_or_else(none, seconds),
             host.certificate_days_left
                 .map_or_else(none, |days| format!("{days} d")),
-            host.newest
-                .map_or_else(none, |newest| format!("{} ago", ago(newest.at))),
+            host.last_check.map_or_else(none, |at| format!("{} ago", ago(at))),
             sparkline(&host.latencies),
             plain(&last_error),
         ]);
@@ -461,15 +361,14 @@ fn word(state: State) -> &'static str {
 }
 
 /// The rows for a table without times.
-fn counted_only(report: &Report) -> Vec<Vec<String>> {
+fn counted_only(hosts: &[Host]) -> Vec<Vec<String>> {
     let mut table = terminal::table(["HOST", " CHECKS", " UPTIME", " P50", " P95"]);
     let none = || NONE.to_owned();
-    for host in &report.rows.hosts {
-        let share = host.uptime_ever;
+    for host in hosts {
         table.push(vec![
             plain(&host.address),
-            share.map_or_else(none, |share| share.checks.to_string()),
-            share.map_or_else(none, |share| percent(share.valid, share.checks)),
+            host.checks_ever.map_or_else(none, |checks| checks.to_string()),
+            host.uptime_ever.map_or_else(none, percent),
             host.latency_p50_seconds.map_or_else(none, seconds),
             host.latency_p95_seconds.map_or_else(none, seconds),
         ]);
@@ -477,35 +376,25 @@ fn counted_only(report: &Report) -> Vec<Vec<String>> {
     table
 }
 
-fn pipeline(report: &Report) -> Vec<Vec<String>> {
-    let Report {
-        rows,
-        lag,
-        group_id,
-        topics,
-    } = report;
-    let newest = rows.newest.map_or_else(
-        || NONE.to_owned(),
-        |newest| {
-            let age = roughly(report.age_seconds(newest.at) as i64);
-            format!("{age} old")
-        },
-    );
-    let lag = match lag {
-        Ok(lag) => {
-            let (records, partitions) = (counted(total(lag), "record"), counted(lag.len(), "partition"));
-            format!(
-                "{records} in {partitions} of {}, group {group_id}",
-                topics.join(", ")
-            )
-        }
-        Err(reason) => format!("unknown: {reason}"),
+fn of_the_pipeline(pipeline: &Pipeline) -> Vec<Vec<String>> {
+    let none = || NONE.to_owned();
+    let group_id = &pipeline.group_id;
+    let newest = pipeline
+        .newest_row_age_seconds
+        .map_or_else(none, |age| format!("{} old", roughly(age as i64)));
+    let lag = match (&pipeline.lag_unknown_because, pipeline.lag_records) {
+        (Some(reason), _) => format!("unknown: {reason}"),
+        (None, records) => format!(
+            "{} in {} of {}, group {group_id}",
+            counted(records.unwrap_or_default(), "record"),
+            counted(pipeline.partitions.len(), "partition"),
+            pipeline.topics.join(", ")
+        ),
     };
-    let state_lag = match report.state_lag() {
-        Some(records) => format!("{}, group {group_id}{GROUP_SUFFIX}", counted(records, "record")),
-        None => NONE.to_owned(),
-    };
-    let rejected = match rows.rejected {
+    let state_lag = pipeline.state_lag_records.map_or_else(none, |records| {
+        format!("{}, group {group_id}{GROUP_SUFFIX}", counted(records, "record"))
+    });
+    let rejected = match pipeline.rejected_records {
         None => {
             "unknown: the table of rejected records does not exist, or this user may not read it".to_owned()
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::commands::status::rows::LastError;
+use crate::config::{self, Variables};
 
 const NOW: i64 = 1_790_000_000_000_000;
 
@@ -7,62 +7,63 @@ fn ago(seconds: i64) -> Timestamp {
     Timestamp::from_unix_micros(NOW - seconds * 1_000_000).unwrap()
 }
 
-fn newest(seconds: i64, interval_seconds: f64) -> Newest {
-    Newest {
-        at: ago(seconds),
-        interval_seconds,
-    }
-}
-
 fn host(address: &str) -> Host {
-    let share = |valid, checks| Some(Share { valid, checks });
     Host {
         address: address.into(),
         name: None,
         group: None,
-        is_valid: Some(true),
+        state: State::Up,
         since: Some(ago(600_000)),
-        is_longer: true,
-        uptime_1h: share(60, 60),
-        uptime_24h: share(1_439, 1_440),
-        uptime_7d: share(10_079, 10_080),
+        since_is_earlier: true,
+        uptime_1h: Some(1.0),
+        uptime_24h: Some(1_439.0 / 1_440.0),
+        uptime_7d: Some(10_079.0 / 10_080.0),
         uptime_ever: None,
+        checks_ever: None,
         missed_7d: Some(0),
         latency_p50_seconds: Some(0.0123),
         latency_p95_seconds: Some(0.9),
         certificate_days_left: Some(62),
-        newest: Some(newest(4, 60.0)),
+        interval_seconds: Some(60.0),
+        last_check: Some(ago(4)),
         last_outcome: Some("ok".into()),
+        last_error_at: None,
+        last_error_outcome: None,
         last_error: None,
         latencies: vec![Some(0.01), None, Some(0.9)],
     }
 }
 
-fn report(hosts: Vec<Host>) -> Report {
-    Report {
-        rows: Rows {
-            now_micros: NOW,
-            newest: hosts
-                .iter()
-                .filter_map(|host| host.newest)
-                .max_by_key(|newest| newest.at),
-            hosts,
-            missing_columns: Vec::new(),
-            counted_because: None,
-            state_positions: [(("host-metrics".into(), 0), 10)].into(),
-            positions: None,
-            rejected: Some(0),
-        },
-        lag: Ok(vec![Lag {
-            topic: "host-metrics".into(),
-            partition: 0,
-            next_offset: Some(7),
-            end_offset: 12,
-            records: 5,
-        }]),
-        group_id: "host-metrics".into(),
-        topics: vec!["host-metrics".into()],
+fn rows(hosts: Vec<Host>) -> Rows {
+    Rows {
+        now: ago(0),
+        hosts,
+        missing_columns: Vec::new(),
+        counted_because: None,
+        state_positions: [(("host-metrics".into(), 0), 10)].into(),
+        positions: None,
+        rejected: Some(0),
     }
+}
+
+fn answer(rows: Rows, lag: Result<Vec<Lag>, String>) -> Report {
+    let variables = [("DB_HOST", "db"), ("DB_NAME", "db"), ("DB_USER", "db")];
+    Report::new(
+        rows,
+        lag,
+        &config::status(&Variables::from_pairs(variables)).unwrap(),
+    )
+}
+
+fn report(hosts: Vec<Host>) -> Report {
+    let lag = Lag {
+        topic: "host-metrics".into(),
+        partition: 0,
+        next_offset: Some(7),
+        end_offset: 12,
+        records: 5,
+    };
+    answer(rows(hosts), Ok(vec![lag]))
 }
 
 #[test]
@@ -78,46 +79,40 @@ fn data_is_stale_after_three_intervals_and_a_minute_and_if_there_is_none() {
         // A clock that is ahead.
         (-3_600, 1.0, false),
     ] {
+        let state = State::of(Some(true), Some((ago(age), interval)), ago(0));
+        assert_eq!(state == State::Stale, stale, "{age} s old, every {interval} s");
         let host = Host {
-            newest: Some(newest(age, interval)),
+            last_check: Some(ago(age)),
+            interval_seconds: Some(interval),
             ..host("a")
         };
-        assert_eq!(
-            report(vec![host]).is_stale(),
-            stale,
-            "{age} s old, every {interval} s"
-        );
+        assert_eq!(report(vec![host]).stale, stale, "{age} s old, every {interval} s");
     }
-    assert!(report(Vec::new()).is_stale());
+    assert!(report(Vec::new()).stale);
 }
 
 #[test]
-fn the_newest_row_decides_for_all_and_each_host_is_stale_by_its_own() {
+fn the_newest_row_decides_for_all() {
     let gone = Host {
-        newest: Some(newest(100_000, 60.0)),
+        last_check: Some(ago(100_000)),
         ..host("gone")
     };
-    let report = report(vec![gone, host("here")]);
-    assert!(!report.is_stale());
-    let states: Vec<_> = report.rows.hosts.iter().map(|host| report.state(host)).collect();
-    assert_eq!(states, [State::Stale, State::Up]);
+    assert!(!report(vec![gone, host("here")]).stale);
 }
 
 #[test]
 fn people_read_a_row_per_host_and_the_pipeline() {
     let down = Host {
-        is_valid: Some(false),
+        state: State::Down,
         since: Some(ago(7_300)),
-        is_longer: false,
-        uptime_1h: Some(Share { valid: 0, checks: 60 }),
+        since_is_earlier: false,
+        uptime_1h: Some(0.0),
         latency_p95_seconds: None,
         latency_p50_seconds: None,
         certificate_days_left: None,
-        last_error: Some(LastError {
-            at: ago(64),
-            outcome: Some("bad_status".into()),
-            error: Some("503 \x1b[31mService Unavailable".into()),
-        }),
+        last_error_at: Some(ago(64)),
+        last_error_outcome: Some("bad_status".into()),
+        last_error: Some("503 \x1b[31mService Unavailable".into()),
         latencies: Vec::new(),
         ..host("https://b.example/")
     };
@@ -195,16 +190,19 @@ fn json_escapes_hidden_characters() {
 #[test]
 fn unknown_values_are_reported_as_unknown() {
     let counted = Host {
-        is_valid: None,
-        newest: None,
-        uptime_ever: Some(Share { valid: 3, checks: 4 }),
+        state: State::Unknown,
+        last_check: None,
+        uptime_ever: Some(0.75),
+        checks_ever: Some(4),
         ..host("a")
     };
-    let mut report = report(vec![counted]);
-    report.rows.missing_columns = vec!["scheduled_at", "outcome"];
-    report.rows.rejected = None;
-    report.rows.counted_because = Some("STATE=off".into());
-    report.lag = Err("Kafka at k:1: refused".into());
+    let rows = Rows {
+        missing_columns: vec!["scheduled_at", "outcome"],
+        rejected: None,
+        counted_because: Some("STATE=off".into()),
+        ..rows(vec![counted])
+    };
+    let report = answer(rows, Err("Kafka at k:1: refused".into()));
     let expected = "\
 HOST  CHECKS  UPTIME    P50     P95
 a          4  75.0 %  12 ms  900 ms

@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::clock::instant_now;
-use crate::commands::screen::Screen;
+use crate::commands::screen::{Screen, first_lines};
 use crate::shutdown::{Shutdown, Wake};
 use crate::terminal::plain;
 
@@ -18,7 +18,10 @@ pub fn watch(shutdown: &Shutdown, mut answer: impl FnMut() -> anyhow::Result<Str
     loop {
         let shown = match screen.is_terminal() {
             // An answer with more lines than the terminal would scroll.
-            true => screen.draw(&lines(&text, screen.height())),
+            true => {
+                let lines = text.lines().map(str::to_owned).collect();
+                screen.draw(&first_lines(lines, screen.height()))
+            }
             false => screen.print(&text),
         };
         match shown {
@@ -32,27 +35,5 @@ pub fn watch(shutdown: &Shutdown, mut answer: impl FnMut() -> anyhow::Result<Str
             }
         }
         text = answer().unwrap_or_else(|error| plain(&format!("error: {error:#}")));
-    }
-}
-
-fn lines(text: &str, height: usize) -> Vec<String> {
-    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    if lines.len() > height {
-        let more = lines.len() - (height - 1);
-        lines.truncate(height - 1);
-        lines.push(format!("… {more} more lines"));
-    }
-    lines
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_picture_is_not_higher_than_the_terminal() {
-        assert_eq!(lines("a\nb\nc", 3), ["a", "b", "c"]);
-        assert_eq!(lines("a\nb\nc", 2), ["a", "… 2 more lines"]);
-        assert_eq!(lines("a\nb\nc", 1), ["… 3 more lines"]);
     }
 }

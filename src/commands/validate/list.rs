@@ -2,12 +2,11 @@
 
 use super::Measured;
 use super::measure::Tried;
-use crate::check::json::JsonRule;
-use crate::check::target::{DEFAULT_FOLLOW, Header, HeaderValue, IpFamily, Method, Target};
+use crate::check::target::{HeaderValue, Target};
 use crate::config::CheckConfig;
 use crate::duration;
 use crate::produce::host_file::Hosts;
-use crate::terminal::{self, columns, counted, fit, plain, seconds};
+use crate::terminal::{self, columns, fit, plain, seconds};
 
 /// The most columns of an error beside a host.
 const MAX_ERROR_WIDTH: usize = 60;
@@ -44,7 +43,7 @@ pub(super) fn list(config: &CheckConfig, hosts: &Hosts, measured: &Measured) -> 
                 .as_ref()
                 .map_or_else(String::new, |tried| outcome(&tried[*index])),
             host,
-            understood(target).join(", "),
+            options(target),
         ]);
     }
     if measured.tried.is_none() {
@@ -75,75 +74,20 @@ fn outcome(tried: &Tried) -> String {
     }
 }
 
-/// What the line sets beside the address and the times.
-#[expect(clippy::too_many_lines, reason = "a line or two for each option")]
-fn understood(target: &Target) -> Vec<String> {
-    let mut words = Vec::new();
-    if target.method != Method::Get {
-        words.push(target.method.as_str().to_owned());
+/// What the line sets beside the address, the times and the group, as the line would have it. Values that may be secret stay
+/// hidden.
+fn options(target: &Target) -> String {
+    let mut shown = target.clone();
+    (shown.timeout, shown.group) = (None, None);
+    for header in &mut shown.headers {
+        match &mut header.value {
+            HeaderValue::Plain(value) => *value = "…".to_owned(),
+            HeaderValue::Secret(prefix, _) => prefix.clear(),
+        }
     }
-    for Header { name, value } in &target.headers {
-        words.push(match value {
-            HeaderValue::Plain(_) => format!("header {name}"),
-            HeaderValue::Secret(_, secret) => format!("header {name} from {secret:?}"),
-        });
+    if let Some(body) = &mut shown.body {
+        body.bytes = "…".as_bytes().into();
     }
-    if let Some(body) = &target.body {
-        words.push(format!("sends {} bytes", body.bytes.len()));
-    }
-    if let Some(secret) = &target.auth {
-        words.push(format!("authorization from {secret:?}"));
-    }
-    if let Some(secret) = &target.cert {
-        words.push(format!("client certificate {secret:?}"));
-    }
-    if target.plain_auth {
-        words.push("secrets also over http".to_owned());
-    }
-    if let Some(proxy) = &target.proxy {
-        words.push(format!("through {proxy}"));
-    }
-    if let Some(status) = &target.status {
-        words.push(format!("valid status {status}"));
-    }
-    match target.follow {
-        DEFAULT_FOLLOW => {}
-        0 => words.push("redirects not followed".to_owned()),
-        follow => words.push(format!("at most {}", counted(follow, "redirect"))),
-    }
-    match target.ip_family {
-        Some(IpFamily::V4) => words.push("IPv4 only".to_owned()),
-        Some(IpFamily::V6) => words.push("IPv6 only".to_owned()),
-        None => {}
-    }
-    if target.tls_insecure {
-        words.push("certificate not verified".to_owned());
-    }
-    if target.tls_required {
-        words.push("redirects to http refused".to_owned());
-    }
-    if let Some(topic) = &target.topic {
-        words.push(format!("topic {topic}"));
-    }
-    if let Some(slow) = target.slow {
-        words.push(format!("slow above {}", duration::text(slow)));
-    }
-    if let Some(days) = target.cert_days {
-        words.push(format!("certificate valid for at least {days} days"));
-    }
-    if let Some(name) = &target.name {
-        words.push(format!("name {}", plain(name)));
-    }
-    for JsonRule { pointer, expected } in &target.json {
-        words.push(format!("JSON {} is {}", plain(pointer), plain(expected)));
-    }
-    if let Some(regex) = &target.regex {
-        let verb = if target.regex_absent {
-            "does not match"
-        } else {
-            "matches"
-        };
-        words.push(format!("body {verb} {}", plain(regex.as_str())));
-    }
-    words
+    let line = shown.to_string();
+    plain(line.splitn(3, ' ').nth(2).unwrap_or_default())
 }

@@ -49,10 +49,10 @@ pub fn days(slots: &Slots<'_>) -> Markup {
     let (width, spoken) = (slots.len() * STEP, spoken(slots));
     html! {
         svg.days viewBox={ "0 0 " (width) " " (BAR_HEIGHT) } preserveAspectRatio="none" role="img" aria-label=(spoken) {
-            @if !up.is_empty() { path class=(words::class(State::Up)) d=(up) {} }
+            @if !up.is_empty() { path class=(State::Up.word()) d=(up) {} }
             @if !not_checked.is_empty() { path stroke="url(#hatch)" d=(not_checked) {} }
             @for (state, path, said) in others {
-                path class=(words::class(state)) d=(path) { title { (said) } }
+                path class=(state.word()) d=(path) { title { (said) } }
             }
         }
     }
@@ -78,7 +78,7 @@ pub fn sample(state: State) -> Markup {
             @match state {
                 // Drawn without the pattern, because not every page has it.
                 State::NotChecked => path.hatch d="M1 8l6-6M1 14l6-6M1 20l6-6M1 26l6-6M1 32l6-6" {},
-                state => path class=(words::class(state)) d={ "M4 0" (stroke(state)) } {},
+                state => path class=(state.word()) d={ "M4 0" (stroke(state)) } {},
             }
         }
     }

@@ -28,7 +28,6 @@ pub fn list(view: &View<'_>, incidents: &[Pair<'_, '_>], root: &str, level: u8) 
                     }
                     p {
                         (words::outcome(&incident.outcome))
-                        @if let Some(phase) = words::phase(&incident.outcome) { " (" (phase) ")" }
                         "; " (words::counted(incident.checks, "check")) " failed"
                         @if let Some(places) = places(incident) { ", seen from " (places) }
                         "."

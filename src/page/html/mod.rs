@@ -111,14 +111,14 @@ fn legend() -> Markup {
 /// A state in words, with a mark whose shape differs too.
 pub fn badge(state: State) -> Markup {
     html! {
-        span.state.(words::class(state)) { (mark(state)) " " (words::state(state)) }
+        span.state.(state.word()) { (mark(state)) " " (words::state(state)) }
     }
 }
 
 /// The mark alone, for use beside the words.
 pub fn mark(state: State) -> Markup {
     html! {
-        svg.mark.(words::class(state)) viewBox="0 0 16 16" aria-hidden="true" focusable="false" { (shape(state)) }
+        svg.mark.(state.word()) viewBox="0 0 16 16" aria-hidden="true" focusable="false" { (shape(state)) }
     }
 }
 

@@ -15,7 +15,7 @@ pub fn render(view: &View<'_>) -> String {
     let newest: Vec<_> = view.incidents().take(NEWEST).collect();
     let has_one_group = view.groups().count() == 1;
     let main = html! {
-        h1 .sentence.(words::class(view.state())) { (mark(view.state())) " " (sentence) }
+        h1 .sentence.(view.state().word()) { (mark(view.state())) " " (sentence) }
         @for more in view.more_sentences() {
             p.more { (more) }
         }

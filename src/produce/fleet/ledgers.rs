@@ -18,32 +18,26 @@ use crate::produce::share::ledger::Ledger;
 const ASK_FOR: Duration = Duration::from_millis(400);
 
 impl Thread {
-    /// Shares that are left out, because there was no time or no answer, are asked for again. The shares are sorted. Each call begins
-    /// after the last one that took time, so that a partition without a leader holds up no other share for ever.
-    pub(super) fn read_ledgers(&mut self, shares: &[Share]) -> BTreeMap<Share, StoredLedger> {
+    /// Shares that are left out, because there was no time or no answer, are asked for again. The shares are sorted.
+    pub(super) fn read_ledgers(&mut self, mut shares: Vec<Share>) -> BTreeMap<Share, StoredLedger> {
         let until = instant_now() + ASK_FOR;
         let (mut found, mut foreign, mut has_asked) = (BTreeMap::new(), None, false);
-        let start = shares.partition_point(|share| Some(share) <= self.asked_last.as_ref());
-        let in_turn = || shares[start..].iter().chain(&shares[..start]);
-        let mut topics: Vec<&Arc<str>> = Vec::new();
-        for Share { topic, .. } in in_turn() {
-            if !topics.contains(&topic) {
-                topics.push(topic);
-            }
-        }
-        for topic in topics {
+        // In another order each time, so that a partition without a leader holds up no other share for ever.
+        let mut by_topic: Vec<&mut [Share]> = shares.chunk_by_mut(|a, b| a.topic == b.topic).collect();
+        fastrand::shuffle(&mut by_topic);
+        for shares in by_topic {
+            fastrand::shuffle(shares);
             if instant_now() >= until {
                 break;
             }
-            let committed = match self.committed_in(topic) {
+            let committed = match self.committed_in(&shares[0].topic) {
                 Ok(committed) => committed,
                 Err(why) => {
                     self.failure = Some(why);
-                    self.asked_last = shares.iter().rfind(|share| share.topic == *topic).cloned();
                     continue;
                 }
             };
-            for share in in_turn().filter(|share| share.topic == *topic) {
+            for share in &*shares {
                 match committed.get(&share.partition) {
                     Some(Some(committed)) => match Ledger::parse(committed.offset, &committed.metadata) {
                         Ok(ledger) => {
@@ -55,7 +49,6 @@ impl Thread {
                     // One is asked for in any case, even if the questions before took long.
                     Some(None) if !has_asked || instant_now() < until => {
                         has_asked = true;
-                        self.asked_last = Some(share.clone());
                         match self.without_ledger(share) {
                             Ok(missing) => drop(found.insert(share.clone(), missing)),
                             Err(why) => self.failure = Some(format!("share={share} {why}")),
@@ -121,7 +114,7 @@ impl Thread {
                     offset: ledger.from,
                     metadata: ledger.metadata(&self.place),
                 };
-                (named(share), committed)
+                ((share.topic.to_string(), share.partition), committed)
             })
             .collect();
         let (events, group) = (self.events.clone(), self.group.clone());
@@ -143,8 +136,4 @@ impl Thread {
             let _ = events.send(Event::Committed(outcome));
         });
     }
-}
-
-fn named(share: &Share) -> Named {
-    (share.topic.to_string(), share.partition)
 }

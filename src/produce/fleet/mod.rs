@@ -5,12 +5,12 @@
 
 mod ledgers;
 mod log_lines;
-mod partitions;
 mod tails;
 mod thread;
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 
@@ -19,13 +19,14 @@ use crate::clock::{Clock, instant_now};
 use crate::config::{GroupConfig, KafkaConfig};
 use crate::http::health::Readiness;
 use crate::kafka::member::Member;
+use crate::lock::lock;
 use crate::outage::Outage;
 use crate::produce::publisher::{Letter, LetterBox};
 use crate::produce::share::events::Event;
 use crate::produce::share::shares::Shares;
+use crate::produce::share::{Share, partition_of};
 use crate::thread::start_thread;
 
-pub(super) use self::partitions::Partitions;
 pub(super) use self::thread::Order;
 
 /// The timer loop's end of the thread.
@@ -62,7 +63,7 @@ impl Fleet {
             events: events.clone(),
             turned_at: settings.clock.now_micros(),
             joined_at: instant_now(),
-            new_topics: Some(new_topics),
+            new_topics,
             letters,
             orders: Box::new(orders),
             to_read: Vec::new(),
@@ -75,7 +76,6 @@ impl Fleet {
             failure: None,
             topics: topics.to_vec(),
             other_place: None,
-            asked_last: None,
             foreign_ledger: Outage::default(),
             commit_failure: Arc::default(),
         };
@@ -113,4 +113,31 @@ pub(super) struct Settings<'a> {
     pub(super) clock: Clock,
     /// Whether this producer is a member of the group, and no other program has partitions of it.
     pub(super) readiness: &'a Arc<Readiness>,
+}
+
+/// The number of partitions by which the hosts of each topic are divided: that of the ledgers, or that of the topic if there is no
+/// ledger yet.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Partitions(Arc<Mutex<HashMap<Arc<str>, i32>>>);
+
+impl Partitions {
+    /// The share of a host. `None`: the number of partitions of its topic is not known yet.
+    pub(super) fn share_of(&self, topic: &str, address: &str) -> Option<Share> {
+        let counts = lock(&self.0);
+        let (topic, count) = counts.get_key_value(topic)?;
+        Some(Share {
+            topic: Arc::clone(topic),
+            partition: partition_of(address.as_bytes(), *count),
+        })
+    }
+
+    fn of(&self, topic: &str) -> Option<i32> {
+        let counts = lock(&self.0);
+        counts.get(topic).copied()
+    }
+
+    fn set(&self, topic: &str, count: i32) {
+        let mut counts = lock(&self.0);
+        counts.insert(topic.into(), count);
+    }
 }

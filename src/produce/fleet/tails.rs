@@ -8,7 +8,7 @@ use super::thread::{READ_STEP, Reading, Thread};
 use crate::clock::instant_now;
 use crate::kafka::member::explained;
 use crate::kafka::reader::{Part, Reader};
-use crate::produce::share::events::Event;
+use crate::produce::share::events::{Event, Range};
 use crate::produce::share::tail::Tail;
 
 /// Reading up to a claim is given up if no record arrives for this time, and tried again.
@@ -24,7 +24,7 @@ impl Thread {
             return false;
         };
         let (tails, until) = (&mut reading.tails, &mut reading.until);
-        let is_over = reading
+        let read = reading
             .reader
             .go_on(instant_now() + READ_STEP, |partition, value| {
                 *until = instant_now() + READ_WITHIN;
@@ -32,28 +32,29 @@ impl Thread {
                     tail.read_value(value);
                 }
             });
-        let is_over = match is_over {
-            Ok(is_over) => is_over,
+        let is_over = match read {
+            Ok(true) => true,
+            Ok(false) if instant_now() <= reading.until => return true,
+            Ok(false) => {
+                let seconds = READ_WITHIN.as_secs();
+                self.failure = Some(format!(
+                    "Kafka sent no more records of the partition for {seconds} s"
+                ));
+                false
+            }
             Err(error) => {
                 self.failure = Some(explained(&error));
-                return self.end_reading(false);
+                false
             }
         };
-        if is_over {
-            return self.end_reading(true);
-        }
-        if instant_now() > reading.until {
-            let seconds = READ_WITHIN.as_secs();
-            self.failure = Some(format!(
-                "Kafka sent no more records of the partition for {seconds} s"
-            ));
-            return self.end_reading(false);
+        if let Some(reading) = self.reading.take() {
+            self.end_reading(reading.tails, is_over);
         }
         true
     }
 
     /// Begins to read all ranges of one topic.
-    pub(super) fn begin_to_read(&mut self) {
+    fn begin_to_read(&mut self) {
         let Some(topic) = self.to_read.first().map(|range| Arc::clone(&range.share.topic)) else {
             return;
         };
@@ -84,27 +85,18 @@ impl Thread {
             }
             Err(error) => {
                 log::error!("cannot read {topic}: {error}");
-                for (range, _) in tails.into_values() {
-                    self.handle(Event::TailRead {
-                        share: range.share,
-                        epoch: range.epoch,
-                        tail: None,
-                    });
-                }
+                self.end_reading(tails, false);
             }
         }
     }
 
-    pub(super) fn end_reading(&mut self, is_over: bool) -> bool {
-        if let Some(reading) = self.reading.take() {
-            for (range, tail) in reading.tails.into_values() {
-                self.handle(Event::TailRead {
-                    share: range.share,
-                    epoch: range.epoch,
-                    tail: is_over.then_some(tail),
-                });
-            }
+    fn end_reading(&mut self, tails: HashMap<i32, (Range, Tail)>, is_over: bool) {
+        for (range, tail) in tails.into_values() {
+            self.handle(Event::TailRead {
+                share: range.share,
+                epoch: range.epoch,
+                tail: is_over.then_some(tail),
+            });
         }
-        true
     }
 }

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::partitions::Partitions;
+use super::Partitions;
 use crate::clock::{Clock, instant_now};
 use crate::config::KafkaConfig;
 use crate::http::health::Readiness;
@@ -69,7 +69,7 @@ pub(super) struct Thread {
     /// When the loop turned last.
     pub(super) turned_at: i64,
     pub(super) joined_at: Instant,
-    pub(super) new_topics: Option<Receiver<Vec<String>>>,
+    pub(super) new_topics: Receiver<Vec<String>>,
     pub(super) letters: LetterBox,
     pub(super) orders: Box<dyn Fn(Order) + Send>,
     pub(super) to_read: Vec<Range>,
@@ -90,8 +90,6 @@ pub(super) struct Thread {
     pub(super) topics: Vec<String>,
     /// The AGENT_NAME in a ledger, if it is not ours.
     pub(super) other_place: Option<String>,
-    /// The share that was asked about last when ledgers were read.
-    pub(super) asked_last: Option<Share>,
     /// Another program has replaced the ledger of a share.
     pub(super) foreign_ledger: Outage,
     /// Why the last commit failed, if that was not reported yet.
@@ -126,7 +124,7 @@ impl Thread {
         (self.orders)(Order::Left);
     }
 
-    /// The last owner of a share may have written void records while it was suspended: see `share`.
+    /// Other producers may have had our shares meanwhile, and we may have written void records: see `share`.
     fn notice_suspension(&mut self) {
         let now = self.clock.now_micros();
         let passed = now - std::mem::replace(&mut self.turned_at, now);
@@ -136,7 +134,7 @@ impl Thread {
                 self.group,
                 passed / 1_000_000
             );
-            self.handle(Event::Suspended);
+            self.handle(Event::InDoubt(self.shares.all()));
         }
     }
 
@@ -177,8 +175,8 @@ impl Thread {
 
     fn take_topics(&mut self) {
         loop {
-            match self.new_topics.as_ref().map(Receiver::try_recv) {
-                Some(Ok(topics)) => {
+            match self.new_topics.try_recv() {
+                Ok(topics) => {
                     let names: Vec<&str> = topics.iter().map(String::as_str).collect();
                     if let Err(error) = self.member.subscribe(&names) {
                         log::error!("{error:#}");
@@ -186,12 +184,9 @@ impl Thread {
                     self.topics.clone_from(&topics);
                     self.letters.tell(Letter::Topics(topics));
                 }
+                Err(TryRecvError::Empty) => return,
                 // The timer loop has ended without a stop.
-                Some(Err(TryRecvError::Disconnected)) => {
-                    self.new_topics = None;
-                    self.handle(Event::Stop { until: 0 });
-                }
-                Some(Err(TryRecvError::Empty)) | None => return,
+                Err(TryRecvError::Disconnected) => return self.handle(Event::Stop { until: 0 }),
             }
         }
     }
@@ -212,9 +207,13 @@ impl Thread {
                 };
                 named.into_iter().map(share).collect()
             };
-            let event = match change {
-                Change::Assigned(named) => Event::Assigned(shares(named)),
-                Change::Revoked(named) => Event::Revoked(shares(named)),
+            match change {
+                Change::Assigned(named) => {
+                    self.absent_since = None;
+                    self.handle(Event::Assigned(shares(named)));
+                    self.log_shares();
+                }
+                Change::Revoked(named) => self.handle(Event::Revoked(shares(named))),
                 Change::Lost(named) => {
                     log::warn!(
                         "group={} this producer is no longer a member: other producers may take its {} shares; until then it \
@@ -222,18 +221,9 @@ impl Thread {
                         self.group,
                         named.len()
                     );
-                    Event::Lost(shares(named))
+                    self.absent_since = Some(instant_now());
+                    self.handle(Event::Lost(shares(named)));
                 }
-            };
-            let is_assigned = matches!(event, Event::Assigned(_));
-            match event {
-                Event::Assigned(_) => self.absent_since = None,
-                Event::Lost(_) => self.absent_since = Some(instant_now()),
-                _ => {}
-            }
-            self.handle(event);
-            if is_assigned {
-                self.log_shares();
             }
         }
     }
@@ -273,7 +263,7 @@ impl Thread {
     fn act(&mut self, action: Action) {
         match action {
             Action::ReadLedgers(shares) => {
-                let found = self.read_ledgers(&shares);
+                let found = self.read_ledgers(shares);
                 self.handle(Event::Ledgers(found));
             }
             Action::ReadTail(range) => self.to_read.push(range),

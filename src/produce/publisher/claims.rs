@@ -35,17 +35,11 @@ impl Worker {
     }
 
     pub(super) fn mark(&mut self, now: i64, open_since: &HashMap<Share, i64>) {
-        for index in 0..self.routes.len() {
-            let Route {
-                lane,
-                share: Some(share),
-                ..
-            } = &self.routes[index]
-            else {
-                continue;
-            };
-            let open_since = open_since.get(share).copied().unwrap_or(i64::MAX);
-            if let Some(ledger) = self.outbox.ledger(*lane, open_since, now) {
+        for route in &self.routes {
+            if let Some(share) = &route.share
+                && let open_since = open_since.get(share).copied().unwrap_or(i64::MAX)
+                && let Some(ledger) = self.outbox.ledger(route.lane, open_since, now)
+            {
                 let share = share.clone();
                 self.tell_shares(Event::Progress { share, ledger });
             }
@@ -53,11 +47,11 @@ impl Worker {
     }
 
     pub(super) fn release_shares(&mut self) {
-        for index in 0..self.routes.len() {
-            let route = &self.routes[index];
-            if let Some(share) = route.share.clone()
+        for route in &self.routes {
+            if let Some(share) = &route.share
                 && let Some(ledger) = self.outbox.last_ledger(route.lane)
             {
+                let share = share.clone();
                 self.tell_shares(Event::Released { share, ledger });
             }
         }

@@ -1,6 +1,5 @@
 //! The Kafka producer: its settings, its callbacks, and the causes of failed deliveries.
 
-use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -10,17 +9,16 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 use rdkafka::{ClientContext, Message};
 
-use super::shared::Bounds;
-use crate::check::target::Target;
+use super::shared::{Bounds, Record};
 use crate::config::KafkaConfig;
 use crate::kafka::Explainer;
 use crate::lock::lock;
-use crate::produce::outbox::{LaneId, Sequence};
+use crate::produce::outbox::{Kept, LaneId, Sequence};
 use crate::produce::share::Share;
 use crate::sample::epoch::Epoch;
 
 /// Contains every setting that matters, even if it is librdkafka's default.
-pub(super) fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig {
+fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig {
     let mut config = crate::kafka::client_config(kafka);
     config
         .set("acks", "all")
@@ -53,11 +51,17 @@ pub(super) fn client_config(kafka: &KafkaConfig, bounds: Bounds) -> ClientConfig
 }
 
 pub(super) fn new_producer(
-    config: &ClientConfig,
+    kafka: &KafkaConfig,
+    bounds: Bounds,
     explainer: &Explainer,
 ) -> anyhow::Result<BaseProducer<Context>> {
-    config
-        .create_with_context(Context::new(explainer.clone()))
+    client_config(kafka, bounds)
+        .create_with_context(Context {
+            explainer: explainer.clone(),
+            events: AtomicUsize::default(),
+            reports: Mutex::default(),
+            last_error: Mutex::default(),
+        })
         .context("cannot create the Kafka producer")
 }
 
@@ -100,28 +104,24 @@ impl SendFailure {
 
 /// What librdkafka returns with the report about a record or claim.
 pub(super) enum Sent {
-    Record(SentRecord),
-    Claim { share: Share, epoch: Epoch },
-}
-
-pub(super) struct SentRecord {
-    pub(super) lane: LaneId,
-    pub(super) sequence: Sequence,
-    pub(super) target: Arc<Target>,
-    pub(super) tick: i64,
-    pub(super) bytes: usize,
-    /// A copy of it is needed.
-    pub(super) is_failed_check: bool,
-    /// When it was sent (Unix time): the report of a failed record has no timestamp.
-    pub(super) at_millis: i64,
+    Record {
+        lane: LaneId,
+        sequence: Sequence,
+        /// librdkafka has the value. It comes back if the record was not delivered, or a copy of it is needed.
+        kept: Kept<Record>,
+        /// When it was sent (Unix time): the report of a failed record has no timestamp.
+        at_millis: i64,
+    },
+    Claim {
+        share: Share,
+        epoch: Epoch,
+    },
 }
 
 pub(super) struct Report {
     pub(super) sent: Box<Sent>,
     /// The offset.
     pub(super) outcome: Result<i64, KafkaError>,
-    /// Empty if the record was delivered and no copy of it is needed.
-    pub(super) value: Vec<u8>,
 }
 
 /// Collects what librdkafka reports. All callbacks run on the publisher's thread, during `poll`.
@@ -134,15 +134,6 @@ pub(super) struct Context {
 }
 
 impl Context {
-    pub(super) fn new(explainer: Explainer) -> Self {
-        Self {
-            explainer,
-            events: AtomicUsize::default(),
-            reports: Mutex::default(),
-            last_error: Mutex::default(),
-        }
-    }
-
     pub(super) fn take_reports(&self) -> Vec<Report> {
         std::mem::take(&mut lock(&self.reports))
     }
@@ -178,18 +169,18 @@ impl ClientContext for Context {
 impl ProducerContext for Context {
     type DeliveryOpaque = Box<Sent>;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, sent: Self::DeliveryOpaque) {
+    fn delivery(&self, result: &DeliveryResult<'_>, mut sent: Self::DeliveryOpaque) {
         self.events.fetch_add(1, Ordering::Relaxed);
         let (outcome, message) = match result {
             Ok(message) => (Ok(message.offset()), message),
             Err((error, message)) => (Err(error.clone()), message),
         };
-        let is_copied = matches!(&*sent, Sent::Record(sent) if sent.is_failed_check);
-        let value = match outcome.is_err() || is_copied {
-            true => message.payload().unwrap_or_default().to_vec(),
-            false => Vec::new(),
-        };
-        lock(&self.reports).push(Report { sent, outcome, value });
+        if let Sent::Record { kept, .. } = &mut *sent
+            && (outcome.is_err() || kept.record.is_failed_check)
+        {
+            kept.record.value = message.payload().unwrap_or_default().to_vec();
+        }
+        lock(&self.reports).push(Report { sent, outcome });
     }
 }
 

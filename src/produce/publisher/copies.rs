@@ -38,7 +38,7 @@ impl Worker {
     }
 
     /// Takes a copy of a failed check, with the bytes that Kafka has stored.
-    pub(super) fn copy(&mut self, target: Arc<Target>, tick: i64, value: Vec<u8>) {
+    fn copy(&mut self, target: Arc<Target>, tick: i64, value: Vec<u8>) {
         let bounds = self.shared.bounds;
         let Some(copies) = &mut self.copies else {
             return;
@@ -63,26 +63,33 @@ impl Worker {
         }
         match is_delivered {
             true => {
-                _ = self
-                    .shared
-                    .deliveries
-                    .copies_delivered
-                    .fetch_add(1, Ordering::Relaxed)
+                let delivered = &self.shared.deliveries.copies_delivered;
+                delivered.fetch_add(1, Ordering::Relaxed);
             }
             false => self.drop_copy(),
         }
     }
 
-    /// Records have left the outbox of this lane.
-    pub(super) fn release(&mut self, lane: LaneId, out: Vec<Kept<Record>>, is_delivered: bool) {
+    /// Records have left the outbox of this lane: Kafka has stored them, or another producer has recorded their ticks.
+    pub(super) fn release(
+        &mut self,
+        lane: LaneId,
+        out: impl IntoIterator<Item = Kept<Record>>,
+        is_stored: bool,
+    ) {
         for Kept { tick, record } in out {
-            let bytes = record.bytes;
             if self.is_copy(lane) {
-                self.copy_left(bytes, is_delivered);
+                self.copy_left(record.bytes, is_stored);
                 continue;
             }
-            self.shared.release(bytes);
-            if is_delivered && record.is_failed_check {
+            let deliveries = &self.shared.deliveries;
+            let count = match is_stored {
+                true => &deliveries.delivered,
+                false => &deliveries.superseded,
+            };
+            count.fetch_add(1, Ordering::Relaxed);
+            self.shared.release(record.bytes);
+            if is_stored && record.is_failed_check {
                 self.copy(record.target, tick, record.value);
             }
         }

@@ -1,6 +1,5 @@
 //! What the publisher logs about Kafka and topics: each outage when it begins, from time to time, and when it ends.
 
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rdkafka::producer::Producer;
@@ -34,50 +33,51 @@ impl Worker {
 
     /// Whether Kafka accepts records; if not, what the publisher waits for. Without records on their way it counts as ready.
     fn is_ready(&self, now: Instant) -> Result<(), String> {
-        let is_silent = self.in_flight() > 0 && now.duration_since(self.acknowledged_at) >= SAY_AFTER;
-        let reason = if let Some(reason) = &self.unreachable {
-            reason.clone()
-        } else if is_silent {
-            let last = self.producer.context().last_error();
-            last.unwrap_or_else(|| NO_ANSWER.to_owned())
-        } else if let Some(reason) = &self.spoiled {
-            reason.clone()
-        } else {
-            let mut topics = self.topics.iter().enumerate();
-            let missing = topics.find(|(index, topic)| topic.is_awaited() && !self.is_for_copies(*index));
-            let Some((_, topic)) = missing else {
-                return Ok(());
-            };
-            let why_not = topic.why_not.as_deref().unwrap_or("Kafka has not answered yet");
-            return Err(format!("waiting for the topic {}: {why_not}", topic.name));
+        let silent = self.silent_since(now).map(|(_, reason)| reason);
+        if let Some(reason) = silent.as_ref().or(self.spoiled.as_ref()) {
+            let servers = &self.kafka.bootstrap_servers;
+            return Err(format!("waiting for Kafka at {servers}: {reason}"));
+        }
+        let mut topics = self.topics.iter().enumerate();
+        let missing = topics.find(|(index, topic)| topic.is_awaited() && !self.is_for_copies(*index));
+        let Some((_, topic)) = missing else {
+            return Ok(());
         };
-        Err(format!("waiting for Kafka at {}: {reason}", self.servers))
+        let why_not = topic.why_not.as_deref().unwrap_or("Kafka has not answered yet");
+        Err(format!("waiting for the topic {}: {why_not}", topic.name))
+    }
+
+    /// Since when Kafka cannot be reached or does not acknowledge records, and why.
+    fn silent_since(&self, now: Instant) -> Option<(Instant, String)> {
+        if let Some(reason) = &self.unreachable {
+            return Some((now, reason.clone()));
+        }
+        let is_silent = self.in_flight() > 0 && now.duration_since(self.acknowledged_at) >= SAY_AFTER;
+        let reason = || self.producer.context().last_error();
+        is_silent.then(|| {
+            (
+                self.acknowledged_at,
+                reason().unwrap_or_else(|| NO_ANSWER.to_owned()),
+            )
+        })
     }
 
     fn report_silence(&mut self, now: Instant) {
-        let is_silent = |since: &Instant| self.in_flight() > 0 && now.duration_since(*since) >= SAY_AFTER;
-        let since = match self.unreachable {
-            Some(_) => Some(now),
-            None => Some(self.acknowledged_at).filter(is_silent),
-        };
-        let (servers, room) = (&self.servers, self.shared.bounds.records);
-        let kept = self.shared.deliveries.records_on_the_way.load(Ordering::Relaxed);
-        let Some(since) = since else {
+        let (kept, room) = (self.shared.on_the_way(), self.shared.bounds.records);
+        let Some((since, reason)) = self.silent_since(now) else {
             if let Some(lasted) = self.silence.end(now) {
                 let seconds = lasted.as_secs();
                 log::info!("Kafka is back after {seconds} s; records on their way: {kept}");
             }
             return;
         };
-        let reason = self.unreachable.clone();
-        let reason = reason.or_else(|| self.producer.context().last_error());
-        let has_cause = reason.as_deref().is_some_and(names_a_cause);
-        let reason = reason.unwrap_or_else(|| NO_ANSWER.to_owned());
+        let has_cause = reason != NO_ANSWER && names_a_cause(&reason);
         self.silence.begin(since, reason);
         self.silence.set_cause_known(has_cause);
         if let Some((reason, lasted)) = self.silence.take_report(now) {
             log::warn!(
-                "waiting for Kafka at {servers}: {reason} (for {} s); buffered records: {kept} of {room}",
+                "waiting for Kafka at {}: {reason} (for {} s); buffered records: {kept} of {room}",
+                self.kafka.bootstrap_servers,
                 lasted.as_secs()
             );
         }

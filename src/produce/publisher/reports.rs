@@ -8,13 +8,12 @@ use std::time::Duration;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{Producer, PurgeConfig};
 
-use super::client::{Report, SendFailure, Sent, SentRecord, new_producer};
+use super::client::{Report, SendFailure, Sent, new_producer};
 use super::shared::{Letter, Record, Unacknowledged};
-use super::worker::{LOOK_EVERY, Worker};
-use crate::check::target::Target;
+use super::worker::{LOOK_EVERY, Route, Worker};
 use crate::clock::instant_now;
 use crate::lock::lock;
-use crate::produce::outbox::{Kept, LaneId};
+use crate::produce::outbox::{Kept, LaneId, Sequence};
 use crate::produce::share::events::Event;
 
 /// How long the thread waits at the end until librdkafka returns its records.
@@ -47,7 +46,12 @@ impl Worker {
 
     fn take_report(&mut self, report: Report) {
         match *report.sent {
-            Sent::Record(sent) => self.take_record_report(sent, report.outcome, report.value),
+            Sent::Record {
+                lane,
+                sequence,
+                kept,
+                at_millis,
+            } => self.take_record_report(lane, sequence, kept, at_millis, report.outcome),
             Sent::Claim { share, epoch } => {
                 let lane = self.lane_of_share(&share);
                 let topic = self.routes[lane.index()].topic;
@@ -68,54 +72,35 @@ impl Worker {
         }
     }
 
-    fn take_record_report(&mut self, sent: SentRecord, outcome: Result<i64, KafkaError>, value: Vec<u8>) {
-        let SentRecord {
-            lane,
-            sequence,
-            target,
-            tick,
-            bytes,
-            is_failed_check,
-            at_millis,
-        } = sent;
-        let topic = self.routes[lane.index()].topic;
+    fn take_record_report(
+        &mut self,
+        lane: LaneId,
+        sequence: Sequence,
+        kept: Kept<Record>,
+        at_millis: i64,
+        outcome: Result<i64, KafkaError>,
+    ) {
+        let Route { topic, share, .. } = &self.routes[lane.index()];
+        let (topic, has_share) = (*topic, share.is_some());
         self.topics[topic].in_flight -= 1;
         let error = match outcome {
             Ok(offset) => {
                 self.topic_takes(topic);
-                self.outbox.done(lane, tick, Some(offset));
-                if self.is_copy(lane) {
-                    return self.copy_left(bytes, true);
-                }
-                self.shared.deliveries.delivered.fetch_add(1, Ordering::Relaxed);
-                self.shared.release(bytes);
-                if is_failed_check {
-                    self.copy(target, tick, value);
-                }
-                return;
+                self.outbox.done(lane, kept.tick, Some(offset));
+                return self.release(lane, [kept], true);
             }
             Err(error) => error,
         };
         let failure = SendFailure::of(&error);
         if matches!(failure, SendFailure::Record) {
-            self.outbox.done(lane, tick, None);
-            return self.refuse(lane, &target, bytes, &error);
+            return self.refuse(lane, &kept, &error);
         }
         self.shared.deliveries.failed.fetch_add(1, Ordering::Relaxed);
-        let share = self.routes[lane.index()].share.clone();
-        if share.is_none() {
+        if !has_share {
             let since = &mut self.topics[topic].in_doubt_since;
             *since = Some(since.map_or(at_millis, |since| since.min(at_millis)));
         }
-        let record = Record {
-            target,
-            share,
-            tick,
-            value,
-            is_failed_check,
-            bytes,
-        };
-        self.outbox.came_back(lane, sequence, Kept { tick, record });
+        self.outbox.came_back(lane, sequence, kept);
         self.blame(topic, failure);
     }
 
@@ -136,13 +121,16 @@ impl Worker {
         }
     }
 
-    pub(super) fn refuse(&mut self, lane: LaneId, target: &Target, bytes: usize, error: &KafkaError) {
+    /// Kafka has refused a record in flight for good.
+    pub(super) fn refuse(&mut self, lane: LaneId, kept: &Kept<Record>, error: &KafkaError) {
+        let Kept { tick, record } = kept;
+        self.outbox.done(lane, *tick, None);
         if self.is_copy(lane) {
-            return self.copy_left(bytes, false);
+            return self.copy_left(record.bytes, false);
         }
         self.shared.deliveries.refused.fetch_add(1, Ordering::Relaxed);
-        self.shared.release(bytes);
-        let first = || (0, format!("{}: {error}", target.address));
+        self.shared.release(record.bytes);
+        let first = || (0, format!("{}: {error}", record.target.address));
         self.refused.get_or_insert_with(first).0 += 1;
     }
 
@@ -164,17 +152,18 @@ impl Worker {
         let Some(why) = &self.spoiled else {
             return;
         };
-        match new_producer(&self.config, &self.explainer) {
+        match new_producer(&self.kafka, self.shared.bounds, &self.explainer) {
             Ok(producer) => {
-                let (servers, kept, found) = (&self.servers, self.waiting_records(), self.found_stored);
+                let (kept, found) = (self.waiting_records(), self.found_stored);
                 log::error!(
-                    "kafka={servers} the producer failed and is replaced; {kept} records are sent again, {found} were stored already: {why}"
+                    "kafka={} the producer failed and is replaced; {kept} records are sent again, {found} were stored already: {why}",
+                    self.kafka.bootstrap_servers
                 );
                 self.found_stored = 0;
                 self.producer = producer;
                 self.spoiled = None;
             }
-            Err(error) => log::error!("kafka={} {error:#}; trying again", self.servers),
+            Err(error) => log::error!("kafka={} {error:#}; trying again", self.kafka.bootstrap_servers),
         }
     }
 
@@ -219,7 +208,7 @@ impl Worker {
             }
         }
         let named: u64 = per_address.values().sum();
-        let left = self.on_the_way() as u64;
+        let left = self.shared.on_the_way() as u64;
         if left > named {
             per_address.insert("hosts that librdkafka did not name".to_owned(), left - named);
         }

@@ -5,7 +5,7 @@
 //! the broker rejects it. Before its records are sent again, the stored ones have to be found. With a group, a claim does that:
 //! see `share`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
@@ -14,87 +14,142 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::shared::Record;
+use super::worker::Worker;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
 use crate::kafka::look_up_topic;
-use crate::kafka::reader::{Part, Quiet, Reader};
+use crate::kafka::reader::{Part, Quiet, Reader, is_forbidden};
 use crate::produce::outbox::{Kept, Sequence};
 
-/// How long one question to Kafka may take. The publisher's thread waits for the answer and
-/// sends nothing meanwhile. There are two questions.
+/// How long one question to Kafka may take. The publisher's thread waits for the answer and sends nothing meanwhile. There are
+/// two questions.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-pub(super) const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
+const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
 
 /// How much the clocks may differ if a topic's records have the broker's time instead of ours.
 const CLOCKS_DIFFER_MILLIS: i64 = 60_000;
 
+/// How long the thread searches before it does something else, how long it waits after a failed attempt, and after how long it
+/// gives up: a minute is enough to read what a full buffer may have left in a topic.
+const SEARCH_STEP: Duration = Duration::from_millis(100);
+const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(1);
+const SEARCH_WITHIN: Duration = Duration::from_secs(60);
+
 /// A search in one topic.
 pub(super) struct Search {
     reader: Reader,
-    topic: String,
-    since_millis: i64,
-    has_begun: bool,
     /// The wanted records by the hash of their values, which are unique: a value contains its host and its tick.
     wanted: HashMap<u64, Sequence>,
     hasher: RandomState,
-    /// When reading began.
-    begun: Instant,
+    /// When reading began. `None`: Kafka has not said yet where the records begin.
+    begun: Option<Instant>,
 }
 
 impl Search {
-    /// A search for `wanted` that begins with the first record after `since_millis` (Unix time).
-    pub(super) fn new(
-        kafka: &KafkaConfig,
-        topic: &str,
-        since_millis: i64,
-        wanted: &BTreeMap<Sequence, Kept<Record>>,
-    ) -> KafkaResult<Self> {
+    fn new(kafka: &KafkaConfig, wanted: &BTreeMap<Sequence, Kept<Record>>) -> KafkaResult<Self> {
         let hasher = RandomState::new();
+        let by_hash =
+            |(sequence, kept): (&Sequence, &Kept<Record>)| (hasher.hash_one(&kept.record.value), *sequence);
         Ok(Self {
             reader: Reader::new(kafka)?,
-            topic: topic.to_owned(),
-            since_millis,
-            has_begun: false,
-            wanted: wanted
-                .iter()
-                .map(|(sequence, kept)| (hasher.hash_one(&kept.record.value), *sequence))
-                .collect(),
+            wanted: wanted.iter().map(by_hash).collect(),
             hasher,
-            begun: instant_now(),
+            begun: None,
         })
     }
+}
 
-    /// Searches until `until`; the first call may end later, because it asks Kafka two questions. `found` gets the sequence of
-    /// each stored record. Returns whether the search is over.
+impl Worker {
+    /// Removes the records that Kafka has stored from those that wait. Returns whether the search is over. If Kafka does not let
+    /// us read, or not in time, the records are sent again: two records of a tick are better than none.
+    pub(super) fn search_stored(&mut self) -> bool {
+        let now = instant_now();
+        let is_early = |at: Instant| now.duration_since(at) < SEARCH_AGAIN_AFTER;
+        let is_late = |stop_by: Instant| now + QUESTIONS_WITHIN > stop_by;
+        if self.search_failed_at.is_some_and(is_early) || self.stop_by.is_some_and(is_late) {
+            return false;
+        }
+        while let Some(index) = self
+            .topics
+            .iter()
+            .position(|topic| topic.in_doubt_since.is_some())
+        {
+            match self.search_topic(index) {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(error) if is_forbidden(&error) => self.give_up_search(index, &error.to_string()),
+                Err(error) => {
+                    // The client stays, and may connect before the next attempt.
+                    log::debug!("cannot search for stored records: {error}");
+                    self.search_failed_at = Some(now);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Searches for a while; the first call takes longer, because it asks Kafka two questions. Returns whether the search is over.
     ///
     /// # Errors
     /// Kafka does not allow it, or did not answer the questions. Other errors are retried.
-    pub(super) fn go_on(
-        &mut self,
-        until: Instant,
-        wanted: &BTreeMap<Sequence, Kept<Record>>,
-        mut found: impl FnMut(Sequence),
-    ) -> KafkaResult<bool> {
-        if !self.has_begun {
-            let parts = parts_since(self.reader.consumer(), &self.topic, self.since_millis)?;
-            self.reader.begin(&self.topic, &parts)?;
-            self.has_begun = true;
-            self.begun = instant_now();
+    fn search_topic(&mut self, index: usize) -> KafkaResult<bool> {
+        let topic = &mut self.topics[index];
+        let route = self
+            .routes
+            .iter()
+            .find(|route| route.topic == index && route.share.is_none());
+        let (Some(since), Some(route)) = (topic.in_doubt_since, route) else {
+            topic.in_doubt_since = None;
+            return Ok(true);
+        };
+        let lane = route.lane;
+        let waiting = self.outbox.waiting(lane);
+        let Search {
+            reader,
+            wanted,
+            hasher,
+            begun,
+        } = match &mut self.search {
+            Some(search) => search,
+            none => none.insert(Search::new(&self.kafka, waiting)?),
+        };
+        if begun.is_none() {
+            let parts = parts_since(reader.consumer(), &topic.name, since)?;
+            reader.begin(&topic.name, &parts)?;
         }
-        let (by_hash, hasher) = (&self.wanted, &self.hasher);
-        self.reader.go_on(until, |_, value| {
-            if let Some(sequence) = by_hash.get(&hasher.hash_one(value))
-                && wanted
+        let begun = *begun.get_or_insert_with(instant_now);
+        let mut found = HashSet::new();
+        let is_over = reader.go_on(instant_now() + SEARCH_STEP, |_, value| {
+            if let Some(sequence) = wanted.get(&hasher.hash_one(value))
+                && waiting
                     .get(sequence)
                     .is_some_and(|kept| kept.record.value == value)
             {
-                found(*sequence);
+                found.insert(*sequence);
             }
-        })
+        })?;
+        let stored = self.outbox.discard(lane, |sequence, _| found.contains(&sequence));
+        self.found_stored += stored.len();
+        self.release(lane, stored, true);
+        if is_over {
+            self.search = None;
+            self.topics[index].in_doubt_since = None;
+        } else if instant_now().duration_since(begun) > SEARCH_WITHIN {
+            self.give_up_search(index, "reading it took too long");
+            return Ok(true);
+        }
+        Ok(is_over)
     }
 
-    pub(super) fn begun(&self) -> Instant {
-        self.begun
+    fn give_up_search(&mut self, index: usize, why: &str) {
+        let topic = &mut self.topics[index];
+        log::warn!(
+            "topic={} may contain some records twice, because it cannot be searched for those that Kafka stored without acknowledging them: {why}",
+            topic.name
+        );
+        topic.in_doubt_since = None;
+        self.search = None;
     }
 }
 

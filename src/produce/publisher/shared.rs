@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
@@ -127,7 +127,10 @@ pub struct Unacknowledged {
 /// other hosts.
 pub(super) const PART_OF_A_MISSING_TOPIC: usize = 4;
 
-pub(super) struct Shared {
+/// Lets other threads send letters to the publisher.
+pub type LetterBox = Arc<Shared>;
+
+pub struct Shared {
     pub(super) default_topic: String,
     pub(super) failures_topic: Option<String>,
     pub(super) bounds: Bounds,
@@ -136,7 +139,6 @@ pub(super) struct Shared {
     pub(super) deliveries: Arc<Deliveries>,
     /// Missing topics that have used up their part of the buffer.
     pub(super) crowded: Mutex<HashSet<String>>,
-    pub(super) any_crowded: AtomicBool,
 }
 
 #[derive(Default)]
@@ -198,18 +200,8 @@ impl Record {
     }
 }
 
-/// Lets other threads send letters to the publisher.
-#[derive(Clone)]
-pub struct LetterBox(pub(super) Arc<Shared>);
-
-impl LetterBox {
-    pub fn tell(&self, letter: Letter) {
-        self.0.tell(letter);
-    }
-}
-
 impl Shared {
-    pub(super) fn tell(&self, letter: Letter) {
+    pub fn tell(&self, letter: Letter) {
         let mut inbox = lock(&self.inbox);
         inbox.letters.push(letter);
         if inbox.is_asleep {
@@ -226,12 +218,16 @@ impl Shared {
             changed: Condvar::new(),
             deliveries,
             crowded: Mutex::default(),
-            any_crowded: AtomicBool::new(false),
         }
     }
 
     pub(super) fn topic_of<'a>(&'a self, target: &'a Target) -> &'a str {
         target.topic.as_deref().unwrap_or(&self.default_topic)
+    }
+
+    /// The number of records that are not acknowledged yet.
+    pub(super) fn on_the_way(&self) -> usize {
+        self.deliveries.records_on_the_way.load(Ordering::Relaxed)
     }
 
     pub(super) fn release(&self, bytes: usize) {

@@ -1,7 +1,6 @@
 //! The topics of the records: whether they exist, and what happens while one is missing.
 
 use std::collections::HashSet;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rdkafka::producer::Producer;
@@ -81,11 +80,7 @@ impl Worker {
             .filter(is_crowded)
             .map(|index| self.topics[index].name.clone())
             .collect();
-        let any = !crowded.is_empty();
-        if any || self.shared.any_crowded.load(Ordering::Relaxed) {
-            *lock(&self.shared.crowded) = crowded;
-            self.shared.any_crowded.store(any, Ordering::Relaxed);
-        }
+        *lock(&self.shared.crowded) = crowded;
     }
 
     /// The number of records that wait for this topic.

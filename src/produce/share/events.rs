@@ -58,10 +58,9 @@ pub enum Event {
     Progress { share: Share, ledger: Ledger },
     /// The answer to [`Action::Release`]: the last ledger. Nothing more is written.
     Released { share: Share, ledger: Ledger },
-    /// Records on their way to Kafka may or may not be stored. A new claim shows which ones are.
+    /// Records on their way to Kafka may or may not be stored, or the process was suspended and other producers may have had the
+    /// shares. A new claim shows it.
     InDoubt(Vec<Share>),
-    /// The process was suspended. Other producers may have had our shares meanwhile.
-    Suspended,
     /// Give everything back by this time.
     Stop { until: i64 },
 }

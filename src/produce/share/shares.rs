@@ -40,19 +40,13 @@ enum Stage {
     /// Its ledger has to be read.
     ToRead,
     Reading,
-    /// It has no ledger: the end of the partition has to be read.
-    WithoutLedger {
-        low: i64,
-        high: i64,
-        partitions: i32,
-        is_asked: bool,
-    },
     /// Our epoch has to be committed.
     ToCommitEpoch(Ledger),
     CommittingEpoch(Ledger),
     ToClaim(Ledger),
     Claiming(Ledger),
-    /// The partition has to be read up to our claim, which has this offset.
+    /// The partition has to be read up to our claim, which has this offset. With epoch zero the share has no ledger and no claim yet, and
+    /// the end of the partition has to be read.
     ToCatchUp(Ledger, i64),
     CatchingUp(Ledger, i64),
     Owned,
@@ -72,10 +66,12 @@ impl Stage {
     fn waits_for(&self) -> Option<&'static str> {
         Some(match self {
             Self::ToRead | Self::Reading => "for its ledger",
-            Self::WithoutLedger { .. } => "for the end of the partition, because it has no ledger",
             Self::ToCommitEpoch(_) | Self::CommittingEpoch(_) => "for the commit of its epoch",
             Self::ToClaim(_) | Self::Claiming(_) => "until Kafka acknowledges its claim",
-            Self::ToCatchUp(..) | Self::CatchingUp(..) => "for the records up to its claim",
+            Self::ToCatchUp(ledger, _) | Self::CatchingUp(ledger, _) => match ledger.epoch {
+                0 => "for the end of the partition, because it has no ledger",
+                _ => "for the records up to its claim",
+            },
             Self::Shadow | Self::Owned | Self::Releasing { .. } | Self::ToClose { .. } => return None,
         })
     }
@@ -161,7 +157,6 @@ impl Shares {
                 }
             }
             Event::InDoubt(shares) => self.doubt(now, shares),
-            Event::Suspended => self.doubt(now, self.all()),
             Event::Stop { until } => self.stop(until),
         }
     }
@@ -280,26 +275,6 @@ impl Shares {
                         epoch: ledger.epoch,
                     }));
                 }
-                Stage::WithoutLedger {
-                    low,
-                    high,
-                    partitions,
-                    is_asked: false,
-                } => {
-                    tenure.stage = Stage::WithoutLedger {
-                        low,
-                        high,
-                        partitions,
-                        is_asked: true,
-                    };
-                    return Some(Action::ReadTail(Range {
-                        share: share.clone(),
-                        from: start_without_ledger(low, high),
-                        to: high,
-                        epoch_at_from: 0,
-                        epoch: 0,
-                    }));
-                }
                 _ => {}
             }
         }
@@ -337,13 +312,9 @@ impl Shares {
             });
         }
         // The group has assigned the shares that it does not name here to other members.
-        let others: Vec<_> = self
-            .tenures
-            .iter()
-            .filter(|(_, tenure)| !tenure.is_ours())
-            .map(|(share, _)| share.clone())
-            .collect();
-        others.iter().for_each(|share| self.forget(share));
+        for share in self.select(|tenure| !tenure.is_ours()) {
+            self.forget(&share);
+        }
     }
 
     fn revoked(&mut self, now: i64, shares: &[Share]) {
@@ -384,13 +355,11 @@ impl Shares {
     }
 
     fn release_due(&mut self, now: i64) {
-        let is_due = |(share, tenure): (&Share, &Tenure)| {
-            let is_due = tenure.stage == Stage::Owned && tenure.release_at.is_some_and(|at| at <= now);
-            is_due.then(|| share.clone())
-        };
-        let due: Vec<Share> = self.tenures.iter().filter_map(is_due).collect();
-        due.iter()
-            .for_each(|share| self.release(share, now + RELEASE_WITHIN_MICROS));
+        let is_due =
+            |tenure: &Tenure| tenure.stage == Stage::Owned && tenure.release_at.is_some_and(|at| at <= now);
+        for share in self.select(is_due) {
+            self.release(&share, now + RELEASE_WITHIN_MICROS);
+        }
     }
 
     fn release(&mut self, share: &Share, until: i64) {
@@ -451,34 +420,32 @@ impl Shares {
             if tenure.stage != Stage::Reading {
                 continue;
             }
-            if let Some(found) = found.get(share) {
-                let epoch = match found {
-                    StoredLedger::Ledger(ledger) => Some(ledger.epoch),
-                    StoredLedger::Missing { .. } => None,
-                };
-                tenure.own_committed_epoch = tenure.own_committed_epoch.filter(|ours| Some(*ours) == epoch);
-            }
-            match found.get(share) {
+            let (epoch, stage) = match found.get(share) {
                 Some(StoredLedger::Ledger(ledger)) => {
-                    tenure.stage = Stage::ToCommitEpoch(Ledger {
-                        epoch: ledger.epoch + 1,
-                        ..*ledger
-                    });
+                    let epoch = ledger.epoch + 1;
+                    (ledger.epoch, Stage::ToCommitEpoch(Ledger { epoch, ..*ledger }))
                 }
                 Some(StoredLedger::Missing {
                     low,
                     high,
                     partitions,
                 }) => {
-                    tenure.stage = Stage::WithoutLedger {
-                        low: *low,
-                        high: *high,
+                    let ledger = Ledger {
+                        epoch: 0,
+                        whole_before: 0,
+                        from: *low.max(&(high - RECORDS_WITHOUT_LEDGER)),
+                        epoch_at_from: 0,
                         partitions: *partitions,
-                        is_asked: false,
                     };
+                    (0, Stage::ToCatchUp(ledger, *high))
                 }
-                None => tenure.begin_again(now + RETRY_MICROS),
-            }
+                None => {
+                    tenure.begin_again(now + RETRY_MICROS);
+                    continue;
+                }
+            };
+            tenure.own_committed_epoch = tenure.own_committed_epoch.filter(|ours| *ours == epoch);
+            tenure.stage = stage;
         }
     }
 
@@ -533,62 +500,44 @@ impl Shares {
         let Some(tenure) = self.tenures.get_mut(&share) else {
             return;
         };
-        match (&tenure.stage, tail) {
-            (
-                Stage::WithoutLedger {
-                    low,
-                    high,
-                    partitions,
-                    is_asked: true,
-                },
-                tail,
-            ) if epoch == 0 => match tail {
-                Some(tail) => {
-                    let (from, partitions) = (start_without_ledger(*low, *high), *partitions);
-                    tenure.stage = Stage::ToCommitEpoch(Ledger {
-                        epoch: 1 + match tail.epoch() {
-                            // The consumer may know epochs that the partition no longer shows, for example of a deleted
-                            // topic. Seconds since 1970 are above all of them, because a share is taken less than once a
-                            // second.
-                            0 => now / 1_000_000,
-                            highest => highest,
-                        },
-                        whole_before: 0,
-                        from,
-                        epoch_at_from: 0,
-                        partitions,
-                    });
+        let Stage::CatchingUp(ledger, claim) = tenure.stage else {
+            return;
+        };
+        if ledger.epoch != epoch {
+            return;
+        }
+        match tail {
+            Some(tail) if tail.epoch() >= epoch => {
+                // There is no ledger, or it was not the latest one, or another claim came first. We need a higher epoch.
+                let highest = match tail.epoch() {
+                    // The consumer may know epochs that the partition no longer shows, for example of a deleted topic. Seconds
+                    // since 1970 are above all of them, because a share is taken less than once a second.
+                    0 => now / 1_000_000,
+                    highest => highest,
+                };
+                tenure.own_committed_epoch = None;
+                tenure.stage = Stage::ToCommitEpoch(Ledger {
+                    epoch: highest + 1,
+                    ..ledger
+                });
+            }
+            Some(tail) => {
+                let takeover = Takeover {
+                    share: share.clone(),
+                    ledger,
+                    claim,
+                    is_unbroken: tenure.is_unbroken(&tail),
+                    tail,
+                };
+                tenure.epoch = Some(epoch);
+                tenure.own_committed_epoch = Some(epoch);
+                tenure.stage = Stage::Owned;
+                self.decided.push_back(Action::Take(takeover));
+                if let Some(until) = self.stops_at {
+                    self.release(&share, until);
                 }
-                None => tenure.begin_again(now + RETRY_MICROS),
-            },
-            (Stage::CatchingUp(ledger, claim), tail) if ledger.epoch == epoch => match tail {
-                Some(tail) if tail.epoch() >= epoch => {
-                    // Another claim came first, or the ledger was not the latest one. We need a higher epoch.
-                    tenure.own_committed_epoch = None;
-                    tenure.stage = Stage::ToCommitEpoch(Ledger {
-                        epoch: tail.epoch() + 1,
-                        ..*ledger
-                    });
-                }
-                Some(tail) => {
-                    let takeover = Takeover {
-                        share: share.clone(),
-                        ledger: *ledger,
-                        claim: *claim,
-                        is_unbroken: tenure.is_unbroken(&tail),
-                        tail,
-                    };
-                    tenure.epoch = Some(epoch);
-                    tenure.own_committed_epoch = Some(epoch);
-                    tenure.stage = Stage::Owned;
-                    self.decided.push_back(Action::Take(takeover));
-                    if let Some(until) = self.stops_at {
-                        self.release(&share, until);
-                    }
-                }
-                None => tenure.begin_again(now + RETRY_MICROS),
-            },
-            _ => {}
+            }
+            None => tenure.begin_again(now + RETRY_MICROS),
         }
     }
 
@@ -599,18 +548,17 @@ impl Shares {
             Stage::Releasing { until } | Stage::ToClose { until, .. } => until <= now,
             _ => stops,
         };
-        let overdue: Vec<_> = self
-            .tenures
-            .iter()
-            .filter(|(_, tenure)| is_overdue(tenure))
-            .map(|(share, _)| share.clone())
-            .collect();
-        for share in &overdue {
+        for share in &self.select(is_overdue) {
             match self.stops_at {
                 Some(_) => self.abandon(share),
                 None => self.forget(share),
             }
         }
+    }
+
+    fn select(&self, which: impl Fn(&Tenure) -> bool) -> Vec<Share> {
+        let selected = self.tenures.iter().filter(|(_, tenure)| which(tenure));
+        selected.map(|(share, _)| share.clone()).collect()
     }
 
     fn forget(&mut self, share: &Share) {
@@ -637,14 +585,9 @@ impl Shares {
     }
 }
 
-fn start_without_ledger(low: i64, high: i64) -> i64 {
-    low.max(high - RECORDS_WITHOUT_LEDGER)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::produce::share::tail::Entry;
 
     const PLACE: &str = "eu";
 
@@ -690,16 +633,21 @@ mod tests {
     }
 
     /// Our first attempt to take the share anew fails after its claim. The second one finds this epoch in the ledger, and these
-    /// entries before its claim.
-    fn second_attempt(found: Epoch, entries: &[Entry<'_>]) -> Takeover {
+    /// claims (true) and records before its claim, each with its epoch.
+    fn second_attempt(found: Epoch, entries: &[(bool, Epoch)]) -> Takeover {
         let mut shares = Shares::default();
         let mut now = 0;
         shares.handle(now, Event::Assigned(vec![share()]));
-        let take = |shares: &mut Shares, now: i64, found: Epoch, entries: Option<&[Entry<'_>]>| {
+        let take = |shares: &mut Shares, now: i64, found: Epoch, entries: Option<&[(bool, Epoch)]>| {
             let Range { share, epoch, .. } = claim(shares, now, found);
             let tail = entries.map(|entries| {
                 let mut tail = Tail::new(PLACE, 0);
-                entries.iter().for_each(|entry| tail.read(*entry));
+                for (is_claim, epoch) in entries {
+                    match is_claim {
+                        true => tail.read_claim(PLACE, *epoch),
+                        false => tail.read_result(PLACE, Some(*epoch), "a", 1, None),
+                    }
+                }
                 tail
             });
             shares.handle(now, Event::TailRead { share, epoch, tail });
@@ -717,15 +665,8 @@ mod tests {
 
     #[test]
     fn kept_records_stay_valid_after_an_own_attempt_that_failed_after_its_claim() {
-        let claim = |epoch| Entry::Claim { place: PLACE, epoch };
-        let record = |epoch| Entry::Result {
-            place: PLACE,
-            epoch: Some(epoch),
-            address: "a",
-            scheduled_at_micros: 1,
-            interval_micros: None,
-        };
-        let is_unbroken = |found, entries: &[Entry<'_>]| second_attempt(found, entries).is_unbroken;
+        let (claim, record) = (|epoch| (true, epoch), |epoch| (false, epoch));
+        let is_unbroken = |found, entries: &[_]| second_attempt(found, entries).is_unbroken;
         let ours = [claim(2), record(2), claim(3)];
         assert!(is_unbroken(3, &ours));
         // Somebody else has committed an epoch, or written records.

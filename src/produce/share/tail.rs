@@ -8,24 +8,6 @@ use crate::produce::share::ledger::Ledger;
 use crate::sample;
 use crate::sample::epoch::{Claim, Epoch, Epochs};
 
-/// The fields of a Kafka record that matter here.
-#[derive(Clone, Copy, Debug)]
-pub enum Entry<'a> {
-    Claim {
-        place: &'a str,
-        epoch: Epoch,
-    },
-    Result {
-        place: &'a str,
-        /// `None` if its producer is in no group.
-        epoch: Option<Epoch>,
-        address: &'a str,
-        scheduled_at_micros: i64,
-        /// `None`: the record does not say.
-        interval_micros: Option<i64>,
-    },
-}
-
 /// The part of a partition that was read so far, summarized.
 #[derive(Clone, Debug)]
 pub struct Tail {
@@ -54,57 +36,55 @@ impl Tail {
     pub fn read_value(&mut self, value: &[u8]) {
         if let Ok(sample) = sample::decode(value) {
             if let (Some(place), Some(scheduled_at)) = (&sample.agent, sample.scheduled_at) {
-                self.read(Entry::Result {
+                let interval_micros = sample
+                    .interval_seconds
+                    .map(|seconds| (seconds * 1e6).round() as i64);
+                self.read_result(
                     place,
-                    epoch: sample.epoch,
-                    address: &sample.address,
-                    scheduled_at_micros: scheduled_at.unix_micros(),
-                    interval_micros: sample
-                        .interval_seconds
-                        .map(|seconds| (seconds * 1e6).round() as i64),
-                });
+                    sample.epoch,
+                    &sample.address,
+                    scheduled_at.unix_micros(),
+                    interval_micros,
+                );
             }
         } else if let Some(claim) = Claim::decode(value) {
-            self.read(Entry::Claim {
-                place: claim.place(),
-                epoch: claim.epoch,
-            });
+            self.read_claim(claim.place(), claim.epoch);
         }
     }
 
-    pub fn read(&mut self, entry: Entry<'_>) {
-        match entry {
-            Entry::Claim { place, epoch } if place == self.place => {
-                // A void claim changes nothing.
-                let _ = self.epochs.admit(place, epoch);
-            }
-            Entry::Result {
-                place,
-                epoch,
-                address,
-                scheduled_at_micros,
-                interval_micros,
-            } if place == self.place => {
-                // Without an epoch it is a record of a producer without the group, which has no gap since its first tick, or one
-                // of `--once`, which says nothing about the ticks before it. The latter is not on the grid.
-                let is_on_grid = || {
+    pub fn read_claim(&mut self, place: &str, epoch: Epoch) {
+        if place == self.place {
+            // A void claim changes nothing.
+            let _ = self.epochs.admit(place, epoch);
+        }
+    }
+
+    /// `epoch` is `None` if the record's producer is in no group, and `interval_micros` if the record does not say.
+    pub fn read_result(
+        &mut self,
+        place: &str,
+        epoch: Option<Epoch>,
+        address: &str,
+        scheduled_at_micros: i64,
+        interval_micros: Option<i64>,
+    ) {
+        let counts = place == self.place
+            && match epoch {
+                Some(epoch) => self.epochs.admit(place, epoch).is_ok(),
+                // It is a record of a producer without the group, which has no gap since its first tick, or one of `--once`,
+                // which says nothing about the ticks before it. The latter is not on the grid.
+                None => {
                     interval_micros.is_none_or(|interval| is_on_grid(address, interval, scheduled_at_micros))
-                };
-                let counts = match epoch {
-                    Some(epoch) => self.epochs.admit(place, epoch).is_ok(),
-                    None => is_on_grid(),
-                };
-                if !counts {
-                    return;
                 }
-                self.written_epoch = self.written_epoch.max(epoch.unwrap_or_default());
-                self.last_tick = self.last_tick.max(scheduled_at_micros);
-                match self.latest.get_mut(address) {
-                    Some(latest) => *latest = scheduled_at_micros.max(*latest),
-                    None => drop(self.latest.insert(address.to_owned(), scheduled_at_micros)),
-                }
-            }
-            Entry::Claim { .. } | Entry::Result { .. } => {}
+            };
+        if !counts {
+            return;
+        }
+        self.written_epoch = self.written_epoch.max(epoch.unwrap_or_default());
+        self.last_tick = self.last_tick.max(scheduled_at_micros);
+        match self.latest.get_mut(address) {
+            Some(latest) => *latest = scheduled_at_micros.max(*latest),
+            None => drop(self.latest.insert(address.to_owned(), scheduled_at_micros)),
         }
     }
 
@@ -152,38 +132,20 @@ mod tests {
     use crate::produce::schedule::phase_micros;
     use crate::sample::Timestamp;
 
-    fn result(
-        place: &str,
-        epoch: Option<Epoch>,
-        address: &'static str,
-        tick: i64,
-    ) -> (String, Option<Epoch>, &'static str, i64) {
-        (place.to_owned(), epoch, address, tick)
-    }
-
     #[test]
     fn only_valid_records_of_the_own_place_count() {
         let mut tail = Tail::new("eu", 4);
-        for (place, epoch, address, scheduled_at_micros) in [
-            result("eu", Some(4), "a", 10),
-            result("us", Some(9), "a", 90),
-            result("eu", Some(3), "a", 30),
-            result("eu", Some(5), "b", 20),
-            result("eu", Some(4), "a", 40),
-            result("eu", None, "c", 15),
+        for (place, epoch, address, tick) in [
+            ("eu", Some(4), "a", 10),
+            ("us", Some(9), "a", 90),
+            ("eu", Some(3), "a", 30),
+            ("eu", Some(5), "b", 20),
+            ("eu", Some(4), "a", 40),
+            ("eu", None, "c", 15),
         ] {
-            tail.read(Entry::Result {
-                place: &place,
-                epoch,
-                address,
-                scheduled_at_micros,
-                interval_micros: None,
-            });
+            tail.read_result(place, epoch, address, tick, None);
         }
-        tail.read(Entry::Claim {
-            place: "us",
-            epoch: 12,
-        });
+        tail.read_claim("us", 12);
         assert_eq!(tail.epoch(), 5);
         let takeover = |whole_before| Takeover {
             share: Share {
