@@ -19,8 +19,9 @@ use crate::config::{DatabaseConfig, InitConfig, WrongInput};
 use crate::kafka::{Listener, client_config, names_a_cause};
 use crate::outage::{Outage, SAY_AFTER};
 use crate::postgres::{self, Bounds, Fault, Kind, Session};
+use crate::tables::migrate::{self, Made};
 use crate::tables::names::Object;
-use crate::tables::{days, destination, migrate, schema};
+use crate::tables::{days, destination, schema};
 use crate::terminal::counted;
 
 /// For a new topic: as many consumers can share it, and it divides evenly among 2, 3, 4 or 6.
@@ -327,14 +328,18 @@ async fn make_tables_once(config: &DatabaseConfig) -> Result<(), Fault> {
     let session = Session::open(config, Bounds::default()).await?;
     let result = async {
         let today = days::today();
-        let made = migrate::make(&session, today).await.map_err(|fault| {
-            fault.with_grant(&format!(
+        let Made {
+            found,
+            made,
+            not_made,
+        } = migrate::make(&session, today).await?;
+        if let Some(fault) = not_made {
+            return Err(fault.with_grant(&format!(
                 "GRANT CREATE ON SCHEMA {} TO {}, or let the owner of the schema run `host-metrics init`",
                 session.table.schema.as_deref().unwrap_or_default(),
                 config.user
-            ))
-        })?;
-        let found = destination::find(&session).await?;
+            )));
+        }
         days::keep_days(&session, &found, today, None).await?;
         if let Some(version) = found.newer_version() {
             log::warn!(

@@ -120,10 +120,9 @@ fn host_remedy(text: &str) -> Option<String> {
 pub(super) fn table(reader: &mut Reader<'_>) -> TableName {
     let expected = format!(
         "`table` or `schema.table`, with at most {MAX_TABLE_BYTES} bytes for the table and {MAX_IDENTIFIER_BYTES} for \
-         the schema; put a name with a dot in double quotes; correct it, or leave it unset for {DEFAULT_TABLE}"
+         the schema, and without dots and double quotes in them; correct it, or leave it unset for {DEFAULT_TABLE}"
     );
-    // Double quotes are SQL syntax; other quotes were left over from a file of variables.
-    let is_slip = |text: &str| (is_quoted(text) && !text.starts_with('"')) || text.trim() != text;
+    let is_slip = |text: &str| is_quoted(text) || text.trim() != text;
     reader
         .read("DB_TABLE", expected, |text| {
             TableName::parse(text).filter(|_| !is_slip(text))

@@ -1,104 +1,170 @@
-//! What a pipeline has done and where it is: for /metrics, tests and the demo.
+//! What a pipeline has done and where it is: the metrics of `consume` at METRICS_ADDR, which tests and the summary read too.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
 
-use prometheus::{Histogram, HistogramOpts};
+use prometheus::{Gauge, Histogram, HistogramOpts, IntCounter, IntGauge};
 
+use crate::http::Monitored;
 use crate::http::health::{Heartbeat, Readiness};
-use crate::http::metrics::FLUSH_BUCKETS;
+use crate::http::metrics::{FLUSH_BUCKETS, Labels, Metrics};
 use crate::lock::lock;
 
 /// The counters of a pipeline. Clones share them.
 #[derive(Debug, Default, Clone)]
-pub struct Counters(pub(super) Arc<Counts>);
+pub struct Counters(Arc<Counts>);
 
-#[derive(Debug, Default)]
-pub(super) struct Counts {
-    pub(super) rows: AtomicU64,
-    pub(super) rejected: AtomicU64,
-    pub(super) flushes: AtomicU64,
-    pub(super) failures: AtomicU64,
-    pub(super) fences: AtomicU64,
-    pub(super) revoked: AtomicU64,
-    pub(super) delay_millis: AtomicU64,
-    /// The time of the last durable flush, by the wall clock. Zero before the first one.
-    pub(super) flushed_at_millis: AtomicU64,
-    pub(super) flush_seconds: FlushSeconds,
-    pub(super) assigned: AtomicUsize,
-    pub(super) unwritten: AtomicUsize,
-    pub(super) lags: Mutex<BTreeMap<(String, i32), u64>>,
+impl Deref for Counters {
+    type Target = Counts;
+
+    fn deref(&self) -> &Counts {
+        &self.0
+    }
+}
+
+/// The help texts say what each one counts.
+#[derive(Debug)]
+pub struct Counts {
+    pub rows: IntCounter,
+    pub rejected: IntCounter,
+    pub flushes: IntCounter,
+    pub flush_seconds: Histogram,
+    pub failures: IntCounter,
+    pub fences: IntCounter,
+    pub flushed_at_seconds: Gauge,
+    pub delay_seconds: Gauge,
+    pub assigned: IntGauge,
+    pub revoked: IntCounter,
+    pub unwritten: IntGauge,
     pub(super) heartbeat: Heartbeat,
     pub(super) readiness: Readiness,
+    lags: Mutex<BTreeMap<(String, i32), u64>>,
     state: OnceLock<Counters>,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        const LEGAL: &str = "the name is legal";
+        let counter = |name, help| IntCounter::new(name, help).expect(LEGAL);
+        let int_gauge = |name, help| IntGauge::new(name, help).expect(LEGAL);
+        let gauge = |name, help| Gauge::new(name, help).expect(LEGAL);
+        let flush_seconds = HistogramOpts::new(
+            "host_metrics_flush_seconds",
+            "The duration of committed transactions, from BEGIN to COMMIT.",
+        );
+        Self {
+            rows: counter("host_metrics_rows_total", "Durable rows."),
+            rejected: counter(
+                "host_metrics_rejected_total",
+                "Records that could not be stored as rows and are in the rejected table.",
+            ),
+            flushes: counter("host_metrics_batches_total", "Committed transactions."),
+            flush_seconds: Histogram::with_opts(flush_seconds.buckets(FLUSH_BUCKETS.to_vec()))
+                .expect("the name is legal and the buckets ascend"),
+            failures: counter(
+                "host_metrics_store_failures_total",
+                "Requests that Postgres did not answer, or answered with a passing error. They are repeated.",
+            ),
+            fences: counter(
+                "host_metrics_fences_total",
+                "Batches that were refused because another consumer had moved a position. Their records are read again.",
+            ),
+            flushed_at_seconds: gauge(
+                "host_metrics_last_flush_timestamp_seconds",
+                "When the last transaction was committed, 0 before the first.",
+            ),
+            delay_seconds: gauge(
+                "host_metrics_flush_delay_seconds",
+                "Age of the oldest record of the last transaction when that was committed, by Kafka's timestamp.",
+            ),
+            assigned: int_gauge(
+                "host_metrics_assigned_partitions",
+                "Partitions that are assigned to this consumer.",
+            ),
+            revoked: counter(
+                "host_metrics_revoked_partitions_total",
+                "Partitions that the group took away from this consumer.",
+            ),
+            unwritten: int_gauge(
+                "host_metrics_unwritten_records",
+                "Records that were read and are not durable yet.",
+            ),
+            heartbeat: Heartbeat::default(),
+            readiness: Readiness::default(),
+            lags: Mutex::default(),
+            state: OnceLock::new(),
+        }
+    }
 }
 
 impl Counters {
     /// The counters of the state's pipeline.
     pub fn state(&self) -> &Self {
-        self.0.state.get_or_init(Self::default)
-    }
-
-    /// Durable rows.
-    pub fn rows(&self) -> u64 {
-        self.0.rows.load(Ordering::Relaxed)
-    }
-
-    /// Durable rejected records.
-    pub fn rejected(&self) -> u64 {
-        self.0.rejected.load(Ordering::Relaxed)
-    }
-
-    /// Committed transactions.
-    pub fn flushes(&self) -> u64 {
-        self.0.flushes.load(Ordering::Relaxed)
-    }
-
-    /// Requests that Postgres did not answer, or answered with a passing error.
-    pub fn failures(&self) -> u64 {
-        self.0.failures.load(Ordering::Relaxed)
-    }
-
-    /// Flushes refused because another consumer had moved a position.
-    pub fn fences(&self) -> u64 {
-        self.0.fences.load(Ordering::Relaxed)
-    }
-
-    /// Partitions that the group took away, counted each time.
-    pub fn revoked(&self) -> u64 {
-        self.0.revoked.load(Ordering::Relaxed)
-    }
-
-    /// The age of the oldest record of the last flush when it became durable, by Kafka's timestamp.
-    pub fn delay(&self) -> Duration {
-        Duration::from_millis(self.0.delay_millis.load(Ordering::Relaxed))
+        self.state.get_or_init(Self::default)
     }
 
     /// The records that are not durable, of each assigned partition by topic and number.
     pub fn lags(&self) -> BTreeMap<(String, i32), u64> {
-        lock(&self.0.lags).clone()
+        lock(&self.lags).clone()
     }
 
     pub(super) fn set_lags(&self, lags: BTreeMap<(String, i32), u64>) {
-        *lock(&self.0.lags) = lags;
+        *lock(&self.lags) = lags;
+    }
+
+    fn add_lags(&self, metrics: &mut Metrics) {
+        let lags: Vec<_> = self
+            .lags()
+            .into_iter()
+            .map(|((topic, number), lag)| (topic, number.to_string(), lag as f64))
+            .collect();
+        let labels: Vec<_> = lags
+            .iter()
+            .map(|(topic, number, lag)| ([("topic", topic.as_str()), ("partition", number.as_str())], *lag))
+            .collect();
+        metrics.gauges(
+            "host_metrics_lag_records",
+            "Records in each assigned partition that are not durable yet.",
+            labels.iter().map(|(labels, lag)| (labels as Labels, *lag)),
+        );
     }
 }
 
-/// The duration of flushes.
-#[derive(Debug)]
-pub(super) struct FlushSeconds(pub(super) Histogram);
-
-impl Default for FlushSeconds {
-    fn default() -> Self {
-        let options = HistogramOpts::new(
-            "host_metrics_flush_seconds",
-            "The duration of committed transactions, from BEGIN to COMMIT.",
+impl Monitored for Counters {
+    fn metrics(&self) -> Metrics {
+        let mut metrics = Metrics::default();
+        metrics.of_the_process();
+        metrics.gauge(
+            "host_metrics_ready",
+            "1 if Kafka and Postgres are both available, else 0.",
+            f64::from(u8::from(self.is_ready().is_ok())),
         );
-        Self(
-            Histogram::with_opts(options.buckets(FLUSH_BUCKETS.to_vec()))
-                .expect("the name is legal and the buckets ascend"),
-        )
+        metrics.collect(&self.rows);
+        metrics.collect(&self.rejected);
+        metrics.collect(&self.flushes);
+        metrics.collect(&self.flush_seconds);
+        metrics.collect(&self.failures);
+        metrics.collect(&self.fences);
+        metrics.collect(&self.flushed_at_seconds);
+        metrics.collect(&self.delay_seconds);
+        metrics.collect(&self.assigned);
+        metrics.collect(&self.revoked);
+        metrics.collect(&self.unwritten);
+        self.add_lags(&mut metrics);
+        metrics.gauge(
+            "host_metrics_state_lag_records",
+            "Records in the assigned partitions that are not in the state yet. 0 with STATE=off.",
+            self.state().lags().values().sum::<u64>() as f64,
+        );
+        metrics
+    }
+
+    fn is_alive(&self) -> Result<(), String> {
+        self.heartbeat.check("the consumer's loop")
+    }
+
+    fn is_ready(&self) -> Result<(), String> {
+        self.readiness.check()
     }
 }

@@ -1,7 +1,7 @@
 //! The `consume` agent: writes the records to durable rows, and folds the state from them, each record exactly once.
 //!
 //! Two pipelines, the rows and the state, do the same work: each has its own consumer group, positions, connection and threads.
-//! In a pipeline, `ingest` (the state machine), `batch`, `refused` and `fold` are pure; `source` (Kafka) and `store` (Postgres)
+//! In a pipeline, `ingest` (the state machine), `batch` and `fold` are pure; `source` (Kafka) and `store` (Postgres)
 //! do the I/O; and a `Sink` decides what is written: `rows` or `state`. `pipeline` is the thread that polls Kafka and runs the
 //! state machine. It sends one request at a time to the `writer`, the thread that owns the database connection.
 
@@ -9,10 +9,8 @@ pub mod batch;
 mod counters;
 pub mod fold;
 pub mod ingest;
-mod metrics;
 mod pipeline;
 mod positions;
-mod refused;
 mod report;
 pub mod rows;
 pub mod sink;
@@ -20,7 +18,6 @@ pub mod source;
 pub mod state;
 pub mod store;
 mod stuck;
-mod windows;
 mod writer;
 
 use std::thread::JoinHandle;

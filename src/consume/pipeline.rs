@@ -1,7 +1,6 @@
 //! One pipeline: the thread that polls Kafka and runs the state machine.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -104,7 +103,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     fn run(&mut self) -> anyhow::Result<()> {
         loop {
             let now = instant_now();
-            self.counters.0.heartbeat.beat();
+            self.counters.heartbeat.beat();
             self.look_at_shutdown(now);
             while let Some(answer) = self.writer.wait(Duration::ZERO)? {
                 self.answered(now, answer)?;
@@ -240,7 +239,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                     Some(Flushed::Durable) if batch.spans.is_empty() => {}
                     Some(Flushed::Durable) => self.durable(now, &batch, took),
                     Some(Flushed::Fenced) => {
-                        self.counters.0.fences.fetch_add(1, Ordering::Relaxed);
+                        self.counters.fences.inc();
                     }
                     Some(Flushed::Refused(refused)) => log::debug!("{} rows are refused", refused.len()),
                     None => {}
@@ -271,7 +270,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
                 ..
             }) => {
                 log::debug!("Postgres: {text}");
-                self.counters.0.failures.fetch_add(1, Ordering::Relaxed);
+                self.counters.failures.inc();
                 self.postgres.begin(now, text);
                 Ok(None)
             }
@@ -300,16 +299,13 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             took.as_secs_f64()
         );
         let delay = oldest.map_or(Duration::ZERO, age);
-        let counts = &self.counters.0;
-        counts.rows.fetch_add(rows, Ordering::Relaxed);
-        counts.rejected.fetch_add(rejected, Ordering::Relaxed);
-        counts.flushes.fetch_add(1, Ordering::Relaxed);
-        counts.flush_seconds.0.observe(took.as_secs_f64());
-        counts.flushed_at_millis.store(
-            u64::try_from(clock::wall_micros() / 1_000).unwrap_or(0),
-            Ordering::Relaxed,
-        );
-        counts.delay_millis.store(millis(delay), Ordering::Relaxed);
+        let counters = self.counters;
+        counters.rows.inc_by(rows);
+        counters.rejected.inc_by(rejected);
+        counters.flushes.inc();
+        counters.flush_seconds.observe(took.as_secs_f64());
+        counters.flushed_at_seconds.set(clock::wall_micros() as f64 / 1e6);
+        counters.delay_seconds.set(delay.as_secs_f64());
         self.summary.delay = self.summary.delay.max(delay);
         self.rejections.log(self.source.level(Level::Warn), now);
     }
@@ -332,11 +328,10 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             );
         }
         self.counters.set_lags(self.lags());
-        let counts = &self.counters.0;
-        counts.unwritten.store(unwritten, Ordering::Relaxed);
+        self.counters.unwritten.set(unwritten as i64);
         let assigned = self.ingest.assigned_partitions().count();
-        counts.assigned.store(assigned, Ordering::Relaxed);
-        counts.readiness.set(self.is_ready());
+        self.counters.assigned.set(assigned as i64);
+        self.counters.readiness.set(self.is_ready());
         if self.summary.at + SUMMARY_EVERY <= now {
             self.log_summary(now);
         }
@@ -365,9 +360,9 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     fn log_summary(&mut self, now: Instant) {
         let counters = self.counters;
         let previous = std::mem::replace(&mut self.summary, Summary::since(now));
-        let rows = counters.rows();
-        let rejected = counters.rejected();
-        let flushes = counters.flushes();
+        let rows = counters.rows.get();
+        let rejected = counters.rejected.get();
+        let flushes = counters.flushes.get();
         let lag: u64 = self.lags().values().sum();
         log::log!(
             self.source.level(Level::Info),
@@ -394,8 +389,7 @@ impl<'a, S: Sink> Pipeline<'a, S> {
             return;
         }
         if matches!(event, Event::Revoked(_)) {
-            let revoked = partitions.len() as u64;
-            self.counters.0.revoked.fetch_add(revoked, Ordering::Relaxed);
+            self.counters.revoked.inc_by(partitions.len() as u64);
         }
         let names: Vec<String> = partitions.iter().map(Partition::to_string).collect();
         log::log!(self.source.level(Level::Info), "{what} {}", names.join(" "));
@@ -422,8 +416,4 @@ impl<'a, S: Sink> Pipeline<'a, S> {
 fn age(timestamp: Timestamp) -> Duration {
     let micros = clock::wall_micros().saturating_sub(timestamp.unix_micros());
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

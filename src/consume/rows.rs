@@ -18,7 +18,6 @@ use crate::clock::instant_now;
 use crate::config::ConsumeConfig;
 use crate::consume::batch::{Batch, Flushed, Form, Record};
 use crate::consume::positions::{Positions, not_a_rows};
-use crate::consume::refused::Trials;
 use crate::consume::sink::{Sink, admit, begin};
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
@@ -32,9 +31,12 @@ use crate::tables::{days, migrate};
 /// The bytes that are sent at once. From 64 KiB on, larger chunks are no faster.
 const CHUNK_BYTES: usize = 128 * 1024;
 
-/// The most trials in one flush. To find a bad row takes about two, or 17 in 100,000 rows if the error names no line. The flush
-/// then returns what it has found, and the next one finds more.
-const MAX_TRIALS: usize = 256;
+/// The rows of one trial at most, so that a bad row does not undo the COPY of a whole large batch.
+const TRIAL_ROWS: usize = 1_000;
+
+/// The most trials in one flush. To find a bad row takes two or three, or about 20 if the error names no line. The flush then
+/// returns what it has found, and the next one finds more.
+const MAX_TRIALS: usize = 512;
 
 /// The most time for the search in one flush, so that a batch of only bad rows makes steady progress and does not delay a stop.
 const MAX_SEARCH: Duration = Duration::from_secs(5);
@@ -92,29 +94,14 @@ impl Sink for RowsSink {
     async fn prepare(&mut self, session: &Session) -> Result<(Layout, PreparedRows), Fault> {
         let client = &session.client;
         let today = days::today();
-        let made = migrate::make(session, today).await;
-        // Many users may write but not create. That is an error only if something that is needed is missing.
-        let not_made = match made {
-            Ok(made) => {
-                for object in made {
-                    log::info!("created {}", session.table.quoted(object.suffix()));
-                }
-                None
-            }
-            Err(fault) if fault.kind == Kind::Operator => Some(fault),
-            Err(fault) => return Err(fault),
-        };
-        let found = destination::find(session).await?;
-        let layout =
-            destination::layout(session, &found, &self.user)
-                .await
-                .map_err(|fault| match &not_made {
-                    Some(why) if fault.kind == Kind::Operator => Fault {
-                        text: format!("{fault} (this user could not create what is missing: {why})"),
-                        ..fault
-                    },
-                    _ => fault,
-                })?;
+        let made = migrate::make(session, today).await?;
+        for object in &made.made {
+            log::info!("created {}", session.table.quoted(object.suffix()));
+        }
+        let layout = destination::layout(session, &made.found, &self.user)
+            .await
+            .map_err(|fault| made.explain(fault))?;
+        let found = made.found;
         let not_stored = layout.not_stored();
         if self.logged_not_stored.as_ref() != Some(&not_stored) {
             if !not_stored.is_empty() {
@@ -338,8 +325,6 @@ impl Flush<'_> {
             self.rollback().await?;
             return Ok(Flushed::Fenced);
         }
-        let mut refused = Vec::new();
-        let mut search = Trials::new(rows.len(), line_in(&first, table));
         if line_in(&first, table).is_none() {
             // If a COPY without rows fails too, for example because of a statement trigger, no row is the cause.
             if let Err(fault) = self.trial(batch, &[]).await? {
@@ -354,16 +339,15 @@ impl Flush<'_> {
                 });
             }
         }
+        let mut refused = Vec::new();
+        let mut untried = trials(rows.len());
         for _ in 0..MAX_TRIALS {
-            let Some(range) = search.next() else { break };
-            let tried = rows.get(range.clone()).unwrap_or_default();
-            match self.trial(batch, tried).await? {
-                Ok(()) => search.good(),
-                Err(fault) => {
-                    if let Some(row) = search.bad(line_in(&fault, table)) {
-                        refused.extend(rows.get(row).map(|&entry| (entry, fault.text)));
-                    }
-                }
+            // From left to right, because a row may be refused because of one before it.
+            let Some(range) = untried.pop() else { break };
+            match self.trial(batch, &rows[range.clone()]).await? {
+                Ok(()) => {}
+                Err(fault) if range.len() == 1 => refused.push((rows[range.start], fault.text)),
+                Err(fault) => untried.extend(parts(range, line_in(&fault, table))),
             }
             if instant_now() > until && !refused.is_empty() {
                 break;
@@ -510,6 +494,24 @@ fn contiguous(batch: &Batch, rows: &[usize]) -> Vec<Range<usize>> {
     ranges
 }
 
+/// The first trials of that many rows, the last rows first: a stack.
+fn trials(rows: usize) -> Vec<Range<usize>> {
+    let starts = (0..rows).step_by(TRIAL_ROWS).rev();
+    starts.map(|start| start..rows.min(start + TRIAL_ROWS)).collect()
+}
+
+/// What to try after a COPY of `range` was refused, the last rows first: the rows before the bad one, that one, and those after it
+/// if the error named its `line` (from 1), otherwise the two halves. Each part has fewer rows than `range`, which has at least two.
+fn parts(range: Range<usize>, line: Option<usize>) -> impl Iterator<Item = Range<usize>> {
+    let bad = line.and_then(|line| range.start.checked_add(line)?.checked_sub(1));
+    let [first, second] = match bad.filter(|bad| range.contains(bad)) {
+        Some(bad) => [bad, bad + 1],
+        None => [range.start + range.len() / 2; 2],
+    };
+    let parts = [second..range.end, first..second, range.start..first];
+    parts.into_iter().filter(|part| !part.is_empty())
+}
+
 /// The line that a COPY's error context names: `COPY host_metrics, line 3, column latency: "…"`. There is none if the server
 /// uses another language, or if an AFTER trigger failed.
 fn line_in(fault: &Fault, table: &str) -> Option<usize> {
@@ -574,5 +576,61 @@ mod tests {
         assert_eq!(contiguous(&batch, &[0, 1, 3, 4]), [0..20, 30..50]);
         assert_eq!(contiguous(&batch, &[4]), vec![40..50]);
         assert!(contiguous(&batch, &[]).is_empty());
+    }
+
+    /// Searches `rows` rows of which `bad`, in their order, are refused, with or without the line in the error. Returns what was
+    /// found and the number of trials.
+    fn search(rows: usize, bad: &[usize], with_lines: bool) -> (Vec<usize>, usize) {
+        let mut untried = trials(rows);
+        let (mut found, mut count) = (Vec::new(), 0);
+        while let Some(range) = untried.pop() {
+            count += 1;
+            let first = bad.get(bad.partition_point(|row| *row < range.start));
+            match first.filter(|row| range.contains(row)) {
+                None => {}
+                Some(row) if range.len() == 1 => found.push(*row),
+                Some(row) => {
+                    let line = with_lines.then_some(row - range.start + 1);
+                    untried.extend(parts(range, line));
+                }
+            }
+        }
+        (found, count)
+    }
+
+    #[test]
+    fn one_bad_row_is_found_in_one_flush() {
+        for rows in [1, 2, 3, 100, 1_000, 100_000] {
+            for bad in [0, 1, rows / 2, rows - 1] {
+                let bad = bad.min(rows - 1);
+                for (with_lines, most) in [(true, 4), (false, 2 * 10 + 1)] {
+                    let (found, trials) = search(rows, &[bad], with_lines);
+                    assert_eq!(found, [bad]);
+                    assert!(
+                        trials < rows.div_ceil(TRIAL_ROWS) + most,
+                        "{rows} {bad}: {trials}"
+                    );
+                    assert!(trials <= MAX_TRIALS);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_bad_row_is_found_in_order_and_no_good_one_is_named() {
+        fastrand::seed(4);
+        for _ in 0..200 {
+            let rows = fastrand::usize(1..2_400);
+            let share = fastrand::f64();
+            let bad: Vec<usize> = (0..rows).filter(|_| fastrand::f64() < share).collect();
+            for with_lines in [true, false] {
+                let (found, trials) = search(rows, &bad, with_lines);
+                assert_eq!(found, bad);
+                assert!(
+                    trials <= 3 + 3 * bad.len() * if with_lines { 1 } else { 10 },
+                    "{trials}"
+                );
+            }
+        }
     }
 }

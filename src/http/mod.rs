@@ -2,7 +2,7 @@
 //!
 //! The endpoint only reads what an agent publishes, so no client can delay the agent. Each connection has one request, a
 //! bounded time and a bounded size, so no client can delay another. The agents count the values (`produce::metrics`,
-//! `consume::metrics`); [`metrics`] formats them. [`server`] is the server; the status page has it too.
+//! `consume::counters`); [`metrics`] formats them. [`server`] is the server; the status page has it too.
 
 pub mod health;
 pub mod metrics;

@@ -76,7 +76,7 @@ impl From<tokio_postgres::Error> for Fault {
             text.push_str(": ");
             text.extend(detail.chars().take(DETAIL_CHARS));
         }
-        if let Some(remedy) = remedy(db.code()) {
+        for remedy in db.hint().into_iter().chain(remedy(db.code())) {
             text = format!("{text}: {remedy}");
         }
         Self {

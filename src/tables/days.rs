@@ -3,13 +3,14 @@
 //! `consume` runs this every hour, `init` once. It never makes a writer wait for long; what fails is logged and tried again
 //! the next time.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::clock::wall_micros;
 use crate::postgres::{Fault, Session};
-use crate::tables::ddl::{DDL_LOCK, execute, log_failure};
+use crate::tables::ddl::{DDL_LOCK, delete_where, execute, log_failure};
 use crate::tables::destination::ExistingObjects;
-use crate::tables::schema::{self, DAYS_AHEAD, Day};
+use crate::tables::schema::{DAYS_AHEAD, Day};
 
 /// At most this many rows of one day are moved out of the default partition. It takes about a second, during which rows for the
 /// default partition wait. More rows than that stay there, and the log says so.
@@ -17,14 +18,6 @@ const MOVE_ROWS: i64 = 100_000;
 
 /// Partitions dropped per run, because the writer waits meanwhile.
 const DROP_PARTITIONS: usize = 50;
-
-/// Old rows deleted from the default partition per statement, and statements per run, because the writer waits meanwhile.
-const DELETE_ROWS: i64 = 10_000;
-const DELETE_TIMES: usize = 20;
-
-/// For a statement that reads a whole partition. Less than the session's bound of a step, so that the server ends the statement
-/// before this side gives up the connection.
-const READ_PARTITION: Duration = Duration::from_secs(10);
 
 /// The present day in UTC.
 pub fn today() -> Day {
@@ -188,15 +181,23 @@ async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
 }
 
 /// Creates the partition of a day, and moves the rows of that day out of the default partition.
+///
+/// `CREATE TABLE … PARTITION OF` would block the writers of the parent; `ATTACH PARTITION` locks only the default partition.
 async fn create_day(
     session: &Session,
     found: &ExistingObjects,
     default: Option<&str>,
     day: Day,
 ) -> Result<(), Fault> {
+    let (main, partition) = (found.table.quoted(""), found.table.quoted(&day.suffix()));
+    let Range { start, end } = day.bounds();
+    let of_the_day = format!("scheduled_at >= {start} AND scheduled_at < {end}");
     let mut rows = 0;
+    let (mut lock_default, mut move_rows) = (String::new(), String::new());
     if let Some(default) = default {
-        let sql = schema::count_day(default, day, MOVE_ROWS + 1);
+        let limit = MOVE_ROWS + 1;
+        let sql =
+            format!("SELECT count(*) FROM (SELECT FROM {default} WHERE {of_the_day} LIMIT {limit}) rows");
         rows = session
             .bounded("reading the default partition", async {
                 session.client.query_one(&sql, &[]).await?.try_get::<_, i64>(0)
@@ -208,52 +209,32 @@ async fn create_day(
                  stay there"
             )));
         }
+        lock_default = format!("LOCK TABLE ONLY {default} IN ACCESS EXCLUSIVE MODE;");
+        move_rows = format!(
+            "WITH moved AS (DELETE FROM {default} WHERE {of_the_day} RETURNING *) \
+             INSERT INTO {partition} SELECT * FROM moved;"
+        );
     }
     // The parent first, as ATTACH does, so that two processes cannot deadlock; the default partition before its rows are
     // moved, so that no row is added in between.
-    let mut sql = format!("BEGIN; SET LOCAL lock_timeout = '{}ms';", DDL_LOCK.as_millis());
-    sql.push_str(&format!(
-        "LOCK TABLE ONLY {} IN SHARE UPDATE EXCLUSIVE MODE;",
-        found.table.quoted("")
-    ));
-    if let Some(default) = default {
-        sql.push_str(&format!("LOCK TABLE ONLY {default} IN ACCESS EXCLUSIVE MODE;"));
-    }
-    sql.push_str(&schema::create_day(&found.table, day));
-    if let Some(default) = default {
-        sql.push_str(&schema::move_day(&found.table, default, day));
-    }
-    sql.push_str(&schema::attach_day(&found.table, day));
-    sql.push_str("COMMIT");
-    execute(session, &sql).await?;
-    log::info!(
-        "created partition {} moved_rows={rows}",
-        found.table.quoted(&day.suffix())
+    let sql = format!(
+        "BEGIN; SET LOCAL lock_timeout = '{}ms'; \
+         LOCK TABLE ONLY {main} IN SHARE UPDATE EXCLUSIVE MODE; {lock_default} \
+         CREATE TABLE {partition} (LIKE {main} \
+             INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE INCLUDING CONSTRAINTS); {move_rows} \
+         ALTER TABLE {main} ATTACH PARTITION {partition} FOR VALUES FROM ({start}) TO ({end}); COMMIT",
+        DDL_LOCK.as_millis()
     );
+    execute(session, &sql).await?;
+    log::info!("created partition {partition} moved_rows={rows}");
     Ok(())
 }
 
-/// Deletes rows older than `day` from the default partition, in short transactions that lock only these rows.
+/// Deletes rows older than `day` from the default partition.
 async fn delete_before(session: &Session, default: &str, day: Day) -> Result<(), Fault> {
-    let sql = schema::delete_before(default, day, DELETE_ROWS);
-    let mut deleted = 0;
-    let begin = format!(
-        "BEGIN; SET LOCAL statement_timeout = '{}ms'",
-        READ_PARTITION.as_millis()
-    );
-    for _ in 0..DELETE_TIMES {
-        execute(session, &begin).await?;
-        let rows = session
-            .bounded("deleting old rows", session.client.execute(&sql, &[]))
-            .await?;
-        execute(session, "COMMIT").await?;
-        deleted += rows;
-        if rows < DELETE_ROWS as u64 {
-            break;
-        }
-    }
-    if deleted > 0 {
-        log::info!("deleted {deleted} rows from {default} (DB_RETENTION)");
+    let rows = delete_where(session, default, &format!("scheduled_at < {}", day.begin())).await?;
+    if rows > 0 {
+        log::info!("deleted {rows} rows from {default} (DB_RETENTION)");
     }
     Ok(())
 }

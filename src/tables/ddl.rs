@@ -1,4 +1,4 @@
-//! Runs DDL: with bounds, one process at a time, and with failures of maintenance logged instead of returned.
+//! Runs DDL and deletes old rows: with bounds, one process at a time, and with failures of maintenance logged instead of returned.
 
 use std::time::Duration;
 
@@ -10,6 +10,18 @@ use crate::tables::schema;
 
 /// While DDL waits for a lock, all writers queue behind it; after this long it is given up until the next run.
 pub(super) const DDL_LOCK: Duration = Duration::from_millis(200);
+
+/// Old rows deleted by one statement, which takes a second or two, and statements of one [`delete_where`], because the writer waits
+/// meanwhile.
+const DELETE_ROWS: u64 = 50_000;
+const DELETE_TIMES: u64 = 20;
+
+/// The most rows that [`delete_where`] deletes. If it did, there may be more.
+pub const DELETE_MOST: u64 = DELETE_ROWS * DELETE_TIMES;
+
+/// For a statement that reads a whole table. Less than the session's bound of a step, so that the server ends the statement
+/// before this side gives up the connection.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Takes the lock under which the objects of `table` are created or dropped.
 pub(super) fn lock(table: &TableName) -> String {
@@ -41,6 +53,32 @@ pub(super) async fn execute(session: &Session, sql: &str) -> Result<(), Fault> {
     session
         .bounded("changing the tables", session.client.batch_execute(sql))
         .await
+}
+
+/// Deletes rows of `table` (its name quoted) in short transactions. Skips locked rows, because another consumer may be deleting
+/// them. Returns how many were deleted.
+pub async fn delete_where(session: &Session, table: &str, condition: &str) -> Result<u64, Fault> {
+    let begin = format!(
+        "BEGIN; SET LOCAL statement_timeout = '{}ms'",
+        DELETE_TIMEOUT.as_millis()
+    );
+    let sql = format!(
+        "DELETE FROM {table} WHERE ctid = ANY (ARRAY( \
+         SELECT ctid FROM {table} WHERE {condition} LIMIT {DELETE_ROWS} FOR UPDATE SKIP LOCKED))"
+    );
+    let mut deleted = 0;
+    for _ in 0..DELETE_TIMES {
+        execute(session, &begin).await?;
+        let rows = session
+            .bounded("deleting old rows", session.client.execute(&sql, &[]))
+            .await?;
+        execute(session, "COMMIT").await?;
+        deleted += rows;
+        if rows < DELETE_ROWS {
+            break;
+        }
+    }
+    Ok(deleted)
 }
 
 pub(super) async fn rollback(session: &Session) -> Result<(), Fault> {

@@ -26,6 +26,10 @@ struct ExistingObject {
     /// The version in host-metrics' comment; `None`: host-metrics did not create it.
     version: Option<u32>,
     is_owned: bool,
+    /// Quoted.
+    owner: String,
+    /// Those of SELECT, INSERT and UPDATE that this user lacks on all of it.
+    missing_rights: Vec<String>,
 }
 
 impl ExistingObjects {
@@ -66,6 +70,17 @@ impl ExistingObjects {
         self.get(object).is_some_and(|found| found.is_owned)
     }
 
+    /// The owner of the main table, quoted.
+    pub(super) fn owner(&self) -> Option<&str> {
+        self.get(Object::Main).map(|main| main.owner.as_str())
+    }
+
+    /// Whether the object exists and this user may SELECT from it.
+    pub fn may_read(&self, object: Object) -> bool {
+        self.get(object)
+            .is_some_and(|found| !found.missing_rights.iter().any(|right| right == "SELECT"))
+    }
+
     fn get(&self, object: Object) -> Option<&ExistingObject> {
         self.objects.iter().find(|found| found.object == object)
     }
@@ -79,23 +94,16 @@ impl ExistingObjects {
 
 /// Looks up which objects of DB_TABLE exist.
 pub async fn find(session: &Session) -> Result<ExistingObjects, Fault> {
-    const SCHEMA: &str = "SELECT pg_catalog.has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace \
-                          WHERE nspname = $1::text";
     const OBJECTS: &str = "SELECT c.relname::text, c.oid, c.relkind::text, \
-                pg_catalog.obj_description(c.oid, 'pg_class'), pg_catalog.pg_has_role(c.relowner, 'USAGE') \
+                pg_catalog.obj_description(c.oid, 'pg_class'), pg_catalog.pg_has_role(c.relowner, 'USAGE'), \
+                pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(c.relowner)), \
+                ARRAY(SELECT r FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) r \
+                      WHERE NOT pg_catalog.has_table_privilege(c.oid, r)) \
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
          WHERE n.nspname = $1::text AND c.relname = ANY ($2::text[])";
     let table = session.table.clone();
     session
         .bounded("reading the table's definition", async {
-            if let Some(schema) = session.client.query_opt(SCHEMA, &[&table.schema]).await?
-                && !schema.try_get::<_, bool>(0)?
-            {
-                let schema = table.schema.as_deref().unwrap_or_default();
-                return Err(Fault::operator(format!(
-                    "permission denied for schema {schema}: GRANT USAGE ON SCHEMA {schema} to this user"
-                )));
-            }
             let names = Object::ALL.map(|object| format!("{}{}", table.name, object.suffix()));
             let mut objects = Vec::new();
             for row in session
@@ -117,26 +125,12 @@ pub async fn find(session: &Session) -> Result<ExistingObjects, Fault> {
                         kind: kind.chars().next().unwrap_or_default(),
                         version: comment.as_deref().and_then(version_in),
                         is_owned: row.try_get(4)?,
+                        owner: row.try_get(5)?,
+                        missing_rights: row.try_get(6)?,
                     });
                 }
             }
-            Ok(ExistingObjects { table, objects })
-        })
-        .await
-}
-
-/// The owner of an object, quoted.
-pub(super) async fn owner(
-    session: &Session,
-    found: &ExistingObjects,
-    object: Object,
-) -> Result<String, Fault> {
-    const SQL: &str = "SELECT pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(relowner)) \
-                       FROM pg_catalog.pg_class WHERE oid = $1";
-    let oid = found.get(object).map_or(0, |found| found.oid);
-    session
-        .bounded("reading the table's definition", async {
-            session.client.query_one(SQL, &[&oid]).await?.try_get(0)
+            Ok::<_, Fault>(ExistingObjects { table, objects })
         })
         .await
 }
@@ -145,7 +139,7 @@ pub(super) async fn owner(
 ///
 /// # Errors
 /// All problems for the operator at once: a column whose type does not fit, a column that must not be null but gets no
-/// value, a view without a trigger, missing rights.
+/// value, missing rights.
 pub async fn layout(session: &Session, found: &ExistingObjects, user: &str) -> Result<Layout, Fault> {
     let main = found.table.quoted("");
     let Some(object) = found.get(Object::Main) else {
@@ -160,19 +154,8 @@ pub async fn layout(session: &Session, found: &ExistingObjects, user: &str) -> R
         );
     }
     let mut problems = Vec::new();
-    if object.kind == 'v' && !has_insert_trigger(session, object.oid).await? {
-        problems.push(format!(
-            "view {main} has no INSTEAD OF INSERT trigger, which COPY needs: create one, or name the underlying \
-             table in DB_TABLE"
-        ));
-    }
     let columns = columns(session, object.oid).await?;
-    let ours: Vec<Column> = columns
-        .iter()
-        .filter(|c| !c.is_generated)
-        .map(|c| c.column.clone())
-        .collect();
-    let layout = Layout::new(&ours).map_err(|messages| {
+    let layout = layout_of(&columns).map_err(|messages| {
         Fault::operator(format!(
             "table {main} cannot take the records: {}",
             messages.join("; ")
@@ -191,35 +174,38 @@ pub async fn layout(session: &Session, found: &ExistingObjects, user: &str) -> R
     if columns.iter().any(|c| is_written(c) && !c.may_insert) {
         problems.push(grant(found, Object::Main, &["INSERT"], user));
     }
-    problems.extend(problems_of_other_tables(session, found, user).await?);
+    problems.extend(problems_of_other_tables(found, user));
     if !problems.is_empty() {
         return Err(Fault::operator(problems.join("; ")));
     }
     Ok(layout)
 }
 
-async fn problems_of_other_tables(
-    session: &Session,
-    found: &ExistingObjects,
-    user: &str,
-) -> Result<Vec<String>, Fault> {
+fn layout_of(columns: &[CatalogueColumn]) -> Result<Layout, Vec<String>> {
+    let filled = columns.iter().filter(|c| !c.is_generated);
+    let filled: Vec<Column> = filled.map(|c| c.column.clone()).collect();
+    Layout::new(&filled)
+}
+
+fn problems_of_other_tables(found: &ExistingObjects, user: &str) -> Vec<String> {
     let mut problems = Vec::new();
-    for (object, rights) in [
-        (Object::Offsets, &["SELECT", "INSERT", "UPDATE"][..]),
-        (Object::Rejected, &["INSERT"][..]),
+    for (object, mut rights) in [
+        (Object::Offsets, vec!["SELECT", "INSERT", "UPDATE"]),
+        (Object::Rejected, vec!["INSERT"]),
     ] {
-        match found.get(object) {
-            Some(table) => match missing_rights(session, table.oid, rights).await? {
-                missing if missing.is_empty() => {}
-                missing => problems.push(grant(found, object, &missing, user)),
-            },
-            None => problems.push(format!(
+        let Some(table) = found.get(object) else {
+            problems.push(format!(
                 "table {} does not exist: run `host-metrics init`",
                 found.table.quoted(object.suffix())
-            )),
+            ));
+            continue;
+        };
+        rights.retain(|right| table.missing_rights.iter().any(|missing| missing == right));
+        if !rights.is_empty() {
+            problems.push(grant(found, object, &rights, user));
         }
     }
-    Ok(problems)
+    problems
 }
 
 fn grant(found: &ExistingObjects, object: Object, rights: &[&str], user: &str) -> String {
@@ -237,21 +223,8 @@ pub async fn not_stored(session: &Session, found: &ExistingObjects) -> Result<Ve
     let Some(object) = found.get(Object::Main) else {
         return Ok(Vec::new());
     };
-    let columns = columns(session, object.oid).await?;
-    let ours: Vec<Column> = columns
-        .into_iter()
-        .filter(|c| !c.is_generated)
-        .map(|c| c.column)
-        .collect();
-    Ok(Layout::new(&ours).map_or_else(|_| Vec::new(), |layout| layout.not_stored()))
-}
-
-/// Whether the object exists and this user may SELECT from it.
-pub async fn may_read(session: &Session, found: &ExistingObjects, object: Object) -> Result<bool, Fault> {
-    match found.get(object) {
-        None => Ok(false),
-        Some(there) => Ok(missing_rights(session, there.oid, &["SELECT"]).await?.is_empty()),
-    }
+    let layout = layout_of(&columns(session, object.oid).await?);
+    Ok(layout.map_or_else(|_| Vec::new(), |layout| layout.not_stored()))
 }
 
 /// The names of the columns of a table, whose name is quoted. Empty if there is no such table.
@@ -310,43 +283,6 @@ async fn columns(session: &Session, oid: u32) -> Result<Vec<CatalogueColumn>, Fa
             Ok::<_, tokio_postgres::Error>(columns)
         })
         .await
-}
-
-async fn has_insert_trigger(session: &Session, oid: u32) -> Result<bool, Fault> {
-    // pg_trigger.h: TRIGGER_TYPE_INSERT is 4, TRIGGER_TYPE_INSTEAD 64.
-    const SQL: &str =
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = $1 AND tgtype & 68 = 68)";
-    session
-        .bounded("reading the table's definition", async {
-            session.client.query_one(SQL, &[&oid]).await?.try_get(0)
-        })
-        .await
-}
-
-async fn missing_rights(
-    session: &Session,
-    oid: u32,
-    rights: &[&'static str],
-) -> Result<Vec<&'static str>, Fault> {
-    let mut missing = Vec::new();
-    for &right in rights {
-        let has: bool = session
-            .bounded("reading the table's definition", async {
-                session
-                    .client
-                    .query_one(
-                        "SELECT pg_catalog.has_table_privilege($1::oid, $2::text)",
-                        &[&oid, &right],
-                    )
-                    .await?
-                    .try_get(0)
-            })
-            .await?;
-        if !has {
-            missing.push(right);
-        }
-    }
-    Ok(missing)
 }
 
 fn version_in(comment: &str) -> Option<u32> {

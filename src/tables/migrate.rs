@@ -2,20 +2,57 @@
 //!
 //! Objects without host-metrics' comment, and those of a newer version, are never changed.
 
-use crate::postgres::{Fault, Session};
+use crate::postgres::{Fault, Kind, Session};
 use crate::tables::ddl::{exclusively, execute};
-use crate::tables::destination::{ExistingObjects, find, owner};
+use crate::tables::destination::{ExistingObjects, find};
 use crate::tables::names::Object;
 use crate::tables::schema::{self, Day, STEPS, Step};
 
 /// The first version with `date_bin`, which the index of the main table needs; in the form of `server_version_num`.
 const POSTGRES_NEEDED: i32 = 140_000;
 
-/// Migrates older objects and creates missing ones. Returns what was created.
+/// DB_TABLE's objects after [`make`].
+pub struct Made {
+    pub found: ExistingObjects,
+    /// What was created.
+    pub made: Vec<Object>,
+    /// Why something could not be created. Many users may write but not create, so that is an error only if something that is
+    /// needed is missing.
+    pub not_made: Option<Fault>,
+}
+
+impl Made {
+    /// Adds to an error for the operator why what is missing could not be created.
+    pub fn explain(&self, fault: Fault) -> Fault {
+        match &self.not_made {
+            Some(why) if fault.kind == Kind::Operator => Fault {
+                text: format!("{fault} (this user could not create what is missing: {why})"),
+                ..fault
+            },
+            _ => fault,
+        }
+    }
+}
+
+/// Migrates older objects and creates missing ones, if this user may.
 ///
 /// # Errors
-/// A right is missing, a name is taken, or the database does not answer. Finished steps stay finished.
-pub async fn make(session: &Session, today: Day) -> Result<Vec<Object>, Fault> {
+/// The database does not answer. Finished steps stay finished.
+pub async fn make(session: &Session, today: Day) -> Result<Made, Fault> {
+    let (made, not_made) = match make_missing(session, today).await {
+        Ok(made) => (made, None),
+        Err(fault) if fault.kind == Kind::Operator => (Vec::new(), Some(fault)),
+        Err(fault) => return Err(fault),
+    };
+    let found = find(session).await?;
+    Ok(Made {
+        found,
+        made,
+        not_made,
+    })
+}
+
+async fn make_missing(session: &Session, today: Day) -> Result<Vec<Object>, Fault> {
     migrate(session, STEPS).await?;
     let found = find(session).await?;
     if missing(&found).is_empty() {
@@ -91,12 +128,13 @@ pub async fn migrate(session: &Session, steps: &[Step]) -> Result<(), Fault> {
 
 /// What belongs to a table that was there before belongs to its owner, whoever we are: views read with their owner's rights.
 async fn give_to_owner(session: &Session, found: &ExistingObjects, object: Object) -> Result<(), Fault> {
-    if !found.is_ours(Object::Main) || found.has(object) {
-        return Ok(());
+    match found.owner() {
+        Some(owner) if found.is_ours(Object::Main) && !found.has(object) => {
+            let name = found.table.quoted(object.suffix());
+            execute(session, &format!("ALTER TABLE {name} OWNER TO {owner}")).await
+        }
+        _ => Ok(()),
     }
-    let owner = owner(session, found, Object::Main).await?;
-    let name = found.table.quoted(object.suffix());
-    execute(session, &format!("ALTER TABLE {name} OWNER TO {owner}")).await
 }
 
 async fn check_server(session: &Session) -> Result<(), Fault> {
@@ -104,20 +142,15 @@ async fn check_server(session: &Session) -> Result<(), Fault> {
     let row = session
         .bounded("asking the server's version", session.client.query_one(sql, &[]))
         .await?;
-    match too_old(row.try_get(0)?, row.try_get(1)?) {
-        Some(text) => Err(Fault::operator(text)),
-        None => Ok(()),
+    let (number, version): (i32, &str) = (row.try_get(0)?, row.try_get(1)?);
+    if number >= POSTGRES_NEEDED {
+        return Ok(());
     }
-}
-
-fn too_old(version_number: i32, version: &str) -> Option<String> {
-    (version_number < POSTGRES_NEEDED).then(|| {
-        format!(
-            "this server is Postgres {version}, but the tables of host-metrics need {} or newer: upgrade it, or create a \
-             table of your own (four columns are enough: address, latency, status_code, is_valid)",
-            POSTGRES_NEEDED / 10_000
-        )
-    })
+    Err(Fault::operator(format!(
+        "this server is Postgres {version}, but the tables of host-metrics need {} or newer: upgrade it, or create a table of \
+         your own (four columns are enough: address, latency, status_code, is_valid)",
+        POSTGRES_NEEDED / 10_000
+    )))
 }
 
 /// Drops the objects of DB_TABLE that carry host-metrics' comment. Returns the names of the dropped and of the other objects.
@@ -140,20 +173,4 @@ pub async fn drop_ours(session: &Session) -> Result<(Vec<String>, Vec<String>), 
         Ok((dropped, left))
     })
     .await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_server_without_date_bin_is_named_with_what_to_do() {
-        assert_eq!(too_old(140_000, "14.0"), None);
-        assert_eq!(too_old(180_001, "18.1"), None);
-        let text = too_old(130_014, "13.14 (Debian 13.14-1)").expect("13 is too old");
-        assert!(
-            text.contains("Postgres 13.14") && text.contains("14 or newer"),
-            "{text}"
-        );
-    }
 }

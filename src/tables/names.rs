@@ -20,25 +20,21 @@ pub struct TableName {
 }
 
 impl TableName {
-    /// Parses `table` or `schema.table`. Case is kept. A part with a dot or a double quote is written in double quotes, as in
-    /// SQL: `schema."My.Table"`.
-    ///
-    /// `None`: there are not one or two parts, or a part is empty, too long, or has control characters.
+    /// Parses `table` or `schema.table`. Case is kept. `None`: a part is empty or too long, or has a dot, a double quote or a
+    /// control character.
     pub fn parse(text: &str) -> Option<Self> {
-        let (first, rest) = identifier(text)?;
-        let (schema, name) = match rest.strip_prefix('.') {
-            Some(rest) => {
-                let (name, rest) = identifier(rest)?;
-                rest.is_empty().then_some((Some(first), name))?
-            }
-            None => rest.is_empty().then_some((None, first))?,
+        let (schema, name) = match text.split_once('.') {
+            Some((schema, name)) => (Some(schema), name),
+            None => (None, text),
         };
+        let is_odd = |c: char| c == '.' || c == '"' || c.is_control();
         let is_valid =
-            |part: &str, max_bytes| (1..=max_bytes).contains(&part.len()) && !part.contains(char::is_control);
-        let schema_is_valid = schema
-            .as_deref()
-            .is_none_or(|schema| is_valid(schema, MAX_IDENTIFIER_BYTES));
-        (schema_is_valid && is_valid(&name, MAX_TABLE_BYTES)).then_some(Self { schema, name })
+            |part: &str, max_bytes| (1..=max_bytes).contains(&part.len()) && !part.contains(is_odd);
+        let schema_is_valid = schema.is_none_or(|schema| is_valid(schema, MAX_IDENTIFIER_BYTES));
+        (schema_is_valid && is_valid(name, MAX_TABLE_BYTES)).then(|| Self {
+            schema: schema.map(str::to_owned),
+            name: name.to_owned(),
+        })
     }
 
     /// As a quoted SQL identifier with `suffix` appended to the table's name: `"s"."host_metrics_offsets"`.
@@ -47,26 +43,6 @@ impl TableName {
         match &self.schema {
             Some(schema) => format!("{}.{name}", quoted(schema)),
             None => name,
-        }
-    }
-}
-
-/// An identifier at the beginning of `text`, unquoted, and what follows it.
-fn identifier(text: &str) -> Option<(String, &str)> {
-    let Some(mut rest) = text.strip_prefix('"') else {
-        let end = text.find(['.', '"']).unwrap_or(text.len());
-        return Some((text[..end].to_owned(), &text[end..]));
-    };
-    let mut name = String::new();
-    loop {
-        let (part, after) = rest.split_once('"')?;
-        name.push_str(part);
-        match after.strip_prefix('"') {
-            Some(after) => {
-                name.push('"');
-                rest = after;
-            }
-            None => return Some((name, after)),
         }
     }
 }
@@ -105,38 +81,25 @@ impl Object {
         if self.is_view() { "VIEW" } else { "TABLE" }
     }
 
+    /// In the database; `docs/reference/tables.md` says more.
     pub(super) fn comment(self) -> &'static str {
         match self {
             Self::Main => "one row per tick of each host",
             Self::Offsets => {
-                "the next Kafka offset of each partition, updated in the same transaction as the rows, or as the state for \
-                 groups whose name ends in -state"
+                "the next Kafka offset of each partition, written together with the rows or the state"
             }
             Self::Rejected => "records that could not be stored, unchanged, with the reason",
             Self::Series => {
-                "the state of each host as each place (agent) sees it: the last check, since when it is valid or not, and \
-                 the verdict of all places"
+                "the state of each host as each place (agent) sees it, and the verdict of all places"
             }
             Self::Rollups => {
-                "totals of each series by bucket of 300, 3600 and 86400 seconds; latencies in microseconds, phases in units of \
-                 10 of them, null for zero; histogram: a number with 8 digits for each bin, the last ones for bin 0; bin n \
-                 ends at 0.1 ms * 1.25^n"
+                "totals of each series by bucket of 300, 3600 and 86400 seconds; null means zero"
             }
-            Self::Incidents => {
-                "one row per outage of a host by verdict, from the failed check that began it to the valid check that ended it \
-                 (ended_at is null while it lasts)"
-            }
-            Self::Windows => {
-                "the totals of each host and place over the windows of _uptime and _latency, computed from _rollups and \
-                 _incidents in the background"
-            }
+            Self::Incidents => "one row per outage of a host by verdict; ended_at is null while it lasts",
+            Self::Windows => "the totals of each host and place over the windows of _uptime and _latency",
             Self::Hosts => "the hosts of produce -c postgres: each row is a line of the host file",
             Self::Latest => "the newest row of each host and place",
-            Self::Uptime => {
-                "per host (agent is null) and place, by window: ticks due, valid ticks, missed ticks (not checked), uptime (the \
-                 share of checks that were valid: valid / (due - missed)), and verdict_uptime (the share of time without an \
-                 incident)"
-            }
+            Self::Uptime => "per host (agent is null) and place: ticks, uptime and verdict_uptime by window",
             Self::Latency => {
                 "per host and window: percentiles of the latency, accurate to 12 %, and the maximum"
             }
@@ -179,9 +142,6 @@ mod tests {
             ("hosts", Some("\"hosts\"")),
             ("My Hosts", Some("\"My Hosts\"")),
             ("s.hosts", Some("\"s\".\"hosts\"")),
-            ("s.\"My.Hosts\"", Some("\"s\".\"My.Hosts\"")),
-            ("\"a\"\"b\"", Some("\"a\"\"b\"")),
-            ("\"S\".t", Some("\"S\".\"t\"")),
             ("hosts; drop table x--", Some("\"hosts; drop table x--\"")),
             (&forty, Some(&*format!("\"{forty}\""))),
             ("", None),
@@ -189,10 +149,9 @@ mod tests {
             ("s.", None),
             (".t", None),
             ("a.b.c", None),
-            ("\"a", None),
-            ("\"a\"b", None),
+            ("\"a\"", None),
+            ("s.\"a\"", None),
             ("a\"b", None),
-            ("\"\"", None),
             ("a\nb", None),
             (&format!("{forty}x"), None),
             (&format!("{}.t", "x".repeat(64)), None),
@@ -236,15 +195,12 @@ mod tests {
         }
 
         #[test]
-        fn every_table_that_is_accepted_is_the_same_when_quoted_and_read_again(
-            text in prop_oneof![r#"[a-zäé."; -]{0,12}"#, r#"("([a-z. ]|""){0,8}"|[a-z]{1,4})(\."([A-Z.';]|""){1,8}")?"#, ".{0,70}"]
-        ) {
+        fn every_table_that_is_accepted_is_quoted_part_by_part(text in prop_oneof![r#"[a-zäé."; -]{0,12}"#, ".{0,70}"]) {
             if let Some(table) = TableName::parse(&text) {
-                prop_assert_eq!(TableName::parse(&table.quoted("")), Some(table.clone()), "{}", text);
                 for object in Object::ALL {
-                    let (quoted, name) = (table.quoted(object.suffix()), format!("{}{}", table.name, object.suffix()));
-                    prop_assert!(quoted.ends_with(&format!("\"{}\"", name.replace('"', "\"\""))), "{}", quoted);
-                    prop_assert!(name.len() <= MAX_IDENTIFIER_BYTES, "{}", name);
+                    let quoted = table.quoted(object.suffix());
+                    prop_assert_eq!(&quoted, &format!("\"{}{}\"", text.replace('.', "\".\""), object.suffix()));
+                    prop_assert!(table.name.len() + object.suffix().len() <= MAX_IDENTIFIER_BYTES, "{}", quoted);
                 }
             }
         }

@@ -8,6 +8,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use crate::sample::{Field, Sample, Timestamp};
+use crate::words::words;
 
 /// The start of a binary COPY: signature, no flags, no header extension.
 pub const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
@@ -240,21 +241,22 @@ impl Value<'_> {
     }
 }
 
-/// Types that can be written. Types with the same binary format are one variant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Type {
+words! {
+    /// Types that can be written. Types with the same binary format are one variant.
+    Type,
+    name:
     /// text, character varying, character, citext.
-    Text,
-    Bool,
-    Int2,
-    Int4,
-    Int8,
-    Float4,
-    Float8,
-    Numeric,
+    Text "text",
+    Bool "boolean",
+    Int2 "smallint",
+    Int4 "integer",
+    Int8 "bigint",
+    Float4 "real",
+    Float8 "double precision",
+    Numeric "numeric",
     /// With or without time zone; without, it holds UTC.
-    Timestamp,
-    Inet,
+    Timestamp "timestamp",
+    Inet "inet",
 }
 
 impl Type {
@@ -276,21 +278,6 @@ impl Type {
                 Some("citext") => Some(Self::Text),
                 _ => None,
             },
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Text => "text",
-            Self::Bool => "boolean",
-            Self::Int2 => "smallint",
-            Self::Int4 => "integer",
-            Self::Int8 => "bigint",
-            Self::Float4 => "real",
-            Self::Float8 => "double precision",
-            Self::Numeric => "numeric",
-            Self::Timestamp => "timestamp",
-            Self::Inet => "inet",
         }
     }
 }

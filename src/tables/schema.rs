@@ -91,8 +91,7 @@ impl Day {
 
     /// Appended to the table's name: `_p20261114`. With 40 bytes of name that stays below Postgres's 63.
     pub fn suffix(self) -> String {
-        let (year, month, day) = self.civil();
-        format!("_p{year:04}{month:02}{day:02}")
+        format!("_p{}", self.date().replace('-', ""))
     }
 
     /// The partition's bounds as literals; the upper one is the next day's lower one.
@@ -107,28 +106,15 @@ impl Day {
 
     /// Its start as a literal.
     pub fn begin(self) -> String {
-        let (year, month, day) = self.civil();
-        format!("'{year:04}-{month:02}-{day:02} 00:00:00+00'")
+        format!("'{} 00:00:00+00'", self.date())
     }
 
-    /// Year, month and day of the Gregorian calendar (`civil_from_days` of Howard Hinnant, "chrono-Compatible Low-Level Date
-    /// Algorithms"). Years begin in March there, so the leap day is the last day of a year.
-    fn civil(self) -> (i64, i64, i64) {
-        let days = self.0 + 719_468;
-        let era = days.div_euclid(146_097);
-        let day_of_era = days.rem_euclid(146_097);
-        let year_of_era =
-            (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let shifted_month = (5 * day_of_year + 2) / 153;
-        let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-        let month = if shifted_month < 10 {
-            shifted_month + 3
-        } else {
-            shifted_month - 9
-        };
-        let year = year_of_era + era * 400 + i64::from(month <= 2);
-        (year, month, day)
+    /// As in `2026-11-14`. No record is of a day outside the years 1970 to 9999.
+    fn date(self) -> String {
+        const LAST_DAY: i64 = 2_932_896;
+        let micros = self.0.clamp(0, LAST_DAY) * DAY_MICROS;
+        let start = Timestamp::from_unix_micros(micros).expect("a day in the years 1970 to 9999");
+        start.to_string()[..10].to_owned()
     }
 }
 
@@ -234,56 +220,6 @@ pub fn drop(object: Object, table: &TableName) -> String {
     )
 }
 
-/// Creates the table of a new day, to be filled from the default partition and then attached.
-///
-/// `CREATE TABLE … PARTITION OF` would block the writers of the parent; `ATTACH PARTITION` locks only the default partition.
-pub fn create_day(table: &TableName, day: Day) -> String {
-    format!(
-        "CREATE TABLE {} (LIKE {} INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE INCLUDING CONSTRAINTS);",
-        table.quoted(&day.suffix()),
-        table.quoted("")
-    )
-}
-
-/// Moves a day's rows out of the default partition (its name quoted) into the table of [`create_day`].
-pub fn move_day(table: &TableName, default: &str, day: Day) -> String {
-    let Range { start, end } = day.bounds();
-    format!(
-        "WITH moved AS (DELETE FROM {default} WHERE scheduled_at >= {start} AND scheduled_at < {end} RETURNING *) \
-         INSERT INTO {} SELECT * FROM moved;",
-        table.quoted(&day.suffix())
-    )
-}
-
-/// Counts the rows of a day in the default partition (its name quoted), up to `limit`.
-pub fn count_day(default: &str, day: Day, limit: i64) -> String {
-    let Range { start, end } = day.bounds();
-    format!(
-        "SELECT count(*) FROM (SELECT FROM {default} \
-         WHERE scheduled_at >= {start} AND scheduled_at < {end} LIMIT {limit}) rows"
-    )
-}
-
-/// Attaches the table of [`create_day`] as a partition.
-pub fn attach_day(table: &TableName, day: Day) -> String {
-    let Range { start, end } = day.bounds();
-    format!(
-        "ALTER TABLE {} ATTACH PARTITION {} FOR VALUES FROM ({start}) TO ({end});",
-        table.quoted(""),
-        table.quoted(&day.suffix())
-    )
-}
-
-/// Deletes at most `limit` rows before `day` from the default partition (its name quoted). Skips locked rows, because another
-/// consumer may be deleting them.
-pub fn delete_before(default: &str, day: Day, limit: i64) -> String {
-    let start = day.bounds().start;
-    format!(
-        "DELETE FROM {default} WHERE ctid = ANY (ARRAY( \
-         SELECT ctid FROM {default} WHERE scheduled_at < {start} LIMIT {limit} FOR UPDATE SKIP LOCKED))"
-    )
-}
-
 /// The partition for days without one, and for rows without `scheduled_at`.
 const DEFAULT_SUFFIX: &str = "_default";
 
@@ -374,16 +310,18 @@ mod tests {
                 "'2027-01-01 00:00:00+00'",
             ),
             (
-                253_402_300_799,
-                "_p99991231",
+                253_402_214_400 - 1,
+                "_p99991230",
+                "'9999-12-30 00:00:00+00'",
                 "'9999-12-31 00:00:00+00'",
-                "'10000-01-01 00:00:00+00'",
             ),
         ] {
             let day = Day::of(at(seconds));
             assert_eq!(day.suffix(), suffix);
             assert_eq!(day.bounds(), start.to_owned()..end.to_owned());
         }
+        assert_eq!(Day(i64::MIN).begin(), Day(0).begin());
+        assert_eq!(Day(i64::MAX).suffix(), "_p99991231");
     }
 
     #[test]

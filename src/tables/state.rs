@@ -185,7 +185,7 @@ fn sent_as(kind: &str) -> &str {
 }
 
 /// The partition of `_rollups` for buckets of that width, quoted.
-fn rollups_of(table: &TableName, seconds: i32) -> String {
+pub fn rollups_of(table: &TableName, seconds: i32) -> String {
     table.quoted(&format!("{}_{seconds}", Object::Rollups.suffix()))
 }
 
@@ -237,16 +237,6 @@ pub fn copy_rollups(table: &TableName) -> String {
         "COPY {} ({}) FROM STDIN (FORMAT binary)",
         table.quoted(Object::Rollups.suffix()),
         columns.join(", ")
-    )
-}
-
-/// Deletes at most `limit` buckets of that width that start before `before`, an expression.
-pub fn delete_rollups(table: &TableName, seconds: i32, before: &str, limit: i64) -> String {
-    let name = rollups_of(table, seconds);
-    format!(
-        "DELETE FROM {name} WHERE ctid = ANY (ARRAY( \
-         SELECT ctid FROM {name} WHERE starts_at < {before} LIMIT {limit} \
-         FOR UPDATE SKIP LOCKED))"
     )
 }
 

@@ -1,7 +1,7 @@
 //! The table `_windows`: the totals of each host and place over the last hour, day, week, month, quarter and year.
 //!
 //! A year of one host has hundreds of buckets, too many to add up whenever somebody reads a view. So `consume` adds them up in
-//! the background (`consume::windows` says when), and `_uptime`, `_latency` and `status` only read the result. Pure text.
+//! the background (`consume::state` says when), and `_uptime`, `_latency` and `status` only read the result. Pure text.
 
 use std::fmt::Write as _;
 

@@ -43,11 +43,11 @@ const TABLES: [(&str, &str, &str, &str); 8] = [
         "\"public\".\"facade\" has no columns for these fields, which are not stored: latency",
     ),
     (
-        "\"Our Checks\".\"Host.Metrics\"",
-        "CREATE SCHEMA \"Our Checks\"; CREATE TABLE \"Our Checks\".\"Host.Metrics\" (\"address\" text, \
+        "Our Checks.Host-Metrics",
+        "CREATE SCHEMA \"Our Checks\"; CREATE TABLE \"Our Checks\".\"Host-Metrics\" (\"address\" text, \
          is_valid boolean, \"Latency\" real)",
         "(http://h/0,t,)",
-        "\"Our Checks\".\"Host.Metrics\" has no columns for these fields, which are not stored: latency",
+        "\"Our Checks\".\"Host-Metrics\" has no columns for these fields, which are not stored: latency",
     ),
     (
         "Mixed.HostMetrics",
@@ -66,9 +66,6 @@ const TABLES: [(&str, &str, &str, &str); 8] = [
 
 /// The table in SQL.
 fn quoted(table: &str) -> String {
-    if table.starts_with('"') {
-        return table.to_owned();
-    }
     let parts: Vec<String> = table.split('.').map(|part| format!("\"{part}\"")).collect();
     parts.join(".")
 }

@@ -137,7 +137,7 @@ fn a_group_does_not_evict_a_consumer_whose_database_is_away_for_longer_than_a_po
         wait_for(
             SOON,
             "rows are stored",
-            || (counters.rows() >= rows).then_some(()),
+            || (counters.rows.get() >= rows).then_some(()),
             || format!("{counters:?}"),
         );
     };
@@ -154,12 +154,16 @@ fn a_group_does_not_evict_a_consumer_whose_database_is_away_for_longer_than_a_po
         assert_eq!(kafka.members("evicted"), members, "evicted");
         pause.wait_until(now() + Duration::from_millis(500));
     }
-    assert!(counters.failures() > 0);
+    assert!(counters.failures.get() > 0);
     server.start_again().unwrap();
     wait_for_rows(1_000);
     assert_eq!(kafka.members("evicted"), members);
     assert_eq!(
-        (counters.rows(), counters.rejected(), counters.fences()),
+        (
+            counters.rows.get(),
+            counters.rejected.get(),
+            counters.fences.get()
+        ),
         (1_000, 0, 0)
     );
     consumer.stop();

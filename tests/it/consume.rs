@@ -204,26 +204,26 @@ fn every_record_becomes_a_row_or_a_rejected_record_over_restarts_of_both() {
 
     produce_more(500);
     let agent = Agent::start(&config);
-    wait_for(|| (agent.counters.rows() > 500).then_some(()));
+    wait_for(|| (agent.counters.rows.get() > 500).then_some(()));
     // The server crashes during a write.
     postgres.restart_immediately().unwrap();
     produce_more(300);
-    wait_for(|| (agent.counters.rows() + agent.counters.rejected() == 2_400).then_some(()));
+    wait_for(|| (agent.counters.rows.get() + agent.counters.rejected.get() == 2_400).then_some(()));
     wait_for(|| agent.counters.lags().values().all(|lag| *lag == 0).then_some(()));
     agent.stop();
 
     // A new process continues where the first one stopped.
     produce_more(100);
     let agent = Agent::start(&config);
-    wait_for(|| (agent.counters.rows() + agent.counters.rejected() == 300).then_some(()));
+    wait_for(|| (agent.counters.rows.get() + agent.counters.rejected.get() == 300).then_some(()));
     postgres.stop().unwrap();
     produce_more(50);
-    wait_for(|| (agent.counters.failures() > 0).then_some(()));
+    wait_for(|| (agent.counters.failures.get() > 0).then_some(()));
     // A stop also succeeds without Postgres.
     agent.stop();
     postgres.start_again().unwrap();
     let agent = Agent::start(&config);
-    wait_for(|| (agent.counters.rows() + agent.counters.rejected() == 150).then_some(()));
+    wait_for(|| (agent.counters.rows.get() + agent.counters.rejected.get() == 150).then_some(()));
     agent.stop();
 
     let mut client = client(&postgres);
@@ -273,7 +273,7 @@ fn an_outage_of_postgres_that_is_longer_than_kafkas_patience_costs_no_partition_
     let postgres = ThrowAwayPostgres::start().unwrap();
     let agent = Agent::start_with(&config(broker.bootstrap_servers(), Some(&postgres)), IMPATIENT);
     produce(&broker, 0, 0..10);
-    wait_for(|| (agent.counters.rows() == 10).then_some(()));
+    wait_for(|| (agent.counters.rows.get() == 10).then_some(()));
     postgres.stop().unwrap();
     // Far more records than both batches hold.
     produce(&broker, 0, 10..2_000);
@@ -281,12 +281,12 @@ fn an_outage_of_postgres_that_is_longer_than_kafkas_patience_costs_no_partition_
     let stopped = now();
     wait_for(|| (stopped.elapsed() > PATIENT_FOR * 2).then_some(()));
     assert!(
-        agent.counters.failures() > 3,
+        agent.counters.failures.get() > 3,
         "Postgres was asked again and again"
     );
     postgres.start_again().unwrap();
-    wait_for(|| (agent.counters.rows() == 3_000).then_some(()));
-    assert_eq!(agent.counters.revoked(), 0);
+    wait_for(|| (agent.counters.rows.get() == 3_000).then_some(()));
+    assert_eq!(agent.counters.revoked.get(), 0);
     agent.stop();
     let mut client = client(&postgres);
     let row = client

@@ -181,7 +181,7 @@ pub(super) async fn no_state(
         if !found.is_current(object) {
             return Ok(Some(format!("{name} of this version does not exist")));
         }
-        if !destination::may_read(session, found, object).await? {
+        if !found.may_read(object) {
             return Ok(Some(format!("this user may not SELECT from {name}")));
         }
     }
@@ -400,7 +400,7 @@ async fn positions(
     found: &ExistingObjects,
     group_id: &str,
 ) -> Result<Option<BTreeMap<(String, i32), i64>>, Fault> {
-    if !destination::may_read(session, found, Object::Offsets).await? {
+    if !found.may_read(Object::Offsets) {
         return Ok(None);
     }
     let sql = format!(
@@ -416,7 +416,7 @@ async fn positions(
 }
 
 async fn rejected(session: &Session, found: &ExistingObjects) -> Result<Option<i64>, Fault> {
-    if !destination::may_read(session, found, Object::Rejected).await? {
+    if !found.may_read(Object::Rejected) {
         return Ok(None);
     }
     let sql = format!(

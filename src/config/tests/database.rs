@@ -88,6 +88,8 @@ fn parts_of_a_connection_in_the_wrong_variable_are_named() {
         line.contains("DB_PASSWORD to the password") && !line.contains("hunter2"),
         "{line}"
     );
-    let line = wrong_database(("DB_TABLE", "'host_metrics'"));
-    assert!(line.contains("the quotes are part of the value"), "{line}");
+    for quoted in ["'host_metrics'", "\"host_metrics\""] {
+        let line = wrong_database(("DB_TABLE", quoted));
+        assert!(line.contains("the quotes are part of the value"), "{line}");
+    }
 }

@@ -145,7 +145,7 @@ fn every_variable_is_read() {
         ("KAFKA_GROUP_INSTANCE_ID", "one"),
         ("DB_PORT", "6432"),
         ("DB_PASSWORD", "secret"),
-        ("DB_TABLE", "Metrics.\"Hosts\""),
+        ("DB_TABLE", "Metrics.Hosts"),
         ("DB_SSLMODE", "Verify-Full"),
         ("DB_BATCH_SIZE", "100000"),
         ("DB_BATCH_SECONDS", "0.25"),

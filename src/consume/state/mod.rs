@@ -21,15 +21,15 @@ use crate::consume::fold::Fold;
 use crate::consume::fold::observed::Observed;
 use crate::consume::positions::Positions;
 use crate::consume::sink::{Sink, admit, begin};
-use crate::consume::windows::Windows;
 use crate::duration;
 use crate::postgres::{Fault, Kind, Session, bounded};
 use crate::sample::Timestamp;
 use crate::sample::epoch::Epochs;
 use crate::tables::buckets::WIDTHS;
 use crate::tables::names::Object;
-use crate::tables::state::{delete_old, delete_rollups};
-use crate::tables::{days, ddl, destination, migrate, windows};
+use crate::tables::state::{delete_old, rollups_of};
+use crate::tables::windows::{self, WINDOWS};
+use crate::tables::{days, ddl, migrate};
 
 /// The end of the group's name.
 pub const GROUP_SUFFIX: &str = "-state";
@@ -47,14 +47,15 @@ const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
 const PRUNE_EVERY: Duration = Duration::from_secs(3_600);
 const PRUNE_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
+/// A window is refreshed as often as the state changes. After a slow refresh it rests this many times as long as that took, so that
+/// it uses at most a fiftieth of the time.
+const REFRESH_EVERY: Duration = BATCH_WAIT;
+const REFRESH_REST_TIMES: u32 = 50;
+const REFRESH_AFTER_FAILURE: Duration = Duration::from_secs(600);
+
 /// The longest refresh of a window. The server ends it a little before the connection would be given up.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(50);
 const REFRESH_BOUND: Duration = Duration::from_secs(60);
-
-/// The most buckets that one statement removes in a second or two, and the most statements at once, because flushes wait
-/// meanwhile. The rest is removed a minute later.
-const DELETE_ROWS: i64 = 50_000;
-const DELETE_TIMES: usize = 20;
 
 /// While the rows have a larger backlog than this, the state pauses before each flush this many times as long as the last flush
 /// took, so that it takes at most a tenth of the server. The longest pause bounds how far the state falls behind.
@@ -78,7 +79,8 @@ pub struct StateSink {
     /// The counters of the rows' pipeline, which has priority.
     rows: Counters,
     last_flush_took: Duration,
-    windows: Windows,
+    /// When each window is refreshed next; `None`: at once.
+    refresh_at: [Option<Instant>; WINDOWS.len()],
     /// `None`: at once.
     prune_at: Option<Instant>,
 }
@@ -88,8 +90,9 @@ impl StateSink {
         Self {
             config,
             rows,
-            last_flush_took: Duration::ZERO,
-            windows: Windows::default(),
+            // As if it had been slow, so that a backlog of rows comes before the first flush too.
+            last_flush_took: REST_AT_MOST / REST_TIMES,
+            refresh_at: [None; WINDOWS.len()],
             prune_at: None,
         }
     }
@@ -113,17 +116,10 @@ impl StateSink {
         let time = |micros: i64| format!("to_timestamp({})", micros / 1_000_000);
         for seconds in WIDTHS {
             let oldest = self.oldest(seconds, now);
-            let sql = delete_rollups(&session.table, seconds, &time(oldest), DELETE_ROWS);
-            for round in 1..=DELETE_TIMES {
-                let removed = session
-                    .bounded("removing old buckets", session.client.execute(&sql, &[]))
-                    .await?;
-                if removed < DELETE_ROWS as u64 {
-                    break;
-                }
-                if round == DELETE_TIMES {
-                    self.prune_at = Some(instant_now() + PRUNE_AGAIN_AFTER);
-                }
+            let is_old = format!("starts_at < {}", time(oldest));
+            let removed = ddl::delete_where(session, &rollups_of(&session.table, seconds), &is_old).await?;
+            if removed >= ddl::DELETE_MOST {
+                self.prune_at = Some(instant_now() + PRUNE_AGAIN_AFTER);
             }
         }
         let sql = delete_old(&session.table, &time(self.oldest(WIDTHS[1], now)));
@@ -132,14 +128,17 @@ impl StateSink {
             .await
     }
 
-    /// Brings the windows up to date that are due at `now`, without waiting for the disk, because they can be computed again.
-    /// Failures are logged.
+    /// Brings the windows up to date that are due, without waiting for the disk, because they can be computed again. Failures are
+    /// logged.
     ///
     /// # Errors
     /// The connection is of no further use, or a table is missing.
     async fn refresh(&mut self, session: &Session) -> Result<(), Fault> {
-        for window in self.windows.due(instant_now()) {
+        for (window, due_at) in self.refresh_at.iter_mut().enumerate() {
             let began_at = instant_now();
+            if *due_at > Some(began_at) {
+                continue;
+            }
             let sql = format!(
                 "BEGIN; SET LOCAL jit = off; SET LOCAL synchronous_commit = off; SET LOCAL lock_timeout = 0; \
                  SET LOCAL statement_timeout = '{}ms'; {} COMMIT",
@@ -148,9 +147,12 @@ impl StateSink {
             );
             let refresh = session.client.batch_execute(&sql);
             let refreshed = bounded("refreshing the windows", REFRESH_BOUND, refresh).await;
-            let took = instant_now().saturating_duration_since(began_at);
-            self.windows
-                .refreshed(window, instant_now(), refreshed.is_ok().then_some(took));
+            let ended_at = instant_now();
+            let rest = match &refreshed {
+                Ok(()) => REFRESH_REST_TIMES * ended_at.saturating_duration_since(began_at),
+                Err(_) => REFRESH_AFTER_FAILURE,
+            };
+            *due_at = Some(ended_at + rest.max(REFRESH_EVERY));
             if let Err(fault) = &refreshed
                 && fault.code == Some(SqlState::UNDEFINED_TABLE)
             {
@@ -188,24 +190,19 @@ impl Sink for StateSink {
     }
 
     async fn prepare(&mut self, session: &Session) -> Result<((), Statements), Fault> {
-        let made = migrate::make(session, days::today()).await;
-        let not_made = match made {
-            Ok(_) => None,
-            Err(fault) if fault.kind == Kind::Operator => Some(fault),
-            Err(fault) => return Err(fault),
-        };
-        let found = destination::find(session).await?;
-        if let Some(object) = Object::STATE
+        let made = migrate::make(session, days::today()).await?;
+        let found = &made.found;
+        let unfit = Object::STATE
             .into_iter()
-            .find(|object| !found.is_current(*object))
-        {
+            .find(|object| !found.is_current(*object));
+        if let Some(object) = unfit {
             let name = session.table.quoted(object.suffix());
-            return Err(Fault::operator(match not_made {
-                Some(fault) => format!("{name} is missing, and this user could not create it: {fault}"),
-                None => format!(
+            return Err(made.explain(Fault::operator(match found.has(object) {
+                true => format!(
                     "{name} was not created by this version of host-metrics; rename it, and run `host-metrics init`"
                 ),
-            }));
+                false => format!("{name} does not exist: run `host-metrics init`"),
+            })));
         }
         let statements = Statements::prepare(&session.client, &session.table);
         let statements = session.bounded("preparing", statements).await;
@@ -270,15 +267,11 @@ impl Sink for StateSink {
                 _ => fault,
             })?;
         self.last_flush_took = instant_now().saturating_duration_since(began_at);
-        // A full batch has more behind it. While the state catches up, windows only move on.
-        if batch.len() < BATCH_SIZE {
-            self.windows.change();
-        }
         Ok(Flushed::Durable)
     }
 
     fn maintain_in(&self, now: Instant) -> Duration {
-        let due_at = self.windows.due_at().min(self.prune_at);
+        let due_at = self.refresh_at.into_iter().fold(self.prune_at, Option::min);
         due_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
     }
 

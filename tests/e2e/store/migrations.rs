@@ -33,7 +33,7 @@ fn tables_are_made_once_by_many_at_the_same_time() {
         .collect();
     let made: Vec<usize> = makers
         .into_iter()
-        .map(|maker| maker.join().unwrap().unwrap().len())
+        .map(|maker| maker.join().unwrap().unwrap().made.len())
         .collect();
     assert_eq!(made.iter().sum::<usize>(), Object::ALL.len(), "{made:?}");
     // A consumer then has nothing to create.
