@@ -191,7 +191,7 @@ fn drop_removes_only_what_init_made() {
     // A view of another user depends on our table, so nothing is dropped.
     db.execute("CREATE VIEW upon AS SELECT * FROM host_metrics_latest");
     let refused = init::drop(&config, false, true).unwrap_err();
-    assert!(refused.to_string().contains("upon"), "{refused}");
+    assert!(format!("{refused:#}").contains("upon"), "{refused:#}");
     assert_eq!(
         db.count("pg_views WHERE viewname = 'host_metrics_certificates'"),
         1
