@@ -83,8 +83,9 @@ fn an_error_that_the_operator_must_correct_ends_consume_with_advice() {
             );
         }
     }
-    // With the view, it began at the first record: the refusal comes with the first batch.
-    assert_eq!(case.kafka.committed("operator", "operator"), [Some(0)]);
+    // The view is refused with the first batch. Until then the group may have committed where it began.
+    let committed = case.kafka.committed("operator", "operator");
+    assert!(matches!(committed[..], [None | Some(0)]), "{committed:?}");
 }
 
 #[test]
