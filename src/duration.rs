@@ -4,6 +4,12 @@
 
 use std::time::Duration;
 
+use nom::branch::alt;
+use nom::bytes::complete::tag;
+use nom::character::complete::digit1;
+use nom::combinator::{all_consuming, map, value};
+use nom::{IResult, Parser};
+
 /// The units, for messages.
 pub const UNITS: &str = "ms, s, m, h or d";
 
@@ -11,7 +17,6 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);
-const MILLISECOND: Duration = Duration::from_millis(1);
 
 /// In microseconds, the unit of all times that are numbers; a duration that is too long becomes the largest number.
 pub fn micros(duration: Duration) -> i64 {
@@ -21,9 +26,8 @@ pub fn micros(duration: Duration) -> i64 {
 /// Reads a whole number with one of [`UNITS`]. A number that is too large becomes the longest duration, so that the caller
 /// reports it as out of range and not as bad syntax.
 pub fn parse(text: &str) -> Option<Duration> {
-    let (digits, name) = digits_and_rest(text)?;
-    let unit = if name == "ms" { MILLISECOND } else { unit(name)? };
-    Some(times(digits, unit))
+    let (_, duration) = all_consuming(number_and_unit).parse(text).ok()?;
+    Some(duration)
 }
 
 /// Writes a duration in milliseconds or the largest unit that needs no fraction: `5m`, `90s`, `950ms`.
@@ -39,26 +43,32 @@ pub fn text(duration: Duration) -> String {
 
 /// Reads the host file's FREQUENCY: a whole number of minutes, or a whole number with one of `s m h d`.
 pub fn parse_interval(text: &str) -> Option<Duration> {
-    let (digits, name) = digits_and_rest(text)?;
-    let unit = if name.is_empty() { MINUTE } else { unit(name)? };
-    Some(times(digits, unit))
+    let minutes = map(digit1, |digits| times(digits, MINUTE));
+    let (_, interval) = all_consuming(alt((
+        map((digit1, unit), |(digits, unit)| times(digits, unit)),
+        minutes,
+    )))
+    .parse(text)
+    .ok()?;
+    Some(interval)
 }
 
-fn digits_and_rest(text: &str) -> Option<(&str, &str)> {
-    let end = text
-        .find(|char: char| !char.is_ascii_digit())
-        .unwrap_or(text.len());
-    (end > 0).then(|| text.split_at(end))
+fn number_and_unit(input: &str) -> IResult<&str, Duration> {
+    let millis = value(Duration::from_millis(1), tag("ms"));
+    map((digit1, alt((millis, unit))), |(digits, unit)| {
+        times(digits, unit)
+    })
+    .parse(input)
 }
 
-fn unit(name: &str) -> Option<Duration> {
-    match name {
-        "s" => Some(SECOND),
-        "m" => Some(MINUTE),
-        "h" => Some(HOUR),
-        "d" => Some(DAY),
-        _ => None,
-    }
+fn unit(input: &str) -> IResult<&str, Duration> {
+    alt((
+        value(SECOND, tag("s")),
+        value(MINUTE, tag("m")),
+        value(HOUR, tag("h")),
+        value(DAY, tag("d")),
+    ))
+    .parse(input)
 }
 
 fn times(digits: &str, unit: Duration) -> Duration {

@@ -107,7 +107,8 @@ async fn position(
     Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
 }
 
-/// Moves the position of the rows, if it is `from`, and that of the state, if it is within the batch, to the end of the batch. The
+/// Moves the position of the rows, if it is `from`, and that of the state, if it is within the batch, to the end of the batch. If
+/// the rows have moved on meanwhile, neither moves; without `from` only the state does. The
 /// same statement records the offsets that the rows skip. Returns the groups whose position was moved.
 async fn pass(
     session: &Session,
@@ -120,7 +121,9 @@ async fn pass(
         [Object::Offsets, Object::Rejected].map(|object| session.table.quoted(object.suffix()));
     let sql = format!(
         "WITH moved AS (UPDATE {offsets} SET next_offset = $7 WHERE topic = $3 AND \"partition\" = $4 \
-             AND (group_id = $1 AND next_offset = $5 OR group_id = $2 AND next_offset >= $6 AND next_offset < $7) \
+             AND (group_id = $1 AND next_offset = $5 OR group_id = $2 AND next_offset >= $6 AND next_offset < $7 \
+             AND ($5::bigint IS NULL OR EXISTS (SELECT FROM {offsets} o WHERE o.group_id = $1 AND o.topic = $3 \
+                 AND o.\"partition\" = $4 AND o.next_offset = $5))) \
              RETURNING group_id), \
          noted AS (INSERT INTO {rejected} (group_id, kafka_topic, kafka_partition, kafka_offset, reason) \
              SELECT $1, $3, $4, $5, $8 FROM moved WHERE group_id = $1) \

@@ -11,6 +11,13 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// The file has no certificate, or one cannot be read.
 pub(crate) fn certificates(file: &[u8]) -> Result<Vec<X509>, String> {
     let text = file.strip_prefix(BYTE_ORDER_MARK).unwrap_or(file);
+    // OpenSSL's reader would leave them out without a word.
+    if String::from_utf8_lossy(text).contains("-----BEGIN TRUSTED CERTIFICATE-----") {
+        return Err(
+            "the file holds a certificate in OpenSSL's own format (TRUSTED CERTIFICATE); convert it: openssl x509 -in FILE -out NEWFILE"
+                .into(),
+        );
+    }
     match X509::stack_from_pem(text) {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
         Ok(_) if X509::from_der(file).is_ok() => Err(

@@ -1,4 +1,4 @@
-//! The texts and intervals of what a pipeline logs.
+//! What a pipeline logs about rejected records, and its summary.
 
 use std::time::{Duration, Instant};
 

@@ -356,7 +356,7 @@ impl Flush<'_> {
         self.rollback().await?;
         if refused.is_empty() {
             return Err(Fault::passing(format!(
-                "{first}; this did not happen again when the rows were tried one by one"
+                "{first}; this did not happen again when the rows were tried in smaller parts"
             )));
         }
         Ok(Flushed::Refused(refused))

@@ -6,13 +6,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::BorrowedMessage;
 use rdkafka::{Message, Offset, TopicPartitionList};
 
-use super::listener::Listener;
 use super::settings::client_config;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
@@ -29,7 +29,7 @@ pub struct Part {
 
 /// A consumer, and the parts that it is reading.
 pub struct Reader {
-    consumer: BaseConsumer<Listener>,
+    consumer: BaseConsumer<Quiet>,
     /// The ends of the parts that are not read completely yet, by partition.
     open: BTreeMap<i32, i64>,
 }
@@ -59,7 +59,7 @@ impl Reader {
             .set("fetch.queue.backoff.ms", "10")
             .set("queued.max.messages.kbytes", "2048")
             .set_log_level(RDKafkaLogLevel::Warning)
-            .create_with_context(Listener::new(kafka))?;
+            .create_with_context(Quiet)?;
         Ok(Self {
             consumer,
             open: BTreeMap::new(),
@@ -67,7 +67,7 @@ impl Reader {
     }
 
     /// The consumer, for questions about a topic.
-    pub fn consumer(&self) -> &impl Consumer<Listener> {
+    pub fn consumer(&self) -> &impl Consumer<Quiet> {
         &self.consumer
     }
 
@@ -134,3 +134,18 @@ impl Reader {
 pub fn is_forbidden(error: &KafkaError) -> bool {
     error.rdkafka_error_code() == Some(RDKafkaErrorCode::TopicAuthorizationFailed)
 }
+
+/// Only logs at DEBUG, because the agent's own client reports what is wrong with Kafka.
+pub struct Quiet;
+
+impl ClientContext for Quiet {
+    fn log(&self, _level: RDKafkaLogLevel, facility: &str, text: &str) {
+        log::debug!("librdkafka {facility} {text}");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        log::debug!("librdkafka {error}: {reason}");
+    }
+}
+
+impl ConsumerContext for Quiet {}

@@ -70,14 +70,13 @@ impl From<tokio_postgres::Error> for Fault {
             return Self::new(kind_of_client_error(&error), chain(&error));
         };
         let mut text = format!("{} (SQLSTATE {})", db.message(), db.code().code());
-        // A DETAIL can repeat the whole row ("Failing row contains …"); its beginning is enough to recognise the row.
+        // A DETAIL can repeat the whole row ("Failing row contains …"), and a user's trigger may give any HINT; the beginning is
+        // enough to recognise the row.
         const DETAIL_CHARS: usize = 500;
-        if let Some(detail) = db.detail() {
+        let hint = db.hint().map(|hint| hint.trim_end_matches('.'));
+        for more in [db.detail(), hint, remedy(db.code())].into_iter().flatten() {
             text.push_str(": ");
-            text.extend(detail.chars().take(DETAIL_CHARS));
-        }
-        for remedy in db.hint().into_iter().chain(remedy(db.code())) {
-            text = format!("{text}: {remedy}");
+            text.extend(more.chars().take(DETAIL_CHARS));
         }
         Self {
             kind: kind_of(db.code()),

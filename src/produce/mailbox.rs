@@ -23,7 +23,7 @@ pub(super) enum Mail {
     Changes(Changes),
 }
 
-/// Holds at most one result for each check under way.
+/// Holds at most one result for each check under way, and the orders and changes since the last turn.
 pub(super) struct Mailbox {
     clock: Clock,
     inbox: Mutex<Inbox>,

@@ -126,9 +126,9 @@ struct GrowthLine {
 
 impl GrowthLine {
     fn is_due(&mut self, count: u64, now: i64) -> bool {
-        let has_grown = std::mem::replace(&mut self.count, count) < count;
-        let is_due = has_grown && now >= self.not_before;
+        let is_due = count > self.count && now >= self.not_before;
         if is_due {
+            self.count = count;
             self.not_before = now + micros(SUMMARY_EVERY);
         }
         is_due

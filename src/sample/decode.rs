@@ -14,7 +14,7 @@ use crate::terminal;
 /// The white space of JSON (RFC 8259, section 2). A byte-order mark does not belong to it.
 const WHITE_SPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// The longest [`Rejection`]: enough to recognise the value that it quotes, and little in a table or a log.
+/// The longest text of serde_json or of the record in a [`Rejection`]: enough to recognise the value that it quotes, and little in a table or a log.
 const MAX_REASON_CHARS: usize = 200;
 
 /// Why a value is not a valid record: the field, what was expected and what was found. One line of limited length.

@@ -11,9 +11,9 @@ use crate::tables::schema;
 /// While DDL waits for a lock, all writers queue behind it; after this long it is given up until the next run.
 pub(super) const DDL_LOCK: Duration = Duration::from_millis(200);
 
-/// Old rows deleted by one statement, which takes a second or two, and statements of one [`delete_where`], because the writer waits
-/// meanwhile.
-const DELETE_ROWS: u64 = 50_000;
+/// Old rows deleted by one statement, which has to end in time also on a slow disk or with a user's trigger, and statements of one
+/// [`delete_where`], because the writer waits meanwhile.
+const DELETE_ROWS: u64 = 10_000;
 const DELETE_TIMES: u64 = 20;
 
 /// The most rows that [`delete_where`] deletes. If it did, there may be more.

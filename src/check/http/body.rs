@@ -34,7 +34,7 @@ pub const MAX_BROTLI_DECODERS: usize = 4;
 pub const BROTLI_DECODER_BYTES: u64 = 20 << 20;
 
 /// The memory that reading a body takes: a piece in every stage, and inflate's window of 32 KiB and tables. A brotli body is
-/// also kept whole, which comes on top.
+/// also kept whole, which comes on top, and so do the three texts of up to 64 KiB that the header of a gzip stream may have.
 pub const READING_BYTES: u64 = 160 << 10;
 
 /// How much longer than its decoded content a brotli body can be, because of its own headers.

@@ -181,11 +181,12 @@ impl Ingest {
     }
 
     fn wait_action(&self, now: Instant) -> Action {
-        // Only the age of a batch is waited for exactly; everything else may be IDLE late.
+        // Only the age of a batch and the end of a stop are waited for exactly; everything else may be IDLE late.
         let due_at = self.filling_since.map(|since| since + self.limits.batch_wait);
-        let until = due_at
-            .filter(|at| *at > now)
-            .map_or(now + IDLE, |at| at.min(now + IDLE));
+        let due_at = due_at
+            .into_iter()
+            .chain(self.stopping.map(|stopping| stopping.deadline));
+        let until = due_at.filter(|at| *at > now).fold(now + IDLE, Instant::min);
         if !self.has_room() && self.is_reading() {
             Action::Hold { until }
         } else {

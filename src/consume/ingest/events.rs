@@ -317,6 +317,12 @@ impl Ingest {
             deadline,
             failures: 0,
         });
+        // The last commit has all partitions, because Kafka may have dropped an earlier one.
+        for progress in self.partitions.values_mut() {
+            if let Some(located) = progress.located_mut() {
+                located.committed = None;
+            }
+        }
         if let StoreState::Closed { open_at } = &mut self.store {
             *open_at = None;
         }

@@ -47,7 +47,7 @@ const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
 const PRUNE_EVERY: Duration = Duration::from_secs(3_600);
 const PRUNE_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
-/// A window is refreshed as often as the state changes. After a slow refresh it rests this many times as long as that took, so that
+/// A window is refreshed as often as a busy state changes. After a slow refresh it rests this many times as long as that took, so that
 /// it uses at most a fiftieth of the time.
 const REFRESH_EVERY: Duration = BATCH_WAIT;
 const REFRESH_REST_TIMES: u32 = 50;
@@ -209,9 +209,12 @@ impl Sink for StateSink {
         let tables = Object::STATE
             .map(|object| session.table.quoted(object.suffix()))
             .join(", ");
-        let grant = format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} to this user");
+        let grant = format!(
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON {tables}, and USAGE on their schema, to this user"
+        );
         let statements = statements.map_err(|fault| fault.with_grant(&grant))?;
-        self.prune(session).await?;
+        let pruned = self.prune(session).await;
+        ddl::log_failure(session, pruned, "old state not removed").await?;
         Ok(((), statements))
     }
 

@@ -17,9 +17,8 @@ use super::shared::Record;
 use super::worker::Worker;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
-use crate::kafka::Listener;
 use crate::kafka::look_up_topic;
-use crate::kafka::reader::{Part, Reader, is_forbidden};
+use crate::kafka::reader::{Part, Quiet, Reader, is_forbidden};
 use crate::produce::outbox::{Kept, Sequence};
 
 /// How long one question to Kafka may take. The publisher's thread waits for the answer and sends nothing meanwhile. There are
@@ -102,6 +101,7 @@ impl Worker {
             .find(|route| route.topic == index && route.share.is_none());
         let (Some(since), Some(route)) = (topic.in_doubt_since, route) else {
             topic.in_doubt_since = None;
+            self.search = None;
             return Ok(true);
         };
         let lane = route.lane;
@@ -121,7 +121,7 @@ impl Worker {
         }
         let begun = *begun.get_or_insert_with(instant_now);
         let mut found = HashSet::new();
-        let is_over = reader.go_on(instant_now() + SEARCH_STEP, |_, value| {
+        let has_ended = reader.go_on(instant_now() + SEARCH_STEP, |_, value| {
             if let Some(sequence) = wanted.get(&hasher.hash_one(value))
                 && waiting
                     .get(sequence)
@@ -133,6 +133,7 @@ impl Worker {
         let stored = self.outbox.discard(lane, |sequence, _| found.contains(&sequence));
         self.found_stored += stored.len();
         self.release(lane, stored, true);
+        let is_over = has_ended || self.outbox.waiting(lane).is_empty();
         if is_over {
             self.search = None;
             self.topics[index].in_doubt_since = None;
@@ -155,7 +156,7 @@ impl Worker {
 }
 
 /// All partitions of the topic, from that time on.
-fn parts_since(consumer: &impl Consumer<Listener>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
+fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) -> KafkaResult<Vec<Part>> {
     let partitions = match look_up_topic(consumer.client(), topic, ANSWER_WITHIN)? {
         Ok(partitions) => partitions,
         // A deleted topic contains nothing.

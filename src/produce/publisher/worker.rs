@@ -289,7 +289,12 @@ impl Worker {
                     break;
                 }
             }
-            if self.outbox.waiting(lane).is_empty() && self.routes[index].share.is_none() {
+            // While the producer is replaced, the search itself ends the doubt: a search that is left half done would be used for
+            // the next topic.
+            if self.spoiled.is_none()
+                && self.outbox.waiting(lane).is_empty()
+                && self.routes[index].share.is_none()
+            {
                 self.topics[topic].in_doubt_since = None;
             }
         }
