@@ -3,21 +3,26 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::producer::{Producer, PurgeConfig};
 
 use super::client::{Report, SendFailure, Sent, new_producer};
+use super::search::{QUESTIONS_WITHIN, Search};
 use super::shared::{Letter, Record, Unacknowledged};
 use super::worker::{LOOK_EVERY, Route, Worker};
 use crate::clock::instant_now;
+use crate::kafka::reader::is_forbidden;
 use crate::lock::lock;
 use crate::produce::outbox::{Kept, LaneId, Sequence};
 use crate::produce::share::events::Event;
 
 /// How long the thread waits at the end until librdkafka returns its records.
 const RETURN_WITHIN: Duration = Duration::from_millis(200);
+
+/// How long the search for stored records waits after a failed attempt.
+const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 impl Worker {
     /// Takes all reports of librdkafka without waiting, because a poll with a timeout spins during its last millisecond. One poll
@@ -165,6 +170,77 @@ impl Worker {
             }
             Err(error) => log::error!("kafka={} {error:#}; trying again", self.kafka.bootstrap_servers),
         }
+    }
+
+    /// Removes the records that Kafka has stored from those that wait. Returns whether the search is over. If Kafka does not let
+    /// us read, or not in time, the records are sent again: two records of a tick are better than none.
+    fn search_stored(&mut self) -> bool {
+        let now = instant_now();
+        let is_early = |at: Instant| now.duration_since(at) < SEARCH_AGAIN_AFTER;
+        let is_late = |stop_by: Instant| now + QUESTIONS_WITHIN > stop_by;
+        if self.search_failed_at.is_some_and(is_early) || self.stop_by.is_some_and(is_late) {
+            return false;
+        }
+        while let Some(index) = self
+            .topics
+            .iter()
+            .position(|topic| topic.in_doubt_since.is_some())
+        {
+            match self.search_topic(index) {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(error) if is_forbidden(&error) => self.give_up_search(index, &error.to_string()),
+                Err(error) => {
+                    // The client stays, and may connect before the next attempt.
+                    log::debug!("cannot search for stored records: {error}");
+                    self.search_failed_at = Some(now);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Searches for a while. Returns whether the search is over.
+    fn search_topic(&mut self, index: usize) -> KafkaResult<bool> {
+        let topic = &mut self.topics[index];
+        let route = self
+            .routes
+            .iter()
+            .find(|route| route.topic == index && route.share.is_none());
+        let (Some(since), Some(route)) = (topic.in_doubt_since, route) else {
+            topic.in_doubt_since = None;
+            self.search = None;
+            return Ok(true);
+        };
+        let lane = route.lane;
+        let waiting = self.outbox.waiting(lane);
+        let search = match &mut self.search {
+            Some(search) => search,
+            none => none.insert(Search::new(&self.kafka, waiting)?),
+        };
+        let (found, is_over) = search.go_on(&topic.name, since, waiting)?;
+        let is_late = search.takes_too_long();
+        let stored = self.outbox.discard(lane, |sequence, _| found.contains(&sequence));
+        self.found_stored += stored.len();
+        self.release(lane, stored, true);
+        if is_over {
+            self.search = None;
+            self.topics[index].in_doubt_since = None;
+        } else if is_late {
+            self.give_up_search(index, "reading it took too long");
+        }
+        Ok(is_over || is_late)
+    }
+
+    fn give_up_search(&mut self, index: usize, why: &str) {
+        let topic = &mut self.topics[index];
+        log::warn!(
+            "topic={} may contain some records twice, because it cannot be searched for those that Kafka stored without acknowledging them: {why}",
+            topic.name
+        );
+        topic.in_doubt_since = None;
+        self.search = None;
     }
 
     fn waiting_records(&self) -> usize {

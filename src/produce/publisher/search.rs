@@ -14,25 +14,23 @@ use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::{Offset, TopicPartitionList};
 
 use super::shared::Record;
-use super::worker::Worker;
 use crate::clock::instant_now;
 use crate::config::KafkaConfig;
 use crate::kafka::look_up_topic;
-use crate::kafka::reader::{Part, Quiet, Reader, is_forbidden};
+use crate::kafka::reader::{Part, Quiet, Reader};
 use crate::produce::outbox::{Kept, Sequence};
 
 /// How long one question to Kafka may take. The publisher's thread waits for the answer and sends nothing meanwhile. There are
 /// two questions.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
+pub(super) const QUESTIONS_WITHIN: Duration = ANSWER_WITHIN.saturating_mul(2);
 
 /// How much the clocks may differ if a topic's records have the broker's time instead of ours.
 const CLOCKS_DIFFER_MILLIS: i64 = 60_000;
 
-/// How long the thread searches before it does something else, how long it waits after a failed attempt, and after how long it
-/// gives up: a minute is enough to read what a full buffer may have left in a topic.
+/// How long the thread searches before it does something else, and after how long it gives up: a minute is enough to read what a
+/// full buffer may have left in a topic.
 const SEARCH_STEP: Duration = Duration::from_millis(100);
-const SEARCH_AGAIN_AFTER: Duration = Duration::from_secs(1);
 const SEARCH_WITHIN: Duration = Duration::from_secs(60);
 
 /// A search in one topic.
@@ -46,7 +44,7 @@ pub(super) struct Search {
 }
 
 impl Search {
-    fn new(kafka: &KafkaConfig, wanted: &BTreeMap<Sequence, Kept<Record>>) -> KafkaResult<Self> {
+    pub(super) fn new(kafka: &KafkaConfig, wanted: &BTreeMap<Sequence, Kept<Record>>) -> KafkaResult<Self> {
         let hasher = RandomState::new();
         let by_hash =
             |(sequence, kept): (&Sequence, &Kept<Record>)| (hasher.hash_one(&kept.record.value), *sequence);
@@ -57,72 +55,26 @@ impl Search {
             begun: None,
         })
     }
-}
 
-impl Worker {
-    /// Removes the records that Kafka has stored from those that wait. Returns whether the search is over. If Kafka does not let
-    /// us read, or not in time, the records are sent again: two records of a tick are better than none.
-    pub(super) fn search_stored(&mut self) -> bool {
-        let now = instant_now();
-        let is_early = |at: Instant| now.duration_since(at) < SEARCH_AGAIN_AFTER;
-        let is_late = |stop_by: Instant| now + QUESTIONS_WITHIN > stop_by;
-        if self.search_failed_at.is_some_and(is_early) || self.stop_by.is_some_and(is_late) {
-            return false;
-        }
-        while let Some(index) = self
-            .topics
-            .iter()
-            .position(|topic| topic.in_doubt_since.is_some())
-        {
-            match self.search_topic(index) {
-                Ok(true) => {}
-                Ok(false) => return false,
-                Err(error) if is_forbidden(&error) => self.give_up_search(index, &error.to_string()),
-                Err(error) => {
-                    // The client stays, and may connect before the next attempt.
-                    log::debug!("cannot search for stored records: {error}");
-                    self.search_failed_at = Some(now);
-                    return false;
-                }
-            }
-        }
-        true
-    }
-
-    /// Searches for a while; the first call takes longer, because it asks Kafka two questions. Returns whether the search is over.
+    /// Searches for a while; the first call takes longer, because it asks Kafka two questions. Returns which of the waiting records
+    /// it has found, and whether the search is over.
     ///
     /// # Errors
-    /// Kafka does not allow it, or did not answer the questions. Other errors are retried.
-    fn search_topic(&mut self, index: usize) -> KafkaResult<bool> {
-        let topic = &mut self.topics[index];
-        let route = self
-            .routes
-            .iter()
-            .find(|route| route.topic == index && route.share.is_none());
-        let (Some(since), Some(route)) = (topic.in_doubt_since, route) else {
-            topic.in_doubt_since = None;
-            self.search = None;
-            return Ok(true);
-        };
-        let lane = route.lane;
-        let waiting = self.outbox.waiting(lane);
-        let Search {
-            reader,
-            wanted,
-            hasher,
-            begun,
-        } = match &mut self.search {
-            Some(search) => search,
-            none => none.insert(Search::new(&self.kafka, waiting)?),
-        };
-        if begun.is_none() {
-            let parts = parts_since(reader.consumer(), &topic.name, since)?;
-            reader.begin(&topic.name, &parts)?;
+    /// Kafka does not allow it, or did not answer the questions.
+    pub(super) fn go_on(
+        &mut self,
+        topic: &str,
+        since_millis: i64,
+        waiting: &BTreeMap<Sequence, Kept<Record>>,
+    ) -> KafkaResult<(HashSet<Sequence>, bool)> {
+        if self.begun.is_none() {
+            let parts = parts_since(self.reader.consumer(), topic, since_millis)?;
+            self.reader.begin(topic, &parts)?;
+            self.begun = Some(instant_now());
         }
-        let begun = *begun.get_or_insert_with(instant_now);
         let mut found = HashSet::new();
-        let has_ended = reader.go_on(instant_now() + SEARCH_STEP, |_, value| {
-            if let Some(sequence) = wanted.get(&hasher.hash_one(value))
+        let has_ended = self.reader.go_on(instant_now() + SEARCH_STEP, |_, value| {
+            if let Some(sequence) = self.wanted.get(&self.hasher.hash_one(value))
                 && waiting
                     .get(sequence)
                     .is_some_and(|kept| kept.record.value == value)
@@ -130,28 +82,13 @@ impl Worker {
                 found.insert(*sequence);
             }
         })?;
-        let stored = self.outbox.discard(lane, |sequence, _| found.contains(&sequence));
-        self.found_stored += stored.len();
-        self.release(lane, stored, true);
-        let is_over = has_ended || self.outbox.waiting(lane).is_empty();
-        if is_over {
-            self.search = None;
-            self.topics[index].in_doubt_since = None;
-        } else if instant_now().duration_since(begun) > SEARCH_WITHIN {
-            self.give_up_search(index, "reading it took too long");
-            return Ok(true);
-        }
-        Ok(is_over)
+        let is_over = has_ended || found.len() == waiting.len();
+        Ok((found, is_over))
     }
 
-    fn give_up_search(&mut self, index: usize, why: &str) {
-        let topic = &mut self.topics[index];
-        log::warn!(
-            "topic={} may contain some records twice, because it cannot be searched for those that Kafka stored without acknowledging them: {why}",
-            topic.name
-        );
-        topic.in_doubt_since = None;
-        self.search = None;
+    pub(super) fn takes_too_long(&self) -> bool {
+        self.begun
+            .is_some_and(|begun| instant_now().duration_since(begun) > SEARCH_WITHIN)
     }
 }
 
