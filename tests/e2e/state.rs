@@ -250,7 +250,7 @@ pub fn check_definitions(db: &mut Database) {
 
 /// Waits until no bucket begins within the next minute, so that several questions see the same windows.
 fn wait_for_new_bucket(db: &mut Database) {
-    let is_early = "(SELECT 1 WHERE date_part('epoch', now())::bigint % 300 < 240) x";
+    let is_early = "(SELECT 1 WHERE floor(date_part('epoch', now()))::bigint % 300 < 240) x";
     let begun = || (db.count(is_early) == 1).then_some(());
     wait_for(
         Duration::from_secs(90),
