@@ -47,10 +47,10 @@ const NARROW_KEPT: Duration = Duration::from_secs(2 * 86_400);
 const PRUNE_EVERY: Duration = Duration::from_secs(3_600);
 const PRUNE_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
-/// A window is refreshed as often as a busy state changes. After a slow refresh it rests this many times as long as that took, so that
-/// it uses at most a fiftieth of the time.
-const REFRESH_EVERY: Duration = BATCH_WAIT;
+/// A window is refreshed after a flush. Then it rests this many times as long as the refresh took, so that it uses at most a fiftieth
+/// of the time. While nothing comes or the state catches up, windows only move on this often.
 const REFRESH_REST_TIMES: u32 = 50;
+const REFRESH_AT_LEAST_EVERY: Duration = Duration::from_secs(300);
 const REFRESH_AFTER_FAILURE: Duration = Duration::from_secs(600);
 
 /// The longest refresh of a window. The server ends it a little before the connection would be given up.
@@ -79,8 +79,10 @@ pub struct StateSink {
     /// The counters of the rows' pipeline, which has priority.
     rows: Counters,
     last_flush_took: Duration,
-    /// When each window is refreshed next; `None`: at once.
-    refresh_at: [Option<Instant>; WINDOWS.len()],
+    /// When the state was last changed by all that Kafka had.
+    changed_at: Option<Instant>,
+    /// When the refresh of each window began, and until when the window rests. `None`: not refreshed yet.
+    refreshed: [Option<(Instant, Instant)>; WINDOWS.len()],
     /// `None`: at once.
     prune_at: Option<Instant>,
 }
@@ -92,7 +94,8 @@ impl StateSink {
             rows,
             // As if it had been slow, so that a backlog of rows comes before the first flush too.
             last_flush_took: REST_AT_MOST / REST_TIMES,
-            refresh_at: [None; WINDOWS.len()],
+            changed_at: None,
+            refreshed: [None; WINDOWS.len()],
             prune_at: None,
         }
     }
@@ -134,9 +137,9 @@ impl StateSink {
     /// # Errors
     /// The connection is of no further use, or a table is missing.
     async fn refresh(&mut self, session: &Session) -> Result<(), Fault> {
-        for (window, due_at) in self.refresh_at.iter_mut().enumerate() {
+        for window in 0..WINDOWS.len() {
             let began_at = instant_now();
-            if *due_at > Some(began_at) {
+            if self.refresh_at(window) > Some(began_at) {
                 continue;
             }
             let sql = format!(
@@ -152,7 +155,7 @@ impl StateSink {
                 Ok(()) => REFRESH_REST_TIMES * ended_at.saturating_duration_since(began_at),
                 Err(_) => REFRESH_AFTER_FAILURE,
             };
-            *due_at = Some(ended_at + rest.max(REFRESH_EVERY));
+            self.refreshed[window] = Some((began_at, ended_at + rest));
             if let Err(fault) = &refreshed
                 && fault.code == Some(SqlState::UNDEFINED_TABLE)
             {
@@ -161,6 +164,18 @@ impl StateSink {
             ddl::log_failure(session, refreshed, "windows of the state not refreshed").await?;
         }
         Ok(())
+    }
+
+    /// When the window is refreshed next; `None`: at once.
+    fn refresh_at(&self, window: usize) -> Option<Instant> {
+        let (began_at, rests_until) = self.refreshed[window]?;
+        let is_changed = self.changed_at > Some(began_at);
+        let moves_at = if is_changed {
+            began_at
+        } else {
+            began_at + REFRESH_AT_LEAST_EVERY
+        };
+        Some(rests_until.max(moves_at))
     }
 
     async fn make_way(&self) {
@@ -269,12 +284,18 @@ impl Sink for StateSink {
                 },
                 _ => fault,
             })?;
-        self.last_flush_took = instant_now().saturating_duration_since(began_at);
+        let ended_at = instant_now();
+        self.last_flush_took = ended_at.saturating_duration_since(began_at);
+        // A full batch has more behind it.
+        if batch.len() < BATCH_SIZE {
+            self.changed_at = Some(ended_at);
+        }
         Ok(Flushed::Durable)
     }
 
     fn maintain_in(&self, now: Instant) -> Duration {
-        let due_at = self.refresh_at.into_iter().fold(self.prune_at, Option::min);
+        let refreshes = (0..WINDOWS.len()).map(|window| self.refresh_at(window));
+        let due_at = refreshes.fold(self.prune_at, Option::min);
         due_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
     }
 
