@@ -35,10 +35,7 @@ mod scratch;
 
 const VIEWS: [&str; 5] = ["uptime", "latency", "latest", "certificates", "incidents"];
 const ROUNDS: usize = 5;
-const PARTITION: Partition = Partition {
-    topic: "host-metrics",
-    number: 0,
-};
+const PARTITION: Partition = Partition::new("host-metrics", 0);
 
 fn main() {
     // cargo passes `--bench`.

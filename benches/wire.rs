@@ -105,10 +105,7 @@ struct Machine {
 }
 
 impl Machine {
-    const PARTITION: Partition = Partition {
-        topic: "host-metrics",
-        number: 3,
-    };
+    const PARTITION: Partition = Partition::new("host-metrics", 3);
 
     fn new() -> Self {
         let limits = Limits {

@@ -21,8 +21,15 @@ const PREFIX_BYTES: usize = 64 << 10;
 /// A partition of one of the configured topics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Partition {
-    pub topic: &'static str,
+    // The number comes first, because partitions are compared for each record and numbers differ more often.
     pub number: i32,
+    pub topic: &'static str,
+}
+
+impl Partition {
+    pub const fn new(topic: &'static str, number: i32) -> Self {
+        Self { number, topic }
+    }
 }
 
 impl fmt::Display for Partition {
@@ -280,14 +287,8 @@ const KEPT_BYTES: usize = 1 << 20;
 mod tests {
     use super::*;
 
-    const P: Partition = Partition {
-        topic: "t",
-        number: 0,
-    };
-    const Q: Partition = Partition {
-        topic: "t",
-        number: 1,
-    };
+    const P: Partition = Partition::new("t", 0);
+    const Q: Partition = Partition::new("t", 1);
 
     fn record(partition: Partition, offset: i64) -> Record<'static> {
         Record {

@@ -552,10 +552,7 @@ mod tests {
     #[test]
     fn neighbouring_rows_are_sent_as_one_range_and_holes_are_left_out() {
         let entry = |form| Entry {
-            partition: Partition {
-                topic: "t",
-                number: 0,
-            },
+            partition: Partition::new("t", 0),
             offset: Offset(0),
             timestamp: None,
             key: None,

@@ -113,10 +113,7 @@ impl Stuck {
 mod tests {
     use super::*;
 
-    const P: Partition = Partition {
-        topic: "t",
-        number: 0,
-    };
+    const P: Partition = Partition::new("t", 0);
 
     fn at(seconds: u64) -> Instant {
         static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();

@@ -24,14 +24,8 @@ const PACE: &[(&str, &str)] = &[("session.timeout.ms", "6000"), ("heartbeat.inte
 const PATIENCE: Duration = Duration::from_secs(90);
 
 const TOPIC: &str = "host-metrics";
-const P0: Partition = Partition {
-    topic: TOPIC,
-    number: 0,
-};
-const P1: Partition = Partition {
-    topic: TOPIC,
-    number: 1,
-};
+const P0: Partition = Partition::new(TOPIC, 0);
+const P1: Partition = Partition::new(TOPIC, 1);
 
 type Broker = MockCluster<'static, DefaultProducerContext>;
 

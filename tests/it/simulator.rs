@@ -456,7 +456,7 @@ impl History {
 
     fn add_partition(&mut self) {
         let number = self.logs.len() as i32;
-        let partition = Partition { topic: "t", number };
+        let partition = Partition::new("t", number);
         let mut log = Log::default();
         if self.rng.bool() {
             // Retention has deleted records before the first consumer came.

@@ -1,14 +1,8 @@
 use super::*;
 use crate::consume::batch::{Form, Offset};
 
-const P: Partition = Partition {
-    topic: "t",
-    number: 0,
-};
-const Q: Partition = Partition {
-    topic: "t",
-    number: 1,
-};
+const P: Partition = Partition::new("t", 0);
+const Q: Partition = Partition::new("t", 1);
 
 /// A time of the tests, in milliseconds.
 fn at(millis: u64) -> Instant {

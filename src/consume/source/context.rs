@@ -47,7 +47,7 @@ impl Membership {
 
     pub(super) fn partition(&self, topic: &str, number: i32) -> Option<Partition> {
         let topic = *self.topics.iter().find(|known| **known == topic)?;
-        Some(Partition { topic, number })
+        Some(Partition::new(topic, number))
     }
 }
 

@@ -28,18 +28,9 @@ use host_metrics::tables::schema::Day;
 use crate::database::{Database, config, server};
 use crate::scratch;
 
-pub const P0: Partition = Partition {
-    topic: "t",
-    number: 0,
-};
-pub const P1: Partition = Partition {
-    topic: "t",
-    number: 1,
-};
-const P2: Partition = Partition {
-    topic: "t",
-    number: 2,
-};
+pub const P0: Partition = Partition::new("t", 0);
+pub const P1: Partition = Partition::new("t", 1);
+const P2: Partition = Partition::new("t", 2);
 
 impl Database {
     pub fn config(&self) -> ConsumeConfig {
@@ -100,6 +91,16 @@ fn positions(store: &mut Store, partitions: &[Partition]) -> Vec<(Partition, i64
         .into_iter()
         .map(|(partition, position)| (partition, position.next.0))
         .collect()
+}
+
+/// A store of `table`, and a batch with one row for it.
+fn with_one_row(db: &Database, table: &str) -> (Store, Batch) {
+    let mut store = db.store_of(table);
+    let layout = store.open().unwrap();
+    start_at(&mut store, &[(P0, 0)]);
+    let mut batch = Batch::default();
+    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    (store, batch)
 }
 
 pub fn row(

@@ -3,7 +3,7 @@
 use host_metrics::consume::batch::Batch;
 use host_metrics::consume::batch::Flushed;
 
-use super::{P0, fatal, ok, positions, retry, row, start_at};
+use super::{P0, fatal, ok, positions, retry, row, start_at, with_one_row};
 use crate::database::Database;
 
 /// Postgres's name of the fault, the SQL that causes it, and which of the offsets 0 to 99 it refuses.
@@ -161,11 +161,7 @@ fn a_table_that_refuses_every_copy_stops_with_what_to_do_and_rejects_no_row() {
          CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''closed for the night''; END'; \
          CREATE TRIGGER t BEFORE INSERT ON m FOR EACH STATEMENT EXECUTE FUNCTION f()",
     );
-    let mut store = db.store_of("m");
-    let layout = store.open().unwrap();
-    start_at(&mut store, &[(P0, 0)]);
-    let mut batch = Batch::default();
-    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    let (mut store, batch) = with_one_row(&db, "m");
     let text = fatal(store.flush(&batch));
     assert!(
         text.contains("\"m\" refuses every COPY: closed for the night"),
@@ -184,11 +180,7 @@ fn a_refusal_that_does_not_repeat_row_by_row_names_no_row() {
          'BEGIN IF nextval(''s'') = 1 THEN RAISE ''not now''; END IF; RETURN NULL; END'; \
          CREATE TRIGGER t AFTER INSERT ON m FOR EACH STATEMENT EXECUTE FUNCTION f()",
     );
-    let mut store = db.store_of("m");
-    let layout = store.open().unwrap();
-    start_at(&mut store, &[(P0, 0)]);
-    let mut batch = Batch::default();
-    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    let (mut store, batch) = with_one_row(&db, "m");
     let text = retry(store.flush(&batch));
     assert!(
         text.contains("not now") && text.contains("did not happen again"),

@@ -4,7 +4,7 @@ use host_metrics::consume::batch::Batch;
 use host_metrics::consume::batch::Flushed;
 use host_metrics::consume::store::Store;
 
-use super::{P0, fatal, ok, row, start_at};
+use super::{P0, fatal, ok, row, start_at, with_one_row};
 use crate::database::Database;
 
 #[test]
@@ -154,11 +154,7 @@ fn a_table_that_cannot_take_the_records_is_refused_at_once_with_all_reasons() {
 fn a_view_without_a_trigger_stops_at_the_first_row_with_what_to_do() {
     let mut db = Database::new();
     db.execute("CREATE TABLE t (address text); CREATE VIEW m AS SELECT * FROM t");
-    let mut store = db.store_of("m");
-    let layout = store.open().unwrap();
-    start_at(&mut store, &[(P0, 0)]);
-    let mut batch = Batch::default();
-    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    let (mut store, batch) = with_one_row(&db, "m");
     let text = fatal(store.flush(&batch));
     assert!(text.contains("INSTEAD OF INSERT"), "{text}");
 }
@@ -167,11 +163,7 @@ fn a_view_without_a_trigger_stops_at_the_first_row_with_what_to_do() {
 fn a_table_that_changes_during_a_run_stops_with_what_to_do() {
     let mut db = Database::new();
     db.execute("CREATE TABLE m (address text, is_valid boolean)");
-    let mut store = db.store_of("m");
-    let layout = store.open().unwrap();
-    start_at(&mut store, &[(P0, 0)]);
-    let mut batch = Batch::default();
-    row(&mut batch, &layout, P0, 0, 0, &ok("https://a.example/"));
+    let (mut store, batch) = with_one_row(&db, "m");
     db.execute("ALTER TABLE m RENAME TO elsewhere");
     let text = fatal(store.flush(&batch));
     assert!(
