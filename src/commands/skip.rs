@@ -108,8 +108,8 @@ async fn position(
 }
 
 /// Moves the position of the rows, if it is `from`, and that of the state, if it is within the batch, to the end of the batch. If
-/// the rows have moved on meanwhile, neither moves; without `from` only the state does. The
-/// same statement records the offsets that the rows skip. Returns the groups whose position was moved.
+/// the rows have moved on meanwhile, neither moves; without `from` only the state does. The same statement records the offsets that
+/// the rows skip. Returns the groups whose position was moved.
 async fn pass(
     session: &Session,
     config: &ConsumeConfig,

@@ -1,4 +1,4 @@
-//! PEM files. Text around the blocks, a byte-order mark and blocks of other kinds are ignored.
+//! PEM files. Text around the blocks, a byte-order mark and blocks of other kinds are ignored; TRUSTED CERTIFICATE blocks are refused.
 
 use openssl::pkey::PKey;
 use openssl::x509::X509;

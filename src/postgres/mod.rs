@@ -166,7 +166,7 @@ impl Session {
         bounded(what, self.bounds.step, future).await
     }
 
-    /// The rows of a query, for which at most one step is waited, as in the next three functions.
+    /// The rows of a query. It waits for at most one step, as the next three functions do.
     pub async fn query(
         &self,
         what: &str,

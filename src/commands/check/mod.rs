@@ -27,8 +27,7 @@ const NAMES_SHOWN: usize = 10;
 const CANNOT_PRINT: &str = "cannot write to standard output";
 
 /// Checks the target with the same code as `produce`, and hands each text to `print`. `columns` is the width of the terminal, if
-/// there is one. True if every check was valid. A
-/// shutdown, or a closed pipe, ends it between two checks.
+/// there is one. Returns whether every check was valid. A shutdown, or a closed pipe, ends it between two checks.
 pub fn run(
     config: &CheckConfig,
     target: &Target,

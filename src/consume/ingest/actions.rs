@@ -181,7 +181,7 @@ impl Ingest {
     }
 
     fn wait_action(&self, now: Instant) -> Action {
-        // Only the age of a batch and the end of a stop are waited for exactly; everything else may be IDLE late.
+        // Only the age of a batch and the end of a stop are waited for exactly; everything else may be late by up to IDLE.
         let due_at = self.filling_since.map(|since| since + self.limits.batch_wait);
         let due_at = due_at
             .into_iter()

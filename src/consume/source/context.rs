@@ -29,7 +29,7 @@ pub(super) struct Context {
     pub(super) reported: Mutex<Reported>,
 }
 
-/// What a consumer needs to join a group. One that joins again takes it over.
+/// What a consumer needs to join a group. A consumer that joins again takes it over.
 #[derive(Clone)]
 pub(super) struct Membership {
     pub(super) client: ClientConfig,
