@@ -217,7 +217,7 @@ fn run_status(args: &cli::Status, variables: &Variables) -> anyhow::Result<bool>
         return Ok(true);
     }
     let (text, is_good) = answer()?;
-    print(&text)?;
+    print_coloured(&text)?;
     Ok(is_good)
 }
 
@@ -423,10 +423,14 @@ fn columns_of_terminal() -> Option<usize> {
     size.map(|(width, _)| width.0.into())
 }
 
-/// Prints results to standard output, with a space for each hidden character. A reader that closes the pipe early, as `head`
-/// does, is not an error.
+/// Prints results to standard output, with a space for each hidden character.
 fn print(results: &str) -> anyhow::Result<()> {
-    match print_styled(&terminal::plain_lines(results)) {
+    print_coloured(&terminal::plain_lines(results))
+}
+
+/// Prints results that have colours. A reader that closes the pipe early, as `head` does, is not an error.
+fn print_coloured(results: &str) -> anyhow::Result<()> {
+    match print_styled(results) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")
         }
@@ -434,7 +438,7 @@ fn print(results: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Prints results that have colours, which are left out if standard output is not a terminal or `--color` says so.
+/// Colours are left out if standard output is not a terminal, or `--color` or NO_COLOR says so.
 fn print_styled(results: &str) -> io::Result<()> {
     let mut out = anstream::stdout().lock();
     out.write_all(results.as_bytes()).and_then(|()| out.flush())

@@ -3,6 +3,7 @@
 use std::fmt::{Display, Write};
 use std::sync::LazyLock;
 
+use anstream::adapter::strip_str;
 use regex_syntax::hir::{Class, ClassUnicode, HirKind};
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
@@ -59,21 +60,25 @@ pub fn cut(text: &str, width: usize) -> String {
     short
 }
 
-/// The columns that `text` takes on a terminal: two for most characters of East Asia, none for accents.
+/// The columns that `text` takes on a terminal: two for most characters of East Asia, none for accents and colours.
 pub fn width(text: &str) -> usize {
-    text.width()
+    strip_str(text).map(UnicodeWidthStr::width).sum()
 }
 
-/// As [`cut`], but in at most `columns` columns of a terminal.
+/// As [`cut`], but in at most `columns` columns of a terminal. Colours stay.
 pub fn fit(text: &str, columns: usize) -> String {
     if width(text) <= columns {
         return text.to_owned();
     }
     let mut left = columns.saturating_sub(1);
+    let mut is_colour = false;
     let mut short: String = text
         .chars()
         .take_while(|char| {
-            let width = char.width().unwrap_or(0);
+            is_colour |= *char == '\x1b';
+            let width = if is_colour { 0 } else { char.width().unwrap_or(0) };
+            // The last character of a colour (ECMA-48, SGR).
+            is_colour &= *char != 'm';
             let fits = width <= left;
             left = left.saturating_sub(width);
             fits
@@ -91,17 +96,16 @@ pub fn wrap(text: &str, indent: usize, columns: Option<usize>) -> String {
     let Some(columns) = columns else {
         return text.to_owned();
     };
-    let shown = |part: &str| width(&anstream::adapter::strip_str(part).to_string());
     let (mut lines, mut used) = (String::new(), 0);
     for word in text.split_inclusive(' ') {
-        if used > indent && used + shown(word.trim_end()) > columns && word != " " {
+        if used > indent && used + width(word.trim_end()) > columns && word != " " {
             lines.truncate(lines.trim_end().len());
             lines.push('\n');
             lines.push_str(&" ".repeat(indent));
             used = indent;
         }
         lines.push_str(word);
-        used += shown(word);
+        used += width(word);
     }
     lines
 }

@@ -3,6 +3,8 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex};
 
+use anstream::adapter::strip_str;
+use anstream::{AutoStream, ColorChoice};
 use terminal_size::{Height, Width, terminal_size};
 
 use crate::lock::lock;
@@ -23,6 +25,7 @@ pub fn can_redraw(stream: &impl IsTerminal) -> bool {
 /// Writes plain lines and, on a terminal, a picture that replaces the one before.
 pub(super) struct Screen {
     is_terminal: bool,
+    has_colours: bool,
     drawn_lines: usize,
 }
 
@@ -30,6 +33,7 @@ impl Screen {
     pub(super) fn new() -> Self {
         Self {
             is_terminal: can_redraw(&io::stdout()),
+            has_colours: AutoStream::choice(&io::stdout()) != ColorChoice::Never,
             drawn_lines: 0,
         }
     }
@@ -50,7 +54,7 @@ impl Screen {
     /// Writes text that stays.
     pub(super) fn print(&mut self, text: &str) -> io::Result<()> {
         self.drawn_lines = 0;
-        let mut out = io::stdout().lock();
+        let mut out = anstream::stdout().lock();
         writeln!(out, "{text}")?;
         out.flush()
     }
@@ -64,7 +68,10 @@ impl Screen {
             picture.push_str(&format!("\x1b[{}A", self.drawn_lines));
         }
         for line in lines {
-            picture.push_str(line);
+            match self.has_colours {
+                true => picture.push_str(line),
+                false => picture.extend(strip_str(line)),
+            }
             picture.push_str("\x1b[K\n");
         }
         picture.push_str("\x1b[J");

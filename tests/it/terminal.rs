@@ -123,7 +123,7 @@ impl Servers {
             (vec!["check", site, "hello"], true),
             (vec!["check", site, "--repeat", "2", "--every", "1ms"], true),
             (vec!["validate", "-c", file], false),
-            (vec!["status"], false),
+            (vec!["status"], true),
             (vec!["status", "--host", ADDRESS], false),
             (vec!["status", "--incidents"], false),
             (vec!["hosts", "list"], false),
@@ -277,7 +277,9 @@ fn tables_fit_a_terminal_of_40_columns() {
         &["status", "--host", ADDRESS],
         &["status", "--incidents"],
     ] {
-        let output = on_terminal(servers.command(args), 40);
+        let mut command = servers.command(args);
+        command.env("NO_COLOR", "1");
+        let output = on_terminal(command, 40);
         for line in output.lines() {
             assert!(line.width() <= 40, "{args:?}: {line}");
         }

@@ -10,6 +10,7 @@ mod watch;
 
 use std::fmt::Write as _;
 
+use anstyle::AnsiColor;
 use serde::Serialize;
 
 use crate::commands::status::lag::{Lag, lag};
@@ -20,7 +21,7 @@ use crate::postgres;
 use crate::sample::Timestamp;
 use crate::tables::destination;
 use crate::terminal::{
-    self, NONE, columns, counted, fit, percent, plain, plain_json, roughly, seconds, sparkline,
+    self, NONE, columns, counted, fit, percent, plain, plain_json, plain_lines, roughly, seconds, sparkline,
 };
 
 pub use watch::watch;
@@ -88,7 +89,7 @@ pub fn history(
         let found = destination::find(session).await?;
         Ok(history::read(session, &found, host, only_incidents, config.is_state_on).await?)
     })?;
-    Ok(joined(history::lines(&history, width), width))
+    Ok(plain_lines(&joined(history::lines(&history, width), width)))
 }
 
 impl Report {
@@ -183,7 +184,7 @@ pub fn json(report: &Report) -> String {
     plain_json(&text) + "\n"
 }
 
-/// For people: a row per host, then the pipeline. Lines are cut to `width` characters.
+/// For people, with colours: a row per host, then the pipeline. Lines are cut to `width` characters.
 pub fn text(report: &Report, width: Option<usize>) -> String {
     let pipeline = &report.pipeline;
     let mut lines = hosts(report, width);
@@ -331,7 +332,7 @@ fn table(hosts: &[&Host], now: Timestamp) -> Vec<Vec<String>> {
             host.name
                 .as_ref()
                 .map_or_else(String::new, |_| plain(&host.address)),
-            word(host.state).to_owned(),
+            word(host.state),
             since,
             host.uptime_1h.map_or_else(none, percent),
             host.uptime_24h.map_or_else(none, percent),
@@ -351,13 +352,15 @@ fn table(hosts: &[&Host], now: Timestamp) -> Vec<Vec<String>> {
     table
 }
 
-fn word(state: State) -> &'static str {
-    match state {
-        State::Up => "up",
-        State::Down => "DOWN",
-        State::Stale => "stale",
-        State::Unknown => "?",
-    }
+fn word(state: State) -> String {
+    let (colour, word) = match state {
+        State::Up => (AnsiColor::Green, "up"),
+        State::Down => (AnsiColor::Red, "DOWN"),
+        State::Stale => (AnsiColor::Yellow, "stale"),
+        State::Unknown => (AnsiColor::Yellow, "?"),
+    };
+    let style = colour.on_default();
+    format!("{style}{word}{style:#}")
 }
 
 /// The rows for a table without times.

@@ -100,6 +100,11 @@ fn the_newest_row_decides_for_all() {
     assert!(!report(vec![gone, host("here")]).stale);
 }
 
+/// Without colours.
+fn text(report: &Report, width: Option<usize>) -> String {
+    anstream::adapter::strip_str(&super::text(report, width)).to_string()
+}
+
 #[test]
 fn people_read_a_row_per_host_and_the_pipeline() {
     let down = Host {
@@ -140,6 +145,12 @@ https://b.example/        DOWN     2 h  99.9 %       -  64 s ago, bad_status: 5â
         text(&report, Some(80)).starts_with(narrow),
         "{}",
         text(&report, Some(80))
+    );
+    let coloured = super::text(&report, Some(80));
+    let red = AnsiColor::Red.on_default();
+    assert!(
+        coloured.contains(&format!("{red}DOWN{red:#}     2 h")),
+        "{coloured}"
     );
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::{
-    Action, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, PAUSE_AFTER, PartitionState, Request,
-    SYNC_EVERY, StoreState,
+    Action, COMMIT_AGAIN_AFTER, COMMIT_EVERY, Flight, IDLE, Ingest, KAFKA_RETRY, PAUSE_AFTER, PartitionState,
+    Request, SYNC_EVERY, StoreState,
 };
 
 impl Ingest {
@@ -164,7 +164,8 @@ impl Ingest {
                 is_news |= located.committed.replace(*next) != Some(*next)
             });
         }
-        if !is_news {
+        let is_late = self.commit_at.is_some_and(|at| at + COMMIT_AGAIN_AFTER <= now);
+        if commits.is_empty() || (!is_news && !is_late) {
             return None;
         }
         self.commit_at = Some(now + COMMIT_EVERY);

@@ -51,6 +51,10 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// The shortest time between two commits, which are only for lag tools.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
 
+/// After this time without a commit, the last one is repeated, because it may have been lost: librdkafka does not repeat one that a
+/// rebalance made fail, and reports no failure to us.
+const COMMIT_AGAIN_AFTER: Duration = Duration::from_secs(60);
+
 /// With DB_SYNCHRONOUS_COMMIT=off, one commit waits for the disk at the latest this long after one that did not.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 

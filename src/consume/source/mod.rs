@@ -262,7 +262,7 @@ impl Source {
         partitions.iter().filter_map(extent).collect()
     }
 
-    /// Commits without waiting for the answer. A lost commit is made up for by the next one, at the latest when the agent stops.
+    /// Commits without waiting for the answer. A lost commit is made up for by the next one, within a minute.
     pub fn commit(&self, commits: &[(Partition, NextOffset)]) {
         let sent = list_at(commits).and_then(|list| self.consumer.commit(&list, CommitMode::Async));
         if let Err(error) = sent {
