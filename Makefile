@@ -112,7 +112,7 @@ config: ## create `env` and `producer_config` from templates/; existing files st
 	@scripts/config
 
 # With HOST_METRICS_IMAGE=registry/name:tag, that image is used and none is built.
-start: $(if $(HOST_METRICS_IMAGE),,image) ## build the image and start both agents, with Kafka and Postgres unless `env` names your own
+start: $(if $(HOST_METRICS_IMAGE),,image) ## build the image and start both agents and the status page, with Kafka and Postgres unless `env` names your own
 	@scripts/stack start
 
 stop: ## stop the agents after their last flush, then the servers; the data stays

@@ -262,7 +262,7 @@ pub struct Init {
 
 #[derive(Debug, Args)]
 pub struct Drop {
-    /// Remove the topics of KAFKA_TOPIC as well
+    /// Also remove the topics of KAFKA_TOPIC and KAFKA_TOPIC_FAILURES
     #[arg(long)]
     pub topic: bool,
 
@@ -338,7 +338,7 @@ pub enum Hosts {
     /// Show all hosts, and what is wrong with them
     #[command(after_help = examples(&["host-metrics hosts list"]))]
     List(Common),
-    /// Check hosts again that were disabled
+    /// Resume checking disabled hosts
     #[command(after_help = examples(&["host-metrics hosts enable https://shop.example/"]))]
     Enable(With<HostsNamed>),
     /// Stop checking hosts, but keep them in the table
@@ -374,7 +374,7 @@ pub struct HostsAdd {
     #[arg(long, value_name = "TEXT")]
     pub note: Option<String>,
 
-    /// Change the host if it is already in the table
+    /// Change the host, and enable it, if it is already in the table
     #[arg(long)]
     pub replace: bool,
 }
@@ -527,7 +527,8 @@ Exit status: 0 success; 1 failure (check: not valid; status: stale; audit: a vio
 const VARIABLES: &str = "\
 Variables (set with -e, in the environment or in .env; an empty value means the default):
   KAFKA_BOOTSTRAP_SERVERS   host:port,host:port
-  KAFKA_TOPIC               [host-metrics]; `consume` and `init` accept several, separated by commas
+  KAFKA_TOPIC               [host-metrics]; `consume`, `init`, `drop`, `status` and `tail` accept several,
+                            separated by commas; `produce` accepts one
   KAFKA_TOPIC_FAILURES      a topic that gets a copy of every failed check [none]
   KAFKA_SECURITY_PROTOCOL   PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL
                             [SSL if a KAFKA_SSL_* file is set, else PLAINTEXT]
@@ -535,12 +536,13 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   KAFKA_SASL_MECHANISM      PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512
   KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD
   KAFKA_GROUP_ID            consumer group [host-metrics]
-  KAFKA_GROUP_INSTANCE_ID   static membership: a quick restart moves no partitions
+  KAFKA_GROUP_INSTANCE_ID   static membership of `consume`, or of `produce` in its PRODUCE_GROUP:
+                            a quick restart moves no partitions
   DB_HOST, DB_PORT, DB_NAME, DB_USER, DB_PASSWORD               [port 5432]
   DB_TABLE                  table or schema.table [host_metrics]
   DB_SSLMODE                disable, prefer, require, verify-ca or verify-full [prefer]
   DB_SSLROOTCERT            PEM file of the database's certificate authority
-  DB_BATCH_SIZE             the most records in a transaction [100]
+  DB_BATCH_SIZE             the maximum number of records in a transaction [100]
   DB_BATCH_SECONDS          how long a smaller batch waits [1]
   DB_SYNCHRONOUS_COMMIT     on or off: whether commits wait for the database's disk [on]
   DB_RETENTION              how long rows are kept, e.g. 90d [no limit]
@@ -548,15 +550,17 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   STATE                     on or off: whether `consume` keeps the state beside the rows [on]
   DOWN_WHEN                 any, majority, all or a number of places that must see a host down [majority]
   CHECK_TIMEOUT             the longest time for one check [10s]
-  MAX_THREADS               the most checks at the same time [1024]
+  MAX_THREADS               the maximum number of concurrent checks [1024]
   MAX_BODY_BYTES            how much of a body is searched for the regex [1048576]
-  USER_AGENT                the User-Agent header of the checks [host-metrics/VERSION]
+  USER_AGENT                the User-Agent header of the checks
+                            [host-metrics/VERSION and the address of this project]
   CHECK_CA_FILE             PEM file of an additional authority for the checked sites
   SECRETS_DIR               directory of the secrets, the files that @NAME means in the host file [none]
   AGENT_NAME                the name of the place that checks, in each record
                             [PRODUCE_GROUP, else the host name]
   PRODUCE_GROUP             producers with the same group share their hosts [none]
-  HOSTS_CACHE_FILE          where `produce -c postgres:` keeps the hosts for a start without the database [none]
+  HOSTS_CACHE_FILE          where `produce -c postgres:` keeps the last good list of hosts,
+                            so that it can start while the database cannot be reached [none]
   REFERENCE_HOSTS           host:port,host:port: asked whether this machine's own network is down, or `none`
                             [the default gateway]
   PAGE_ADDR                 where `page` serves [127.0.0.1:9480]

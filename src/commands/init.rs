@@ -91,14 +91,13 @@ fn let_read(config: &DatabaseConfig, reader: &str) -> anyhow::Result<()> {
 pub fn drop(config: &InitConfig, topic: bool, yes: bool) -> anyhow::Result<()> {
     if !yes {
         let table = config.database.table.quoted("");
-        let topics = if topic {
-            format!(", and topic {}", config.topics.join(", "))
-        } else {
-            String::new()
+        let topics = match topic {
+            true => format!(", and in Kafka the topics {}", config.topics.join(", ")),
+            false => String::new(),
         };
         let text = format!(
-            "drop removes table {table} of database {} with all its rows and positions{topics}; to confirm, run it with \
-             --yes",
+            "drop removes table {table} of database {} and everything that `init` created beside it: positions, rejected \
+             records, the state, the hosts of `produce -c postgres:` and the views{topics}. To confirm, add --yes",
             config.database.name
         );
         return Err(WrongInput(text).into());

@@ -137,7 +137,7 @@ impl Monitored for Counters {
         metrics.of_the_process();
         metrics.gauge(
             "host_metrics_ready",
-            "1 if Kafka and Postgres are both available, else 0.",
+            "1 while Kafka and Postgres are available and all assigned partitions can be read, else 0.",
             f64::from(u8::from(self.is_ready().is_ok())),
         );
         metrics.collect(&self.rows);

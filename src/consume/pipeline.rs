@@ -209,8 +209,8 @@ impl<'a, S: Sink> Pipeline<'a, S> {
     fn rejoin(&mut self, now: Instant) -> anyhow::Result<()> {
         log::log!(
             self.source.level(Level::Warn),
-            "Kafka was away and now reports that {}; it may mean this consumer itself, which joins again",
-            Ended::InstanceTaken
+            "after an outage, Kafka reports another consumer with the same KAFKA_GROUP_INSTANCE_ID; that is probably this consumer \
+             itself, so it joins again"
         );
         let partitions = self.ingest.assigned_partitions().collect();
         self.ingest.handle(now, Event::Revoked(partitions));

@@ -65,7 +65,7 @@ impl Figures {
         );
         metrics.gauge(
             "host_metrics_host_list_current",
-            "1 while the hosts are those of the host file or table, 0 while its newest version has an error or cannot be read.",
+            "1 while the newest version of the host file or table is in use, 0 if that version has an error or cannot be read.",
             f64::from(u8::from(!counters.host_list_has_error.load(Ordering::Relaxed))),
         );
         metrics.counter(

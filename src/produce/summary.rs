@@ -105,7 +105,7 @@ impl Summary {
         if (ahead - self.clock_deviation).abs() > micros(CLOCK_DEVIATION) {
             self.clock_deviation = ahead;
             log::warn!(
-                "the machine's clock was changed by {:.3} s since the start; ticks and records keep the old time until a restart",
+                "the machine's clock has been changed by {:.3} s since the start; ticks and records keep to the old time until a restart",
                 ahead as f64 / 1e6,
             );
         }

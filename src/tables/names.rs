@@ -4,7 +4,7 @@
 
 use crate::words::words;
 
-/// Postgres truncates identifiers to 63 bytes (NAMEDATALEN), and the longest suffix to a table's name has 23.
+/// Postgres truncates identifiers to 63 bytes (NAMEDATALEN), so 23 are left for the suffix of an object that belongs to the table.
 pub const MAX_TABLE_BYTES: usize = 40;
 pub const MAX_IDENTIFIER_BYTES: usize = 63;
 
@@ -88,7 +88,9 @@ impl Object {
             Self::Offsets => {
                 "the next Kafka offset of each partition, written together with the rows or the state"
             }
-            Self::Rejected => "records that could not be stored, unchanged, with the reason",
+            Self::Rejected => {
+                "records that could not be stored, with the reason; of a key or value above 1 MiB the first 64 KiB"
+            }
             Self::Series => {
                 "the state of each host as each place (agent) sees it, and the verdict of all places"
             }

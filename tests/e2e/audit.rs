@@ -168,7 +168,8 @@ fn each_violation_is_found_and_a_sound_table_passes() {
         &ended,
         1,
         &[
-            "has not stored their rows yet (not counted): 1.\n  https://a.example/ at us, last row at 2026-11-18T",
+            "ten intervals and a minute (no violation): 1. Either they left",
+            "has not stored their rows yet.\n  https://a.example/ at us, last row at 2026-11-18T",
         ],
     );
 
@@ -295,7 +296,7 @@ fn ticks_are_audited_for_each_grid_of_each_place() {
     let said = run(&["audit"], &variables);
     let texts = [
         "3 pairs of host and place, 4531 ticks, including 1 single check after a start",
-        "whose ticks are not audited: 7.\n",
+        "not audited by tick: 7.\n",
         "Rows without a Kafka offset",
         "Passed",
     ];

@@ -436,7 +436,7 @@ fn validate_prints_the_hosts_and_the_forecast() {
          bodies       at most 23 MB more memory while bodies are read (up to 1 at once, MAX_BODY_BYTES=1048576), \
          and 2 KB for the compiled regexes (1 distinct)\n\
          records/day  8928\n\
-         table/month  80 MB, at 300 bytes per row including the index\n\
+         table/month  64 MB, at 240 bytes per row including the index\n\
          state/year   3 MB for each place that checks\n\
          \n\
          warning: https://shop.example/: timeout=30s is reduced to 9500ms, 95 % of the interval of 10s, \
@@ -578,7 +578,7 @@ fn check_prints_what_it_found_and_its_exit_status_tells_whether_that_is_valid() 
 
     let ran = place.run(&["check", &site(hello), "bye"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (1, ""));
-    let advice = "The server answered, but its body is not as the REGEX requires.";
+    let advice = "The server answered, but its body does not meet the REGEX.";
     assert!(ran.stdout.contains(advice), "{}", ran.stdout);
     assert!(ran.stdout.contains("begins       hello\n"), "{}", ran.stdout);
     assert!(

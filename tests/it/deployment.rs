@@ -1,4 +1,4 @@
-//! The files of the deployments: `produce` gets no settings of the database, and may raise its limits.
+//! The files of the deployments: `produce` gets neither the address nor credentials of the database, and may raise its limits.
 
 use std::fs;
 use std::path::Path;
@@ -10,36 +10,76 @@ fn file(path: &str) -> String {
     fs::read_to_string(root.join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// The variables with which `init` and `consume` connect to the database.
-const CONNECTION: [&str; 6] = [
-    "DB_HOST",
-    "DB_PORT",
-    "DB_NAME",
-    "DB_USER",
-    "DB_PASSWORD",
-    "DB_PASSWORD_FILE",
+/// The variables of the database that are neither its address nor a credential. Every other one must be kept from `produce`.
+const HARMLESS: [&str; 8] = [
+    "DB_TABLE",
+    "DB_SSLMODE",
+    "DB_SSLROOTCERT",
+    "DB_BATCH_SIZE",
+    "DB_BATCH_SECONDS",
+    "DB_RETENTION",
+    "DB_ROLLUP_RETENTION",
+    "DB_SYNCHRONOUS_COMMIT",
 ];
+
+/// The credentials of the status page's user in `env`, which only Compose reads.
+const OF_THE_PAGE: [&str; 2] = ["PAGE_DB_USER", "PAGE_DB_PASSWORD"];
+
+/// What a unit of systemd removes from the environment, in lines like `UnsetEnvironment=A B`.
+fn unset(unit: &str) -> Vec<String> {
+    let unit = file(unit);
+    let lines = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("UnsetEnvironment="));
+    lines
+        .flat_map(|names| names.split(' ').map(str::to_owned))
+        .collect()
+}
 
 #[test]
 fn produce_gets_no_variable_of_the_database() {
     let compose = file("docker-compose.yml");
     let (_, produce) = compose.split_once("\n  produce:\n").unwrap();
     let (produce, _) = produce.split_once("\n  consume:\n").unwrap();
-    let unit = file("deploy/systemd/host-metrics-produce.service");
-    let unset = unit
-        .lines()
-        .find_map(|line| line.strip_prefix("UnsetEnvironment="))
-        .unwrap();
-    for name in CONNECTION {
+    let pod = file("deploy/kubernetes/produce.yaml");
+    let unset = unset("deploy/systemd/host-metrics-produce.service");
+    let of_the_database = NAMES
+        .into_iter()
+        .filter(|name| name.starts_with("DB_") && !HARMLESS.contains(name));
+    let names: Vec<&str> = of_the_database.chain(OF_THE_PAGE).collect();
+    assert!(names.contains(&"DB_HOST") && names.contains(&"DB_PASSWORD_FILE"));
+    for name in names {
         assert!(
             produce.contains(&format!("      {name}: \"\"\n")),
             "{name} in {produce}"
         );
-        assert!(unset.split(' ').any(|word| word == name), "{name} in {unset}");
+        assert!(
+            pod.contains(&format!("- {{name: {name}, value: \"\"}}\n")),
+            "{name} in {pod}"
+        );
+        assert!(unset.iter().any(|word| word == name), "{name} in {unset:?}");
     }
     let is_given_the_secret = |path: &str| file(path).contains("secretRef: {name: database}");
     assert!(!is_given_the_secret("deploy/kubernetes/produce.yaml"));
     assert!(is_given_the_secret("deploy/kubernetes/consume.yaml"));
+}
+
+#[test]
+fn consume_does_not_get_the_credentials_of_the_page() {
+    let compose = file("docker-compose.yml");
+    let (_, database) = compose.split_once("\nx-database: &database\n").unwrap();
+    let (database, _) = database.split_once("\nservices:\n").unwrap();
+    let (_, consume) = compose.split_once("\n  consume:\n").unwrap();
+    let (consume, _) = consume.split_once("\n  page:\n").unwrap();
+    assert!(consume.contains("environment: {<<: [*kafka, *database]}\n"));
+    let unset = unset("deploy/systemd/host-metrics-consume.service");
+    for name in OF_THE_PAGE {
+        assert!(
+            database.contains(&format!("  {name}: \"\"\n")),
+            "{name} in {database}"
+        );
+        assert!(unset.iter().any(|word| word == name), "{name} in {unset:?}");
+    }
 }
 
 #[test]

@@ -382,15 +382,14 @@ fn notes(report: &Report) -> Vec<String> {
     {
         if *without_grid > 0 {
             notes.push(format!(
-                "Rows without an interval, as the original host-metrics wrote them, whose ticks are not audited: \
-                 {without_grid}."
+                "Rows without an interval (as the original host-metrics wrote them), not audited by tick: {without_grid}."
             ));
         }
         let away = &findings.away;
         if !away.is_empty() {
             notes.push(format!(
                 "Gaps of an hour or longer in which the place checked other hosts, so the host was probably not in its list \
-                 (not counted): {}.",
+                 (no violation): {}.",
                 away.len()
             ));
             notes.extend(away.iter().take(NAMED).map(|gap| {
@@ -404,8 +403,8 @@ fn notes(report: &Report) -> Vec<String> {
         let ended = &findings.ended;
         if !ended.is_empty() {
             notes.push(format!(
-                "Hosts whose rows end more than ten intervals and more than a minute before those of their place: they left the host \
-                 list, no producer checks them, or `consume` has not stored their rows yet (not counted): {}.",
+                "Hosts that are behind their place by more than ten intervals and a minute (no violation): {}. Either they left the \
+                 host list, or no producer checks them, or `consume` has not stored their rows yet.",
                 ended.len()
             ));
             notes.extend(ended.iter().take(NAMED).map(|(number, at)| {

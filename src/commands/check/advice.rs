@@ -12,8 +12,8 @@ pub(super) fn advice(outcome: Outcome) -> Option<&'static str> {
              -o status=STATUS. If a redirect led there, -o follow=0 takes the redirect itself as the answer."
         }
         Outcome::RegexMismatch => {
-            "The server answered, but its body is not as the REGEX requires. Compare with the body itself: curl -sL URL. A \
-             text that JavaScript adds later is not in it."
+            "The server answered, but its body does not meet the REGEX. Compare with the body itself: curl -sL URL. Text \
+             that JavaScript adds later is not part of it."
         }
         Outcome::BodyTooLarge => {
             "The text was not in the part of the body that was read. To read more: -e MAX_BODY_BYTES=10485760."

@@ -136,7 +136,7 @@ mod tests {
              bodies       at most 23 MB more memory while bodies are read (up to 1 at once, MAX_BODY_BYTES=1048576), \
              and 2 KB for the compiled regexes (1 distinct)\n\
              records/day  4608\n\
-             table/month  41 MB, at 300 bytes per row including the index\n\
+             table/month  33 MB, at 240 bytes per row including the index\n\
              state/year   5 MB for each place that checks\n"
         );
     }

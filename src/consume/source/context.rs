@@ -73,7 +73,7 @@ impl Reported {
     pub(super) fn waiting(&mut self) -> [(&'static str, &mut Outage); 3] {
         [
             ("waiting for Kafka", &mut self.away),
-            ("waiting for Kafka's permission", &mut self.refused),
+            ("Kafka denies access", &mut self.refused),
             ("waiting for the topic", &mut self.missing),
         ]
     }

@@ -74,7 +74,7 @@ const MAX_NAME_CHARS: usize = 100;
 
 const MAX_CERT_DAYS: u32 = 3_650;
 
-/// For messages: `the options are timeout, status, … and tls`.
+/// For messages: `the options are timeout, status, … and group`.
 pub(super) fn known_options() -> String {
     let [names @ .., last] = OPTION_NAMES;
     format!("the options are {} and {last}", names.join(", "))
