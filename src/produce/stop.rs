@@ -46,6 +46,8 @@ impl TimerLoop<'_> {
             let wakes_at = self.write_backlog();
             if self.schedule.has_backlog() {
                 self.wait_until(wakes_at);
+                // Otherwise mail would end each wait at once. A check that was cut off has its record already.
+                self.take_mail();
             }
         }
         let left = self.clock.until(deliver_until);

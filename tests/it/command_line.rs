@@ -437,7 +437,7 @@ fn validate_prints_the_hosts_and_the_forecast() {
          and 2 KB for the compiled regexes (1 distinct)\n\
          records/day  8928\n\
          table/month  64 MB, at 240 bytes per row including the index\n\
-         state/year   3 MB for each place that checks\n\
+         state/year   4 MB for each place that checks\n\
          \n\
          warning: https://shop.example/: timeout=30s is reduced to 9500ms, 95 % of the interval of 10s, \
          so that a check ends before the next one is due\n"

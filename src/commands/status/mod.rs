@@ -256,11 +256,11 @@ fn title(host: &Host) -> String {
 
 /// The columns that a narrow terminal leaves out, the least important first.
 const DISPENSABLE: [&str; 10] = [
-    "LATENCY TREND",
     " 1 H",
     "ADDRESS",
     " P50",
     " LAST CHECK",
+    "LATENCY TREND",
     " 24 H",
     " CERT",
     " P95",

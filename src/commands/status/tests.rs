@@ -168,17 +168,17 @@ fn hosts_stand_in_their_groups_by_name_and_those_without_a_group_last() {
         named("https://d.example/", "Blog", Some("About\u{1b}")),
     ]);
     let expected = "\
-HOST                STATE  SINCE    24 H     7 D     P95  CERT  LAST CHECK
+HOST                STATE  SINCE    24 H     7 D     P95  CERT  LATENCY TREND
 
 About 
-Blog                up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
+Blog                up     > 6 d  99.9 %  99.9 %  900 ms  62 d  ▁×█
 
 Shops
-api                 up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
-店頭                up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
+api                 up     > 6 d  99.9 %  99.9 %  900 ms  62 d  ▁×█
+店頭                up     > 6 d  99.9 %  99.9 %  900 ms  62 d  ▁×█
 
 Other sites
-https://a.example/  up     > 6 d  99.9 %  99.9 %  900 ms  62 d     4 s ago
+https://a.example/  up     > 6 d  99.9 %  99.9 %  900 ms  62 d  ▁×█
 ";
     let narrow = text(&report, Some(80));
     assert!(narrow.starts_with(expected), "{narrow}");

@@ -137,7 +137,7 @@ mod tests {
              and 2 KB for the compiled regexes (1 distinct)\n\
              records/day  4608\n\
              table/month  33 MB, at 240 bytes per row including the index\n\
-             state/year   5 MB for each place that checks\n"
+             state/year   6 MB for each place that checks\n"
         );
     }
 
