@@ -18,6 +18,9 @@ const NO_RESPONSE: char = '×';
 /// A range of latencies below this does not fill the height of the sparkline.
 const NOISE_SECONDS: f64 = 0.02;
 
+/// Ends a colour (ECMA-48, SGR).
+const NO_COLOUR: &str = "\x1b[0m";
+
 /// For a missing value.
 pub const NONE: &str = "-";
 
@@ -62,7 +65,11 @@ pub fn cut(text: &str, width: usize) -> String {
 
 /// The columns that `text` takes on a terminal: two for most characters of East Asia, none for accents and colours.
 pub fn width(text: &str) -> usize {
-    strip_str(text).map(UnicodeWidthStr::width).sum()
+    match text.contains('\x1b') {
+        true => strip_str(text).map(UnicodeWidthStr::width).sum(),
+        // Faster, for tables with many hosts.
+        false => text.width(),
+    }
 }
 
 /// As [`cut`], but in at most `columns` columns of a terminal. Colours stay.
@@ -77,13 +84,16 @@ pub fn fit(text: &str, columns: usize) -> String {
         .take_while(|char| {
             is_colour |= *char == '\x1b';
             let width = if is_colour { 0 } else { char.width().unwrap_or(0) };
-            // The last character of a colour (ECMA-48, SGR).
+            // A colour ends with it.
             is_colour &= *char != 'm';
             let fits = width <= left;
             left = left.saturating_sub(width);
             fits
         })
         .collect();
+    if text.contains('\x1b') {
+        short.push_str(NO_COLOUR);
+    }
     if columns > 0 {
         short.push('…');
     }
@@ -352,6 +362,9 @@ mod tests {
             ("日本語", 0, ""),
             ("e\u{301}te\u{301}", 3, "e\u{301}te\u{301}"),
             ("abc", 2, "a…"),
+            ("\x1b[31mabc\x1b[0m d", 5, "\x1b[31mabc\x1b[0m d"),
+            ("\x1b[31mabc\x1b[0m d", 4, "\x1b[31mabc\x1b[0m\x1b[0m…"),
+            ("\x1b[31mabc\x1b[0m d", 2, "\x1b[31ma\x1b[0m…"),
         ];
         for (text, columns, expected) in cases {
             assert_eq!(fit(text, columns), expected, "{text} in {columns}");

@@ -314,13 +314,18 @@ fn tables_fit_a_terminal_of_40_columns() {
 fn watching_the_status_redraws_it_in_place() {
     let servers = Servers::start();
     let next = "\x1b[J\r\x1b[";
-    let output = Terminal::start(servers.command(&["status", "--watch"]), 40).read_until(next);
-    let (first, second) = output.split_once(next).expect(&output);
-    let lines = first.matches("\x1b[K\n").count();
-    assert!(
-        lines > 5 && second.starts_with(&format!("{lines}A")),
-        "{output:?}"
-    );
+    for (no_color, has_colours) in [("", true), ("1", false)] {
+        let mut command = servers.command(&["status", "--watch"]);
+        command.env("NO_COLOR", no_color);
+        let output = Terminal::start(command, 40).read_until(next);
+        let (first, second) = output.split_once(next).expect(&output);
+        let lines = first.matches("\x1b[K\n").count();
+        assert!(
+            lines > 5 && second.starts_with(&format!("{lines}A")),
+            "{output:?}"
+        );
+        assert_eq!(first.contains("\x1b[31mDOWN"), has_colours, "{output:?}");
+    }
 }
 
 #[test]
