@@ -66,13 +66,20 @@ async fn skip(session: &Session, config: &ConsumeConfig, argument: &Argument) ->
         );
     };
     let offset = argument.offset.unwrap_or(position);
-    let head = batch_head(&config.kafka, topic, *partition, offset).map_err(|error| anyhow!("{error}"))?;
+    // The state has its own position, which may still be before a batch that the rows are past.
+    let at = offset.min(position);
+    let head = batch_head(&config.kafka, topic, *partition, at).map_err(|error| anyhow!("{error}"))?;
     if argument.offset.is_none() {
         return Ok(format!(
             "The position of {name} is {position}. The batch there: {head}. To skip it: host-metrics skip {name}:{position}\n"
         ));
     }
-    // The state has its own position, which may still be before a batch that the rows are past.
+    if offset > head.last_offset {
+        bail!(
+            "offset {offset} of {name} is after the batch at the position {position} ({head}), and what is between them can be \
+             read. To skip that batch: host-metrics skip {name}:{position}"
+        );
+    }
     let from = (offset >= position).then_some(position);
     let moved = pass(session, config, argument, from, &head).await?;
     let next = head.last_offset.saturating_add(1);

@@ -11,6 +11,9 @@ use crate::words::words;
 
 const DEFAULT_TABLE: &str = "host_metrics";
 const DEFAULT_PORT: u16 = 5_432;
+
+/// DB_SSLROOTCERT for the CAs that this machine trusts, as in libpq.
+pub const SYSTEM_CERTIFICATES: &str = "system";
 const BATCH_SECONDS: std::ops::RangeInclusive<f64> = 0.01..=3_600.0;
 
 #[derive(Clone)]
@@ -23,6 +26,7 @@ pub struct DatabaseConfig {
     pub password: Option<Secret>,
     pub table: TableName,
     pub ssl_mode: DbSslMode,
+    /// A PEM file, or [`SYSTEM_CERTIFICATES`].
     pub ssl_root_cert: Option<PathBuf>,
 }
 
@@ -72,11 +76,7 @@ pub(super) fn database(reader: &mut Reader<'_>) -> DatabaseConfig {
             DbSslMode::named(&text.to_ascii_lowercase())
         })
         .unwrap_or(DbSslMode::Prefer);
-    // Not used without TLS.
-    let ssl_root_cert = match ssl_mode {
-        DbSslMode::Disable => None,
-        _ => reader.pem_file("DB_SSLROOTCERT", PemKind::Certificate),
-    };
+    let ssl_root_cert = ssl_root_cert(reader, ssl_mode);
     DatabaseConfig {
         host,
         port,
@@ -86,6 +86,29 @@ pub(super) fn database(reader: &mut Reader<'_>) -> DatabaseConfig {
         table,
         ssl_mode,
         ssl_root_cert,
+    }
+}
+
+fn ssl_root_cert(reader: &mut Reader<'_>, mode: DbSslMode) -> Option<PathBuf> {
+    use DbSslMode::{Disable, VerifyCa, VerifyFull};
+    let name = "DB_SSLROOTCERT";
+    match (reader.get(name), mode) {
+        // Not used without TLS.
+        (_, Disable) => None,
+        (Some(SYSTEM_CERTIFICATES), VerifyFull) => Some(SYSTEM_CERTIFICATES.into()),
+        (Some(SYSTEM_CERTIFICATES), _) => {
+            let expected = "a PEM file; `system` requires DB_SSLMODE=verify-full, because anyone can get a certificate for some name \
+                            from a public CA";
+            reader.wrong(name, expected, None);
+            None
+        }
+        (None, VerifyCa | VerifyFull) => {
+            let expected = "the PEM file of the database's CA, because DB_SSLMODE verifies its certificate; or, with \
+                            DB_SSLMODE=verify-full, `system` for the CAs that this machine trusts";
+            reader.wrong(name, expected, None);
+            None
+        }
+        _ => reader.pem_file(name, PemKind::Certificate),
     }
 }
 

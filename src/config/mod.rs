@@ -27,7 +27,7 @@ use std::time::Duration;
 use log::LevelFilter;
 
 pub use check::{CheckConfig, DEFAULT_USER_AGENT, References};
-pub use database::{DatabaseConfig, DbSslMode};
+pub use database::{DatabaseConfig, DbSslMode, SYSTEM_CERTIFICATES};
 use form::RETENTIONS;
 pub use kafka::{
     GroupConfig, KafkaConfig, KafkaSasl, KafkaSecurity, KafkaTls, TOPIC_NAME_RULE, is_topic_name,

@@ -25,13 +25,16 @@ pub struct Part {
     pub from: i64,
     /// The first offset that is not read; `None` for all that there is.
     pub to: Option<i64>,
+    /// Whether a record before `to` is known to exist, so that an earlier end of the partition is not the end of the part: a new
+    /// leader does not show all acknowledged records at first.
+    pub is_known: bool,
 }
 
 /// A consumer, and the parts that it is reading.
 pub struct Reader {
     consumer: BaseConsumer<Quiet>,
-    /// The ends of the parts that are not read completely yet, by partition.
-    open: BTreeMap<i32, i64>,
+    /// The ends of the parts that are not read completely yet, and whether they are known, by partition.
+    open: BTreeMap<i32, (i64, bool)>,
 }
 
 impl Reader {
@@ -76,7 +79,13 @@ impl Reader {
     pub fn begin(&mut self, topic: &str, parts: &[Part]) -> KafkaResult<()> {
         let mut list = TopicPartitionList::with_capacity(parts.len());
         self.open.clear();
-        for Part { partition, from, to } in parts {
+        for Part {
+            partition,
+            from,
+            to,
+            is_known,
+        } in parts
+        {
             let to = to.unwrap_or(i64::MAX);
             if *from == to {
                 continue;
@@ -87,7 +96,7 @@ impl Reader {
                 Offset::Offset(*from)
             };
             list.add_partition_offset(topic, *partition, from)?;
-            self.open.insert(*partition, to);
+            self.open.insert(*partition, (to, *is_known));
         }
         self.consumer.assign(&list)
     }
@@ -108,7 +117,7 @@ impl Reader {
             match self.consumer.poll(Duration::from_millis(10)) {
                 Some(Ok(message)) => {
                     let partition = message.partition();
-                    let Some(to) = self.open.get(&partition).copied() else {
+                    let Some((to, _)) = self.open.get(&partition).copied() else {
                         continue;
                     };
                     if message.offset() < to {
@@ -119,7 +128,8 @@ impl Reader {
                     }
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    self.open.remove(&partition);
+                    self.open
+                        .retain(|other, (_, is_known)| *other != partition || *is_known);
                 }
                 Some(Err(error)) if is_forbidden(&error) => return Err(error),
                 Some(Err(error)) => log::debug!("reading what is stored: {error}"),

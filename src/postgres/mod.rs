@@ -23,7 +23,7 @@ use tokio_postgres::{Client, NoTls, Row, SimpleQueryMessage, SimpleQueryRow, Soc
 
 pub use self::fault::{Fault, Kind};
 use self::fault::{NO_SESSION, chain};
-use crate::config::{DatabaseConfig, DbSslMode, pem};
+use crate::config::{DatabaseConfig, DbSslMode, SYSTEM_CERTIFICATES, pem};
 use crate::tables::names::{SEARCH_PATH, TableName, literal};
 
 /// The name of our sessions in `pg_stat_activity`.
@@ -335,19 +335,6 @@ async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error
 fn tls_connector(config: &DatabaseConfig) -> Result<MakeTlsConnector, Fault> {
     let mode = config.ssl_mode;
     let root = config.ssl_root_cert.as_deref();
-    let uses_system = root == Some(Path::new("system"));
-    if root.is_none() && matches!(mode, DbSslMode::VerifyCa | DbSslMode::VerifyFull) {
-        return Err(Fault::operator(
-            "DB_SSLMODE verifies the server's certificate, but DB_SSLROOTCERT is not set; set it to the CA's PEM file, or \
-             to `system` for the CAs that this machine trusts (with DB_SSLMODE=verify-full)",
-        ));
-    }
-    if uses_system && mode != DbSslMode::VerifyFull {
-        return Err(Fault::operator(
-            "DB_SSLROOTCERT=system requires DB_SSLMODE=verify-full, because anyone can get a certificate for some name \
-             from a public CA",
-        ));
-    }
     let failed = |error: openssl::error::ErrorStack| Fault::operator(format!("OpenSSL: {error}"));
     let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(failed)?;
     // libpq's default for ssl_min_protocol_version.
@@ -355,8 +342,10 @@ fn tls_connector(config: &DatabaseConfig) -> Result<MakeTlsConnector, Fault> {
         .set_min_proto_version(Some(SslVersion::TLS1_2))
         .map_err(failed)?;
     match root {
+        // The configuration lets no mode pass that verifies without a root certificate.
         None => builder.set_verify(SslVerifyMode::NONE),
-        Some(_) if uses_system => builder.set_verify(SslVerifyMode::PEER),
+        // The builder trusts the CAs of the machine.
+        Some(path) if path == Path::new(SYSTEM_CERTIFICATES) => builder.set_verify(SslVerifyMode::PEER),
         Some(path) => {
             let unusable =
                 |error: String| Fault::operator(format!("DB_SSLROOTCERT {}: {error}", path.display()));

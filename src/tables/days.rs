@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::clock::wall_micros;
 use crate::postgres::{Fault, Session};
-use crate::tables::ddl::{DDL_LOCK, delete_where, execute, log_failure};
+use crate::tables::ddl::{begin, delete_where, execute, log_failure};
 use crate::tables::destination::ExistingObjects;
 use crate::tables::schema::{DAYS_AHEAD, Day};
 
@@ -88,11 +88,7 @@ pub async fn keep_days(
         log_failure(session, deleted, &format!("old rows of {default} not deleted")).await?;
     }
     for partition in too_old.into_iter().take(DROP_PARTITIONS) {
-        let sql = format!(
-            "BEGIN; SET LOCAL lock_timeout = '{}ms'; DROP TABLE {}; COMMIT",
-            DDL_LOCK.as_millis(),
-            partition.name
-        );
+        let sql = format!("{}; DROP TABLE {}; COMMIT", begin(), partition.name);
         let dropped = execute(session, &sql).await;
         if dropped.is_ok() {
             log::info!("dropped partition {} (DB_RETENTION)", partition.name);
@@ -198,11 +194,14 @@ async fn create_day(
         let limit = MOVE_ROWS + 1;
         let sql =
             format!("SELECT count(*) FROM (SELECT FROM {default} WHERE {of_the_day} LIMIT {limit}) rows");
+        // A default partition that takes longer to search is left alone.
+        execute(session, &begin()).await?;
         rows = session
             .bounded("reading the default partition", async {
                 session.client.query_one(&sql, &[]).await?.try_get::<_, i64>(0)
             })
             .await?;
+        execute(session, "COMMIT").await?;
         if rows > MOVE_ROWS {
             return Err(Fault::operator(format!(
                 "{default} holds more than {MOVE_ROWS} rows of that day, too many to move while others write; they \
@@ -218,12 +217,11 @@ async fn create_day(
     // The parent first, as ATTACH does, so that two processes cannot deadlock; the default partition before its rows are
     // moved, so that no row is added in between.
     let sql = format!(
-        "BEGIN; SET LOCAL lock_timeout = '{}ms'; \
-         LOCK TABLE ONLY {main} IN SHARE UPDATE EXCLUSIVE MODE; {lock_default} \
+        "{}; LOCK TABLE ONLY {main} IN SHARE UPDATE EXCLUSIVE MODE; {lock_default} \
          CREATE TABLE {partition} (LIKE {main} \
              INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING STORAGE INCLUDING CONSTRAINTS); {move_rows} \
          ALTER TABLE {main} ATTACH PARTITION {partition} FOR VALUES FROM ({start}) TO ({end}); COMMIT",
-        DDL_LOCK.as_millis()
+        begin()
     );
     execute(session, &sql).await?;
     log::info!("created partition {partition} moved_rows={rows}");

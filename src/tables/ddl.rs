@@ -9,7 +9,7 @@ use crate::tables::names::TableName;
 use crate::tables::schema;
 
 /// While DDL waits for a lock, all writers queue behind it; after this long it is given up until the next run.
-pub(super) const DDL_LOCK: Duration = Duration::from_millis(200);
+const DDL_LOCK: Duration = Duration::from_millis(200);
 
 /// Old rows deleted by one statement, which has to end in time also on a slow disk or with a user's trigger, and statements of one
 /// [`delete_where`], because the writer waits meanwhile.
@@ -19,9 +19,18 @@ const DELETE_TIMES: u64 = 20;
 /// The most rows that [`delete_where`] deletes. If it did, there may be more.
 pub const DELETE_MOST: u64 = DELETE_ROWS * DELETE_TIMES;
 
-/// For a statement that reads a whole table. Less than the session's bound of a step, so that the server ends the statement
+/// For a statement that may read a whole table. Less than the session's bound of a step, so that the server ends the statement
 /// before this side gives up the connection.
-const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Begins a transaction of maintenance.
+pub fn begin() -> String {
+    format!(
+        "BEGIN; SET LOCAL lock_timeout = '{}ms'; SET LOCAL statement_timeout = '{}ms'",
+        DDL_LOCK.as_millis(),
+        STATEMENT_TIMEOUT.as_millis()
+    )
+}
 
 /// Takes the lock under which the objects of `table` are created or dropped.
 pub(super) fn lock(table: &TableName) -> String {
@@ -58,10 +67,7 @@ pub(super) async fn execute(session: &Session, sql: &str) -> Result<(), Fault> {
 /// Deletes rows of `table` (its name quoted) in short transactions. Skips locked rows, because another consumer may be deleting
 /// them. Returns how many were deleted.
 pub async fn delete_where(session: &Session, table: &str, condition: &str) -> Result<u64, Fault> {
-    let begin = format!(
-        "BEGIN; SET LOCAL statement_timeout = '{}ms'",
-        DELETE_TIMEOUT.as_millis()
-    );
+    let begin = begin();
     let sql = format!(
         "DELETE FROM {table} WHERE ctid = ANY (ARRAY( \
          SELECT ctid FROM {table} WHERE {condition} LIMIT {DELETE_ROWS} FOR UPDATE SKIP LOCKED))"

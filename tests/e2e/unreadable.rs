@@ -66,7 +66,10 @@ fn a_batch_that_kafkas_client_refuses_is_reported_and_skipped_on_command() {
             "refused/0:9",
             "the position of refused/0 is 10, which is already past offset 9",
         ),
-        ("refused/0:1000", "there is no batch at offset 1000"),
+        (
+            "refused/0:13",
+            "offset 13 of refused/0 is after the batch at the position 10 (offsets 10 to 12",
+        ),
         ("refused/7:10", "has no position of refused/7"),
         ("other/0:10", "has no position of other/0"),
     ] {

@@ -10,6 +10,7 @@ use host_metrics::consume::batch::{NextOffset, Partition};
 use host_metrics::consume::ingest::{Event, Extent};
 use host_metrics::consume::source::Source;
 use host_metrics::consume::{self, Counters};
+use host_metrics::kafka::reader::{Part, Reader};
 use host_metrics::shutdown::{STOP_WITHIN, Shutdown};
 use host_metrics::tables::names::TableName;
 use rdkafka::ClientConfig;
@@ -94,6 +95,37 @@ fn a_start_is_the_commit_of_the_group_or_else_the_earliest() {
     source.commit(&[(P1, NextOffset(6))]);
     source.close(PATIENCE);
     committed(&join(&broker), 6);
+}
+
+#[test]
+fn a_part_whose_last_record_is_known_goes_on_at_an_earlier_end() {
+    let broker = broker(2);
+    produce(&broker, 0, 0..3);
+    produce(&broker, 1, 0..3);
+    let kafka = config(broker.bootstrap_servers(), None).kafka;
+    let mut reader = Reader::new(&kafka).unwrap();
+    let part = |partition, is_known| Part {
+        partition,
+        from: 0,
+        to: Some(5),
+        is_known,
+    };
+    reader.begin(TOPIC, &[part(0, true), part(1, false)]).unwrap();
+    let mut counts = [0, 0];
+    let mut go_on = |within: Duration| {
+        let over = reader.go_on(now() + within, |partition, _| counts[partition as usize] += 1);
+        (over.unwrap(), counts)
+    };
+    wait_for(|| {
+        let (is_over, counts) = go_on(Duration::from_millis(100));
+        assert!(!is_over);
+        (counts == [3, 3]).then_some(())
+    });
+    // Its end was reported by now.
+    assert_eq!(go_on(Duration::from_secs(1)), (false, [3, 3]));
+    produce(&broker, 0, 3..6);
+    produce(&broker, 1, 3..6);
+    assert_eq!(go_on(PATIENCE), (true, [5, 3]));
 }
 
 #[test]

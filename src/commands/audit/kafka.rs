@@ -152,6 +152,8 @@ fn read(
                 partition: *partition,
                 from: range.start,
                 to: Some(range.end),
+                // The last ones may be markers of a transaction.
+                is_known: false,
             })
             .collect();
         reader.begin(topic, &parts)?;

@@ -400,6 +400,19 @@ fn a_wrong_pem_file_is_named_in_the_error() {
         produced(&[("KAFKA_SSL_CA_FILE", &path), ("CHECK_CA_FILE", &path)]);
         consumed(&[("DB_SSLROOTCERT", &path)]);
     }
+    let system = ("DB_SSLROOTCERT", "system");
+    consumed(&[system, ("DB_SSLMODE", "verify-full")]);
+    for (variables_of_tls, expected) in [
+        (
+            &[system][..],
+            "DB_SSLROOTCERT=system: expected a PEM file; `system` requires DB_SSLMODE=verify-full",
+        ),
+        (&[("DB_SSLMODE", "verify-ca")], "DB_SSLROOTCERT is not set"),
+        (&[("DB_SSLMODE", "verify-full")], "DB_SSLROOTCERT is not set"),
+    ] {
+        let lines = wrong(consume(&variables(&DATABASE, variables_of_tls)));
+        assert!(lines.len() == 1 && lines[0].starts_with(expected), "{lines:?}");
+    }
     let cert = pems.path("cert.pem");
     let lines = wrong_kafka(&[("KAFKA_SSL_CERT_FILE", &cert)]);
     assert_eq!(

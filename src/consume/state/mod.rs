@@ -112,8 +112,16 @@ impl StateSink {
         })
     }
 
-    /// Removes what is too old.
+    /// Removes what is too old. Failures are logged.
+    ///
+    /// # Errors
+    /// The connection is of no further use.
     async fn prune(&mut self, session: &Session) -> Result<(), Fault> {
+        let pruned = self.remove_old(session).await;
+        ddl::log_failure(session, pruned, "old state not removed").await
+    }
+
+    async fn remove_old(&mut self, session: &Session) -> Result<(), Fault> {
         let now = wall_micros();
         self.prune_at = Some(instant_now() + PRUNE_EVERY);
         let time = |micros: i64| format!("to_timestamp({})", micros / 1_000_000);
@@ -125,7 +133,8 @@ impl StateSink {
                 self.prune_at = Some(instant_now() + PRUNE_AGAIN_AFTER);
             }
         }
-        let sql = delete_old(&session.table, &time(self.oldest(WIDTHS[1], now)));
+        let delete = delete_old(&session.table, &time(self.oldest(WIDTHS[1], now)));
+        let sql = format!("{}; {delete} COMMIT", ddl::begin());
         session
             .bounded("removing old state", session.client.batch_execute(&sql))
             .await
@@ -228,8 +237,7 @@ impl Sink for StateSink {
             "GRANT SELECT, INSERT, UPDATE, DELETE ON {tables}, and USAGE on their schema, to this user"
         );
         let statements = statements.map_err(|fault| fault.with_grant(&grant))?;
-        let pruned = self.prune(session).await;
-        ddl::log_failure(session, pruned, "old state not removed").await?;
+        self.prune(session).await?;
         Ok(((), statements))
     }
 

@@ -69,6 +69,8 @@ impl Thread {
                 partition: range.share.partition,
                 from: range.from,
                 to: Some(range.to),
+                // With an epoch, it is our claim.
+                is_known: range.epoch > 0,
             })
             .collect();
         let reader = Reader::new(&self.kafka).and_then(|mut reader| {

@@ -207,6 +207,7 @@ impl Sources {
             lists: Mutex::new(Lists {
                 sources: self.0,
                 all: hosts,
+                are_in_conflict: false,
             }),
             requests: Mutex::default(),
             requested: Condvar::new(),
@@ -214,7 +215,7 @@ impl Sources {
             has_error,
             put: Box::new(put),
         });
-        shared.note_errors(&shared.lists().sources);
+        shared.note_errors(&shared.lists());
         let has_stdin = origins.iter().any(|(origin, _)| matches!(origin, Origin::Stdin));
         for (index, (origin, hash)) in origins.into_iter().enumerate() {
             let shared = Arc::clone(&shared);
@@ -270,6 +271,8 @@ struct Lists {
     sources: Vec<Source>,
     /// The hosts that are checked.
     all: HostList,
+    /// Two sources have the same address.
+    are_in_conflict: bool,
 }
 
 #[derive(Default)]
@@ -316,6 +319,8 @@ impl Shared {
         let name = table.name();
         // Its version before the last reading, and the time of that.
         let mut last: Option<(Option<i64>, Instant)> = None;
+        // Whether the newest list that was read is in use.
+        let mut is_good = hash.is_some();
         let mut outage = Outage::default();
         let mut reloads = 0;
         let mut wait = LOOK_EVERY;
@@ -337,7 +342,7 @@ impl Shared {
                 Ok(rows) => {
                     if let Some(lasted) = outage.end(instant_now()) {
                         log::info!("{name} can be read again after {} s", lasted.as_secs());
-                        self.set_current(index, hash.is_some());
+                        self.set_current(index, is_good);
                     }
                     rows
                 }
@@ -358,11 +363,12 @@ impl Shared {
             }
             match read_with_secrets(&name, &rows, self.secrets.as_deref()) {
                 Ok(read) => {
-                    hash = Some(new);
+                    (hash, is_good) = (Some(new), true);
                     keep(&mut table, config, &read);
                     self.take(index, begun_at, read.hosts);
                 }
                 Err(error) => {
+                    is_good = false;
                     if hash.replace(new) != Some(new) {
                         self.refuse(index, &error.0);
                     }
@@ -388,14 +394,20 @@ impl Shared {
             targets, warnings, ..
         } = hosts;
         let mut lists = self.lists();
-        let Lists { sources, all } = &mut *lists;
+        let Lists {
+            sources,
+            all,
+            are_in_conflict,
+        } = &mut *lists;
         sources[index].targets = targets;
         sources[index].is_current = true;
         let targets = match sources.as_mut_slice() {
             [only] => std::mem::take(&mut only.targets),
             sources => {
-                if let Err(error) = check_addresses(sources) {
-                    self.has_error.store(true, Ordering::Relaxed);
+                let checked = check_addresses(sources);
+                *are_in_conflict = checked.is_err();
+                if let Err(error) = checked {
+                    self.note_errors(&lists);
                     log::error!("reload: the hosts stay as they were: {error}");
                     return;
                 }
@@ -403,9 +415,10 @@ impl Shared {
                 targets.cloned().collect()
             }
         };
-        self.note_errors(sources);
+        let changes = all.replace(begun_at, targets, warnings);
+        self.note_errors(&lists);
         // While the lists are locked, because the changes have an order.
-        (self.put)(all.replace(begun_at, targets, warnings));
+        (self.put)(changes);
     }
 
     /// A source has an error.
@@ -417,11 +430,11 @@ impl Shared {
     fn set_current(&self, index: usize, is_current: bool) {
         let mut lists = self.lists();
         lists.sources[index].is_current = is_current;
-        self.note_errors(&lists.sources);
+        self.note_errors(&lists);
     }
 
-    fn note_errors(&self, sources: &[Source]) {
-        let has_error = !sources.iter().all(|source| source.is_current);
+    fn note_errors(&self, lists: &Lists) {
+        let has_error = lists.are_in_conflict || !lists.sources.iter().all(|source| source.is_current);
         self.has_error.store(has_error, Ordering::Relaxed);
     }
 
