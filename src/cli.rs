@@ -541,7 +541,7 @@ Variables (set with -e, in the environment or in .env; an empty value means the 
   DB_HOST, DB_PORT, DB_NAME, DB_USER, DB_PASSWORD               [port 5432]
   DB_TABLE                  table or schema.table [host_metrics]
   DB_SSLMODE                disable, prefer, require, verify-ca or verify-full [prefer]
-  DB_SSLROOTCERT            PEM file of the database's certificate authority
+  DB_SSLROOTCERT            PEM file of the database's certificate authority, or `system`
   DB_BATCH_SIZE             the maximum number of records in a transaction [100]
   DB_BATCH_SECONDS          how long a smaller batch waits [1]
   DB_SYNCHRONOUS_COMMIT     on or off: whether commits wait for the database's disk [on]

@@ -57,7 +57,10 @@ pub async fn keep_days(
         }
         return Ok(());
     };
-    let partitions = partitions(session, main).await?;
+    let partitions = match partitions(session, main).await {
+        Ok(partitions) => partitions,
+        Err(fault) => return log_failure(session, Err(fault), "no partition created or dropped").await,
+    };
     let missing: Vec<Day> = Day::ahead(today, false)
         .filter(|&day| !partitions.days.iter().any(|p| p.from <= day && day < p.to))
         .collect();
@@ -156,7 +159,9 @@ async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
                 FROM pg_catalog.pg_partitioned_table p JOIN pg_catalog.pg_class d ON d.oid = p.partdefid \
                 JOIN pg_catalog.pg_namespace n ON n.oid = d.relnamespace WHERE p.partrelid = c.oid) \
         FROM pg_catalog.pg_class c WHERE c.oid = $1";
-    session
+    // The bounds cannot be read while another session has an exclusive lock on a partition, e.g. for VACUUM FULL.
+    execute(session, &begin()).await?;
+    let partitions = session
         .bounded("reading the partitions", async {
             let mut days = Vec::new();
             for row in session.client.query(DAYS, &[&oid]).await? {
@@ -173,7 +178,9 @@ async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
                 default: row.try_get(1)?,
             })
         })
-        .await
+        .await?;
+    execute(session, "COMMIT").await?;
+    Ok(partitions)
 }
 
 /// Creates the partition of a day, and moves the rows of that day out of the default partition.

@@ -147,6 +147,7 @@ fn every_variable_is_read() {
         ("DB_PASSWORD", "secret"),
         ("DB_TABLE", "Metrics.Hosts"),
         ("DB_SSLMODE", "Verify-Full"),
+        ("DB_SSLROOTCERT", "system"),
         ("DB_BATCH_SIZE", "100000"),
         ("DB_BATCH_SECONDS", "0.25"),
         ("DB_RETENTION", "90d"),
@@ -405,7 +406,7 @@ fn a_wrong_pem_file_is_named_in_the_error() {
     for (variables_of_tls, expected) in [
         (
             &[system][..],
-            "DB_SSLROOTCERT=system: expected a PEM file; `system` requires DB_SSLMODE=verify-full",
+            "DB_SSLROOTCERT=\"system\": expected a PEM file; `system` requires DB_SSLMODE=verify-full",
         ),
         (&[("DB_SSLMODE", "verify-ca")], "DB_SSLROOTCERT is not set"),
         (&[("DB_SSLMODE", "verify-full")], "DB_SSLROOTCERT is not set"),
