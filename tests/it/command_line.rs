@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -990,4 +990,30 @@ fn an_installation_has_the_program_a_manual_page_for_every_command_and_completio
             "{shell}"
         );
     }
+}
+
+#[test]
+fn a_second_signal_ends_the_program_at_once() {
+    // A site that takes connections and never answers, so the first signal waits for the check.
+    let site = TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = Place::new();
+    place.write("hosts", format!("http://{}/ 60s", site.local_addr().unwrap()));
+    let mut command = place.command(&["produce", "-c", "hosts"]);
+    let mut child = command
+        .env("KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
+        .env("REFERENCE_HOSTS", "none")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let _connection = site.accept().unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    let signal = |signal| rustix::process::kill_process(pid, signal).unwrap();
+    signal(rustix::process::Signal::TERM);
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let stopping = lines
+        .map(Result::unwrap)
+        .find(|line| line.contains("stopping under_way=1"));
+    assert!(stopping.is_some());
+    signal(rustix::process::Signal::INT);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
 }
