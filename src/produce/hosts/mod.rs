@@ -321,9 +321,7 @@ impl Shared {
         let mut last: Option<(Option<i64>, Instant)> = None;
         // Whether the newest list that was read is in use.
         let mut is_good = hash.is_some();
-        let mut outage = Outage::default();
-        let mut reloads = 0;
-        let mut wait = LOOK_EVERY;
+        let (mut outage, mut reloads, mut wait) = (Outage::default(), 0, LOOK_EVERY);
         while let Some(is_requested) = self.wait(&mut reloads, wait) {
             let begun_at = instant_now();
             let read = table.version().and_then(|version| {
