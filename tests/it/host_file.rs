@@ -320,10 +320,9 @@ fn a_lone_unit_is_a_slip_and_not_a_regex() {
         let regex = host(&format!("example.com 5 ({unit})")).regex.unwrap();
         assert_eq!(regex.as_str(), format!("({unit})"));
     }
-    assert_eq!(
-        host("example.com 5 timeout=3s d e").regex.unwrap().as_str(),
-        "d e"
-    );
+    for line in ["example.com 5 timeout=3s d e", "example.com 5m d e"] {
+        assert_eq!(host(line).regex.unwrap().as_str(), "d e");
+    }
 }
 
 #[test]

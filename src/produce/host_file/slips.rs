@@ -14,12 +14,12 @@ use super::words::{Line, OptionWord, option_word, split_word};
 pub(super) fn lone_unit(line: &Line<'_>) -> Option<LineFault> {
     let (first, rest) = split_word(line.regex);
     let unit = first.to_lowercase();
-    let is_after_frequency = line.words.is_empty();
-    if !["s", "m", "h", "d"].contains(&unit.as_str()) || !(is_after_frequency || rest.is_empty()) {
+    let is_number = line.frequency.bytes().all(|byte| byte.is_ascii_digit());
+    let is_after_number = line.words.is_empty() && is_number;
+    if !["s", "m", "h", "d"].contains(&unit.as_str()) || !(is_after_number || rest.is_empty()) {
         return None;
     }
-    let is_number = line.frequency.bytes().all(|byte| byte.is_ascii_digit());
-    let remedy = match is_after_frequency && is_number && line.frequency.len() <= MAX_QUOTED_CHARS {
+    let remedy = match is_after_number && line.frequency.len() <= MAX_QUOTED_CHARS {
         true => format!("write `{}{unit}` without a space", line.frequency),
         false => "write the unit directly after its number, as in `5s`".to_owned(),
     };
