@@ -25,7 +25,7 @@ pub struct Part {
     pub from: i64,
     /// The first offset that is not read; `None` for all that there is.
     pub to: Option<i64>,
-    /// Whether a record before `to` is known to exist, so that an earlier end of the partition is not the end of the part: a new
+    /// Whether the record at `to` is known to be stored. An earlier end of the partition is not the end of the part then: a new
     /// leader does not show all acknowledged records at first.
     pub is_known: bool,
 }

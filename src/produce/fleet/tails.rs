@@ -69,7 +69,7 @@ impl Thread {
                 partition: range.share.partition,
                 from: range.from,
                 to: Some(range.to),
-                // With an epoch, it is our claim.
+                // With an epoch, it is our acknowledged claim.
                 is_known: range.epoch > 0,
             })
             .collect();
