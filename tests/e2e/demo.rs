@@ -33,6 +33,12 @@ fn the_demo_ends_by_itself_and_its_ledger_balances() {
             "{name}{state}{outcome}: {text}"
         );
     }
+    // The trend has a character for each check.
+    let plain = text.lines().rfind(|line| line.starts_with("Plain  ")).unwrap();
+    assert!(
+        plain.matches(|char| ('▁'..='█').contains(&char)).count() > 3,
+        "{text}"
+    );
     // The counts are not zero.
     let due = text
         .lines()

@@ -102,9 +102,8 @@ pub fn run(options: Options<'_>, shutdown: &Shutdown) -> anyhow::Result<bool> {
     let variables = variables(&servers, &postgres, &password);
     let (produce, consume) = configure(&variables, check, &targets)?;
     let (audit, mut status) = (config::audit(&variables)?, config::status(&variables)?);
-    // The demo shows no lag, and each check in LATENCY TREND; in the state, five minutes are one value.
+    // The demo shows no lag.
     status.kafka = None;
-    status.is_state_on = false;
     let page = Page::start(config::page(&variables)?).context("cannot serve the status page")?;
     screen.print(&introduction(&servers, &postgres, &page, host_file))?;
     let mut page = AgentThread::start("page", shutdown, move |stop| page.run(stop))?;
@@ -298,7 +297,12 @@ impl View {
         let rows = counted(&self.status.database)?.rows;
         let (mut up, mut down, mut table) = (0, 0, Vec::new());
         if rows > 0 {
-            let report = status::run(&self.status)?;
+            let mut report = status::run(&self.status)?;
+            let counted = StatusConfig {
+                is_state_on: false,
+                ..self.status.clone()
+            };
+            report.take_trends(status::run(&counted)?);
             (up, down) = report.up_and_down();
             table = status::hosts(&report, self.screen.is_terminal().then(|| self.screen.width()));
         }

@@ -8,6 +8,7 @@ mod lag;
 mod rows;
 mod watch;
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use anstyle::AnsiColor;
@@ -126,6 +127,15 @@ impl Report {
                 topics: config.topics.clone(),
             },
             hosts: rows.hosts,
+        }
+    }
+
+    /// Takes the trends of a report of counted rows, which have each check; in the state, five minutes are one value.
+    pub(super) fn take_trends(&mut self, counted: Self) {
+        let counted = counted.hosts.into_iter();
+        let mut trends: HashMap<_, _> = counted.map(|host| (host.address, host.latencies)).collect();
+        for host in &mut self.hosts {
+            host.latencies = trends.remove(&host.address).unwrap_or_default();
         }
     }
 
