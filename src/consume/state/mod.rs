@@ -329,3 +329,32 @@ fn folded(batch: &Batch) -> Fold<'_> {
     }
     fold
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_refreshed_after_a_change_and_every_five_minutes_but_rests_first() {
+        let mut sink = StateSink::new(StateConfig::default(), Counters::default());
+        let began = instant_now();
+        let after = |seconds| began + Duration::from_secs(seconds);
+        assert_eq!(sink.refresh_at(0), None);
+        // It took a second. Nothing has changed since.
+        sink.refreshed[0] = Some((began, after(51)));
+        assert_eq!(sink.refresh_at(0), Some(after(300)));
+        sink.changed_at = Some(after(2));
+        assert_eq!(sink.refresh_at(0), Some(after(51)));
+        // It failed.
+        sink.refreshed[0] = Some((began, after(600)));
+        assert_eq!(sink.refresh_at(0), Some(after(600)));
+
+        // The first of all that is due.
+        sink.refreshed = [Some((began, after(60))); WINDOWS.len()];
+        sink.refreshed[3] = Some((began, after(51)));
+        sink.prune_at = Some(after(3_600));
+        assert_eq!(sink.maintain_in(began), Duration::from_secs(51));
+        sink.prune_at = None;
+        assert_eq!(sink.maintain_in(began), Duration::ZERO);
+    }
+}
