@@ -27,13 +27,13 @@ pub struct Part {
     pub to: Option<i64>,
     /// Whether the record at `to` is known to be stored. An earlier end of the partition is not the end of the part then: a new
     /// leader does not show all acknowledged records at first.
-    pub is_known: bool,
+    pub to_is_stored: bool,
 }
 
 /// A consumer, and the parts that it is reading.
 pub struct Reader {
     consumer: BaseConsumer<Quiet>,
-    /// The ends of the parts that are not read completely yet, and whether they are known, by partition.
+    /// The ends of the parts that are not read completely yet, and whether the records there are known to be stored, by partition.
     open: BTreeMap<i32, (i64, bool)>,
 }
 
@@ -83,7 +83,7 @@ impl Reader {
             partition,
             from,
             to,
-            is_known,
+            to_is_stored,
         } in parts
         {
             let to = to.unwrap_or(i64::MAX);
@@ -96,7 +96,7 @@ impl Reader {
                 Offset::Offset(*from)
             };
             list.add_partition_offset(topic, *partition, from)?;
-            self.open.insert(*partition, (to, *is_known));
+            self.open.insert(*partition, (to, *to_is_stored));
         }
         self.consumer.assign(&list)
     }
@@ -129,7 +129,7 @@ impl Reader {
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     self.open
-                        .retain(|other, (_, is_known)| *other != partition || *is_known);
+                        .retain(|other, (_, to_is_stored)| *other != partition || *to_is_stored);
                 }
                 Some(Err(error)) if is_forbidden(&error) => return Err(error),
                 Some(Err(error)) => log::debug!("reading what is stored: {error}"),

@@ -342,8 +342,11 @@ fn tls_connector(config: &DatabaseConfig) -> Result<MakeTlsConnector, Fault> {
         .set_min_proto_version(Some(SslVersion::TLS1_2))
         .map_err(failed)?;
     match root {
-        // The configuration lets no mode pass that verifies without a root certificate.
-        None => builder.set_verify(SslVerifyMode::NONE),
+        None => builder.set_verify(match mode {
+            // The configuration refuses these without a root certificate.
+            DbSslMode::VerifyCa | DbSslMode::VerifyFull => SslVerifyMode::PEER,
+            _ => SslVerifyMode::NONE,
+        }),
         // The builder trusts the CAs of the machine.
         Some(path) if path == Path::new(SYSTEM_CERTIFICATES) => builder.set_verify(SslVerifyMode::PEER),
         Some(path) => {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::clock::wall_micros;
 use crate::postgres::{Fault, Session};
-use crate::tables::ddl::{begin, delete_where, execute, log_failure};
+use crate::tables::ddl::{begin, bounded_in_transaction, delete_where, execute, log_failure};
 use crate::tables::destination::ExistingObjects;
 use crate::tables::schema::{DAYS_AHEAD, Day};
 
@@ -160,27 +160,23 @@ async fn partitions(session: &Session, oid: u32) -> Result<Partitions, Fault> {
                 JOIN pg_catalog.pg_namespace n ON n.oid = d.relnamespace WHERE p.partrelid = c.oid) \
         FROM pg_catalog.pg_class c WHERE c.oid = $1";
     // The bounds cannot be read while another session has an exclusive lock on a partition, e.g. for VACUUM FULL.
-    execute(session, &begin()).await?;
-    let partitions = session
-        .bounded("reading the partitions", async {
-            let mut days = Vec::new();
-            for row in session.client.query(DAYS, &[&oid]).await? {
-                days.push(DayPartition {
-                    name: row.try_get(0)?,
-                    from: Day::from_unix(row.try_get(1)?),
-                    to: Day::from_unix(row.try_get(2)?),
-                });
-            }
-            let row = session.client.query_one(RIGHTS, &[&oid]).await?;
-            Ok::<_, tokio_postgres::Error>(Partitions {
-                days,
-                may_change: row.try_get(0)?,
-                default: row.try_get(1)?,
-            })
+    bounded_in_transaction(session, "reading the partitions", async {
+        let mut days = Vec::new();
+        for row in session.client.query(DAYS, &[&oid]).await? {
+            days.push(DayPartition {
+                name: row.try_get(0)?,
+                from: Day::from_unix(row.try_get(1)?),
+                to: Day::from_unix(row.try_get(2)?),
+            });
+        }
+        let row = session.client.query_one(RIGHTS, &[&oid]).await?;
+        Ok::<_, tokio_postgres::Error>(Partitions {
+            days,
+            may_change: row.try_get(0)?,
+            default: row.try_get(1)?,
         })
-        .await?;
-    execute(session, "COMMIT").await?;
-    Ok(partitions)
+    })
+    .await
 }
 
 /// Creates the partition of a day, and moves the rows of that day out of the default partition.
@@ -202,13 +198,10 @@ async fn create_day(
         let sql =
             format!("SELECT count(*) FROM (SELECT FROM {default} WHERE {of_the_day} LIMIT {limit}) rows");
         // A default partition that takes longer to search is left alone.
-        execute(session, &begin()).await?;
-        rows = session
-            .bounded("reading the default partition", async {
-                session.client.query_one(&sql, &[]).await?.try_get::<_, i64>(0)
-            })
-            .await?;
-        execute(session, "COMMIT").await?;
+        rows = bounded_in_transaction(session, "reading the default partition", async {
+            session.client.query_one(&sql, &[]).await?.try_get::<_, i64>(0)
+        })
+        .await?;
         if rows > MOVE_ROWS {
             return Err(Fault::operator(format!(
                 "{default} holds more than {MOVE_ROWS} rows of that day, too many to move while others write; they \

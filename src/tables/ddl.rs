@@ -64,21 +64,32 @@ pub(super) async fn execute(session: &Session, sql: &str) -> Result<(), Fault> {
         .await
 }
 
+/// Runs a query in a transaction of maintenance. `what` is for messages.
+pub(super) async fn bounded_in_transaction<T, E>(
+    session: &Session,
+    what: &str,
+    query: impl Future<Output = Result<T, E>>,
+) -> Result<T, Fault>
+where
+    Fault: From<E>,
+{
+    execute(session, &begin()).await?;
+    let done = session.bounded(what, query).await?;
+    execute(session, "COMMIT").await?;
+    Ok(done)
+}
+
 /// Deletes rows of `table` (its name quoted) in short transactions. Skips locked rows, because another consumer may be deleting
 /// them. Returns how many were deleted.
 pub async fn delete_where(session: &Session, table: &str, condition: &str) -> Result<u64, Fault> {
-    let begin = begin();
     let sql = format!(
         "DELETE FROM {table} WHERE ctid = ANY (ARRAY( \
          SELECT ctid FROM {table} WHERE {condition} LIMIT {DELETE_ROWS} FOR UPDATE SKIP LOCKED))"
     );
     let mut deleted = 0;
     for _ in 0..DELETE_TIMES {
-        execute(session, &begin).await?;
-        let rows = session
-            .bounded("deleting old rows", session.client.execute(&sql, &[]))
-            .await?;
-        execute(session, "COMMIT").await?;
+        let delete = session.client.execute(&sql, &[]);
+        let rows = bounded_in_transaction(session, "deleting old rows", delete).await?;
         deleted += rows;
         if rows < DELETE_ROWS {
             break;

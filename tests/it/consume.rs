@@ -98,17 +98,17 @@ fn a_start_is_the_commit_of_the_group_or_else_the_earliest() {
 }
 
 #[test]
-fn a_part_whose_last_record_is_known_goes_on_at_an_earlier_end() {
+fn a_part_whose_last_record_to_is_stored_goes_on_at_an_earlier_end() {
     let broker = broker(2);
     produce(&broker, 0, 0..3);
     produce(&broker, 1, 0..3);
     let kafka = config(broker.bootstrap_servers(), None).kafka;
     let mut reader = Reader::new(&kafka).unwrap();
-    let part = |partition, is_known| Part {
+    let part = |partition, to_is_stored| Part {
         partition,
         from: 0,
         to: Some(5),
-        is_known,
+        to_is_stored,
     };
     reader.begin(TOPIC, &[part(0, true), part(1, false)]).unwrap();
     let mut counts = [0, 0];

@@ -153,7 +153,7 @@ fn read(
                 from: range.start,
                 to: Some(range.end),
                 // The last ones may be markers of a transaction.
-                is_known: false,
+                to_is_stored: false,
             })
             .collect();
         reader.begin(topic, &parts)?;

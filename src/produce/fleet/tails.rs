@@ -70,7 +70,7 @@ impl Thread {
                 from: range.from,
                 to: Some(range.to),
                 // With an epoch, it is our acknowledged claim.
-                is_known: range.epoch > 0,
+                to_is_stored: range.epoch > 0,
             })
             .collect();
         let reader = Reader::new(&self.kafka).and_then(|mut reader| {

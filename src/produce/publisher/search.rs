@@ -113,7 +113,7 @@ fn parts_since(consumer: &impl Consumer<Quiet>, topic: &str, since_millis: i64) 
                 partition: start.partition(),
                 from,
                 to: None,
-                is_known: false,
+                to_is_stored: false,
             }),
             // There is no later record.
             _ => None,
